@@ -1,0 +1,42 @@
+"""Times to train at and grids to sample on, as plain functions of uniform or normal draws.
+
+Times are float64 in [0, 1], 0 = data, 1 = noise. A function takes the draws instead of making them, so that every
+random number of a run stays a function of (seed, step, sample, name).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def uniform_times(uniform: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Uniform times on [low, high] from ``uniform`` draws (B,) on [0, 1)."""
+    return low + (high - low) * uniform.double()
+
+
+def logit_normal_times(normal: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """sigmoid(mean + std * n) (Esser et al. 2024, SD3, Eq. 19) from standard ``normal`` draws (B,)."""
+    return torch.sigmoid(mean + std * normal.double())
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """The flow-matching time shift t' = k t / (1 + (k - 1) t) (Esser et al. 2024, Eq. 23), k = ``shift`` > 0."""
+    t = t.double()
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def unshift_time(t: Tensor, shift: float) -> Tensor:
+    """The inverse of :func:`shift_time`."""
+    return shift_time(t, 1 / shift)
+
+
+def even_grid(steps: int, shift: float = 1.0) -> Tensor:
+    """The student grid 1, (N - 1)/N, ..., 1/N, shifted: float64 (N,), descending, without the final 0.
+
+    Raises:
+        ValueError: ``steps`` is not positive.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    return shift_time(torch.arange(steps, 0, -1, dtype=torch.float64) / steps, shift)
