@@ -1,0 +1,93 @@
+"""Checkpoints: complete or absent, never half written, never unpickled.
+
+``OUT/checkpoints/step_00000500/`` holds one safetensors file of weights and one of optimizer state per trainable role
+and ``state.json`` with the counters, the method and the size and SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewstep.errors import UserError
+
+
+def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
+
+    Args:
+        folder: ``OUT/checkpoints``.
+        step: number of steps done.
+        tensors: file stem -> name -> tensor.
+        state: JSON-able counters.
+        keep: how many checkpoints stay.
+    """
+    final = folder / f"step_{step:08d}"
+    if final.exists():
+        return final
+    partial = folder / f".partial_{step:08d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    files = {}
+    for stem, values in tensors.items():
+        path = partial / f"{stem}.safetensors"
+        save_file({name: value.detach().contiguous().cpu() for name, value in values.items()}, path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    (partial / "state.json").write_text(json.dumps({"step": step, **state, "files": files}, indent=1))
+    for path in partial.iterdir():  # the rename below must not become durable before what it names
+        _flush(path)
+    os.rename(partial, final)
+    _flush(folder)
+    for old in steps_in(folder)[:-keep]:
+        shutil.rmtree(folder / f"step_{old:08d}")
+    return final
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the complete checkpoints in ``folder``, ascending."""
+    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*") if path.is_dir())
+
+
+def load_latest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """State and tensors of the newest checkpoint in ``folder``, as :func:`save` was given them.
+
+    Raises:
+        UserError: there is none, or a file of it is missing, truncated or altered.
+    """
+    steps = steps_in(folder)
+    if not steps:
+        raise UserError(f"{folder} holds no checkpoint to go on from; leave out --resume to start afresh")
+    path = folder / f"step_{steps[-1]:08d}"
+    advice = f"the checkpoint {path} is damaged ({{}}); remove that folder to go on from the one before"
+    try:
+        state = json.loads((path / "state.json").read_text())
+        files = state["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(advice.format("state.json cannot be read")) from error
+    tensors = {}
+    for name, expected in files.items():
+        file = path / name
+        if not file.exists() or file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise UserError(advice.format(f"{name} is not what was written"))
+        tensors[file.stem] = load_file(file)
+    return state, tensors
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,123 @@
+"""What every distillation run is told. Each method adds its own fields in ``trainers/<method>.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fewstep.errors import UserError
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A run of any method.
+
+    Args:
+        teacher: folder or hub id of a diffusers pipeline, or an embedded teacher (fashion-sd, fashion-flow).
+        out: folder for the student, checkpoints, samples and logs.
+        steps: number of network calls the student makes per sample.
+        prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers.
+        classes: class labels such as 0-9 or 1,5,7, for class-conditional teachers.
+        call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
+        guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own.
+        negative_prompt: what guidance leads away from; default the pipeline's own.
+        data: real images: a folder with class sub-folders or a metadata.jsonl, a folder of idx files, or "fashion".
+        init: another run's folder (student, critic and head of its last checkpoint) or a pipeline folder (student only).
+        max_steps: number of steps to train.
+        batch_size: samples per process and micro-batch.
+        gradient_accumulation_steps: micro-batches per update.
+        lr: learning rate of the student.
+        lr_warmup_steps: steps of linear warm-up.
+        adam_beta1: of AdamW, every role.
+        adam_beta2: of AdamW, every role.
+        adam_weight_decay: of AdamW, every role.
+        max_grad_norm: gradients are clipped to this norm, each role by itself; 0 turns clipping off.
+        ema_decay: decay of the student's average, which then is what is sampled and exported; 0 turns it off.
+        renoise: how the student moves between steps: fresh noise, ode, or auto for what its scheduler carries best.
+        shift: time shift of a flow student's grid; default the teacher's own.
+        first_timestep: the timestep of a table teacher's student at its first step (DMD2's one-step SDXL: 399).
+        mixed_precision: no (float32) or bf16 (autocast, and a bfloat16 teacher).
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        checkpointing_steps: steps between checkpoints.
+        checkpoints_total_limit: how many checkpoints are kept.
+        log_steps: steps between lines in metrics.jsonl.
+        sample_steps: steps between sample grids; 0 turns them off.
+        report_to: trackers of accelerate, comma separated, or "auto" for TensorBoard where it is installed, or "none".
+        seed: of every random draw.
+        resume: go on from the last checkpoint in out.
+        cpu: train on the CPU even where there is a GPU.
+        trust_remote_code: let a pipeline run code from its own folder.
+    """
+
+    teacher: str
+    out: str
+    steps: int = 4
+    prompts: str | None = None
+    classes: str | None = None
+    call: dict[str, Any] | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    data: str | None = None
+    init: str | None = None
+    max_steps: int = 1000
+    batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    lr: float = 1e-5
+    lr_warmup_steps: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 0.01
+    max_grad_norm: float = 10.0
+    ema_decay: float = 0.0
+    renoise: str = "auto"
+    shift: float | None = None
+    first_timestep: int | None = None
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    log_steps: int = 10
+    sample_steps: int = 0
+    report_to: str = "auto"
+    seed: int = 0
+    resume: bool = False
+    cpu: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "max_steps", "batch_size", "gradient_accumulation_steps", "checkpointing_steps", "log_steps")
+        for name in (*positive, "checkpoints_total_limit"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must not be negative, and it is {getattr(self, name)}")
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
+        for name, allowed in (("renoise", ("auto", "ode", "fresh")), ("mixed_precision", ("no", "bf16"))):
+            if getattr(self, name) not in allowed:
+                hint = "; fp16 training is not offered, its scaling cannot follow split backward passes"
+                more = hint if getattr(self, name) == "fp16" else ""
+                raise UserError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}{more}")
+        if self.shift is not None and self.shift <= 0:
+            raise UserError(f"--shift must be positive, not {self.shift}")
+        if self.prompts is not None and self.classes is not None:
+            raise UserError("give --prompts or --classes, not both")
+
+
+#: Settings that a resumed run may change, because the weights do not depend on them.
+RESUMABLE_CHANGES = frozenset(
+    {"out", "max_steps", "resume", "checkpointing_steps", "checkpoints_total_limit", "log_steps", "sample_steps", "report_to"}
+)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Names of the settings that differ between two resolved configurations and must not in a resumed run."""
+    names = sorted((old.keys() | new.keys()) - RESUMABLE_CHANGES)
+    return [name for name in names if old.get(name) != new.get(name)]
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """Every setting by name, in the order of the dataclass."""
+    return {field.name: getattr(config, field.name) for field in fields(config)}

@@ -1,0 +1,281 @@
+"""What a run is fed: conditions to generate for, and (optionally) real images with conditions of their own."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from fewstep.conditioning import Conditioning
+from fewstep.draws import keyed_order
+from fewstep.errors import UserError
+from fewstep.method import Real
+from fewstep.recording import Recording
+
+_IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+_CACHE_LIMIT = 2**31  # bytes of encoded real samples kept in memory
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The non-empty lines of a UTF-8 file.
+
+    Raises:
+        UserError: the file is missing, not UTF-8, or holds no prompt.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"cannot read --prompts {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {path} is not UTF-8 text") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UserError(f"--prompts {path} holds no prompt; write one on each line")
+    return prompts
+
+
+def read_classes(text: str) -> list[int]:
+    """Labels from ``0-9`` or ``1,5,7-8``.
+
+    Raises:
+        UserError: it is neither.
+    """
+    labels: list[int] = []
+    for part in text.split(","):
+        low, _, high = part.strip().partition("-")
+        if not low.isdecimal() or (high and not high.isdecimal()) or int(high or low) < int(low):
+            raise UserError(f"--classes takes labels such as 0-9 or 1,5,7, not {text!r}")
+        labels += range(int(low), int(high or low) + 1)
+    return labels
+
+
+class Conditions:
+    """The conditions of a run, encoded once, and the keyed order in which they are used.
+
+    Args:
+        recording: of the teacher.
+        prompts: for a text-conditioned teacher.
+        labels: for a class-conditional one.
+        device: where batches are put.
+
+    Raises:
+        UserError: the teacher asks for conditions of the other kind, or for any at all.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        prompts: Sequence[str] | None = None,
+        labels: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        kind = recording.conditional
+        given = "prompt" if prompts is not None else "label" if labels is not None else None
+        if kind != given:
+            wanted = {"prompt": "--prompts FILE", "label": "--classes 0-9", None: "neither --prompts nor --classes"}
+            raise UserError(f"this teacher is conditioned on {kind or 'nothing'}: it takes {wanted[kind]}")
+        self.kind = kind
+        self.items: list[str] | list[int] | None = list(prompts) if prompts is not None else labels and list(labels)
+        self._pool = recording.condition(prompts=self.items) if kind == "prompt" else None
+        if kind == "label":
+            self._pool = recording.condition(labels=self.items)
+        self._unconditional = recording.condition() if kind is None else None
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self.items) if self.items is not None else 1
+
+    def select(self, rows: Sequence[int]) -> Conditioning:
+        """The conditioning of these items, on the device."""
+        source = self._pool if self._pool is not None else self._unconditional
+        rows = list(rows) if self._pool is not None else [0] * len(rows)
+        return source.select(rows).to(device=self._device)
+
+    def batch(self, seed: int, positions: Sequence[int], stream: str = "conditions") -> Conditioning:
+        """The conditioning at these places of the run's endless, keyed stream."""
+        return self.select([keyed_order(seed, stream, len(self), position) for position in positions])
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Real images and what each shows.
+
+    Attributes:
+        files: paths, or a uint8 tensor (N, C, H, W).
+        captions: a text or a label for each, None where the data says nothing.
+    """
+
+    files: list[Path] | Tensor
+    captions: list[str] | list[int] | None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def image(self, index: int, channels: int, height: int, width: int) -> Tensor:
+        """Float (C, H, W) in [0, 1]: scaled until it covers the size, then cropped at the centre."""
+        if isinstance(self.files, Tensor):
+            pixels = self.files[index]
+            picture = Image.fromarray(pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
+        else:
+            try:
+                picture = Image.open(self.files[index])
+                picture.load()
+            except (OSError, UnidentifiedImageError) as error:
+                raise UserError(f"{self.files[index]} is not an image that can be read; remove it from --data") from error
+        picture = picture.convert("L" if channels == 1 else "RGB")
+        if picture.size != (width, height):
+            scale = max(width / picture.width, height / picture.height)
+            size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+            picture = picture.resize(size, Image.Resampling.LANCZOS)
+            left, top = (picture.width - width) // 2, (picture.height - height) // 2
+            picture = picture.crop((left, top, left + width, top + height))
+        array = torch.from_numpy(np.array(picture)).float() / 255
+        return array.reshape(height, width, channels).permute(2, 0, 1)
+
+
+def read_images(source: str) -> RealImages:
+    """Real images from ``--data``.
+
+    A folder with a ``metadata.jsonl`` (``file_name`` and ``text`` or ``label``), with class sub-folders, with idx files
+    (MNIST's format, 28 x 28 padded to 32 x 32), or the word ``fashion`` for the images shipped with the package.
+
+    Raises:
+        UserError: the folder is missing, empty, or of none of these forms.
+    """
+    if source == "fashion":
+        from fewstep.fashion import training_images  # data of 3 MB, read only when asked for
+
+        images, labels = training_images()
+        return RealImages(images, labels.tolist())
+    folder = Path(source)
+    if not folder.is_dir():
+        raise UserError(f"--data {source} is not a folder")
+    if (folder / "metadata.jsonl").is_file():
+        return _from_metadata(folder)
+    if images := sorted(folder.glob("train-images-idx3-ubyte*")):
+        return _from_idx(images[0])
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    found = [(file, path.name) for path in classes for file in _image_files(path)]
+    if found:
+        return RealImages([file for file, _ in found], [name for _, name in found])
+    if files := _image_files(folder):
+        return RealImages(files, None)
+    raise UserError(f"--data {source} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}), no metadata.jsonl, no idx files")
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES)
+
+
+def _from_metadata(folder: Path) -> RealImages:
+    files: list[Path] = []
+    captions: list = []
+    for number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            files.append(folder / row["file_name"])
+            captions.append(row["text"] if "text" in row else int(row["label"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}/metadata.jsonl, line {number}: wants file_name and text or label") from error
+        if not files[-1].is_file():
+            raise UserError(f"{folder}/metadata.jsonl, line {number}: there is no file {files[-1]}")
+    if not files:
+        raise UserError(f"{folder}/metadata.jsonl is empty")
+    return RealImages(files, captions)
+
+
+def _from_idx(images: Path) -> RealImages:
+    labels = images.with_name(images.name.replace("images-idx3", "labels-idx1"))
+    try:
+        pixels, classes = read_idx(images), read_idx(labels)
+    except (OSError, EOFError, struct.error, ValueError) as error:
+        raise UserError(f"the idx files beside {images} cannot be read: {error}") from error
+    padded = torch.nn.functional.pad(pixels, (2, 2, 2, 2)) if pixels.shape[1:] == (28, 28) else pixels
+    return RealImages(padded.unsqueeze(1), classes.tolist())
+
+
+def read_idx(path: Path) -> Tensor:
+    """A uint8 tensor from a (gzipped) file in MNIST's idx format."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        kind, rank = struct.unpack(">HBB", file.read(4))[1:]
+        shape = struct.unpack(f">{rank}I", file.read(4 * rank))
+        data = file.read()
+    if kind != 8 or len(data) != int(np.prod(shape)):
+        raise ValueError(f"{path} is not an idx file of bytes, or is truncated")
+    return torch.from_numpy(np.frombuffer(data, np.uint8).reshape(shape).copy())
+
+
+class RealSamples:
+    """Real images in the network's space, each with its condition, in a keyed order.
+
+    Captions meet the teacher's kind of condition: a text is encoded as a prompt; a label k of a text-conditioned run is
+    the run's k-th prompt where their numbers agree, else the word itself; class folders count in alphabetical order.
+
+    Args:
+        images: what was read.
+        recording: of the teacher.
+        conditions: of the run; its items are what labels of a text-conditioned teacher refer to.
+        device: where batches are put.
+
+    Raises:
+        UserError: the images have no captions and the teacher needs them.
+    """
+
+    def __init__(
+        self, images: RealImages, recording: Recording, conditions: Conditions, device: torch.device | str = "cpu"
+    ) -> None:
+        self.images = images
+        self._encode = recording.encode
+        self._device = device
+        self._size = recording.decode(torch.zeros(1, *recording.sample_shape)).shape[1:]
+        if len(self._size) != 3:
+            raise UserError("--data gives images, and this teacher makes videos; train without --data")
+        self._rows, self._conditions = _captions_to_conditions(images, recording, conditions, device)
+        self._cache: dict[int, Tensor] = {}
+        self._bytes = 4 * int(np.prod(recording.sample_shape))
+
+    @torch.no_grad()
+    def batch(self, seed: int, positions: Sequence[int]) -> Real:
+        """The real samples at these places of the run's endless, keyed stream."""
+        rows = [keyed_order(seed, "real", len(self.images), position) for position in positions]
+        missing = [row for row in dict.fromkeys(rows) if row not in self._cache]
+        encoded = dict(self._cache)
+        if missing:
+            pixels = torch.stack([self.images.image(row, *self._size) for row in missing])
+            encoded.update(zip(missing, self._encode(pixels).cpu()))
+            if (len(self._cache) + len(missing)) * self._bytes <= _CACHE_LIMIT:
+                self._cache = encoded
+        x0 = torch.stack([encoded[row] for row in rows]).to(self._device)
+        return Real(x0, self._conditions.select([self._rows[row] for row in rows]))
+
+
+def _captions_to_conditions(
+    images: RealImages, recording: Recording, conditions: Conditions, device: torch.device | str
+) -> tuple[list[int], Conditions]:
+    """For each image the row of its condition, and the conditions that these rows count in."""
+    if conditions.kind is None:
+        return [0] * len(images), conditions
+    if images.captions is None:
+        raise UserError("--data has images without captions, and this teacher is conditioned; add class folders or metadata.jsonl")
+    distinct = sorted(set(images.captions))
+    numbers = all(isinstance(caption, int) for caption in distinct)
+    if conditions.kind == "label":
+        # Names of class folders stand for 0, 1, 2, ... in alphabetical order, as in every image-folder data set.
+        labels = distinct if numbers else list(range(len(distinct)))
+        items: list = labels
+        pool = Conditions(recording, labels=items, device=device)
+    elif numbers and len(distinct) == len(conditions) and distinct == list(range(len(distinct))):
+        return list(images.captions), conditions
+    else:
+        items = [str(caption) for caption in distinct]
+        pool = Conditions(recording, prompts=items, device=device)
+    place = {caption: k for k, caption in enumerate(distinct)}
+    return [place[caption] for caption in images.captions], pool

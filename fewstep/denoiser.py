@@ -1,0 +1,73 @@
+"""The denoiser: one network, seen as a function from (x_t, t, conditioning) to x0.
+
+Losses and rollouts ask only for the :class:`Denoiser` protocol, which a plain function satisfies, so the same code runs
+closed-form oracles and stock diffusers networks.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.conditioning import Conditioning
+from fewstep.features import FeatureTap
+from fewstep.prediction import expand, to_x0
+from fewstep.recording import Recipe
+from fewstep.schedule import NoiseSchedule
+
+
+class Denoiser(Protocol):
+    """Anything that says what the clean sample is.
+
+    ``x_t``: (B, ...), ``t``: (B,) in [0, 1], ``conditioning``: of B samples; returns x0 (B, ...).
+    """
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor: ...
+
+
+class NetworkDenoiser:
+    """A stock diffusers network as a :class:`Denoiser`.
+
+    Args:
+        network: the teacher's network or a copy of it.
+        recipe: how the teacher's pipeline calls its network.
+        schedule: alpha and sigma of ``x_t``.
+        prediction_type: what the network's output is, see :data:`fewstep.prediction.KINDS`.
+        autocast: dtype of the forward pass, None for the parameters' own.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        recipe: Recipe,
+        schedule: NoiseSchedule,
+        prediction_type: str,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.network = network
+        self.recipe = recipe
+        self.schedule = schedule
+        self.prediction_type = prediction_type
+        self.autocast = autocast
+
+    def raw(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output in its own prediction type; shapes as in :class:`Denoiser`."""
+        # The network was trained on the dtype of its parameters; the sample itself stays in the losses' dtype.
+        parameter = next(self.network.parameters())
+        network_input = (expand(self.schedule.input_scale(t), x_t) * x_t).to(parameter.dtype)
+        # A context of its own for every call: autocast caches casted weights until the context ends, and a cast made
+        # under no_grad would be reused by a later pass that needs the gradient.
+        with torch.autocast(x_t.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.recipe.call(self.network, network_input, self.schedule.timestep(t), conditioning)
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """x0 (B, ...) in the dtype of ``x_t``."""
+        return to_x0(self.raw(x_t, t, conditioning), self.prediction_type, x_t, self.schedule, t)
+
+    def features(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, tap: FeatureTap) -> Tensor:
+        """What ``tap`` sees on the way: (B, C, ...) maps or (B, N, C) image tokens, float32; the rest does not run."""
+        with tap.on(self.network) as seen:
+            self.raw(x_t, t, conditioning)
+        return seen.features

@@ -1,0 +1,338 @@
+"""One distillation from a teacher to an exported student: what every method shares before and after its training."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available
+from diffusers import DiffusionPipeline
+
+from fewstep import checkpoint
+from fewstep.config import RunConfig, differences, resolved
+from fewstep.data import Conditions, RealSamples, read_classes, read_images, read_prompts
+from fewstep.discriminator import make_head
+from fewstep.draws import Draws
+from fewstep.errors import UserError
+from fewstep.export import export_student, plan_student
+from fewstep.features import FeatureTap, find_tap
+from fewstep.guidance import GuidedDenoiser
+from fewstep.images import save_grid
+from fewstep.loop import Loop, Processes, sampling_role
+from fewstep.monitor import Monitor
+from fewstep.recording import record
+from fewstep.roles import Role, make_role
+from fewstep.rollout import Sampler, ode_sampler, rollout
+from fewstep.schedule import FlowSchedule
+from fewstep.teacher import base_model, load_teacher
+
+logger = logging.getLogger("fewstep")
+
+_SHOWN_SAMPLES = 8  # in a sample grid
+_TEACHER_STEPS = 25  # of the teacher's row in it
+
+
+def methods() -> list[str]:
+    """The names of all methods: the files of ``fewstep.trainers``."""
+    package = importlib.import_module("fewstep.trainers")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def method_class(name: str) -> type:
+    """The class of a method, by the name of its file.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    if name not in methods():
+        raise UserError(f"there is no method {name!r}; there are: {', '.join(methods())}")
+    module = importlib.import_module(f"fewstep.trainers.{name}")
+    return next(c for c in vars(module).values() if hasattr(c, "turns") and c.__module__ == module.__name__)
+
+
+class Distillation:
+    """A teacher, recorded and proven; a student's plan, walked; what to train on. Methods take their roles from here.
+
+    Args:
+        config: of the run.
+        method: name of the method.
+        pipeline: the teacher where it is in memory already, else it is loaded from ``config.teacher``.
+
+    Raises:
+        UserError: and its subclasses, for everything that a user can mend.
+    """
+
+    def __init__(self, config: RunConfig, method: str, pipeline: DiffusionPipeline | None = None) -> None:
+        self.config, self.method = config, method
+        self.out = Path(config.out)
+        self.accelerator = Accelerator(cpu=config.cpu, log_with=_trackers(config.report_to), project_dir=config.out)
+        self.device = self.accelerator.device
+        self.resuming = claim_folder(self.out, method, config, self.accelerator.is_main_process)
+        self.accelerator.wait_for_everyone()
+
+        self.pipeline = load_teacher(config.teacher, config.trust_remote_code) if pipeline is None else pipeline
+        self.pipeline.to(self.device)
+        self.recording = record(self.pipeline, **_teacher_call(config))
+        self.recording.prove()
+        self.plan = plan_student(
+            self.recording,
+            config.steps,
+            renoise=config.renoise,
+            shift=config.shift,
+            first_timestep=config.first_timestep,
+        )
+        self._say(self.plan.note)
+        schedule = self.recording.schedule
+        self.sampler = Sampler(schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
+        self.shift = self.plan.shift if isinstance(schedule, FlowSchedule) else 1.0
+        self.guidance_scale = self._guidance_scale()
+        self.negative = self.recording.negative() if self.guidance_scale != 1.0 else None
+        if self.negative is not None:
+            self.negative = self.negative.to(device=self.device)
+        prompts = read_prompts(config.prompts) if config.prompts is not None else self._embedded_prompts()
+        labels = read_classes(config.classes) if config.classes is not None else None
+        self.conditions = Conditions(self.recording, prompts, labels, self.device)
+        self.real = None
+        if config.data is not None:
+            self.real = RealSamples(read_images(config.data), self.recording, self.conditions, self.device)
+
+    # --- what methods ask for -----------------------------------------------------------------------------------
+
+    def make_roles(self, *names: str) -> dict[str, Role]:
+        """The frozen teacher, the trainable roles ``names``, and ``ema`` where the run has one."""
+        bf16 = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
+        options = {"autocast": bf16, "device": self.device}
+        # The teacher is only read, so its parameters themselves are bfloat16; trained ones stay float32.
+        roles = {"teacher": make_role("teacher", self.recording, trainable=False, dtype=bf16 or torch.float32, **options)}
+        for name in names:
+            roles[name] = make_role(
+                name,
+                self.recording,
+                trainable=True,
+                gradient_checkpointing=self.config.gradient_checkpointing,
+                **options,
+            )
+        if self.config.ema_decay > 0:
+            roles["ema"] = make_role("ema", self.recording, trainable=False, **options)
+        return roles
+
+    def guided(self, teacher: Role) -> GuidedDenoiser:
+        """The teacher under the run's guidance."""
+        return GuidedDenoiser(teacher, self.negative, self.guidance_scale)
+
+    def add_head(self, role: Role) -> FeatureTap:
+        """Give a role a GAN head on its own features, and say where they are tapped."""
+        conditioning = self.conditions.select([0, 0])
+        x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
+        t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
+        tap = find_tap(role.denoiser.network, lambda sample: role.denoiser.raw(sample, t, conditioning), x)
+        with torch.no_grad():
+            role.added["head"] = make_head(role.denoiser.features(x, t, conditioning, tap), self.config.seed)
+        return tap
+
+    def initialize(self, roles: dict[str, Role]) -> None:
+        """Take the weights of ``--init`` over: a run's roles, or the network of a pipeline folder for the student."""
+        if self.config.init is None:
+            return
+        source = Path(self.config.init)
+        if (source / "checkpoints").is_dir():
+            _, tensors = checkpoint.load_latest(source / "checkpoints")
+            for name in ("student", "critic"):
+                if name in roles and name in tensors:
+                    _load_run(roles[name], tensors[name], self._say)
+        else:
+            network = getattr(load_teacher(self.config.init), self.recording.component, None)
+            if network is None:
+                raise UserError(f"--init {source} has no {self.recording.component}; it is of another family than the teacher")
+            roles["student"].load_state_dict({f"network.{k}": v for k, v in network.state_dict().items()})
+            self._say(f"the student starts from {source}; the critic starts from the teacher")
+        if "ema" in roles:
+            roles["ema"].copy_weights(roles["student"])
+
+    # --- the run ------------------------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """Train, then export the student. Returns its folder."""
+        method = method_class(self.method).prepare(self.config, self)
+        monitor = Monitor(self.out, self.config.max_steps, self.accelerator)
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("logs")
+        role = sampling_role(method.roles)
+        loop = Loop(
+            method,
+            self.method,
+            self.config,
+            conditions=self.conditions,
+            real=self.real,
+            shape=self.recording.sample_shape,
+            device=self.device,
+            processes=Processes(self.accelerator.process_index, self.accelerator.num_processes),
+            monitor=monitor,
+            on_samples=lambda step: self.save_samples(method.roles["teacher"], role, step),
+        )
+        if self.resuming:
+            loop.resume()
+        try:
+            loop.run()
+        finally:
+            monitor.close()
+            self.accelerator.end_training()
+        student = self.out / "student"
+        if self.accelerator.is_main_process:
+            self.export(role, student)
+        self.accelerator.wait_for_everyone()
+        return student
+
+    def export(self, role: Role, out: Path) -> None:
+        """Write a role as a stock pipeline folder."""
+        export_student(
+            self.recording,
+            role.denoiser.network,
+            self.plan,
+            out,
+            method=self.method,
+            base_model=base_model(self.config.teacher),
+            teacher=self.config.teacher,
+            training=resolved(self.config),
+        )
+
+    @torch.no_grad()
+    def save_samples(self, teacher: Role, student: Role, step: int) -> None:
+        """``OUT/samples/step_*.png``: the teacher's samples above the student's, same noise and conditions."""
+        count = _SHOWN_SAMPLES
+        rows = [k % len(self.conditions) for k in range(count)]
+        conditioning = self.conditions.select(rows)
+        walks = {
+            "teacher": (self.guided(teacher), ode_sampler(self.recording.schedule, _TEACHER_STEPS)),
+            "student": (student, self.sampler),
+        }
+        pictures = []
+        for denoiser, sampler in walks.values():
+            draws = Draws(self.config.seed, -2, range(count), self.device)
+            noise = draws.normal("noise", self.recording.sample_shape)
+            x0 = rollout(
+                denoiser,
+                sampler,
+                noise,
+                conditioning,
+                step_noise=lambda k, draws=draws: draws.normal(f"step_noise_{k}", self.recording.sample_shape),
+            )
+            pictures.append(self.recording.decode(x0).float().cpu())
+        save_grid(pictures, self.out / "samples" / f"step_{step:08d}.png")
+
+    # --- pieces of __init__ -------------------------------------------------------------------------------------
+
+    def _guidance_scale(self) -> float:
+        if self.config.guidance_scale is not None:
+            return self.config.guidance_scale
+        from fewstep.fashion import TEACHERS
+
+        if self.config.teacher in TEACHERS:
+            return TEACHERS[self.config.teacher].guidance_scale
+        default = self.recording.guidance.default_scale
+        return 1.0 if default is None else default
+
+    def _embedded_prompts(self) -> list[str] | None:
+        from fewstep.fashion import PROMPTS, TEACHERS
+
+        return list(PROMPTS) if self.config.teacher in TEACHERS else None
+
+    def _say(self, line: str) -> None:
+        if self.accelerator.is_main_process and line:
+            logger.info(line)
+
+
+def distill(teacher: str | Path | DiffusionPipeline, method: str = "dmd2", **settings: Any) -> Path:
+    """Distil a teacher and export the student: the command line's ``fewstep distill`` as a function.
+
+    Args:
+        teacher: folder, hub id, embedded name, or a loaded pipeline.
+        method: a file name of ``fewstep.trainers``.
+        **settings: fields of the method's configuration (``out`` is required), see ``fewstep distill METHOD --help``.
+
+    Returns:
+        The student's folder, a stock diffusers pipeline.
+
+    Raises:
+        UserError: for everything that a user can mend.
+        fewstep.loop.Interrupted: after Ctrl-C, with a checkpoint written.
+    """
+    pipeline = teacher if isinstance(teacher, DiffusionPipeline) else None
+    name = str(teacher) if pipeline is None else pipeline.config.get("_name_or_path") or type(pipeline).__name__
+    try:
+        config = method_class(method).Config(teacher=name, **settings)
+    except TypeError as error:
+        raise UserError(f"{method} has no such setting: {error}") from error
+    return Distillation(config, method, pipeline).run()
+
+
+def main(method: str) -> None:
+    """``python -m fewstep.trainers.METHOD``, also under ``accelerate launch -m``: the flags of ``fewstep distill``."""
+    import sys
+
+    from fewstep.cli import main as command_line
+
+    sys.exit(command_line(["distill", method, *sys.argv[1:]]))
+
+
+def claim_folder(out: Path, method: str, config: RunConfig, writes: bool) -> bool:
+    """Make ``out`` this run's folder. True: there is a checkpoint to go on from.
+
+    Raises:
+        UserError: it cannot be written, holds another run, or ``--resume`` does not fit what is there.
+    """
+    file = out / "config.yaml"
+    mine = {"method": method, **resolved(config)}
+    if file.exists():
+        if not config.resume:
+            raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or choose another folder")
+        try:
+            theirs = yaml.safe_load(file.read_text())
+        except yaml.YAMLError as error:
+            raise UserError(f"{file} cannot be read; choose another --out") from error
+        if changed := differences(theirs, mine):
+            raise UserError(f"--resume: {', '.join(changed)} differ from {file}; give the run its old settings or another --out")
+        resuming = bool(checkpoint.steps_in(out / "checkpoints"))
+    else:
+        if config.resume:
+            raise UserError(f"--resume: {out} holds no run; leave out --resume to start one")
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"--out {out} is not empty and holds no run of fewstep; choose another folder")
+        resuming = False
+    if writes:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            file.write_text(yaml.safe_dump(mine, sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+    return resuming
+
+
+def _teacher_call(config: RunConfig) -> dict[str, Any]:
+    call = dict(config.call or {})
+    if config.negative_prompt is not None:
+        call["negative_prompt"] = config.negative_prompt
+    return call
+
+
+def _trackers(report_to: str) -> list[str] | None:
+    if report_to == "none":
+        return None
+    if report_to == "auto":
+        return ["tensorboard"] if is_tensorboard_available() else None
+    return [name.strip() for name in report_to.split(",")]
+
+
+def _load_run(role: Role, tensors: dict[str, torch.Tensor], say: Any) -> None:
+    """Load a role of another run; a head that the other run did not train keeps its fresh weights."""
+    if "head" in role.added and not any(name.startswith("head.") for name in tensors):
+        fresh = {name: value for name, value in role.state_dict().items() if name.startswith("head.")}
+        tensors = {**tensors, **fresh}
+        say(f"the run of --init trained no GAN head; the {role.name}'s starts afresh")
+    role.load_state_dict(tensors)

@@ -1,0 +1,77 @@
+"""Random draws that are functions of (seed, step, global sample index, name) and of nothing else.
+
+Results therefore do not depend on the number of processes or micro-batches, nor on where a run was resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A CPU generator seeded with 8 bytes of BLAKE2b over ``key``."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+
+
+class Draws:
+    """The draws of one (micro-)batch of one step.
+
+    Args:
+        seed: of the run.
+        step: of the run.
+        indices: the samples' places in the step's global batch.
+        device: where draws are put; they are made on the CPU, so that every device sees the same numbers.
+
+    Each draw has a name, unique within a step (asking twice for one name raises ``ValueError``), because two draws of
+    one name would be the same numbers.
+    """
+
+    def __init__(self, seed: int, step: int, indices: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.seed, self.step, self.indices, self.device = seed, step, list(indices), device
+        self._names: set[str] = set()
+
+    def _generators(self, name: str) -> Iterator[torch.Generator]:
+        if name in self._names:
+            raise ValueError(f"the draw {name!r} was already made in step {self.step}; names are unique within a step")
+        self._names.add(name)
+        return (keyed_generator(self.seed, self.step, index, name) for index in self.indices)
+
+    def normal(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal float32 (B, *shape)."""
+        return torch.stack([torch.randn(tuple(shape), generator=g) for g in self._generators(name)]).to(self.device)
+
+    def uniform(self, name: str) -> Tensor:
+        """Uniform on [0, 1), float64 (B,)."""
+        values = [torch.rand((), generator=g, dtype=torch.float64) for g in self._generators(name)]
+        return torch.stack(values).to(self.device)
+
+    def integers(self, name: str, low: int, high: int) -> Tensor:
+        """Uniform integers from low to high - 1, int64 (B,)."""
+        return torch.stack([torch.randint(low, high, (), generator=g) for g in self._generators(name)]).to(self.device)
+
+    def shared_integer(self, name: str, low: int, high: int) -> int:
+        """One integer from low to high - 1 for every sample of the step, on every process."""
+        return int(torch.randint(low, high, (), generator=keyed_generator(self.seed, self.step, "shared", name)))
+
+
+def keyed_order(seed: int, name: str, count: int, position: int) -> int:
+    """The item at ``position`` of an endless stream over ``count`` items, in a new keyed order each epoch."""
+    epoch, place = divmod(position, count)
+    return int(_permutation(seed, name, count, epoch)[place])
+
+
+_permutations: dict[tuple[int, str, int], tuple[int, Tensor]] = {}
+
+
+def _permutation(seed: int, name: str, count: int, epoch: int) -> Tensor:
+    # Only the latest epoch of a stream is kept: positions ascend, and a million-item permutation is 8 MB.
+    kept = _permutations.get((seed, name, count))
+    if kept is None or kept[0] != epoch:
+        kept = (epoch, torch.randperm(count, generator=keyed_generator(seed, "order", name, epoch)))
+        _permutations[seed, name, count] = kept
+    return kept[1]

@@ -1,0 +1,168 @@
+"""Features of a stock network, tapped by a forward hook; the network stops there and nothing of it is rewritten.
+
+The tap sits at a UNet's mid block, elsewhere at half depth of the longest list of blocks. A transformer's block may
+carry text beside the image, as a stream of its own or in one sequence; only the image tokens are features. Which
+those are is observed: before the two mix, they are the ones that change when the sample changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Reached(Exception):  # noqa: N818 - it ends a forward pass early and is no error
+    """Raised by the tap's hook; never leaves :meth:`FeatureTap.on`."""
+
+
+@dataclass
+class Seen:
+    """Where a tap puts what it saw: (B, C, H, W), (B, C, F, H, W) or image tokens (B, N, C)."""
+
+    features: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FeatureTap:
+    """A place in a network.
+
+    Attributes:
+        module: its name, as in ``network.get_submodule``.
+        output: which of the tensors that the module returns.
+        tokens: positions of the image in a sequence that also holds text, None for all.
+    """
+
+    module: str
+    output: int = 0
+    tokens: tuple[int, ...] | None = None
+
+    @contextmanager
+    def on(self, network: nn.Module) -> Iterator[Seen]:
+        """Run the network inside this context: it ends at the tap, and the features are in the yielded object."""
+        seen = Seen()
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            features = _tensors(output)[self.output]
+            if self.tokens is not None:
+                features = features[:, list(self.tokens)]
+            seen.features = features.float() if features.dtype.itemsize < 4 else features
+            raise _Reached
+
+        handle = network.get_submodule(self.module).register_forward_hook(hook)
+        try:
+            yield seen
+        except _Reached:
+            return
+        finally:
+            handle.remove()
+        raise RuntimeError(f"the network never called its module {self.module!r}, where features were to be tapped")
+
+
+@torch.no_grad()
+def find_tap(network: nn.Module, run: Callable[[Tensor], Any], x: Tensor) -> FeatureTap:
+    """Where to tap ``network``.
+
+    Args:
+        network: a stock diffusers network.
+        run: calls it on a sample of the shape of ``x``.
+        x: any sample (B, ...).
+
+    Raises:
+        ValueError: the network has neither a mid block nor a list of blocks, or its image tokens cannot be told apart.
+    """
+    if getattr(network, "mid_block", None) is not None:
+        return FeatureTap("mid_block")
+    lists = {name: m for name, m in network.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
+    if not lists:
+        lists = {name: m for name, m in network.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    if not lists:
+        raise ValueError(f"{type(network).__name__} has no mid block and no list of blocks to tap features from")
+    longest = max(lists, key=lambda name: len(lists[name]))
+    block = f"{longest}.{max(len(lists[longest]) // 2 - 1, 0)}"
+
+    other = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    entries = [f"{name}.0" for name in lists]
+    first, second = (_observe(network, [*entries, block], run, sample) for sample in (x, other))
+    changed = {}
+    for entry in entries:
+        inputs = zip(first[entry].inputs, second[entry].inputs) if entry in first else ()
+        changed[entry] = [(a != b).any(dim=2).any(dim=0) for a, b in inputs]
+
+    outputs = first[block].outputs
+    image, mixed = _image_stream(changed[f"{longest}.0"])
+    if not mixed and image is not None:
+        positions = changed[f"{longest}.0"][image].nonzero().flatten().tolist()
+        source = first[block].inputs[image]
+    else:  # text and image have met before: the image is as long as it was where they had not
+        lengths = {int(mask.sum()) for masks in changed.values() for mask in masks if bool(mask.any())}
+        if not lengths:
+            raise ValueError(f"no block of {type(network).__name__} reacts to the sample; its weights are degenerate")
+        positions, source = list(range(min(lengths))), None
+    whole = [k for k, tensor in enumerate(outputs) if tensor.shape[1] == len(positions)]
+    if whole:
+        return FeatureTap(block, max(whole, key=lambda k: _similarity(outputs[k], source)))
+    longer = [k for k, tensor in enumerate(outputs) if tensor.shape[1] > len(positions)]
+    if source is not None and longer and outputs[longer[0]].shape[1] == source.shape[1]:
+        return FeatureTap(block, longer[0], tuple(positions))
+    raise ValueError(
+        f"cannot tell image tokens from text tokens in {type(network).__name__}.{block}; train without a GAN"
+    )
+
+
+@dataclass
+class _Passage:
+    """The token tensors (B, N, C) that went into and came out of one block."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+def _observe(network: nn.Module, names: list[str], run: Callable[[Tensor], Any], x: Tensor) -> dict[str, _Passage]:
+    passages: dict[str, _Passage] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            inputs = [*args, *kwargs.values()]
+            if name not in passages:
+                passages[name] = _Passage([i.clone() for i in inputs if _is_tokens(i)], _tensors(output))
+
+        return hook
+
+    handles = [network.get_submodule(n).register_forward_hook(watch(n), with_kwargs=True) for n in dict.fromkeys(names)]
+    try:
+        run(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return passages
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point()
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors a module returned, in order; a mid block returns one, a joint block two."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [value for value in output if isinstance(value, Tensor)]
+
+
+def _image_stream(masks: list[Tensor]) -> tuple[int | None, bool]:
+    """(which input is the image, whether text and image have already been mixed)."""
+    reacting = [k for k, mask in enumerate(masks) if bool(mask.any())]
+    if len(reacting) == 1:
+        return reacting[0], False
+    return None, True
+
+
+def _similarity(output: Tensor, source: Tensor | None) -> float:
+    """How much of a stream's input is left in an output; blocks are residual, so its own output holds the most."""
+    if source is None or source.shape != output.shape:
+        return 0.0
+    return float(torch.cosine_similarity(output.flatten().float(), source.flatten().float(), dim=0))

@@ -1,0 +1,66 @@
+"""Classifier-free guidance (Ho & Salimans 2022) in diffusers' convention: neg + w (pos - neg), w = 1 is off."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewstep.conditioning import Conditioning, compatible
+from fewstep.denoiser import Denoiser
+
+
+def guide(positive: Tensor, negative: Tensor, guidance_scale: float | Tensor) -> Tensor:
+    """neg + w (pos - neg); all (B, ...). It commutes with every conversion at one x_t, so x0 may be guided directly.
+
+    Papers that write c + w' (c - u) mean w' = w - 1.
+    """
+    return negative + guidance_scale * (positive - negative)
+
+
+def rescale_last_axis(guided: Tensor, positive: Tensor) -> Tensor:
+    """``guided`` with the norm of ``positive`` along the last axis (per token); both (B, ..., C)."""
+    return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+
+def rescale_norm(guided: Tensor, positive: Tensor) -> Tensor:
+    """``guided`` shrunk, never grown, to the norm of ``positive`` over the whole tensor; both (B, ...)."""
+    return guided * (positive.norm() / guided.norm()).clamp(max=1.0)
+
+
+class GuidedDenoiser:
+    """A denoiser under classifier-free guidance; itself a :class:`fewstep.denoiser.Denoiser`.
+
+    One network call of 2B rows where the conditionings can be joined, two calls of B rows elsewhere.
+
+    Args:
+        denoiser: the unguided one.
+        negative: conditioning of one sample, used for every sample of a batch; None where the scale is 1.
+        guidance_scale: w.
+
+    Raises:
+        ValueError: a scale other than 1 without a negative conditioning.
+    """
+
+    def __init__(self, denoiser: Denoiser, negative: Conditioning | None, guidance_scale: float) -> None:
+        if guidance_scale != 1.0 and negative is None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a teacher with classifier-free guidance, and this one has none; "
+                "set guidance_scale to 1"
+            )
+        self.denoiser = denoiser
+        self.negative = negative
+        self.guidance_scale = guidance_scale
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Guided x0 (B, ...)."""
+        if self.guidance_scale == 1.0:
+            return self.denoiser(x_t, t, conditioning)
+        batch = x_t.shape[0]
+        negative = self.negative.select([0] * batch)
+        if compatible(negative, conditioning):
+            both = Conditioning.cat([negative, conditioning])
+            x0_negative, x0_positive = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        else:
+            x0_negative = self.denoiser(x_t, t, negative)
+            x0_positive = self.denoiser(x_t, t, conditioning)
+        return guide(x0_positive, x0_negative, self.guidance_scale)

@@ -1,0 +1,88 @@
+"""The contract between a method and the training loop.
+
+A method is one class in ``trainers/``. Its generator ``turns(step, batch)`` yields the updates of one step in the
+paper's order; the loop does everything else (:mod:`fewstep.loop`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from fewstep.conditioning import Conditioning
+from fewstep.draws import Draws
+from fewstep.roles import Role
+
+
+@dataclass
+class Turn:
+    """One update of one role.
+
+    Attributes:
+        role: whose parameters are updated; no other parameter gets a gradient.
+        backward: pairs (tensor, gradient of the loss with respect to it); None stands for 1, for a scalar loss. Means
+            are over the micro-batch: the loop divides by the number of micro-batches and processes.
+        log: scalar tensors () for the log, without gradient.
+    """
+
+    role: str
+    backward: list[tuple[Tensor, Tensor | None]]
+    log: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Renew:
+    """Start a role over: weights like another role's, fresh optimizer, fresh average, warm-up from here."""
+
+    role: str
+    like: str
+
+
+@dataclass
+class Real:
+    """Real samples: ``x0`` (B, ...) in the network's space and their own conditioning."""
+
+    x0: Tensor
+    conditioning: Conditioning
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one step.
+
+    Attributes:
+        size: B.
+        shape: of one sample in the network's space.
+        conditioning: of the B samples to generate.
+        draws: every random number of the step.
+        real: B real samples with conditioning of their own, None in a data-free run.
+        logging: whether this step is logged; what is only looked at may cost network calls only then.
+    """
+
+    size: int
+    shape: tuple[int, ...]
+    conditioning: Conditioning
+    draws: Draws
+    real: Real | None
+    logging: bool
+
+
+class Method(Protocol):
+    """What the loop asks of a method.
+
+    Attributes:
+        roles: every role by name; those with trainable parameters are optimized and checkpointed.
+    """
+
+    roles: dict[str, Role]
+
+    def learning_rate(self, role: str) -> float:
+        """The peak learning rate of a trainable role."""
+        ...
+
+    def turns(self, step: int, batch: Batch) -> Iterator[Turn | Renew]:
+        """The updates of one step, in order. It must hold no graph across a yield."""
+        ...

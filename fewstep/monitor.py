@@ -1,0 +1,97 @@
+"""What a run says while it runs: ``metrics.jsonl``, a progress bar, and accelerate's trackers."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+#: Shown beside the progress bar: the numbers that tell whether training goes well.
+_SHOWN = {
+    "critic/lag": "lag",
+    "student/gradient": "|g|",
+    "student/x0_mean": "mean",
+    "student/x0_std": "std",
+    "student/teacher_std": "teacher std",
+}
+
+
+class Monitor:
+    """Log of one run; silent on all but the main process.
+
+    Args:
+        out: the run's folder.
+        max_steps: length of the progress bar.
+        accelerator: whose trackers get every line too; its main process is the one that writes.
+    """
+
+    def __init__(self, out: Path, max_steps: int, accelerator: Accelerator) -> None:
+        self.path = out / "metrics.jsonl"
+        self._accelerator = accelerator
+        self._active = accelerator.is_main_process
+        self._max_steps = max_steps
+        self._bar: tqdm | None = None
+        self._file: IO[str] | None = None
+        self._started = time.monotonic()
+
+    def resume(self, step: int) -> None:
+        """Forget the lines after ``step``; they will be written again."""
+        if not self._active or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # the line that a kill cut short
+                continue
+            if row["step"] <= step:
+                kept.append(line)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(partial, self.path)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the numbers of one step, after ``step`` steps are done."""
+        if not self._active:
+            return
+        row = {"step": step, "seconds": round(time.monotonic() - self._started, 2), **values}
+        self._open().write(json.dumps(row) + "\n")
+        self._accelerator.log(dict(values), step=step)
+        self._progress(step).set_postfix({short: f"{values[name]:.3g}" for name, short in _SHOWN.items() if name in values})
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar to ``step`` steps done."""
+        if self._active:
+            bar = self._progress(step)
+            bar.update(step - bar.n)
+
+    def flush(self) -> None:
+        """Make what was logged durable, so that no checkpoint is ahead of its log."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """End the log."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> IO[str]:
+        if self._file is None:
+            self._file = self.path.open("a")
+        return self._file
+
+    def _progress(self, step: int) -> tqdm:
+        if self._bar is None:
+            self._bar = tqdm(total=self._max_steps, initial=max(step - 1, 0), desc="distill", unit="step")
+        return self._bar

@@ -1,0 +1,87 @@
+"""The student's trajectory: the one loop that training, sample grids and tests share with the exported pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.conditioning import Conditioning
+from fewstep.denoiser import Denoiser
+from fewstep.prediction import add_noise, ode_step
+from fewstep.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a student moves: its schedule, its grid and what happens between two steps.
+
+    Attributes:
+        schedule: alpha and sigma.
+        grid: times in (0, 1], descending, without the final 0.
+        renoise: ``"fresh"`` (x0 is noised anew) or ``"ode"`` (the implied noise is kept).
+        initial_scale: the first x_t is this times unit noise.
+    """
+
+    schedule: NoiseSchedule
+    grid: tuple[float, ...]
+    renoise: str
+    initial_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.renoise not in ("fresh", "ode"):
+            raise ValueError(f"renoise must be 'fresh' or 'ode', not {self.renoise!r}")
+        if not self.grid or any(b >= a for a, b in zip(self.grid, self.grid[1:])) or not 0 < self.grid[-1]:
+            raise ValueError(f"a grid descends and ends above 0, not {self.grid}")
+
+    def times(self, step: int, like: Tensor) -> Tensor:
+        """The time of ``step`` for every sample of ``like``: float64 (B,)."""
+        return torch.full((like.shape[0],), self.grid[step], dtype=torch.float64, device=like.device)
+
+
+def rollout(
+    student: Denoiser,
+    sampler: Sampler,
+    noise: Tensor,
+    conditioning: Conditioning,
+    step_noise: Callable[[int], Tensor] | None = None,
+    last: int | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Sample x0 (B, ...) from unit ``noise`` (B, ...), with gradient through the last call of the student only.
+
+    With ``last=k`` the loop ends at step k of the grid, whose x0 is returned: DMD2's backward simulation, in which the
+    student meets its own inputs and every step learns to give a clean sample (Yin et al. 2024, §4.5). Steps before
+    the last run without gradient; the last one follows the caller's gradient mode.
+
+    Args:
+        student: gives x0.
+        sampler: grid and rule between steps.
+        noise: unit normal.
+        conditioning: of B samples.
+        step_noise: fresh unit noise (B, ...) for entering step k, needed for ``renoise="fresh"``.
+        last: index of the step to stop at, default the grid's last.
+        on_step: called with (k, x_t) before each call of the student.
+    """
+    last = len(sampler.grid) - 1 if last is None else last
+    x_t = sampler.initial_scale * noise
+    for step in range(last + 1):
+        t = sampler.times(step, x_t)
+        if on_step is not None:
+            on_step(step, x_t)
+        if step == last:
+            return student(x_t, t, conditioning)
+        with torch.no_grad():
+            x0 = student(x_t, t, conditioning)
+            now = sampler.schedule.coefficients(t)
+            then = sampler.schedule.coefficients(sampler.times(step + 1, x_t))
+            x_t = add_noise(x0, step_noise(step + 1), then) if sampler.renoise == "fresh" else ode_step(x_t, x0, now, then)
+    raise ValueError(f"last must be a step of the grid of {len(sampler.grid)}, not {last}")
+
+
+def ode_sampler(schedule: NoiseSchedule, steps: int, grid: Sequence[float] | None = None) -> Sampler:
+    """An Euler walk of ``steps`` even steps, for looking at a teacher; ``grid`` overrides the even one."""
+    times = tuple(grid) if grid is not None else tuple(k / steps for k in range(steps, 0, -1))
+    return Sampler(schedule, times, "ode", schedule.initial_scale())
