@@ -1,0 +1,64 @@
+"""What an evaluation measures, checked when it is made."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+METRICS = ("fd_test", "agreement", "precision", "recall", "diversity", "speed")
+# Rows of fewer samples serve for a look: the Fréchet distance falls with their number.
+QUOTABLE = 5000
+
+
+@dataclass
+class EvalConfig:
+    """What `evaluate` measures.
+
+    teacher: embedded name, folder or hub id; None leaves the teacher's rows out. teacher_call: further arguments of its
+    pipeline (guidance_scale, ...). steps: the students' step counts. num: samples in every row. prompts or classes:
+    what sample i is asked for (entry i modulo their number); None takes the ten of Fashion-MNIST for its models.
+    reference: "auto" (Fashion-MNIST's test split where a model or its prompts come from there), "fashion" or "none".
+    columns: samples shown in the grid. latency_budget: seconds after which no further timed call starts.
+    device: None takes the GPU when there is one.
+    """
+
+    out: Path = Path("eval")
+    teacher: str | None = None
+    teacher_steps: Sequence[int] = (1, 4, 25)
+    teacher_call: dict[str, Any] | None = None
+    steps: Sequence[int] = (1, 2, 4)
+    num: int = QUOTABLE
+    seed: int = 0
+    prompts: Sequence[str] | None = None
+    classes: Sequence[int] | None = None
+    batch_size: int = 100
+    metrics: Sequence[str] = METRICS
+    reference: str = "auto"
+    columns: int = 10
+    latency_calls: int = 20
+    latency_budget: float = 60.0
+    device: str | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        self.out = Path(self.out)
+        for name in ("num", "batch_size", "columns", "latency_calls"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for count in [*self.steps, *self.teacher_steps]:
+            if count < 1:
+                raise ValueError(f"a step count must be at least 1, not {count}")
+        unknown = sorted(set(self.metrics) - set(METRICS))
+        if unknown:
+            raise ValueError(f"unknown metric {', '.join(unknown)}; there are {', '.join(METRICS)}")
+        if self.reference not in ("auto", "fashion", "none"):
+            raise ValueError(f"reference must be auto, fashion or none, not {self.reference}")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"unknown dtype {self.dtype}")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device models are loaded on."""
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))

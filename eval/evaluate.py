@@ -1,0 +1,169 @@
+"""The evaluation: students and their teacher, the same seeds and conditions, one row per model and step count."""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fewstep
+
+from .config import QUOTABLE, EvalConfig
+from .features import FashionExtractor, fashion_reference
+from .generate import Conditions, NonFiniteImagesError
+from .grid import GridRow, draw_grid
+from .judge import Judge
+from .models import Model, is_embedded, student_model, teacher_model
+from .report import Report
+from .rows import measure, read_row, row_key, write_row
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    students: Sequence[str | Path | Model],
+    config: EvalConfig | None = None,
+    *,
+    judge: Judge | None = None,
+    **options: Any,
+) -> Report:
+    """Measure students (folders, or `Model` objects) beside their teacher; write report and grid into ``config.out``.
+
+    options: fields of `EvalConfig`, over those of `config`. judge: extractor and reference to use instead of the
+    embedded ones. Finished rows are kept in ``out/rows`` and reused by the next run of the same configuration.
+
+    Raises FileNotFoundError or ValueError, each with one line, for whatever a caller can get wrong.
+    """
+    known = {item.name for item in dataclasses.fields(EvalConfig)}
+    if set(options) - known:
+        raise ValueError(f"unknown option {', '.join(sorted(set(options) - known))}")
+    config = dataclasses.replace(config or EvalConfig(), **options)
+    models = _models(students, config)
+    fashion = any(is_embedded(model.base_model) for model in models)
+    plans = [(model, _conditions(model, config, fashion)) for model in models]
+    if judge is None and _is_fashion(config, plans, fashion):
+        judge = Judge(FashionExtractor(config.torch_device), fashion_reference())
+    try:
+        (config.out / "rows").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write into {config.out}: {error.strerror}") from error
+
+    rows: list[dict[str, Any]] = []
+    pictures: list[GridRow] = []
+    skipped: list[str] = []
+    for model, conditions in plans:
+        pipeline = None
+        for steps in _step_counts(model, config, skipped):
+            key = row_key(model, conditions, steps, config, judge)
+            cached = read_row(config.out, key)
+            if cached is None:
+                pipeline = pipeline or model.load(config.torch_device, getattr(torch, config.dtype))
+                try:
+                    cached = measure(pipeline, model, conditions, steps, config, judge)
+                except NonFiniteImagesError as error:
+                    skipped.append(f"{model.name} at {steps} steps is left out: {error}.")
+                    continue
+                write_row(config.out, key, *cached)
+            else:
+                logger.info("%s at %d steps: taken from %s", model.name, steps, config.out / "rows")
+            # The name is no part of the key: the same folder may stand in another list this time.
+            row = {**cached[0], "model": model.name}
+            skipped += row.pop("skipped")
+            rows.append(row)
+            pictures.append(GridRow(f"{model.name}, {steps} step{'s' if steps > 1 else ''}", cached[1]))
+
+    if not rows:
+        raise ValueError("nothing could be evaluated: " + " ".join(skipped))
+    report = _report(rows, list(dict.fromkeys(skipped)), plans, config, judge)
+    report.save(config.out)
+    shown = {conditions for _, conditions in plans}
+    # Column labels only where every row shows the same conditions.
+    labels = plans[0][1].take(range(config.columns)) if len(shown) == 1 and plans[0][1].kind else []
+    grid = draw_grid(pictures, [str(label) for label in labels])
+    grid.save(config.out / "grid.png.part", format="PNG")
+    os.replace(config.out / "grid.png.part", config.out / "grid.png")
+    return report
+
+
+def _models(students: Sequence[str | Path | Model], config: EvalConfig) -> list[Model]:
+    """The teacher first, then the students, under distinct names."""
+    if not students and config.teacher is None:
+        raise ValueError("nothing to evaluate: give a student's folder or a teacher")
+    found = [student if isinstance(student, Model) else student_model(student) for student in students]
+    for index, model in enumerate(found):
+        if len(found) > 1 and model.source is not None and model.name == "student":
+            folder = Path(model.source).resolve()
+            model.name = f"student {index + 1} ({folder.parent.name if folder.name == 'student' else folder.name})"
+            # Readers of the report tell the teacher's rows by that word.
+            if "teacher" in model.name:
+                model.name = f"student {index + 1}"
+    return ([teacher_model(config.teacher, config.teacher_call)] if config.teacher is not None else []) + found
+
+
+def _conditions(model: Model, config: EvalConfig, fashion: bool) -> Conditions:
+    """What the model's samples are asked for; `fashion`: the ten classes of Fashion-MNIST are the default."""
+    from fewstep.fashion import PROMPTS
+
+    kind = model.condition_kind()
+    if kind == "prompt":
+        if config.prompts is None and not fashion:
+            raise ValueError(f"{model.name} takes prompts, and none were given")
+        if config.prompts is None and any(not 0 <= k < len(PROMPTS) for k in config.classes or ()):
+            raise ValueError(f"classes must lie between 0 and {len(PROMPTS) - 1}")
+        chosen = config.prompts or [PROMPTS[k] for k in config.classes or range(len(PROMPTS))]
+        known = all(prompt in PROMPTS for prompt in chosen)
+        return Conditions("prompt", tuple(chosen), tuple(PROMPTS.index(p) for p in chosen) if known else ())
+    if kind == "label":
+        if config.classes is None:
+            raise ValueError(f"{model.name} takes class labels, and none were given")
+        return Conditions("label", tuple(config.classes), tuple(config.classes))
+    return Conditions()
+
+
+def _is_fashion(config: EvalConfig, plans: Sequence[tuple[Model, Conditions]], fashion: bool) -> bool:
+    """Whether the embedded reference is the right one: asked for, or the models or their prompts come from there."""
+    if config.reference != "auto":
+        return config.reference == "fashion"
+    return fashion or any(conditions.kind == "prompt" and conditions.labels for _, conditions in plans)
+
+
+def _step_counts(model: Model, config: EvalConfig, skipped: list[str]) -> list[int]:
+    """The step counts to run; each refused one leaves its sentence in `skipped`."""
+    if model.role == "teacher":
+        return list(config.teacher_steps)
+    reasons = {steps: model.why_not(steps) for steps in config.steps}
+    skipped += [reason for reason in reasons.values() if reason]
+    return [steps for steps, reason in reasons.items() if reason is None]
+
+
+def _report(
+    rows: list[dict[str, Any]],
+    skipped: list[str],
+    plans: Sequence[tuple[Model, Conditions]],
+    config: EvalConfig,
+    judge: Judge | None,
+) -> Report:
+    notes = []
+    if judge and config.num < QUOTABLE:
+        notes.append(
+            f"Fewer than {QUOTABLE:,} samples raise every Fréchet distance: compare within this report, quote none."
+        )
+    if judge and config.num < 2 * judge.reference.features.shape[1]:
+        notes.append("So few samples leave the covariance singular: the Fréchet distances are mostly bias.")
+    asked = {label for _, conditions in plans for label in conditions.labels}
+    if judge and asked and len(asked) < len(judge.reference.labels.unique()):
+        notes.append(f"Only {len(asked)} classes were generated, and the reference holds all of them.")
+    judged = judge is not None and any("fd_test" in row["metrics"] for row in rows)
+    reference = judge.fields(config.num) if judged else None
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    settings["students"] = [model.source for model, _ in plans if model.role == "student"]
+    notes += [note for model, _ in plans if (note := model.guidance_note())]
+    versions = {"fewstep": fewstep.__version__, "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
+    return Report(rows, config.num, config.seed, reference, skipped, notes, settings, versions)

@@ -1,0 +1,248 @@
+"""Images (or videos) from any diffusers pipeline, where sample i never depends on its neighbours in the batch.
+
+Three things make a sample a function of (base seed, index) alone:
+
+- its own CPU generator, seeded by a hash of the two, draws its initial noise;
+- the same generator draws the fresh noise of stochastic schedulers, also under the many pipelines that do not hand
+  their generators on to ``scheduler.step`` (`per_sample_noise`);
+- its prompt or label is a function of the index (`Conditions`).
+
+So results do not change with the batch size, up to kernel rounding. The network evaluations are counted, not declared.
+"""
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+# Pipelines name their denoisers alike; Wan 2.2 splits its trajectory over two of them.
+DENOISER_NAMES = ("transformer", "unet", "transformer_2", "unet_2")
+CONDITION_ARGUMENTS = {"prompt": "prompt", "label": "class_labels", None: "batch_size"}
+
+
+class NonFiniteImagesError(ValueError):
+    """The pipeline returned NaN or infinity: the model diverged, or its scheduler cannot run this step count."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What sample i is asked for: entry ``i % len(values)``.
+
+    kind: "prompt", "label" or None (unconditional). values: prompts or class numbers; empty when unconditional.
+    labels: the class each value stands for (what the agreement metric compares with), or empty when unknown.
+    """
+
+    kind: Literal["prompt", "label"] | None = None
+    values: tuple[str | int, ...] = ()
+    labels: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and not self.values:
+            raise ValueError(f"no {self.kind}s to generate for: the list is empty")
+        if self.labels and len(self.labels) != len(self.values):
+            raise ValueError(f"{len(self.values)} {self.kind}s but {len(self.labels)} labels")
+
+    def take(self, indices: Sequence[int]) -> list[str | int]:
+        """The values of the samples `indices`."""
+        return [self.values[i % len(self.values)] for i in indices]
+
+    def take_labels(self, indices: Sequence[int]) -> Tensor:
+        """The classes of the samples `indices`, int64 (len(indices),)."""
+        return torch.tensor([self.labels[i % len(self.labels)] for i in indices], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some finished samples.
+
+    images: uint8 (B, C, H, W), for videos (B, frames, C, H, W). evaluations: denoiser evaluations per sample, a
+    guidance pass counted as one more. seconds: wall time of the pipeline's call.
+    """
+
+    indices: Sequence[int]
+    images: Tensor
+    evaluations: float
+    seconds: float
+
+
+def sample_generator(seed: int, index: int) -> torch.Generator:
+    """The CPU generator of sample `index` under base seed `seed`: 8 bytes of blake2b over both."""
+    digest = hashlib.blake2b(f"sample:{seed}:{index}".encode(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
+
+
+def denoisers(pipeline: Any) -> list[torch.nn.Module]:
+    """The pipeline's denoising networks. Raises ValueError when it has none under the usual names."""
+    found = [getattr(pipeline, name, None) for name in DENOISER_NAMES]
+    found = [module for module in found if isinstance(module, torch.nn.Module)]
+    if not found:
+        raise ValueError(f"{type(pipeline).__name__} has no denoiser (looked for {', '.join(DENOISER_NAMES)})")
+    return found
+
+
+def condition_kind(pipeline_class: type) -> Literal["prompt", "label"] | None:
+    """How a pipeline class is conditioned, read from the signature of its call."""
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    if "prompt" in parameters:
+        return "prompt"
+    return "label" if "class_labels" in parameters else None
+
+
+def check_call(pipeline: Any, call: Mapping[str, Any]) -> None:
+    """Raise ValueError when the pipeline's call takes no such argument."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    unknown = sorted(set(call) - set(parameters))
+    if unknown:
+        raise ValueError(f"{type(pipeline).__name__} takes no argument {', '.join(unknown)}")
+
+
+@contextlib.contextmanager
+def per_sample_noise(pipeline: Any, generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """While active, ``scheduler.step`` draws from `generators` (one per sample) where the pipeline passes none.
+
+    Flux, SD3, Wan, DiT and many others call ``scheduler.step`` without a generator, and fresh noise then comes from the
+    global one, shared by the whole batch. Schedulers whose step takes no generator are left alone.
+    """
+    scheduler = pipeline.scheduler
+    inner = scheduler.step
+    signature = inspect.signature(inner)
+    if "generator" not in signature.parameters:
+        yield
+        return
+
+    # wraps() keeps the signature visible: pipelines inspect it to decide which arguments they pass.
+    @functools.wraps(inner)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        if bound.arguments.get("generator") is None:
+            rows = len(bound.arguments["sample"])
+            # DiT steps its guidance-doubled batch: row k belongs to sample k modulo the batch size.
+            bound.arguments["generator"] = [generators[row % len(generators)] for row in range(rows)]
+        return inner(*bound.args, **bound.kwargs)
+
+    before = vars(scheduler).get("step")
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        if before is None:
+            del scheduler.step
+        else:
+            scheduler.step = before
+
+
+@contextlib.contextmanager
+def count_evaluations(pipeline: Any) -> Iterator[list[int]]:
+    """Yields a list that receives, for every forward of a denoiser, the number of rows it was run on."""
+    rows: list[int] = []
+
+    def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+        # Some transformers answer with a list, one tensor per row: len() is right for both.
+        rows.append(len(output if isinstance(output, Tensor) else output[0]))
+
+    handles = [module.register_forward_hook(hook) for module in denoisers(pipeline)]
+    try:
+        yield rows
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _quiet(pipeline: Any) -> Iterator[None]:
+    """The pipeline's own bar (one per batch) is switched off, and put back as it was."""
+    before = dict(getattr(pipeline, "_progress_bar_config", None) or {})
+    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)
+
+
+@contextlib.contextmanager
+def _own_global_rng(seed: int) -> Iterator[None]:
+    """A fixed global RNG inside, the caller's own again outside: what still draws from it is at least repeatable."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def run_pipeline(
+    pipeline: Any, call: Mapping[str, Any], conditions: Conditions, indices: Sequence[int], *, seed: int
+) -> Batch:
+    """One call of the pipeline for the samples `indices`.
+
+    call: the pipeline's keyword arguments; the condition, generators and output type are added here.
+    Raises NonFiniteImagesError when the result holds NaN or infinity.
+    """
+    generators = [sample_generator(seed, index) for index in indices]
+    arguments = dict(call)
+    for name, value in call.items():
+        # One text for all samples becomes one a sample: several pipelines do not broadcast a negative prompt.
+        if isinstance(value, str) and name.startswith(("negative_prompt", "prompt_")):
+            arguments[name] = [value] * len(indices)
+    condition = conditions.take(indices) if conditions.kind else len(indices)
+    arguments[CONDITION_ARGUMENTS[conditions.kind]] = condition
+    arguments |= {"generator": generators, "output_type": "np"}
+    with (
+        torch.no_grad(),
+        _quiet(pipeline),
+        _own_global_rng(seed),
+        per_sample_noise(pipeline, generators),
+        count_evaluations(pipeline) as rows,
+    ):
+        started = time.perf_counter()
+        output = pipeline(**arguments)
+        # "np" output lives on the host, so the device has finished when the call returns.
+        seconds = time.perf_counter() - started
+    images = to_uint8(output.frames if "frames" in output else output.images)
+    return Batch(indices, images, sum(rows) / len(indices), seconds)
+
+
+def generate(
+    pipeline: Any,
+    call: Mapping[str, Any],
+    conditions: Conditions,
+    indices: Sequence[int],
+    *,
+    seed: int,
+    batch_size: int,
+    description: str | None = None,
+) -> Iterator[Batch]:
+    """Samples `indices`, one batch after the other, with a progress bar named `description` (None: no bar).
+
+    Yields instead of collecting, so that large images never pile up in memory.
+    Raises ValueError for an unknown argument in `call` or a batch size below 1, NonFiniteImagesError as `run_pipeline`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, not {batch_size}")
+    check_call(pipeline, call)
+    with tqdm(total=len(indices), desc=description, disable=description is None, unit="sample") as bar:
+        for start in range(0, len(indices), batch_size):
+            batch = run_pipeline(pipeline, call, conditions, indices[start : start + batch_size], seed=seed)
+            bar.update(len(batch.indices))
+            yield batch
+
+
+def to_uint8(images: Any) -> Tensor:
+    """Float channels-last images in [0, 1] -> uint8 (B, C, H, W), or (B, frames, C, H, W) for videos.
+
+    Rounds half up and clips (truncating would darken by half a grey level). Raises NonFiniteImagesError.
+    """
+    array = np.stack([np.asarray(image, dtype=np.float32) for image in images])
+    if not np.isfinite(array).all():
+        raise NonFiniteImagesError("the images hold NaN or infinity")
+    quantised = np.clip(np.floor(array * 255 + 0.5), 0, 255).astype(np.uint8)
+    return torch.from_numpy(np.moveaxis(quantised, -1, -3).copy())

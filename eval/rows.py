@@ -1,0 +1,112 @@
+"""One row of a report: measured once, kept on disk, found again by a hash of everything it depends on."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fewstep
+
+from . import speed
+from .config import EvalConfig
+from .features import Features
+from .generate import Conditions, generate, run_pipeline
+from .judge import Judge, image_metrics
+from .models import Model
+from .report import write_atomically
+
+# Rows measured by an older way of measuring are not reused.
+ROW_VERSION = 1
+
+
+def measure(
+    pipeline: Any, model: Model, conditions: Conditions, steps: int, config: EvalConfig, judge: Judge | None
+) -> tuple[dict[str, Any], Tensor]:
+    """One row: its numbers, and the first `config.columns` samples uint8 (columns, [frames,] C, H, W)."""
+    call = {**model.call, "num_inference_steps": steps}
+    device = torch.device(pipeline.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    shown: list[Tensor] = []
+    features: list[Features] = []
+    evaluations: list[float] = []
+    seconds: list[tuple[int, float]] = []
+    title = f"{model.name}, {steps} steps"
+    for batch in generate(
+        pipeline, call, conditions, range(config.num), seed=config.seed, batch_size=config.batch_size, description=title
+    ):
+        if sum(map(len, shown)) < config.columns:
+            shown.append(batch.images)
+        if judge and judge.extractor.accepts(tuple(batch.images.shape[1:])):
+            features.append(judge.extractor(batch.images))
+        evaluations.append(batch.evaluations * len(batch.indices))
+        seconds.append((len(batch.indices), batch.seconds))
+    numbers, skipped = image_metrics(config.metrics, features, conditions, judge)
+    row: dict[str, Any] = {
+        "model": model.name,
+        "role": model.role,
+        "steps": steps,
+        "nfe": sum(evaluations) / config.num,
+        "metrics": numbers,
+        "floor": judge.reference.floor if judge and "fd_test" in numbers else None,
+        "call": call,
+        "speed": None,
+        "skipped": skipped,
+    }
+    if "speed" in config.metrics:
+        timing = speed.latency(
+            lambda: run_pipeline(pipeline, call, conditions, [0], seed=config.seed),
+            device=device,
+            calls=config.latency_calls,
+            budget=config.latency_budget,
+        )
+        numbers |= {"latency_ms": timing.median * 1e3, "latency_p90_ms": timing.p90 * 1e3}
+        rate = speed.throughput(seconds, min(config.batch_size, config.num))
+        if rate is not None:
+            numbers["images_per_second"] = rate
+        row["speed"] = {**speed.conditions(pipeline), "calls": timing.calls, "batch_size": config.batch_size}
+        if device.type == "cuda":
+            row["speed"]["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return row, torch.cat(shown)[: config.columns]
+
+
+def row_key(model: Model, conditions: Conditions, steps: int, config: EvalConfig, judge: Judge | None) -> str | None:
+    """A hash of all that a row depends on, or None for a model that nothing identifies."""
+    identity = model.fingerprint()
+    if identity is None:
+        return None
+    content = {
+        "version": [ROW_VERSION, fewstep.__version__, torch.__version__],
+        "model": [identity, model.role, model.call, steps],
+        "conditions": dataclasses.asdict(conditions),
+        "samples": [config.num, config.seed, config.batch_size, config.columns],
+        "metrics": [sorted(config.metrics), config.latency_calls, config.latency_budget],
+        "judge": judge and [judge.extractor.sha256, judge.extractor.resize, judge.reference.name],
+        "machine": [str(config.torch_device), config.dtype, torch.get_num_threads()],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def read_row(out: Path, key: str | None) -> tuple[dict[str, Any], Tensor] | None:
+    """The row kept under `key` and its pictures, or None."""
+    path = out / "rows" / f"{key}.json"
+    if key is None or not path.is_file():
+        return None
+    with np.load(path.with_suffix(".npz")) as stored:
+        images = torch.from_numpy(stored["images"])
+    return json.loads(path.read_text(encoding="utf-8")), images
+
+
+def write_row(out: Path, key: str | None, row: dict[str, Any], images: Tensor) -> None:
+    """Keep a finished row; without a key (a model that nothing identifies) nothing is kept."""
+    if key is None:
+        return
+    path = out / "rows" / f"{key}.json"
+    # The JSON comes last and by renaming: where it stands, the row is complete.
+    np.savez_compressed(path.with_suffix(".npz"), images=images.numpy())
+    write_atomically(path, json.dumps(row, indent=2) + "\n")

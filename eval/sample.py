@@ -1,0 +1,87 @@
+"""A few samples of a student (or a teacher) as one picture."""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from .generate import Conditions, generate
+from .grid import contact_sheet, tile, to_pil
+from .models import CARD_NAME, Model, is_embedded, student_model, teacher_model
+
+
+def sample(
+    directory: str | Path,
+    *,
+    prompt: str | None = None,
+    label: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    num: int = 1,
+    out: str | Path,
+    device: str | None = None,
+) -> Path:
+    """Write `num` samples as the PNG file `out`, and return its path.
+
+    directory: a student's folder, or a teacher's folder or embedded name (then `steps` must be given, unless embedded).
+    prompt or label: what the pipeline is conditioned on, as it needs. steps: default the student's own count.
+    One image is saved as it is, several side by side; a video as a row of up to eight frames.
+
+    Raises FileNotFoundError or ValueError with one line for whatever a caller can get wrong.
+    """
+    path = Path(out)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"samples are written as PNG: {path} must end in .png")
+    if num < 1:
+        raise ValueError(f"num must be at least 1, not {num}")
+    model = _model(directory)
+    count = steps or model.steps or _embedded_steps(model)
+    if count is None or count < 1:
+        raise ValueError(f"{directory} does not say how many steps it takes: give steps")
+    reason = model.why_not(count)
+    if reason:
+        raise ValueError(reason)
+    conditions = _conditions(model, prompt, label)
+    pipeline = model.load(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), torch.float32)
+    call = {**model.call, "num_inference_steps": count}
+    batches = generate(
+        pipeline, call, conditions, range(num), seed=seed, batch_size=min(num, 16), description="samples"
+    )
+    images = torch.cat([batch.images for batch in batches])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if images.ndim == 5:
+        picture = tile(list(contact_sheet(images)))
+    elif num == 1:
+        picture = to_pil(images[0])
+    else:
+        picture = tile(images.split(math.ceil(math.sqrt(num))))
+    temporary = path.with_name(path.name + ".part")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, path)
+    return path
+
+
+def _model(directory: str | Path) -> Model:
+    folder = Path(directory)
+    if (folder / CARD_NAME).is_file() or (folder / "student" / CARD_NAME).is_file():
+        return student_model(folder)
+    return teacher_model(directory)
+
+
+def _embedded_steps(model: Model) -> int | None:
+    from fewstep.fashion import TEACHERS
+
+    return TEACHERS[Path(model.base_model or "").name].steps if is_embedded(model.base_model) else None
+
+
+def _conditions(model: Model, prompt: str | None, label: int | None) -> Conditions:
+    kind = model.condition_kind()
+    if kind is None:
+        if prompt is not None or label is not None:
+            raise ValueError(f"{model.source} is unconditional: it takes neither a prompt nor a class")
+        return Conditions()
+    value = prompt if kind == "prompt" else label
+    if value is None:
+        raise ValueError(f"{model.source} needs a {'prompt' if kind == 'prompt' else 'class'}")
+    return Conditions(kind, (value,))

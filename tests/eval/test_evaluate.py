@@ -1,0 +1,195 @@
+"""The evaluation end to end on a tiny pipeline: schema, resuming, skips, and one clear line for every mistake."""
+
+import importlib
+import json
+import shutil
+
+import pytest
+from fewstep.eval import Model, Report, evaluate, rows, sample
+from fewstep.eval.judge import Judge
+from PIL import Image
+from toy_models import tiny_ddim, tiny_flow
+
+OPTIONS = {
+    "classes": (0, 1, 2, 3),
+    "num": 16,
+    "batch_size": 8,
+    "latency_calls": 2,
+    "teacher_steps": (1, 3),
+    "columns": 4,
+}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The rows that were measured rather than read back."""
+    done = []
+    inner = rows.measure
+
+    def measure(pipeline, model, conditions, steps, *rest):
+        done.append((model.role, steps))
+        return inner(pipeline, model, conditions, steps, *rest)
+
+    # By its module: the package's attribute of that name is the function.
+    monkeypatch.setattr(importlib.import_module("fewstep.eval.evaluate"), "measure", measure)
+    return done
+
+
+def test_report_and_grid(student, saved_dit, judge, tmp_path):
+    out = tmp_path / "eval"
+    report = evaluate(
+        [student], teacher=str(saved_dit), teacher_call={"guidance_scale": 2.0}, judge=judge, out=out, **OPTIONS
+    )
+
+    content = json.loads((out / "report.json").read_text())
+    assert [(row["model"], row["steps"], row["nfe"]) for row in content["rows"]] == [
+        ("teacher", 1, 2),
+        ("teacher", 3, 6),
+        ("student", 1, 1),
+        ("student", 4, 4),
+    ]
+    for row in content["rows"]:
+        assert {"model", "steps", "nfe", "metrics", "floor", "call", "speed"} <= set(row)
+        assert all(isinstance(value, float) for value in row["metrics"].values())
+        assert {"fd_test", "agreement", "precision", "recall", "diversity", "latency_ms"} <= set(row["metrics"])
+        assert row["floor"] == 0.01 and row["relative"]["fd_test_to_floor"] == pytest.approx(
+            row["metrics"]["fd_test"] / 0.01
+        )
+    assert content["rows"][1]["relative"]["fd_test_to_teacher"] == 1
+    assert {"extractor", "weights_sha256", "resize", "n_gen", "n_ref", "id", "image_format"} <= set(
+        content["reference"]
+    )
+    assert content["num"] == 16 and content["seed"] == 0 and content["versions"]["torch"]
+    assert any("2 steps" in sentence and "fewstep.json" in sentence for sentence in content["skipped"])
+    assert Report.load(out / "report.json").to_dict() == report.to_dict() == content
+
+    markdown, text = (out / "report.md").read_text(), report.text()
+    for word in ("FD-toy", "x teacher 3", "agreement", "recall", "latency", "floor", "NFE", "16 samples"):
+        assert word in markdown and word in text
+    with Image.open(out / "grid.png") as grid:
+        assert grid.width > 4 * 96 and grid.height > 4 * 96
+
+
+def test_finished_rows_are_not_measured_again(student, judge, tmp_path, measured):
+    options = {**OPTIONS, "judge": judge, "out": tmp_path / "eval"}
+    first = evaluate([student], steps=(1,), **options)
+    assert measured == [("student", 1)]
+    second = evaluate([student], steps=(1, 4), **options)
+    assert measured == [("student", 1), ("student", 4)]
+    assert second.rows[0]["metrics"] == first.rows[0]["metrics"]
+    # Another seed, or other weights, is another row.
+    evaluate([student], steps=(1,), **{**options, "seed": 1})
+    assert len(measured) == 3
+    card = json.loads((student / "fewstep.json").read_text())
+    (student / "fewstep.json").write_text(json.dumps({**card, "call": {"guidance_scale": 3.0}}))
+    evaluate([student], steps=(1,), **options)
+    assert len(measured) == 4
+    (student / "README.md").write_text("The card may quote the report without making it stale.")
+    evaluate([student], steps=(1,), **options)
+    assert len(measured) == 4
+
+
+def test_a_row_cut_off_is_measured_again(student, judge, tmp_path, measured):
+    options = {**OPTIONS, "judge": judge, "out": tmp_path / "eval", "steps": (1,)}
+    evaluate([student], **options)
+    for path in (tmp_path / "eval" / "rows").glob("*.json"):
+        path.rename(path.with_name(path.name + ".part"))
+    evaluate([student], **options)
+    assert measured == [("student", 1)] * 2
+
+
+def test_without_an_extractor_there_is_still_a_report(tmp_path):
+    model = Model("student", "student", {"guidance_scale": 2.0}, pipeline=tiny_flow())
+    report = evaluate([model], prompts=["a", "bc"], steps=(2,), num=4, latency_calls=1, out=tmp_path)
+    (row,) = report.rows
+    assert set(row["metrics"]) == {"latency_ms", "latency_p90_ms", "images_per_second"} and row["nfe"] == 4
+    assert row["floor"] is None and report.reference is None
+    assert "fd_test is skipped: no embedded extractor knows these images." in report.skipped
+    assert (tmp_path / "grid.png").is_file() and "fd_test is skipped" in (tmp_path / "report.md").read_text()
+
+
+def test_a_diverged_row_is_left_out_and_said(tmp_path):
+    bad, good = tiny_ddim(), Model("good", "student", pipeline=tiny_ddim())
+    bad.unet.conv_out.bias.data.fill_(float("nan"))
+    report = evaluate([Model("bad", "student", pipeline=bad), good], steps=(1,), num=4, metrics=(), out=tmp_path)
+    assert [row["model"] for row in report.rows] == ["good"]
+    assert report.skipped == ["bad at 1 steps is left out: the images hold NaN or infinity."]
+
+
+def test_several_students_get_distinct_names(student, judge, tmp_path):
+    shutil.copytree(student.parent, tmp_path / "teacherless" / "run")
+    report = evaluate(
+        [student, tmp_path / "teacherless" / "run"], judge=judge, out=tmp_path / "eval", steps=(1,), **OPTIONS
+    )
+    assert [row["model"] for row in report.rows] == ["student 1 (run)", "student 2 (run)"]
+
+
+def test_a_reference_of_another_extractor_is_refused(judge):
+    judge.extractor.sha256 = "another"
+    with pytest.raises(ValueError, match="was not made with"):
+        Judge(judge.extractor, judge.reference)
+
+
+MISTAKES = {
+    "no such folder": (lambda student: ["/nowhere/at/all"], {}, "is not a folder"),
+    "no pipeline": (lambda student: [student / "scheduler"], {}, "no model_index.json"),
+    "no card": (lambda student: [student], {}, "no fewstep.json"),
+    "no such teacher": (lambda student: [], {"teacher": "/nowhere/at/all"}, "is not a folder"),
+    "nothing": (lambda student: [], {}, "nothing to evaluate"),
+    "zero steps": (lambda student: [student], {"steps": (0,)}, "step count must be at least 1"),
+    "no samples": (lambda student: [student], {"num": 0}, "num must be at least 1"),
+    "unknown metric": (lambda student: [student], {"metrics": ("fid",)}, "unknown metric fid"),
+    "unknown option": (lambda student: [student], {"stepz": (1,)}, "unknown option stepz"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_line(mistake, student, tmp_path):
+    students, options, message = MISTAKES[mistake]
+    if mistake == "no card":
+        (student / "fewstep.json").unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        evaluate(students(student), out=tmp_path / "eval", **options)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "eval").exists()
+
+
+@pytest.mark.parametrize(("card", "message"), [("{", "not valid JSON"), ("{}", "lacks steps and call")])
+def test_a_broken_card_is_named(student, tmp_path, card, message):
+    (student / "fewstep.json").write_text(card)
+    with pytest.raises(ValueError, match=message):
+        evaluate([student], out=tmp_path / "eval")
+
+
+def test_missing_conditions_and_unwritable_folders_are_named(student, tmp_path):
+    with pytest.raises(ValueError, match="takes class labels, and none were given"):
+        evaluate([student], out=tmp_path / "eval")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write into"):
+        evaluate([student], out=tmp_path / "file", classes=(1,))
+    with pytest.raises(ValueError, match="nothing could be evaluated: student is not run at 8 steps"):
+        evaluate([student], out=tmp_path / "eval", classes=(1,), steps=(8,))
+
+
+def test_sample_writes_a_picture(student, tmp_path):
+    path = sample(student, label=3, out=tmp_path / "new" / "one.png", seed=4)
+    with Image.open(path) as one:
+        assert one.size == (16, 16) and one.mode == "L"
+    again = sample(student.parent, label=3, out=tmp_path / "again.png", seed=4)
+    assert again.read_bytes() == path.read_bytes()
+    with Image.open(sample(student, label=3, steps=1, num=5, out=tmp_path / "five.png")) as five:
+        assert five.width > 3 * 16 and five.height > 2 * 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label": 1, "out": "x.jpg"}, "must end in .png"),
+        ({"out": "x.png"}, "needs a class"),
+        ({"label": 1, "steps": 2, "out": "x.png"}, "does not hold"),
+        ({"label": 1, "steps": 9, "out": "x.png"}, "trained for 4"),
+    ],
+)
+def test_sample_names_mistakes(student, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(student, **{**options, "out": tmp_path / options["out"]})
