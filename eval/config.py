@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fewstep.errors import UserError
+
 METRICS = ("fd_test", "agreement", "precision", "recall", "diversity", "speed")
 # Rows of fewer samples serve for a look: the Fréchet distance falls with their number.
 QUOTABLE = 5000
@@ -46,17 +48,17 @@ class EvalConfig:
         self.out = Path(self.out)
         for name in ("num", "batch_size", "columns", "latency_calls"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         for count in [*self.steps, *self.teacher_steps]:
             if count < 1:
-                raise ValueError(f"a step count must be at least 1, not {count}")
+                raise UserError(f"a step count must be at least 1, not {count}")
         unknown = sorted(set(self.metrics) - set(METRICS))
         if unknown:
-            raise ValueError(f"unknown metric {', '.join(unknown)}; there are {', '.join(METRICS)}")
+            raise UserError(f"unknown metric {', '.join(unknown)}; there are {', '.join(METRICS)}")
         if self.reference not in ("auto", "fashion", "none"):
-            raise ValueError(f"reference must be auto, fashion or none, not {self.reference}")
+            raise UserError(f"reference must be auto, fashion or none, not {self.reference}")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"unknown dtype {self.dtype}")
+            raise UserError(f"unknown dtype {self.dtype}")
 
     @property
     def torch_device(self) -> torch.device:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import fewstep
+from fewstep.errors import UserError
 
 from .config import QUOTABLE, EvalConfig
 from .features import FashionExtractor, fashion_reference
@@ -38,11 +39,11 @@ def evaluate(
     options: fields of `EvalConfig`, over those of `config`. judge: extractor and reference to use instead of the
     embedded ones. Finished rows are kept in ``out/rows`` and reused by the next run of the same configuration.
 
-    Raises FileNotFoundError or ValueError, each with one line, for whatever a caller can get wrong.
+    Raises UserError with one line, for whatever a caller can get wrong.
     """
     known = {item.name for item in dataclasses.fields(EvalConfig)}
     if set(options) - known:
-        raise ValueError(f"unknown option {', '.join(sorted(set(options) - known))}")
+        raise UserError(f"unknown option {', '.join(sorted(set(options) - known))}")
     config = dataclasses.replace(config or EvalConfig(), **options)
     models = _models(students, config)
     fashion = any(is_embedded(model.base_model) for model in models)
@@ -52,7 +53,7 @@ def evaluate(
     try:
         (config.out / "rows").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write into {config.out}: {error.strerror}") from error
+        raise UserError(f"cannot write into {config.out}: {error.strerror}") from error
 
     rows: list[dict[str, Any]] = []
     pictures: list[GridRow] = []
@@ -79,7 +80,7 @@ def evaluate(
             pictures.append(GridRow(f"{model.name}, {steps} step{'s' if steps > 1 else ''}", cached[1]))
 
     if not rows:
-        raise ValueError("nothing could be evaluated: " + " ".join(skipped))
+        raise UserError("nothing could be evaluated: " + " ".join(skipped))
     report = _report(rows, list(dict.fromkeys(skipped)), plans, config, judge)
     report.save(config.out)
     shown = {conditions for _, conditions in plans}
@@ -94,7 +95,7 @@ def evaluate(
 def _models(students: Sequence[str | Path | Model], config: EvalConfig) -> list[Model]:
     """The teacher first, then the students, under distinct names."""
     if not students and config.teacher is None:
-        raise ValueError("nothing to evaluate: give a student's folder or a teacher")
+        raise UserError("nothing to evaluate: give a student's folder or a teacher")
     found = [student if isinstance(student, Model) else student_model(student) for student in students]
     for index, model in enumerate(found):
         if len(found) > 1 and model.source is not None and model.name == "student":
@@ -113,15 +114,15 @@ def _conditions(model: Model, config: EvalConfig, fashion: bool) -> Conditions:
     kind = model.condition_kind()
     if kind == "prompt":
         if config.prompts is None and not fashion:
-            raise ValueError(f"{model.name} takes prompts, and none were given")
+            raise UserError(f"{model.name} takes prompts, and none were given")
         if config.prompts is None and any(not 0 <= k < len(PROMPTS) for k in config.classes or ()):
-            raise ValueError(f"classes must lie between 0 and {len(PROMPTS) - 1}")
+            raise UserError(f"classes must lie between 0 and {len(PROMPTS) - 1}")
         chosen = config.prompts or [PROMPTS[k] for k in config.classes or range(len(PROMPTS))]
         known = all(prompt in PROMPTS for prompt in chosen)
         return Conditions("prompt", tuple(chosen), tuple(PROMPTS.index(p) for p in chosen) if known else ())
     if kind == "label":
         if config.classes is None:
-            raise ValueError(f"{model.name} takes class labels, and none were given")
+            raise UserError(f"{model.name} takes class labels, and none were given")
         return Conditions("label", tuple(config.classes), tuple(config.classes))
     return Conditions()
 

@@ -77,7 +77,7 @@ class FashionExtractor:
         self.sha256: str = fashion.reference().classifier_sha256
         self.device = torch.device(device)
         self.batch_size = batch_size
-        self._classifier: Any = fashion.load_classifier().to(self.device).eval()
+        self._classifier: Any = fashion.load_classifier(self.device)
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """32x32, grey or RGB."""
@@ -96,12 +96,15 @@ def fashion_reference() -> Reference:
     from fewstep import fashion
 
     stored = fashion.reference()
+    names = {"real": "5,000 held-back real images", "autoencoder": "the same through the teachers' autoencoder"}
     return Reference(
-        name="fashion-mnist test split (10,000 images)",
+        name="the 10,000 test images of Fashion-MNIST",
+        metric="FD-fashion",
         extractor_sha256=stored.classifier_sha256,
         features=torch.as_tensor(stored.features).float(),
         labels=torch.as_tensor(stored.labels).long(),
         mean=torch.as_tensor(stored.mean, dtype=torch.float64),
         covariance=torch.as_tensor(stored.covariance, dtype=torch.float64),
-        floors=dict(stored.floors),
+        floor=stored.floors["real"],
+        floors={names.get(name, name): value for name, value in stored.floors.items()},
     )

@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fewstep.errors import UserError
+
 # Pipelines name their denoisers alike; Wan 2.2 splits its trajectory over two of them.
 DENOISER_NAMES = ("transformer", "unet", "transformer_2", "unet_2")
 CONDITION_ARGUMENTS = {"prompt": "prompt", "label": "class_labels", None: "batch_size"}
 
 
-class NonFiniteImagesError(ValueError):
+class NonFiniteImagesError(UserError):
     """The pipeline returned NaN or infinity: the model diverged, or its scheduler cannot run this step count."""
 
 
@@ -47,9 +49,9 @@ class Conditions:
 
     def __post_init__(self) -> None:
         if self.kind is not None and not self.values:
-            raise ValueError(f"no {self.kind}s to generate for: the list is empty")
+            raise UserError(f"no {self.kind}s to generate for: the list is empty")
         if self.labels and len(self.labels) != len(self.values):
-            raise ValueError(f"{len(self.values)} {self.kind}s but {len(self.labels)} labels")
+            raise UserError(f"{len(self.values)} {self.kind}s but {len(self.labels)} labels")
 
     def take(self, indices: Sequence[int]) -> list[str | int]:
         """The values of the samples `indices`."""
@@ -81,11 +83,11 @@ def sample_generator(seed: int, index: int) -> torch.Generator:
 
 
 def denoisers(pipeline: Any) -> list[torch.nn.Module]:
-    """The pipeline's denoising networks. Raises ValueError when it has none under the usual names."""
+    """The pipeline's denoising networks. Raises UserError when it has none under the usual names."""
     found = [getattr(pipeline, name, None) for name in DENOISER_NAMES]
     found = [module for module in found if isinstance(module, torch.nn.Module)]
     if not found:
-        raise ValueError(f"{type(pipeline).__name__} has no denoiser (looked for {', '.join(DENOISER_NAMES)})")
+        raise UserError(f"{type(pipeline).__name__} has no denoiser (looked for {', '.join(DENOISER_NAMES)})")
     return found
 
 
@@ -98,13 +100,13 @@ def condition_kind(pipeline_class: type) -> Literal["prompt", "label"] | None:
 
 
 def check_call(pipeline: Any, call: Mapping[str, Any]) -> None:
-    """Raise ValueError when the pipeline's call takes no such argument."""
+    """Raise UserError when the pipeline's call takes no such argument."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     unknown = sorted(set(call) - set(parameters))
     if unknown:
-        raise ValueError(f"{type(pipeline).__name__} takes no argument {', '.join(unknown)}")
+        raise UserError(f"{type(pipeline).__name__} takes no argument {', '.join(unknown)}")
 
 
 @contextlib.contextmanager
@@ -224,10 +226,10 @@ def generate(
     """Samples `indices`, one batch after the other, with a progress bar named `description` (None: no bar).
 
     Yields instead of collecting, so that large images never pile up in memory.
-    Raises ValueError for an unknown argument in `call` or a batch size below 1, NonFiniteImagesError as `run_pipeline`.
+    Raises UserError for an unknown argument in `call` or a batch size below 1, NonFiniteImagesError as `run_pipeline`.
     """
     if batch_size < 1:
-        raise ValueError(f"the batch size must be at least 1, not {batch_size}")
+        raise UserError(f"the batch size must be at least 1, not {batch_size}")
     check_call(pipeline, call)
     with tqdm(total=len(indices), desc=description, disable=description is None, unit="sample") as bar:
         for start in range(0, len(indices), batch_size):

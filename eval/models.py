@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any, Literal
 
 import torch
 
+from fewstep.errors import UserError
+
 from .generate import condition_kind
 
 CARD_NAME = "fewstep.json"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Model:
     def load(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The pipeline, loaded with stock diffusers; a pipeline given as an object is returned where it is.
 
-        Raises ValueError when diffusers cannot load the folder.
+        Raises UserError when diffusers cannot load the folder.
         """
         if self.pipeline is not None:
             return self.pipeline
@@ -51,11 +51,11 @@ class Model:
         try:
             pipeline = DiffusionPipeline.from_pretrained(self.source, torch_dtype=dtype)
         except (OSError, ValueError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"diffusers cannot load {self.source}: {_first_line(error)}") from error
+            raise UserError(f"diffusers cannot load {self.source}: {_first_line(error)}") from error
         return pipeline.to(device)
 
     def pipeline_class(self) -> type:
-        """The class of its pipeline, without loading any weights. Raises ValueError when diffusers does not have it."""
+        """The class of its pipeline, without loading any weights. Raises UserError when diffusers does not have it."""
         if self.pipeline is not None:
             return type(self.pipeline)
         import diffusers
@@ -63,10 +63,10 @@ class Model:
         try:
             name = diffusers.DiffusionPipeline.load_config(self.source)["_class_name"]
         except (OSError, ValueError) as error:
-            raise ValueError(f"diffusers cannot read {self.source}: {_first_line(error)}") from error
+            raise UserError(f"diffusers cannot read {self.source}: {_first_line(error)}") from error
         found = getattr(diffusers, name, None) if isinstance(name, str) else None
         if found is None:
-            raise ValueError(f"{self.source} holds a {name}, which this diffusers does not have")
+            raise UserError(f"{self.source} holds a {name}, which this diffusers does not have")
         return found
 
     def condition_kind(self) -> Literal["prompt", "label"] | None:
@@ -106,7 +106,7 @@ class Model:
 def student_model(path: str | Path, name: str = "student") -> Model:
     """A student's folder (or the run folder that holds it as ``student/``) as a `Model`.
 
-    Raises FileNotFoundError when there is no such folder, ValueError when it is no student's, each with one line.
+    Raises UserError with one line.
     """
     folder = _pipeline_folder(Path(path))
     card = read_card(folder)
@@ -128,9 +128,10 @@ def teacher_model(teacher: str | Path, call: Mapping[str, Any] | None = None) ->
     """A teacher as a `Model`: an embedded name, a pipeline folder, or a hub id; `call` overrides its arguments.
 
     An embedded teacher brings its stated guidance; any other one runs with its pipeline's defaults where `call` says
-    nothing. Raises FileNotFoundError or ValueError with one line, as `student_model`.
+    nothing. Raises UserError with one line, as `student_model`.
     """
     from fewstep import fashion
+    from fewstep.teacher import teacher_folder
 
     text = str(teacher)
     arguments = dict(call or {})
@@ -140,24 +141,23 @@ def teacher_model(teacher: str | Path, call: Mapping[str, Any] | None = None) ->
         if text == name or Path(text).resolve() == folder.resolve():
             arguments = {"guidance_scale": stated.guidance_scale} | arguments
             return Model(f"teacher {name}", "teacher", arguments, source=str(folder), base_model=name)
-    if not Path(text).exists() and HUB_ID.fullmatch(text):
-        return Model("teacher", "teacher", arguments, source=text, base_model=text)
-    folder = _pipeline_folder(Path(text))
-    return Model("teacher", "teacher", arguments, source=str(folder), base_model=text)
+    found = teacher_folder(text)
+    source = text if found is None else str(_pipeline_folder(found))
+    return Model("teacher", "teacher", arguments, source=source, base_model=text)
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The student's ``fewstep.json``. Raises ValueError when it is missing, unreadable or incomplete."""
+    """The student's ``fewstep.json``. Raises UserError when it is missing, unreadable or incomplete."""
     path = folder / CARD_NAME
     if not path.is_file():
-        raise ValueError(f"{folder} has no {CARD_NAME}: it is no student of fewstep (a teacher goes with --teacher)")
+        raise UserError(f"{folder} has no {CARD_NAME}: it is no student of fewstep (a teacher goes with --teacher)")
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {_first_line(error)}") from error
+        raise UserError(f"{path} is not valid JSON: {_first_line(error)}") from error
     missing = [key for key in ("steps", "call") if key not in card] if isinstance(card, dict) else ["steps", "call"]
     if missing:
-        raise ValueError(f"{path} lacks {' and '.join(missing)}")
+        raise UserError(f"{path} lacks {' and '.join(missing)}")
     return card
 
 
@@ -170,12 +170,12 @@ def is_embedded(name: str | None) -> bool:
 
 def _pipeline_folder(path: Path) -> Path:
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder")
+        raise UserError(f"{path} is not a folder")
     if (path / "model_index.json").is_file():
         return path
     if (path / "student" / "model_index.json").is_file():
         return path / "student"
-    raise ValueError(f"{path} is not a diffusers pipeline: it has no model_index.json")
+    raise UserError(f"{path} is not a diffusers pipeline: it has no model_index.json")
 
 
 def _holding(counts: Any) -> frozenset[int] | None:

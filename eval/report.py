@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fewstep.errors import UserError
+
 SCHEMA = 1
 # metric -> (column title, how a value is printed)
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -55,10 +57,10 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> "Report":
-        """Read a ``report.json``. Raises ValueError when it has another schema."""
+        """Read a ``report.json``. Raises UserError when it has another schema."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if content.pop("schema", None) != SCHEMA:
-            raise ValueError(f"{path} is not a report of this version")
+            raise UserError(f"{path} is not a report of this version")
         return cls(**content)
 
     def save(self, out: Path) -> None:
@@ -131,7 +133,9 @@ class Report:
             r = self.reference
             sentences.append(
                 f"{r['metric']}: {r['extractor']} (weights sha256 {r['weights_sha256'][:12]}, resize {r['resize']}) "
-                f"against {r['id']}; " + "; ".join(f"{name} {value:.3f}" for name, value in r["floors"].items()) + "."
+                f"against {r['id']}. Floors: "
+                + "; ".join(f"{name} {value:.3f}" for name, value in r["floors"].items())
+                + "."
             )
         timing = next((row["speed"] for row in self.rows if row.get("speed")), None)
         if timing:

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from .generate import Conditions, generate, run_pipeline
 from .judge import Judge, image_metrics
 from .models import Model
 from .report import write_atomically
+
+logger = logging.getLogger(__name__)
 
 # Rows measured by an older way of measuring are not reused.
 ROW_VERSION = 1
@@ -93,13 +97,17 @@ def row_key(model: Model, conditions: Conditions, steps: int, config: EvalConfig
 
 
 def read_row(out: Path, key: str | None) -> tuple[dict[str, Any], Tensor] | None:
-    """The row kept under `key` and its pictures, or None."""
+    """The row kept under `key` and its pictures, or None; damaged files count as none."""
     path = out / "rows" / f"{key}.json"
     if key is None or not path.is_file():
         return None
-    with np.load(path.with_suffix(".npz")) as stored:
-        images = torch.from_numpy(stored["images"])
-    return json.loads(path.read_text(encoding="utf-8")), images
+    try:
+        with np.load(path.with_suffix(".npz")) as stored:
+            images = torch.from_numpy(stored["images"])
+        return json.loads(path.read_text(encoding="utf-8")), images
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        logger.warning("%s is damaged: the row is measured again", path)
+        return None
 
 
 def write_row(out: Path, key: str | None, row: dict[str, Any], images: Tensor) -> None:

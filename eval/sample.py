@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from fewstep.errors import UserError
+
 from .generate import Conditions, generate
 from .grid import contact_sheet, tile, to_pil
 from .models import CARD_NAME, Model, is_embedded, student_model, teacher_model
@@ -28,20 +30,20 @@ def sample(
     prompt or label: what the pipeline is conditioned on, as it needs. steps: default the student's own count.
     One image is saved as it is, several side by side; a video as a row of up to eight frames.
 
-    Raises FileNotFoundError or ValueError with one line for whatever a caller can get wrong.
+    Raises UserError with one line for whatever a caller can get wrong.
     """
     path = Path(out)
     if path.suffix.lower() != ".png":
-        raise ValueError(f"samples are written as PNG: {path} must end in .png")
+        raise UserError(f"samples are written as PNG: {path} must end in .png")
     if num < 1:
-        raise ValueError(f"num must be at least 1, not {num}")
+        raise UserError(f"num must be at least 1, not {num}")
     model = _model(directory)
     count = steps or model.steps or _embedded_steps(model)
     if count is None or count < 1:
-        raise ValueError(f"{directory} does not say how many steps it takes: give steps")
+        raise UserError(f"{directory} does not say how many steps it takes: give steps")
     reason = model.why_not(count)
     if reason:
-        raise ValueError(reason)
+        raise UserError(reason)
     conditions = _conditions(model, prompt, label)
     pipeline = model.load(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), torch.float32)
     call = {**model.call, "num_inference_steps": count}
@@ -79,9 +81,9 @@ def _conditions(model: Model, prompt: str | None, label: int | None) -> Conditio
     kind = model.condition_kind()
     if kind is None:
         if prompt is not None or label is not None:
-            raise ValueError(f"{model.source} is unconditional: it takes neither a prompt nor a class")
+            raise UserError(f"{model.source} is unconditional: it takes neither a prompt nor a class")
         return Conditions()
     value = prompt if kind == "prompt" else label
     if value is None:
-        raise ValueError(f"{model.source} needs a {'prompt' if kind == 'prompt' else 'class'}")
+        raise UserError(f"{model.source} needs a {'prompt' if kind == 'prompt' else 'class'}")
     return Conditions(kind, (value,))
