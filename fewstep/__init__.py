@@ -1,9 +1,42 @@
-"""Few-step distillation of diffusion and flow-matching pipelines."""
+"""Few-step distillation of diffusion and flow-matching pipelines.
 
+    import fewstep
+
+    folder = fewstep.distill("fashion-sd", method="dmd2", steps=4, out="runs/mine")   # train and export a student
+    pipeline = fewstep.load(folder)                                                   # samples right by default
+    fewstep.evaluate([folder], teacher="fashion-sd", out="runs/mine/report")          # measure it beside its teacher
+    fewstep.record(pipeline)                                                          # how a pipeline calls its network
+"""
+
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # In a checkout, trainers/, pipelines/ and eval/ stand beside this package; in a wheel they are inside it.
 if not (Path(__file__).parent / "trainers").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
+if TYPE_CHECKING:
+    from fewstep.distillation import distill
+    from fewstep.errors import UserError
+    from fewstep.eval.evaluate import evaluate
+    from fewstep.export import load
+    from fewstep.recording import record
+
 __version__ = "0.1.0"
+__all__ = ["UserError", "distill", "evaluate", "load", "record"]
+
+# Importing torch and diffusers takes seconds, so the public names are imported when they are first used.
+_HOMES = {
+    "UserError": "fewstep.errors",
+    "distill": "fewstep.distillation",
+    "evaluate": "fewstep.eval.evaluate",
+    "load": "fewstep.export",
+    "record": "fewstep.recording",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

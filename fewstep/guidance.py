@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.conditioning import Conditioning, compatible
+from fewstep.conditioning import Conditioning
 from fewstep.denoiser import Denoiser
 
 
@@ -57,7 +57,7 @@ class GuidedDenoiser:
             return self.denoiser(x_t, t, conditioning)
         batch = x_t.shape[0]
         negative = self.negative.select([0] * batch)
-        if compatible(negative, conditioning):
+        if Conditioning.compatible(negative, conditioning):
             both = Conditioning.cat([negative, conditioning])
             x0_negative, x0_positive = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         else:

@@ -1,0 +1,62 @@
+"""The demo: an embedded teacher in, a few-step student out, both measured side by side."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from fewstep.distillation import Distillation, method_class
+from fewstep.errors import UserError
+from fewstep.fashion import TEACHERS
+
+from .evaluate import evaluate
+from .report import Report
+
+METHOD = "dmd2"
+#: Samples in every row. Quoted reports have 5,000; the demo has to end while somebody waits.
+DEMO_SAMPLES = 2000
+TEACHER_STEPS = (1, 2, 4, 25)
+
+
+def demo(
+    teacher: str = "fashion-sd",
+    out: Path | str = "runs/demo",
+    *,
+    steps: int = 4,
+    seed: int = 0,
+    max_steps: int | None = None,
+    num: int | None = None,
+) -> Report:
+    """Distil ``teacher`` to ``steps`` with DMD2 and evaluate it; a second call goes on where the first one stopped.
+
+    Args:
+        teacher: name of an embedded teacher.
+        out: folder of the run; the report lands in ``out/report``.
+        steps: the student's step count.
+        seed: of the training.
+        max_steps: training steps, default the shipped recipe's.
+        num: samples in every row of the report.
+
+    Raises:
+        UserError: there is no such teacher, or ``out`` holds another run.
+    """
+    if teacher not in TEACHERS:
+        raise UserError(f"--teacher of the demo is one of {', '.join(TEACHERS)}, not {teacher!r}")
+    out = Path(out)
+    settings = yaml.safe_load(files("fewstep.trainers").joinpath(f"configs/{METHOD}_fashion.yaml").read_text())
+    settings |= {"teacher": teacher, "out": str(out), "steps": steps, "seed": seed}
+    if max_steps is not None:
+        settings["max_steps"] = max_steps
+    config = method_class(METHOD).Config(**settings, resume=(out / "config.yaml").exists())
+    student = Distillation(config, METHOD).run()
+    counts = tuple(count for count in (1, 2, 4, 8) if count <= steps)
+    return evaluate(
+        [student],
+        teacher=teacher,
+        teacher_steps=TEACHER_STEPS,
+        steps=counts,
+        num=num or DEMO_SAMPLES,
+        out=out / "report",
+    )
