@@ -68,7 +68,47 @@ class Report:
         write_atomically(out / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
         write_atomically(out / "report.md", self.markdown())
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
+    def headlines(self) -> list[str]:
+        """One sentence per student row: its Fréchet distance beside floor and teacher, its speed-up, its cost."""
+        sentences = []
+        teacher = self.baseline()
+        for row in self.rows:
+            if row["role"] != "student":
+                continue
+            facts = []
+            fd = row["metrics"].get("fd_test")
+            if fd is not None and self.reference:
+                beside = [f"floor {row['floor']:.3f}"] if row["floor"] is not None else []
+                if teacher and "fd_test" in teacher["metrics"]:
+                    beside.append(f"teacher at {teacher['steps']} steps {teacher['metrics']['fd_test']:.3f}")
+                facts.append(f"{self.reference['metric']} {fd:.3f}" + (f" ({', '.join(beside)})" if beside else ""))
+            if teacher and (speedup := _ratio(teacher["metrics"].get("latency_ms"), row["metrics"].get("latency_ms"))):
+                facts.append(f"{speedup:.1f}x as fast as the teacher's {teacher['steps']} steps")
+            facts.append(f"{row['nfe']:g} network evaluation{'s' if row['nfe'] != 1 else ''}")
+            sentences.append(
+                f"{row['model']} at {row['steps']} step{'s' if row['steps'] > 1 else ''}: {', '.join(facts)}."
+            )
+        return sentences
+
+    def table(self) -> str:
+        """The table in plain text, then the headlines, notes and skips, for a terminal."""
+        titles, cells = self._cells()
+        widths = [max(len(line[c]) for line in [titles, *cells]) for c in range(len(titles))]
+        lines = ["  ".join(_align(cell, widths[c], c) for c, cell in enumerate(line)) for line in [titles, *cells]]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([*(line.rstrip() for line in lines), "", *self._sentences()])
+
+    def markdown(self) -> str:
+        """The content of ``report.md``."""
+        titles, cells = self._cells()
+        lines = ["# Evaluation", "", _markdown_row(titles)]
+        lines.append(_markdown_row(["---" if c == 0 else "---:" for c in range(len(titles))]))
+        lines += [_markdown_row(line) for line in cells]
+        lines += ["", *(f"- {sentence}" for sentence in self._sentences()), "", "![grid](grid.png)", ""]
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return "\n".join([*lines, f"Made with {versions}." if versions else ""]).rstrip() + "\n"
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
         """Titles and cells of the table; columns without any value are left out."""
         name = self.reference["metric"] if self.reference else "FD"
         teacher = self.baseline()
@@ -87,44 +127,6 @@ class Report:
         cells = [[read(row) for _, read in columns] for row in self.rows]
         kept = [c for c in range(len(columns)) if any(line[c] for line in cells)]
         return [columns[c][0] for c in kept], [[line[c] or "-" for c in kept] for line in cells]
-
-    def headlines(self) -> list[str]:
-        """One sentence per student row: its Fréchet distance beside floor and teacher, its speed-up, its cost."""
-        sentences = []
-        teacher = self.baseline()
-        for row in self.rows:
-            if row["role"] != "student":
-                continue
-            facts = []
-            fd = row["metrics"].get("fd_test")
-            if fd is not None and self.reference:
-                beside = [f"floor {row['floor']:.3f}"] if row["floor"] is not None else []
-                if teacher and "fd_test" in teacher["metrics"]:
-                    beside.append(f"teacher at {teacher['steps']} steps {teacher['metrics']['fd_test']:.3f}")
-                facts.append(f"{self.reference['metric']} {fd:.3f}" + (f" ({', '.join(beside)})" if beside else ""))
-            if teacher and (speedup := _ratio(teacher["metrics"].get("latency_ms"), row["metrics"].get("latency_ms"))):
-                facts.append(f"{speedup:.1f}x as fast as the teacher")
-            facts.append(f"{row['nfe']:g} network evaluations")
-            sentences.append(f"{row['model']} at {row['steps']} steps: {', '.join(facts)}.")
-        return sentences
-
-    def text(self) -> str:
-        """The table in plain text, then the headlines, notes and skips, for a terminal."""
-        titles, cells = self.table()
-        widths = [max(len(line[c]) for line in [titles, *cells]) for c in range(len(titles))]
-        lines = ["  ".join(_align(cell, widths[c], c) for c, cell in enumerate(line)) for line in [titles, *cells]]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([*(line.rstrip() for line in lines), "", *self._sentences()])
-
-    def markdown(self) -> str:
-        """The content of ``report.md``."""
-        titles, cells = self.table()
-        lines = ["# Evaluation", "", _markdown_row(titles)]
-        lines.append(_markdown_row(["---" if c == 0 else "---:" for c in range(len(titles))]))
-        lines += [_markdown_row(line) for line in cells]
-        lines += ["", *(f"- {sentence}" for sentence in self._sentences()), "", "![grid](grid.png)", ""]
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return "\n".join([*lines, f"Made with {versions}." if versions else ""]).rstrip() + "\n"
 
     def _sentences(self) -> list[str]:
         sentences = self.headlines()

@@ -65,7 +65,7 @@ def test_report_and_grid(student, saved_dit, judge, tmp_path):
     assert any("2 steps" in sentence and "fewstep.json" in sentence for sentence in content["skipped"])
     assert Report.load(out / "report.json").to_dict() == report.to_dict() == content
 
-    markdown, text = (out / "report.md").read_text(), report.text()
+    markdown, text = (out / "report.md").read_text(), report.table()
     for word in ("FD-toy", "x teacher 3", "agreement", "recall", "latency", "floor", "NFE", "16 samples"):
         assert word in markdown and word in text
     with Image.open(out / "grid.png") as grid:
