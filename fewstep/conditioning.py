@@ -197,10 +197,10 @@ class Conditioning:
         return cls(_decode(json.loads(metadata["tree"]), tensors), int(metadata["batch_size"]))
 
 
-def mark(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
-    """The tree of `one` (arguments at one sample), its leaves marked by comparison with `two` (the same sample twice).
+def mark(one: dict[str, Any], two: dict[str, Any], samples: int = 1) -> dict[str, Any]:
+    """The tree of `one` (arguments at `samples` samples), leaves marked by comparison with `two` (those twice).
 
-    A tensor with leading axis k in `one` and 2k in `two` is per sample with k rows, a list of k and 2k entries too;
+    A tensor with leading axis k in `one` and 2k in `two` is per sample (k / samples rows), a list likewise;
     what has the same shape in both is shared.
 
     Raises:
@@ -208,7 +208,7 @@ def mark(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
     """
     if one.keys() != two.keys():
         raise ValueError(f"the arguments {sorted(one.keys() ^ two.keys())} are passed at one batch size only")
-    return {name: _mark(one[name], two[name], name) for name in one}
+    return {name: _mark(one[name], two[name], samples, name) for name in one}
 
 
 def remark(arguments: dict[str, Any], marked: dict[str, Any], batch_size: int) -> Conditioning:
@@ -222,19 +222,20 @@ def remark(arguments: dict[str, Any], marked: dict[str, Any], batch_size: int) -
     return Conditioning({name: _remark(arguments[name], marked[name], name) for name in arguments}, batch_size)
 
 
-def _mark(one: Any, two: Any, path: str) -> Any:
+def _mark(one: Any, two: Any, samples: int, path: str) -> Any:
     if isinstance(one, Tensor) and isinstance(two, Tensor) and one.dim() == two.dim():
         if one.shape == two.shape:
             return Leaf(one)
-        if two.shape[0] == 2 * one.shape[0]:
-            return Leaf(one, one.shape[0])
+        if two.shape[0] == 2 * one.shape[0] and one.shape[0] % samples == 0:
+            return Leaf(one, one.shape[0] // samples)
     elif isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
-        return {name: _mark(one[name], two[name], f"{path}.{name}") for name in one}
+        return {name: _mark(one[name], two[name], samples, f"{path}.{name}") for name in one}
     elif isinstance(one, list | tuple) and type(one) is type(two):
         if len(one) == len(two):
-            return type(one)(_mark(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(one, two, strict=True)))
-        if len(two) == 2 * len(one):
-            return SampleList(tuple(one), len(one), isinstance(one, tuple))
+            pairs = enumerate(zip(one, two, strict=True))
+            return type(one)(_mark(a, b, samples, f"{path}[{i}]") for i, (a, b) in pairs)
+        if len(two) == 2 * len(one) and len(one) % samples == 0:
+            return SampleList(tuple(one), len(one) // samples, isinstance(one, tuple))
     elif not isinstance(one, Tensor) and type(one) is type(two) and one == two:
         return Leaf(one)
     raise ValueError(f"the argument {path} is {_brief(one)} for one sample and {_brief(two)} for two")

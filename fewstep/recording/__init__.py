@@ -1,0 +1,9 @@
+"""Recording: how to call a pipeline's denoiser, learnt from the pipeline itself and proved against it."""
+
+from fewstep.recording.errors import RecordingError
+from fewstep.recording.guided import GuidanceReport
+from fewstep.recording.proof import Proof
+from fewstep.recording.recipe import Recipe
+from fewstep.recording.recording import Recording, record
+
+__all__ = ["GuidanceReport", "Proof", "Recipe", "Recording", "RecordingError", "record"]

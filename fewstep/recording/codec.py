@@ -1,0 +1,200 @@
+"""Between images and the network's space: the map is read off from the pipeline's own way to its decoder.
+
+After its last step a pipeline reorders, scales and shifts the sample and hands it to its decoder. Zeros, ones and index
+ramps in place of that last sample show this map; its inverse takes what the encoder gives into the network's space. A
+pipeline without a decoder takes pixels, and the map leads from the sample to the image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.recording.errors import RecordingError
+from fewstep.recording.observe import Observation, Stub, find_decoder, observe
+
+if TYPE_CHECKING:
+    from fewstep.recording.recording import Recording
+
+# Ramps count in digits of this base, which every dtype holds with room for the map's scale and offset.
+_BASE = 16
+_STEPS = 3
+
+
+@dataclass
+class Codec:
+    """The two ways between x0 (B, *sample_shape) and images, for one recording.
+
+    Attributes:
+        recording: whose pipeline it is.
+        decoder: the component with `encode` and `decode`; None: the pipeline's samples are pixels.
+        shape: per-sample shape of what the decoder is given (or of the image).
+        index: (n,) for each entry of that, flattened, the entry of the flattened sample it comes from.
+        scale: (n,) float64, and
+        offset: (n,) float64: entry = scale * sample[index] + offset.
+        stub: what the network returned once; stands in for it while the pipeline is run for its tail only.
+    """
+
+    recording: Recording
+    decoder: str | None
+    shape: tuple[int, ...]
+    index: Tensor
+    scale: Tensor
+    offset: Tensor
+    stub: Any
+
+    def describe(self) -> str:
+        """One line for people."""
+        kind = f"{self.decoder} with input {list(self.shape)}" if self.decoder else f"pixels {list(self.shape)}"
+        moved = "" if torch.equal(self.index, torch.arange(len(self.index))) else ", reordered"
+        scales = sorted(set(self.scale.float().round(decimals=5).tolist()))
+        scale = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g}..{scales[-1]:g}"
+        return f"{kind}, scale {scale}{moved}"
+
+    def to_decoder(self, x0: Tensor) -> Tensor:
+        """x0 (B, *sample_shape) -> what the decoder is given (B, *shape)."""
+        flat = x0.reshape(len(x0), -1).double()[:, self.index.to(x0.device)]
+        z = flat * self.scale.to(x0.device) + self.offset.to(x0.device)
+        return z.reshape(len(x0), *self.shape).to(x0.dtype)
+
+    def from_decoder(self, z: Tensor) -> Tensor:
+        """The inverse of `to_decoder`."""
+        flat = (z.reshape(len(z), -1).double() - self.offset.to(z.device)) / self.scale.to(z.device)
+        x0 = torch.empty_like(flat)
+        x0[:, self.index.to(z.device)] = flat
+        return x0.reshape(len(z), *self.recording.sample_shape).to(z.dtype)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W), or videos (B, C, F, H, W), in [0, 1] -> x0 (B, *sample_shape).
+
+        Raises:
+            RecordingError: images of another size than the recorded one.
+        """
+        if self.decoder is None:
+            self._check(tuple(images.shape[1:]), self.shape, "images")
+            return self.from_decoder(images)
+        vae: Any = getattr(self.recording.pipeline, self.decoder)
+        parameter = next(vae.parameters())
+        pixels = (images * 2 - 1 if _centred(self.recording.pipeline) else images).to(parameter)
+        if len(self.shape) == 4 and pixels.dim() == 4:
+            pixels = pixels.unsqueeze(2)  # a video decoder in an image pipeline: one frame
+        training = vae.training
+        vae.eval()
+        try:
+            z = _latents(vae.encode(pixels))
+        finally:
+            vae.train(training)
+        self._check(tuple(z.shape[1:]), self.shape, "images whose latents")
+        return self.from_decoder(z.to(self.recording.dtype))
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 (B, *sample_shape) -> images (B, C, H, W), or videos (B, C, F, H, W), float32 in [0, 1].
+
+        The pipeline itself runs, one sample at a time, with its last step's result replaced and its network skipped.
+        """
+        self._check(tuple(x0.shape[1:]), self.recording.sample_shape, "x0")
+        images = [_images(_tail(self.recording, self.stub, one).result) for one in x0.split(1)]
+        return torch.cat(images)
+
+    def _check(self, got: tuple[int, ...], wanted: tuple[int, ...], what: str) -> None:
+        if got != wanted:
+            raise RecordingError(
+                f"{what} have shape {list(got)} and the recording holds for {list(wanted)}; "
+                "resize them, or record with their height, width and num_frames"
+            )
+
+
+def read_codec(recording: Recording) -> Codec:
+    """Read the map off.
+
+    Raises:
+        RecordingError: what the decoder is given is not a reordering of the sample with a scale and an offset.
+    """
+    seen = observe(recording.pipeline, _call(recording), steps=1)
+    call = seen.steps[0].calls[-1]
+    decoder = find_decoder(recording.pipeline)
+    kind = type(recording.pipeline).__name__
+    count = math.prod(recording.sample_shape)
+
+    def send(sample: Tensor) -> Tensor:
+        x = sample.reshape(1, *recording.sample_shape).to(seen.steps[0].sample)
+        run = _tail(recording, call.output, x, stop_at_decode=decoder is not None)
+        z = run.decoder_input if decoder is not None else _images(run.result)
+        if z is None or z.numel() != count or len(z) != 1:
+            got = "nothing" if z is None else list(z.shape)
+            raise RecordingError(
+                f"{kind} makes {got} of a sample of shape {list(recording.sample_shape)}; no map to invert"
+            )
+        return z.double().cpu()
+
+    # A pixel pipeline clips its images to [0, 1]: stay where it does not, which is around zero.
+    unit = 1.0 if decoder is not None else 0.5
+    zero = send(torch.zeros(count))
+    offset, scale = zero.flatten(), ((send(torch.full((count,), unit)) - zero) / unit).flatten()
+    if bool((scale.abs() < 1e-6).any()):
+        raise RecordingError(f"{kind} drops a part of its sample before decoding; no map to invert")
+    numbers, index, factor = torch.arange(count), torch.zeros(count, dtype=torch.long), 1
+    while factor < count:
+        digit = ((numbers // factor) % _BASE).float() / _BASE * unit
+        read = (send(digit).flatten() - offset) / scale / unit * _BASE
+        if bool((read - read.round()).abs().max() > 0.25):
+            raise RecordingError(f"{kind} mixes the entries of its sample before decoding; no map to invert")
+        index += read.round().long() * factor
+        factor *= _BASE
+    if not torch.equal(index.sort().values, numbers):
+        raise RecordingError(f"{kind} uses some entries of its sample twice before decoding; no map to invert")
+    return Codec(recording, decoder, tuple(zero.shape[1:]), index, scale, offset, call.output)
+
+
+def _call(recording: Recording) -> dict[str, Any]:
+    return recording.invocation.arguments([recording.invocation.item], _STEPS, **recording.off)
+
+
+def _tail(recording: Recording, stub: Any, x0: Tensor, *, stop_at_decode: bool = False) -> Observation:
+    """Run the pipeline with every step's result replaced by `x0` and the network skipped."""
+    return observe(
+        recording.pipeline,
+        _call(recording),
+        replace=lambda _index, sample: x0.to(sample),
+        stub=Stub(recording.component, stub),
+        stop_at_decode=stop_at_decode,
+    )
+
+
+def _centred(pipeline: Any) -> bool:
+    """Whether the pipeline's decoder works in [-1, 1], which its image processor says (default: it does)."""
+    for name in ("image_processor", "video_processor"):
+        config = getattr(getattr(pipeline, name, None), "config", None)
+        if config is not None and "do_normalize" in config:
+            return bool(config["do_normalize"])
+    return True
+
+
+def _latents(encoded: Any) -> Tensor:
+    """The latents in what an encoder returns: the mode of a distribution, or the tensor itself."""
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mode()
+    for name in ("latent", "latents"):
+        if hasattr(encoded, name):
+            return getattr(encoded, name)
+    raise RecordingError(
+        f"the encoder returned a {type(encoded).__name__} without latents; encoding cannot be recorded"
+    )
+
+
+def _images(result: Any) -> Tensor:
+    """What a pipeline returned, as float32 images (B, C, H, W) or videos (B, C, F, H, W) in [0, 1]."""
+    value = result[0] if isinstance(result, list | tuple) else next(iter(result.values()))
+    if isinstance(value, list):
+        value = np.stack([np.asarray(v) for v in value]) if not isinstance(value[0], Tensor) else torch.stack(value)
+    if isinstance(value, np.ndarray):  # channels last
+        value = torch.from_numpy(np.moveaxis(value, -1, -3))
+    value = value.float().cpu()
+    return value.transpose(1, 2) if value.dim() == 5 else value

@@ -1,0 +1,351 @@
+"""Guidance: the value that switches it off, the negative conditioning, and the pipeline's own formula."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.conditioning import Conditioning, remark
+from fewstep.recording.errors import RecordingError
+from fewstep.recording.fit import fit_sample
+from fewstep.recording.invocation import Invocation
+from fewstep.recording.observe import NetworkCall, Step, observe
+from fewstep.recording.recipe import Recipe
+from fewstep.recording.shake import shaken
+
+# Below this relative difference two answers count as the same: a formula cannot be read off them.
+_DEAF = 1e-4
+_STEPS = 4
+
+
+@dataclass(frozen=True)
+class GuidanceReport:
+    """What the recorder found out about a pipeline's guidance. Reported, not used: fewstep guides with its own formula.
+
+    Attributes:
+        off_argument: the keyword argument and value that switch classifier-free guidance off; None: there is none.
+        argument_scale: the pipeline's default (or the caller's value) of that argument, None where unknown.
+        embedded: the network is told a guidance value; that is conditioning, recorded at the caller's value.
+        calls: network calls in a guided step (1: one call of both halves); 0 without classifier-free guidance.
+        order: "negative, positive" or "positive, negative".
+        formula: (n, p) with guided = n * negative + p * positive at `formula_scale`; None: not linear, or not seen.
+        formula_scale: the pipeline's value at which the formula was fitted.
+        linear: whether the guided answer is a linear combination; None: not seen.
+        offset: fewstep's guidance_scale is the pipeline's value plus this (0, or 1 for pos + w (pos - neg)).
+        remark: what could not be seen, in words.
+    """
+
+    off_argument: tuple[str, float] | None = None
+    argument_scale: float | None = None
+    embedded: bool = False
+    calls: int = 0
+    order: str | None = None
+    formula: tuple[float, float] | None = None
+    formula_scale: float | None = None
+    linear: bool | None = None
+    offset: float | None = None
+    remark: str = ""
+
+    def describe(self) -> str:
+        """One line for people."""
+        embedded = "embedded guidance is part of the conditioning; " if self.embedded else ""
+        if self.off_argument is None:
+            return f"{embedded}no classifier-free guidance" + (f" ({self.remark})" if self.remark else "")
+        name, value = self.off_argument
+        text = f"{embedded}off at {name}={value:g}; {self.calls} call{'s' * (self.calls != 1)}, {self.order}"
+        if self.formula is not None:
+            text += f"; {self.formula[0]:.4g}*negative + {self.formula[1]:.4g}*positive at {self.formula_scale:g}"
+        elif self.linear is False:
+            text += "; the pipeline's sum is not linear (fewstep's is)"
+        return text + (f"; {self.remark}" if self.remark else "")
+
+
+@dataclass(frozen=True)
+class GuidedCall:
+    """A guided call's arguments beside the invocation's, and which answer of the network is which."""
+
+    changes: dict[str, Any]
+    positive: int
+    negative: int
+
+
+def scale_arguments(invocation: Invocation) -> list[str]:
+    """The arguments of the pipeline's call that hold a guidance scale."""
+    return [name for name in invocation.parameters if name.endswith(("guidance_scale", "cfg_scale"))]
+
+
+def unguided_step(step: Step, component: str) -> bool:
+    """Whether a step at one sample holds one network call of exactly one sample."""
+    if sum(call.component == component for call in step.calls) != 1 or step.network_input.shape[0] != 1:
+        return False
+    try:
+        fit_sample(component, [step])
+    except RecordingError:
+        return False
+    return True
+
+
+def switch_off(pipeline: Any, invocation: Invocation) -> tuple[dict[str, Any], str]:
+    """The changes to the call under which the network is called once per step, and the network's component name.
+
+    The call as it is comes first (no guidance, or an embedded one), then each guidance scale at 1.0 and at 0.0.
+
+    Raises:
+        RecordingError: no such value, or no network.
+    """
+    attempts: list[dict[str, Any]] = [{}]
+    attempts += [{name: off} for name in scale_arguments(invocation) for off in (1.0, 0.0)]
+    failure: RecordingError | None = None
+    for changes in attempts:
+        try:
+            seen = observe(pipeline, invocation.arguments([invocation.item], _STEPS, **changes), steps=1)
+        except RecordingError as error:
+            # A pipeline may refuse a value of its scale; what it says matters only if every value fails.
+            failure = failure or error
+            continue
+        step = first_step(pipeline, seen.steps)
+        component = step.calls[-1].component
+        if unguided_step(step, component):
+            return changes, component
+    if failure is not None:
+        raise failure
+    if sum(call.component == component for call in step.calls) == 1 and step.network_input.shape[0] == 1:
+        fit_sample(component, [step])  # raises, and says what is wrong with the sample
+    raise RecordingError(
+        f"{type(pipeline).__name__} calls {component} more than once per step whatever its guidance scale "
+        f"({', '.join(scale_arguments(invocation)) or 'it has none'}); this cannot be recorded"
+    )
+
+
+def first_step(pipeline: Any, steps: list[Step]) -> Step:
+    """The first step, checked to hold a network call."""
+    if not steps or not steps[0].calls:
+        raise RecordingError(
+            f"{type(pipeline).__name__} called none of its networks before scheduler.step: it has no denoiser to distil"
+        )
+    return steps[0]
+
+
+def embedded_paths(pipeline: Any, invocation: Invocation, off: dict[str, Any], recipe: Recipe) -> set[str]:
+    """The network's arguments that follow a guidance scale while guidance is off."""
+    plain = _arguments(pipeline, invocation, off, recipe)
+    paths: set[str] = set()
+    for name in scale_arguments(invocation):
+        value = off.get(name, invocation.default(name))
+        if name in off or not isinstance(value, int | float):
+            continue
+        try:
+            other = _arguments(pipeline, invocation, {**off, name: value + 0.5}, recipe)
+        except RecordingError:
+            continue  # the pipeline takes no other value, so nothing follows it
+        paths |= {key for key in plain if not _equal(plain[key], other.get(key))}
+    return paths
+
+
+def _arguments(pipeline: Any, invocation: Invocation, changes: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    seen = observe(pipeline, invocation.arguments([invocation.item], _STEPS, **changes), before=recipe.component)
+    return without_sample(seen.pending[-1], recipe)
+
+
+def without_sample(call: NetworkCall, recipe: Recipe) -> dict[str, Any]:
+    """The arguments of a network call other than the sample and the times."""
+    own = {recipe.sample.argument, *(rule.argument for rule in recipe.times)}
+    return {name: value for name, value in call.arguments.items() if name not in own}
+
+
+def record_guided(
+    pipeline: Any,
+    invocation: Invocation,
+    off: dict[str, Any],
+    recipe: Recipe,
+    network: nn.Module,
+    marked: dict[str, Any],
+    unguided: Conditioning,
+    embedded: set[str],
+) -> tuple[GuidanceReport, Conditioning | None, GuidedCall | None]:
+    """Record one guided step of one sample: the report, the negative conditioning, and how to repeat the call."""
+    failure: RecordingError | None = None
+    for changes, (name, off_value), scale in _guided_attempts(invocation, off):
+        try:
+            step = _guided_step(pipeline, invocation, changes)
+        except RecordingError as error:
+            failure = failure or error  # pipelines refuse combinations (a negative prompt, a scale out of range)
+            continue
+        calls = [call for call in step.calls if call.component == recipe.component]
+        pieces = split_pieces(calls, recipe, marked)
+        if len(pieces) < 2:
+            continue
+        if len(pieces) > 2:
+            raise RecordingError(
+                f"a guided step of {type(pipeline).__name__} asks its network for {len(pieces)} answers per sample, "
+                "more than a positive and a negative one; switch the further guidance off in the call"
+            )
+        positive, certain = _find_positive(pipeline, invocation, changes, recipe, marked, pieces, unguided, embedded)
+        guided = GuidedCall(changes, positive, 1 - positive)
+        fitted, linear, offset, words = _formula(pipeline, invocation, guided, recipe, network, step, scale)
+        default = invocation.default(name)
+        report = GuidanceReport(
+            off_argument=(name, off_value),
+            argument_scale=float(default) if isinstance(default, int | float) else None,
+            embedded=bool(embedded),
+            calls=len(calls),
+            order="positive, negative" if positive == 0 else "negative, positive",
+            formula=fitted,
+            formula_scale=scale,
+            linear=linear,
+            offset=offset,
+            remark=words if certain else "the prompt changes neither half, so their order was not seen",
+        )
+        return report, pieces[1 - positive], guided
+    if off and failure is not None:
+        raise failure  # the call was guided before, so this is not a pipeline without guidance
+    words = "" if failure is None else f"a guided call was tried and failed: {failure}"
+    return GuidanceReport(embedded=bool(embedded), remark=words), None, None
+
+
+def _guided_attempts(invocation: Invocation, off: dict[str, Any]) -> Any:
+    """(changes to the call, (argument, off value), scale), the likeliest first."""
+    for name in scale_arguments(invocation):
+        if off and name not in off:
+            continue
+        default = invocation.default(name)
+        scale = float(default) if isinstance(default, int | float) and default > 1 else 5.0
+        off_value = off.get(name, 1.0)
+        yield {name: scale}, (name, off_value), scale
+        if "negative_prompt" in invocation.parameters and invocation.call.get("negative_prompt") is None:
+            yield {name: scale, "negative_prompt": ""}, (name, off_value), scale
+
+
+def _guided_step(pipeline: Any, invocation: Invocation, changes: dict[str, Any], item: Any = None) -> Step:
+    item = invocation.item if item is None else item
+    return first_step(pipeline, observe(pipeline, invocation.arguments([item], _STEPS, **changes), steps=1).steps)
+
+
+def split_pieces(calls: list[NetworkCall], recipe: Recipe, marked: dict[str, Any]) -> list[Conditioning]:
+    """The conditioning of each answer that the network was asked for, one sample each, in the pipeline's order."""
+    pieces = []
+    for call in calls:
+        rows = len(call.arguments[recipe.sample.argument])
+        try:
+            whole = remark(without_sample(call, recipe), marked, rows)
+        except ValueError as error:
+            raise RecordingError(f"the guided call cannot be split: {error}") from error
+        pieces += [whole.select([i]) for i in range(rows)]
+    return pieces
+
+
+def answers(calls: list[NetworkCall], recipe: Recipe, step: Step) -> list[Tensor]:
+    """What the network answered to each piece, as `model_output` would be without guidance; (1, *sample_shape) each."""
+    found = []
+    for call in calls:
+        rows = len(call.arguments[recipe.sample.argument])
+        x = step.network_input
+        x = x[:1].expand(rows, *x.shape[1:])
+        output = recipe.output.model_output(call.output, x, torch.full((rows,), step.timestep, dtype=torch.float64))
+        found += list(output.split(1))
+    return found
+
+
+def _find_positive(
+    pipeline: Any,
+    invocation: Invocation,
+    changes: dict[str, Any],
+    recipe: Recipe,
+    marked: dict[str, Any],
+    pieces: list[Conditioning],
+    unguided: Conditioning,
+    embedded: set[str],
+) -> tuple[int, bool]:
+    """Which of two pieces is the positive one, and whether that was seen.
+
+    The one that equals the unguided recording; if that does not tell, the one that another prompt changes.
+    """
+    matches = [same_conditioning(piece, unguided, embedded) for piece in pieces]
+    if matches[0] != matches[1]:
+        return matches.index(True), True
+    other = another_item(invocation)
+    step = _guided_step(pipeline, invocation, changes, other)
+    calls = [call for call in step.calls if call.component == recipe.component]
+    moved = [
+        not same_conditioning(a, b, set()) for a, b in zip(pieces, split_pieces(calls, recipe, marked), strict=True)
+    ]
+    if moved[0] != moved[1]:
+        return moved.index(True), True
+    if any(moved):
+        raise RecordingError(
+            "both halves of the guided call follow the prompt, so the negative one cannot be told from the positive one"
+        )
+    return 1, False
+
+
+def another_item(invocation: Invocation) -> Any:
+    """A prompt or label other than the recording's."""
+    if invocation.conditional == "label":
+        return 0 if invocation.item else 1
+    words = "two red boats on a lake, evening light"
+    return words if invocation.item != words else "one green hill"
+
+
+def same_conditioning(a: Conditioning, b: Conditioning, ignored: set[str]) -> bool:
+    """Whether two conditionings agree to rounding (1e-4), `ignored` top-level arguments apart."""
+    one, two = a.arguments(), b.arguments()
+    return one.keys() == two.keys() and all(_equal(one[key], two[key]) for key in one if key not in ignored)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        if not a.is_floating_point():
+            return torch.equal(a, b)
+        scale = torch.maximum(a.abs().max(), b.abs().max()) if a.numel() else 0
+        return a.numel() == 0 or bool((a - b).abs().max() <= 1e-4 * scale)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and not isinstance(a, Tensor) and a == b
+
+
+def _formula(
+    pipeline: Any,
+    invocation: Invocation,
+    guided: GuidedCall,
+    recipe: Recipe,
+    network: nn.Module,
+    step: Step,
+    scale: float,
+) -> tuple[tuple[float, float] | None, bool | None, float | None, str]:
+    """Fit guided = n * negative + p * positive; on shaken weights where the network is deaf to the prompt."""
+    for context in (contextlib.nullcontext(), shaken(network)):
+        with context:
+            if isinstance(context, contextlib.nullcontext):
+                seen = step
+            else:
+                seen = _guided_step(pipeline, invocation, guided.changes)
+            calls = [call for call in seen.calls if call.component == recipe.component]
+            both = answers(calls, recipe, seen)
+            negative, positive = (both[i].double().flatten() for i in (guided.negative, guided.positive))
+            if (positive - negative).norm() > _DEAF * positive.norm():
+                target = seen.model_output[:1].double().flatten()
+                return _solve(negative, positive, target, scale)
+    return None, None, None, "the answer does not depend on the prompt, even on shaken weights, so no formula was seen"
+
+
+def _solve(
+    negative: Tensor, positive: Tensor, target: Tensor, scale: float
+) -> tuple[tuple[float, float] | None, bool, float | None, str]:
+    design = torch.stack([negative, positive], dim=1)
+    solution = torch.linalg.lstsq(design, target[:, None]).solution[:, 0]
+    if (design @ solution - target).norm() > 1e-3 * target.norm():
+        return None, False, None, ""
+    n, p = solution.tolist()
+    for offset in (0.0, 1.0):
+        w = scale + offset
+        if abs(n - (1 - w)) < 1e-2 * w and abs(p - w) < 1e-2 * w:
+            return (1 - w, w), True, offset, ""
+    return (n, p), True, None, "an unusual formula"

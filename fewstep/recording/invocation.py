@@ -1,0 +1,99 @@
+"""How to call a pipeline: which argument carries the prompts or labels, and which keyword arguments stay fixed."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fewstep.recording.errors import RecordingError
+
+# The arguments that name the samples of a call, in diffusers' own words, and what is recorded when none is given.
+_SUBJECTS = {"prompt": ("prompt", "a photo"), "class_labels": ("label", 0)}
+# The caller's business, not the recipe's: what is sampled, how it is returned, and how it is watched.
+_IGNORED = ("generator", "num_inference_steps", "output_type", "return_dict", "callback", "callback_steps")
+
+
+@dataclass
+class Invocation:
+    """A pipeline's call with everything fixed but the prompts or labels.
+
+    Attributes:
+        conditional: "prompt", "label" or None (an unconditional pipeline).
+        call: the fixed keyword arguments, prompts and labels apart.
+        item: the prompt or label that the recording itself uses.
+        parameters: the names that the pipeline's `__call__` takes, with their defaults (`inspect._empty`: required).
+    """
+
+    conditional: str | None
+    call: dict[str, Any]
+    item: Any
+    parameters: dict[str, Any] = field(repr=False)
+
+    def arguments(self, items: list[Any], steps: int, **changes: Any) -> dict[str, Any]:
+        """The keyword arguments that sample `items` (B prompts or labels; unconditional: only their number counts)."""
+        batch = len(items)
+        arguments = {**self.call, **changes, "num_inference_steps": steps}
+        # Pipelines demand that a negative prompt is a list where the prompt is one, and a string where it is a string.
+        if batch > 1:
+            for name, value in arguments.items():
+                if isinstance(value, str) and name.startswith(("negative_prompt", "prompt")):
+                    arguments[name] = [value] * batch
+        if self.conditional == "prompt":
+            arguments["prompt"] = items[0] if batch == 1 else list(items)
+        elif self.conditional == "label":
+            arguments["class_labels"] = list(items)
+        elif "batch_size" in self.parameters:
+            arguments["batch_size"] = batch
+        if "generator" in self.parameters:
+            arguments["generator"] = torch.Generator().manual_seed(0)
+        if "output_type" in self.parameters:
+            arguments["output_type"] = "pt"
+        return arguments
+
+    def default(self, name: str) -> Any:
+        """The value that argument `name` has in a plain call: the caller's, else the pipeline's default."""
+        value = self.call.get(name, self.parameters.get(name))
+        return None if value is inspect.Parameter.empty else value
+
+
+def read_invocation(pipeline: Any, call: dict[str, Any]) -> Invocation:
+    """Sort the caller's keyword arguments.
+
+    Raises:
+        RecordingError: an argument the pipeline does not take, or one that cannot be part of a recipe.
+    """
+    name = type(pipeline).__name__
+    signature = inspect.signature(type(pipeline).__call__)
+    parameters = {key: p.default for key, p in list(signature.parameters.items())[1:]}
+    unknown = sorted(set(call) - set(parameters))
+    if unknown:
+        raise RecordingError(f"{name} takes no argument {', '.join(unknown)}; remove it from the call")
+    for key in ("timesteps", "sigmas", "latents"):
+        if call.get(key) is not None:
+            raise RecordingError(f"the recorder chooses {key} itself; remove {key} from the call of {name}")
+    for key, value in call.items():
+        if "image" in key and value is not None and not isinstance(value, int | float | str | bool | dict):
+            raise RecordingError(
+                f"{name} was given {key}: image-conditioned, editing and ControlNet pipelines cannot be distilled yet; "
+                "record the text-to-image pipeline of the same model"
+            )
+    if "num_inference_steps" not in parameters:
+        raise RecordingError(f"{name} takes no num_inference_steps, so it has no steps to distil")
+    required = {key for key, default in parameters.items() if default is inspect.Parameter.empty}
+    images = sorted(key for key in required - set(call) if "image" in key or "video" in key or "mask" in key)
+    if images:
+        raise RecordingError(
+            f"{name} requires {', '.join(images)}: image-conditioned, editing and ControlNet pipelines cannot be "
+            "distilled yet; record the text-to-image pipeline of the same model"
+        )
+    rest = {key: value for key, value in call.items() if key not in (*_IGNORED, *_SUBJECTS, "batch_size")}
+    for argument, (conditional, stand_in) in _SUBJECTS.items():
+        if argument in parameters:
+            item = call.get(argument)
+            if isinstance(item, list | tuple):
+                item = item[0] if item else None
+            return Invocation(conditional, rest, stand_in if item is None else item, parameters)
+    return Invocation(None, rest, None, parameters)

@@ -1,0 +1,335 @@
+"""The proof: own calls of the network against what the pipeline hands to its scheduler, on samples it never saw before.
+
+The observed `scheduler.step` returns fresh random samples, in a run of another length than the recording's. What the
+pipeline then hands to the next `scheduler.step` must be what the recipe computes at that sample and that time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fewstep.conditioning import Conditioning, Leaf, mark, remark
+from fewstep.prediction import to_x0
+from fewstep.recording.errors import RecordingError
+from fewstep.recording.guided import another_item, answers, without_sample
+from fewstep.recording.observe import Observation, Step, observe
+from fewstep.recording.shake import shaken
+
+if TYPE_CHECKING:
+    from fewstep.recording.recording import Recording
+
+STEPS = 5
+# Relative changes below this count as none: rounding alone makes 1e-7.
+_NO_REACTION = 1e-4
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: what, the largest relative error, and what is allowed."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is within the tolerance (NaN is not)."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The comparisons of a proof that held.
+
+    Attributes:
+        checks: what was compared, on the weights as they are and, where they hide something, on shaken ones.
+        warnings: what the network does not react to, and what could not be compared.
+        shaken: whether the proof was repeated on shaken weights.
+    """
+
+    checks: tuple[Check, ...]
+    warnings: tuple[str, ...]
+    shaken: bool
+
+    def worst(self) -> float:
+        """The largest relative error of all checks."""
+        return max(check.error for check in self.checks)
+
+    def describe(self) -> list[str]:
+        """One line per check, then the warnings."""
+        lines = [f"{c.name}: {c.error:.1e} (at most {c.tolerance:.0e})" for c in self.checks]
+        return lines + [f"warning: {text}" for text in self.warnings]
+
+
+def prove(recording: Recording, seed: int = 0) -> Proof:
+    """Run the proof; see `Recording.prove`."""
+    notes: list[str] = []
+    checks = _checks(recording, seed, notes, "")
+    deaf = _deaf_to(recording, seed)
+    if deaf:
+        text = (
+            f"the answer of {recording.component} does not change with {' or '.join(deaf)}: are its weights untrained? "
+            "They could hide a mistake, so the proof was repeated on shaken weights"
+        )
+        warnings.warn(text, stacklevel=3)
+        notes.append(text)
+        with shaken(recording.network, seed=seed):
+            checks += _checks(recording, seed + 1, notes, "shaken weights, ")
+            still = _deaf_to(recording, seed)
+        if still:
+            notes.append(f"even with shaken weights it does not change with {' or '.join(still)}")
+    failed = [check for check in checks if not check.holds]
+    if failed:
+        worst = max(failed, key=lambda check: check.error if check.error == check.error else float("inf"))
+        raise RecordingError(
+            f"the recording of {type(recording.pipeline).__name__} failed its proof: {worst.name} differs by "
+            f"{worst.error:.2g} relative (at most {worst.tolerance:.0e}); it must not be trained on, please report it"
+        )
+    return Proof(tuple(checks), tuple(dict.fromkeys(notes)), bool(deaf))
+
+
+def tolerance(recording: Recording) -> float:
+    """What design allows for one call at the same batch shape: by dtype and device, relative."""
+    parameter = next(recording.network.parameters())
+    if parameter.dtype in (torch.bfloat16, torch.float16):
+        return 2e-2
+    return 1e-6 if parameter.device.type == "cpu" else 1e-3
+
+
+def _checks(recording: Recording, seed: int, notes: list[str], prefix: str) -> list[Check]:
+    item, other = recording.invocation.item, another_item(recording.invocation)
+    allowed = tolerance(recording)
+    single = _run(recording, [item], recording.off, seed, x0=True)
+    checks = [
+        Check(
+            f"{prefix}unguided, one sample", _unguided_error(recording, single, _own_conditioning(recording)), allowed
+        ),
+        Check(f"{prefix}mixed times in one batch", _mixed_error(recording, single), allowed),
+    ]
+    x0_error = _x0_error(recording, single)
+    if x0_error is None:
+        notes.append("the scheduler gives no clean sample to compare x0 with")
+    else:
+        checks.append(Check(f"{prefix}x0 against the scheduler's", x0_error, max(1e-5, allowed)))
+    pair = _run(recording, [item, other], recording.off, seed + 1)
+    checks.append(
+        Check(
+            f"{prefix}unguided, two samples",
+            _unguided_error(recording, pair, _pair_conditioning(recording, pair, [item, other])),
+            allowed,
+        )
+    )
+    if recording.guided is None:
+        return checks
+    for items, words in (([item], "one sample"), ([item, other], "two samples")):
+        try:
+            seen = _run(recording, items, recording.guided.changes, seed + 2)
+        except RecordingError as error:
+            if len(items) == 1:
+                raise
+            notes.append(f"guided with two prompts, the pipeline itself fails and was not compared ({error})")
+            continue
+        errors = _guided_errors(recording, seen, len(items), notes)
+        checks += [Check(f"{prefix}guided, {words}{part}", error, allowed) for part, error in errors.items()]
+    return checks
+
+
+def _run(
+    recording: Recording, items: list[Any], changes: dict[str, Any], seed: int, *, x0: bool = False
+) -> Observation:
+    generator = torch.Generator().manual_seed(seed)
+
+    def fresh(_index: int, sample: Tensor) -> Tensor:
+        # The spread of the scheduler's own sample, so that the network sees inputs of the size it would see.
+        spread = sample.float().std().nan_to_num(1.0).clamp(min=1e-3)
+        return (torch.randn(sample.shape, generator=generator) * spread.cpu()).to(sample)
+
+    def unclipped(scheduler: Any) -> None:
+        if hasattr(scheduler, "register_to_config"):
+            names = [name for name in ("clip_sample", "thresholding") if name in scheduler.config]
+            scheduler.register_to_config(**dict.fromkeys(names, False))
+
+    call = recording.invocation.arguments(items, STEPS, **changes)
+    return observe(recording.pipeline, call, steps=STEPS, replace=fresh, x0=x0, set_up=unclipped)
+
+
+def _own_conditioning(recording: Recording) -> Conditioning:
+    item = recording.invocation.item
+    if recording.conditional is None:
+        return recording.condition()
+    return recording.condition(**{"prompts" if recording.conditional == "prompt" else "labels": [item]})
+
+
+def _call_conditioning(recording: Recording, step: Step, rows: int) -> Conditioning:
+    call = step.calls[-1]
+    return remark(without_sample(call, recording.recipe), recording.marked, rows)
+
+
+def _pair_conditioning(recording: Recording, pair: Observation, items: list[Any]) -> Conditioning:
+    """The conditioning of the pipeline's own call with two prompts, taken apart and put together again.
+
+    It is not compared with each prompt's own: pipelines pad to the longest prompt of a batch.
+    """
+    try:
+        whole = _call_conditioning(recording, pair.steps[0], len(items))
+    except ValueError:
+        # Together they have other arguments than alone (a mask); how these depend on the batch, four samples show.
+        call = recording.invocation.arguments(items * 2, STEPS, **recording.off)
+        four = observe(recording.pipeline, call, before=recording.component).pending[-1]
+        two = pair.steps[0].calls[-1]
+        tree = mark(without_sample(two, recording.recipe), without_sample(four, recording.recipe), samples=len(items))
+        whole = Conditioning(tree, len(items))
+    return Conditioning.cat([whole.select([i]) for i in range(len(items))])
+
+
+def _own_calls(recording: Recording, seen: Observation) -> list[tuple[Step, Callable[[Tensor, Conditioning], Tensor]]]:
+    """Each step after the first with the recipe's call at its time (without the last where a next time is needed)."""
+    recipe = recording.recipe
+    needs_next = any(rule.source == "next" for rule in recipe.times)
+    steps = seen.steps[: -1 if needs_next else None]
+    pairs = []
+    for i, step in enumerate(steps):
+        following = seen.steps[i + 1].timestep if i + 1 < len(seen.steps) else 0.0
+
+        def own(x: Tensor, conditioning: Conditioning, step: Step = step, following: float = following) -> Tensor:
+            with torch.no_grad():
+                return recipe.call(
+                    recording.network,
+                    x,
+                    _times(step.timestep, len(x)),
+                    conditioning,
+                    next_timestep=_times(following, len(x)) if needs_next else None,
+                )
+
+        if i > 0:
+            pairs.append((step, own))
+    return pairs
+
+
+def _times(timestep: float, batch: int) -> Tensor:
+    return torch.full((batch,), timestep, dtype=torch.float64)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """The largest difference over the largest magnitude; 0 for two zero tensors."""
+    difference = (got.double() - wanted.double()).abs().max().item()
+    scale = wanted.double().abs().max().item()
+    return difference if difference == 0 else difference / max(scale, 1e-30)
+
+
+def _unguided_error(recording: Recording, seen: Observation, conditioning: Conditioning) -> float:
+    return max(
+        relative_error(own(step.network_input, conditioning), step.model_output)
+        for step, own in _own_calls(recording, seen)
+    )
+
+
+def _mixed_error(recording: Recording, seen: Observation) -> float:
+    """Two samples at two times in one batch against the same batch at either time."""
+    early, late = seen.steps[1], seen.steps[2]
+    x = torch.cat([early.network_input, late.network_input])
+    conditioning = _call_conditioning(recording, early, 1).select([0, 0])
+    times = torch.tensor([early.timestep, late.timestep], dtype=torch.float64)
+    following = torch.tensor([late.timestep, seen.steps[3].timestep], dtype=torch.float64)
+
+    def call(order: list[int]) -> Tensor:
+        with torch.no_grad():
+            return recording.recipe.call(
+                recording.network, x, times[order], conditioning, next_timestep=following[order]
+            )
+
+    mixed = call([0, 1])
+    unmixed = torch.stack([call([0, 0])[0], call([1, 1])[1]])
+    return relative_error(mixed, unmixed)
+
+
+def _x0_error(recording: Recording, seen: Observation) -> float | None:
+    """x0 by the schedule and prediction type against the scheduler's own, over the steps where it has one."""
+    errors = []
+    for step in seen.steps:
+        if step.x0 is None:
+            continue
+        t = recording.schedule.time(_times(step.timestep, len(step.sample)))
+        scale = recording.schedule.input_scale(t).view(-1, *[1] * (step.sample.dim() - 1))
+        x_t = step.network_input.double() / scale
+        x0 = to_x0(step.model_output.double(), recording.prediction_type, x_t, recording.schedule, t)
+        errors.append(relative_error(x0, step.x0))
+    return max(errors) if errors else None
+
+
+def _guided_errors(recording: Recording, seen: Observation, batch: int, notes: list[str]) -> dict[str, float]:
+    """Errors of the guided run's separate answers, and of their linear combination."""
+    recipe, guided, report = recording.recipe, recording.guided, recording.guidance
+    parts: dict[str, float] = {}
+    for step, own in _own_calls(recording, seen):
+        calls = [call for call in step.calls if call.component == recipe.component]
+        found = torch.cat(answers(calls, recipe, step))
+        got = []
+        for i, call in enumerate(calls):
+            rows = len(call.arguments[recipe.sample.argument])
+            x = step.network_input[:batch].repeat(rows // batch, *[1] * (step.network_input.dim() - 1))
+            got.append(own(x, _guided_conditioning(recording, call, i, rows, batch)))
+        result = torch.cat(got)
+        parts[""] = max(parts.get("", 0.0), relative_error(result, found))
+        if report.formula is not None and report.formula_scale is not None:
+            n, p = report.formula
+            negative, positive = (result[k * batch : (k + 1) * batch] for k in (guided.negative, guided.positive))
+            wanted = step.model_output[:batch]
+            scale = max(abs(n), abs(p)) * max(positive.abs().max().item(), negative.abs().max().item(), 1e-30)
+            error = (n * negative + p * positive - wanted).abs().max().item() / scale
+            parts[", combined"] = max(parts.get(", combined", 0.0), error)
+    if report.linear is False:
+        notes.append("the pipeline's guided sum is not linear, so only its parts were compared")
+    return parts
+
+
+def _guided_conditioning(recording: Recording, call: Any, index: int, rows: int, batch: int) -> Conditioning:
+    """What the guided call's own pieces were told; for one prompt: this recording's own positive and negative."""
+    if batch > 1:
+        # Passed on whole, not taken apart: beside longer prompts it may hold other arguments (a mask) than alone.
+        whole = without_sample(call, recording.recipe)
+        return Conditioning({name: Leaf(value) for name, value in whole.items()}, rows)
+    pieces = range(rows) if rows > 1 else [index]
+    own = {recording.guided.negative: recording.negative(), recording.guided.positive: _own_conditioning(recording)}
+    try:
+        return Conditioning.cat([own[piece] for piece in pieces])
+    except ValueError as error:
+        raise RecordingError(
+            f"the positive and negative conditioning do not form the pipeline's own call: {error}"
+        ) from error
+
+
+def _deaf_to(recording: Recording, seed: int) -> list[str]:
+    """What the network does not react to: among the sample, the time and the prompt (or label)."""
+    item, other = recording.invocation.item, another_item(recording.invocation)
+    seen = _run(recording, [item], recording.off, seed)
+    first, second = seen.steps[1], seen.steps[-1]
+    x, conditioning = first.network_input, _call_conditioning(recording, first, 1)
+
+    def answer(x: Tensor, step: Step, conditioning: Conditioning) -> Tensor:
+        following = _times(step.timestep / 2, 1)
+        with torch.no_grad():
+            raw = recording.recipe.call(
+                recording.network, x, _times(step.timestep, 1), conditioning, next_timestep=following
+            )
+        # A velocity made of x and an x0 follows the sample and the time by itself; what counts is the network's part.
+        return raw
+
+    base = answer(x, first, conditioning)
+    reactions = {
+        "the sample": answer(second.network_input, first, conditioning),
+        "the time": answer(x, second, conditioning),
+    }
+    if recording.conditional is not None:
+        name = "prompt" if recording.conditional == "prompt" else "label"
+        call = recording.invocation.arguments([other], STEPS, **recording.off)
+        changed = observe(recording.pipeline, call, before=recording.component).pending[-1]
+        tree = without_sample(changed, recording.recipe)
+        reactions[f"the {name}"] = answer(x, first, remark(tree, recording.marked, 1))
+    return [name for name, value in reactions.items() if relative_error(value, base) < _NO_REACTION]
