@@ -1,0 +1,163 @@
+"""The model card: what a person needs to sample the student with stock diffusers, and to trust it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+_PLACEHOLDER = "path/to/this/folder"
+
+
+def teacher_license_of(teacher: str | Path) -> dict[str, str]:
+    """The licence fields of the front matter of a teacher's own card; empty where it has none.
+
+    Args:
+        teacher: the teacher's folder. A hub id that is no folder gives nothing: cards are not fetched.
+    """
+    card = Path(teacher) / "README.md"
+    if not card.is_file():
+        return {}
+    from huggingface_hub.repocard import metadata_load
+
+    found = metadata_load(card) or {}
+    return {key: str(found[key]) for key in _LICENSE_KEYS if found.get(key)}
+
+
+def write_card(
+    about: Mapping[str, Any],
+    pipeline: Any,
+    *,
+    license_fields: Mapping[str, str],
+    metrics: Mapping[str, Any] | None,
+    note: str,
+) -> str:
+    """The text of README.md.
+
+    Args:
+        about: the content of ``fewstep.json``.
+        pipeline: the student's stock pipeline.
+        license_fields: of the teacher, see :func:`teacher_license_of`.
+        metrics: name -> number, or row name -> {name -> number}.
+        note: how scheduler and renoise were decided.
+    """
+    steps, method, base = about["steps"], about["method"], about["base_model"]
+    stock = type(pipeline).__name__
+    parts = [
+        _front_matter(about, pipeline, license_fields),
+        f"# {base} in {_steps(steps)}",
+        f"A {steps}-step student of `{base}`, distilled with {method} by fewstep. It is a stock `{stock}`: diffusers "
+        "alone loads and samples it.",
+        f"## Use it\n\n```python\n{snippet(about, pipeline)}\n```\n\n"
+        "The arguments matter: without them a stock pipeline runs its own number of steps, and most guide. fewstep fills "
+        "them in:\n\n"
+        f"```python\nimport fewstep\n\npipe = fewstep.load({_PLACEHOLDER!r})\n"
+        f"{_output(pipeline)[0]} = pipe({_subject(about)}){_output(pipeline)[1]}\n```",
+        f"## Steps\n\n{_grids(about)}",
+        f"## Seeds\n\n{_seeds(about)}",
+    ]
+    if metrics:
+        parts.append(f"## Numbers\n\n{_table(metrics)}")
+    licensed = "It has the teacher's licence." if license_fields else "The teacher's licence, unknown to fewstep, applies."
+    parts.append(f"## Made with\n\n{note}. Prediction type: {about['prediction_type']}. {licensed}")
+    return "\n\n".join(parts) + "\n"
+
+
+def snippet(about: Mapping[str, Any], pipeline: Any) -> str:
+    """Stock diffusers code that samples the student right."""
+    name, pick = _output(pipeline)
+    subject = _subject(about)
+    arguments = ([subject] if subject else []) + [f"{key}={value!r}" for key, value in about["call"].items()]
+    lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
+    lines.append(f"pipe = DiffusionPipeline.from_pretrained({_PLACEHOLDER!r})")
+    if about["noise_follows"] == "global seed":
+        lines.append("torch.manual_seed(1)  # the noise between the steps")
+    arguments.append("generator=torch.Generator().manual_seed(0)")
+    lines += [f"{name} = pipe(", *(f"    {argument}," for argument in arguments), f"){pick}"]
+    return "\n".join(lines)
+
+
+def pipeline_tag(about: Mapping[str, Any], pipeline: Any) -> str:
+    """The hub's word for what the pipeline does."""
+    kind = "video" if _is_video(pipeline) else "image"
+    return f"text-to-{kind}" if about["conditional"] == "prompt" else f"unconditional-{kind}-generation"
+
+
+def _front_matter(about: Mapping[str, Any], pipeline: Any, license_fields: Mapping[str, str]) -> str:
+    fields: dict[str, Any] = {
+        "base_model": about["base_model"],
+        **license_fields,
+        "library_name": "diffusers",
+        "pipeline_tag": pipeline_tag(about, pipeline),
+        "tags": ["fewstep", "few-step", "distillation", about["method"]],
+    }
+    # JSON is YAML, and it quotes what needs quoting.
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _subject(about: Mapping[str, Any]) -> str:
+    return {"prompt": '"a photo of a cat"', "label": "class_labels=[0]", None: ""}[about["conditional"]]
+
+
+def _is_video(pipeline: Any) -> bool:
+    return "num_frames" in inspect.signature(type(pipeline).__call__).parameters
+
+
+def _output(pipeline: Any) -> tuple[str, str]:
+    return ("video", ".frames[0]") if _is_video(pipeline) else ("image", ".images[0]")
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count != 1)}"
+
+
+def _grids(about: Mapping[str, Any]) -> str:
+    rows = ["| `num_inference_steps` | times t (1 is noise) | |", "| --- | --- | --- |"]
+    trained = {round(t, 4) for t in about["grid"]}
+    for count, grid in about["grids"].items():
+        times = ", ".join(f"{t:.4g}" for t in grid)
+        if int(count) == about["steps"]:
+            remark = "trained"
+        elif all(round(t, 4) in trained for t in grid):
+            remark = "only times it was trained at"
+        else:
+            remark = "runs right, but visits times it was not trained at"
+        rows.append(f"| {count} | {times} | {remark} |")
+    rows.append("")
+    rows.append(
+        "These are the counts at which the scheduler was seen to do what the student was trained for. Other counts are "
+        "wrong or were not tried."
+    )
+    return "\n".join(rows)
+
+
+def _seeds(about: Mapping[str, Any]) -> str:
+    if about["renoise"] == "ode":
+        return "No noise is drawn between the steps: the image depends on the initial noise alone, so on `generator`."
+    if about["noise_follows"] is None:
+        return "One step draws no noise after the initial one: the image depends on `generator` alone."
+    if about["noise_follows"] == "generator":
+        return "Fresh noise is drawn between the steps, from `generator`: one seed gives one image."
+    return (
+        "Fresh noise is drawn between the steps. This pipeline does not pass `generator` on to its scheduler, so that "
+        "noise follows torch's global seed (`torch.manual_seed`), and `generator` alone does not make an image "
+        "reproducible. Do not use one number for both: equal seeds redraw the initial noise."
+    )
+
+
+def _table(metrics: Mapping[str, Any]) -> str:
+    rows = metrics if all(isinstance(value, Mapping) for value in metrics.values()) else {"student": metrics}
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [f"| | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
+    lines += [f"| {label} | {' | '.join(_number(row.get(name)) for name in names)} |" for label, row in rows.items()]
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,123 @@
+"""Loading a student so that a bare call samples it right.
+
+A stock pipeline cannot hold defaults for its call: ``pipe(prompt)`` runs 50 guided steps. So the loaded object is an
+instance of a subclass of the stock class whose ``__call__`` fills in what ``fewstep.json`` says.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from fewstep.export.errors import ExportError
+
+FILE = "fewstep.json"
+
+# The words of from_pretrained that also decide where and how a single file is fetched.
+_FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+def load(student: str | Path, **from_pretrained: Any) -> DiffusionPipeline:
+    """Load a student's pipeline; its call needs a prompt or labels and nothing else.
+
+    Args:
+        student: a folder that fewstep wrote, or a hub id (``"owner/name"``).
+        from_pretrained: passed on to ``DiffusionPipeline.from_pretrained``.
+
+    Returns:
+        An instance of a subclass of the stock pipeline class. Arguments that are given win over ``fewstep.json``.
+
+    Raises:
+        ExportError: no such folder or hub repository, not a pipeline, or not a student.
+    """
+    about = read_about(student, **{key: value for key, value in from_pretrained.items() if key in _FETCHING})
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(str(student), **from_pretrained)
+    except OSError as error:
+        raise ExportError(f"{student} does not load: {' '.join(str(error).split())}") from error
+    pipeline.__class__ = _student_class(type(pipeline), about)
+    return pipeline
+
+
+def read_about(student: str | Path, **fetching: Any) -> dict[str, Any]:
+    """The content of a student's ``fewstep.json``; ``fetching`` are huggingface_hub's download arguments.
+
+    Raises:
+        ExportError: as :func:`load`.
+    """
+    folder = Path(student)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ExportError(f"{student} is not a diffusers pipeline: it has no model_index.json")
+        path = folder / FILE
+        if not path.is_file():
+            raise ExportError(
+                f"{student} is not a fewstep student: it has no {FILE}; load it with DiffusionPipeline.from_pretrained"
+            )
+    elif isinstance(student, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", student):
+        path = _fetch(student, fetching)
+    else:
+        raise ExportError(f"there is no folder {student}")
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(about["call"], dict):
+            raise TypeError("call is not a table")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{FILE} of {student} is damaged ({error!r}); export the student again") from error
+    return about
+
+
+def _fetch(repository: str, fetching: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, FILE, **fetching))
+    except LocalEntryNotFoundError as error:
+        raise ExportError(f"there is no folder {repository}, and the hub cannot be reached for it") from error
+    except EntryNotFoundError as error:
+        raise ExportError(f"{repository} on the hub is not a fewstep student: it has no {FILE}") from error
+    except HfHubHTTPError as error:
+        reason = type(error).__name__
+        raise ExportError(f"there is no folder {repository}, nor can the hub give it ({reason})") from error
+
+
+def _student_class(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type[DiffusionPipeline]:
+    """A subclass of ``stock``, under its name, so that what it saves names the stock class."""
+    signature = inspect.signature(stock.__call__)
+
+    @functools.wraps(stock.__call__)
+    def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        missing = {name: value for name, value in about["call"].items() if name not in given}
+        count, counts = given.get("num_inference_steps"), about.get("counts")
+        if count is not None and counts and count not in counts:
+            held = ", ".join(map(str, counts))
+            warnings.warn(f"this student samples right at {held} steps, not at {count}", stacklevel=2)
+        return stock.__call__(self, *args, **kwargs, **missing)
+
+    def save_pretrained(self: DiffusionPipeline, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        stock.save_pretrained(self, save_directory, *args, **kwargs)
+        write_about(Path(save_directory), about)
+
+    body = {
+        "__call__": call,
+        "__doc__": stock.__doc__,
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "fewstep": about,
+        "save_pretrained": functools.wraps(stock.save_pretrained)(save_pretrained),
+    }
+    return type(stock.__name__, (stock,), body)
+
+
+def write_about(folder: Path, about: dict[str, Any]) -> None:
+    """Write ``fewstep.json`` into a student's folder."""
+    (folder / FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,281 @@
+"""Planning a student before it is trained: its scheduler, its grid, its call, and the proof that they go together.
+
+Everything is found by running the teacher's own pipeline with candidate schedulers (:mod:`fewstep.export.walk`); the
+first whose walk holds wins. The trainer then trains on the grid that the shipped scheduler was seen to visit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fewstep.export.errors import ExportError
+from fewstep.export.scheduler import Wish, candidates, wanted_grid
+from fewstep.export.trace import trace, with_parts
+from fewstep.export.walk import Reference, Walk, WalkError, walk
+from fewstep.recording.observe import find_scheduler
+from fewstep.schedule import EDMSchedule, FlowSchedule, TableSchedule, TrigFlowSchedule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fewstep.recording import Recording
+
+# Guidance is off in a student's call, so what is guided away from is not part of it.
+_NEGATIVES = ("negative_prompt",)
+
+
+@dataclass(frozen=True)
+class StudentPlan:
+    """How a student is trained to move and will be shipped.
+
+    Attributes:
+        scheduler: a stock scheduler instance, ready to ship.
+        renoise: ``"ode"`` or ``"fresh"``.
+        steps: length of the grid.
+        timesteps: what the pipeline passes to its scheduler at that count.
+        grid: the same as t in (0, 1], descending; the trainer trains on it.
+        counts: the step counts up to ``steps`` at which the walk holds.
+        grids: their grids.
+        call: the keyword arguments that sample it right, prompt or labels apart; JSON can hold it.
+        initial_scale: the first x_t is this times unit noise.
+        noise_follows: ``"generator"``, ``"global seed"``; None for ODE.
+        prediction_type: what the network says.
+        note: one line that says how renoise and scheduler were decided.
+    """
+
+    scheduler: Any
+    renoise: str
+    steps: int
+    timesteps: tuple[float, ...]
+    grid: tuple[float, ...]
+    counts: tuple[int, ...]
+    grids: dict[int, tuple[float, ...]]
+    call: dict[str, Any]
+    initial_scale: float
+    noise_follows: str | None
+    prediction_type: str
+    note: str
+
+
+def plan_student(
+    recording: Recording,
+    steps: int,
+    *,
+    renoise: str = "auto",
+    shift: float | None = None,
+    first_timestep: int | None = None,
+    start: str = "noise",
+) -> StudentPlan:
+    """Find the stock scheduler that carries a student of ``steps`` steps, and prove it on the teacher's weights.
+
+    Args:
+        recording: of the teacher.
+        steps: at least 1, at most the times that the teacher knows.
+        renoise: ``"ode"``, ``"fresh"``, or ``"auto"``: ODE for flow and EDM; for tables fresh noise where it can ship.
+        shift: k of a flow grid t' = k t / (1 + (k - 1) t); None: the teacher's own, at the recorded call.
+        first_timestep: start at this entry of a table instead of its top (DMD2's one-step SDXL: 399; SiD: 625).
+        start: ``"noise"``: the first x_t is unit noise; ``"marginal"``: sigma times unit noise (SiD; ODE, tables).
+
+    Raises:
+        ExportError: the wish cannot ship; one line names the reason.
+    """
+    schedule = recording.schedule
+    _refuse(recording, steps, renoise, shift, first_timestep, start)
+    is_flow = isinstance(schedule, FlowSchedule)
+    wish = Wish(
+        schedule=schedule,
+        prediction_type=recording.prediction_type,
+        steps=steps,
+        renoise=renoise,
+        shift=(teacher_shift(recording) if shift is None else float(shift)) if is_flow else 1.0,
+        first_timestep=first_timestep,
+        start=start,
+    )
+    call = student_call(recording, steps)
+    reference = reference_of(recording, recording.network)
+
+    def found(way: str, reason: str) -> StudentPlan:
+        return _plan(recording, replace(wish, renoise=way), call, reference, reason)
+
+    if renoise == "ode":
+        return found("ode", "ODE as asked")
+    if renoise == "fresh":
+        try:
+            return found("fresh", "fresh noise as asked")
+        except WalkError as error:
+            raise ExportError(f"a student with fresh noise cannot ship: {error}; use renoise='ode'") from error
+    if not isinstance(schedule, TableSchedule) or start == "marginal":
+        return found("ode", "auto chose ODE")
+    try:
+        return found("fresh", "auto chose fresh noise")
+    except WalkError as error:
+        return found("ode", f"auto chose ODE, since fresh noise cannot ship ({error})")
+
+
+def teacher_shift(recording: Recording) -> float:
+    """The k of the teacher's own flow grid at the recorded call, a resolution-dependent one evaluated there."""
+    pipeline = recording.pipeline
+    config = getattr(pipeline, find_scheduler(pipeline)).config
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("flow_shift") or config.get("shift") or 1.0)
+    arguments = _arguments(recording, recording.invocation.default("num_inference_steps") or 50, dict(recording.off))
+    mu = trace(pipeline, arguments, None).asked.get("mu")
+    if mu is None:
+        raise ExportError(
+            f"{type(pipeline).__name__} shifts its grid by the resolution but passes no mu; state the shift (--shift)"
+        )
+    return float(mu) if config.get("time_shift_type") == "linear" else math.exp(float(mu))
+
+
+def student_call(recording: Recording, steps: int) -> dict[str, Any]:
+    """The keyword arguments that sample the student right, prompt or labels apart.
+
+    Raises:
+        ExportError: an argument of the recorded call that JSON cannot hold.
+    """
+    kept = {name: value for name, value in recording.call.items() if not name.startswith(_NEGATIVES)}
+    call = {"num_inference_steps": steps, **kept, **recording.off}
+    for name, value in call.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ExportError(
+                f"the argument {name} of the call is a {type(value).__name__}, which fewstep.json cannot hold; "
+                "leave it out or give a plain value"
+            ) from error
+    return call
+
+
+def reference_of(recording: Recording, network: nn.Module) -> Reference:
+    """What the walk compares the pipeline's answers with: the recipe's call of ``network`` for the recording's item."""
+    item = [recording.invocation.item]
+    items = {"prompt": {"prompts": item}, "label": {"labels": item}, None: {}}[recording.conditional]
+    return Reference(recording.recipe, network, recording.condition(**items))
+
+
+def walk_student(
+    recording: Recording, pipeline: Any, call: dict[str, Any], renoise: str, count: int, reference: Reference
+) -> Walk:
+    """Walk a stock student pipeline at ``count`` steps under ``call``, with the recording's own prompt or label.
+
+    Raises:
+        WalkError: it does not hold.
+    """
+    arguments = _arguments(recording, count, call)
+    return walk(pipeline, arguments, recording.schedule, recording.prediction_type, renoise, reference)
+
+
+def _refuse(
+    recording: Recording, steps: int, renoise: str, shift: float | None, first_timestep: int | None, start: str
+) -> None:
+    schedule = recording.schedule
+    if renoise not in ("auto", "ode", "fresh"):
+        raise ExportError(f"renoise is auto, ode or fresh, not {renoise!r}")
+    if start not in ("noise", "marginal"):
+        raise ExportError(f"start is noise or marginal, not {start!r}")
+    if steps < 1:
+        raise ExportError(f"steps must be at least 1, not {steps}")
+    if isinstance(schedule, TrigFlowSchedule):
+        raise ExportError("a TrigFlow teacher is a few-step student itself, and no stock scheduler carries another one")
+    if shift is not None and not isinstance(schedule, FlowSchedule):
+        raise ExportError("shift belongs to flow-matching teachers; this one has a table or a ramp of its own")
+    if shift is not None and not (math.isfinite(shift) and shift > 0):
+        raise ExportError(f"shift must be a positive number, not {shift}")
+    if isinstance(schedule, EDMSchedule) and (first_timestep is not None or start != "noise"):
+        raise ExportError("an EDM student starts at sigma_max")
+    if isinstance(schedule, FlowSchedule) and (first_timestep is not None or start != "noise"):
+        raise ExportError("a flow student starts at pure noise, timestep 1000")
+    times = schedule.num_train_timesteps or (
+        round(schedule.timestep_scale) if isinstance(schedule, FlowSchedule) else 1000
+    )
+    if first_timestep is not None and not 0 <= first_timestep < times:
+        raise ExportError(f"first_timestep must be in 0..{times - 1}, not {first_timestep}")
+    available = times if first_timestep is None else first_timestep + 1
+    if steps > available:
+        raise ExportError(f"{steps} steps are more than the {available} times of the schedule")
+    if isinstance(schedule, TableSchedule):
+        top = available - 1
+        if recording.prediction_type == "epsilon" and float(schedule.alphas_cumprod[top]) == 0:
+            raise ExportError(
+                f"the teacher predicts noise, and at timestep {top} its input is only noise (zero terminal SNR); "
+                f"start lower (first_timestep={top - 1})"
+            )
+
+
+def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Reference, reason: str) -> StudentPlan:
+    """The plan with the first scheduler that holds, walked at its other counts too."""
+    if isinstance(wish.schedule, FlowSchedule):
+        wish = replace(wish, last_sigma=_last_sigma(recording, wish, call))
+    scheduler, found, remark = _first_that_holds(recording, wish, call, reference)
+    pipeline = with_parts(recording.pipeline, **{find_scheduler(recording.pipeline): scheduler})
+    grids = {}
+    for count in _other_counts(wish.steps):
+        # A count that does not hold is left out of the plan, which is how the plan says it.
+        with contextlib.suppress(WalkError):
+            grids[count] = walk_student(recording, pipeline, call, wish.renoise, count, reference).grid
+    grids[wish.steps] = found.grid
+    return StudentPlan(
+        scheduler=scheduler,
+        renoise=wish.renoise,
+        steps=wish.steps,
+        timesteps=found.timesteps,
+        grid=found.grid,
+        counts=tuple(grids),
+        grids=grids,
+        call=call,
+        initial_scale=found.initial_scale,
+        noise_follows=found.noise_follows,
+        prediction_type=recording.prediction_type,
+        note=f"{reason}: {remark}",
+    )
+
+
+def _first_that_holds(
+    recording: Recording, wish: Wish, call: dict[str, Any], reference: Reference
+) -> tuple[Any, Walk, str]:
+    """The first candidate whose walk holds on the wished grid, else on the grid that the pipeline makes by itself."""
+    wanted, failures, other = wanted_grid(wish), [], None
+    for scheduler in candidates(wish):
+        pipeline = with_parts(recording.pipeline, **{find_scheduler(recording.pipeline): scheduler})
+        try:
+            found = walk_student(recording, pipeline, call, wish.renoise, wish.steps, reference)
+        except WalkError as error:
+            failures.append(str(error))
+            continue
+        name = type(scheduler).__name__
+        if wanted is None:
+            return scheduler, found, name
+        if all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(found.grid, wanted)):
+            shift = f", grid shifted by {wish.shift:.4g}" if isinstance(wish.schedule, FlowSchedule) else ""
+            return scheduler, found, name + shift
+        if other is None:
+            times = ", ".join(f"{t:.4g}" for t in found.grid)
+            other = scheduler, found, f"{name}; the pipeline makes its own grid ({times})"
+    if other is None:
+        raise WalkError("; ".join(dict.fromkeys(failures)))
+    return other
+
+
+def _last_sigma(recording: Recording, wish: Wish, call: dict[str, Any]) -> float | None:
+    """The smallest of the sigmas that the pipeline passes to ``set_timesteps`` at the student's count."""
+    first = next(candidates(wish))
+    pipeline = with_parts(recording.pipeline, **{find_scheduler(recording.pipeline): first})
+    sigmas = trace(pipeline, _arguments(recording, wish.steps, call), None).asked.get("sigmas")
+    return None if sigmas is None else float(min(sigmas))
+
+
+def _other_counts(steps: int) -> list[int]:
+    """The counts below ``steps`` to walk: all of them, for long grids the powers of two (a walk costs its count)."""
+    return [count for count in range(1, steps) if steps <= 16 or count & (count - 1) == 0]
+
+
+def _arguments(recording: Recording, count: int, call: dict[str, Any]) -> dict[str, Any]:
+    """One sample of the recording's own prompt or label under exactly ``call``, at ``count`` steps."""
+    arguments = recording.invocation.arguments([recording.invocation.item], count)
+    dropped = set(recording.call) - set(call)
+    kept = {name: value for name, value in arguments.items() if name not in dropped}
+    return {**kept, **call, "num_inference_steps": count}

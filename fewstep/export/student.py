@@ -1,0 +1,177 @@
+"""Writing a student: a stock pipeline folder with the student's weights, its scheduler, fewstep.json and a card."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+import fewstep
+from fewstep.export.card import teacher_license_of, write_card
+from fewstep.export.errors import ExportError
+from fewstep.export.load import FILE, write_about
+from fewstep.export.plan import StudentPlan, reference_of, walk_student
+from fewstep.export.trace import with_parts
+from fewstep.recording.observe import find_scheduler
+
+if TYPE_CHECKING:
+    from fewstep.recording import Recording
+
+
+def export_student(
+    recording: Recording,
+    network: nn.Module,
+    plan: StudentPlan,
+    out: str | Path,
+    *,
+    method: str,
+    base_model: str,
+    teacher_license: str | Mapping[str, str] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write ``out`` as a pipeline that stock diffusers loads, and check it: reloaded, it must walk as planned.
+
+    The recording's pipeline is left as it is. The folder appears complete or not at all; an older student in its place
+    is replaced, anything else there is refused.
+
+    Args:
+        recording: of the teacher.
+        network: the trained student network, of the teacher network's class.
+        plan: what it was trained for.
+        out: the folder.
+        method: the method's name, for the card.
+        base_model: the teacher's hub id or folder; of a folder only the name is published.
+        teacher_license: of the teacher; None: read from its own card where that lies beside it.
+        metrics: name -> number, or row -> {name -> number}.
+        training: what else ``fewstep.json`` shall say of the training; JSON must hold it.
+
+    Raises:
+        ExportError: ``out`` is in use, or the written folder does not sample as planned.
+    """
+    out = Path(out)
+    _refuse(recording, network, out)
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        saved = _as_saved(network, recording.network)
+        parts = {recording.component: saved, find_scheduler(recording.pipeline): copy.deepcopy(plan.scheduler)}
+        student = with_parts(recording.pipeline, **parts)
+        student.save_pretrained(partial, safe_serialization=True)
+        about = _about(recording, plan, method, base_model, training)
+        _publish_no_paths(partial, about["base_model"])
+        write_about(partial, about)
+        license_fields = _license(recording, base_model, teacher_license)
+        card = write_card(about, student, license_fields=license_fields, metrics=metrics, note=plan.note)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        verify_student(recording, saved, plan, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _put_in_place(partial, out)
+    return out
+
+
+def verify_student(recording: Recording, network: nn.Module, plan: StudentPlan, folder: str | Path) -> None:
+    """Load ``folder`` with stock diffusers and walk it at every count of the plan.
+
+    Its network's answers are compared with those of ``network``, so that the weights are proved as well.
+
+    Raises:
+        ExportError: it does not load, or a walk differs from the plan.
+    """
+    replaced = (find_scheduler(recording.pipeline), recording.component)
+    shared = {name: part for name, part in recording.pipeline.components.items() if name not in replaced}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=recording.dtype, **shared)
+    except (OSError, ValueError, TypeError) as error:
+        raise ExportError(f"the exported student does not load: {' '.join(str(error).split())}") from error
+    device = next(network.parameters()).device
+    getattr(pipeline, recording.component).to(device)
+    reference = reference_of(recording, network)
+    for count in plan.counts:
+        walk = walk_student(recording, pipeline, plan.call, plan.renoise, count, reference)
+        if walk.grid != plan.grids[count]:
+            raise ExportError(
+                f"the exported student visits {walk.grid} at {count} steps and was planned for {plan.grids[count]}"
+            )
+
+
+def _refuse(recording: Recording, network: nn.Module, out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ExportError(f"{out} is a file; name a folder for the student")
+    if out.is_dir() and any(out.iterdir()) and not (out / FILE).is_file():
+        raise ExportError(f"{out} holds something else than a student; name another folder")
+    if {k: v.shape for k, v in network.state_dict().items()} != {
+        k: v.shape for k, v in recording.network.state_dict().items()
+    }:
+        raise ExportError(f"the student's weights do not fit the teacher's {recording.component}")
+
+
+def _as_saved(network: nn.Module, teacher: nn.Module) -> nn.Module:
+    """The student in the teacher's dtypes: a pipeline of mixed ones does not run."""
+    dtypes = {name: tensor.dtype for name, tensor in teacher.state_dict().items()}
+    if all(tensor.dtype == dtypes[name] for name, tensor in network.state_dict().items()):
+        return network
+    saved = copy.deepcopy(network)
+    for name, tensor in [*saved.named_parameters(), *saved.named_buffers()]:
+        tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+    return saved
+
+
+def _about(
+    recording: Recording, plan: StudentPlan, method: str, base_model: str, training: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        "method": method,
+        "base_model": Path(base_model).name if Path(base_model).exists() else base_model,
+        "conditional": recording.conditional,
+        "call": plan.call,
+        "steps": plan.steps,
+        "counts": list(plan.counts),
+        "timesteps": list(plan.timesteps),
+        "grid": list(plan.grid),
+        "grids": {str(count): list(grid) for count, grid in plan.grids.items()},
+        "renoise": plan.renoise,
+        "noise_follows": plan.noise_follows,
+        "initial_scale": plan.initial_scale,
+        "prediction_type": plan.prediction_type,
+        "component": recording.component,
+        "scheduler": type(plan.scheduler).__name__,
+        "note": plan.note,
+        "training": dict(training or {}),
+        "fewstep_version": fewstep.__version__,
+    }
+
+
+def _publish_no_paths(folder: Path, base_model: str) -> None:
+    """diffusers writes where a part was loaded from into its config; a path of this machine means nothing elsewhere."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and Path(str(content.get("_name_or_path", ""))).is_absolute():
+            content["_name_or_path"] = base_model
+            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _license(recording: Recording, base_model: str, given: str | Mapping[str, str] | None) -> dict[str, str]:
+    if given is not None:
+        return {"license": given} if isinstance(given, str) else dict(given)
+    source = recording.pipeline.config.get("_name_or_path") or ""
+    return teacher_license_of(base_model) or teacher_license_of(source)
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    old = out.parent / f".{out.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.rename(out, old)
+    os.rename(partial, out)
+    shutil.rmtree(old, ignore_errors=True)

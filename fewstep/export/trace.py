@@ -1,0 +1,198 @@
+"""Running a stock pipeline and seeing what passes between it and its scheduler.
+
+The scheduler is told a known x0 in the network's own words instead of the network's answer. So the trace shows what the
+scheduler makes of an x0 whatever the weights are: a fresh network whose output is zero would hide a wrong table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fewstep.recording.observe import find_scheduler, modules_of
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Normal numbers that were drawn, and whether the call's own generator gave them (else the global one did)."""
+
+    value: Tensor
+    own_generator: bool
+
+
+@dataclass
+class TracedStep:
+    """One ``scheduler.step``.
+
+    Attributes:
+        timestep: as the pipeline passes it.
+        sample: the scheduler's sample, (B, ...).
+        network_input: the sample after ``scale_model_input``, where the pipeline calls that.
+        answer: what the pipeline made of the network's output.
+        told: what the scheduler was given in its place.
+        draws: the normal numbers drawn inside the step.
+        result: the next sample.
+    """
+
+    timestep: float
+    sample: Tensor
+    network_input: Tensor
+    answer: Tensor
+    told: Tensor
+    draws: list[Draw]
+    result: Tensor
+
+
+@dataclass
+class Trace:
+    """A run: its steps, the numbers drawn before the first one, and what the pipeline asked ``set_timesteps`` for."""
+
+    steps: list[TracedStep] = field(default_factory=list)
+    initial_draws: list[Draw] = field(default_factory=list)
+    asked: dict[str, Any] = field(default_factory=dict)
+
+
+class _Finished(BaseException):
+    """Ends a run when all steps are seen. Not an Exception, so that no pipeline catches it."""
+
+
+class _DrawWatch(TorchFunctionMode):
+    """Keeps the normal numbers that are drawn while it is on."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self._generator = generator
+        self.draws: list[Draw] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in (torch.randn, torch.randn_like):
+            self.draws.append(Draw(result.detach().clone(), kwargs.get("generator") is self._generator))
+        return result
+
+    def take(self) -> list[Draw]:
+        """The draws since the last call."""
+        taken, self.draws = self.draws, []
+        return taken
+
+
+def with_parts(pipeline: Any, **parts: Any) -> Any:
+    """A copy of the pipeline object with other components; all else is shared, the pipeline itself is not touched."""
+    other = copy.copy(pipeline)
+    other.register_modules(**parts)
+    return other
+
+
+def trace(pipeline: Any, arguments: dict[str, Any], tell: Callable[[Tensor, float, Tensor], Tensor] | None) -> Trace:
+    """Run ``pipeline(**arguments)`` up to its last ``scheduler.step`` and keep what was seen.
+
+    The pipeline is left as it was and so is the global random state. What the pipeline itself raises passes through.
+
+    Args:
+        pipeline: its own scheduler decides what happens; a copy of it is used.
+        arguments: of the call, ``generator`` among them where the pipeline takes one.
+        tell: (network input, timestep, the network's answer) -> what the scheduler is given as ``model_output``;
+            None: stop at ``set_timesteps``.
+    """
+    name = find_scheduler(pipeline)
+    scheduler = copy.deepcopy(getattr(pipeline, name))
+    run = with_parts(pipeline, **{name: scheduler})
+    run.set_progress_bar_config(disable=True)
+    watch = _DrawWatch(arguments.get("generator"))
+    seen = Trace()
+    _watch_set_timesteps(scheduler, seen, stop=tell is None)
+    if tell is not None:
+        _watch_steps(scheduler, seen, watch, tell)
+    with torch.random.fork_rng(), torch.no_grad(), _evaluating(run), watch, contextlib.suppress(_Finished):
+        run(**arguments)
+    return seen
+
+
+def _watch_set_timesteps(scheduler: Any, seen: Trace, *, stop: bool) -> None:
+    original = scheduler.set_timesteps
+    signature = inspect.signature(original)
+
+    # functools.wraps keeps the signature visible: pipelines look whether it takes sigmas or timesteps.
+    @functools.wraps(original)
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        seen.asked = dict(signature.bind(*args, **kwargs).arguments)
+        if stop:
+            raise _Finished
+
+    scheduler.set_timesteps = set_timesteps
+
+
+def _watch_steps(
+    scheduler: Any, seen: Trace, watch: _DrawWatch, tell: Callable[[Tensor, float, Tensor], Tensor]
+) -> None:
+    original, scaled = scheduler.step, []
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        answer, timestep, sample = (bound.arguments[key] for key in ("model_output", "timestep", "sample"))
+        before = watch.take()
+        if not seen.steps:
+            seen.initial_draws = before
+        # Cloned at once: some pipelines write the next sample into the same storage.
+        kept = sample.detach().clone()
+        network_input = scaled.pop() if scaled else kept
+        scaled.clear()
+        told = tell(network_input, float(timestep), answer)
+        watch.take()  # what is told may be drawn too
+        bound.arguments["model_output"] = told
+        result = original(*bound.args, **bound.kwargs)
+        following = result if isinstance(result, Tensor) else result[0]
+        seen.steps.append(
+            TracedStep(
+                timestep=float(timestep),
+                sample=kept,
+                network_input=network_input,
+                answer=answer.detach().clone(),
+                told=told,
+                draws=watch.take(),
+                result=following.detach().clone(),
+            )
+        )
+        if len(seen.steps) == len(scheduler.timesteps):
+            raise _Finished
+        return result
+
+    scheduler.step = step
+    if hasattr(scheduler, "scale_model_input"):
+        scale = scheduler.scale_model_input
+
+        @functools.wraps(scale)
+        def scale_model_input(*args: Any, **kwargs: Any) -> Any:
+            result = scale(*args, **kwargs)
+            scaled.append(result.detach().clone())
+            return result
+
+        scheduler.scale_model_input = scale_model_input
+
+
+@contextlib.contextmanager
+def _evaluating(pipeline: Any) -> Iterator[None]:
+    """Every network in eval mode: in train mode a label embedding drops labels at random."""
+    modes: list[tuple[nn.Module, bool]] = [
+        (module, module.training) for network in modules_of(pipeline).values() for module in network.modules()
+    ]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
