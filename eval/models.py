@@ -140,7 +140,8 @@ def teacher_model(teacher: str | Path, call: Mapping[str, Any] | None = None) ->
         folder = Path(fashion.teacher_path(name))
         if text == name or Path(text).resolve() == folder.resolve():
             arguments = {"guidance_scale": stated.guidance_scale} | arguments
-            return Model(f"teacher {name}", "teacher", arguments, source=str(folder), base_model=name)
+            source = str(_pipeline_folder(folder))
+            return Model(f"teacher {name}", "teacher", arguments, source=source, base_model=name)
     found = teacher_folder(text)
     source = text if found is None else str(_pipeline_folder(found))
     return Model("teacher", "teacher", arguments, source=source, base_model=text)

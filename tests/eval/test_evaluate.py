@@ -11,6 +11,7 @@ from PIL import Image
 from toy_models import tiny_ddim, tiny_flow
 
 from fewstep.errors import UserError
+from fewstep.fashion import TEACHERS
 
 OPTIONS = {
     "classes": (0, 1, 2, 3),
@@ -119,6 +120,25 @@ def test_a_diverged_row_is_left_out_and_said(tmp_path):
     report = evaluate([Model("bad", "student", pipeline=bad), good], steps=(1,), num=4, metrics=(), out=tmp_path)
     assert [row["model"] for row in report.rows] == ["good"]
     assert report.skipped == ["bad at 1 steps is left out: the images hold NaN or infinity."]
+
+
+def test_an_embedded_teacher_runs_at_its_stated_guidance(saved_dit, judge, tmp_path, monkeypatch):
+    monkeypatch.setattr("fewstep.fashion.DATA", tmp_path)
+    shutil.copytree(saved_dit, tmp_path / "fashion-sd")
+    stated = TEACHERS["fashion-sd"].guidance_scale
+    options = {**OPTIONS, "teacher_steps": (2,), "judge": judge, "out": tmp_path / "eval"}
+    # By its name and by its folder it is the same teacher, and the same row.
+    for teacher in ("fashion-sd", str(tmp_path / "fashion-sd")):
+        (row,) = evaluate([], teacher=teacher, **options).rows
+        assert row["model"] == "teacher fashion-sd" and row["call"]["guidance_scale"] == stated and row["nfe"] == 4
+    assert len(list((tmp_path / "eval" / "rows").glob("*.json"))) == 1
+    (row,) = evaluate([], teacher="fashion-sd", teacher_call={"guidance_scale": 1.0}, **options).rows
+    assert row["nfe"] == 2
+
+
+def test_a_guidance_that_nobody_stated_is_said(saved_dit, judge, tmp_path):
+    report = evaluate([], teacher=str(saved_dit), judge=judge, out=tmp_path, **{**OPTIONS, "teacher_steps": (1,)})
+    assert "teacher ran at its pipeline's default guidance_scale, 4.0: its call states none." in report.notes
 
 
 def test_several_students_get_distinct_names(student, judge, tmp_path):
