@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -202,14 +203,41 @@ def fit_output(component: str, steps: list[Step]) -> OutputRule:
         for half_axis in _half_axes(tensor, target):
             kept = tensor.narrow(half_axis, 0, tensor.shape[half_axis] // 2) if half_axis else tensor
             for order in _orders(kept, target.shape):
-                for relation in ("same", "negated"):
-                    rule = OutputRule(element, stack, half_axis, order, tuple(target.shape[1:]), relation)
-                    if all(_yields(rule, step) for step in steps):
-                        return rule
+                rule = OutputRule(element, stack, half_axis, order, tuple(target.shape[1:]), "same")
+                for candidate in (rule, replace(rule, relation="negated"), _velocity(rule, steps)):
+                    if candidate is not None and all(_yields(candidate, step) for step in steps):
+                        return candidate
     raise RecordingError(
         f"the output of {component} is not what the scheduler is given, nor its negative, its first half or a "
         "reordering of it; the pipeline changes it in a way that cannot be recorded"
     )
+
+
+def _velocity(rule: OutputRule, steps: list[Step]) -> OutputRule | None:
+    """The rule for a network that predicts x0 under a pipeline that makes a velocity of it, or None.
+
+    The pipeline hands on (x - output) / span, with span = max(timestep / scale, floor). The span is measured in every
+    step; `steps` must reach small times, for only these show the floor.
+    """
+    spans = []
+    for step in steps:
+        x = step.network_input
+        if x.numel() != step.model_output.numel():
+            return None
+        answer = rule.tensor(step.calls[-1].output).double().flatten()
+        target = step.model_output.double().flatten()
+        difference = x.double().flatten() - answer
+        span = (difference @ difference / (difference @ target)).item()
+        if not 0 < span < float("inf") or (difference / span - target).abs().max() > 1e-5 * target.abs().max():
+            return None
+        spans.append(span)
+    ratios = [step.timestep / span for step, span in zip(steps, spans, strict=True)]
+    scale = max(ratios)
+    scale = float(round(scale)) if abs(round(scale) - scale) < 1e-4 * scale else scale
+    floor = min(spans)
+    if all(abs(step.timestep / scale - span) < 1e-4 * span for step, span in zip(steps, spans, strict=True)):
+        floor = 0.0
+    return replace(rule, relation="velocity", scale=scale, floor=float(f"{floor:.6g}"))
 
 
 def _elements(output: Any) -> list[tuple[int, Any]]:

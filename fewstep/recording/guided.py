@@ -286,8 +286,7 @@ def another_item(invocation: Invocation) -> Any:
     """A prompt or label other than the recording's."""
     if invocation.conditional == "label":
         return 0 if invocation.item else 1
-    words = "two red boats on a lake, evening light"
-    return words if invocation.item != words else "one green hill"
+    return "two red boats" if invocation.item != "two red boats" else "a hill"
 
 
 def same_conditioning(a: Conditioning, b: Conditioning, ignored: set[str]) -> bool:

@@ -33,7 +33,8 @@ class NetworkCall:
 class Step:
     """One `scheduler.step`: the network calls since the previous one, and what the scheduler was given and returned.
 
-    `scaled` is the last result of `scheduler.scale_model_input`, None where the pipeline did not call it.
+    `scaled` is the last result of `scheduler.scale_model_input`, None where the pipeline did not call it; `sigma` the
+    scheduler's own entry of `sigmas` for this step, where it has such a list; `x0` its clean sample, where asked for.
     """
 
     calls: list[NetworkCall]
@@ -43,6 +44,7 @@ class Step:
     scaled: Tensor | None
     result: Tensor | None = None
     x0: Tensor | None = None
+    sigma: float | None = None
 
     @property
     def network_input(self) -> Tensor:
@@ -200,7 +202,7 @@ def _watch_scheduler(
         if x0:
             record.x0 = _own_x0(scheduler, bound)
         result = original_step(*args, **kwargs)
-        record.result = _next_sample(result)
+        record.result, record.sigma = _next_sample(result), _sigma(scheduler)
         if x0 and record.x0 is None and _ends_clean(scheduler, len(seen.steps)):
             record.x0 = record.result
         if steps is not None and len(seen.steps) >= steps:
@@ -329,6 +331,12 @@ def _own_x0(scheduler: Any, bound: dict[str, Any]) -> Tensor | None:
     twin = copy.deepcopy(scheduler)
     result = type(scheduler).step(twin, **{**bound, "return_dict": True})
     return capture(getattr(result, "pred_original_sample", None))
+
+
+def _sigma(scheduler: Any) -> float | None:
+    """The noise level of the step just taken."""
+    sigmas, index = getattr(scheduler, "sigmas", None), getattr(scheduler, "step_index", None)
+    return None if sigmas is None or index is None else float(sigmas[index - 1])
 
 
 def _ends_clean(scheduler: Any, done: int) -> bool:

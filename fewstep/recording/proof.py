@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from fewstep.recording.errors import RecordingError
 from fewstep.recording.guided import another_item, answers, without_sample
 from fewstep.recording.observe import Observation, Step, observe
 from fewstep.recording.shake import shaken
+from fewstep.schedule import FlowSchedule
 
 if TYPE_CHECKING:
     from fewstep.recording.recording import Recording
@@ -191,8 +192,7 @@ def _pair_conditioning(recording: Recording, pair: Observation, items: list[Any]
 def _own_calls(recording: Recording, seen: Observation) -> list[tuple[Step, Callable[[Tensor, Conditioning], Tensor]]]:
     """Each step after the first with the recipe's call at its time (without the last where a next time is needed)."""
     recipe = recording.recipe
-    needs_next = any(rule.source == "next" for rule in recipe.times)
-    steps = seen.steps[: -1 if needs_next else None]
+    steps = seen.steps[: -1 if recipe.needs_next else None]
     pairs = []
     for i, step in enumerate(steps):
         following = seen.steps[i + 1].timestep if i + 1 < len(seen.steps) else 0.0
@@ -204,7 +204,7 @@ def _own_calls(recording: Recording, seen: Observation) -> list[tuple[Step, Call
                     x,
                     _times(step.timestep, len(x)),
                     conditioning,
-                    next_timestep=_times(following, len(x)) if needs_next else None,
+                    next_timestep=_times(following, len(x)) if recipe.needs_next else None,
                 )
 
         if i > 0:
@@ -256,6 +256,11 @@ def _x0_error(recording: Recording, seen: Observation) -> float | None:
         if step.x0 is None:
             continue
         t = recording.schedule.time(_times(step.timestep, len(step.sample)))
+        if step.sigma is not None and isinstance(recording.schedule, FlowSchedule):
+            # Flow schedulers may round their timesteps to integers; the noise level they step by is the float sigma.
+            if abs(step.sigma - t.item()) * recording.schedule.timestep_scale > 1.01:
+                return float("inf")
+            t = torch.full_like(t, step.sigma)
         scale = recording.schedule.input_scale(t).view(-1, *[1] * (step.sample.dim() - 1))
         x_t = step.network_input.double() / scale
         x0 = to_x0(step.model_output.double(), recording.prediction_type, x_t, recording.schedule, t)
@@ -311,15 +316,13 @@ def _deaf_to(recording: Recording, seed: int) -> list[str]:
     seen = _run(recording, [item], recording.off, seed)
     first, second = seen.steps[1], seen.steps[-1]
     x, conditioning = first.network_input, _call_conditioning(recording, first, 1)
+    # A velocity made of x and an x0 follows the sample and the time by itself; what counts is the network's part.
+    recipe = replace(recording.recipe, output=replace(recording.recipe.output, relation="same"))
 
     def answer(x: Tensor, step: Step, conditioning: Conditioning) -> Tensor:
         following = _times(step.timestep / 2, 1)
         with torch.no_grad():
-            raw = recording.recipe.call(
-                recording.network, x, _times(step.timestep, 1), conditioning, next_timestep=following
-            )
-        # A velocity made of x and an x0 follows the sample and the time by itself; what counts is the network's part.
-        return raw
+            return recipe.call(recording.network, x, _times(step.timestep, 1), conditioning, next_timestep=following)
 
     base = answer(x, first, conditioning)
     reactions = {

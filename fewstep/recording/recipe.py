@@ -190,6 +190,11 @@ class Recipe:
     output: OutputRule
     network_dtype: str
 
+    @property
+    def needs_next(self) -> bool:
+        """Whether the network is also told the next time, so that `call` wants `next_timestep`."""
+        return any(rule.source == "next" for rule in self.times)
+
     def call(
         self,
         network: nn.Module,

@@ -1,0 +1,212 @@
+"""Stock diffusers pipelines with tiny random weights, built in well under a second, for tests that need a real pipeline.
+
+Every weight is drawn from a fixed seed. Zero-initialised layers stay zero, as in a fresh network: tests that need a network
+which reacts to everything shake it (`fewstep.recording.shake.shaken`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+_LENGTH = 24  # tokens of a prompt
+
+
+@contextlib.contextmanager
+def _seeded(seed: int = 0) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """A real CLIP tokenizer over single characters and a few merges."""
+    characters = [chr(c) for c in range(33, 127)]
+    vocabulary = [*characters, *(c + "</w>" for c in characters), "th", "the</w>", "<|startoftext|>", "<|endoftext|>"]
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    level = logger.level
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+        Path(folder, "merges.txt").write_text("#version: 0.2\nt h\nth e</w>\n")
+        logger.setLevel(logging.ERROR)
+        try:
+            return CLIPTokenizer.from_pretrained(folder, model_max_length=_LENGTH)
+        finally:
+            logger.setLevel(level)
+
+
+def _text_encoder(tokenizer: CLIPTokenizer, projection: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=_LENGTH,
+        projection_dim=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def _autoencoder(latent_channels: int = 4) -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=latent_channels,
+        norm_num_groups=2,
+        sample_size=16,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+    ).eval()
+
+
+def tiny_ddim() -> DDIMPipeline:
+    """Unconditional, pixels (3, 8, 8), epsilon on a linear table."""
+    with _seeded():
+        unet = UNet2DModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=4,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        ).eval()
+        pipeline = DDIMPipeline(unet, DDIMScheduler())
+    return _quiet(pipeline)
+
+
+def tiny_dit() -> DiTPipeline:
+    """Class labels 0..9, latents (4, 8, 8), epsilon with learnt variance, a null class behind the labels."""
+    with _seeded():
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=1000,
+        ).eval()
+        pipeline = DiTPipeline(transformer, _autoencoder(), DDIMScheduler())
+    return _quiet(pipeline)
+
+
+def tiny_stable_diffusion(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    """Prompts, latents (4, 8, 8), a UNet on the scaled linear table."""
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    return _stable_diffusion(scheduler)
+
+
+def tiny_edm() -> StableDiffusionPipeline:
+    """As `tiny_stable_diffusion`, with an EDM-preconditioned network: sigma from 80 down, time ln(sigma) / 4."""
+    return _stable_diffusion(EDMEulerScheduler())
+
+
+def _stable_diffusion(scheduler: Any) -> StableDiffusionPipeline:
+    with _seeded():
+        tokenizer = tiny_tokenizer()
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=2,
+            cross_attention_dim=16,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        ).eval()
+        pipeline = StableDiffusionPipeline(
+            vae=_autoencoder(),
+            text_encoder=_text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return _quiet(pipeline)
+
+
+def tiny_flow(shift: float = 3.0) -> StableDiffusion3Pipeline:
+    """Prompts, latents (4, 8, 8), a flow-matching transformer under a shifted grid."""
+    with _seeded():
+        tokenizer = tiny_tokenizer()
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            pooled_projection_dim=32,
+            out_channels=4,
+            pos_embed_max_size=8,
+        ).eval()
+        pipeline = StableDiffusion3Pipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+            vae=_autoencoder(),
+            text_encoder=_text_encoder(tokenizer, projection=True),
+            tokenizer=tokenizer,
+            text_encoder_2=_text_encoder(tokenizer, projection=True),
+            tokenizer_2=tokenizer,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+    return _quiet(pipeline)
+
+
+def _quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+#: Every builder by name, and the keyword arguments under which it is fast.
+TINY: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "ddim": (tiny_ddim, {}),
+    "dit": (tiny_dit, {"class_labels": [1]}),
+    "stable_diffusion": (tiny_stable_diffusion, {"prompt": "the cat"}),
+    "flow": (tiny_flow, {"prompt": "the cat", "height": 16, "width": 16, "max_sequence_length": 8}),
+    "edm": (tiny_edm, {"prompt": "the cat"}),
+}
