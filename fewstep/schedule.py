@@ -56,7 +56,7 @@ class NoiseSchedule(ABC):
         return 2 * (alpha.log() - sigma.log())
 
     def snap(self, t: Tensor) -> Tensor:
-        """The nearest time at which the network was trained: ``t`` itself unless the family has a table."""
+        """The nearest time at which the network was trained; (B,). ``t`` itself unless the family has a table."""
         return t
 
     def input_scale(self, t: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ def from_scheduler(scheduler: Any) -> tuple[NoiseSchedule, str]:
     name = type(scheduler).__name__
     stated = config.get("prediction_type", "epsilon")
     flow_sigmas = config.get("use_flow_sigmas", False) or stated == "flow_prediction"
-    if config.get("sigma_data") is not None and config.get("sigma_max") is not None and "SCM" not in name:
+    if hasattr(scheduler, "precondition_outputs"):
         if stated != "epsilon" or name.startswith("Cosine") or config.get("sigma_schedule", "karras") != "karras":
             raise ValueError(
                 f"{name} with prediction_type={stated!r} is an EDM variant that fewstep does not train; "

@@ -1,0 +1,83 @@
+"""Options and guards for all tests: where golden numbers and tiny pipelines lie, no network, one thread, fixed seeds."""
+
+import os
+import random
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+
+_BESIDE = Path(__file__).resolve().parents[2] / "shared"
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0", "::", ""})
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for name, content in (("golden", "numbers computed by the methods' authors' code"), ("zoo", "tiny pipelines")):
+        parser.addoption(f"--{name}", metavar="DIR", help=f"folder of {content} (default: ../shared/{name} if there)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+    for name in ("golden", "zoo"):
+        given = config.getoption(name)
+        if given is not None and not Path(given).is_dir():
+            raise pytest.UsageError(f"--{name} {given} is not a folder")
+
+
+def optional_folder(config: pytest.Config, name: str) -> Path | None:
+    """What --golden or --zoo says, else the folder beside the repository, else None."""
+    given = config.getoption(name)
+    folder = Path(given) if given is not None else _BESIDE / name
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def zoo(pytestconfig: pytest.Config) -> Path:
+    folder = optional_folder(pytestconfig, "zoo")
+    if folder is None:
+        pytest.skip("no folder of tiny pipelines: give --zoo DIR")
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Connections and name look-ups beyond this machine fail, so that no test depends on a server."""
+
+    def refuse(host: Any) -> None:
+        name = host.decode() if isinstance(host, bytes) else host
+        if isinstance(name, str) and name not in _LOOPBACK and name != socket.gethostname():
+            raise OSError(f"a test wanted to reach {name}; tests run without a network")
+
+    def guard(connect: Any) -> Any:
+        def guarded(self: socket.socket, address: Any) -> Any:
+            if self.family in (socket.AF_INET, socket.AF_INET6):
+                refuse(address[0])
+            return connect(self, address)
+
+        return guarded
+
+    look_up = socket.getaddrinfo
+
+    def guarded_look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse(host)
+        return look_up(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guard(socket.socket.connect))
+        patch.setattr(socket.socket, "connect_ex", guard(socket.socket.connect_ex))
+        patch.setattr(socket, "getaddrinfo", guarded_look_up)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
