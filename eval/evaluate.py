@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import fewstep
+from fewstep.data import read_classes, read_prompts
 from fewstep.errors import UserError
 
 from .config import QUOTABLE, EvalConfig
@@ -28,13 +29,15 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(
-    students: Sequence[str | Path | Model],
+    students: Sequence[str | Path | Model | Any],
     config: EvalConfig | None = None,
     *,
     judge: Judge | None = None,
     **options: Any,
 ) -> Report:
-    """Measure students (folders, or `Model` objects) beside their teacher; write report and grid into ``config.out``.
+    """Measure students beside their teacher; write ``report.json``, ``report.md`` and ``grid.png`` into ``config.out``.
+
+    students: folders, hub ids, pipelines of `fewstep.load`, or `Model` objects.
 
     options: fields of `EvalConfig`, over those of `config`. judge: extractor and reference to use instead of the
     embedded ones. Finished rows are kept in ``out/rows`` and reused by the next run of the same configuration.
@@ -47,6 +50,8 @@ def evaluate(
     config = dataclasses.replace(config or EvalConfig(), **options)
     models = _models(students, config)
     fashion = any(is_embedded(model.base_model) for model in models)
+    if not fashion:
+        config = _with_trained_conditions(config, models)
     plans = [(model, _conditions(model, config, fashion)) for model in models]
     if judge is None and _is_fashion(config, plans, fashion):
         judge = Judge(FashionExtractor(config.torch_device), fashion_reference())
@@ -92,11 +97,12 @@ def evaluate(
     return report
 
 
-def _models(students: Sequence[str | Path | Model], config: EvalConfig) -> list[Model]:
+def _models(students: Sequence[str | Path | Model | Any], config: EvalConfig) -> list[Model]:
     """The teacher first, then the students, under distinct names."""
     if not students and config.teacher is None:
         raise UserError("nothing to evaluate: give a student's folder or a teacher")
     found = [student if isinstance(student, Model) else student_model(student) for student in students]
+    teacher = [] if config.teacher is None else [teacher_model(config.teacher, config.teacher_call, found)]
     for index, model in enumerate(found):
         if len(found) > 1 and model.source is not None and model.name == "student":
             folder = Path(model.source).resolve()
@@ -104,7 +110,19 @@ def _models(students: Sequence[str | Path | Model], config: EvalConfig) -> list[
             # Readers of the report tell the teacher's rows by that word.
             if "teacher" in model.name:
                 model.name = f"student {index + 1}"
-    return ([teacher_model(config.teacher, config.teacher_call)] if config.teacher is not None else []) + found
+    return teacher + found
+
+
+def _with_trained_conditions(config: EvalConfig, models: Sequence[Model]) -> EvalConfig:
+    """Where nothing was asked for: the classes or the prompt file that the first student was distilled with."""
+    training = next((model.training for model in models if model.training), {})
+    if config.prompts is not None or config.classes is not None:
+        return config
+    if training.get("classes"):
+        return dataclasses.replace(config, classes=read_classes(training["classes"]))
+    if training.get("prompts") and Path(training["prompts"]).is_file():
+        return dataclasses.replace(config, prompts=read_prompts(training["prompts"]))
+    return config
 
 
 def _conditions(model: Model, config: EvalConfig, fashion: bool) -> Conditions:
@@ -114,7 +132,7 @@ def _conditions(model: Model, config: EvalConfig, fashion: bool) -> Conditions:
     kind = model.condition_kind()
     if kind == "prompt":
         if config.prompts is None and not fashion:
-            raise UserError(f"{model.name} takes prompts, and none were given")
+            raise UserError(f"{model.name} takes prompts, and none were given (--prompts FILE)")
         if config.prompts is None and any(not 0 <= k < len(PROMPTS) for k in config.classes or ()):
             raise UserError(f"classes must lie between 0 and {len(PROMPTS) - 1}")
         chosen = config.prompts or [PROMPTS[k] for k in config.classes or range(len(PROMPTS))]
@@ -122,7 +140,7 @@ def _conditions(model: Model, config: EvalConfig, fashion: bool) -> Conditions:
         return Conditions("prompt", tuple(chosen), tuple(PROMPTS.index(p) for p in chosen) if known else ())
     if kind == "label":
         if config.classes is None:
-            raise UserError(f"{model.name} takes class labels, and none were given")
+            raise UserError(f"{model.name} takes class labels, and none were given (--classes 0-9)")
         return Conditions("label", tuple(config.classes), tuple(config.classes))
     return Conditions()
 

@@ -2,8 +2,7 @@
 
 import hashlib
 import inspect
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,7 @@ class Model:
     counts: the step counts known to hold, None where unknown. kind: "prompt", "label" or None, read from the
     pipeline when not given ("infer"). source: folder or hub id it is loaded from; pipeline: the loaded object. One of
     the two must be there; rows of a model without a source are not kept for resuming, as nothing identifies it.
+    training: the settings it was distilled with, where its card tells them.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Model:
     counts: frozenset[int] | None = None
     kind: Literal["prompt", "label", "infer"] | None = "infer"
     base_model: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The pipeline, loaded with stock diffusers; a pipeline given as an object is returned where it is.
@@ -103,63 +104,60 @@ class Model:
         return digest.hexdigest()
 
 
-def student_model(path: str | Path, name: str = "student") -> Model:
-    """A student's folder (or the run folder that holds it as ``student/``) as a `Model`.
+def student_model(student: str | Path | Any, name: str = "student") -> Model:
+    """A student as a `Model`: its folder, the run folder that holds it as ``student/``, a hub id, or `fewstep.load`'s.
 
-    Raises UserError with one line.
+    Raises UserError with one line when there is no such student.
     """
-    folder = _pipeline_folder(Path(path))
-    card = read_card(folder)
-    call = dict(card["call"])
-    call.pop("num_inference_steps", None)
+    # Inside: it imports diffusers.
+    from fewstep.export.load import read_about
+
+    about = getattr(student, "fewstep", None)
+    source = None
+    if about is None:
+        path = Path(student)
+        source = str(path / "student" if (path / "student" / CARD_NAME).is_file() else student)
+        about = read_about(source)
+    if not isinstance(about.get("steps"), int):
+        raise UserError(f"{CARD_NAME} of {student} does not say how many steps it takes; export the student again")
+    counts = about.get("counts")
     return Model(
         name=name,
         role="student",
-        call=call,
-        source=str(folder),
-        steps=int(card["steps"]),
-        counts=_holding(card.get("counts")),
-        kind=card.get("conditional", "infer"),
-        base_model=card.get("base_model"),
+        call=_without_steps(about["call"]),
+        source=source,
+        pipeline=student if source is None else None,
+        steps=about["steps"],
+        counts=None if counts is None else frozenset(counts),
+        kind=about.get("conditional", "infer"),
+        base_model=about.get("base_model"),
+        training=about.get("training") or {},
     )
 
 
-def teacher_model(teacher: str | Path, call: Mapping[str, Any] | None = None) -> Model:
+def teacher_model(teacher: str | Path, call: Mapping[str, Any] | None = None, students: Sequence[Model] = ()) -> Model:
     """A teacher as a `Model`: an embedded name, a pipeline folder, or a hub id; `call` overrides its arguments.
 
-    An embedded teacher brings its stated guidance; any other one runs with its pipeline's defaults where `call` says
-    nothing. Raises UserError with one line, as `student_model`.
+    What `call` leaves open: an embedded teacher runs at its stated guidance; the teacher of one of `students` as it
+    was distilled from; any other one with its pipeline's defaults. Raises UserError with one line when there is none.
     """
     from fewstep import fashion
-    from fewstep.teacher import teacher_folder
+    from fewstep.teacher import base_model, teacher_folder
 
     text = str(teacher)
-    arguments = dict(call or {})
-    arguments.pop("num_inference_steps", None)
+    given = _without_steps(call or {})
     for name, stated in fashion.TEACHERS.items():
-        folder = Path(fashion.teacher_path(name))
+        folder = fashion.teacher_path(name)
         if text == name or Path(text).resolve() == folder.resolve():
-            arguments = {"guidance_scale": stated.guidance_scale} | arguments
-            source = str(_pipeline_folder(folder))
-            return Model(f"teacher {name}", "teacher", arguments, source=source, base_model=name)
+            arguments = {"guidance_scale": stated.guidance_scale} | given
+            return Model(f"teacher {name}", "teacher", arguments, source=_pipeline_folder(folder), base_model=name)
     found = teacher_folder(text)
-    source = text if found is None else str(_pipeline_folder(found))
-    return Model("teacher", "teacher", arguments, source=source, base_model=text)
-
-
-def read_card(folder: Path) -> dict[str, Any]:
-    """The student's ``fewstep.json``. Raises UserError when it is missing, unreadable or incomplete."""
-    path = folder / CARD_NAME
-    if not path.is_file():
-        raise UserError(f"{folder} has no {CARD_NAME}: it is no student of fewstep (a teacher goes with --teacher)")
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {_first_line(error)}") from error
-    missing = [key for key in ("steps", "call") if key not in card] if isinstance(card, dict) else ["steps", "call"]
-    if missing:
-        raise UserError(f"{path} lacks {' and '.join(missing)}")
-    return card
+    source = text if found is None else _pipeline_folder(found)
+    known = base_model(text)
+    trained = next((student.training for student in students if student.base_model == known), {})
+    arguments = _without_steps(trained.get("call") or {})
+    arguments |= {key: trained[key] for key in ("guidance_scale", "negative_prompt") if trained.get(key) is not None}
+    return Model("teacher", "teacher", arguments | given, source=source, base_model=known)
 
 
 def is_embedded(name: str | None) -> bool:
@@ -169,23 +167,17 @@ def is_embedded(name: str | None) -> bool:
     return name is not None and Path(name).name in fashion.TEACHERS
 
 
-def _pipeline_folder(path: Path) -> Path:
+def _pipeline_folder(path: Path) -> str:
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder")
-    if (path / "model_index.json").is_file():
-        return path
-    if (path / "student" / "model_index.json").is_file():
-        return path / "student"
-    raise UserError(f"{path} is not a diffusers pipeline: it has no model_index.json")
+        raise UserError(f"there is no folder {path}")
+    if not (path / "model_index.json").is_file():
+        raise UserError(f"{path} is not a diffusers pipeline: it has no model_index.json")
+    return str(path)
 
 
-def _holding(counts: Any) -> frozenset[int] | None:
-    """The step counts that hold, from the card's list of them or its map from count to verdict."""
-    if counts is None:
-        return None
-    if isinstance(counts, Mapping):
-        return frozenset(int(count) for count, holds in counts.items() if holds is True)
-    return frozenset(int(count) for count in counts)
+def _without_steps(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call whose step count is left to the evaluation."""
+    return {key: value for key, value in call.items() if key != "num_inference_steps"}
 
 
 def _first_line(error: Exception) -> str:

@@ -51,10 +51,11 @@ def student(saved_dit: Path, tmp_path: Path) -> Path:
         "renoise": "fresh",
         "call": {"num_inference_steps": 4, "guidance_scale": 1.0},
         "prediction_type": "epsilon",
-        "base_model": "somewhere/dit",
+        "base_model": "dit",
         "fewstep_version": "0.1.0",
         "conditional": "label",
-        "counts": {"1": True, "2": False, "4": True},
+        "counts": [1, 4],
+        "training": {"teacher": "somewhere/dit", "classes": "0-3", "guidance_scale": 2.0, "call": None},
     }
     (folder / "fewstep.json").write_text(json.dumps(card))
     return folder

@@ -10,6 +10,7 @@ from fewstep.eval.judge import Judge
 from PIL import Image
 from toy_models import tiny_ddim, tiny_flow
 
+import fewstep
 from fewstep.errors import UserError
 from fewstep.fashion import TEACHERS
 
@@ -40,9 +41,9 @@ def measured(monkeypatch):
 
 def test_report_and_grid(student, saved_dit, judge, tmp_path):
     out = tmp_path / "eval"
-    report = evaluate(
-        [student], teacher=str(saved_dit), teacher_call={"guidance_scale": 2.0}, judge=judge, out=out, **OPTIONS
-    )
+    options = {key: value for key, value in OPTIONS.items() if key != "classes"}
+    # Classes and the teacher's guidance are those that the student's card names.
+    report = evaluate([student], teacher=str(saved_dit), judge=judge, out=out, **options)
 
     content = json.loads((out / "report.json").read_text())
     assert [(row["model"], row["steps"], row["nfe"]) for row in content["rows"]] == [
@@ -149,6 +150,15 @@ def test_several_students_get_distinct_names(student, judge, tmp_path):
     assert [row["model"] for row in report.rows] == ["student 1 (run)", "student 2 (run)"]
 
 
+def test_a_loaded_student_is_the_same_as_its_folder(student, judge, tmp_path):
+    options = {**OPTIONS, "judge": judge, "steps": (1, 4), "metrics": ("fd_test", "agreement")}
+    one = evaluate([student], out=tmp_path / "folder", **options)
+    other = evaluate([fewstep.load(student)], out=tmp_path / "object", **options)
+    assert [row["metrics"] for row in one.rows] == [row["metrics"] for row in other.rows]
+    # Nothing identifies an object, so nothing of it is kept.
+    assert not list((tmp_path / "object" / "rows").iterdir())
+
+
 def test_a_reference_of_another_extractor_is_refused(judge):
     judge.extractor.sha256 = "another"
     with pytest.raises(ValueError, match="was not made with"):
@@ -156,10 +166,10 @@ def test_a_reference_of_another_extractor_is_refused(judge):
 
 
 MISTAKES = {
-    "no such folder": (lambda student: ["/nowhere/at/all"], {}, "is not a folder"),
+    "no such folder": (lambda student: ["/nowhere/at/all"], {}, "there is no folder"),
     "no pipeline": (lambda student: [student / "scheduler"], {}, "no model_index.json"),
-    "no card": (lambda student: [student], {}, "no fewstep.json"),
-    "no such teacher": (lambda student: [], {"teacher": "/nowhere/at/all"}, "is not a folder"),
+    "no card": (lambda student: [student], {}, "it has no fewstep.json"),
+    "no such teacher": (lambda student: [], {"teacher": "/nowhere/at/all"}, "there is no folder"),
     "nothing": (lambda student: [], {}, "nothing to evaluate"),
     "zero steps": (lambda student: [student], {"steps": (0,)}, "step count must be at least 1"),
     "no samples": (lambda student: [student], {"num": 0}, "num must be at least 1"),
@@ -179,7 +189,7 @@ def test_mistakes_get_one_line(mistake, student, tmp_path):
     assert not (tmp_path / "eval").exists()
 
 
-@pytest.mark.parametrize(("card", "message"), [("{", "not valid JSON"), ("{}", "lacks steps and call")])
+@pytest.mark.parametrize(("card", "message"), [("{", "is damaged"), ('{"call": {}}', "how many steps")])
 def test_a_broken_card_is_named(student, tmp_path, card, message):
     (student / "fewstep.json").write_text(card)
     with pytest.raises(UserError, match=message):
@@ -187,6 +197,8 @@ def test_a_broken_card_is_named(student, tmp_path, card, message):
 
 
 def test_missing_conditions_and_unwritable_folders_are_named(student, tmp_path):
+    card = json.loads((student / "fewstep.json").read_text())
+    (student / "fewstep.json").write_text(json.dumps({**card, "training": {}}))
     with pytest.raises(UserError, match="takes class labels, and none were given"):
         evaluate([student], out=tmp_path / "eval")
     (tmp_path / "file").write_text("")
