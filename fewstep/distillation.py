@@ -21,6 +21,7 @@ from fewstep.discriminator import make_head
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.export import export_student, plan_student
+from fewstep.export.plan import teacher_shift
 from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
 from fewstep.images import save_grid
@@ -30,7 +31,7 @@ from fewstep.recording import record
 from fewstep.roles import Role, make_role
 from fewstep.rollout import Sampler, ode_sampler, rollout
 from fewstep.schedule import FlowSchedule
-from fewstep.teacher import base_model, load_teacher
+from fewstep.teacher import base_model, load_teacher, teacher_license
 
 logger = logging.getLogger("fewstep")
 
@@ -90,7 +91,7 @@ class Distillation:
         self._say(self.plan.note)
         schedule = self.recording.schedule
         self.sampler = Sampler(schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
-        self.shift = self.plan.shift if isinstance(schedule, FlowSchedule) else 1.0
+        self.shift = self._grid_shift()
         self.guidance_scale = self._guidance_scale()
         self.negative = self.recording.negative() if self.guidance_scale != 1.0 else None
         if self.negative is not None:
@@ -198,7 +199,7 @@ class Distillation:
             out,
             method=self.method,
             base_model=base_model(self.config.teacher),
-            teacher=self.config.teacher,
+            teacher_license=teacher_license(self.config.teacher),
             training=resolved(self.config),
         )
 
@@ -228,15 +229,26 @@ class Distillation:
 
     # --- pieces of __init__ -------------------------------------------------------------------------------------
 
+    def _grid_shift(self) -> float:
+        """The time shift of the student's grid, 1 for families without one."""
+        if not isinstance(self.recording.schedule, FlowSchedule):
+            return 1.0
+        return teacher_shift(self.recording) if self.config.shift is None else self.config.shift
+
     def _guidance_scale(self) -> float:
-        if self.config.guidance_scale is not None:
-            return self.config.guidance_scale
+        """The w of neg + w (pos - neg) that the teacher is asked with."""
         from fewstep.fashion import TEACHERS
 
-        if self.config.teacher in TEACHERS:
+        report = self.recording.guidance
+        wish = self.config.guidance_scale
+        # A network that is told its guidance got it with the conditioning; what is left is a second, explicit guidance.
+        if wish is not None and not report.embedded:
+            return wish
+        if wish is None and self.config.teacher in TEACHERS:
             return TEACHERS[self.config.teacher].guidance_scale
-        default = self.recording.guidance.default_scale
-        return 1.0 if default is None else default
+        if report.off_argument is None or report.argument_scale is None:
+            return 1.0
+        return report.argument_scale + (report.offset or 0.0)
 
     def _embedded_prompts(self) -> list[str] | None:
         from fewstep.fashion import PROMPTS, TEACHERS
@@ -316,8 +328,9 @@ def claim_folder(out: Path, method: str, config: RunConfig, writes: bool) -> boo
 
 def _teacher_call(config: RunConfig) -> dict[str, Any]:
     call = dict(config.call or {})
-    if config.negative_prompt is not None:
-        call["negative_prompt"] = config.negative_prompt
+    for name in ("guidance_scale", "negative_prompt"):
+        if getattr(config, name) is not None:
+            call[name] = getattr(config, name)
     return call
 
 

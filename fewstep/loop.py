@@ -78,6 +78,7 @@ class Loop:
         self.optimizers = {role.name: RoleOptimizer(role, config, method.learning_rate(role.name)) for role in trainable}
         self.step = 0
         self._interrupted = False
+        self._recent: dict[str, Tensor] = {}
 
     def run(self) -> None:
         """Train. Raises :class:`Interrupted` after a signal, ``UserError`` when a gradient was not finite."""
@@ -122,6 +123,7 @@ class Loop:
         accumulation = self.config.gradient_accumulation_steps
         turns = [self.method.turns(self.step, self._batch(micro, logging)) for micro in range(accumulation)]
         share = 1 / (accumulation * self.processes.count)
+        # What a turn reports stays until the next logged step: a student that moves every fifth step is logged too.
         log: dict[str, Tensor] = {}
         while (turn := self._advance(turns, share, log)) is not None:
             if isinstance(turn, Renew):
@@ -131,10 +133,12 @@ class Loop:
             log[f"{turn.role}/gradient_norm"] = norm
             if turn.role == "student" and "ema" in self.method.roles:
                 update_average(self.method.roles["ema"], self.method.roles["student"], self.config.ema_decay)
+        self._recent.update(log)
         self.step += 1
         if logging:
             self._check_finite()
-            self.monitor.log(self.step, self._mean_over_processes(log))
+            self.monitor.log(self.step, self._mean_over_processes(self._recent))
+            self._recent = {}
         self.monitor.advance(self.step)
 
     def _advance(

@@ -100,7 +100,10 @@ def make_role(
         ValueError: gradient checkpointing is asked of a network that cannot do it.
     """
     # eval() for good: in train mode some networks draw from the global RNG (DiT drops labels).
-    network = copy.deepcopy(recording.network).to(device=device, dtype=dtype).eval().requires_grad_(trainable)
+    network = copy.deepcopy(recording.network).to(device).eval()
+    if any(parameter.dtype != dtype for parameter in network.parameters()):
+        network = network.to(dtype)
+    network.requires_grad_(trainable)
     if gradient_checkpointing:
         if not getattr(network, "_supports_gradient_checkpointing", False):
             raise ValueError(f"{type(network).__name__} has no gradient checkpointing; leave out --gradient_checkpointing")

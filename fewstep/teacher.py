@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 
 from fewstep.errors import UserError
 
@@ -48,3 +50,13 @@ def base_model(name: str) -> str:
     from fewstep.fashion import TEACHERS
 
     return name if name in TEACHERS or teacher_folder(name) is None else Path(name).resolve().name
+
+
+def teacher_license(name: str) -> str | None:
+    """The licence in the front matter of the teacher's model card, None where there is no card or it names none."""
+    folder = teacher_folder(name)
+    try:
+        card = ModelCard.load(folder / "README.md" if folder is not None else name)
+    except (OSError, ValueError, EntryNotFoundError):
+        return None
+    return card.data.license
