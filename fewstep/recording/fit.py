@@ -158,7 +158,9 @@ def _fit_line(
     wanted = values.to(dtype)
     closest: TimeRule | None = None
     arithmetics = ("float64", dtype_name(dtype), "float32") if dtype.is_floating_point else ("float64", "float32")
-    for operations in _lines(slope, offset):
+    # A cast to an integer moves each value by up to one, so that its line is only roughly known.
+    near = 1e-3 if dtype.is_floating_point else 1.0
+    for operations in _lines(slope, offset, near):
         for arithmetic, to_integer in itertools.product(dict.fromkeys(arithmetics), ("round", "trunc")):
             rule = TimeRule(name, source, arithmetic, operations, dtype_name(dtype), to_integer, rows, shape)
             got = rule.numbers(times)
@@ -171,19 +173,19 @@ def _fit_line(
     return closest
 
 
-def _lines(slope: float, offset: float) -> Iterator[tuple[tuple[str, float], ...]]:
+def _lines(slope: float, offset: float, near: float) -> Iterator[tuple[tuple[str, float], ...]]:
     """The lines near slope * t + offset, the simplest first: pipelines compute with round numbers."""
     whole = round(1 / abs(slope)) if abs(slope) > 1e-9 else 0
-    simple = bool(whole) and abs(abs(slope) * whole - 1) < 1e-3
-    if simple and slope > 0 and abs(offset) < 1e-3:
+    simple = bool(whole) and abs(abs(slope) * whole - 1) < 1e-2
+    if simple and slope > 0 and abs(offset) < near:
         yield () if whole == 1 else (("div", float(whole)),)
-    if simple and slope < 0 and abs(offset - 1) < 1e-3:
+    if simple and slope < 0 and abs(offset - 1) < near:
         yield ("div", float(whole)), ("rsub", 1.0)
         yield ("rsub", float(whole)), ("div", float(whole))
-    if simple and slope < 0 and abs(offset - whole) < 1e-3 * whole:
-        yield (("rsub", float(whole)),)
+    if whole == 1 and slope < 0:
+        yield (("rsub", float(round(offset))),)
     multiple = round(slope)
-    if multiple > 1 and abs(slope - multiple) < 1e-3 * multiple and abs(offset) < 1e-3 * multiple:
+    if multiple > 1 and abs(slope - multiple) < 1e-2 * multiple and abs(offset) < near * multiple:
         yield (("mul", float(multiple)),)
     yield ("mul", slope), ("add", offset)
 

@@ -186,7 +186,7 @@ def record_guided(
             )
         positive, certain = _find_positive(pipeline, invocation, changes, recipe, marked, pieces, unguided, embedded)
         guided = GuidedCall(changes, positive, 1 - positive)
-        fitted, linear, offset, words = _formula(pipeline, invocation, guided, recipe, network, step, scale)
+        fitted, linear, offset, words = _formula(pipeline, invocation, guided, recipe, network, scale)
         default = invocation.default(name)
         report = GuidanceReport(
             off_argument=(name, off_value),
@@ -238,13 +238,17 @@ def split_pieces(calls: list[NetworkCall], recipe: Recipe, marked: dict[str, Any
     return pieces
 
 
-def answers(calls: list[NetworkCall], recipe: Recipe, step: Step) -> list[Tensor]:
+def repeated(x: Tensor, rows: int, batch: int) -> Tensor:
+    """The first `batch` samples of x, over and over until there are `rows`: what a guided call is given."""
+    return x[:batch].repeat(rows // batch, *[1] * (x.dim() - 1))
+
+
+def answers(calls: list[NetworkCall], recipe: Recipe, step: Step, batch: int = 1) -> list[Tensor]:
     """What the network answered to each piece, as `model_output` would be without guidance; (1, *sample_shape) each."""
     found = []
     for call in calls:
         rows = len(call.arguments[recipe.sample.argument])
-        x = step.network_input
-        x = x[:1].expand(rows, *x.shape[1:])
+        x = repeated(step.network_input, rows, batch)
         output = recipe.output.model_output(call.output, x, torch.full((rows,), step.timestep, dtype=torch.float64))
         found += list(output.split(1))
     return found
@@ -262,7 +266,8 @@ def _find_positive(
 ) -> tuple[int, bool]:
     """Which of two pieces is the positive one, and whether that was seen.
 
-    The one that equals the unguided recording; if that does not tell, the one that another prompt changes.
+    The one that equals the unguided recording; if that does not tell, the one that another prompt changes; and where
+    another prompt changes the length of both, the one that begins or ends like the unguided recording.
     """
     matches = [same_conditioning(piece, unguided, embedded) for piece in pieces]
     if matches[0] != matches[1]:
@@ -275,6 +280,9 @@ def _find_positive(
     ]
     if moved[0] != moved[1]:
         return moved.index(True), True
+    padded = [same_conditioning(piece, unguided, embedded, padded=True) for piece in pieces]
+    if padded[0] != padded[1]:
+        return padded.index(True), True
     if any(moved):
         raise RecordingError(
             "both halves of the guided call follow the prompt, so the negative one cannot be told from the positive one"
@@ -289,14 +297,23 @@ def another_item(invocation: Invocation) -> Any:
     return "two red boats" if invocation.item != "two red boats" else "a hill"
 
 
-def same_conditioning(a: Conditioning, b: Conditioning, ignored: set[str]) -> bool:
-    """Whether two conditionings agree to rounding (1e-4), `ignored` top-level arguments apart."""
+def same_conditioning(a: Conditioning, b: Conditioning, ignored: set[str], *, padded: bool = False) -> bool:
+    """Whether two conditionings agree to rounding (1e-4), `ignored` top-level arguments apart.
+
+    With `padded`, a's tensors may be longer along one axis, what b lacks counts not, and b's part is compared.
+    """
     one, two = a.arguments(), b.arguments()
-    return one.keys() == two.keys() and all(_equal(one[key], two[key]) for key in one if key not in ignored)
+    return one.keys() == two.keys() and all(_equal(one[key], two[key], padded) for key in one if key not in ignored)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: Any, b: Any, padded: bool = False) -> bool:
+    if padded and b is None:
+        return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if padded and a.dim() == b.dim() and sum(m != n for m, n in zip(a.shape, b.shape, strict=True)) == 1:
+            axis = next(i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n)
+            spare = a.shape[axis] - b.shape[axis]
+            return spare > 0 and any(_equal(a.narrow(axis, start, b.shape[axis]), b) for start in (0, spare))
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
         if not a.is_floating_point():
@@ -304,9 +321,9 @@ def _equal(a: Any, b: Any) -> bool:
         scale = torch.maximum(a.abs().max(), b.abs().max()) if a.numel() else 0
         return a.numel() == 0 or bool((a - b).abs().max() <= 1e-4 * scale)
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_equal(a[key], b[key], padded) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_equal(x, y, padded) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and not isinstance(a, Tensor) and a == b
 
 
@@ -316,22 +333,21 @@ def _formula(
     guided: GuidedCall,
     recipe: Recipe,
     network: nn.Module,
-    step: Step,
     scale: float,
 ) -> tuple[tuple[float, float] | None, bool | None, float | None, str]:
     """Fit guided = n * negative + p * positive; on shaken weights where the network is deaf to the prompt."""
     for context in (contextlib.nullcontext(), shaken(network)):
         with context:
-            if isinstance(context, contextlib.nullcontext):
-                seen = step
-            else:
-                seen = _guided_step(pipeline, invocation, guided.changes)
-            calls = [call for call in seen.calls if call.component == recipe.component]
-            both = answers(calls, recipe, seen)
-            negative, positive = (both[i].double().flatten() for i in (guided.negative, guided.positive))
-            if (positive - negative).norm() > _DEAF * positive.norm():
-                target = seen.model_output[:1].double().flatten()
-                return _solve(negative, positive, target, scale)
+            columns = []
+            # Two steps: a sum that is rescaled sample by sample looks linear in one of them.
+            for step in observe(
+                pipeline, invocation.arguments([invocation.item], _STEPS, **guided.changes), steps=2
+            ).steps:
+                both = answers([c for c in step.calls if c.component == recipe.component], recipe, step)
+                columns.append([both[guided.negative], both[guided.positive], step.model_output[:1]])
+        negative, positive, target = (torch.cat(c).double().flatten() for c in zip(*columns, strict=True))
+        if (positive - negative).norm() > _DEAF * positive.norm():
+            return _solve(negative, positive, target, scale)
     return None, None, None, "the answer does not depend on the prompt, even on shaken weights, so no formula was seen"
 
 
@@ -343,6 +359,8 @@ def _solve(
     if (design @ solution - target).norm() > 1e-3 * target.norm():
         return None, False, None, ""
     n, p = solution.tolist()
+    if abs(n + p - 1) > 1e-3 * max(abs(n), abs(p)):
+        return None, False, None, ""  # where both halves agree, guidance must leave them as they are
     for offset in (0.0, 1.0):
         w = scale + offset
         if abs(n - (1 - w)) < 1e-2 * w and abs(p - w) < 1e-2 * w:

@@ -17,8 +17,8 @@ from torch import Tensor
 from fewstep.conditioning import Conditioning, Leaf, mark, remark
 from fewstep.prediction import to_x0
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.guided import another_item, answers, without_sample
-from fewstep.recording.observe import Observation, Step, observe
+from fewstep.recording.guided import another_item, answers, repeated, without_sample
+from fewstep.recording.observe import NetworkCall, Observation, Step, observe
 from fewstep.recording.shake import shaken
 from fewstep.schedule import FlowSchedule
 
@@ -274,12 +274,12 @@ def _guided_errors(recording: Recording, seen: Observation, batch: int, notes: l
     parts: dict[str, float] = {}
     for step, own in _own_calls(recording, seen):
         calls = [call for call in step.calls if call.component == recipe.component]
-        found = torch.cat(answers(calls, recipe, step))
+        found = torch.cat(answers(calls, recipe, step, batch))
         got = []
         for i, call in enumerate(calls):
             rows = len(call.arguments[recipe.sample.argument])
-            x = step.network_input[:batch].repeat(rows // batch, *[1] * (step.network_input.dim() - 1))
-            got.append(own(x, _guided_conditioning(recording, call, i, rows, batch)))
+            x = repeated(step.network_input, rows, batch)
+            got.append(own(x, _guided_conditioning(recording, call, i, rows, batch, notes)))
         result = torch.cat(got)
         parts[""] = max(parts.get("", 0.0), relative_error(result, found))
         if report.formula is not None and report.formula_scale is not None:
@@ -294,20 +294,23 @@ def _guided_errors(recording: Recording, seen: Observation, batch: int, notes: l
     return parts
 
 
-def _guided_conditioning(recording: Recording, call: Any, index: int, rows: int, batch: int) -> Conditioning:
+def _guided_conditioning(
+    recording: Recording, call: NetworkCall, index: int, rows: int, batch: int, notes: list[str]
+) -> Conditioning:
     """What the guided call's own pieces were told; for one prompt: this recording's own positive and negative."""
+    # Passed on whole, not taken apart: beside longer prompts it may hold other arguments (a mask) than alone.
+    whole = Conditioning({n: Leaf(value) for n, value in without_sample(call, recording.recipe).items()}, rows)
     if batch > 1:
-        # Passed on whole, not taken apart: beside longer prompts it may hold other arguments (a mask) than alone.
-        whole = without_sample(call, recording.recipe)
-        return Conditioning({name: Leaf(value) for name, value in whole.items()}, rows)
+        return whole
     pieces = range(rows) if rows > 1 else [index]
     own = {recording.guided.negative: recording.negative(), recording.guided.positive: _own_conditioning(recording)}
     try:
         return Conditioning.cat([own[piece] for piece in pieces])
-    except ValueError as error:
-        raise RecordingError(
-            f"the positive and negative conditioning do not form the pipeline's own call: {error}"
-        ) from error
+    except ValueError:
+        notes.append(
+            "the pipeline pads a prompt to its negative's length; alone, as users without guidance do, it does not"
+        )
+        return whole
 
 
 def _deaf_to(recording: Recording, seed: int) -> list[str]:

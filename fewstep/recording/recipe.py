@@ -51,7 +51,7 @@ class TimeRule:
         argument: the network's argument.
         source: "timestep", or "next" for the timestep of the following step.
         arithmetic: the dtype's name in which the operations are done, so that their rounding is the pipeline's own.
-        operations: pairs (name, number), applied in order: mul, div, add, rsub (number - value), rdiv, atan, exp, log.
+        operations: pairs (name, number), applied in order: mul, div, add, rsub (number - value).
         dtype: the dtype's name that the network is given.
         to_integer: "round" or "trunc" before a cast to an integer dtype.
         rows: entries of the leading axis per sample.
@@ -90,8 +90,8 @@ class TimeRule:
     def describe(self) -> str:
         """The rule as a formula."""
         text = "t" if self.source == "timestep" else "t_next"
-        for name, number in self.operations:
-            text = _FORMULAS[name].format(text, f"{number:g}")
+        for i, (name, number) in enumerate(self.operations):
+            text = _FORMULAS[name].format(f"({text})" if i and name != "rsub" else text, f"{number:g}")
         if not getattr(torch, self.dtype).is_floating_point:
             text = f"{self.to_integer}({text})" if self.operations or self.to_integer == "trunc" else text
         per = "" if self.rows == 1 else f", {self.rows} rows per sample"

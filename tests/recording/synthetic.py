@@ -1,0 +1,269 @@
+"""A synthetic pipeline for every trait that pipelines are known to have: the recorder meets each of them alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+from torch import Tensor, nn
+
+CHANNELS, SIDE, WIDTH, FRAMES = 3, 4, 8, 5
+
+
+@dataclass(frozen=True)
+class Traits:
+    """How a `TraitPipeline` differs from the plainest one. See the pipeline for what each word means."""
+
+    layout: str = "first"  # first, last, list, five_axes
+    in_place: bool = False
+    time: str = "batch"  # scalar, one, batch, frames, truncated, thousandth, reversed, atan
+    next_time: bool = False
+    output: str = "same"  # same, half_negated, x0
+    text: str = "fixed"  # fixed, longest, single_trimmed, mask_when_ragged, ragged_list, per_frame
+    tables: str = ""  # tuple, list, complex, batch_ids
+    guidance: str = "batched"  # none, batched, sequential
+    positive_first: bool = False
+    plus_one: bool = False  # pos + w (pos - neg)
+    off: str = "one"  # one, zero, only_one, above_one
+    negative: str = "empty"  # empty, zeros, stock
+    linear: bool = True
+    own_grid: bool = False
+    projection: bool = False
+
+
+class TextEncoder(nn.Module):
+    """Characters to vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(128, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids)
+
+
+class Denoiser(nn.Module):
+    """A small network that reacts to all it is told."""
+
+    def __init__(self, traits: Traits) -> None:
+        super().__init__()
+        self.traits = traits
+        n = CHANNELS * SIDE * SIDE
+        self.enter, self.time, self.text = nn.Linear(n, 32), nn.Linear(16, 32), nn.Linear(WIDTH, 32)
+        self.leave = nn.Linear(32, 2 * n if traits.output == "half_negated" else n)
+
+    def forward(
+        self,
+        hidden_states: Any,
+        timestep: Any,
+        text: Any,
+        mask: Tensor | None = None,
+        next_timestep: Any = None,
+        rotary: Any = None,
+        ids: Tensor | None = None,
+        scale: int = 1,
+        return_dict: bool = False,
+    ) -> tuple[Any]:
+        x = torch.stack(hidden_states) if isinstance(hidden_states, list) else hidden_states
+        batch, shape = len(x), x.shape[1:]
+        h = self.enter(x.flatten(1)) + self._moment(timestep, batch)
+        if next_timestep is not None:
+            h = h + 0.5 * self._moment(next_timestep, batch)
+        if isinstance(text, list):
+            told = torch.stack([one.mean(0) for one in text])
+        elif mask is not None:
+            told = (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        else:
+            told = text.mean(1)
+        if len(told) != batch:  # repeated once per frame
+            told = told.view(batch, -1, WIDTH).mean(1)
+        h = torch.tanh(h + self.text(told) + self._position(rotary, ids))
+        out = self.leave(h)
+        if self.traits.output == "half_negated":
+            last = self.traits.layout == "last"
+            out = out.view(batch, *shape[:-1], -1) if last else out.view(batch, -1, *shape[1:])
+        else:
+            out = out.view(batch, *shape)
+        return (list(out.unbind()) if isinstance(hidden_states, list) else out,)
+
+    def _moment(self, timestep: Any, batch: int) -> Tensor:
+        t = torch.as_tensor(timestep).float()
+        t = t.reshape(-1).expand(batch) if t.numel() == 1 else t.reshape(batch, -1).mean(1)
+        t = t if self.traits.time in ("thousandth", "reversed", "atan") else t / 1000
+        return self.time(torch.sin(t[:, None] * 3 + torch.arange(16)))
+
+    def _position(self, rotary: Any, ids: Tensor | None) -> Tensor:
+        total = torch.zeros(())
+        for table in rotary if isinstance(rotary, list | tuple) else [rotary]:
+            if table is not None:
+                total = total + (table.real if table.is_complex() else table).mean()
+        return total if ids is None else total + ids.mean()
+
+
+class TraitPipeline(DiffusionPipeline):
+    """Text to image by flow matching, with `traits`."""
+
+    def __init__(self, network: Denoiser, text_encoder: TextEncoder, projection: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(network=network, text_encoder=text_encoder, projection=projection, scheduler=scheduler)
+
+    @property
+    def traits(self) -> Traits:
+        return self.network.traits
+
+    def encode_prompt(self, prompts: list[str], fixed: int | None = None) -> tuple[Any, Tensor | None]:
+        kind = self.traits.text
+        rows = [[ord(c) % 127 + 1 for c in prompt] or [0] for prompt in prompts]
+        longest = max(len(row) for row in rows)
+        if kind == "ragged_list":
+            return [self.text_encoder(torch.tensor([row]))[0] for row in rows], None
+        length = 20 if kind in ("fixed", "per_frame", "single_trimmed") else longest
+        if kind == "single_trimmed" and len(prompts) == 1:
+            length = longest
+        padded = torch.tensor([(row + [0] * length)[:length] for row in rows])
+        text = self.text_encoder(padded)
+        mask = (padded > 0).float()
+        mask[:, 0] = 1
+        if kind == "mask_when_ragged":
+            mask = None if bool((mask == 1).all()) else mask
+        elif kind != "single_trimmed":
+            mask = None
+        return (text.repeat_interleave(FRAMES, 0) if kind == "per_frame" else text), mask
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        guidance_scale: float = 3.0,
+        num_inference_steps: int = 8,
+        generator: torch.Generator | None = None,
+        output_type: str = "pt",
+        return_dict: bool = True,
+    ) -> Any:
+        traits, scheduler, w = self.traits, self.scheduler, guidance_scale
+        if traits.off == "above_one" and w < 1:
+            raise ValueError("guidance_scale must be at least 1")
+        guided = traits.guidance != "none" and {"zero": w > 0, "only_one": w != 1}.get(traits.off, w > 1)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        batch = len(prompts)
+        told = [self._told(prompts)]
+        if guided:
+            if traits.negative == "zeros" and negative_prompt is None:
+                empty = self._told(prompts)
+                told.append((empty[0] * 0, empty[1]))
+            else:
+                stock = "blurry" if traits.negative == "stock" else ""
+                given = stock if negative_prompt is None else negative_prompt
+                told.append(self._told([given] * batch if isinstance(given, str) else given))
+        if not traits.positive_first:
+            told.reverse()
+        x = torch.randn(batch, *self._shape(), generator=generator)
+        if traits.own_grid:
+            scheduler.set_timesteps(sigmas=[1 - (i / num_inference_steps) ** 2 for i in range(num_inference_steps)])
+        else:
+            scheduler.set_timesteps(num_inference_steps)
+        for i, t in enumerate(scheduler.timesteps):
+            following = scheduler.timesteps[i + 1] if i + 1 < len(scheduler.timesteps) else torch.zeros(())
+            answers = self._answers(x, t, following, told)
+            answer = answers[0]
+            if guided:
+                positive, negative = answers if traits.positive_first else answers[::-1]
+                base = positive if traits.plus_one else negative
+                answer = base + w * (positive - negative)
+                if not traits.linear:
+                    answer = answer * positive.norm() / answer.norm()
+            result = scheduler.step(answer, t, x, return_dict=False)[0]
+            if traits.in_place:
+                x[:] = result
+            else:
+                x = result
+        image = ((x.movedim(-1, 1) if traits.layout == "last_all" else x) / 2 + 0.5).clamp(0, 1)
+        return ImagePipelineOutput(images=image.squeeze(2) if traits.layout == "five_axes" else image)
+
+    def _shape(self) -> tuple[int, ...]:
+        return (CHANNELS, 1, SIDE, SIDE) if self.traits.layout == "five_axes" else (CHANNELS, SIDE, SIDE)
+
+    def _told(self, prompts: list[str]) -> tuple[Any, Tensor | None]:
+        text, mask = self.encode_prompt(prompts)
+        return (self.projection(text) if self.traits.projection else text), mask
+
+    def _answers(self, x: Tensor, t: Tensor, following: Tensor, told: list[tuple[Any, Tensor | None]]) -> list[Tensor]:
+        if self.traits.guidance != "batched" or len(told) == 1:
+            return [self._ask(x, t, following, *one) for one in told]
+        texts, masks = zip(*told, strict=True)
+        if isinstance(texts[0], list):
+            text: Any = [one for part in texts for one in part]
+        else:
+            length = max(part.shape[1] for part in texts)
+            text = torch.cat([nn.functional.pad(part, (0, 0, 0, length - part.shape[1])) for part in texts])
+        if any(mask is not None for mask in masks):
+            full = [torch.ones(p.shape[:2]) if m is None else m for p, m in zip(texts, masks, strict=True)]
+            mask = torch.cat([nn.functional.pad(m, (0, text.shape[1] - m.shape[1])) for m in full])
+        else:
+            mask = None
+        return list(self._ask(torch.cat([x] * 2), t, following, text, mask).chunk(2))
+
+    def _ask(self, x: Tensor, t: Tensor, following: Tensor, text: Any, mask: Tensor | None) -> Tensor:
+        traits, batch = self.traits, len(x)
+        arguments: dict[str, Any] = {"text": text, "mask": mask, "timestep": self._time(t, batch), "scale": 2}
+        if traits.next_time:
+            arguments["next_timestep"] = self._time(following, batch)
+        table = torch.linspace(0, 1, 6).view(3, 2)
+        arguments["rotary"] = {
+            "tuple": (table, table + 1),
+            "list": [table, table * 2],
+            "complex": torch.complex(table, table),
+        }.get(traits.tables)
+        if traits.tables == "batch_ids":
+            arguments["ids"] = table[None].repeat(batch, 1, 1)
+        sample: Any = x
+        if traits.layout == "last":
+            sample = x.movedim(1, -1)
+        elif traits.layout == "list":
+            sample = list(x.unsqueeze(2).unbind())
+        output = self.network(hidden_states=sample, return_dict=False, **arguments)[0]
+        if traits.layout == "list":
+            output = torch.stack(output).squeeze(2)
+        elif traits.layout == "last":
+            output = output.movedim(-1, 1)
+        if traits.output == "half_negated":
+            output = -output.chunk(2, dim=1)[0]
+        elif traits.output == "x0":
+            output = (x - output) / torch.clamp(t / 1000, min=0.05)
+        return output
+
+    def _time(self, t: Tensor, batch: int) -> Tensor:
+        match self.traits.time:
+            case "scalar":
+                return t
+            case "one":
+                return t[None] if t.dim() == 0 else t
+            case "frames":
+                return t.double().expand(batch, FRAMES)
+            case "truncated":
+                return t.expand(batch).long()
+            case "thousandth":
+                return t.expand(batch) / 1000
+            case "reversed":
+                return (1000 - t.expand(batch)) / 1000
+            case "atan":
+                return torch.atan(t / (1000 - t + 1e-6)).expand(batch) * (2 / math.pi)
+        return t.expand(batch)
+
+
+def synthetic(traits: Traits, scheduler: Any = None) -> TraitPipeline:
+    """A pipeline with `traits` and fixed random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        pipeline = TraitPipeline(
+            Denoiser(traits),
+            TextEncoder(),
+            nn.Linear(WIDTH, WIDTH),
+            FlowMatchEulerDiscreteScheduler(shift=2.0) if scheduler is None else scheduler,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
