@@ -1,1 +1,4 @@
-"""Pipelines for students that no stock diffusers class can express. So far every student is stock."""
+"""What stock diffusers cannot express. Every file here is self-contained: torch and diffusers only.
+
+Empty so far: every student of the methods in ``fewstep.trainers`` is a stock pipeline with a stock scheduler.
+"""

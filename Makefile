@@ -1,0 +1,59 @@
+# make demo and make test need Python 3.11, 3.12 or 3.13 (with venv) and a network connection for the first pip install.
+# Another interpreter: make test PYTHON=python3.12. Another place for the environment: make test VENV=/some/folder.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test soak lint bench clean
+
+help:
+	@echo "make demo   distil an embedded teacher on this machine and compare both"
+	@echo "make test   the test suite"
+	@echo "make soak   the long forms of the tests that are cut short in make test"
+	@echo "make lint   ruff and its formatter"
+	@echo "make bench  latency of the embedded teachers"
+	@echo "make clean  remove the environment and build products"
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/fewstep demo $(DEMO_ARGS)
+
+test: $(VENV)/.test
+	$(RUN) -m pytest --timeout 900 $(PYTEST_ARGS)
+
+soak: $(VENV)/.test
+	$(RUN) -m pytest -m soak $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+# Timings are measured anew each time: finished rows of an evaluation are kept and would be reused.
+bench: $(VENV)/.demo
+	rm -rf runs/bench
+	for teacher in fashion-sd fashion-flow; do $(RUN) -c "import sys; from fewstep.eval import evaluate; \
+	print(evaluate([], teacher=sys.argv[1], metrics=['speed'], num=200, out='runs/bench/' + sys.argv[1]).table())" \
+	$$teacher || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+# One stamp for each set of packages; pip runs again only when pyproject.toml has changed. venv writes bin/pip last.
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	|| { echo "fewstep needs Python 3.11, 3.12 or 3.13; try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/pip
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/pip
+	$(INSTALL) -e ".[test]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
+	$(INSTALL) -e ".[dev]"
+	@touch $@

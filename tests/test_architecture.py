@@ -1,0 +1,265 @@
+"""The house: which room may import which, what a method consists of, and what no file may contain."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("fewstep", "trainers", "pipelines", "eval")
+# Upper rooms stand on the core, never the other way round. What people start stands on top of all, and may use all.
+UPPER = ("fewstep.trainers", "fewstep.pipelines", "fewstep.eval")
+PROGRAMS = ("fewstep", "fewstep.cli", "fewstep.fashion.build", "fewstep.fashion.rebuild")
+# The two places that find a method by its name, and so need no list of them.
+METHOD_LOOKUP = ("fewstep.distillation", "fewstep.cli")
+LONGEST_FILE = 350
+
+
+def module_name(path: Path) -> str:
+    """``fewstep.losses.score`` of fewstep/losses/score.py, ``fewstep.trainers.dmd2`` of trainers/dmd2.py."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "fewstep" else ("fewstep", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name."""
+    return {module_name(path): path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))}
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(name: str, *, everywhere: bool = True) -> set[str]:
+    """What a module imports, absolute and as deep as it says; `everywhere`: in functions and for type checking, too."""
+    path = modules()[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found: set[str] = set()
+    for node in statements(parse(path), everywhere):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            up = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            source = ".".join(filter(None, (up, node.module)))
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                found.add(inner if inner in modules() else source)
+    return found
+
+
+def statements(module: ast.Module, everywhere: bool) -> Iterator[ast.AST]:
+    """All nodes, or only the statements that run when the module is imported."""
+    yield from ast.walk(module) if everywhere else module.body
+
+
+def within(name: str, packages: tuple[str, ...]) -> bool:
+    """Whether a module is one of the packages or inside one."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def is_program(name: str) -> bool:
+    """Whether people start this module; ``fewstep`` itself is the Python API's front door."""
+    return name == "fewstep" or within(name, PROGRAMS[1:])
+
+
+def core() -> list[str]:
+    """The modules that upper rooms stand on."""
+    return [name for name in modules() if not within(name, UPPER) and not is_program(name)]
+
+
+def test_the_rooms_are_there() -> None:
+    assert {"fewstep.schedule", "fewstep.losses.score", "fewstep.trainers.dmd2", "fewstep.eval"} <= set(modules())
+
+
+def test_the_core_knows_no_room_above_it() -> None:
+    found = [(name, other) for name in core() for other in imports(name) if within(other, UPPER)]
+    assert found == []
+
+
+def test_the_core_names_methods_in_two_places_only() -> None:
+    """By a string for importlib, as ``fewstep distill METHOD`` needs."""
+    rooms = re.compile(r"fewstep\.(trainers|pipelines|eval)(\.[\w.]*)?")
+    found = [
+        (name, node.value)
+        for name in core()
+        for node in ast.walk(parse(modules()[name]))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and rooms.fullmatch(node.value)
+        if not (name in METHOD_LOOKUP and node.value.startswith("fewstep.trainers"))
+    ]
+    assert found == []
+
+
+def test_programs_stand_on_top() -> None:
+    """Only ``fewstep.distillation.main``, the door of ``accelerate launch -m``, calls the command line."""
+    found = [
+        (name, other)
+        for name in modules()
+        if not is_program(name)
+        for other in imports(name)
+        if within(other, PROGRAMS[1:])
+    ]
+    assert found == [("fewstep.distillation", "fewstep.cli")]
+    assert "fewstep.cli" not in imports("fewstep.distillation", everywhere=False)
+
+
+def test_upper_rooms_do_not_lean_on_each_other() -> None:
+    found = [
+        (name, other)
+        for name in modules()
+        for room in UPPER
+        if within(name, (room,))
+        for other in imports(name)
+        if within(other, UPPER) and not within(other, (room,))
+    ]
+    assert found == []
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {name: imports(name, everywhere=False) & set(modules()) - {name} for name in modules()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize(
+    ("room", "allowed"),
+    [
+        ("fewstep.losses", ("torch", "fewstep.prediction", "fewstep.schedule", "fewstep.losses")),
+        ("fewstep.kernels", ("torch", "triton", "fewstep.prediction", "fewstep.schedule", "fewstep.kernels")),
+        ("fewstep.prediction", ("torch", "fewstep.schedule")),
+        ("fewstep.timesteps", ("torch",)),
+        ("fewstep.pipelines", ("torch", "diffusers")),
+    ],
+)
+def test_what_a_room_may_import(room: str, allowed: tuple[str, ...]) -> None:
+    """Losses and kernels know tensors, not networks; a file of pipelines/ works when copied beside a checkpoint."""
+    found = [
+        (name, other)
+        for name in modules()
+        if within(name, (room,))
+        for other in imports(name)
+        if not within(other, allowed) and other.partition(".")[0] not in sys.stdlib_module_names
+    ]
+    assert found == []
+
+
+# --- a method ---------------------------------------------------------------------------------------------------
+
+
+def methods() -> list[str]:
+    """The files of trainers/."""
+    return sorted(path.stem for path in (ROOT / "trainers").glob("*.py") if path.stem != "__init__")
+
+
+def configs() -> list[Path]:
+    """The shipped recipes."""
+    return sorted((ROOT / "trainers" / "configs").iterdir())
+
+
+def readme_methods() -> list[str]:
+    """The first column of the README's table of methods: links to files of trainers/."""
+    rows = re.findall(r"^\| \[`(\w+)`\]\(trainers/(\w+)\.py\) \|", (ROOT / "README.md").read_text("utf-8"), re.M)
+    assert all(shown == file for shown, file in rows)
+    return [shown for shown, _ in rows]
+
+
+def test_the_readme_has_one_row_for_each_method() -> None:
+    assert sorted(readme_methods()) == methods()
+
+
+@pytest.mark.parametrize("method", methods())
+def test_a_method_has_a_test_and_a_recipe(method: str) -> None:
+    assert (ROOT / "tests" / "trainers" / f"test_{method}.py").is_file()
+    assert any(method_of(path) == method for path in configs())
+
+
+def method_of(recipe: Path) -> str | None:
+    """The method that ``METHOD.yaml`` or ``METHOD_anything.yaml`` is for; the longest name that fits."""
+    fitting = [name for name in methods() if recipe.stem == name or recipe.stem.startswith(f"{name}_")]
+    return max(fitting, key=len, default=None)
+
+
+@pytest.mark.parametrize("recipe", configs(), ids=lambda path: path.stem)
+def test_a_recipe_says_what_the_method_understands(recipe: Path) -> None:
+    method = method_of(recipe)
+    assert method is not None, "its name begins with no method's name"
+    assert recipe.suffix == ".yaml"
+    text = recipe.read_text(encoding="utf-8")
+    header = text[: text.index("\nsteps:")]
+    for word in (f"--config trainers/configs/{recipe.name}", "Source:", "Expected:"):
+        assert word in header, f"its header lacks {word}"
+    settings = yaml.safe_load(text)
+    config_class = importlib.import_module("fewstep.distillation").method_class(method).Config
+    known = {field.name: field for field in fields(config_class)}
+    assert sorted(settings.keys() - known.keys()) == []
+    # What a machine's owner chooses does not belong into a recipe.
+    assert settings.keys().isdisjoint({"teacher", "out", "prompts", "data", "init", "resume", "cpu", "seed"})
+    for name, value in settings.items():
+        expected = type(known[name].default)
+        if expected in (bool, int, float, str):
+            # YAML reads 1e-3 as a word and no as a switch; both would get past the checks of the command line.
+            assert type(value) is expected, f"{name}: {value!r} is no {expected.__name__}"
+    config_class(teacher="teacher", out="out", data="data", **settings)
+
+
+# --- every file -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_in_one_sitting() -> None:
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def test_only_the_command_line_prints() -> None:
+    """The library logs; programs talk."""
+    printing = [name for name, path in modules().items() for node in ast.walk(parse(path)) if calls(node) == "print"]
+    assert [name for name in printing if not is_program(name)] == []
+
+
+def test_no_pickle_is_executed() -> None:
+    unsafe = [
+        name
+        for name, path in modules().items()
+        for node in ast.walk(parse(path))
+        if calls(node) == "torch.load"
+        and not any(k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in node.keywords)
+    ]
+    assert unsafe == []
+    assert [name for name in modules() if within_any(imports(name), ("pickle", "dill", "joblib"))] == []
+
+
+def within_any(names: set[str], packages: tuple[str, ...]) -> bool:
+    """Whether any of the names is in one of the packages."""
+    return any(within(name, packages) for name in names)
+
+
+def calls(node: ast.AST) -> str | None:
+    """The name of the function that a node calls, as written."""
+    return ast.unparse(node.func) if isinstance(node, ast.Call) else None
+
+
+def test_no_file_knows_somebodys_machine() -> None:
+    """Home folders and the like, in code, documents and package data alike."""
+    private = re.compile(r"(?<![\w.:/])(?:/(?:home|root|Users|work|scratch|mnt)/\w|[A-Z]:\\\\?Users)")
+    folders = [ROOT / name for name in (*ROOMS, "tests", ".github", ".ci")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    files += [path for path in ROOT.iterdir() if path.is_file()]
+    found = []
+    for path in files:
+        if path.suffix == ".pyc" or path == Path(__file__).resolve():
+            continue
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        found += [(str(path.relative_to(ROOT)), match[0]) for match in private.finditer(text)]
+    assert found == []

@@ -1,0 +1,139 @@
+"""The documents keep their word: commands parse, code compiles, links lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fewstep
+from fewstep import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+RECIPES = sorted((ROOT / "trainers" / "configs").glob("*.yaml"))
+
+
+def text(name: str) -> str:
+    """A document's text."""
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text(name), re.M | re.S)
+
+
+def shell_lines(script: str) -> list[list[str]]:
+    """The words of each command; lines that end in a backslash go on."""
+    lines = script.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def launch_lines(recipe: Path) -> str:
+    """The commands in a recipe's header: the comment's indented lines."""
+    lines = re.findall(r"^#   +(.*)$", recipe.read_text(encoding="utf-8"), re.M)
+    return "\n".join(lines)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every command of the documents and of the recipes' headers, with the place it stands in."""
+    found = [(name, words) for name in DOCUMENTS for block in blocks(name, "bash") for words in shell_lines(block)]
+    return found + [(recipe.name, words) for recipe in RECIPES for words in shell_lines(launch_lines(recipe))]
+
+
+def fewstep_commands() -> list[list[str]]:
+    """The words after ``fewstep``, for both ways of saying it."""
+    found = []
+    for _, words in commands():
+        if words[0] == "fewstep":
+            found.append(words[1:])
+        elif words[:2] == ["accelerate", "launch"]:
+            module = words[words.index("-m") + 1]
+            assert module.startswith("fewstep.trainers.")
+            found.append(["distill", module.rpartition(".")[2], *words[words.index("-m") + 2 :]])
+    return found
+
+
+class ParsedError(Exception):
+    """Raised in place of running a command whose words were understood."""
+
+
+@pytest.mark.parametrize("words", fewstep_commands(), ids=lambda words: " ".join(words)[:60])
+def test_a_command_is_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the parser that runs it; a whole configuration is made for ``distill``, which checks the values as well."""
+    monkeypatch.chdir(ROOT)
+    command, *rest = words
+    assert command in cli.COMMANDS
+    if command == "distill":
+        cli.distill_config(rest[0], rest[1:])
+        return
+    parse = cli._parse
+
+    def stop(parser: Any, arguments: Any) -> None:
+        parse(parser, arguments)
+        raise ParsedError
+
+    monkeypatch.setattr(cli, "_parse", stop)
+    with pytest.raises(ParsedError):
+        cli.COMMANDS[command](rest)
+
+
+def test_the_documents_show_every_command() -> None:
+    shown = {words[0] for words in fewstep_commands()} | {"demo"} & set(re.findall(r"make (\w+)", text("README.md")))
+    assert shown == set(cli.COMMANDS)
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", text("Makefile"), re.M))
+    used = set(re.findall(r"`?make (\w+)", "\n".join(b for name in DOCUMENTS for b in blocks(name, "bash"))))
+    assert {"demo", "test"} <= used <= targets
+
+
+def test_a_fresh_machine_needs_python_and_make_only() -> None:
+    """Both targets make the environment themselves, with the interpreter's own venv and pip."""
+    makefile = text("Makefile")
+    for target in ("demo", "test"):
+        assert re.search(rf"^{target}: \$\(VENV\)/\.{target}$", makefile, re.M)
+    assert "$(PYTHON) -m venv $(VENV)" in makefile
+    assert "-m pip install" in makefile
+    assert text(".ci/run").rstrip().endswith("make test")
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_other_commands_are_known() -> None:
+    known = ("fewstep", "accelerate", "make", "pip", ".venv/bin/python")
+    assert [words for _, words in commands() if words[0] not in known] == []
+
+
+@pytest.mark.parametrize("code", [block for name in DOCUMENTS for block in blocks(name, "python")])
+def test_python_code_uses_the_public_interface(code: str) -> None:
+    names = {
+        node.attr
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "fewstep"
+    }
+    assert names <= set(fewstep.__all__)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", text(name))
+    local = [link for link in links if not link.startswith(("https://", "#"))]
+    assert [link for link in local if not (ROOT / link).exists()] == []
+    headings = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text(name), re.M)}
+    assert [link for link in links if link.startswith("#") and link[1:] not in headings] == []
+
+
+def test_every_room_is_on_the_map() -> None:
+    (tree,) = [block for block in blocks("README.md", "text") if "trainers/" in block]
+    rooms = {path.name for path in ROOT.iterdir() if path.is_dir() and list(path.glob("*.py"))}
+    assert set(re.findall(r"^(\w+)/", tree, re.M)) == rooms
+
+
+def test_the_changelog_knows_the_version() -> None:
+    assert fewstep.__version__ in text("CHANGELOG.md")
