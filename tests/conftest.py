@@ -1,4 +1,4 @@
-"""Options and guards for all tests: where golden numbers and tiny pipelines lie, no network, one thread, fixed seeds."""
+"""Options and guards of all tests: where golden numbers and tiny pipelines lie; no network, one thread, fixed seeds."""
 
 import os
 import random
@@ -29,18 +29,13 @@ def pytest_configure(config: pytest.Config) -> None:
         given = config.getoption(name)
         if given is not None and not Path(given).is_dir():
             raise pytest.UsageError(f"--{name} {given} is not a folder")
-
-
-def optional_folder(config: pytest.Config, name: str) -> Path | None:
-    """What --golden or --zoo says, else the folder beside the repository, else None."""
-    given = config.getoption(name)
-    folder = Path(given) if given is not None else _BESIDE / name
-    return folder if folder.is_dir() else None
+        default = _BESIDE / name
+        setattr(config.option, name, Path(given) if given is not None else default if default.is_dir() else None)
 
 
 @pytest.fixture(scope="session")
 def zoo(pytestconfig: pytest.Config) -> Path:
-    folder = optional_folder(pytestconfig, "zoo")
+    folder = pytestconfig.getoption("zoo")
     if folder is None:
         pytest.skip("no folder of tiny pipelines: give --zoo DIR")
     return folder

@@ -1,0 +1,120 @@
+"""One golden file: its tensors, its choices, and how closely its numbers must be met."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from toy_network import toy_conditioning, toy_denoiser
+
+from fewstep.schedule import EDMSchedule, NoiseSchedule, TableSchedule, from_scheduler
+
+
+class GoldenFile:
+    """A file of inputs ``in.*`` and the results ``exp.*`` that the authors' code computed from them.
+
+    Every option and every expected tensor has to be used: a choice that the comparison does not know must not pass
+    by being overlooked.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            self.metadata = file.metadata()
+            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        self.name = path.name
+        self.case: str = self.metadata["case"]
+        self._options: dict[str, Any] = json.loads(self.metadata["options"])
+        self._unread = set(self._options)
+        self._unchecked = {name for name in self.tensors if name.startswith("exp.")}
+        self._tolerance = float(re.search(r"\d[\d.]*e-?\d+", self.metadata["tolerance"]).group())
+
+    # --- inputs ---------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The input ``in.<name>``."""
+        return self.tensors[f"in.{name}"]
+
+    def inputs(self, prefix: str) -> list[Tensor]:
+        """The inputs ``in.<prefix>0``, ``in.<prefix>1``, ..."""
+        names = sorted(
+            (n for n in self.tensors if re.fullmatch(rf"in\.{prefix}\d+", n)), key=lambda n: int(n[len(prefix) + 3 :])
+        )
+        return [self.tensors[name] for name in names]
+
+    def number(self, name: str) -> float:
+        """An option that is a number."""
+        self._unread.discard(name)
+        return self._options[name]
+
+    def choice(self, name: str, *known: Any) -> Any:
+        """An option that must be one of the ``known`` values."""
+        value = self._options[name]
+        assert value in known, (
+            f"{self.name}: unknown {name} = {value!r}; this comparison knows {', '.join(map(str, known))}"
+        )
+        self._unread.discard(name)
+        return value
+
+    # --- results --------------------------------------------------------------------------------------------------
+
+    def expected(self, pattern: str) -> list[str]:
+        """Names, without ``exp.``, of the results that match."""
+        names = (name.removeprefix("exp.") for name in self.tensors if name.startswith("exp."))
+        return sorted(name for name in names if re.fullmatch(pattern, name))
+
+    def check(self, name: str, value: Tensor) -> None:
+        """Compare with ``exp.<name>``: the largest difference, divided by the largest absolute expected entry."""
+        expected = self.tensors[f"exp.{name}"]
+        self._unchecked.discard(f"exp.{name}")
+        value = value.detach().to(torch.float64)
+        assert value.shape == expected.shape, f"{self.name}: {name} has shape {value.shape}, not {expected.shape}"
+        difference = (value - expected).abs().max() / expected.double().abs().max().clamp(min=1e-300)
+        assert difference <= self._tolerance, (
+            f"{self.name}: {name} is {difference:.2e} off, {self._tolerance:.0e} allowed"
+        )
+
+    def finish(self) -> None:
+        """Every option was read and every result compared."""
+        assert not self._unread, (
+            f"{self.name}: this comparison does not know the options {', '.join(sorted(self._unread))}"
+        )
+        assert not self._unchecked, f"{self.name}: not compared: {', '.join(sorted(self._unchecked))}"
+
+    # --- what many cases share ------------------------------------------------------------------------------------
+
+    def edm_schedule(self) -> EDMSchedule:
+        """The Karras ramp of the options; index i of its ascending table of K is t = i / (K - 1)."""
+        self.choice("schedule", "edm")
+        names = ("sigma_min", "sigma_max", "rho", "sigma_data")
+        return EDMSchedule(**{name: self.number(name) for name in names})
+
+    def edm_time(self, index: Tensor) -> Tensor:
+        self.choice("sigma_table", "karras_ascending")
+        return index.double() / (self.number("num_train_timesteps") - 1)
+
+    def table_schedule(self, timesteps: Tensor, alphas_cumprod: Tensor) -> TableSchedule:
+        """The stock scheduler's table, with the source's own entries where it used them."""
+        self.choice("schedule", "vp")
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+        scheduler = diffusers.DDPMScheduler(**{name: self.number(name) for name in names})
+        schedule, _ = from_scheduler(scheduler)
+        torch.testing.assert_close(schedule.alphas_cumprod[timesteps], alphas_cumprod, rtol=1e-5, atol=0)
+        exact = schedule.alphas_cumprod.clone()
+        exact[timesteps] = alphas_cumprod
+        return TableSchedule(exact)
+
+    def denoiser(self, coefficients: str, schedule: NoiseSchedule) -> Any:
+        """The toy network with coefficients ``in.<coefficients>``, run by the project's own NetworkDenoiser."""
+        kinds = {"edm_preconditioned": "edm", "epsilon": "epsilon", "v_prediction": "v_prediction"}
+        kind = kinds[self.choice("prediction_type", *kinds)]
+        # An EDM schedule's timestep is ln(sigma)/4 itself; a table's is the index.
+        divisors = {"ln(sigma)/4": 1.0, "timestep/1000": 1000.0}
+        divisor = divisors[self.choice("toy_time", *divisors)]
+        return toy_denoiser(self[coefficients], schedule, kind, divisor)
+
+    def conditioning(self, name: str = "cond") -> Any:
+        return toy_conditioning(self[name])

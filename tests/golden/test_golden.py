@@ -1,0 +1,34 @@
+"""Numbers computed by the methods' own authors' code, met by ours: ``pytest tests -k golden --golden DIR``.
+
+A new file of a known case needs no code: everything is read from its options and tensors. A new case is a function in
+a ``*_cases.py`` file here and its line in that file's ``CASES``.
+"""
+
+from pathlib import Path
+
+import dmd2_cases
+import primitive_cases
+import pytest
+from golden_file import GoldenFile
+
+CASES = {**primitive_cases.CASES, **dmd2_cases.CASES}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    folder = metafunc.config.getoption("golden")
+    if folder is None:
+        skip = pytest.mark.skip(reason="no golden files: give --golden DIR")
+        metafunc.parametrize("path", [pytest.param(None, marks=skip, id="none")])
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise pytest.UsageError(f"--golden {folder} holds no .safetensors files")
+    metafunc.parametrize("path", files, ids=lambda path: path.stem)
+
+
+def test_golden(path: Path):
+    golden = GoldenFile(path)
+    if golden.case not in CASES:
+        pytest.skip(f"{golden.case}: no method of this case is built yet")
+    CASES[golden.case](golden)
+    golden.finish()

@@ -1,0 +1,47 @@
+"""The golden comparison itself: what it does not know must fail by name, never pass by being overlooked."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from golden_file import GoldenFile
+from safetensors.torch import save_file
+
+
+def golden(tmp_path: Path, **options) -> GoldenFile:
+    tensors = {"in.noise0": torch.zeros(1), "in.noise1": torch.ones(1), "exp.loss": torch.tensor(2.0, dtype=torch.float64)}
+    metadata = {"case": "a_case", "options": json.dumps(options), "tolerance": "relative 1e-9 of the largest entry"}
+    save_file(tensors, tmp_path / "variant.safetensors", metadata=metadata)
+    return GoldenFile(tmp_path / "variant.safetensors")
+
+
+def test_an_unknown_option_value_fails_by_name(tmp_path: Path):
+    with pytest.raises(AssertionError, match=r"variant.safetensors: unknown reduction = 'sum'.*mean"):
+        golden(tmp_path, reduction="sum").choice("reduction", "mean")
+
+
+def test_an_option_that_no_comparison_read_fails_by_name(tmp_path: Path):
+    file = golden(tmp_path, reduction="mean", surprise=1)
+    file.choice("reduction", "mean")
+    file.check("loss", torch.tensor(2.0))
+    with pytest.raises(AssertionError, match="surprise"):
+        file.finish()
+
+
+def test_a_result_that_no_comparison_looked_at_fails_by_name(tmp_path: Path):
+    with pytest.raises(AssertionError, match=r"exp\.loss"):
+        golden(tmp_path).finish()
+
+
+def test_the_tolerance_of_the_metadata_is_kept(tmp_path: Path):
+    file = golden(tmp_path)
+    file.check("loss", torch.tensor(2.0 + 1e-9, dtype=torch.float64))
+    with pytest.raises(AssertionError, match="loss is 5.00e-09 off"):
+        file.check("loss", torch.tensor(2.0 + 1e-8, dtype=torch.float64))
+    with pytest.raises(AssertionError, match="shape"):
+        file.check("loss", torch.full((1,), 2.0))
+
+
+def test_numbered_inputs_come_in_order(tmp_path: Path):
+    assert [tensor.item() for tensor in golden(tmp_path).inputs("noise")] == [0, 1]
