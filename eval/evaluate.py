@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fewstep
-from fewstep.data import read_classes, read_prompts
+from fewstep.data import read_classes
 from fewstep.errors import UserError
 
 from .config import QUOTABLE, EvalConfig
@@ -51,7 +51,7 @@ def evaluate(
     models = _models(students, config)
     fashion = any(is_embedded(model.base_model) for model in models)
     if not fashion:
-        config = _with_trained_conditions(config, models)
+        config = _with_trained_classes(config, models)
     plans = [(model, _conditions(model, config, fashion)) for model in models]
     if judge is None and _is_fashion(config, plans, fashion):
         judge = Judge(FashionExtractor(config.torch_device), fashion_reference())
@@ -113,16 +113,12 @@ def _models(students: Sequence[str | Path | Model | Any], config: EvalConfig) ->
     return teacher + found
 
 
-def _with_trained_conditions(config: EvalConfig, models: Sequence[Model]) -> EvalConfig:
-    """Where nothing was asked for: the classes or the prompt file that the first student was distilled with."""
-    training = next((model.training for model in models if model.training), {})
-    if config.prompts is not None or config.classes is not None:
+def _with_trained_classes(config: EvalConfig, models: Sequence[Model]) -> EvalConfig:
+    """Where nothing was asked for: the classes that the first student was distilled with (cards name no prompts)."""
+    classes = next((model.training["classes"] for model in models if model.training.get("classes")), None)
+    if classes is None or config.prompts is not None or config.classes is not None:
         return config
-    if training.get("classes"):
-        return dataclasses.replace(config, classes=read_classes(training["classes"]))
-    if training.get("prompts") and Path(training["prompts"]).is_file():
-        return dataclasses.replace(config, prompts=read_prompts(training["prompts"]))
-    return config
+    return dataclasses.replace(config, classes=read_classes(classes))
 
 
 def _conditions(model: Model, config: EvalConfig, fashion: bool) -> Conditions:

@@ -50,7 +50,7 @@ class Model:
         from diffusers import DiffusionPipeline
 
         try:
-            pipeline = DiffusionPipeline.from_pretrained(self.source, torch_dtype=dtype)
+            pipeline = DiffusionPipeline.from_pretrained(self.source, dtype=dtype)
         except (OSError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"diffusers cannot load {self.source}: {_first_line(error)}") from error
         return pipeline.to(device)

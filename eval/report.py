@@ -65,7 +65,7 @@ class Report:
 
     def save(self, out: Path) -> None:
         """Write ``report.json`` and ``report.md`` into the folder `out`."""
-        write_atomically(out / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
+        write_atomically(out / "report.json", json.dumps(self.to_dict(), indent=2, default=str) + "\n")
         write_atomically(out / "report.md", self.markdown())
 
     def headlines(self) -> list[str]:

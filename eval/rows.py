@@ -117,4 +117,4 @@ def write_row(out: Path, key: str | None, row: dict[str, Any], images: Tensor) -
     path = out / "rows" / f"{key}.json"
     # The JSON comes last and by renaming: where it stands, the row is complete.
     np.savez_compressed(path.with_suffix(".npz"), images=images.numpy())
-    write_atomically(path, json.dumps(row, indent=2) + "\n")
+    write_atomically(path, json.dumps(row, indent=2, default=str) + "\n")
