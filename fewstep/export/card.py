@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
-_PLACEHOLDER = "path/to/this/folder"
+_PLACEHOLDER = '"path/to/this/folder"'
 
 
 def teacher_license_of(teacher: str | Path) -> dict[str, str]:
@@ -52,17 +52,19 @@ def write_card(
         f"A {steps}-step student of `{base}`, distilled with {method} by fewstep. It is a stock `{stock}`: diffusers "
         "alone loads and samples it.",
         f"## Use it\n\n```python\n{snippet(about, pipeline)}\n```\n\n"
-        "The arguments matter: without them a stock pipeline runs its own number of steps, and most guide. fewstep fills "
-        "them in:\n\n"
-        f"```python\nimport fewstep\n\npipe = fewstep.load({_PLACEHOLDER!r})\n"
+        "The arguments matter: without them a stock pipeline runs its own number of steps, and most guide. fewstep "
+        "fills them in:\n\n"
+        f"```python\nimport fewstep\n\npipe = fewstep.load({_PLACEHOLDER})\n"
         f"{_output(pipeline)[0]} = pipe({_subject(about)}){_output(pipeline)[1]}\n```",
         f"## Steps\n\n{_grids(about)}",
         f"## Seeds\n\n{_seeds(about)}",
     ]
     if metrics:
         parts.append(f"## Numbers\n\n{_table(metrics)}")
-    licensed = "It has the teacher's licence." if license_fields else "The teacher's licence, unknown to fewstep, applies."
-    parts.append(f"## Made with\n\n{note}. Prediction type: {about['prediction_type']}. {licensed}")
+    licensed = (
+        "It has the teacher's licence." if license_fields else "The teacher's licence, unknown to fewstep, applies."
+    )
+    parts.append(f"## Made with\n\nScheduler: {note}. Prediction type: {about['prediction_type']}. {licensed}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -72,7 +74,7 @@ def snippet(about: Mapping[str, Any], pipeline: Any) -> str:
     subject = _subject(about)
     arguments = ([subject] if subject else []) + [f"{key}={value!r}" for key, value in about["call"].items()]
     lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
-    lines.append(f"pipe = DiffusionPipeline.from_pretrained({_PLACEHOLDER!r})")
+    lines.append(f"pipe = DiffusionPipeline.from_pretrained({_PLACEHOLDER})")
     if about["noise_follows"] == "global seed":
         lines.append("torch.manual_seed(1)  # the noise between the steps")
     arguments.append("generator=torch.Generator().manual_seed(0)")

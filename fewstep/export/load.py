@@ -120,4 +120,4 @@ def _student_class(stock: type[DiffusionPipeline], about: dict[str, Any]) -> typ
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
     """Write ``fewstep.json`` into a student's folder."""
-    (folder / FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

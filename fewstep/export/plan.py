@@ -44,6 +44,7 @@ class StudentPlan:
         initial_scale: the first x_t is this times unit noise.
         noise_follows: ``"generator"``, ``"global seed"``; None for ODE.
         prediction_type: what the network says.
+        shift: of a flow grid; 1.0 for other families.
         note: one line that says how renoise and scheduler were decided.
     """
 
@@ -58,6 +59,7 @@ class StudentPlan:
     initial_scale: float
     noise_follows: str | None
     prediction_type: str
+    shift: float
     note: str
 
 
@@ -230,6 +232,7 @@ def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Ref
         initial_scale=found.initial_scale,
         noise_follows=found.noise_follows,
         prediction_type=recording.prediction_type,
+        shift=wish.shift,
         note=f"{reason}: {remark}",
     )
 

@@ -113,9 +113,7 @@ def _stretched_flow(wish: Wish, count: int, fresh: dict[str, Any]) -> FlowMatchE
         q = (wish.steps - 1) / (wish.steps * (1 - last))
         shift = 1 + (wish.shift - 1) * q / (1 + (wish.shift - 1) * (1 - q))
     terminal = float(shift_time(torch.tensor(1 / wish.steps), wish.shift))
-    return FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=count, shift=shift, shift_terminal=terminal, **fresh
-    )
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=count, shift=shift, shift_terminal=terminal, **fresh)
 
 
 def _table(wish: Wish) -> Iterator[Any]:

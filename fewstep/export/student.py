@@ -51,7 +51,7 @@ def export_student(
         base_model: the teacher's hub id or folder; of a folder only the name is published.
         teacher_license: of the teacher; None: read from its own card where that lies beside it.
         metrics: name -> number, or row -> {name -> number}.
-        training: what else ``fewstep.json`` shall say of the training; JSON must hold it.
+        training: what else ``fewstep.json`` shall say of the training; what JSON cannot hold is written as text.
 
     Raises:
         ExportError: ``out`` is in use, or the written folder does not sample as planned.
@@ -156,7 +156,8 @@ def _publish_no_paths(folder: Path, base_model: str) -> None:
     """diffusers writes where a part was loaded from into its config; a path of this machine means nothing elsewhere."""
     for path in folder.rglob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and Path(str(content.get("_name_or_path", ""))).is_absolute():
+        source = content.get("_name_or_path") if isinstance(content, dict) else None
+        if source and (Path(source).is_absolute() or Path(source).exists()):
             content["_name_or_path"] = base_model
             path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

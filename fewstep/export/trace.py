@@ -10,8 +10,9 @@ import contextlib
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fewstep.recording.observe import find_scheduler, modules_of
+
+#: (network input, timestep, the network's answer) -> what the scheduler is given as ``model_output``.
+Tell = Callable[[Tensor, float, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,11 @@ class TracedStep:
     """One ``scheduler.step``.
 
     Attributes:
-        timestep: as the pipeline passes it.
+        timestep: the number that the pipeline passes.
+        passed: all arguments of the step but the model output and the sample, as they were passed.
         sample: the scheduler's sample, (B, ...).
-        network_input: the sample after ``scale_model_input``, where the pipeline calls that.
+        scaled: whether the pipeline called ``scale_model_input``.
+        network_input: the sample after that.
         answer: what the pipeline made of the network's output.
         told: what the scheduler was given in its place.
         draws: the normal numbers drawn inside the step.
@@ -44,7 +50,9 @@ class TracedStep:
     """
 
     timestep: float
+    passed: dict[str, Any]
     sample: Tensor
+    scaled: bool
     network_input: Tensor
     answer: Tensor
     told: Tensor
@@ -68,7 +76,7 @@ class _Finished(BaseException):
 class _DrawWatch(TorchFunctionMode):
     """Keeps the normal numbers that are drawn while it is on."""
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, generator: torch.Generator | None) -> None:
         super().__init__()
         self._generator = generator
         self.draws: list[Draw] = []
@@ -87,13 +95,13 @@ class _DrawWatch(TorchFunctionMode):
 
 
 def with_parts(pipeline: Any, **parts: Any) -> Any:
-    """A copy of the pipeline object with other components; all else is shared, the pipeline itself is not touched."""
+    """A copy of the pipeline object with other components; all else is shared, the pipeline itself stays as it is."""
     other = copy.copy(pipeline)
     other.register_modules(**parts)
     return other
 
 
-def trace(pipeline: Any, arguments: dict[str, Any], tell: Callable[[Tensor, float, Tensor], Tensor] | None) -> Trace:
+def trace(pipeline: Any, arguments: dict[str, Any], tell: Tell | None) -> Trace:
     """Run ``pipeline(**arguments)`` up to its last ``scheduler.step`` and keep what was seen.
 
     The pipeline is left as it was and so is the global random state. What the pipeline itself raises passes through.
@@ -101,8 +109,7 @@ def trace(pipeline: Any, arguments: dict[str, Any], tell: Callable[[Tensor, floa
     Args:
         pipeline: its own scheduler decides what happens; a copy of it is used.
         arguments: of the call, ``generator`` among them where the pipeline takes one.
-        tell: (network input, timestep, the network's answer) -> what the scheduler is given as ``model_output``;
-            None: stop at ``set_timesteps``.
+        tell: what the scheduler is told; None: stop at ``set_timesteps``.
     """
     name = find_scheduler(pipeline)
     scheduler = copy.deepcopy(getattr(pipeline, name))
@@ -113,9 +120,41 @@ def trace(pipeline: Any, arguments: dict[str, Any], tell: Callable[[Tensor, floa
     _watch_set_timesteps(scheduler, seen, stop=tell is None)
     if tell is not None:
         _watch_steps(scheduler, seen, watch, tell)
-    with torch.random.fork_rng(), torch.no_grad(), _evaluating(run), watch, contextlib.suppress(_Finished):
+    with _trial(), torch.no_grad(), _evaluating(run), watch, contextlib.suppress(_Finished):
         run(**arguments)
     return seen
+
+
+def replay(pipeline: Any, seen: Trace, tell: Tell) -> Trace:
+    """The same steps by the scheduler alone, in float32, because a half-precision run hides a wrong table entry.
+
+    The scheduler gets the arguments that the pipeline passed; the answers in the result are the told ones.
+    """
+    scheduler = copy.deepcopy(getattr(pipeline, find_scheduler(pipeline)))
+    watch = _DrawWatch(None)
+    again = Trace(asked=seen.asked)
+    with _trial(), torch.no_grad(), watch:
+        scheduler.set_timesteps(**seen.asked)
+        sample = seen.steps[0].sample.float()
+        for step in seen.steps:
+            scaled = scheduler.scale_model_input(sample, step.passed["timestep"]) if step.scaled else sample
+            told = tell(scaled, step.timestep, scaled)
+            watch.take()
+            following = scheduler.step(model_output=told, sample=sample, **step.passed)
+            following = following if isinstance(following, Tensor) else following[0]
+            again.steps.append(
+                replace(
+                    step,
+                    sample=sample,
+                    network_input=scaled,
+                    answer=told,
+                    told=told,
+                    draws=watch.take(),
+                    result=following,
+                )
+            )
+            sample = following
+    return again
 
 
 def _watch_set_timesteps(scheduler: Any, seen: Trace, *, stop: bool) -> None:
@@ -133,9 +172,7 @@ def _watch_set_timesteps(scheduler: Any, seen: Trace, *, stop: bool) -> None:
     scheduler.set_timesteps = set_timesteps
 
 
-def _watch_steps(
-    scheduler: Any, seen: Trace, watch: _DrawWatch, tell: Callable[[Tensor, float, Tensor], Tensor]
-) -> None:
+def _watch_steps(scheduler: Any, seen: Trace, watch: _DrawWatch, tell: Tell) -> None:
     original, scaled = scheduler.step, []
     signature = inspect.signature(original)
 
@@ -148,8 +185,10 @@ def _watch_steps(
             seen.initial_draws = before
         # Cloned at once: some pipelines write the next sample into the same storage.
         kept = sample.detach().clone()
+        was_scaled = bool(scaled)
         network_input = scaled.pop() if scaled else kept
         scaled.clear()
+        passed = {key: value for key, value in bound.arguments.items() if key not in ("model_output", "sample")}
         told = tell(network_input, float(timestep), answer)
         watch.take()  # what is told may be drawn too
         bound.arguments["model_output"] = told
@@ -158,7 +197,9 @@ def _watch_steps(
         seen.steps.append(
             TracedStep(
                 timestep=float(timestep),
+                passed=passed,
                 sample=kept,
+                scaled=was_scaled,
                 network_input=network_input,
                 answer=answer.detach().clone(),
                 told=told,
@@ -181,6 +222,19 @@ def _watch_steps(
             return result
 
         scheduler.scale_model_input = scale_model_input
+
+
+@contextlib.contextmanager
+def _trial() -> Iterator[None]:
+    """Leave the global random state as it was, use one inside that is nobody's seed, and keep quiet.
+
+    Under the seed of the call's generator a scheduler redraws the initial noise, and fresh noise would look like an ODE.
+    A trial may fail with warnings; what it means for the user stands in the plan.
+    """
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(1_618_033_988)
+        yield
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fewstep.conditioning import Conditioning
 from fewstep.export.errors import ExportError
-from fewstep.export.trace import Trace, TracedStep, trace
-from fewstep.prediction import expand, from_x0, noise_from_x0, x0_map
+from fewstep.export.trace import Trace, TracedStep, replay, trace
+from fewstep.prediction import add_noise, expand, from_x0, noise_from_x0, x0_map
 from fewstep.recording import Recipe
 from fewstep.recording.observe import find_scheduler
 from fewstep.schedule import NoiseSchedule
@@ -81,50 +81,22 @@ def walk(
     Raises:
         WalkError: the pipeline does not run with this scheduler, or a step is not the student's; the message names it.
     """
-    told: list[Tensor] = []
-
-    def tell(network_input: Tensor, timestep: float, answer: Tensor) -> Tensor:
-        if answer.shape != network_input.shape:
-            raise WalkError(f"the network says {list(answer.shape)} about a sample of {list(network_input.shape)}")
-        t = _time(schedule, timestep, answer)
-        generator = torch.Generator().manual_seed(1000 + len(told))
-        x0 = torch.randn(answer.shape, generator=generator, dtype=torch.float64)
-        told.append(x0)
-        x_t = _x_t(schedule, network_input, t)
-        return from_x0(x0, prediction_type, x_t, schedule, t).to(answer)
-
+    teller = _Teller(schedule, prediction_type)
     try:
-        seen = trace(pipeline, arguments, tell)
+        seen = trace(pipeline, arguments, teller)
     except (ExportError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a pipeline raises under a foreign scheduler is the reason it does not serve
         text = " ".join(str(error).split()) or type(error).__name__
         raise WalkError(f"{_name(pipeline)} does not run: {text}") from error
-    count = arguments["num_inference_steps"]
-    return _check(pipeline, count, seen, told, schedule, prediction_type, renoise, reference)
 
-
-def _check(
-    pipeline: Any,
-    count: int,
-    seen: Trace,
-    told: list[Tensor],
-    schedule: NoiseSchedule,
-    prediction_type: str,
-    renoise: str,
-    reference: Reference | None,
-) -> Walk:
-    steps, name = seen.steps, _name(pipeline)
-    if len(steps) != count:
-        raise WalkError(f"{name} makes {len(steps)} steps instead of {count}")
-    times = [_time(schedule, step.timestep, step.sample) for step in steps]
-    grid = tuple(float(t[0]) for t in times)
-    if not all(a > b for a, b in zip((1 + 1e-6, *grid), (*grid, 0.0))):
-        listed = ", ".join(f"{t:.4g}" for t in grid)
-        raise WalkError(f"{name} visits the times {listed}, which do not descend from 1 to above 0")
-    deviations = [
-        _check_step(name, index, steps, x0, times, schedule, prediction_type, renoise) for index, x0 in enumerate(told)
-    ]
+    name, steps = _name(pipeline), seen.steps
+    times = _times(name, steps, arguments["num_inference_steps"], schedule)
+    deviations = _check_steps(name, steps, times, teller, renoise)
+    if steps[0].sample.dtype in (torch.float16, torch.bfloat16):
+        again = _Teller(schedule, prediction_type)
+        precise = replay(pipeline, seen, again)
+        deviations += _check_steps(name, precise.steps, times, again, renoise)
     if reference is not None:
         deviations += _check_answers(name, steps, schedule, reference)
     drawn = [draw for step in steps[:-1] for draw in step.draws]
@@ -133,37 +105,65 @@ def _check(
         follows = "generator" if all(draw.own_generator for draw in drawn) else "global seed"
     return Walk(
         timesteps=tuple(step.timestep for step in steps),
-        grid=grid,
+        grid=tuple(min(float(t[0]), 1.0) for t in times),
         initial_scale=_initial_scale(name, getattr(pipeline, find_scheduler(pipeline)), seen, schedule, times[0]),
         noise_follows=follows,
         deviation=max(deviations),
     )
 
 
+class _Teller:
+    """Says a random clean sample at each step, in the network's own prediction type, and remembers it."""
+
+    def __init__(self, schedule: NoiseSchedule, prediction_type: str) -> None:
+        self.schedule, self.prediction_type = schedule, prediction_type
+        self.x0: list[Tensor] = []
+
+    def __call__(self, network_input: Tensor, timestep: float, answer: Tensor) -> Tensor:
+        if answer.shape != network_input.shape:
+            raise WalkError(f"the network says {list(answer.shape)} about a sample of {list(network_input.shape)}")
+        t = _time(self.schedule, timestep, answer)
+        generator = torch.Generator().manual_seed(1000 + len(self.x0))
+        self.x0.append(torch.randn(answer.shape, generator=generator, dtype=torch.float64))
+        x_t = _x_t(self.schedule, network_input, t)
+        return from_x0(self.x0[-1], self.prediction_type, x_t, self.schedule, t).to(answer)
+
+
+def _times(name: str, steps: list[TracedStep], count: int, schedule: NoiseSchedule) -> list[Tensor]:
+    """The t (B,) of each step; they must be ``count`` and descend."""
+    if len(steps) != count:
+        raise WalkError(f"{name} makes {len(steps)} steps instead of {count}")
+    times = [_time(schedule, step.timestep, step.sample) for step in steps]
+    grid = [float(t[0]) for t in times]
+    if not all(a > b for a, b in zip((1 + 1e-6, *grid), (*grid, 0.0))):
+        listed = ", ".join(f"{t:.4g}" for t in grid)
+        raise WalkError(f"{name} visits the times {listed}, which do not descend from 1 to above 0")
+    return times
+
+
+def _check_steps(name: str, steps: list[TracedStep], times: list[Tensor], teller: _Teller, renoise: str) -> list[float]:
+    return [_check_step(name, index, steps, times, teller, renoise) for index in range(len(steps))]
+
+
 def _check_step(
-    name: str,
-    index: int,
-    steps: list[TracedStep],
-    x0: Tensor,
-    times: list[Tensor],
-    schedule: NoiseSchedule,
-    prediction_type: str,
-    renoise: str,
+    name: str, index: int, steps: list[TracedStep], times: list[Tensor], teller: _Teller, renoise: str
 ) -> float:
-    step, t = steps[index], times[index]
-    now = schedule.coefficients(t)
-    x_t = _x_t(schedule, step.network_input, t)
-    # An error of the rounded answer grows by what turns it into x0; at the top of a table that is large.
-    _, gain = x0_map(prediction_type, schedule, t)
-    tolerance = _TOLERANCE[step.told.dtype] * (1 + float(gain[0].abs()))
+    step, t, schedule, x0 = steps[index], times[index], teller.schedule, teller.x0[index]
+    # Rounding errors are relative to the sample, whose size is that of its noise under an EDM schedule, and an error of
+    # the rounded answer grows by what turns it into x0; at the top of a table that is large.
+    _, gain = x0_map(teller.prediction_type, schedule, t)
+    size = max(1.0, float(schedule.coefficients(t).sigma[0]))
+    tolerance = _TOLERANCE[step.told.dtype] * size * (1 + float(gain[0].abs()))
     where = f"step {index + 1} of {len(steps)} (timestep {step.timestep:g})"
     if index + 1 == len(steps):
         # The last sample is clean, and a clean sample is the same in every scheduler's space.
         return _demand(step.result.double().cpu(), x0, tolerance, f"{name}: after {where} the sample is not x0")
-    then = schedule.coefficients(times[index + 1])
+    if renoise == "ode":
+        noise = noise_from_x0(x0, _x_t(schedule, step.network_input, t), schedule.coefficients(t))
+    else:
+        noise = _fresh_noise(name, where, step)
+    expected = add_noise(x0, noise, schedule.coefficients(times[index + 1]))
     following = _x_t(schedule, steps[index + 1].network_input, times[index + 1])
-    noise = noise_from_x0(x0, x_t, now) if renoise == "ode" else _fresh_noise(name, where, step)
-    expected = expand(then.alpha, x0) * x0 + expand(then.sigma, x0) * noise
     return _demand(following, expected, tolerance, f"{name}: {where} does not lead to the teacher's x_t")
 
 
@@ -174,9 +174,7 @@ def _fresh_noise(name: str, where: str, step: TracedStep) -> Tensor:
     return fitting[0].double().cpu()
 
 
-def _check_answers(
-    name: str, steps: list[TracedStep], schedule: NoiseSchedule, reference: Reference
-) -> list[float]:
+def _check_answers(name: str, steps: list[TracedStep], schedule: NoiseSchedule, reference: Reference) -> list[float]:
     """The pipeline's answers against the recipe's at the same input: do the fed values mean the same time?"""
     deviations = []
     ends = [step.timestep for step in steps[1:]] + [float(schedule.timestep(torch.zeros(1, dtype=torch.float64)))]
