@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent, never half written, never unpickled.
 
 ``OUT/checkpoints/step_00000500/`` holds one safetensors file of weights and one of optimizer state per trainable role
-and ``state.json`` with the counters, the method and the size and SHA-256 of every file.
+and ``state.json`` with the counters, the method, the size and SHA-256 of every file, and a SHA-256 of all that.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     files = {}
     for stem, values in tensors.items():
         path = partial / f"{stem}.safetensors"
-        save_file({name: value.detach().contiguous().cpu() for name, value in values.items()}, path)
+        # Copies, because a file cannot hold tensors that share memory, as tied weights do.
+        copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in values.items()}
+        save_file(copies, path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    (partial / "state.json").write_text(json.dumps({"step": step, **state, "files": files}, indent=1))
+    content = {"step": step, **state, "files": files}
+    (partial / "state.json").write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1))
     for path in partial.iterdir():  # the rename below must not become durable before what it names
         _flush(path)
     os.rename(partial, final)
@@ -52,7 +55,8 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
 
 def steps_in(folder: Path) -> list[int]:
     """The steps of the complete checkpoints in ``folder``, ascending."""
-    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*") if path.is_dir())
+    numbers = (path.name.removeprefix("step_") for path in folder.glob("step_*") if path.is_dir())
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def load_latest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -68,16 +72,22 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tenso
     advice = f"the checkpoint {path} is damaged ({{}}); remove that folder to go on from the one before"
     try:
         state = json.loads((path / "state.json").read_text())
-        files = state["files"]
-    except (OSError, ValueError, KeyError) as error:
+        intact = state.pop("sha256") == _digest(state)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(advice.format("state.json cannot be read")) from error
+    if not intact or state["step"] != steps[-1]:
+        raise UserError(advice.format("state.json is not what was written"))
     tensors = {}
-    for name, expected in files.items():
+    for name, expected in state["files"].items():
         file = path / name
         if not file.exists() or file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
             raise UserError(advice.format(f"{name} is not what was written"))
         tensors[file.stem] = load_file(file)
     return state, tensors
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

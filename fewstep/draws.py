@@ -35,10 +35,13 @@ class Draws:
         self.seed, self.step, self.indices, self.device = seed, step, list(indices), device
         self._names: set[str] = set()
 
-    def _generators(self, name: str) -> Iterator[torch.Generator]:
+    def _claim(self, name: str) -> None:
         if name in self._names:
             raise ValueError(f"the draw {name!r} was already made in step {self.step}; names are unique within a step")
         self._names.add(name)
+
+    def _generators(self, name: str) -> Iterator[torch.Generator]:
+        self._claim(name)
         return (keyed_generator(self.seed, self.step, index, name) for index in self.indices)
 
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
@@ -56,6 +59,7 @@ class Draws:
 
     def shared_integer(self, name: str, low: int, high: int) -> int:
         """One integer from low to high - 1 for every sample of the step, on every process."""
+        self._claim(name)
         return int(torch.randint(low, high, (), generator=keyed_generator(self.seed, self.step, "shared", name)))
 
 

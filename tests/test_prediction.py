@@ -3,11 +3,12 @@
 import diffusers
 import pytest
 import torch
+from test_schedule import SCHEDULES, SD, every_schedule
+from torch import Tensor
+
 from fewstep.guidance import guide, rescale_last_axis, rescale_norm
 from fewstep.prediction import KINDS, add_noise, convert, from_x0, noise_from_x0, ode_step, to_x0, x0_map
 from fewstep.schedule import EDMSchedule, NoiseSchedule, from_scheduler
-from test_schedule import SCHEDULES, SD, every_schedule
-from torch import Tensor
 
 TIMES = torch.tensor([0.02, 0.25, 0.5, 0.777, 0.98], dtype=torch.float64)
 

@@ -5,6 +5,8 @@ import math
 import diffusers
 import pytest
 import torch
+from torch import Tensor
+
 from fewstep.prediction import add_noise, to_x0
 from fewstep.schedule import (
     EDMSchedule,
@@ -14,7 +16,6 @@ from fewstep.schedule import (
     TrigFlowSchedule,
     from_scheduler,
 )
-from torch import Tensor
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 

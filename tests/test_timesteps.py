@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fewstep.timesteps import even_grid, logit_normal_times, shift_time, uniform_times, unshift_time
 
 

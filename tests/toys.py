@@ -1,0 +1,162 @@
+"""Small stand-ins for stock networks, so that methods and the loop run in milliseconds; nothing here is a mock.
+
+Every role is a real Role around a real NetworkDenoiser; only the network and the recipe are small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from fewstep.conditioning import Conditioning, Leaf
+from fewstep.config import RunConfig
+from fewstep.denoiser import NetworkDenoiser
+from fewstep.draws import keyed_order
+from fewstep.loop import Loop, Processes
+from fewstep.losses.score import denoising_loss, distribution_matching, native_weight
+from fewstep.method import Batch, Method, Renew, Turn
+from fewstep.monitor import Monitor
+from fewstep.prediction import add_noise
+from fewstep.roles import Role
+from fewstep.schedule import FlowSchedule, NoiseSchedule
+from fewstep.timesteps import uniform_times
+
+
+class PlainRecipe:
+    """Calls a network with the sample, the schedule's timestep and the conditioning's arguments."""
+
+    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        return network(x, timestep, **conditioning.arguments())
+
+
+class TinyNetwork(nn.Module):
+    """A network with two layers over the flattened sample, the time and the label."""
+
+    def __init__(self, size: int, width: int = 16, time_scale: float = 1e-3) -> None:
+        super().__init__()
+        self.time_scale = time_scale
+        self.inner = nn.Linear(size + 2, width)
+        self.outer = nn.Linear(width, size)
+
+    def forward(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        extra = torch.stack([self.time_scale * timestep, label], 1).to(x.dtype)
+        return self.outer(torch.tanh(self.inner(torch.cat([x.flatten(1), extra], 1)))).view_as(x)
+
+
+def role(name: str, network: nn.Module, schedule: NoiseSchedule, kind: str, trainable: bool = True, **added) -> Role:
+    network = network.eval().requires_grad_(trainable)
+    return Role(name, NetworkDenoiser(network, PlainRecipe(), schedule, kind), added)
+
+
+def labels(values: Sequence[float] | Tensor) -> Conditioning:
+    return Conditioning({"label": Leaf(torch.as_tensor(values, dtype=torch.float32), rows=1)}, len(values))
+
+
+def unconditional(batch: int) -> Conditioning:
+    return Conditioning({}, batch)
+
+
+class Labels:
+    """Conditions of a run: one label per sample, or none, in the run's keyed order."""
+
+    def __init__(self, values: Sequence[float] | None = (-1.0, 0.0, 1.0)) -> None:
+        self.values = values
+
+    def batch(self, seed: int, positions: Sequence[int]) -> Conditioning:
+        if self.values is None:
+            return unconditional(len(positions))
+        return labels([self.values[keyed_order(seed, "labels", len(self.values), place)] for place in positions])
+
+
+def make_loop(
+    method: Method,
+    config: RunConfig,
+    shape: tuple[int, ...] = (6,),
+    *,
+    conditions: Labels | None = None,
+    real=None,
+    on_samples: Callable[[int], None] = lambda step: None,
+    name: str = "tiny",
+) -> Loop:
+    """The real loop with a real monitor, on the CPU, for this process of however many there are."""
+    accelerator = Accelerator(cpu=True)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    return Loop(
+        method,
+        name,
+        config,
+        conditions=conditions or Labels(),
+        real=real,
+        shape=shape,
+        device=accelerator.device,
+        processes=Processes(accelerator.process_index, accelerator.num_processes),
+        monitor=Monitor(Path(config.out), config.max_steps, accelerator),
+        on_samples=on_samples,
+    )
+
+
+class TinyMethod:
+    """A distribution-matching method over vectors: student every second step, critic in every step.
+
+    Args:
+        ema: whether there is an average of the student.
+        seed: of the initial weights.
+        renew: the step before whose turns the critic starts over like the student.
+        poison: (role, step) whose gradient is not a number.
+        lr: of both roles.
+    """
+
+    SHAPE = (6,)
+    CRITIC_UPDATES = 2
+
+    def __init__(
+        self,
+        *,
+        ema: bool = False,
+        seed: int = 0,
+        renew: int | None = None,
+        poison: tuple[str, int] | None = None,
+        lr: float = 1e-3,
+    ) -> None:
+        self.schedule = FlowSchedule()
+        self.renew, self.poison, self.lr = renew, poison, lr
+        torch.manual_seed(seed)
+        names = {"teacher": False, "student": True, "critic": True} | ({"ema": False} if ema else {})
+        networks = {name: TinyNetwork(6) for name in names}
+        if ema:
+            networks["ema"].load_state_dict(networks["student"].state_dict())
+        self.roles = {name: role(name, networks[name], self.schedule, "flow", on) for name, on in names.items()}
+
+    def learning_rate(self, role: str) -> float:
+        return self.lr
+
+    def turns(self, step: int, batch: Batch) -> Iterator[Turn | Renew]:
+        if step == self.renew:
+            yield Renew("critic", like="student")
+        student_turn = step % self.CRITIC_UPDATES == 0
+        start = torch.ones(batch.size, dtype=torch.float64)
+        with torch.set_grad_enabled(student_turn):
+            x0 = self.roles["student"](batch.draws.normal("noise", batch.shape), start, batch.conditioning)
+        if student_turn:
+            x_t, t = self.noised(x0.detach(), batch, "matching")
+            with torch.no_grad():
+                verdicts = [self.roles[name](x_t, t, batch.conditioning) for name in ("teacher", "critic")]
+            loss, gradient = distribution_matching(x0, *verdicts)
+            yield Turn("student", [(x0, gradient * self.spoiler("student", step))], {"student/matching": loss})
+        x0 = x0.detach()
+        x_t, t = self.noised(x0, batch, "critic")
+        weight = native_weight("flow", self.schedule, t)
+        loss = denoising_loss(x0, self.roles["critic"](x_t, t, batch.conditioning), weight)
+        yield Turn("critic", [(loss * self.spoiler("critic", step), None)], {"critic/denoising": loss})
+
+    def noised(self, x0: Tensor, batch: Batch, name: str) -> tuple[Tensor, Tensor]:
+        t = uniform_times(batch.draws.uniform(f"{name}_time"), 0.02, 0.98)
+        noise = batch.draws.normal(f"{name}_noise", batch.shape)
+        return add_noise(x0, noise, self.schedule.coefficients(t)), t
+
+    def spoiler(self, role: str, step: int) -> float:
+        return float("nan") if (role, step) == self.poison else 1.0
