@@ -21,7 +21,7 @@ from .features import FashionExtractor, fashion_reference
 from .generate import Conditions, NonFiniteImagesError
 from .grid import GridRow, draw_grid
 from .judge import Judge
-from .models import Model, is_embedded, student_model, teacher_model
+from .models import Model, in_steps, is_embedded, student_model, teacher_model
 from .report import Report
 from .rows import measure, read_row, row_key, write_row
 
@@ -73,7 +73,7 @@ def evaluate(
                 try:
                     cached = measure(pipeline, model, conditions, steps, config, judge)
                 except NonFiniteImagesError as error:
-                    skipped.append(f"{model.name} at {steps} steps is left out: {error}.")
+                    skipped.append(f"{model.name} at {in_steps(steps)} is left out: {error}.")
                     continue
                 write_row(config.out, key, *cached)
             else:
@@ -82,7 +82,7 @@ def evaluate(
             row = {**cached[0], "model": model.name}
             skipped += row.pop("skipped")
             rows.append(row)
-            pictures.append(GridRow(f"{model.name}, {steps} step{'s' if steps > 1 else ''}", cached[1]))
+            pictures.append(GridRow(f"{model.name}, {in_steps(steps)}", cached[1]))
 
     if not rows:
         raise UserError("nothing could be evaluated: " + " ".join(skipped))

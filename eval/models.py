@@ -84,9 +84,9 @@ class Model:
     def why_not(self, steps: int) -> str | None:
         """One sentence saying why the model is not run at `steps`, or None when it can be."""
         if self.steps is not None and steps > self.steps:
-            return f"{self.name} is not run at {steps} steps: it was trained for {self.steps}."
+            return f"{self.name} is not run at {in_steps(steps)}: it was trained for {self.steps}."
         if self.counts is not None and steps not in self.counts:
-            return f"{self.name} is not run at {steps} steps: its {CARD_NAME} says that this count does not hold."
+            return f"{self.name} is not run at {in_steps(steps)}: its {CARD_NAME} says that this count does not hold."
         return None
 
     def fingerprint(self) -> str | None:
@@ -104,6 +104,11 @@ class Model:
         return digest.hexdigest()
 
 
+def in_steps(count: int) -> str:
+    """ "1 step", "4 steps"."""
+    return f"{count} step" if count == 1 else f"{count} steps"
+
+
 def student_model(student: str | Path | Any, name: str = "student") -> Model:
     """A student as a `Model`: its folder, the run folder that holds it as ``student/``, a hub id, or `fewstep.load`'s.
 
@@ -115,6 +120,8 @@ def student_model(student: str | Path | Any, name: str = "student") -> Model:
     about = getattr(student, "fewstep", None)
     source = None
     if about is None:
+        if not isinstance(student, str | Path):
+            raise UserError(f"a {type(student).__name__} is no student: give a folder, or what fewstep.load gives")
         path = Path(student)
         source = str(path / "student" if (path / "student" / CARD_NAME).is_file() else student)
         about = read_about(source)

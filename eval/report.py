@@ -9,6 +9,8 @@ from typing import Any
 
 from fewstep.errors import UserError
 
+from .models import in_steps
+
 SCHEMA = 1
 # metric -> (column title, how a value is printed)
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -80,14 +82,12 @@ class Report:
             if fd is not None and self.reference:
                 beside = [f"floor {row['floor']:.3f}"] if row["floor"] is not None else []
                 if teacher and "fd_test" in teacher["metrics"]:
-                    beside.append(f"teacher at {teacher['steps']} steps {teacher['metrics']['fd_test']:.3f}")
+                    beside.append(f"teacher at {in_steps(teacher['steps'])} {teacher['metrics']['fd_test']:.3f}")
                 facts.append(f"{self.reference['metric']} {fd:.3f}" + (f" ({', '.join(beside)})" if beside else ""))
             if teacher and (speedup := _ratio(teacher["metrics"].get("latency_ms"), row["metrics"].get("latency_ms"))):
-                facts.append(f"{speedup:.1f}x as fast as the teacher's {teacher['steps']} steps")
+                facts.append(f"{speedup:.1f}x as fast as the teacher's {in_steps(teacher['steps'])}")
             facts.append(f"{row['nfe']:g} network evaluation{'s' if row['nfe'] != 1 else ''}")
-            sentences.append(
-                f"{row['model']} at {row['steps']} step{'s' if row['steps'] > 1 else ''}: {', '.join(facts)}."
-            )
+            sentences.append(f"{row['model']} at {in_steps(row['steps'])}: {', '.join(facts)}.")
         return sentences
 
     def table(self) -> str:

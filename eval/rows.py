@@ -19,7 +19,7 @@ from .config import EvalConfig
 from .features import Features
 from .generate import Conditions, generate, run_pipeline
 from .judge import Judge, image_metrics
-from .models import Model
+from .models import Model, in_steps
 from .report import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def measure(
     features: list[Features] = []
     evaluations: list[float] = []
     seconds: list[tuple[int, float]] = []
-    title = f"{model.name}, {steps} steps"
+    title = f"{model.name}, {in_steps(steps)}"
     for batch in generate(
         pipeline, call, conditions, range(config.num), seed=config.seed, batch_size=config.batch_size, description=title
     ):
@@ -70,10 +70,12 @@ def measure(
             budget=config.latency_budget,
         )
         numbers |= {"latency_ms": timing.median * 1e3, "latency_p90_ms": timing.p90 * 1e3}
-        rate = speed.throughput(seconds, min(config.batch_size, config.num))
-        if rate is not None:
-            numbers["images_per_second"] = rate
-        row["speed"] = {**speed.conditions(pipeline), "calls": timing.calls, "batch_size": config.batch_size}
+        size = min(config.batch_size, config.num)
+        if config.num < 2 * size:
+            # The only full batch was the warm-up.
+            seconds.append((size, run_pipeline(pipeline, call, conditions, range(size), seed=config.seed).seconds))
+        numbers["images_per_second"] = speed.throughput(seconds, size)
+        row["speed"] = {**speed.conditions(pipeline), "calls": timing.calls, "batch_size": size}
         if device.type == "cuda":
             row["speed"]["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     return row, torch.cat(shown)[: config.columns]

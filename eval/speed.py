@@ -47,14 +47,15 @@ def latency(
     return Latency(statistics.median(ordered), p90, len(ordered))
 
 
-def throughput(batch_seconds: Sequence[tuple[int, float]], batch_size: int) -> float | None:
+def throughput(batch_seconds: Sequence[tuple[int, float]], batch_size: int) -> float:
     """Samples per second at `batch_size`, from (size, seconds) of the batches of a run, by their median.
 
-    The first batch is a warm-up when there are others; smaller batches are left out. None when nothing is left.
+    The first full batch is the warm-up, smaller ones are left out. Raises ValueError when nothing else is there.
     """
     full = [seconds for size, seconds in batch_seconds if size == batch_size]
-    timed = full[1:] if len(full) > 1 else full
-    return batch_size / statistics.median(timed) if timed else None
+    if len(full) < 2:
+        raise ValueError(f"a throughput needs two batches of {batch_size}")
+    return batch_size / statistics.median(full[1:])
 
 
 def conditions(pipeline: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from fewstep.eval import Model, Report, evaluate, rows, sample
 from fewstep.eval.judge import Judge
 from PIL import Image
-from toy_models import tiny_ddim, tiny_flow
+from toy_models import tiny_ddim, tiny_flow, tiny_video
 
 import fewstep
 from fewstep.errors import UserError
@@ -115,12 +115,21 @@ def test_without_an_extractor_there_is_still_a_report(tmp_path):
     assert (tmp_path / "grid.png").is_file() and "fd_test is skipped" in (tmp_path / "report.md").read_text()
 
 
+def test_videos_are_shown_by_their_middle_and_not_judged(judge, tmp_path):
+    model = Model("student", "student", pipeline=tiny_video(), kind="prompt")
+    report = evaluate([model], prompts=["a"], steps=(1,), num=2, metrics=("fd_test",), judge=judge, out=tmp_path)
+    assert report.rows[0]["metrics"] == {} and report.skipped == [
+        "fd_test is skipped: the extractor takes another size."
+    ]
+    assert (tmp_path / "grid.png").is_file()
+
+
 def test_a_diverged_row_is_left_out_and_said(tmp_path):
     bad, good = tiny_ddim(), Model("good", "student", pipeline=tiny_ddim())
     bad.unet.conv_out.bias.data.fill_(float("nan"))
     report = evaluate([Model("bad", "student", pipeline=bad), good], steps=(1,), num=4, metrics=(), out=tmp_path)
     assert [row["model"] for row in report.rows] == ["good"]
-    assert report.skipped == ["bad at 1 steps is left out: the images hold NaN or infinity."]
+    assert report.skipped == ["bad at 1 step is left out: the images hold NaN or infinity."]
 
 
 def test_an_embedded_teacher_runs_at_its_stated_guidance(saved_dit, judge, tmp_path, monkeypatch):
@@ -170,6 +179,7 @@ MISTAKES = {
     "no pipeline": (lambda student: [student / "scheduler"], {}, "no model_index.json"),
     "no card": (lambda student: [student], {}, "it has no fewstep.json"),
     "no such teacher": (lambda student: [], {"teacher": "/nowhere/at/all"}, "there is no folder"),
+    "no student": (lambda student: [tiny_ddim()], {}, "a DDIMPipeline is no student"),
     "nothing": (lambda student: [], {}, "nothing to evaluate"),
     "zero steps": (lambda student: [student], {"steps": (0,)}, "step count must be at least 1"),
     "no samples": (lambda student: [student], {"num": 0}, "num must be at least 1"),

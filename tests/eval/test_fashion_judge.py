@@ -9,7 +9,6 @@ from fewstep.eval.metrics import agreement, frechet
 
 from fewstep import fashion
 
-
 pytestmark = pytest.mark.skipif(
     not (fashion.DATA / "reference.safetensors").is_file(), reason="the embedded files are not built"
 )

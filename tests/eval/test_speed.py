@@ -33,8 +33,8 @@ def test_the_budget_leaves_at_least_one_timed_call(clock):
 
 def test_throughput_leaves_out_the_warm_up_and_the_rest():
     assert speed.throughput([(8, 9.0), (8, 2.0), (8, 2.0), (3, 0.1)], 8) == 4
-    assert speed.throughput([(8, 2.0)], 8) == 4
-    assert speed.throughput([(3, 2.0)], 8) is None
+    with pytest.raises(ValueError, match="two batches of 8"):
+        speed.throughput([(8, 2.0), (3, 2.0)], 8)
 
 
 def test_conditions_are_recorded():

@@ -1,5 +1,6 @@
 """Tiny random pipelines and a toy extractor, so that these tests need neither weights nor data."""
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -12,6 +13,7 @@ from diffusers import (
     ImagePipelineOutput,
     UNet2DModel,
 )
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from fewstep.eval.features import Features, to_grey
 
@@ -89,6 +91,18 @@ class TinyFlowPipeline(DiffusionPipeline):
 def tiny_flow(stochastic: bool = False) -> TinyFlowPipeline:
     torch.manual_seed(0)
     return TinyFlowPipeline(tiny_unet(), FlowMatchEulerDiscreteScheduler(stochastic_sampling=stochastic))
+
+
+class TinyVideoPipeline(TinyFlowPipeline):
+    """The same, repeated over five frames."""
+
+    def __call__(self, *args, **kwargs):
+        return BaseOutput(frames=np.stack([super().__call__(*args, **kwargs).images] * 5, axis=1))
+
+
+def tiny_video() -> TinyVideoPipeline:
+    flow = tiny_flow()
+    return TinyVideoPipeline(flow.unet, flow.scheduler)
 
 
 class ToyExtractor:
