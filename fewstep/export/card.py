@@ -74,7 +74,8 @@ def snippet(about: Mapping[str, Any], pipeline: Any) -> str:
     subject = _subject(about)
     arguments = ([subject] if subject else []) + [f"{key}={value!r}" for key, value in about["call"].items()]
     lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
-    lines.append(f"pipe = DiffusionPipeline.from_pretrained({_PLACEHOLDER})")
+    absent = "".join(f", {name}=None" for name in about["load"])
+    lines.append(f"pipe = DiffusionPipeline.from_pretrained({_PLACEHOLDER}{absent})")
     if about["noise_follows"] == "global seed":
         lines.append("torch.manual_seed(1)  # the noise between the steps")
     arguments.append("generator=torch.Generator().manual_seed(0)")

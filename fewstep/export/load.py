@@ -39,8 +39,8 @@ def load(student: str | Path, **from_pretrained: Any) -> DiffusionPipeline:
     """
     about = read_about(student, **{key: value for key, value in from_pretrained.items() if key in _FETCHING})
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(student), **from_pretrained)
-    except OSError as error:
+        pipeline = DiffusionPipeline.from_pretrained(str(student), **{**about.get("load", {}), **from_pretrained})
+    except (OSError, ValueError) as error:
         raise ExportError(f"{student} does not load: {' '.join(str(error).split())}") from error
     pipeline.__class__ = _student_class(type(pipeline), about)
     return pipeline

@@ -160,7 +160,12 @@ def reference_of(recording: Recording, network: nn.Module) -> Reference:
 
 
 def walk_student(
-    recording: Recording, pipeline: Any, call: dict[str, Any], renoise: str, count: int, reference: Reference
+    recording: Recording,
+    pipeline: Any,
+    call: dict[str, Any],
+    renoise: str,
+    count: int,
+    reference: Reference | None = None,
 ) -> Walk:
     """Walk a stock student pipeline at ``count`` steps under ``call``, with the recording's own prompt or label.
 
@@ -218,7 +223,7 @@ def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Ref
     for count in _other_counts(wish.steps):
         # A count that does not hold is left out of the plan, which is how the plan says it.
         with contextlib.suppress(WalkError):
-            grids[count] = walk_student(recording, pipeline, call, wish.renoise, count, reference).grid
+            grids[count] = walk_student(recording, pipeline, call, wish.renoise, count).grid
     grids[wish.steps] = found.grid
     return StudentPlan(
         scheduler=scheduler,

@@ -228,7 +228,7 @@ def _watch_steps(scheduler: Any, seen: Trace, watch: _DrawWatch, tell: Tell) -> 
 def _trial() -> Iterator[None]:
     """Leave the global random state as it was, use one inside that is nobody's seed, and keep quiet.
 
-    Under the seed of the call's generator a scheduler redraws the initial noise, and fresh noise would look like an ODE.
+    Under the seed of the call's generator a scheduler redraws the initial noise: fresh noise would look like an ODE.
     A trial may fail with warnings; what it means for the user stands in the plan.
     """
     with torch.random.fork_rng(), warnings.catch_warnings():
