@@ -1,11 +1,11 @@
 """Few-step distillation of diffusion and flow-matching pipelines.
 
-    import fewstep
+import fewstep
 
-    folder = fewstep.distill("fashion-sd", method="dmd2", steps=4, out="runs/mine")   # train and export a student
-    pipeline = fewstep.load(folder)                                                   # samples right by default
-    fewstep.evaluate([folder], teacher="fashion-sd", out="runs/mine/report")          # measure it beside its teacher
-    fewstep.record(pipeline)                                                          # how a pipeline calls its network
+folder = fewstep.distill("fashion-sd", method="dmd2", steps=4, out="runs/mine")   # train and export a student
+pipeline = fewstep.load(folder)                                                   # samples right by default
+fewstep.evaluate([folder], teacher="fashion-sd", out="runs/mine/report")          # measure it beside its teacher
+fewstep.record(pipeline)                                                          # how a pipeline calls its network
 """
 
 from importlib import import_module

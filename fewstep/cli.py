@@ -107,9 +107,11 @@ def _probe(words: list[str]) -> None:
     from fewstep.recording import record
     from fewstep.teacher import load_teacher
 
-    parser = _Parser(prog="fewstep probe", description="Show what is recorded of a pipeline; exit 0 only if it is proven.")
+    parser = _Parser(
+        prog="fewstep probe", description="Show what is recorded of a pipeline; exit 0 only if it is proven."
+    )
     parser.add_argument("teacher", type=str, help="folder, hub id, fashion-sd or fashion-flow")
-    parser.add_argument("--call", type=dict[str, Any] | None, default=None, help="JSON of arguments for its call")
+    parser.add_argument("--call", type=dict[str, Any] | None, default=None, help="JSON for its call")
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="let it run code from its own folder")
     parsed = _parse(parser, _with_values(words, {"trust_remote_code"}))
     recording = record(load_teacher(parsed.teacher, parsed.trust_remote_code), **(parsed.call or {}))
@@ -151,11 +153,15 @@ def _eval(words: list[str]) -> None:
     from fewstep.data import read_classes, read_prompts
     from fewstep.eval.evaluate import evaluate
 
-    parser = _Parser(prog="fewstep eval", description="Measure students beside their teacher: report.json, report.md, grid.png.")
+    parser = _Parser(
+        prog="fewstep eval", description="Measure students beside their teacher: report.json, report.md, grid.png."
+    )
     parser.add_argument("students", metavar="DIR", nargs="+", type=str, help="student folders")
     parser.add_argument("--teacher", type=str | None, default=None, help="folder, hub id, fashion-sd or fashion-flow")
     parser.add_argument("--teacher_steps", type=str, default="1,4,25", help="comma separated")
-    parser.add_argument("--teacher_call", type=dict[str, Any] | None, default=None, help="JSON of arguments for its call")
+    parser.add_argument(
+        "--teacher_call", type=dict[str, Any] | None, default=None, help="JSON of arguments for its call"
+    )
     parser.add_argument("--steps", type=str, default="1,2,4", help="the students' step counts, comma separated")
     parser.add_argument("--num", type=int, default=5000, help="samples in every row")
     parser.add_argument("--prompts", type=str | None, default=None, help="UTF-8 file, one a line")
@@ -204,7 +210,9 @@ def _demo(words: list[str]) -> None:
     out = Path(parsed.out or f"runs/demo-{parsed.teacher}")
     report = demo(parsed.teacher, out, steps=parsed.steps, seed=parsed.seed, max_steps=parsed.max_steps, num=parsed.num)
     print(report.table())
-    print(f"pictures: {out / 'report' / 'grid.png'}, report: {out / 'report' / 'report.md'}, student: {out / 'student'}")
+    print(
+        f"pictures: {out / 'report' / 'grid.png'}, report: {out / 'report' / 'report.md'}, student: {out / 'student'}"
+    )
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ class RunConfig:
         guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own.
         negative_prompt: what guidance leads away from; default the pipeline's own.
         data: real images: a folder with class sub-folders or a metadata.jsonl, a folder of idx files, or "fashion".
-        init: another run's folder (student, critic and head of its last checkpoint) or a pipeline folder (student only).
+        init: another run's folder (its last student, critic and head) or a pipeline folder (student only).
         max_steps: number of steps to train.
         batch_size: samples per process and micro-batch.
         gradient_accumulation_steps: micro-batches per update.
@@ -85,7 +85,14 @@ class RunConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        positive = ("steps", "max_steps", "batch_size", "gradient_accumulation_steps", "checkpointing_steps", "log_steps")
+        positive = (
+            "steps",
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+            "log_steps",
+        )
         for name in (*positive, "checkpoints_total_limit"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
@@ -104,18 +111,6 @@ class RunConfig:
             raise UserError(f"--shift must be positive, not {self.shift}")
         if self.prompts is not None and self.classes is not None:
             raise UserError("give --prompts or --classes, not both")
-
-
-#: Settings that a resumed run may change, because the weights do not depend on them.
-RESUMABLE_CHANGES = frozenset(
-    {"out", "max_steps", "resume", "checkpointing_steps", "checkpoints_total_limit", "log_steps", "sample_steps", "report_to"}
-)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Names of the settings that differ between two resolved configurations and must not in a resumed run."""
-    names = sorted((old.keys() | new.keys()) - RESUMABLE_CHANGES)
-    return [name for name in names if old.get(name) != new.get(name)]
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

@@ -123,13 +123,17 @@ class RealImages:
         """Float (C, H, W) in [0, 1]: scaled until it covers the size, then cropped at the centre."""
         if isinstance(self.files, Tensor):
             pixels = self.files[index]
-            picture = Image.fromarray(pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
+            picture = Image.fromarray(
+                pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
+            )
         else:
             try:
                 picture = Image.open(self.files[index])
                 picture.load()
             except (OSError, UnidentifiedImageError) as error:
-                raise UserError(f"{self.files[index]} is not an image that can be read; remove it from --data") from error
+                raise UserError(
+                    f"{self.files[index]} is not an image that can be read; remove it from --data"
+                ) from error
         picture = picture.convert("L" if channels == 1 else "RGB")
         if picture.size != (width, height):
             scale = max(width / picture.width, height / picture.height)
@@ -168,7 +172,9 @@ def read_images(source: str) -> RealImages:
         return RealImages([file for file, _ in found], [name for _, name in found])
     if files := _image_files(folder):
         return RealImages(files, None)
-    raise UserError(f"--data {source} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}), no metadata.jsonl, no idx files")
+    raise UserError(
+        f"--data {source} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}), no metadata.jsonl, no idx files"
+    )
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -264,7 +270,9 @@ def _captions_to_conditions(
     if conditions.kind is None:
         return [0] * len(images), conditions
     if images.captions is None:
-        raise UserError("--data has images without captions, and this teacher is conditioned; add class folders or metadata.jsonl")
+        raise UserError(
+            "--data has images without captions, and this teacher is conditioned; add class folders or metadata.jsonl"
+        )
     distinct = sorted(set(images.captions))
     numbers = all(isinstance(caption, int) for caption in distinct)
     if conditions.kind == "label":

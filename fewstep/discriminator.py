@@ -1,4 +1,4 @@
-"""Real/fake heads on tapped features (Yin et al. 2024, DMD2, §4.3). The features come from the critic, heads are small."""
+"""Real/fake heads on tapped features (Yin et al. 2024, DMD2, §4.3). Heads are small, the critic is deep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ConvHead(nn.Module):
-    """Feature maps (B, C, H, W) or (B, C, F, H, W) to logits (B,): strided convolutions to a side of 4, then pooling."""
+    """Feature maps (B, C, H, W) or (B, C, F, H, W) to logits (B,): convolutions to a side of 4, then pooling."""
 
     def __init__(self, channels: int, side: int, video: bool = False) -> None:
         super().__init__()

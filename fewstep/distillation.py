@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available
 from diffusers import DiffusionPipeline
 
 from fewstep import checkpoint
-from fewstep.config import RunConfig, differences, resolved
+from fewstep.config import RunConfig, resolved
 from fewstep.data import Conditions, RealSamples, read_classes, read_images, read_prompts
 from fewstep.discriminator import make_head
 from fewstep.draws import Draws
@@ -30,6 +29,7 @@ from fewstep.monitor import Monitor
 from fewstep.recording import record
 from fewstep.roles import Role, make_role
 from fewstep.rollout import Sampler, ode_sampler, rollout
+from fewstep.run_folder import check_folder, write_config
 from fewstep.schedule import FlowSchedule
 from fewstep.teacher import base_model, load_teacher, teacher_license
 
@@ -37,6 +37,8 @@ logger = logging.getLogger("fewstep")
 
 _SHOWN_SAMPLES = 8  # in a sample grid
 _TEACHER_STEPS = 25  # of the teacher's row in it
+#: Settings that say something of a machine and nothing of a student; they are not published with it.
+_PRIVATE = frozenset({"teacher", "out", "prompts", "data", "init", "resume", "cpu", "report_to"})
 
 
 def methods() -> list[str]:
@@ -74,7 +76,7 @@ class Distillation:
         self.out = Path(config.out)
         self.accelerator = Accelerator(cpu=config.cpu, log_with=_trackers(config.report_to), project_dir=config.out)
         self.device = self.accelerator.device
-        self.resuming = claim_folder(self.out, method, config, self.accelerator.is_main_process)
+        self.resuming = check_folder(self.out, method, config)
         self.accelerator.wait_for_everyone()
 
         self.pipeline = load_teacher(config.teacher, config.trust_remote_code) if pipeline is None else pipeline
@@ -110,7 +112,9 @@ class Distillation:
         bf16 = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
         options = {"autocast": bf16, "device": self.device}
         # The teacher is only read, so its parameters themselves are bfloat16; trained ones stay float32.
-        roles = {"teacher": make_role("teacher", self.recording, trainable=False, dtype=bf16 or torch.float32, **options)}
+        roles = {
+            "teacher": make_role("teacher", self.recording, trainable=False, dtype=bf16 or torch.float32, **options)
+        }
         for name in names:
             roles[name] = make_role(
                 name,
@@ -150,7 +154,9 @@ class Distillation:
         else:
             network = getattr(load_teacher(self.config.init), self.recording.component, None)
             if network is None:
-                raise UserError(f"--init {source} has no {self.recording.component}; it is of another family than the teacher")
+                raise UserError(
+                    f"--init {source} has no {self.recording.component}; it is of another family than the teacher"
+                )
             roles["student"].load_state_dict({f"network.{k}": v for k, v in network.state_dict().items()})
             self._say(f"the student starts from {source}; the critic starts from the teacher")
         if "ema" in roles:
@@ -161,6 +167,8 @@ class Distillation:
     def run(self) -> Path:
         """Train, then export the student. Returns its folder."""
         method = method_class(self.method).prepare(self.config, self)
+        if self.accelerator.is_main_process:
+            write_config(self.out, self.method, self.config)
         monitor = Monitor(self.out, self.config.max_steps, self.accelerator)
         if self.accelerator.log_with:
             self.accelerator.init_trackers("logs")
@@ -200,7 +208,7 @@ class Distillation:
             method=self.method,
             base_model=base_model(self.config.teacher),
             teacher_license=teacher_license(self.config.teacher),
-            training=resolved(self.config),
+            training={k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
         )
 
     @torch.no_grad()
@@ -291,39 +299,6 @@ def main(method: str) -> None:
     from fewstep.cli import main as command_line
 
     sys.exit(command_line(["distill", method, *sys.argv[1:]]))
-
-
-def claim_folder(out: Path, method: str, config: RunConfig, writes: bool) -> bool:
-    """Make ``out`` this run's folder. True: there is a checkpoint to go on from.
-
-    Raises:
-        UserError: it cannot be written, holds another run, or ``--resume`` does not fit what is there.
-    """
-    file = out / "config.yaml"
-    mine = {"method": method, **resolved(config)}
-    if file.exists():
-        if not config.resume:
-            raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or choose another folder")
-        try:
-            theirs = yaml.safe_load(file.read_text())
-        except yaml.YAMLError as error:
-            raise UserError(f"{file} cannot be read; choose another --out") from error
-        if changed := differences(theirs, mine):
-            raise UserError(f"--resume: {', '.join(changed)} differ from {file}; give the run its old settings or another --out")
-        resuming = bool(checkpoint.steps_in(out / "checkpoints"))
-    else:
-        if config.resume:
-            raise UserError(f"--resume: {out} holds no run; leave out --resume to start one")
-        if out.exists() and any(out.iterdir()):
-            raise UserError(f"--out {out} is not empty and holds no run of fewstep; choose another folder")
-        resuming = False
-    if writes:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            file.write_text(yaml.safe_dump(mine, sort_keys=False, allow_unicode=True))
-        except OSError as error:
-            raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
-    return resuming
 
 
 def _teacher_call(config: RunConfig) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class GuidedDenoiser:
     def __init__(self, denoiser: Denoiser, negative: Conditioning | None, guidance_scale: float) -> None:
         if guidance_scale != 1.0 and negative is None:
             raise ValueError(
-                f"guidance_scale={guidance_scale} needs a teacher with classifier-free guidance, and this one has none; "
+                f"guidance_scale={guidance_scale} needs classifier-free guidance, which this teacher lacks; "
                 "set guidance_scale to 1"
             )
         self.denoiser = denoiser

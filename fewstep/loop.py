@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -75,7 +76,9 @@ class Loop:
         self.device, self.processes, self.monitor, self.on_samples = device, processes, monitor, on_samples
         self.checkpoints = Path(config.out) / "checkpoints"
         trainable = (role for role in method.roles.values() if role.parameters())
-        self.optimizers = {role.name: RoleOptimizer(role, config, method.learning_rate(role.name)) for role in trainable}
+        self.optimizers = {
+            role.name: RoleOptimizer(role, config, method.learning_rate(role.name)) for role in trainable
+        }
         self.step = 0
         self._interrupted = False
         self._recent: dict[str, Tensor] = {}
@@ -92,7 +95,7 @@ class Loop:
                 if last or done % self.config.checkpointing_steps == 0:
                     self._save()
                 if self.config.sample_steps and (last or done % self.config.sample_steps == 0):
-                    self._main_process_only(lambda: self.on_samples(done))
+                    self._main_process_only(partial(self.on_samples, done))
                 if self._stop_wanted():
                     self._save()
                     raise Interrupted
@@ -106,20 +109,25 @@ class Loop:
         """
         state, tensors = checkpoint.load_latest(self.checkpoints)
         if state["method"] != self.method_name:
-            raise UserError(f"{self.checkpoints} was written by {state['method']}, not {self.method_name}; choose another --out")
+            raise UserError(
+                f"{self.checkpoints} was written by {state['method']}, not {self.method_name}; choose another --out"
+            )
         for name, role in self.method.roles.items():
             if name in tensors:
                 role.load_state_dict(tensors[name])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state(tensors[f"{name}_optimizer"])
             optimizer.renewed_at = state["renewed_at"][name]
+        self._recent = {name: value.to(self.device) for name, value in tensors["unlogged"].items()}
         self.step = state["step"]
         self.monitor.resume(self.step)
 
     # --- one step -----------------------------------------------------------------------------------------------
 
     def _one_step(self) -> None:
-        logging = (self.step + 1) % self.config.log_steps == 0 or self.step + 1 == self.config.max_steps or self.step == 0
+        logging = (
+            (self.step + 1) % self.config.log_steps == 0 or self.step + 1 == self.config.max_steps or self.step == 0
+        )
         accumulation = self.config.gradient_accumulation_steps
         turns = [self.method.turns(self.step, self._batch(micro, logging)) for micro in range(accumulation)]
         share = 1 / (accumulation * self.processes.count)
@@ -207,6 +215,7 @@ class Loop:
                 tensors[name] = role.state_dict()
         for name, optimizer in self.optimizers.items():
             tensors[f"{name}_optimizer"] = optimizer.state()
+        tensors["unlogged"] = self._recent  # a resumed run's next line says what an undisturbed run's would
         state = {
             "method": self.method_name,
             "renewed_at": {name: optimizer.renewed_at for name, optimizer in self.optimizers.items()},

@@ -37,6 +37,7 @@ class Monitor:
         self._active = accelerator.is_main_process
         self._max_steps = max_steps
         self._bar: tqdm | None = None
+        self._postfix: dict[str, str] = {}
         self._file: IO[str] | None = None
         self._started = time.monotonic()
 
@@ -63,7 +64,8 @@ class Monitor:
         row = {"step": step, "seconds": round(time.monotonic() - self._started, 2), **values}
         self._open().write(json.dumps(row) + "\n")
         self._accelerator.log(dict(values), step=step)
-        self._progress(step).set_postfix({short: f"{values[name]:.3g}" for name, short in _SHOWN.items() if name in values})
+        self._postfix |= {short: f"{values[name]:.3g}" for name, short in _SHOWN.items() if name in values}
+        self._progress(step).set_postfix(self._postfix)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to ``step`` steps done."""

@@ -106,7 +106,9 @@ def make_role(
     network.requires_grad_(trainable)
     if gradient_checkpointing:
         if not getattr(network, "_supports_gradient_checkpointing", False):
-            raise ValueError(f"{type(network).__name__} has no gradient checkpointing; leave out --gradient_checkpointing")
+            raise ValueError(
+                f"{type(network).__name__} has no gradient checkpointing; leave out --gradient_checkpointing"
+            )
         network.enable_gradient_checkpointing()
     denoiser = NetworkDenoiser(network, recording.recipe, recording.schedule, recording.prediction_type, autocast)
     return Role(name, denoiser)

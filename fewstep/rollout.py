@@ -33,7 +33,7 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.renoise not in ("fresh", "ode"):
             raise ValueError(f"renoise must be 'fresh' or 'ode', not {self.renoise!r}")
-        if not self.grid or any(b >= a for a, b in zip(self.grid, self.grid[1:])) or not 0 < self.grid[-1]:
+        if not self.grid or any(b >= a for a, b in zip(self.grid, self.grid[1:])) or not self.grid[-1] > 0:
             raise ValueError(f"a grid descends and ends above 0, not {self.grid}")
 
     def times(self, step: int, like: Tensor) -> Tensor:
@@ -77,7 +77,11 @@ def rollout(
             x0 = student(x_t, t, conditioning)
             now = sampler.schedule.coefficients(t)
             then = sampler.schedule.coefficients(sampler.times(step + 1, x_t))
-            x_t = add_noise(x0, step_noise(step + 1), then) if sampler.renoise == "fresh" else ode_step(x_t, x0, now, then)
+            x_t = (
+                add_noise(x0, step_noise(step + 1), then)
+                if sampler.renoise == "fresh"
+                else ode_step(x_t, x0, now, then)
+            )
     raise ValueError(f"last must be a step of the grid of {len(sampler.grid)}, not {last}")
 
 

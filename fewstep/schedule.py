@@ -1,7 +1,7 @@
 """Noise schedules: how much signal and how much noise a noised sample holds at time t.
 
-Every family is written as ``x_t = alpha(t) * x0 + sigma(t) * noise`` with t in [0, 1], 0 = data and 1 = noise. Times and
-coefficients are float64 tensors of shape (B,); they meet the samples' own dtype only in :mod:`fewstep.prediction`.
+Every family is written as ``x_t = alpha(t) * x0 + sigma(t) * noise`` with t in [0, 1], 0 = data and 1 = noise. Times
+and coefficients are float64 tensors of shape (B,); they meet the samples' own dtype only in :mod:`fewstep.prediction`.
 
 A schedule also knows what its family calls a time: ``timestep(t)`` is the number a diffusers scheduler of that family
 puts into ``scheduler.timesteps``. What the *network* is then fed is the recipe's business (:mod:`fewstep.recording`).

@@ -29,7 +29,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
 _LENGTH = 24  # tokens of a prompt
 
@@ -166,6 +166,11 @@ def _stable_diffusion(scheduler: Any) -> StableDiffusionPipeline:
     return _quiet(pipeline)
 
 
+def _t5_config(vocabulary: int) -> T5Config:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return T5Config(vocab_size=vocabulary, pad_token_id=0, **sizes)
+
+
 def tiny_flow(shift: float = 3.0) -> StableDiffusion3Pipeline:
     """Prompts, latents (4, 8, 8), a flow-matching transformer under a shifted grid."""
     with _seeded():
@@ -191,8 +196,9 @@ def tiny_flow(shift: float = 3.0) -> StableDiffusion3Pipeline:
             tokenizer=tokenizer,
             text_encoder_2=_text_encoder(tokenizer, projection=True),
             tokenizer_2=tokenizer,
-            text_encoder_3=None,
-            tokenizer_3=None,
+            # Stock diffusers saves this pipeline without its third text encoder, but does not load it again.
+            text_encoder_3=T5EncoderModel(_t5_config(len(tokenizer))).eval(),
+            tokenizer_3=tokenizer,
         )
     return _quiet(pipeline)
 

@@ -63,7 +63,9 @@ class Dmd2Config(RunConfig):
         if self.critic_updates < 1:
             raise UserError(f"--critic_updates must be at least 1, not {self.critic_updates}")
         if not 0 < self.time_min < self.time_max <= 1:
-            raise UserError(f"--time_min and --time_max must satisfy 0 < min < max <= 1, not {self.time_min}, {self.time_max}")
+            raise UserError(
+                f"--time_min and --time_max must satisfy 0 < min < max <= 1, not {self.time_min}, {self.time_max}"
+            )
         if self.gan_weight > 0 and self.data is None:
             raise UserError("--gan_weight needs real images: give --data, or leave the GAN out")
 
