@@ -285,6 +285,29 @@ def test_resuming_cuts_the_log_at_the_checkpoint_and_forgets_a_line_cut_short(tm
     assert all("critic/denoising" in row for row in rows(tmp_path))
 
 
+def test_a_run_that_broke_off_between_two_log_lines_goes_on_with_the_same_lines(tmp_path: Path):
+    class Breaking(TinyMethod):
+        def turns(self, step, batch):
+            if step == 3:
+                raise MemoryError
+            yield from super().turns(step, batch)
+
+    settings = {"log_steps": 4, "checkpointing_steps": 3, "max_steps": 8}
+    run(tmp_path / "whole", **settings)
+    with pytest.raises(MemoryError):
+        run(tmp_path / "broken", Breaking(), **settings)
+    loop = make_loop(TinyMethod(), config(tmp_path / "broken", **settings))
+    loop.resume()
+    loop.run()
+    whole, broken = (
+        [{k: v for k, v in row.items() if k != "seconds"} for row in rows(tmp_path / name)]
+        for name in ("whole", "broken")
+    )
+    # The student's numbers of the line of step 4 were made in a step before the checkpoint.
+    assert "student/matching" in whole[1]
+    assert broken == whole
+
+
 def test_samples_are_asked_for_when_due_and_at_the_end(tmp_path: Path):
     asked: list[int] = []
     loop = make_loop(TinyMethod(), config(tmp_path, max_steps=7, sample_steps=3), on_samples=asked.append)
