@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 import fewstep
 from fewstep import cli
+from fewstep.fashion import TEACHERS
+from tests import tiny_pipelines
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -127,6 +130,29 @@ def test_links_lead_somewhere(name: str) -> None:
     assert [link for link in local if not (ROOT / link).exists()] == []
     headings = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text(name), re.M)}
     assert [link for link in links if link.startswith("#") and link[1:] not in headings] == []
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading of the README, without its two head lines."""
+    section = text("README.md").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", section, re.M)][
+        2:
+    ]
+
+
+def test_tested_pipelines_are_tested() -> None:
+    """What is said to be part of ``make test`` is built there."""
+    table = rows("Tested pipelines")
+    built = [
+        name for name, value in vars(tiny_pipelines).items() if name.endswith("Pipeline") and inspect.isclass(value)
+    ]
+    assert {cells[0].strip("`") for cells in table if cells[3] == "yes"} <= set(built)
+    assert {cells[3] for cells in table} <= {"yes", "with `--zoo`"}
+    assert len(table) >= 8
+
+
+def test_embedded_teachers_are_listed() -> None:
+    assert [cells[0].strip("`") for cells in rows("Embedded teachers")] == list(TEACHERS)
 
 
 def test_every_room_is_on_the_map() -> None:
