@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.observe import Observation, Stub, find_decoder, observe
+from fewstep.recording.observe import Observation, Stub, evaluating, find_decoder, observe
 
 if TYPE_CHECKING:
     from fewstep.recording.recording import Recording
@@ -26,7 +26,7 @@ _BASE = 16
 _STEPS = 3
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Codec:
     """The two ways between x0 (B, *sample_shape) and images, for one recording.
 
@@ -84,12 +84,8 @@ class Codec:
         pixels = (images * 2 - 1 if _centred(self.recording.pipeline) else images).to(parameter)
         if len(self.shape) == 4 and pixels.dim() == 4:
             pixels = pixels.unsqueeze(2)  # a video decoder in an image pipeline: one frame
-        training = vae.training
-        vae.eval()
-        try:
+        with evaluating(vae):
             z = _latents(vae.encode(pixels))
-        finally:
-            vae.train(training)
         self._check(tuple(z.shape[1:]), self.shape, "images whose latents")
         return self.from_decoder(z.to(self.recording.dtype))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,23 +133,20 @@ def first_step(pipeline: Any, steps: list[Step]) -> Step:
 
 def embedded_paths(pipeline: Any, invocation: Invocation, off: dict[str, Any], recipe: Recipe) -> set[str]:
     """The network's arguments that follow a guidance scale while guidance is off."""
-    plain = _arguments(pipeline, invocation, off, recipe)
+    plain = without_sample(_guided_step(pipeline, invocation, off).calls[-1], recipe)
     paths: set[str] = set()
     for name in scale_arguments(invocation):
         value = off.get(name, invocation.default(name))
         if name in off or not isinstance(value, int | float):
             continue
         try:
-            other = _arguments(pipeline, invocation, {**off, name: value + 0.5}, recipe)
+            step = _guided_step(pipeline, invocation, {**off, name: value + 0.5})
         except RecordingError:
             continue  # the pipeline takes no other value, so nothing follows it
-        paths |= {key for key in plain if not _equal(plain[key], other.get(key))}
+        if unguided_step(step, recipe.component):  # else the value switched classifier-free guidance on
+            other = without_sample(step.calls[-1], recipe)
+            paths |= {key for key in plain if not _equal(plain[key], other.get(key))}
     return paths
-
-
-def _arguments(pipeline: Any, invocation: Invocation, changes: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    seen = observe(pipeline, invocation.arguments([invocation.item], _STEPS, **changes), before=recipe.component)
-    return without_sample(seen.pending[-1], recipe)
 
 
 def without_sample(call: NetworkCall, recipe: Recipe) -> dict[str, Any]:
@@ -169,7 +167,7 @@ def record_guided(
 ) -> tuple[GuidanceReport, Conditioning | None, GuidedCall | None]:
     """Record one guided step of one sample: the report, the negative conditioning, and how to repeat the call."""
     failure: RecordingError | None = None
-    for changes, (name, off_value), scale in _guided_attempts(invocation, off):
+    for changes, name, scale in _guided_attempts(invocation, off):
         try:
             step = _guided_step(pipeline, invocation, changes)
         except RecordingError as error:
@@ -189,7 +187,7 @@ def record_guided(
         fitted, linear, offset, words = _formula(pipeline, invocation, guided, recipe, network, scale)
         default = invocation.default(name)
         report = GuidanceReport(
-            off_argument=(name, off_value),
+            off_argument=(name, off[name] if name in off else _off_value(pipeline, invocation, changes, name, recipe)),
             argument_scale=float(default) if isinstance(default, int | float) else None,
             embedded=bool(embedded),
             calls=len(calls),
@@ -207,17 +205,25 @@ def record_guided(
     return GuidanceReport(embedded=bool(embedded), remark=words), None, None
 
 
-def _guided_attempts(invocation: Invocation, off: dict[str, Any]) -> Any:
-    """(changes to the call, (argument, off value), scale), the likeliest first."""
+def _off_value(pipeline: Any, invocation: Invocation, changes: dict[str, Any], name: str, recipe: Recipe) -> float:
+    """The value of `name` that switches a guided call's guidance off."""
+    for value in (1.0, 0.0):
+        with contextlib.suppress(RecordingError):  # some pipelines refuse one of the two
+            if unguided_step(_guided_step(pipeline, invocation, {**changes, name: value}), recipe.component):
+                return value
+    raise RecordingError(f"neither {name}=1.0 nor {name}=0.0 switches the guidance of {type(pipeline).__name__} off")
+
+
+def _guided_attempts(invocation: Invocation, off: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, float]]:
+    """(changes to the call, the guiding argument, its value), the likeliest first."""
     for name in scale_arguments(invocation):
         if off and name not in off:
             continue
         default = invocation.default(name)
         scale = float(default) if isinstance(default, int | float) and default > 1 else 5.0
-        off_value = off.get(name, 1.0)
-        yield {name: scale}, (name, off_value), scale
+        yield {name: scale}, name, scale
         if "negative_prompt" in invocation.parameters and invocation.call.get("negative_prompt") is None:
-            yield {name: scale, "negative_prompt": ""}, (name, off_value), scale
+            yield {name: scale, "negative_prompt": ""}, name, scale
 
 
 def _guided_step(pipeline: Any, invocation: Invocation, changes: dict[str, Any], item: Any = None) -> Step:

@@ -161,18 +161,25 @@ def observe(
 def _kept(pipeline: Any) -> Iterator[None]:
     """Put back the pipeline's attributes, its networks' train/eval modes and the global random state."""
     attributes = dict(pipeline.__dict__)
-    modes = [(m, m.training) for network in modules_of(pipeline).values() for m in network.modules()]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), evaluating(*modules_of(pipeline).values()):
         try:
-            for network in modules_of(pipeline).values():
-                # In train mode a label embedding drops labels at random, which no recipe can reproduce.
-                network.eval()
             yield
         finally:
             pipeline.__dict__.clear()
             pipeline.__dict__.update(attributes)
-            for module, training in modes:
-                module.training = training
+
+
+@contextlib.contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """The networks in eval mode: in train mode a label embedding drops labels at random, which no recipe reproduces."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    try:
+        for network in networks:
+            network.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _watch_scheduler(

@@ -18,7 +18,7 @@ from fewstep.conditioning import Conditioning, Leaf, mark, remark
 from fewstep.prediction import to_x0
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.guided import another_item, answers, repeated, without_sample
-from fewstep.recording.observe import NetworkCall, Observation, Step, observe
+from fewstep.recording.observe import NetworkCall, Observation, Step, evaluating, observe
 from fewstep.recording.shake import shaken
 from fewstep.schedule import FlowSchedule
 
@@ -70,6 +70,11 @@ class Proof:
 
 def prove(recording: Recording, seed: int = 0) -> Proof:
     """Run the proof; see `Recording.prove`."""
+    with evaluating(recording.network):
+        return _prove(recording, seed)
+
+
+def _prove(recording: Recording, seed: int) -> Proof:
     notes: list[str] = []
     checks = _checks(recording, seed, notes, "")
     deaf = _deaf_to(recording, seed)
@@ -78,7 +83,7 @@ def prove(recording: Recording, seed: int = 0) -> Proof:
             f"the answer of {recording.component} does not change with {' or '.join(deaf)}: are its weights untrained? "
             "They could hide a mistake, so the proof was repeated on shaken weights"
         )
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=4)
         notes.append(text)
         with shaken(recording.network, seed=seed):
             checks += _checks(recording, seed + 1, notes, "shaken weights, ")
@@ -161,10 +166,9 @@ def _run(
 
 
 def _own_conditioning(recording: Recording) -> Conditioning:
-    item = recording.invocation.item
     if recording.conditional is None:
         return recording.condition()
-    return recording.condition(**{"prompts" if recording.conditional == "prompt" else "labels": [item]})
+    return recording.condition(**{f"{recording.conditional}s": [recording.invocation.item]})
 
 
 def _call_conditioning(recording: Recording, step: Step, rows: int) -> Conditioning:
@@ -315,8 +319,7 @@ def _guided_conditioning(
 
 def _deaf_to(recording: Recording, seed: int) -> list[str]:
     """What the network does not react to: among the sample, the time and the prompt (or label)."""
-    item, other = recording.invocation.item, another_item(recording.invocation)
-    seen = _run(recording, [item], recording.off, seed)
+    seen = _run(recording, [recording.invocation.item], recording.off, seed)
     first, second = seen.steps[1], seen.steps[-1]
     x, conditioning = first.network_input, _call_conditioning(recording, first, 1)
     # A velocity made of x and an x0 follows the sample and the time by itself; what counts is the network's part.
@@ -333,9 +336,6 @@ def _deaf_to(recording: Recording, seed: int) -> list[str]:
         "the time": answer(x, second, conditioning),
     }
     if recording.conditional is not None:
-        name = "prompt" if recording.conditional == "prompt" else "label"
-        call = recording.invocation.arguments([other], STEPS, **recording.off)
-        changed = observe(recording.pipeline, call, before=recording.component).pending[-1]
-        tree = without_sample(changed, recording.recipe)
-        reactions[f"the {name}"] = answer(x, first, remark(tree, recording.marked, 1))
+        name, other = recording.conditional, another_item(recording.invocation)
+        reactions[f"the {name}"] = answer(x, first, recording.condition(**{f"{name}s": [other]}))
     return [name for name, value in reactions.items() if relative_error(value, base) < _NO_REACTION]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,10 +34,12 @@ from fewstep.schedule import NoiseSchedule, from_scheduler
 # step of the short run and in a few of the long one, which shows many times, and some near 0, at no cost.
 SHORT, LONG = 4, 101
 _LONGEST = 1000
+# What the classes of schedulers for consistency models and their relatives are called.
+FEW_STEP_SCHEDULERS = ("LCM", "TCD", "CMStochastic")
 _LIVE = frozenset({0, LONG // 2, LONG - 2, LONG - 1})
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Recording:
     """How a pipeline calls its denoiser, learnt from the pipeline itself.
 
@@ -71,8 +73,11 @@ class Recording:
     marked: dict[str, Any]
     embedded: set[str]
     _negative: Conditioning | None = None
-    _codec: Codec | None = field(default=None, repr=False)
+    _codec: Codec | None = None
     proof: Proof | None = None
+
+    def __repr__(self) -> str:
+        return f"Recording({type(self.pipeline).__name__}, {self.component}, sample_shape={self.sample_shape})"
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -193,6 +198,8 @@ class Recording:
             if self.conditional is None:
                 return [None]
             raise RecordingError(f"{kind} is conditioned on a {self.conditional}; give at least one")
+        if self.conditional is None:
+            raise RecordingError(f"{kind} is conditioned on nothing: it takes neither prompts nor labels")
         if prompts is not None and self.conditional == "label":
             raise RecordingError(f"{kind} takes class labels, not prompts")
         if labels is not None and self.conditional == "prompt":
@@ -226,6 +233,7 @@ def record(pipeline: Any, **call: Any) -> Recording:
     """
     refuse_offloaded(pipeline)
     invocation = read_invocation(pipeline, call)
+    refuse_few_step(pipeline)
     try:
         schedule, prediction_type = from_scheduler(getattr(pipeline, find_scheduler(pipeline)))
     except ValueError as error:
@@ -271,6 +279,16 @@ def record(pipeline: Any, **call: Any) -> Recording:
         embedded=embedded,
         _negative=negative,
     )
+
+
+def refuse_few_step(pipeline: Any) -> None:
+    """Raise for pipelines whose scheduler belongs to a few-step student: their network is no teacher."""
+    scheduler = type(getattr(pipeline, find_scheduler(pipeline))).__name__
+    if any(word in scheduler for word in FEW_STEP_SCHEDULERS):
+        raise RecordingError(
+            f"{type(pipeline).__name__} with {scheduler} is a few-step student already; "
+            "record its teacher, or give it the scheduler of a many-step model"
+        )
 
 
 def refuse_offloaded(pipeline: Any) -> None:

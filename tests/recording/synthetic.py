@@ -93,14 +93,14 @@ class Denoiser(nn.Module):
         t = torch.as_tensor(timestep).float()
         t = t.reshape(-1).expand(batch) if t.numel() == 1 else t.reshape(batch, -1).mean(1)
         t = t if self.traits.time in ("thousandth", "reversed", "atan") else t / 1000
-        return self.time(torch.sin(t[:, None] * 3 + torch.arange(16)))
+        return self.time(torch.sin(t[:, None] * 3 + torch.arange(16)).to(self.time.weight.dtype))
 
     def _position(self, rotary: Any, ids: Tensor | None) -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=self.time.weight.dtype)
         for table in rotary if isinstance(rotary, list | tuple) else [rotary]:
             if table is not None:
-                total = total + (table.real if table.is_complex() else table).mean()
-        return total if ids is None else total + ids.mean()
+                total = total + (table.real if table.is_complex() else table).mean().to(self.time.weight.dtype)
+        return total if ids is None else total + ids.mean().to(self.time.weight.dtype)
 
 
 class TraitPipeline(DiffusionPipeline):
@@ -161,7 +161,7 @@ class TraitPipeline(DiffusionPipeline):
                 told.append(self._told([given] * batch if isinstance(given, str) else given))
         if not traits.positive_first:
             told.reverse()
-        x = torch.randn(batch, *self._shape(), generator=generator)
+        x = torch.randn(batch, *self._shape(), generator=generator).to(self.network.enter.weight.dtype)
         if traits.own_grid:
             scheduler.set_timesteps(sigmas=[1 - (i / num_inference_steps) ** 2 for i in range(num_inference_steps)])
         else:

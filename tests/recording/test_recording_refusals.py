@@ -1,0 +1,177 @@
+"""What cannot be recorded is refused in one line that says what was seen and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    LCMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
+)
+from synthetic import TraitPipeline, Traits, synthetic
+from tiny_pipelines import tiny_ddim, tiny_dit, tiny_stable_diffusion
+from torch import nn
+
+from fewstep.recording import RecordingError, record
+
+
+def refused(pipeline: Any, words: str, **call: Any) -> str:
+    """The message with which recording `pipeline` is refused: one line that holds `words`."""
+    with pytest.raises(RecordingError, match=words) as caught:
+        record(pipeline, **call)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def _parts(pipeline: Any, **more: Any) -> dict[str, Any]:
+    return {**pipeline.components, "requires_safety_checker": False, **more}
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
+def test_pipelines_that_need_an_image(kind: type) -> None:
+    refused(kind(**_parts(tiny_stable_diffusion())), "cannot be distilled yet", prompt="the cat")
+
+
+def test_pipelines_that_are_given_an_image() -> None:
+    pipeline = StableDiffusionImg2ImgPipeline(**_parts(tiny_stable_diffusion()))
+    refused(pipeline, "was given image: image-conditioned", prompt="the cat", image=torch.zeros(1, 3, 16, 16))
+
+
+def test_control_networks() -> None:
+    pipeline = tiny_stable_diffusion()
+    control = ControlNetModel.from_unet(pipeline.unet)
+    pipeline = StableDiffusionControlNetPipeline(**_parts(pipeline, controlnet=control))
+    refused(pipeline, "cannot be distilled yet", prompt="the cat")
+
+
+def test_further_guidance() -> None:
+    pipeline = StableDiffusionPAGPipeline(**_parts(tiny_stable_diffusion()), pag_applied_layers=["mid"])
+    refused(pipeline, "more than once per step|answers per sample", prompt="the cat")
+
+
+def test_few_step_students() -> None:
+    pipeline = tiny_stable_diffusion()
+    pipeline.scheduler = LCMScheduler()
+    refused(pipeline, "with LCMScheduler is a few-step student already", prompt="the cat")
+
+
+def test_offloaded_pipelines() -> None:
+    pipeline = tiny_stable_diffusion()
+    pipeline.unet._hf_hook = object()
+    refused(pipeline, r"is offloaded \(unet\); load it without offloading", prompt="the cat")
+
+
+def test_what_is_no_pipeline() -> None:
+    refused(nn.Linear(1, 1), "Linear is not a diffusers pipeline")
+
+
+def test_unknown_arguments() -> None:
+    refused(tiny_ddim(), "takes no argument prompt, strength", prompt="x", strength=1)
+    refused(tiny_stable_diffusion(), "remove latents from the call", prompt="x", latents=torch.zeros(1))
+
+
+def test_the_pipelines_own_words_are_passed_on() -> None:
+    words = "failed under the recorder: TypeError: .*negative_prompt.*; check the arguments of the call"
+    refused(tiny_stable_diffusion(), words, prompt="x", negative_prompt=5)
+
+
+class _TwoExperts(TraitPipeline):
+    """High noise goes to another network than low noise."""
+
+    def __init__(
+        self, second: nn.Module, network: nn.Module, text_encoder: nn.Module, projection: nn.Module, scheduler: Any
+    ) -> None:
+        super().__init__(network, text_encoder, projection, scheduler)
+        self.register_modules(second=second)
+
+    def _ask(self, x: Any, t: Any, *rest: Any) -> Any:
+        networks = self.__dict__
+        first = networks["network"]
+        try:
+            networks["network"] = networks["second"] if t < 600 else first
+            return super()._ask(x, t, *rest)
+        finally:
+            networks["network"] = first
+
+
+def test_two_experts() -> None:
+    plain, other = synthetic(Traits()), synthetic(Traits())
+    pipeline = _TwoExperts(second=other.network, **plain.components)
+    pipeline.set_progress_bar_config(disable=True)
+    refused(pipeline, "calls second beside network; pipelines with several denoisers", prompt="a cat")
+
+
+class _Masked(TraitPipeline):
+    """The sample is mixed with something else before the network sees it."""
+
+    def _ask(self, x: Any, *rest: Any) -> Any:
+        return super()._ask(x * 0.5 + 1, *rest)
+
+
+def test_a_sample_that_is_mixed_with_something_else() -> None:
+    pipeline = _Masked(**synthetic(Traits(guidance="none")).components)
+    refused(pipeline, "no argument of network equals the sample", prompt="a cat")
+
+
+class _Bent(TraitPipeline):
+    """The answer is changed in a way that is no sign, half or order."""
+
+    def _ask(self, *arguments: Any) -> Any:
+        return super()._ask(*arguments) ** 3
+
+
+def test_an_answer_that_is_changed() -> None:
+    pipeline = _Bent(**synthetic(Traits(guidance="none")).components)
+    refused(pipeline, "the output of network is not what the scheduler is given", prompt="a cat")
+
+
+class _Following(TraitPipeline):
+    """The conditioning follows the trajectory."""
+
+    def _ask(self, x: Any, t: Any, following: Any, text: Any, mask: Any) -> Any:
+        return super()._ask(x, t, following, text + x.mean(), mask)
+
+
+def test_conditioning_that_follows_the_trajectory() -> None:
+    pipeline = _Following(**synthetic(Traits(guidance="none")).components)
+    refused(pipeline, "text of network changes between steps and is not one time per sample", prompt="a cat")
+
+
+class _Timeless(TraitPipeline):
+    """The network is told no time."""
+
+    def _time(self, t: Any, batch: int) -> Any:
+        return torch.full((batch,), 500.0)
+
+
+def test_a_network_without_a_time() -> None:
+    refused(_Timeless(**synthetic(Traits()).components), "no argument of network follows the scheduler's", prompt="a")
+
+
+def test_wrong_kinds_of_items() -> None:
+    labels, prompts, nothing = record(tiny_dit()), record(tiny_stable_diffusion()), record(tiny_ddim())
+    with pytest.raises(RecordingError, match="takes class labels, not prompts"):
+        labels.condition(["a"])
+    with pytest.raises(RecordingError, match="takes prompts, not class labels"):
+        prompts.condition(labels=[1])
+    with pytest.raises(RecordingError, match="must be a list of strings"):
+        prompts.condition("a cat")
+    with pytest.raises(RecordingError, match="conditioned on a prompt; give at least one"):
+        prompts.condition()
+    with pytest.raises(RecordingError, match="conditioned on nothing"):
+        nothing.condition(["a"])
+    assert nothing.condition().batch_size == 1
+
+
+def test_images_of_another_size() -> None:
+    recording = record(tiny_stable_diffusion(), prompt="the cat")
+    with pytest.raises(RecordingError, match=r"\[4, 16, 16\] and the recording holds for \[4, 8, 8\]; resize"):
+        recording.encode(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(RecordingError, match="x0 have shape"):
+        recording.decode(torch.zeros(1, 4, 4, 4))

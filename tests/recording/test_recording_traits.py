@@ -1,0 +1,196 @@
+"""Every trait that a pipeline may have, one at a time: recorded and proved, or refused in one line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+from synthetic import FRAMES, Traits, synthetic
+from torch import nn
+
+from fewstep.conditioning import Conditioning
+from fewstep.recording import Recording, RecordingError, record
+
+RECORDABLE = [
+    *({"layout": layout} for layout in ("first", "last", "list", "five_axes")),
+    {"in_place": True},
+    *({"time": time} for time in ("scalar", "one", "frames", "truncated", "thousandth", "reversed")),
+    {"next_time": True},
+    {"next_time": True, "time": "frames"},
+    {"next_time": True, "own_grid": True},
+    {"output": "half_negated"},
+    {"output": "half_negated", "layout": "last"},
+    {"output": "x0"},
+    {"output": "x0", "in_place": True},
+    *(
+        {"text": text, "guidance": guidance, "negative": "stock"}
+        for text in ("fixed", "longest", "single_trimmed", "mask_when_ragged", "ragged_list", "per_frame")
+        for guidance in ("batched", "sequential")
+    ),
+    *({"tables": tables} for tables in ("tuple", "list", "complex", "batch_ids")),
+    *({"off": off} for off in ("zero", "only_one", "above_one")),
+    {"guidance": "none"},
+    {"positive_first": True},
+    {"positive_first": True, "guidance": "sequential"},
+    {"plus_one": True, "off": "zero"},
+    {"negative": "zeros"},
+    {"linear": False},
+    {"own_grid": True},
+    {"projection": True},
+]
+
+
+def _name(traits: dict[str, Any]) -> str:
+    return "-".join(f"{key}={value}" for key, value in traits.items())
+
+
+def _recorded(prompt: str = "a cat", scheduler: Any = None, **traits: Any) -> Recording:
+    return record(synthetic(Traits(**traits), scheduler), prompt=prompt)
+
+
+@pytest.mark.parametrize("traits", RECORDABLE, ids=_name)
+def test_every_trait_is_recorded_and_proved(traits: dict[str, Any]) -> None:
+    proof = _recorded(**traits).prove()
+    assert proof.worst() <= 1e-6 and not proof.shaken
+
+
+@pytest.mark.parametrize("layout", ["first", "last", "list"])
+def test_a_float_time_and_its_gradient_pass_through(layout: str) -> None:
+    recording = _recorded(layout=layout, time="truncated")
+    x = torch.randn(2, *recording.sample_shape, requires_grad=True)
+    timestep = torch.tensor([400.7, 100.2], dtype=torch.float64, requires_grad=True)
+    told = recording.condition(["a", "b"])
+    answer = recording.recipe.call(recording.network, x, timestep, told, continuous=True)
+    by_x, by_time = torch.autograd.grad(answer.square().sum(), [x, timestep])
+    assert by_x.abs().min(dim=0).values.max() > 0 and by_time.abs().min() > 0
+    rounded = recording.recipe.call(recording.network, x, timestep, told)
+    assert torch.equal(rounded, recording.recipe.call(recording.network, x, timestep.floor(), told))
+
+
+def test_times_that_are_nearly_whole_are_rounded_before_they_are_truncated() -> None:
+    rule = _recorded(time="truncated").recipe.times[0]
+    assert rule.numbers(torch.tensor([665.9999999, 665.9], dtype=torch.float64)).tolist() == [666, 665]
+
+
+def test_the_floor_of_a_velocity_is_found() -> None:
+    output = _recorded(output="x0").recipe.output
+    assert (output.relation, output.scale) == ("velocity", 1000.0)
+    assert output.floor == pytest.approx(0.05)
+
+
+def test_a_time_that_no_scheduler_feeds_is_refused() -> None:
+    with pytest.raises(RecordingError, match="timestep of network changes between steps, but by no simple rule"):
+        _recorded(time="atan")
+
+
+@pytest.mark.parametrize(("traits", "off", "offset"), [({}, 1.0, 0.0), ({"off": "zero", "plus_one": True}, 0.0, 1.0)])
+@pytest.mark.parametrize("given", [3.0, None])
+def test_off_value_and_formula(traits: dict[str, Any], off: float, offset: float, given: float | None) -> None:
+    call = {"guidance_scale": off if given is None else given}
+    report = record(synthetic(Traits(**traits)), prompt="a cat", **call).guidance
+    assert report.off_argument == ("guidance_scale", off) and report.offset == offset
+    assert report.linear and not report.embedded and report.calls == 1
+
+
+@pytest.mark.parametrize("guidance", ["batched", "sequential"])
+@pytest.mark.parametrize(("negative", "text"), [("zeros", None), ("stock", "blurry"), ("empty", "")])
+def test_the_negative_is_the_pipelines_own(guidance: str, negative: str, text: str | None) -> None:
+    recording = _recorded(guidance=guidance, negative=negative)
+    found = recording.negative().arguments()["text"]
+    if text is None:
+        assert not found.any()
+    else:
+        assert torch.allclose(found, recording.pipeline.encode_prompt([text])[0])
+
+
+def test_a_negative_prompt_in_the_call_is_respected() -> None:
+    recording = record(synthetic(Traits()), prompt="a cat", negative_prompt="a dog")
+    assert torch.allclose(recording.negative().arguments()["text"], recording.pipeline.encode_prompt(["a dog"])[0])
+    assert recording.call == {"negative_prompt": "a dog"}
+
+
+def test_no_guidance_no_negative() -> None:
+    recording = _recorded(guidance="none")
+    assert recording.negative() is None and recording.guidance.off_argument is None
+
+
+def test_ragged_prompts_are_encoded_alone_and_batched_only_when_they_agree() -> None:
+    recording = _recorded(text="longest")
+    with pytest.raises(RecordingError, match=r"cannot form one batch with 'a cat': 'a longer prompt'.*text is"):
+        recording.condition(["a cat", "a dog", "a longer prompt"])
+    short, same, long = recording.condition_each(["a cat", "a dog", "a longer prompt"])
+    assert Conditioning.compatible(short, same) and not Conditioning.compatible(short, long)
+    alone = recording.pipeline.encode_prompt(["a longer prompt"])[0]
+    assert torch.equal(long.arguments()["text"], alone)
+
+
+def test_rows_repeated_per_frame_stay_together() -> None:
+    recording = _recorded(text="per_frame")
+    one, two = recording.condition_each(["a cat", "a dog"])
+    both = Conditioning.cat([one, two])
+    assert len(both.arguments()["text"]) == 2 * FRAMES
+    assert torch.equal(both.select([1]).arguments()["text"], two.arguments()["text"])
+
+
+def test_integer_timesteps_of_a_flow_scheduler_are_no_sigmas() -> None:
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    recording = _recorded(scheduler=scheduler)
+    assert recording.recipe.times[0].dtype == "int64" and recording.prediction_type == "flow"
+    assert recording.prove().worst() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_student_of_another_dtype_is_called_too(dtype: torch.dtype) -> None:
+    recording = _recorded()
+    x, told = torch.randn(2, *recording.sample_shape), recording.condition(["a", "b"])
+    timestep = torch.tensor([900.0, 30.0], dtype=torch.float64)
+    wanted = recording.recipe.call(recording.network, x, timestep, told)
+    answer = recording.recipe.call(recording.network.to(dtype), x, timestep, told.to(dtype=dtype))
+    assert answer.dtype == dtype
+    assert torch.allclose(answer.float(), wanted, atol=0.1 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_bfloat16_pipeline_is_proved() -> None:
+    pipeline = synthetic(Traits(time="thousandth"))
+    for module in (pipeline.network, pipeline.text_encoder, pipeline.projection):
+        module.to(torch.bfloat16)
+    assert record(pipeline, prompt="a cat").prove().worst() <= 2e-2
+
+
+def test_a_wrong_recipe_does_not_pass() -> None:
+    """Each mistake that recorders are known to make must show in the proof."""
+    recording = _recorded(time="thousandth", output="half_negated")
+    right = recording.recipe
+    wrong_time = replace(right.times[0], operations=())
+    for wrong in (
+        replace(right, times=(wrong_time,)),
+        replace(right, output=replace(right.output, relation="same")),
+        replace(right, times=(replace(right.times[0], operations=(("div", 1000.0), ("rsub", 1.0))),)),
+    ):
+        recording.recipe = wrong
+        with pytest.raises(RecordingError, match=r"failed its proof: .* differs by [0-9.e-]+ relative"):
+            recording.prove()
+
+
+def test_a_network_that_ignores_the_prompt_is_named() -> None:
+    pipeline = synthetic(Traits())
+    nn.init.zeros_(pipeline.network.text.weight)
+    recording = record(pipeline, prompt="a cat")
+    before = {name: value.clone() for name, value in pipeline.network.state_dict().items()}
+    with pytest.warns(UserWarning, match="does not change with the prompt.*repeated on shaken weights"):
+        proof = recording.prove()
+    assert proof.shaken and any("shaken weights, unguided" in check.name for check in proof.checks)
+    assert all(torch.equal(before[name], value) for name, value in pipeline.network.state_dict().items())
+
+
+def test_zero_output_layers_do_not_hide_the_sign() -> None:
+    pipeline = synthetic(Traits(output="half_negated"))
+    nn.init.zeros_(pipeline.network.leave.weight)
+    nn.init.zeros_(pipeline.network.leave.bias)
+    recording = record(pipeline, prompt="a cat")
+    assert recording.recipe.output.relation == "negated" and recording.recipe.output.half_axis == 1
+    with pytest.warns(UserWarning, match="the sample or the time or the prompt"):
+        assert recording.prove().shaken
