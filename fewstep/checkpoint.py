@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,12 +29,32 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         tensors: file stem -> name -> tensor.
         state: JSON-able counters.
         keep: how many checkpoints stay.
+
+    Raises:
+        UserError: the disk is full or does not take it; the older checkpoints are untouched.
     """
     final = folder / f"step_{step:08d}"
     if final.exists():
         return final
     partial = folder / f".partial_{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(partial, step, tensors, state)
+        os.rename(partial, final)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = steps_in(folder)
+        raise UserError(
+            f"the checkpoint of step {step} could not be written ({error}); make room on the disk, then --resume"
+            + (f" from step {kept[-1]}" if kept else "")
+        ) from error
+    for old in steps_in(folder)[:-keep]:
+        shutil.rmtree(folder / f"step_{old:08d}")
+    return final
+
+
+def _write(partial: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     partial.mkdir(parents=True)
     files = {}
     for stem, values in tensors.items():
@@ -46,11 +67,6 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     (partial / "state.json").write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1))
     for path in partial.iterdir():  # the rename below must not become durable before what it names
         _flush(path)
-    os.rename(partial, final)
-    _flush(folder)
-    for old in steps_in(folder)[:-keep]:
-        shutil.rmtree(folder / f"step_{old:08d}")
-    return final
 
 
 def steps_in(folder: Path) -> list[int]:

@@ -1,6 +1,7 @@
 """Checkpoints are whole or refused in one line; only the newest are kept."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,15 @@ def test_the_checkpoint_before_a_removed_one_can_be_loaded(tmp_path: Path):
 def test_no_checkpoint_is_said_so(tmp_path: Path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint.load_latest(tmp_path / "nowhere")
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoint(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, {"student": {"w": torch.zeros(10)}}, {}, keep=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # no file may grow beyond, as on a full disk
+    try:
+        with pytest.raises(UserError, match=r"step 2 could not be written .*--resume from step 1"):
+            checkpoint.save(tmp_path, 2, {"student": {"w": torch.zeros(10_000)}}, {}, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
