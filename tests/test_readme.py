@@ -155,6 +155,19 @@ def test_embedded_teachers_are_listed() -> None:
     assert [cells[0].strip("`") for cells in rows("Embedded teachers")] == list(TEACHERS)
 
 
+def test_probe_prints_what_the_readme_shows(capfd: pytest.CaptureFixture[str]) -> None:
+    """Line by line, but for what is left out and how small the differences came out."""
+    (shown,) = [block for block in blocks("README.md", "text") if block.startswith("pipeline ")]
+    assert cli.main(["probe", "fashion-sd"]) == 0
+    printed = [measured(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line for line in shown.splitlines() if line != "..." and measured(line) not in printed] == []
+
+
+def measured(line: str) -> str:
+    """A line with its measured difference masked."""
+    return re.sub(r"\d\.\de[-+]\d\d \(", "(", line)
+
+
 def test_every_room_is_on_the_map() -> None:
     (tree,) = [block for block in blocks("README.md", "text") if "trainers/" in block]
     rooms = {path.name for path in ROOT.iterdir() if path.is_dir() and list(path.glob("*.py"))}
