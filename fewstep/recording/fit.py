@@ -26,16 +26,37 @@ def fit_sample(component: str, steps: list[Step]) -> SampleRule:
             continue
         tensor = torch.stack(value) if as_list else value
         x = steps[0].network_input
-        if not tensor.is_floating_point() or tensor.numel() != x.numel() or tensor.shape[:1] != x.shape[:1]:
+        if not tensor.is_floating_point() or tensor.numel() < x.numel() or tensor.shape[:1] != x.shape[:1]:
             continue
-        for order in _orders(x, tensor.shape):
-            rule = SampleRule(name, order, tuple(tensor.shape[1:]), as_list, dtype_name(tensor.dtype))
+        for rule in _sample_rules(name, x, tensor, as_list):
             if all(_carries(rule, step) for step in steps):
                 return rule
     raise RecordingError(
         f"no argument of {component} equals the sample that the scheduler is given "
         f"({', '.join(first)}); the pipeline mixes something else into it (an image? a mask?): not recordable"
     )
+
+
+def _sample_rules(name: str, x: Tensor, tensor: Tensor, as_list: bool) -> Iterator[SampleRule]:
+    """The ways in which x may have become `tensor`: reordered, reshaped, or with a constant before or behind it."""
+    dtype = dtype_name(tensor.dtype)
+    if tensor.numel() == x.numel():
+        for order in _orders(x, tensor.shape):
+            yield SampleRule(name, order, tuple(tensor.shape[1:]), as_list, dtype)
+        return
+    for axis in range(1, tensor.dim()):
+        if (x.numel() * tensor.shape[axis]) % tensor.numel():
+            continue
+        size = x.numel() * tensor.shape[axis] // tensor.numel()
+        spare = tensor.shape[axis] - size
+        for before in dict.fromkeys((0, spare)):
+            rest = torch.cat([tensor.narrow(axis, 0, before), tensor.narrow(axis, before + size, spare - before)], axis)
+            if bool((rest != rest.flatten()[0]).any()):
+                continue
+            inner = tensor.narrow(axis, before, size)
+            for order in _orders(x, inner.shape):
+                pad, fill = (before, spare - before), float(rest.flatten()[0])
+                yield SampleRule(name, order, tuple(inner.shape[1:]), as_list, dtype, axis, pad, fill)
 
 
 def _carries(rule: SampleRule, step: Step) -> bool:

@@ -19,14 +19,18 @@ from fewstep.conditioning import Conditioning
 
 @dataclass(frozen=True)
 class SampleRule:
-    """Where the sample goes: axes permuted (the batch axis stays first), then reshaped, then perhaps split into a list.
+    """Where the sample goes: axes permuted (the batch axis stays first), reshaped, padded, perhaps split into a list.
 
     Attributes:
         argument: the network's argument.
         permutation: the order of all axes, batch included, of (B, *sample_shape); empty: as they are.
-        shape: the per-sample shape that the network is given.
+        shape: the per-sample shape that the network is given, before padding.
         as_list: the network takes a list of B tensors instead of one tensor.
         dtype: the recorded dtype's name.
+        pad_axis: the axis (batch included) along which a constant stands before and after the sample, such as the empty
+            image condition of a network that could take one; 0: none.
+        pad: entries before and after.
+        fill: the constant.
     """
 
     argument: str
@@ -34,12 +38,18 @@ class SampleRule:
     shape: tuple[int, ...]
     as_list: bool
     dtype: str
+    pad_axis: int = 0
+    pad: tuple[int, int] = (0, 0)
+    fill: float = 0.0
 
     def value(self, x: Tensor) -> Tensor | list[Tensor]:
         """The argument for x (B, *sample_shape)."""
         if self.permutation:
             x = x.permute(self.permutation)
         x = x.reshape(x.shape[0], *self.shape)
+        if self.pad_axis:
+            sides = [0, 0] * (x.dim() - 1 - self.pad_axis) + list(self.pad)
+            x = torch.nn.functional.pad(x, sides, value=self.fill)
         return list(x.unbind(0)) if self.as_list else x
 
 
@@ -266,7 +276,7 @@ class Recipe:
         """
         try:
             data = json.loads(text)
-            sample = {**data["sample"], **_tuples(data["sample"], "permutation", "shape")}
+            sample = {**data["sample"], **_tuples(data["sample"], "permutation", "shape", "pad")}
             output = {**data["output"], **_tuples(data["output"], "permutation", "shape")}
             times = [
                 {**t, "shape": tuple(t["shape"]), "operations": tuple((name, n) for name, n in t["operations"])}

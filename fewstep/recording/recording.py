@@ -166,6 +166,8 @@ class Recording:
         """What was found out, as a table for people."""
         sample = self.recipe.sample
         form = f"{'list of ' if sample.as_list else ''}{list(sample.shape)} per sample, {sample.dtype}"
+        if sample.pad_axis:
+            form += f", axis {sample.pad_axis} padded by {sample.pad[0]} and {sample.pad[1]} of {sample.fill:g}"
         rows = [
             ("pipeline", type(self.pipeline).__name__),
             ("component", f"{self.component} ({type(self.network).__name__}, {dtype_name(self.dtype)})"),

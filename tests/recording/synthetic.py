@@ -18,6 +18,7 @@ class Traits:
     """How a `TraitPipeline` differs from the plainest one. See the pipeline for what each word means."""
 
     layout: str = "first"  # first, last, list, five_axes
+    padded: str = ""  # front, back: a constant beside the sample's channels
     in_place: bool = False
     time: str = "batch"  # scalar, one, batch, frames, truncated, thousandth, reversed, atan
     next_time: bool = False
@@ -68,6 +69,10 @@ class Denoiser(nn.Module):
         return_dict: bool = False,
     ) -> tuple[Any]:
         x = torch.stack(hidden_states) if isinstance(hidden_states, list) else hidden_states
+        if self.traits.padded:
+            axis = -1 if self.traits.layout == "last" else 1
+            extra = x.shape[axis] - CHANNELS
+            x = x.narrow(axis, extra if self.traits.padded == "front" else 0, CHANNELS) + x.mean()
         batch, shape = len(x), x.shape[1:]
         h = self.enter(x.flatten(1)) + self._moment(timestep, batch)
         if next_timestep is not None:
@@ -225,6 +230,10 @@ class TraitPipeline(DiffusionPipeline):
             sample = x.movedim(1, -1)
         elif traits.layout == "list":
             sample = list(x.unsqueeze(2).unbind())
+        if traits.padded:
+            axis = -1 if traits.layout == "last" else 1
+            zeros = torch.zeros_like(sample).narrow(axis, 0, 2)
+            sample = torch.cat([zeros, sample] if traits.padded == "front" else [sample, zeros], axis)
         output = self.network(hidden_states=sample, return_dict=False, **arguments)[0]
         if traits.layout == "list":
             output = torch.stack(output).squeeze(2)

@@ -16,6 +16,7 @@ from fewstep.recording import Recording, RecordingError, record
 
 RECORDABLE = [
     *({"layout": layout} for layout in ("first", "last", "list", "five_axes")),
+    *({"padded": padded, "layout": layout} for padded in ("front", "back") for layout in ("first", "last")),
     {"in_place": True},
     *({"time": time} for time in ("scalar", "one", "frames", "truncated", "thousandth", "reversed")),
     {"next_time": True},
