@@ -7,6 +7,7 @@ those are is observed: before the two mix, they are the ones that change when th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,48 +78,55 @@ def find_tap(network: nn.Module, run: Callable[[Tensor], Any], x: Tensor) -> Fea
     """
     if getattr(network, "mid_block", None) is not None:
         return FeatureTap("mid_block")
-    lists = {name: m for name, m in network.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
-    if not lists:
-        lists = {name: m for name, m in network.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    lists = _lists_of_blocks(network)
     if not lists:
         raise ValueError(f"{type(network).__name__} has no mid block and no list of blocks to tap features from")
-    longest = max(lists, key=lambda name: len(lists[name]))
-    block = f"{longest}.{max(len(lists[longest]) // 2 - 1, 0)}"
-
     other = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    entries = [f"{name}.0" for name in lists]
-    first, second = (_observe(network, [*entries, block], run, sample) for sample in (x, other))
-    changed = {}
-    for entry in entries:
-        inputs = zip(first[entry].inputs, second[entry].inputs) if entry in first else ()
-        changed[entry] = [(a != b).any(dim=2).any(dim=0) for a, b in inputs]
+    entries = {name: f"{name}.0" for name in lists}
+    first, second = (_observe(network, list(entries.values()), run, sample) for sample in (x, other))
+    reacting = {name: _reacting(first[e], second[e]) for name, e in entries.items() if e in first}
+    reacting = {name: streams for name, streams in reacting.items() if streams}
+    if not reacting:
+        raise ValueError(f"no block of {type(network).__name__} reacts to the sample; its weights are degenerate")
+    longest = max(reacting, key=lambda name: len(lists[name]))
+    block = f"{longest}.{max(len(lists[longest]) // 2 - 1, 0)}"
+    # Where one input alone reacts to the sample, that is the image, and text has not met it yet.
+    apart = [streams for streams in reacting.values() if len(streams) == 1]
+    if not apart:
+        raise ValueError(f"no block of {type(network).__name__} has the image apart from the text; train without a GAN")
+    entry = reacting[longest]
+    mixed = len(entry) != 1
+    # Behind that, the image has kept its argument's name and its length.
+    image, tokens = next(iter((min(apart, key=_length) if mixed else entry).items()))
+    positions = list(range(int(tokens.sum()))) if mixed else tokens.nonzero().flatten().tolist()
 
-    outputs = first[block].outputs
-    image, mixed = _image_stream(changed[f"{longest}.0"])
-    if not mixed and image is not None:
-        positions = changed[f"{longest}.0"][image].nonzero().flatten().tolist()
-        source = first[block].inputs[image]
-    else:  # text and image have met before: the image is as long as it was where they had not
-        lengths = {int(mask.sum()) for masks in changed.values() for mask in masks if bool(mask.any())}
-        if not lengths:
-            raise ValueError(f"no block of {type(network).__name__} reacts to the sample; its weights are degenerate")
-        positions, source = list(range(min(lengths))), None
+    passage = _observe(network, [block], run, x)[block]
+    outputs, source = passage.outputs, passage.inputs.get(image)
     whole = [k for k, tensor in enumerate(outputs) if tensor.shape[1] == len(positions)]
     if whole:
         return FeatureTap(block, max(whole, key=lambda k: _similarity(outputs[k], source)))
     longer = [k for k, tensor in enumerate(outputs) if tensor.shape[1] > len(positions)]
-    if source is not None and longer and outputs[longer[0]].shape[1] == source.shape[1]:
+    if not mixed and source is not None and longer and outputs[longer[0]].shape[1] == source.shape[1]:
         return FeatureTap(block, longer[0], tuple(positions))
     raise ValueError(
         f"cannot tell image tokens from text tokens in {type(network).__name__}.{block}; train without a GAN"
     )
 
 
+def _lists_of_blocks(network: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists that are not inside another list's blocks, by name; of those with one block only where all are."""
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in network.named_modules():  # parents come first
+        if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(f"{n}.") for n in lists):
+            lists[name] = module
+    return {name: blocks for name, blocks in lists.items() if len(blocks) > 1} or lists
+
+
 @dataclass
 class _Passage:
-    """The token tensors (B, N, C) that went into and came out of one block."""
+    """The token tensors (B, N, C) that went into one block, by argument, and the tensors that came out of it."""
 
-    inputs: list[Tensor]
+    inputs: dict[str, Tensor]
     outputs: list[Tensor]
 
 
@@ -126,10 +134,11 @@ def _observe(network: nn.Module, names: list[str], run: Callable[[Tensor], Any],
     passages: dict[str, _Passage] = {}
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            inputs = [*args, *kwargs.values()]
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if name not in passages:
-                passages[name] = _Passage([i.clone() for i in inputs if _is_tokens(i)], _tensors(output))
+                inputs = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+                tokens = {argument: value.clone() for argument, value in inputs.items() if _is_tokens(value)}
+                passages[name] = _Passage(tokens, _tensors(output))
 
         return hook
 
@@ -153,12 +162,15 @@ def _tensors(output: Any) -> list[Tensor]:
     return [value for value in output if isinstance(value, Tensor)]
 
 
-def _image_stream(masks: list[Tensor]) -> tuple[int | None, bool]:
-    """(which input is the image, whether text and image have already been mixed)."""
-    reacting = [k for k, mask in enumerate(masks) if bool(mask.any())]
-    if len(reacting) == 1:
-        return reacting[0], False
-    return None, True
+def _reacting(first: _Passage, second: _Passage) -> dict[str, Tensor]:
+    """The inputs that differ between two samples, and which of their tokens (N,) do."""
+    masks = {name: (tokens != second.inputs[name]).any(dim=2).any(dim=0) for name, tokens in first.inputs.items()}
+    return {name: mask for name, mask in masks.items() if bool(mask.any())}
+
+
+def _length(streams: dict[str, Tensor]) -> int:
+    """How many tokens of the first stream react."""
+    return int(next(iter(streams.values())).sum())
 
 
 def _similarity(output: Tensor, source: Tensor | None) -> float:
