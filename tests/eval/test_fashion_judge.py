@@ -8,10 +8,9 @@ from fewstep.eval.judge import Judge
 from fewstep.eval.metrics import agreement, frechet
 
 from fewstep import fashion
+from fewstep.fashion.files import manifest
 
-pytestmark = pytest.mark.skipif(
-    not (fashion.DATA / "reference.safetensors").is_file(), reason="the embedded files are not built"
-)
+pytestmark = pytest.mark.skipif("floors" not in manifest(), reason="the embedded files are not built")
 
 
 @pytest.fixture(scope="module")
