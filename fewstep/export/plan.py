@@ -93,15 +93,18 @@ def plan_student(
         prediction_type=recording.prediction_type,
         steps=steps,
         renoise=renoise,
-        shift=(teacher_shift(recording) if shift is None else float(shift)) if is_flow else 1.0,
+        shift=1.0 if not is_flow else teacher_shift(recording) if shift is None else float(shift),
         first_timestep=first_timestep,
         start=start,
     )
+    config = getattr(recording.pipeline, find_scheduler(recording.pipeline)).config
+    measured = is_flow and shift is None and config.get("use_dynamic_shifting")
+    origin = ", with the shift that the teacher has at the recorded size" if measured else ""
     call = student_call(recording, steps)
     reference = reference_of(recording, recording.network)
 
     def found(way: str, reason: str) -> StudentPlan:
-        return _plan(recording, replace(wish, renoise=way), call, reference, reason)
+        return _plan(recording, replace(wish, renoise=way), call, reference, reason + origin)
 
     if renoise == "ode":
         return found("ode", "ODE as asked")
@@ -223,7 +226,10 @@ def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Ref
     for count in _other_counts(wish.steps):
         # A count that does not hold is left out of the plan, which is how the plan says it.
         with contextlib.suppress(WalkError):
-            grids[count] = walk_student(recording, pipeline, call, wish.renoise, count).grid
+            other = walk_student(recording, pipeline, call, wish.renoise, count)
+            # Pure noise belongs to the trained first time. (A stretched flow grid has its last time alone at one step.)
+            if math.isclose(other.grid[0], found.grid[0]) and other.initial_scale == found.initial_scale:
+                grids[count] = other.grid
     grids[wish.steps] = found.grid
     return StudentPlan(
         scheduler=scheduler,
@@ -247,6 +253,7 @@ def _first_that_holds(
 ) -> tuple[Any, Walk, str]:
     """The first candidate whose walk holds on the wished grid, else on the grid that the pipeline makes by itself."""
     wanted, failures, other = wanted_grid(wish), [], None
+    is_flow = isinstance(wish.schedule, FlowSchedule)
     for scheduler in candidates(wish):
         pipeline = with_parts(recording.pipeline, **{find_scheduler(recording.pipeline): scheduler})
         try:
@@ -258,8 +265,7 @@ def _first_that_holds(
         if wanted is None:
             return scheduler, found, name
         if all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(found.grid, wanted)):
-            shift = f", grid shifted by {wish.shift:.4g}" if isinstance(wish.schedule, FlowSchedule) else ""
-            return scheduler, found, name + shift
+            return scheduler, found, f"{name}, grid shifted by {wish.shift:.4g}" if is_flow else name
         if other is None:
             times = ", ".join(f"{t:.4g}" for t in found.grid)
             other = scheduler, found, f"{name}; the pipeline makes its own grid ({times})"

@@ -186,8 +186,10 @@ def _check_answers(name: str, steps: list[TracedStep], schedule: NoiseSchedule, 
         following = torch.full((x.shape[0],), end, dtype=torch.float64)
         with torch.no_grad():
             own = reference.recipe.call(reference.network, x, timestep, conditioning, next_timestep=following)
-        scale = max(float(own.double().abs().max()), 1e-6)
-        tolerance = _ANSWER_TOLERANCE[step.answer.dtype] * scale
+        relative = _ANSWER_TOLERANCE[step.answer.dtype]
+        if x.device.type != "cpu":
+            relative = max(relative, 1e-3)  # other kernels for other batches, and float32 matrices in TF32
+        tolerance = relative * max(float(own.double().abs().max()), 1e-6)
         where = f"step {index + 1} of {len(steps)}"
         text = f"{name}: {where} does not feed the network what timestep {step.timestep:g} means"
         deviations.append(_demand(step.answer.double().cpu(), own.double().cpu(), tolerance, text))

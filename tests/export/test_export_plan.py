@@ -75,6 +75,17 @@ def test_shifted_flow_grid(recorded, renoise):
     )
 
 
+@pytest.mark.parametrize("shift", [1.0, 2.0, 3.0, 7.0])
+def test_a_stretched_grid_never_starts_at_its_end(recorded, shift):
+    # With some shifts rounding turns the division by zero at one step into the grid's last time.
+    for steps in (2, 3, 4):
+        plan = plan_student(recorded("flow"), steps, renoise="fresh", shift=shift)
+        assert plan.grid == pytest.approx(
+            [shift * i / (steps + (shift - 1) * i) for i in range(steps, 0, -1)], abs=1e-6
+        )
+        assert all(grid[0] == pytest.approx(1) for grid in plan.grids.values())
+
+
 @pytest.mark.parametrize(("first", "length"), [(399, 400), (625, 626)])
 def test_one_step_from_below_the_top(recorded, first, length):
     plan = plan_student(recorded("stable_diffusion"), 1, first_timestep=first)
@@ -154,6 +165,7 @@ def test_resolution_dependent_shift_is_evaluated_at_the_recorded_call(kind):
     assert plan.shift == shift
     assert plan.grid == pytest.approx((1, shift / (1 + shift)), rel=1e-4)
     assert not plan.scheduler.config.get("use_dynamic_shifting", False)
+    assert "recorded size" in plan.note
 
 
 @pytest.mark.xfail(reason="the recipe truncates the flow times that stock pipelines feed as floats", strict=False)

@@ -16,6 +16,7 @@ from tiny_pipelines import TINY, tiny_stable_diffusion
 import fewstep
 from fewstep.denoiser import NetworkDenoiser
 from fewstep.export import ExportError, export_student, load, plan_student, student
+from fewstep.export.load import read_about
 from fewstep.recording import record
 from fewstep.rollout import Sampler, rollout
 
@@ -277,6 +278,19 @@ def test_what_load_saves_names_the_stock_class(recorded, trained, tmp_path):
     assert json.loads((again / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
     assert type(DiffusionPipeline.from_pretrained(again)) is StableDiffusionPipeline
     assert load(again).fewstep == load(folder).fewstep
+
+
+def test_a_hub_id_fetches_one_file(tmp_path, monkeypatch):
+    asked = {}
+
+    def fetch(repository, name, **more):
+        asked.update(repository=repository, name=name, **more)
+        (tmp_path / name).write_text('{"call": {"num_inference_steps": 2}}')
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    assert read_about("owner/name", revision="v1")["call"] == {"num_inference_steps": 2}
+    assert asked == {"repository": "owner/name", "name": "fewstep.json", "revision": "v1"}
 
 
 def test_load_errors_are_one_line(tmp_path):
