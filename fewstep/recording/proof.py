@@ -262,8 +262,6 @@ def _x0_error(recording: Recording, seen: Observation) -> float | None:
         t = recording.schedule.time(_times(step.timestep, len(step.sample)))
         if step.sigma is not None and isinstance(recording.schedule, FlowSchedule):
             # Flow schedulers may round their timesteps to integers; the noise level they step by is the float sigma.
-            if abs(step.sigma - t.item()) * recording.schedule.timestep_scale > 1.01:
-                return float("inf")
             t = torch.full_like(t, step.sigma)
         scale = recording.schedule.input_scale(t).view(-1, *[1] * (step.sample.dim() - 1))
         x_t = step.network_input.double() / scale

@@ -28,7 +28,7 @@ from fewstep.recording.observe import Step, Stub, find_scheduler, modules_of, ob
 from fewstep.recording.proof import Proof, prove
 from fewstep.recording.recipe import Recipe, dtype_name, network_dtype
 from fewstep.recording.shake import shaken
-from fewstep.schedule import NoiseSchedule, from_scheduler
+from fewstep.schedule import FlowSchedule, NoiseSchedule, from_scheduler
 
 # Two step counts, because on an even grid one count cannot tell the time from the next time. The network runs in every
 # step of the short run and in a few of the long one, which shows many times, and some near 0, at no cost.
@@ -244,6 +244,7 @@ def record(pipeline: Any, **call: Any) -> Recording:
     network = modules_of(pipeline)[component]
 
     runs = _unguided_runs(pipeline, invocation, off, component)
+    _check_walk(pipeline, schedule, runs[1])
     two = _two_samples(pipeline, invocation, off, component)
     sample = fit_sample(component, [step for run in runs for step in run])
     times = fit_times(component, sample.argument, runs, two)
@@ -343,6 +344,26 @@ def _check_loop(pipeline: Any, component: str, steps: list[Step]) -> None:
         raise RecordingError(
             f"{kind} does not call {component} exactly once in every step with guidance off; it cannot be recorded"
         )
+
+
+def _check_walk(pipeline: Any, schedule: NoiseSchedule, steps: list[Step]) -> None:
+    """The scheduler walks from noise to data in the schedule's time, and its timesteps name its noise levels."""
+    scheduler = type(getattr(pipeline, find_scheduler(pipeline))).__name__
+    times = schedule.time(torch.tensor([step.timestep for step in steps], dtype=torch.float64))
+    if not (times.isfinite().all() and times[0] > times[-1]):
+        raise RecordingError(
+            f"{scheduler} walks from t={times[0]:.3g} to t={times[-1]:.3g}, from data to noise as fewstep reads it "
+            "(inverted sigmas?); such a schedule cannot be trained on"
+        )
+    if not isinstance(schedule, FlowSchedule):
+        return
+    for step, t in zip(steps, times.tolist(), strict=True):
+        # Integer timesteps are allowed: they are off by less than one.
+        if step.sigma is not None and abs(step.sigma - t) * schedule.timestep_scale > 1.01:
+            raise RecordingError(
+                f"{scheduler} gives the network the timestep {step.timestep:g} at the noise level {step.sigma:.4g}; "
+                "fewstep trains flow models whose timestep names the noise level"
+            )
 
 
 def _two_samples(pipeline: Any, invocation: Invocation, off: dict[str, Any], component: str) -> dict[str, Any]:
