@@ -48,16 +48,16 @@ class FeatureTap:
         seen = Seen()
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            features = _tensors(output)[self.output]
-            if self.tokens is not None:
-                features = features[:, list(self.tokens)]
-            seen.features = features.float() if features.dtype.itemsize < 4 else features
+            seen.features = _tensors(output)[self.output]
             raise _Reached
 
         handle = network.get_submodule(self.module).register_forward_hook(hook)
         try:
             yield seen
         except _Reached:
+            # Out here, because a checkpointed block must not save more tensors than its recomputation will.
+            features = seen.features if self.tokens is None else seen.features[:, list(self.tokens)]
+            seen.features = features.float() if features.dtype.itemsize < 4 else features
             return
         finally:
             handle.remove()

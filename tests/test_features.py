@@ -11,6 +11,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
+    ZImageTransformer2DModel,
 )
 from torch import Tensor, nn
 
@@ -156,6 +157,31 @@ def flux(double: int, single: int, text_length: int) -> Stock:
     )
 
 
+def z_image() -> Stock:
+    network = shaken(
+        ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=4,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=6,
+            axes_dims=[8, 4, 4],
+            axes_lens=[256, 32, 32],
+        )
+    )
+    text, time = [torch.randn(5, 6), torch.randn(5, 6)], torch.tensor([0.5, 0.5])
+    # One sequence holds the image's 64 tokens and, behind them, the text's.
+    return Stock(
+        network,
+        lambda x: network(list(x), time, text),
+        torch.randn(2, 4, 1, 16, 16),
+        "layers.1",
+        lambda out: out[:, :64],
+    )
+
+
 STOCK = {
     "unet": unet,
     "text_unet": text_unet,
@@ -166,6 +192,7 @@ STOCK = {
     "flux_double_text_as_long_as_image": lambda: flux(4, 2, text_length=16),
     "flux_single": lambda: flux(2, 4, text_length=7),
     "flux_single_text_as_long_as_image": lambda: flux(2, 4, text_length=16),
+    "z_image": z_image,
 }
 
 
@@ -198,7 +225,9 @@ def test_the_tap_is_where_the_image_is(stock: Stock):
     features = tapped(stock, tap, stock.x)
     assert torch.equal(features, whole_pass(stock, stock.x))
     if features.dim() == 3:
-        assert features.shape[1] == 16  # the image's tokens, and none of the text's
+        assert features.shape[1] == (
+            64 if stock.module == "layers.1" else 16
+        )  # the image's tokens, and none of the text's
 
 
 def test_nothing_behind_the_tap_runs(stock: Stock):
@@ -215,7 +244,15 @@ def test_nothing_behind_the_tap_runs(stock: Stock):
         for handle in handles:
             handle.remove()
     assert stock.module in ran
-    behind = {"up_blocks.0", "conv_out", "proj_out", "proj_out_1", "norm_out", "transformer_blocks.2"} & set(order)
+    behind = {
+        "up_blocks.0",
+        "conv_out",
+        "proj_out",
+        "proj_out_1",
+        "norm_out",
+        "transformer_blocks.2",
+        "layers.2",
+    } & set(order)
     assert behind
     if stock.module.startswith("single"):
         behind -= {"transformer_blocks.2"}
@@ -251,7 +288,7 @@ def test_features_and_gradients_are_the_same_with_early_exit_and_with_checkpoint
 def test_the_hook_leaves_the_network_as_it_was(stock: Stock):
     before = stock.run(stock.x)[0]
     tapped(stock, find_tap(stock.network, stock.run, stock.x), stock.x)
-    assert torch.equal(stock.run(stock.x)[0], before)
+    torch.testing.assert_close(stock.run(stock.x)[0], before, rtol=0, atol=0)
 
 
 def test_a_tap_that_is_never_reached_is_an_error():
