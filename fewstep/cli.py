@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
+from fewstep import __version__
 from fewstep.errors import UserError
 
 USAGE = """fewstep: few-step distillation of diffusion and flow-matching pipelines
@@ -45,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not words or words[0] in ("-h", "--help"):
             print(USAGE, end="")
+            return 0
+        if words[0] == "--version":
+            print(__version__)
             return 0
         if words[0] not in COMMANDS:
             raise UserError(f"there is no command {words[0]!r}; there are: {', '.join(COMMANDS)}")

@@ -77,7 +77,7 @@ class RunConfig:
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
     log_steps: int = 10
-    sample_steps: int = 0
+    sample_steps: int = 500
     report_to: str = "auto"
     seed: int = 0
     resume: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from fewstep import checkpoint
 from fewstep.config import RunConfig, resolved
 from fewstep.data import Conditions, RealSamples, read_classes, read_images, read_prompts
+from fewstep.denoiser import Denoiser
 from fewstep.discriminator import make_head
 from fewstep.draws import Draws
 from fewstep.errors import UserError
@@ -101,6 +104,7 @@ class Distillation:
         prompts = read_prompts(config.prompts) if config.prompts is not None else self._embedded_prompts()
         labels = read_classes(config.classes) if config.classes is not None else None
         self.conditions = Conditions(self.recording, prompts, labels, self.device)
+        self._teacher_pictures: Tensor | None = None
         self.real = None
         if config.data is not None:
             self.real = RealSamples(read_images(config.data), self.recording, self.conditions, self.device)
@@ -211,29 +215,30 @@ class Distillation:
             training={k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
         )
 
-    @torch.no_grad()
     def save_samples(self, teacher: Role, student: Role, step: int) -> None:
         """``OUT/samples/step_*.png``: the teacher's samples above the student's, same noise and conditions."""
-        count = _SHOWN_SAMPLES
-        rows = [k % len(self.conditions) for k in range(count)]
-        conditioning = self.conditions.select(rows)
-        walks = {
-            "teacher": (self.guided(teacher), ode_sampler(self.recording.schedule, _TEACHER_STEPS)),
-            "student": (student, self.sampler),
-        }
-        pictures = []
-        for denoiser, sampler in walks.values():
-            draws = Draws(self.config.seed, -2, range(count), self.device)
-            noise = draws.normal("noise", self.recording.sample_shape)
-            x0 = rollout(
-                denoiser,
-                sampler,
-                noise,
-                conditioning,
-                step_noise=lambda k, draws=draws: draws.normal(f"step_noise_{k}", self.recording.sample_shape),
-            )
-            pictures.append(self.recording.decode(x0).float().cpu())
+        if self._teacher_pictures is None:
+            walk = ode_sampler(self.recording.schedule, _TEACHER_STEPS)
+            self._teacher_pictures = self._pictures(self.guided(teacher), walk)
+        pictures = [self._teacher_pictures, self._pictures(student, self.sampler)]
         save_grid(pictures, self.out / "samples" / f"step_{step:08d}.png")
+
+    @torch.no_grad()
+    def _pictures(self, denoiser: Denoiser, sampler: Sampler) -> Tensor:
+        """Images or videos in [0, 1], made in batches of the size that training fits."""
+        pieces = []
+        for first in range(0, _SHOWN_SAMPLES, self.config.batch_size):
+            indices = range(first, min(first + self.config.batch_size, _SHOWN_SAMPLES))
+            draws = Draws(self.config.seed, -2, indices, self.device)
+            noise = draws.normal("noise", self.recording.sample_shape)
+            conditioning = self.conditions.select([index % len(self.conditions) for index in indices])
+
+            def step_noise(k: int, draws: Draws = draws) -> Tensor:
+                return draws.normal(f"step_noise_{k}", self.recording.sample_shape)
+
+            x0 = rollout(denoiser, sampler, noise, conditioning, step_noise=step_noise)
+            pieces.append(self.recording.decode(x0).float().cpu())
+        return torch.cat(pieces)
 
     # --- pieces of __init__ -------------------------------------------------------------------------------------
 
@@ -317,7 +322,7 @@ def _trackers(report_to: str) -> list[str] | None:
     return [name.strip() for name in report_to.split(",")]
 
 
-def _load_run(role: Role, tensors: dict[str, torch.Tensor], say: Any) -> None:
+def _load_run(role: Role, tensors: dict[str, Tensor], say: Callable[[str], None]) -> None:
     """Load a role of another run; a head that the other run did not train keeps its fresh weights."""
     if "head" in role.added and not any(name.startswith("head.") for name in tensors):
         fresh = {name: value for name, value in role.state_dict().items() if name.startswith("head.")}
