@@ -4,6 +4,7 @@ from fewstep.recording.errors import RecordingError
 from fewstep.recording.guided import GuidanceReport
 from fewstep.recording.proof import Proof
 from fewstep.recording.recipe import Recipe
-from fewstep.recording.recording import Recording, record
+from fewstep.recording.recorder import record
+from fewstep.recording.recording import Recording
 
 __all__ = ["GuidanceReport", "Proof", "Recipe", "Recording", "RecordingError", "record"]

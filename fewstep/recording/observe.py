@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.recording.capture import capture, capture_changes
 from fewstep.recording.errors import RecordingError
 
 
@@ -244,7 +245,7 @@ def _watched(
         for name, parameter in signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 arguments.update(arguments.pop(name, {}))
-        running.append(NetworkCall(component, _capture_changes(arguments, previous)))
+        running.append(NetworkCall(component, capture_changes(arguments, previous)))
         previous.update(running[-1].arguments)
         seen.pending.append(running[-1])
         if component == before:
@@ -294,37 +295,6 @@ def _decode_caught(decoder: nn.Module, seen: Observation) -> Iterator[None]:
             del decoder.__dict__["decode"]
         else:
             decoder.decode = own_decode
-
-
-def capture(value: Any) -> Any:
-    """A copy of nested containers with every tensor cloned: pipelines write the next sample into the same storage."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) in (list, tuple):
-        return type(value)(capture(item) for item in value)
-    if type(value) is dict:
-        return {key: capture(item) for key, item in value.items()}
-    if isinstance(value, dict):  # a diffusers or transformers output class, which drops its empty fields
-        return type(value)(**{key: capture(item) for key, item in value.items()})
-    return value
-
-
-def _capture_changes(arguments: dict[str, Any], previous: dict[str, Any]) -> dict[str, Any]:
-    """`capture`, but what equals the previous call's argument is shared with it: embeddings are cloned once."""
-    return {
-        name: previous[name] if _same(value, previous.get(name)) else capture(value)
-        for name, value in arguments.items()
-    }
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return type(a) is type(b) and len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return False
 
 
 def _next_sample(result: Any) -> Tensor:

@@ -17,8 +17,9 @@ from torch import Tensor
 from fewstep.conditioning import Conditioning, Leaf, mark, remark
 from fewstep.prediction import to_x0
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.guided import another_item, answers, repeated, without_sample
+from fewstep.recording.guided import another_item
 from fewstep.recording.observe import NetworkCall, Observation, Step, evaluating, observe
+from fewstep.recording.pieces import answers, repeated, without_sample
 from fewstep.recording.shake import shaken
 from fewstep.schedule import FlowSchedule
 

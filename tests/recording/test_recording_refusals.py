@@ -8,6 +8,8 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    DDIMInverseScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -79,6 +81,24 @@ def test_unknown_arguments() -> None:
 def test_the_pipelines_own_words_are_passed_on() -> None:
     words = "failed under the recorder: TypeError: .*negative_prompt.*; check the arguments of the call"
     refused(tiny_stable_diffusion(), words, prompt="x", negative_prompt=5)
+
+
+def test_schedules_that_lead_from_data_to_noise() -> None:
+    inverted = synthetic(Traits(), FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+    refused(inverted, r"walks from t=0 to t=0.9\d*, from data to noise", prompt="a cat")
+    pipeline = tiny_stable_diffusion()
+    pipeline.scheduler = DDIMInverseScheduler()
+    refused(pipeline, "from data to noise", prompt="the cat")
+
+
+def test_timesteps_that_do_not_name_the_noise_level() -> None:
+    class Apart(FlowMatchEulerDiscreteScheduler):
+        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+            super().set_timesteps(*args, **kwargs)
+            self.timesteps = self.timesteps**2 / 1000
+
+    words = r"gives the network the timestep [\d.]+ at the noise level 0.9\d+"
+    refused(synthetic(Traits(), Apart(shift=2.0)), words, prompt="a cat")
 
 
 class _TwoExperts(TraitPipeline):

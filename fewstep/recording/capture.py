@@ -1,0 +1,39 @@
+"""Copies of what passes through a network, taken at once: pipelines overwrite their tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def capture(value: Any) -> Any:
+    """A copy of nested containers with every tensor cloned: pipelines write the next sample into the same storage."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (list, tuple):
+        return type(value)(capture(item) for item in value)
+    if type(value) is dict:
+        return {key: capture(item) for key, item in value.items()}
+    if isinstance(value, dict):  # a diffusers or transformers output class, which drops its empty fields
+        return type(value)(**{key: capture(item) for key, item in value.items()})
+    return value
+
+
+def capture_changes(arguments: dict[str, Any], previous: dict[str, Any]) -> dict[str, Any]:
+    """`capture`, but what equals the previous call's argument is shared with it: embeddings are cloned once."""
+    return {
+        name: previous[name] if _same(value, previous.get(name)) else capture(value)
+        for name, value in arguments.items()
+    }
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return False
