@@ -278,7 +278,10 @@ def _last_sigma(recording: Recording, wish: Wish, call: dict[str, Any]) -> float
     """The smallest of the sigmas that the pipeline passes to ``set_timesteps`` at the student's count."""
     first = next(candidates(wish))
     pipeline = with_parts(recording.pipeline, **{find_scheduler(recording.pipeline): first})
-    sigmas = trace(pipeline, _arguments(recording, wish.steps, call), None).asked.get("sigmas")
+    try:
+        sigmas = trace(pipeline, _arguments(recording, wish.steps, call), None).asked.get("sigmas")
+    except Exception:  # it does not run under this scheduler; the walk of the candidate itself will say why
+        return None
     return None if sigmas is None else float(min(sigmas))
 
 

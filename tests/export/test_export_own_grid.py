@@ -4,7 +4,7 @@ import pytest
 from diffusers import StableDiffusion3Pipeline
 from tiny_pipelines import tiny_flow
 
-from fewstep.export import plan_student
+from fewstep.export import ExportError, plan_student
 from fewstep.recording import record
 
 
@@ -49,3 +49,19 @@ def test_even_sigmas_down_to_a_small_one_are_stretched(shift):
     plan = plan_student(teacher(0.001), 4, shift=shift)
     assert plan.grid == pytest.approx([shift * i / (4 + (shift - 1) * i) for i in (4, 3, 2, 1)], abs=1e-6)
     assert plan.scheduler.config.shift_terminal == pytest.approx(plan.grid[-1])
+
+
+def test_a_pipeline_that_no_candidate_serves_is_refused_with_each_reason():
+    class Picky(OwnList):
+        def __call__(self, prompt, num_inference_steps=8, guidance_scale=7.0, generator=None, output_type="pil"):
+            if not getattr(self.scheduler.config, "mine", False):
+                raise ValueError("only my own scheduler serves")
+            return super().__call__(prompt, 16, 16, num_inference_steps, guidance_scale, generator, output_type)
+
+    pipeline = Picky(**tiny_flow(shift=1.0).components)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler.register_to_config(mine=True)
+    recording = record(pipeline, prompt="the cat")
+    with pytest.raises(ExportError, match="only my own scheduler serves") as caught:
+        plan_student(recording, 2)
+    assert "\n" not in str(caught.value)
