@@ -64,25 +64,28 @@ def rollout(
         step_noise: fresh unit noise (B, ...) for entering step k, needed for ``renoise="fresh"``.
         last: index of the step to stop at, default the grid's last.
         on_step: called with (k, x_t) before each call of the student.
+
+    Raises:
+        ValueError: ``last`` is no step of the grid.
     """
     last = len(sampler.grid) - 1 if last is None else last
+    if not 0 <= last < len(sampler.grid):
+        raise ValueError(f"last must be a step of the grid of {len(sampler.grid)}, not {last}")
     x_t = sampler.initial_scale * noise
-    for step in range(last + 1):
-        t = sampler.times(step, x_t)
-        if on_step is not None:
-            on_step(step, x_t)
-        if step == last:
-            return student(x_t, t, conditioning)
-        with torch.no_grad():
+    with torch.no_grad():
+        for step in range(last):
+            t = sampler.times(step, x_t)
+            if on_step is not None:
+                on_step(step, x_t)
             x0 = student(x_t, t, conditioning)
-            now = sampler.schedule.coefficients(t)
             then = sampler.schedule.coefficients(sampler.times(step + 1, x_t))
-            x_t = (
-                add_noise(x0, step_noise(step + 1), then)
-                if sampler.renoise == "fresh"
-                else ode_step(x_t, x0, now, then)
-            )
-    raise ValueError(f"last must be a step of the grid of {len(sampler.grid)}, not {last}")
+            if sampler.renoise == "fresh":
+                x_t = add_noise(x0, step_noise(step + 1), then)
+            else:
+                x_t = ode_step(x_t, x0, sampler.schedule.coefficients(t), then)
+    if on_step is not None:
+        on_step(last, x_t)
+    return student(x_t, sampler.times(last, x_t), conditioning)
 
 
 def ode_sampler(schedule: NoiseSchedule, steps: int, grid: Sequence[float] | None = None) -> Sampler:

@@ -27,6 +27,7 @@ class Stock:
     x: Tensor
     module: str
     features: Callable[[object], Tensor]
+    tokens: int = 16
 
 
 def shaken(network: nn.Module) -> nn.Module:
@@ -179,6 +180,7 @@ def z_image() -> Stock:
         torch.randn(2, 4, 1, 16, 16),
         "layers.1",
         lambda out: out[:, :64],
+        tokens=64,
     )
 
 
