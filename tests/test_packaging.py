@@ -27,14 +27,15 @@ IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "clean-fid": "cleanfid", "pro
 
 
 def tree() -> list[PurePosixPath]:
-    """The files of the checkout that git does not ignore; without git, all but caches."""
+    """The files of the checkout that git does not ignore; without git, the files of the rooms and beside them."""
     git = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )
     if git.returncode == 0:
         names = git.stdout.splitlines()
     else:
-        names = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if "__pycache__" not in path.parts]
+        paths = [*ROOT.iterdir(), *(path for room in INSTALLED for path in (ROOT / room).rglob("*"))]
+        names = [path.relative_to(ROOT).as_posix() for path in paths if "__pycache__" not in path.parts]
     return [PurePosixPath(name) for name in names if (ROOT / name).is_file()]
 
 

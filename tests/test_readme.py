@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import re
 import shlex
@@ -109,8 +110,11 @@ def test_a_fresh_machine_needs_python_and_make_only() -> None:
 
 
 def test_other_commands_are_known() -> None:
-    known = ("fewstep", "accelerate", "make", "pip", ".venv/bin/python")
+    known = ("fewstep", "accelerate", "make", "pip", "python", ".venv/bin/python")
     assert [words for _, words in commands() if words[0] not in known] == []
+    modules = {words[words.index("-m") + 1] for _, words in commands() if words[0].endswith("python")}
+    # pre-commit comes with the dev extra, which the tests do without.
+    assert [name for name in modules - {"pre_commit"} if importlib.util.find_spec(name) is None] == []
 
 
 @pytest.mark.parametrize("code", [block for name in DOCUMENTS for block in blocks(name, "python")])
