@@ -23,7 +23,6 @@ from fewstep.discriminator import make_head
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.export import export_student, plan_student
-from fewstep.export.plan import teacher_shift
 from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
 from fewstep.images import save_grid
@@ -33,7 +32,6 @@ from fewstep.recording import record
 from fewstep.roles import Role, make_role
 from fewstep.rollout import Sampler, ode_sampler, rollout
 from fewstep.run_folder import check_folder, write_config
-from fewstep.schedule import FlowSchedule
 from fewstep.teacher import base_model, load_teacher, teacher_license
 
 logger = logging.getLogger("fewstep")
@@ -96,7 +94,7 @@ class Distillation:
         self._say(self.plan.note)
         schedule = self.recording.schedule
         self.sampler = Sampler(schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
-        self.shift = self._grid_shift()
+        self.shift = self.plan.shift
         self.guidance_scale = self._guidance_scale()
         self.negative = self.recording.negative() if self.guidance_scale != 1.0 else None
         if self.negative is not None:
@@ -241,12 +239,6 @@ class Distillation:
         return torch.cat(pieces)
 
     # --- pieces of __init__ -------------------------------------------------------------------------------------
-
-    def _grid_shift(self) -> float:
-        """The time shift of the student's grid, 1 for families without one."""
-        if not isinstance(self.recording.schedule, FlowSchedule):
-            return 1.0
-        return teacher_shift(self.recording) if self.config.shift is None else self.config.shift
 
     def _guidance_scale(self) -> float:
         """The w of neg + w (pos - neg) that the teacher is asked with."""

@@ -44,7 +44,7 @@ def distribution_matching(
 def denoising_loss(x0: Tensor, x0_predicted: Tensor, weight: Tensor) -> Tensor:
     """mean(weight * (x0_predicted - x0)^2): the critic's loss on the student's samples, never with guidance.
 
-    Shapes: ``x0`` (no gradient flows to it), ``x0_predicted``: (B, ...); ``weight``: (B,). Returns (), float32 or wider.
+    Shapes: ``x0`` (no gradient flows to it), ``x0_predicted``: (B, ...); ``weight``: (B,). Returns ().
     Source: Yin et al. 2024 (DMD2), §3; the weight decides in which space the mean square is taken.
     """
     x0_predicted = _at_least_float32(x0_predicted)
