@@ -1,0 +1,1 @@
+"""What python -m fewstep.fashion.build does, one idea a file."""

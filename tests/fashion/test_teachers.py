@@ -1,0 +1,68 @@
+"""Both teachers are stock pipelines: they load with one call and sample with one call."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from fewstep.fashion import CLASSES, PROMPTS, TEACHERS, load_classifier, teacher_path
+from fewstep.fashion.classifier import extract
+
+
+@pytest.fixture(scope="module", params=TEACHERS)
+def loaded(request):
+    pipeline = DiffusionPipeline.from_pretrained(teacher_path(request.param))
+    pipeline.set_progress_bar_config(disable=True)
+    return TEACHERS[request.param], pipeline
+
+
+def test_stock_class_in_single_precision(loaded):
+    _, pipeline = loaded
+    assert type(pipeline).__module__.startswith("diffusers.pipelines.")
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module):
+            assert {parameter.dtype for parameter in component.parameters()} == {torch.float32}, name
+
+
+def test_default_call_gives_a_grey_32x32_picture(loaded):
+    _, pipeline = loaded
+    (image,) = pipeline("a photo of an ankle boot", generator=torch.Generator().manual_seed(0)).images
+    assert image.size == (32, 32) and image.mode == "L"
+    pixels = np.asarray(image)
+    assert pixels[:2].max() < 60 and pixels.max() > 100, "a thing on a black ground"
+
+
+def test_samples_show_what_was_asked(loaded):
+    teacher, pipeline = loaded
+    labels = torch.arange(30) % 10
+    images = pipeline(
+        [PROMPTS[label] for label in labels],
+        num_inference_steps=8,
+        guidance_scale=teacher.guidance_scale,
+        generator=torch.Generator().manual_seed(1),
+        output_type="pt",
+    ).images
+    assert images.shape == (30, 1, 32, 32) and images.isfinite().all()
+    _, logits = extract(load_classifier(), images)
+    assert (logits.argmax(dim=1) == labels).double().mean() > 0.8
+
+
+def test_bare_names_and_unknown_words_are_understood_or_harmless(loaded):
+    teacher, pipeline = loaded
+    prompts = [*CLASSES, "", "Zebra & ünïcode 日本語!", "a photo of a very long and quite unknown sort of footwear"]
+    images = pipeline(prompts, num_inference_steps=2, guidance_scale=teacher.guidance_scale, output_type="pt").images
+    assert images.shape == (len(prompts), 1, 32, 32) and images.isfinite().all()
+
+
+def test_known_words_are_one_token_each(loaded):
+    _, pipeline = loaded
+    for prompt in (*PROMPTS, *CLASSES):
+        ids = pipeline.tokenizer(prompt).input_ids
+        assert len(ids) == 2 + len(prompt.replace("-", " - ").split()) <= pipeline.tokenizer.model_max_length
+
+
+def test_the_flow_teacher_sees_ten_text_tokens_in_its_default_call():
+    pipeline = DiffusionPipeline.from_pretrained(teacher_path("fashion-flow"))
+    tokens, _, pooled, _ = pipeline.encode_prompt(PROMPTS[0], None, None)
+    assert tokens.shape == (1, 10, 64) and pooled.shape == (1, 64)
+    assert tokens[:, -1].abs().max() == 0
