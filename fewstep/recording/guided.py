@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,8 @@ from fewstep.conditioning import Conditioning
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.fit import fit_sample
 from fewstep.recording.invocation import Invocation
-from fewstep.recording.observe import Step, observe
-from fewstep.recording.pieces import answers, equal, same_conditioning, split_pieces, without_sample
+from fewstep.recording.observe import Step, Stub, observe
+from fewstep.recording.pieces import answers, equal, network_calls, same_conditioning, split_pieces, without_sample
 from fewstep.recording.recipe import Recipe
 from fewstep.recording.shake import shaken
 
@@ -132,22 +131,32 @@ def first_step(pipeline: Any, steps: list[Step]) -> Step:
     return steps[0]
 
 
-def embedded_paths(pipeline: Any, invocation: Invocation, off: dict[str, Any], recipe: Recipe) -> set[str]:
-    """The network's arguments that follow a guidance scale while guidance is off."""
-    plain = without_sample(_guided_step(pipeline, invocation, off).calls[-1], recipe)
+def embedded_paths(
+    pipeline: Any, invocation: Invocation, off: dict[str, Any], recipe: Recipe, plain: dict[str, Any], stub: Stub
+) -> set[str]:
+    """The network's arguments that follow a guidance scale with guidance off; `plain`: those of the call as it is."""
     paths: set[str] = set()
     for name in scale_arguments(invocation):
         value = off.get(name, invocation.default(name))
         if name in off or not isinstance(value, int | float):
             continue
-        try:
-            step = _guided_step(pipeline, invocation, {**off, name: value + 0.5})
-        except RecordingError:
-            continue  # the pipeline takes no other value, so nothing follows it
-        if unguided_step(step, recipe.component):  # else the value switched classifier-free guidance on
+        step = _stubbed_step(pipeline, invocation, {**off, name: value + 0.5}, recipe, stub)
+        if step is not None:  # else the value switched classifier-free guidance on, or the pipeline refuses it
             other = without_sample(step.calls[-1], recipe)
             paths |= {key for key in plain if not equal(plain[key], other.get(key))}
     return paths
+
+
+def _stubbed_step(
+    pipeline: Any, invocation: Invocation, changes: dict[str, Any], recipe: Recipe, stub: Stub
+) -> Step | None:
+    """The first step with the network skipped, or None where it is no unguided one (the stub holds one sample)."""
+    try:
+        call = invocation.arguments([invocation.item], _STEPS, **changes)
+        steps = observe(pipeline, call, steps=1, stub=stub).steps
+    except RecordingError:
+        return None
+    return steps[0] if steps and unguided_step(steps[0], recipe.component) else None
 
 
 def record_guided(
@@ -159,19 +168,26 @@ def record_guided(
     marked: dict[str, Any],
     unguided: Conditioning,
     embedded: set[str],
+    stub: Stub,
 ) -> tuple[GuidanceReport, Conditioning | None, GuidedCall | None]:
-    """Record one guided step of one sample: the report, the negative conditioning, and how to repeat the call."""
+    """Record two guided steps of one sample: the report, the negative conditioning, and how to repeat the call.
+
+    Two steps, because a sum that is rescaled sample by sample looks linear in one of them.
+    """
     failure: RecordingError | None = None
     for changes, name, scale in _guided_attempts(invocation, off):
         try:
-            step = _guided_step(pipeline, invocation, changes)
+            steps = _guided_steps(pipeline, invocation, changes)
         except RecordingError as error:
             failure = failure or error  # pipelines refuse combinations (a negative prompt, a scale out of range)
             continue
-        calls = [call for call in step.calls if call.component == recipe.component]
+        calls = network_calls(steps[0], recipe)
         pieces = split_pieces(calls, recipe, marked)
         if len(pieces) < 2:
             continue
+        off_value = off[name] if name in off else _off_value(pipeline, invocation, changes, name, recipe, stub)
+        if off_value is None:
+            continue  # another argument guides here
         if len(pieces) > 2:
             raise RecordingError(
                 f"a guided step of {type(pipeline).__name__} asks its network for {len(pieces)} answers per sample, "
@@ -179,10 +195,10 @@ def record_guided(
             )
         positive, certain = _find_positive(pipeline, invocation, changes, recipe, marked, pieces, unguided, embedded)
         guided = GuidedCall(changes, positive, 1 - positive)
-        fitted, linear, offset, words = _formula(pipeline, invocation, guided, recipe, network, scale)
+        fitted, linear, offset, words = _formula(pipeline, invocation, guided, recipe, network, scale, steps)
         default = invocation.default(name)
         report = GuidanceReport(
-            off_argument=(name, off[name] if name in off else _off_value(pipeline, invocation, changes, name, recipe)),
+            off_argument=(name, off_value),
             argument_scale=float(default) if isinstance(default, int | float) else None,
             embedded=bool(embedded),
             calls=len(calls),
@@ -200,13 +216,14 @@ def record_guided(
     return GuidanceReport(embedded=bool(embedded), remark=words), None, None
 
 
-def _off_value(pipeline: Any, invocation: Invocation, changes: dict[str, Any], name: str, recipe: Recipe) -> float:
-    """The value of `name` that switches a guided call's guidance off."""
+def _off_value(
+    pipeline: Any, invocation: Invocation, changes: dict[str, Any], name: str, recipe: Recipe, stub: Stub
+) -> float | None:
+    """The value of `name` that switches a guided call's guidance off; None when neither 1 nor 0 does."""
     for value in (1.0, 0.0):
-        with contextlib.suppress(RecordingError):  # some pipelines refuse one of the two
-            if unguided_step(_guided_step(pipeline, invocation, {**changes, name: value}), recipe.component):
-                return value
-    raise RecordingError(f"neither {name}=1.0 nor {name}=0.0 switches the guidance of {type(pipeline).__name__} off")
+        if _stubbed_step(pipeline, invocation, {**changes, name: value}, recipe, stub) is not None:
+            return value
+    return None
 
 
 def _guided_attempts(invocation: Invocation, off: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, float]]:
@@ -221,9 +238,12 @@ def _guided_attempts(invocation: Invocation, off: dict[str, Any]) -> Iterator[tu
             yield {name: scale, "negative_prompt": ""}, name, scale
 
 
-def _guided_step(pipeline: Any, invocation: Invocation, changes: dict[str, Any], item: Any = None) -> Step:
-    item = invocation.item if item is None else item
-    return first_step(pipeline, observe(pipeline, invocation.arguments([item], _STEPS, **changes), steps=1).steps)
+def _guided_steps(pipeline: Any, invocation: Invocation, changes: dict[str, Any], item: Any = None) -> list[Step]:
+    """The first two steps."""
+    call = invocation.arguments([invocation.item if item is None else item], _STEPS, **changes)
+    steps = observe(pipeline, call, steps=2).steps
+    first_step(pipeline, steps)
+    return steps
 
 
 def _find_positive(
@@ -245,8 +265,7 @@ def _find_positive(
     if matches[0] != matches[1]:
         return matches.index(True), True
     other = another_item(invocation)
-    step = _guided_step(pipeline, invocation, changes, other)
-    calls = [call for call in step.calls if call.component == recipe.component]
+    calls = network_calls(_guided_steps(pipeline, invocation, changes, other)[0], recipe)
     moved = [
         not same_conditioning(a, b, set()) for a, b in zip(pieces, split_pieces(calls, recipe, marked), strict=True)
     ]
@@ -276,17 +295,17 @@ def _formula(
     recipe: Recipe,
     network: nn.Module,
     scale: float,
+    steps: list[Step],
 ) -> tuple[tuple[float, float] | None, bool | None, float | None, str]:
     """Fit guided = n * negative + p * positive; on shaken weights where the network is deaf to the prompt."""
-    for context in (contextlib.nullcontext(), shaken(network)):
-        with context:
-            columns = []
-            # Two steps: a sum that is rescaled sample by sample looks linear in one of them.
-            for step in observe(
-                pipeline, invocation.arguments([invocation.item], _STEPS, **guided.changes), steps=2
-            ).steps:
-                both = answers([c for c in step.calls if c.component == recipe.component], recipe, step)
-                columns.append([both[guided.negative], both[guided.positive], step.model_output[:1]])
+    for context in (None, shaken(network)):
+        if context is not None:
+            with context:
+                steps = _guided_steps(pipeline, invocation, guided.changes)
+        columns = []
+        for step in steps:
+            both = answers(network_calls(step, recipe), recipe, step)
+            columns.append([both[guided.negative], both[guided.positive], step.model_output[:1]])
         negative, positive, target = (torch.cat(c).double().flatten() for c in zip(*columns, strict=True))
         if (positive - negative).norm() > _DEAF * positive.norm():
             return _solve(negative, positive, target, scale)

@@ -13,7 +13,7 @@ from fewstep.recording.errors import RecordingError
 # The arguments that name the samples of a call, in diffusers' own words, and what is recorded when none is given.
 _SUBJECTS = {"prompt": ("prompt", "a photo"), "class_labels": ("label", 0)}
 # The caller's business, not the recipe's: what is sampled, how it is returned, and how it is watched.
-_IGNORED = ("generator", "num_inference_steps", "output_type", "return_dict", "callback", "callback_steps")
+_IGNORED = ("generator", "num_inference_steps", "output_type", "return_dict")
 
 
 @dataclass
@@ -80,6 +80,9 @@ def read_invocation(pipeline: Any, call: dict[str, Any]) -> Invocation:
                 f"{name} was given {key}: image-conditioned, editing and ControlNet pipelines cannot be distilled yet; "
                 "record the text-to-image pipeline of the same model"
             )
+    for key, value in call.items():
+        if key.endswith("_per_prompt") and value not in (None, 1):
+            raise RecordingError(f"the recorder samples once per prompt; remove {key} from the call of {name}")
     if "num_inference_steps" not in parameters:
         raise RecordingError(f"{name} takes no num_inference_steps, so it has no steps to distil")
     required = {key for key, default in parameters.items() if default is inspect.Parameter.empty}
@@ -89,7 +92,11 @@ def read_invocation(pipeline: Any, call: dict[str, Any]) -> Invocation:
             f"{name} requires {', '.join(images)}: image-conditioned, editing and ControlNet pipelines cannot be "
             "distilled yet; record the text-to-image pipeline of the same model"
         )
-    rest = {key: value for key, value in call.items() if key not in (*_IGNORED, *_SUBJECTS, "batch_size")}
+    rest = {
+        key: value
+        for key, value in call.items()
+        if key not in (*_IGNORED, *_SUBJECTS, "batch_size") and not key.startswith("callback")
+    }
     for argument, (conditional, stand_in) in _SUBJECTS.items():
         if argument in parameters:
             item = call.get(argument)

@@ -19,6 +19,11 @@ def without_sample(call: NetworkCall, recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in call.arguments.items() if name not in own}
 
 
+def network_calls(step: Step, recipe: Recipe) -> list[NetworkCall]:
+    """The calls of the network in a step (the first step also holds the text encoders')."""
+    return [call for call in step.calls if call.component == recipe.component]
+
+
 def mark_arguments(component: str, one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
     """`one` (one sample), marked by comparison with `two` (the same sample twice)."""
     try:

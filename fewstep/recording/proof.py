@@ -19,7 +19,7 @@ from fewstep.prediction import to_x0
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.guided import another_item
 from fewstep.recording.observe import NetworkCall, Observation, Step, evaluating, observe
-from fewstep.recording.pieces import answers, repeated, without_sample
+from fewstep.recording.pieces import answers, network_calls, repeated, without_sample
 from fewstep.recording.shake import shaken
 from fewstep.schedule import FlowSchedule
 
@@ -134,6 +134,11 @@ def _checks(recording: Recording, seed: int, notes: list[str], prefix: str) -> l
     )
     if recording.guided is None:
         return checks
+    if recording.guidance.calls == 1 and not Conditioning.compatible(*_each(recording, [item, other])):
+        notes.append(
+            "the pipeline pads its negative to the length of each prompt; fewstep keeps the one recorded beside "
+            f"{item!r} (record with a prompt of typical length)"
+        )
     for items, words in (([item], "one sample"), ([item, other], "two samples")):
         try:
             seen = _run(recording, items, recording.guided.changes, seed + 2)
@@ -167,9 +172,13 @@ def _run(
 
 
 def _own_conditioning(recording: Recording) -> Conditioning:
+    return _each(recording, [recording.invocation.item])[0]
+
+
+def _each(recording: Recording, items: list[Any]) -> list[Conditioning]:
     if recording.conditional is None:
-        return recording.condition()
-    return recording.condition(**{f"{recording.conditional}s": [recording.invocation.item]})
+        return recording.condition_each() * len(items)
+    return recording.condition_each(**{f"{recording.conditional}s": items})
 
 
 def _call_conditioning(recording: Recording, step: Step, rows: int) -> Conditioning:
@@ -276,7 +285,7 @@ def _guided_errors(recording: Recording, seen: Observation, batch: int, notes: l
     recipe, guided, report = recording.recipe, recording.guided, recording.guidance
     parts: dict[str, float] = {}
     for step, own in _own_calls(recording, seen):
-        calls = [call for call in step.calls if call.component == recipe.component]
+        calls = network_calls(step, recipe)
         found = torch.cat(answers(calls, recipe, step, batch))
         got = []
         for i, call in enumerate(calls):
@@ -336,5 +345,5 @@ def _deaf_to(recording: Recording, seed: int) -> list[str]:
     }
     if recording.conditional is not None:
         name, other = recording.conditional, another_item(recording.invocation)
-        reactions[f"the {name}"] = answer(x, first, recording.condition(**{f"{name}s": [other]}))
+        reactions[f"the {name}"] = answer(x, first, _each(recording, [other])[0])
     return [name for name, value in reactions.items() if relative_error(value, base) < _NO_REACTION]

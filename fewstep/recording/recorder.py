@@ -71,8 +71,11 @@ def record(pipeline: Any, **call: Any) -> Recording:
     two = {name: value for name, value in two.items() if name in one}
     marked = mark_arguments(component, one, two)
     unguided = Conditioning(marked, 1)
-    embedded = embedded_paths(pipeline, invocation, off, recipe)
-    report, negative, guided = record_guided(pipeline, invocation, off, recipe, network, marked, unguided, embedded)
+    stub = Stub(component, first.calls[-1].output)
+    embedded = embedded_paths(pipeline, invocation, off, recipe, one, stub)
+    report, negative, guided = record_guided(
+        pipeline, invocation, off, recipe, network, marked, unguided, embedded, stub
+    )
     return Recording(
         pipeline=pipeline,
         component=component,
@@ -82,7 +85,7 @@ def record(pipeline: Any, **call: Any) -> Recording:
         schedule=schedule,
         prediction_type=prediction_type,
         guidance=report,
-        initial_noise_scale=_initial_noise_scale(pipeline, invocation, off, component),
+        initial_noise_scale=_initial_noise_scale(pipeline, invocation, off, stub),
         off=off,
         guided=guided,
         marked=marked,
@@ -178,10 +181,10 @@ def _two_samples(pipeline: Any, invocation: Invocation, off: dict[str, Any], com
     return observe(pipeline, call, before=component).pending[-1].arguments
 
 
-def _initial_noise_scale(pipeline: Any, invocation: Invocation, off: dict[str, Any], component: str) -> float:
+def _initial_noise_scale(pipeline: Any, invocation: Invocation, off: dict[str, Any], stub: Stub) -> float:
     """The scheduler's init_noise_sigma, as set for this run, times what scale_model_input makes of the first sample."""
     schedulers: list[Any] = []
     call = invocation.arguments([invocation.item], SHORT, **off)
-    step = observe(pipeline, call, steps=1, set_up=schedulers.append).steps[0]
+    step = observe(pipeline, call, steps=1, stub=stub, set_up=schedulers.append).steps[0]
     ratio = step.network_input.double().norm() / step.sample.double().norm()
     return float(getattr(schedulers[0], "init_noise_sigma", 1.0)) * float(ratio)

@@ -111,6 +111,8 @@ class Denoiser(nn.Module):
 class TraitPipeline(DiffusionPipeline):
     """Text to image by flow matching, with `traits`."""
 
+    embedded: float | None = None
+
     def __init__(self, network: Denoiser, text_encoder: TextEncoder, projection: nn.Module, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(network=network, text_encoder=text_encoder, projection=projection, scheduler=scheduler)
@@ -223,6 +225,8 @@ class TraitPipeline(DiffusionPipeline):
             "list": [table, table * 2],
             "complex": torch.complex(table, table),
         }.get(traits.tables)
+        if self.embedded is not None:
+            arguments["ids"] = torch.full((batch, 1), float(self.embedded))
         if traits.tables == "batch_ids":
             arguments["ids"] = table[None].repeat(batch, 1, 1)
         sample: Any = x
@@ -262,6 +266,25 @@ class TraitPipeline(DiffusionPipeline):
             case "atan":
                 return torch.atan(t / (1000 - t + 1e-6)).expand(batch) * (2 / math.pi)
         return t.expand(batch)
+
+
+class TrueGuidancePipeline(TraitPipeline):
+    """An embedded guidance, and a classifier-free one that wants a negative prompt as well as a scale."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        guidance_scale: float = 3.5,
+        true_cfg_scale: float = 4.0,
+        num_inference_steps: int = 8,
+        generator: torch.Generator | None = None,
+        output_type: str = "pt",
+    ) -> Any:
+        self.embedded = guidance_scale
+        scale = 1.0 if negative_prompt is None else true_cfg_scale
+        return super().__call__(prompt, negative_prompt, scale, num_inference_steps, generator)
 
 
 def synthetic(traits: Traits, scheduler: Any = None) -> TraitPipeline:

@@ -97,7 +97,7 @@ def assert_encodes(recording: Recording) -> None:
     x0 = recording.encode(images)
     assert x0.shape == (2, *recording.sample_shape)
     wanted = direct(recording, images) if recording.codec.decoder else images
-    assert torch.allclose(recording.decode(x0), wanted, atol=1e-4)
+    assert torch.allclose(recording.decode(x0), wanted, atol=1e-3)
 
 
 @pytest.fixture(params=list(TINY))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
-from synthetic import FRAMES, Traits, synthetic
+from synthetic import FRAMES, Traits, TrueGuidancePipeline, synthetic
 from torch import nn
 
 from fewstep.conditioning import Conditioning
@@ -94,6 +94,19 @@ def test_off_value_and_formula(traits: dict[str, Any], off: float, offset: float
     report = record(synthetic(Traits(**traits)), prompt="a cat", **call).guidance
     assert report.off_argument == ("guidance_scale", off) and report.offset == offset
     assert report.linear and not report.embedded and report.calls == 1
+
+
+@pytest.mark.parametrize("call", [{}, {"negative_prompt": "blue"}, {"true_cfg_scale": 1.0}, {"guidance_scale": 7.0}])
+def test_embedded_guidance_beside_a_true_one(call: dict[str, Any]) -> None:
+    pipeline = TrueGuidancePipeline(**synthetic(Traits()).components)
+    pipeline.set_progress_bar_config(disable=True)
+    recording = record(pipeline, prompt="a cat", **call)
+    report = recording.guidance
+    assert report.embedded and recording.embedded == {"ids"} and report.off_argument == ("true_cfg_scale", 1.0)
+    wanted = torch.full((1, 1), call.get("guidance_scale", 3.5))
+    assert torch.equal(recording.condition(["a dog"]).arguments()["ids"], wanted)
+    assert torch.equal(recording.negative().arguments()["ids"], wanted)
+    assert recording.prove().worst() <= 1e-6
 
 
 @pytest.mark.parametrize("guidance", ["batched", "sequential"])
