@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from toys import TinyMethod, make_loop
 
-from fewstep import checkpoint
+from fewstep import checkpoint, optimization
 from fewstep.config import RunConfig
 
 
@@ -76,9 +76,10 @@ if __name__ == "__main__":
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--checkpointing_steps", type=int, default=3)
     parser.add_argument("--log_steps", type=int, default=1)
+    parser.add_argument("--bucket", type=int, default=optimization._BUCKET, help="elements in one all-reduce")
     settings = vars(parser.parse_args())
     torch.set_num_threads(1)
-    out, kills = settings.pop("out"), settings.pop("kills")
+    out, kills, optimization._BUCKET = settings.pop("out"), settings.pop("kills"), settings.pop("bucket")
     if kills:
         print(kill_and_resume(out, settings, kills, settings["seed"]))
     else:
