@@ -97,7 +97,7 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in ("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # so that not-a-number is refused too
                 raise UserError(f"--{name} must not be negative, and it is {getattr(self, name)}")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -107,7 +107,7 @@ class RunConfig:
                 hint = "; fp16 training is not offered, its scaling cannot follow split backward passes"
                 more = hint if getattr(self, name) == "fp16" else ""
                 raise UserError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}{more}")
-        if self.shift is not None and self.shift <= 0:
+        if self.shift is not None and not self.shift > 0:
             raise UserError(f"--shift must be positive, not {self.shift}")
         if self.prompts is not None and self.classes is not None:
             raise UserError("give --prompts or --classes, not both")

@@ -31,7 +31,7 @@ def read_prompts(path: str | Path) -> list[str]:
         UserError: the file is missing, not UTF-8, or holds no prompt.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except OSError as error:
         raise UserError(f"cannot read --prompts {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -50,8 +50,8 @@ def read_classes(text: str) -> list[int]:
     """
     labels: list[int] = []
     for part in text.split(","):
-        low, _, high = part.strip().partition("-")
-        if not low.isdecimal() or (high and not high.isdecimal()) or int(high or low) < int(low):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdecimal() or (dash and not high.isdecimal()) or int(high or low) < int(low):
             raise UserError(f"--classes takes labels such as 0-9 or 1,5,7, not {text!r}")
         labels += range(int(low), int(high or low) + 1)
     return labels
@@ -184,7 +184,7 @@ def _image_files(folder: Path) -> list[Path]:
 def _from_metadata(folder: Path) -> RealImages:
     files: list[Path] = []
     captions: list = []
-    for number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8-sig").splitlines(), 1):
         try:
             row = json.loads(line)
             files.append(folder / row["file_name"])

@@ -50,8 +50,8 @@ def check_folder(out: Path, method: str, config: RunConfig) -> bool:
     if not config.resume:
         raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or choose another folder")
     try:
-        theirs = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+        theirs = dict(yaml.safe_load(file.read_text()))
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:  # unreadable, or YAML that is no table
         raise UserError(f"{file} cannot be read; choose another --out") from error
     if changed := _differences(theirs, _described(method, config)):
         raise UserError(

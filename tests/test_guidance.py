@@ -1,0 +1,60 @@
+"""Classifier-free guidance of a denoiser: one call where conditions can be joined, two where not, nothing where off."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.conditioning import Conditioning, Leaf
+from fewstep.guidance import GuidedDenoiser, guide
+
+
+class Model:
+    """x0 = x_t + t + the sum of a sample's text; it notes the batch of every call."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        self.batches.append(len(x_t))
+        assert conditioning.batch_size == len(x_t) == len(t)
+        text = conditioning.arguments()["text"].sum(1, keepdim=True)
+        return x_t + t.reshape(-1, 1).float() + text
+
+
+def texts(*lengths: int, value: float = 1.0) -> Conditioning:
+    rows = [torch.full((length,), value) for length in lengths]
+    return Conditioning({"text": Leaf(torch.stack(rows), rows=1)}, len(rows))
+
+
+X = torch.arange(6.0).reshape(3, 2)
+T = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("negative", "batches"), [(texts(4, value=-1.0), [6]), (texts(2, value=-1.0), [3, 3])])
+def test_guidance_is_the_same_in_one_call_and_in_two(negative: Conditioning, batches: list[int]):
+    model = Model()
+    guided = GuidedDenoiser(model, negative, 3.0)(X, T, texts(4, 4, 4))
+    assert model.batches == batches
+    positive = X + T.reshape(-1, 1).float() + 4.0
+    expected = guide(positive, positive - 4.0 - negative.arguments()["text"].numel(), 3.0)
+    torch.testing.assert_close(guided, expected)
+
+
+def test_a_scale_of_one_costs_one_call_and_changes_nothing():
+    model = Model()
+    plain = Model()(X, T, texts(4, 4, 4))
+    for negative in (None, texts(4, value=-1.0)):
+        assert torch.equal(GuidedDenoiser(model, negative, 1.0)(X, T, texts(4, 4, 4)), plain)
+    assert model.batches == [3, 3]
+
+
+def test_scales_follow_diffusers_convention():
+    positive, negative = torch.tensor([2.0]), torch.tensor([1.0])
+    assert guide(positive, negative, 0.0).item() == 1.0
+    assert guide(positive, negative, 1.0).item() == 2.0
+    assert guide(positive, negative, 7.5).item() == 8.5
+
+
+def test_a_teacher_without_a_negative_cannot_be_guided():
+    with pytest.raises(ValueError, match="set guidance_scale to 1"):
+        GuidedDenoiser(Model(), None, 4.0)
