@@ -85,7 +85,8 @@ def fit_times(component: str, sample: str, runs: list[list[Step]], two: dict[str
     for name in changing:
         columns = [[_time_value(component, name, step.calls[-1].arguments[name]) for step in run] for run in runs]
         rows, shape = _time_shape(component, name, first[0][name], two[name])
-        dtype = _time_dtype(first[0][name])
+        # The last step's, because some pipelines let the sample, and the time with it, change dtype after the first.
+        dtype = _time_dtype(first[-1][name])
         rules.append(_fit_time(component, name, runs, columns, dtype, rows, shape))
     if not any(rule.source == "timestep" for rule in rules):
         raise RecordingError(
@@ -178,9 +179,16 @@ def _fit_line(
     slope, offset = torch.linalg.lstsq(design, values[:, None]).solution[:, 0].tolist()
     wanted = values.to(dtype)
     closest: TimeRule | None = None
-    arithmetics = ("float64", dtype_name(dtype), "float32") if dtype.is_floating_point else ("float64", "float32")
-    # A cast to an integer moves each value by up to one, so that its line is only roughly known.
-    near = 1e-3 if dtype.is_floating_point else 1.0
+    arithmetics = (
+        "float64",
+        dtype_name(dtype) if dtype.is_floating_point else "float32",
+        "float32",
+        "bfloat16",
+        "float16",
+    )
+    # A cast to an integer or to half precision moves the values, so that their line is only roughly known.
+    rounding = torch.finfo(dtype).eps * values.abs().max().item() if dtype.is_floating_point else 1.0
+    near = max(1e-3, rounding)
     for operations in _lines(slope, offset, near):
         for arithmetic, to_integer in itertools.product(dict.fromkeys(arithmetics), ("round", "trunc")):
             rule = TimeRule(name, source, arithmetic, operations, dtype_name(dtype), to_integer, rows, shape)
@@ -188,8 +196,11 @@ def _fit_line(
             if torch.equal(got, wanted):
                 return rule
             if dtype.is_floating_point and closest is None:
-                error = (got.double() - wanted.double()).abs().max()
-                if error <= 4 * torch.finfo(dtype).eps * wanted.double().abs().max():
+                error = (got.double() - wanted.double()).abs()
+                size = wanted.double().abs()
+                # In full precision a few roundings of the largest value; in half precision one of each value.
+                allowed = 4 * size.max() if dtype.itemsize >= 4 else size
+                if bool((error <= torch.finfo(dtype).eps * allowed).all()):
                     closest = rule
     return closest
 

@@ -282,6 +282,9 @@ def _watched(
 @contextlib.contextmanager
 def _decode_caught(decoder: nn.Module, seen: Observation) -> Iterator[None]:
     own_decode = decoder.__dict__.get("decode")
+    # Pipelines cast a half-precision decoder to float32 for the length of a decode that here never ends.
+    weights = [(parameter, parameter.data) for parameter in decoder.parameters()]
+    buffers = [(m, name, b) for m in decoder.modules() for name, b in m.named_buffers(recurse=False)]
 
     def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.decoder_input = capture(z)
@@ -295,6 +298,10 @@ def _decode_caught(decoder: nn.Module, seen: Observation) -> Iterator[None]:
             del decoder.__dict__["decode"]
         else:
             decoder.decode = own_decode
+        for parameter, data in weights:
+            parameter.data = data
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)
 
 
 def _next_sample(result: Any) -> Tensor:

@@ -295,8 +295,12 @@ class Recipe:
 
 
 def network_dtype(network: nn.Module) -> torch.dtype:
-    """The dtype of the network's first floating-point parameter (float32 where it has none)."""
-    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    """The dtype of most of the network's floating-point weights: some networks keep a few in float32 (float32: none)."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,8 +167,10 @@ class Recording:
             ("initial noise", f"x{self.initial_noise_scale:g} in the network's input"),
             ("call", ", ".join(f"{k}={v!r}" for k, v in self.call.items()) or "no further arguments"),
         ]
-        with contextlib.suppress(RecordingError):
+        try:
             rows.append(("codec", self.codec.describe()))
+        except RecordingError as error:
+            rows.append(("codec", f"none, so no training on images: {error}"))
         if self.proof is not None:
             rows += [("proof", text) for text in self.proof.describe()]
         return "\n".join(f"{name:<15}{text}" for name, text in rows)

@@ -20,7 +20,7 @@ class Traits:
     layout: str = "first"  # first, last, list, five_axes
     padded: str = ""  # front, back: a constant beside the sample's channels
     in_place: bool = False
-    time: str = "batch"  # scalar, one, batch, frames, truncated, thousandth, reversed, atan
+    time: str = "batch"  # scalar, one, batch, cast, frames, truncated, thousandth, reversed, atan
     next_time: bool = False
     output: str = "same"  # same, half_negated, x0
     text: str = "fixed"  # fixed, longest, single_trimmed, mask_when_ragged, ragged_list, per_frame
@@ -98,14 +98,15 @@ class Denoiser(nn.Module):
         t = torch.as_tensor(timestep).float()
         t = t.reshape(-1).expand(batch) if t.numel() == 1 else t.reshape(batch, -1).mean(1)
         t = t if self.traits.time in ("thousandth", "reversed", "atan") else t / 1000
-        return self.time(torch.sin(t[:, None] * 3 + torch.arange(16)).to(self.time.weight.dtype))
+        angles = t[:, None] * 3 + torch.arange(16)
+        return self.time(torch.sin(angles).to(self.time.weight.dtype)).to(self.enter.weight.dtype)
 
     def _position(self, rotary: Any, ids: Tensor | None) -> Tensor:
-        total = torch.zeros((), dtype=self.time.weight.dtype)
+        total = torch.zeros((), dtype=self.enter.weight.dtype)
         for table in rotary if isinstance(rotary, list | tuple) else [rotary]:
             if table is not None:
-                total = total + (table.real if table.is_complex() else table).mean().to(self.time.weight.dtype)
-        return total if ids is None else total + ids.mean().to(self.time.weight.dtype)
+                total = total + (table.real if table.is_complex() else table).mean().to(self.enter.weight.dtype)
+        return total if ids is None else total + ids.mean().div(10).to(self.enter.weight.dtype)
 
 
 class TraitPipeline(DiffusionPipeline):
@@ -253,6 +254,8 @@ class TraitPipeline(DiffusionPipeline):
         match self.traits.time:
             case "scalar":
                 return t
+            case "cast":
+                return t.expand(batch).to(self.network.enter.weight.dtype)
             case "one":
                 return t[None] if t.dim() == 0 else t
             case "frames":
