@@ -179,13 +179,8 @@ def _fit_line(
     slope, offset = torch.linalg.lstsq(design, values[:, None]).solution[:, 0].tolist()
     wanted = values.to(dtype)
     closest: TimeRule | None = None
-    arithmetics = (
-        "float64",
-        dtype_name(dtype) if dtype.is_floating_point else "float32",
-        "float32",
-        "bfloat16",
-        "float16",
-    )
+    own = (dtype_name(dtype),) if dtype.is_floating_point else ()
+    arithmetics = ("float64", *own, "float32", "bfloat16", "float16")
     # A cast to an integer or to half precision moves the values, so that their line is only roughly known.
     rounding = torch.finfo(dtype).eps * values.abs().max().item() if dtype.is_floating_point else 1.0
     near = max(1e-3, rounding)

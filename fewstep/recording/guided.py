@@ -117,7 +117,7 @@ def switch_off(pipeline: Any, invocation: Invocation) -> tuple[dict[str, Any], s
     if sum(call.component == component for call in step.calls) == 1 and step.network_input.shape[0] == 1:
         fit_sample(component, [step])  # raises, and says what is wrong with the sample
     raise RecordingError(
-        f"{type(pipeline).__name__} calls {component} more than once per step whatever its guidance scale "
+        f"{type(pipeline).__name__} calls {component} for more than one answer per step whatever its guidance scale "
         f"({', '.join(scale_arguments(invocation)) or 'it has none'}); this cannot be recorded"
     )
 

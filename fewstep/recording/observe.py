@@ -136,8 +136,10 @@ def observe(
         _watch_scheduler(scheduler, seen, steps, replace, x0)
         for component, module in modules_of(pipeline).items():
             stack.enter_context(_watched(component, module, seen, before, stub))
-        decoder = find_decoder(pipeline) if stop_at_decode else None
+        decoder = find_decoder(pipeline)
         if decoder is not None:
+            stack.enter_context(_weights_kept(getattr(pipeline, decoder)))
+        if decoder is not None and stop_at_decode:
             stack.enter_context(_decode_caught(getattr(pipeline, decoder), seen))
         stack.enter_context(torch.no_grad())
         try:
@@ -280,11 +282,22 @@ def _watched(
 
 
 @contextlib.contextmanager
-def _decode_caught(decoder: nn.Module, seen: Observation) -> Iterator[None]:
-    own_decode = decoder.__dict__.get("decode")
-    # Pipelines cast a half-precision decoder to float32 for the length of a decode that here never ends.
+def _weights_kept(decoder: nn.Module) -> Iterator[None]:
+    """Put back a decoder's own weights: pipelines cast them to float32 for a decode that may never end here."""
     weights = [(parameter, parameter.data) for parameter in decoder.parameters()]
     buffers = [(m, name, b) for m in decoder.modules() for name, b in m.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for parameter, data in weights:
+            parameter.data = data
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)
+
+
+@contextlib.contextmanager
+def _decode_caught(decoder: nn.Module, seen: Observation) -> Iterator[None]:
+    own_decode = decoder.__dict__.get("decode")
 
     def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.decoder_input = capture(z)
@@ -298,10 +311,6 @@ def _decode_caught(decoder: nn.Module, seen: Observation) -> Iterator[None]:
             del decoder.__dict__["decode"]
         else:
             decoder.decode = own_decode
-        for parameter, data in weights:
-            parameter.data = data
-        for module, name, buffer in buffers:
-            setattr(module, name, buffer)
 
 
 def _next_sample(result: Any) -> Tensor:

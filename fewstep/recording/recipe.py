@@ -295,7 +295,7 @@ class Recipe:
 
 
 def network_dtype(network: nn.Module) -> torch.dtype:
-    """The dtype of most of the network's floating-point weights: some networks keep a few in float32 (float32: none)."""
+    """The dtype of most of the network's floating-point weights: some networks keep a few in float32."""
     sizes: dict[torch.dtype, int] = {}
     for parameter in network.parameters():
         if parameter.is_floating_point():

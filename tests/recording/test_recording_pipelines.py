@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from tiny_pipelines import TINY
 from torch import Tensor, nn
 
@@ -110,6 +110,37 @@ def tiny(request: pytest.FixtureRequest) -> tuple[str, Any, dict[str, Any]]:
 def test_tiny_pipelines(tiny: tuple[str, Any, dict[str, Any]], shake: bool) -> None:
     _name, pipeline, call = tiny
     recorded_and_proved(pipeline, call, shake)
+
+
+def test_tiny_pipelines_in_bfloat16(tiny: tuple[str, Any, dict[str, Any]]) -> None:
+    _name, pipeline, call = tiny
+    recording = record(pipeline.to(torch.bfloat16), **call)
+    assert 1e-5 < recording.prove().worst() <= 2e-2 and recording.dtype == torch.bfloat16
+    images = recording.decode(recording.encode(recording.decode(torch.randn(1, *recording.sample_shape))))
+    assert images.isfinite().all()
+
+
+class _CastsItsDecoder(StableDiffusionPipeline):
+    """Decodes in float32, as pipelines do whose autoencoder overflows in half precision."""
+
+    def __call__(self, prompt: str | list[str], num_inference_steps: int = 50, output_type: str = "pil") -> Any:
+        def cast(_pipeline: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+            self.vae.float()
+            return {}
+
+        kwargs = {"num_inference_steps": num_inference_steps, "output_type": output_type, "guidance_scale": 1.0}
+        result = super().__call__(prompt, callback_on_step_end=cast, **kwargs)
+        self.vae.half()
+        return result
+
+
+def test_a_decoder_that_is_cast_for_the_decode_is_cast_back() -> None:
+    build, call = TINY["stable_diffusion"]
+    pipeline = _CastsItsDecoder(**build().components, requires_safety_checker=False)
+    pipeline.vae.half()
+    recording = record(pipeline, **call)
+    assert recording.codec.decoder == "vae"
+    assert all(p.dtype == torch.float16 for p in pipeline.vae.parameters())
 
 
 def test_tiny_images_go_in_and_out(tiny: tuple[str, Any, dict[str, Any]]) -> None:

@@ -54,7 +54,7 @@ def test_control_networks() -> None:
 
 def test_further_guidance() -> None:
     pipeline = StableDiffusionPAGPipeline(**_parts(tiny_stable_diffusion()), pag_applied_layers=["mid"])
-    refused(pipeline, "more than once per step|answers per sample", prompt="the cat")
+    refused(pipeline, "more than one answer per step|answers per sample", prompt="the cat")
 
 
 def test_few_step_students() -> None:
