@@ -127,13 +127,15 @@ def test_gradients_are_clipped_each_role_by_itself(tmp_path: Path):
     bound = 1e-3
     loop = run(tmp_path / "clipped", max_steps=1, max_grad_norm=bound, adam_beta1=0.5)
     free = run(tmp_path / "free", max_steps=1, max_grad_norm=0, adam_beta1=0.5)
+    loose = run(tmp_path / "loose", max_steps=1, max_grad_norm=1e6, adam_beta1=0.5)
     for name in ("student", "critic"):
         # After one step AdamW's first moment is (1 - beta1) times the gradient that it was given.
-        given, whole = (
+        given, whole, untouched = (
             torch.cat([state["exp_avg"].flatten() for state in run_.optimizers[name].adamw.state.values()]) / 0.5
-            for run_ in (loop, free)
+            for run_ in (loop, free, loose)
         )
         assert given.norm().item() == pytest.approx(bound, rel=1e-3)
+        assert torch.equal(untouched, whole)
         torch.testing.assert_close(given / given.norm(), whole / whole.norm(), rtol=1e-4, atol=1e-6)
         assert rows(tmp_path / "clipped")[0][f"{name}/gradient_norm"] == pytest.approx(whole.norm().item(), rel=1e-5)
 

@@ -106,7 +106,7 @@ class TinyMethod:
         ema: whether there is an average of the student.
         seed: of the initial weights.
         renew: the step before whose turns the critic starts over like the student.
-        poison: (role, step) whose gradient is not a number.
+        poison: (role, step) from which on the role's gradients are not numbers.
         lr: of both roles.
     """
 
@@ -159,4 +159,5 @@ class TinyMethod:
         return add_noise(x0, noise, self.schedule.coefficients(t)), t
 
     def spoiler(self, role: str, step: int) -> float:
-        return float("nan") if (role, step) == self.poison else 1.0
+        poisoned = self.poison is not None and role == self.poison[0] and step >= self.poison[1]
+        return float("nan") if poisoned else 1.0

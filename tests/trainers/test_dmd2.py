@@ -85,13 +85,16 @@ def test_the_critic_learns_from_the_sample_that_the_student_was_judged_by(tmp_pa
             assert torch.equal(next(samples)[1], x0)
 
 
-def test_without_a_students_turn_no_graph_of_the_student_is_built(tmp_path: Path):
+def test_a_graph_of_the_student_is_built_for_its_own_turn_and_its_last_call_only(tmp_path: Path):
     method = vector_method(config(tmp_path, critic_updates=5))
-    turns = list(method.turns(1, batch(1, range(4))))
-    assert [turn.role for turn in turns] == ["critic"]
-    loss = turns[0].backward[0][0]
-    student = torch.autograd.grad(loss, method.roles["student"].parameters(), allow_unused=True)
-    assert all(gradient is None for gradient in student)
+    graphs: list[bool] = []
+    method.roles["student"].denoiser.network.register_forward_hook(lambda _m, _a, x0: graphs.append(x0.requires_grad))
+    for step in range(10):
+        graphs.clear()
+        turns = list(method.turns(step, batch(step, range(4))))
+        own = step % 5 == 0
+        assert [turn.role for turn in turns] == (["student"] if own else []) + ["critic"]
+        assert graphs == [False] * (len(graphs) - 1) + [own]
 
 
 def test_the_students_turn_holds_the_gradient_at_x0_and_nothing_of_teacher_or_critic(tmp_path: Path):
