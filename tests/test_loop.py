@@ -204,7 +204,9 @@ def test_a_renewed_role_survives_a_checkpoint(tmp_path: Path, stop: int):
 # --- stopping --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("role", "step", "kept"), [("student", 4, 4), ("critic", 3, 2), ("critic", 0, 0)])
+@pytest.mark.parametrize(
+    ("role", "step", "kept"), [("student", 4, 4), ("critic", 4, 4), ("critic", 3, 2), ("critic", 0, 0)]
+)
 def test_a_gradient_that_is_not_finite_stops_the_run_and_spoils_nothing(
     tmp_path: Path, role: str, step: int, kept: int
 ):
