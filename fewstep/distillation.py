@@ -84,6 +84,10 @@ class Distillation:
         self.pipeline.to(self.device)
         self.recording = record(self.pipeline, **_teacher_call(config))
         self.recording.prove()
+        if self.recording.recipe.needs_next:
+            raise UserError(
+                "this teacher's network is told the next time too, and no method here trains such a student yet"
+            )
         self.plan = plan_student(
             self.recording,
             config.steps,

@@ -34,6 +34,7 @@ class NetworkCall:
 class Step:
     """One `scheduler.step`: the network calls since the previous one, and what the scheduler was given and returned.
 
+    `integer`: the scheduler counts its timesteps in integers.
     `scaled` is the last result of `scheduler.scale_model_input`, None where the pipeline did not call it; `sigma` the
     scheduler's own entry of `sigmas` for this step, where it has such a list; `x0` its clean sample, where asked for.
     """
@@ -41,6 +42,7 @@ class Step:
     calls: list[NetworkCall]
     model_output: Tensor
     timestep: float
+    integer: bool
     sample: Tensor
     scaled: Tensor | None
     result: Tensor | None = None
@@ -203,6 +205,7 @@ def _watch_scheduler(
             calls=list(seen.pending),
             model_output=capture(model_output),
             timestep=float(timestep),
+            integer=not (timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, float)),
             sample=capture(sample),
             scaled=scaled[-1] if scaled else None,
         )

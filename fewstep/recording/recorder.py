@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from fewstep.recording.guided import embedded_paths, record_guided, switch_off, 
 from fewstep.recording.invocation import Invocation, read_invocation
 from fewstep.recording.observe import Step, Stub, find_scheduler, modules_of, observe
 from fewstep.recording.pieces import mark_arguments, without_sample
-from fewstep.recording.recipe import Recipe, dtype_name, network_dtype
+from fewstep.recording.recipe import Recipe, TimeRule, dtype_name, network_dtype
 from fewstep.recording.recording import Recording
 from fewstep.recording.shake import shaken
-from fewstep.schedule import FlowSchedule, NoiseSchedule, from_scheduler
+from fewstep.schedule import FlowSchedule, NoiseSchedule, TableSchedule, from_scheduler
 
 # Two step counts, because on an even grid one count cannot tell the time from the next time. The network runs in every
 # step of the short run and in a few of the long one, which shows many times, and some near 0, at no cost.
@@ -55,6 +56,8 @@ def record(pipeline: Any, **call: Any) -> Recording:
     two = _two_samples(pipeline, invocation, off, component)
     sample = fit_sample(component, [step for run in runs for step in run])
     times = fit_times(component, sample.argument, runs, two)
+    if not isinstance(schedule, TableSchedule):
+        times = tuple(_unrounded(rule, runs[0][0].integer) for rule in times)
     steps = _live_steps(runs)
     if any(step.model_output.abs().max() == 0 for step in steps):
         # Layers that are still zero hide the output's sign and half.
@@ -188,3 +191,15 @@ def _initial_noise_scale(pipeline: Any, invocation: Invocation, off: dict[str, A
     step = observe(pipeline, call, steps=1, stub=stub, set_up=schedulers.append).steps[0]
     ratio = step.network_input.double().norm() / step.sample.double().norm()
     return float(getattr(schedulers[0], "init_noise_sigma", 1.0)) * float(ratio)
+
+
+def _unrounded(rule: TimeRule, scheduler_rounds: bool) -> TimeRule:
+    """The rule of a continuous family, without the integers of this one scheduler.
+
+    Some schedulers (UniPC with flow sigmas) truncate 1000 sigma to an integer; the network knows all times between, and
+    a student under another scheduler is fed them. A pipeline that truncates by itself does so under any scheduler.
+    """
+    if not scheduler_rounds or getattr(torch, rule.dtype).is_floating_point:
+        return rule
+    arithmetic = rule.arithmetic if getattr(torch, rule.arithmetic).is_floating_point else "float32"
+    return replace(rule, dtype="float32", arithmetic=arithmetic)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import LCMScheduler
+from toy_models import ToyExtractor, tiny_dit
+
 from fewstep.eval.features import Reference
 from fewstep.eval.frechet import feature_statistics
 from fewstep.eval.judge import Judge
-from toy_models import ToyExtractor, tiny_dit
 
 
 @pytest.fixture

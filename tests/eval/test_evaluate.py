@@ -5,13 +5,13 @@ import json
 import shutil
 
 import pytest
-from fewstep.eval import Model, Report, evaluate, rows, sample
-from fewstep.eval.judge import Judge
 from PIL import Image
 from toy_models import tiny_ddim, tiny_flow, tiny_video
 
 import fewstep
 from fewstep.errors import UserError
+from fewstep.eval import Model, Report, evaluate, rows, sample
+from fewstep.eval.judge import Judge
 from fewstep.fashion import TEACHERS
 
 OPTIONS = {

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from toy_models import tiny_ddim, tiny_dit, tiny_flow
+
 from fewstep.eval.generate import (
     Conditions,
     NonFiniteImagesError,
@@ -15,7 +17,6 @@ from fewstep.eval.generate import (
     sample_generator,
     to_uint8,
 )
-from toy_models import tiny_ddim, tiny_dit, tiny_flow
 
 LABELS = Conditions("label", (3, 1, 4), (3, 1, 4))
 PROMPTS = Conditions("prompt", ("a", "much longer words"))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from fewstep.eval.grid import GAP, GridRow, contact_sheet, draw_grid, tile, to_pil
 
 

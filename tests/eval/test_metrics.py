@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fewstep.eval.features import Reference, to_grey
 from fewstep.eval.frechet import feature_statistics, frechet_distance
 from fewstep.eval.metrics import agreement, diversity, frechet, manifold_radii, precision_recall, within_class_spread

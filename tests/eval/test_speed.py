@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fewstep.eval import speed
 from toy_models import tiny_ddim
+
+from fewstep.eval import speed
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from diffusers import (
 )
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
 from fewstep.eval.features import Features, to_grey
 
 

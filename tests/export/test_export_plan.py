@@ -168,7 +168,6 @@ def test_resolution_dependent_shift_is_evaluated_at_the_recorded_call(kind):
     assert "recorded size" in plan.note
 
 
-@pytest.mark.xfail(reason="the recipe truncates the flow times that stock pipelines feed as floats", strict=False)
 def test_shift_of_a_multistep_flow_teacher():
     pipeline = tiny_flow()
     pipeline.scheduler = UniPCMultistepScheduler(

