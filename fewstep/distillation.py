@@ -86,7 +86,7 @@ class Distillation:
         self.recording.prove()
         if self.recording.recipe.needs_next:
             raise UserError(
-                "this teacher's network is told the next time too, and no method here trains such a student yet"
+                "this teacher's network is told the next time too, which no method here can train yet"
             )
         self.plan = plan_student(
             self.recording,
