@@ -89,7 +89,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
     refused(capsys, main([word.replace("OUT", str(tmp_path / "out")) for word in words]), *expected)
 
 
-def test_what_the_recorder_refuses_is_one_line(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_recorder_refuses_is_one_line(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     refused(capsys, run("probe", teacher, "--call", '{"heigth": 8}'), "heigth")
     refused(capsys, train(teacher, tmp_path / "out", "--guidance_scale", "3"), "guidance_scale")
 
