@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fewstep import checkpoint
 from fewstep.config import RunConfig, resolved
 from fewstep.data import Conditions, RealSamples, read_classes, read_images, read_prompts
 from fewstep.denoiser import Denoiser
@@ -25,6 +23,7 @@ from fewstep.export import export_student, plan_student
 from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
 from fewstep.images import save_grid
+from fewstep.initialization import initialize
 from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.monitor import Monitor, trackers
 from fewstep.recording import record
@@ -145,26 +144,9 @@ class Distillation:
         return tap
 
     def initialize(self, roles: dict[str, Role]) -> None:
-        """Take the weights of ``--init`` over: a run's roles, or the network of a pipeline folder for the student."""
-        if self.config.init is None:
-            return
-        source = Path(self.config.init)
-        if (source / "checkpoints").is_dir():
-            _, tensors = checkpoint.load_latest(source / "checkpoints")
-            for name in ("student", "critic"):
-                if name in roles and name in tensors:
-                    _load_run(roles[name], tensors[name], self._say)
-        else:
-            pipeline = load_teacher(self.config.init, self.config.trust_remote_code, flag="--init")
-            network = getattr(pipeline, self.recording.component, None)
-            if network is None:
-                raise UserError(
-                    f"--init {source} has no {self.recording.component}; it is of another family than the teacher"
-                )
-            roles["student"].load_state_dict({f"network.{k}": v for k, v in network.state_dict().items()})
-            self._say(f"the student starts from {source}; the critic starts from the teacher")
-        if "ema" in roles:
-            roles["ema"].copy_weights(roles["student"])
+        """Take the weights of ``--init`` over, where it is given: see :func:`fewstep.initialization.initialize`."""
+        if self.config.init is not None:
+            initialize(roles, self.config.init, self.recording, self._say, self.config.trust_remote_code)
 
     # --- the run ------------------------------------------------------------------------------------------------
 
@@ -306,12 +288,3 @@ def _teacher_call(config: RunConfig) -> dict[str, Any]:
         if getattr(config, name) is not None:
             call[name] = getattr(config, name)
     return call
-
-
-def _load_run(role: Role, tensors: dict[str, Tensor], say: Callable[[str], None]) -> None:
-    """Load a role of another run; a head that the other run did not train keeps its fresh weights."""
-    if "head" in role.added and not any(name.startswith("head.") for name in tensors):
-        fresh = {name: value for name, value in role.state_dict().items() if name.startswith("head.")}
-        tensors = {**tensors, **fresh}
-        say(f"the run of --init trained no GAN head; the {role.name}'s starts afresh")
-    role.load_state_dict(tensors)

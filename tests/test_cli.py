@@ -137,6 +137,20 @@ def test_init_of_another_family_is_one_line(
         refused(capsys, code, word)
 
 
+def test_init_that_predicts_something_else_is_refused(
+    text_teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights have the same shapes, so nothing else would notice."""
+    tiny_stable_diffusion("v_prediction").save_pretrained(tmp_path / "v")
+    (tmp_path / "p.txt").write_text("a cat\n")
+    prompts = ["--prompts", str(tmp_path / "p.txt")]
+    assert train(text_teacher, tmp_path / "run", *prompts) == 0
+    for init in ("run", "run/student"):
+        code = train(str(tmp_path / "v"), tmp_path / "out", *prompts, "--init", str(tmp_path / init))
+        refused(capsys, code, "predicts 'epsilon' and the teacher 'v_prediction'")
+    assert train(text_teacher, tmp_path / "second", *prompts, "--init", str(tmp_path / "run")) == 0
+
+
 def test_unknown_yaml_keys_are_errors(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.yaml").write_text("stepz: 3\n")
     refused(capsys, train(teacher, tmp_path / "out", "--config", str(tmp_path / "c.yaml")), "stepz")
