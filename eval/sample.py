@@ -35,6 +35,10 @@ def sample(
     path = Path(out)
     if path.suffix.lower() != ".png":
         raise UserError(f"samples are written as PNG: {path} must end in .png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     if num < 1:
         raise UserError(f"num must be at least 1, not {num}")
     model = _model(directory)
@@ -51,7 +55,6 @@ def sample(
         pipeline, call, conditions, range(num), seed=seed, batch_size=min(num, 16), description="samples"
     )
     images = torch.cat([batch.images for batch in batches])
-    path.parent.mkdir(parents=True, exist_ok=True)
     if images.ndim == 5:
         picture = tile(list(contact_sheet(images)))
     elif num == 1:

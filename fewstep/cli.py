@@ -56,6 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"fewstep: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        # With a number it is the system's own word about a file: no space, no permission. Others may be bugs.
+        if error.errno is None:
+            raise
+        print(f"fewstep: {error}; mend that and start again, with --resume where a run was going on", file=sys.stderr)
+        return 2
     except Interrupted:
         print("fewstep: interrupted; a checkpoint is written, --resume goes on from it", file=sys.stderr)
         return 130
