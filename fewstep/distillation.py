@@ -30,7 +30,7 @@ from fewstep.recording import record
 from fewstep.roles import Role, make_role
 from fewstep.rollout import Sampler, ode_sampler, rollout
 from fewstep.run_folder import check_folder, write_config
-from fewstep.teacher import base_model, load_teacher, teacher_license
+from fewstep.teacher import base_model, embedded_name, load_teacher, teacher_license
 
 logger = logging.getLogger("fewstep")
 
@@ -233,16 +233,16 @@ class Distillation:
         # A network that is told its guidance got it with the conditioning; what is left is a second, explicit guidance.
         if wish is not None and not report.embedded:
             return wish
-        if wish is None and self.config.teacher in TEACHERS:
-            return TEACHERS[self.config.teacher].guidance_scale
+        if wish is None and (known := embedded_name(self.config.teacher)):
+            return TEACHERS[known].guidance_scale
         if report.off_argument is None or report.argument_scale is None:
             return 1.0
         return report.argument_scale + (report.offset or 0.0)
 
     def _embedded_prompts(self) -> list[str] | None:
-        from fewstep.fashion import PROMPTS, TEACHERS
+        from fewstep.fashion import PROMPTS
 
-        return list(PROMPTS) if self.config.teacher in TEACHERS else None
+        return list(PROMPTS) if embedded_name(self.config.teacher) else None
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process and line:
