@@ -42,9 +42,11 @@ def sample(
     if num < 1:
         raise UserError(f"num must be at least 1, not {num}")
     model = _model(directory)
-    count = steps or model.steps or _embedded_steps(model)
-    if count is None or count < 1:
+    count = next((n for n in (steps, model.steps, _embedded_steps(model)) if n is not None), None)
+    if count is None:
         raise UserError(f"{directory} does not say how many steps it takes: give steps")
+    if count < 1:
+        raise UserError(f"steps must be at least 1, not {count}")
     reason = model.why_not(count)
     if reason:
         raise UserError(reason)

@@ -217,6 +217,8 @@ def _demo(words: list[str]) -> None:
     parser.add_argument("--max_steps", type=int | None, default=None, help="default: the shipped recipe's")
     parser.add_argument("--num", type=int | None, default=None, help="samples in every row of the report")
     parsed = _parse(parser, words)
+    if parsed.num is not None and parsed.num < 1:  # said now, and not after the training
+        raise UserError(f"--num must be at least 1, not {parsed.num}")
     out = Path(parsed.out or f"runs/demo-{parsed.teacher}")
     report = demo(parsed.teacher, out, steps=parsed.steps, seed=parsed.seed, max_steps=parsed.max_steps, num=parsed.num)
     print(report.table())

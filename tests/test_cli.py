@@ -83,6 +83,8 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
         (["eval", "/nowhere", "--out", "OUT", "--steps", "a"], ["--steps"]),
         (["probe", "/nowhere"], ["/nowhere"]),
         (["demo", "--teacher", "cat"], ["cat", "fashion-sd"]),
+        (["demo", "--num", "0"], ["--num"]),
+        (["sample", "fashion-sd", "--prompt", "a photo of a bag", "--steps", "0", "--out", "OUT.png"], ["steps", "0"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
