@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from accelerate.utils import is_tensorboard_available
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fewstep import checkpoint
+from fewstep.cast import initialize, make_roles
 from fewstep.config import RunConfig, resolved
 from fewstep.data import Conditions, RealSamples, read_classes, read_images, read_prompts
 from fewstep.denoiser import Denoiser
@@ -29,7 +28,7 @@ from fewstep.images import save_grid
 from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.monitor import Monitor
 from fewstep.recording import record
-from fewstep.roles import Role, make_role
+from fewstep.roles import Role
 from fewstep.rollout import Sampler, ode_sampler, rollout
 from fewstep.run_folder import check_folder, write_config
 from fewstep.teacher import base_model, load_teacher, teacher_license
@@ -115,23 +114,7 @@ class Distillation:
 
     def make_roles(self, *names: str) -> dict[str, Role]:
         """The frozen teacher, the trainable roles ``names``, and ``ema`` where the run has one."""
-        bf16 = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
-        options = {"autocast": bf16, "device": self.device}
-        # The teacher is only read, so its parameters themselves are bfloat16; trained ones stay float32.
-        roles = {
-            "teacher": make_role("teacher", self.recording, trainable=False, dtype=bf16 or torch.float32, **options)
-        }
-        for name in names:
-            roles[name] = make_role(
-                name,
-                self.recording,
-                trainable=True,
-                gradient_checkpointing=self.config.gradient_checkpointing,
-                **options,
-            )
-        if self.config.ema_decay > 0:
-            roles["ema"] = make_role("ema", self.recording, trainable=False, **options)
-        return roles
+        return make_roles(self.config, self.recording, names, self.device)
 
     def guided(self, teacher: Role) -> GuidedDenoiser:
         """The teacher under the run's guidance."""
@@ -148,25 +131,9 @@ class Distillation:
         return tap
 
     def initialize(self, roles: dict[str, Role]) -> None:
-        """Take the weights of ``--init`` over: a run's roles, or the network of a pipeline folder for the student."""
-        if self.config.init is None:
-            return
-        source = Path(self.config.init)
-        if (source / "checkpoints").is_dir():
-            _, tensors = checkpoint.load_latest(source / "checkpoints")
-            for name in ("student", "critic"):
-                if name in roles and name in tensors:
-                    _load_run(roles[name], tensors[name], self._say)
-        else:
-            network = getattr(load_teacher(self.config.init), self.recording.component, None)
-            if network is None:
-                raise UserError(
-                    f"--init {source} has no {self.recording.component}; it is of another family than the teacher"
-                )
-            roles["student"].load_state_dict({f"network.{k}": v for k, v in network.state_dict().items()})
-            self._say(f"the student starts from {source}; the critic starts from the teacher")
-        if "ema" in roles:
-            roles["ema"].copy_weights(roles["student"])
+        """Take over the weights of ``--init``, see :func:`fewstep.cast.initialize`."""
+        for line in initialize(self.config, self.recording.component, roles):
+            self._say(line)
 
     # --- the run ------------------------------------------------------------------------------------------------
 
@@ -317,11 +284,3 @@ def _trackers(report_to: str) -> list[str] | None:
         return ["tensorboard"] if is_tensorboard_available() else None
     return [name.strip() for name in report_to.split(",")]
 
-
-def _load_run(role: Role, tensors: dict[str, Tensor], say: Callable[[str], None]) -> None:
-    """Load a role of another run; a head that the other run did not train keeps its fresh weights."""
-    if "head" in role.added and not any(name.startswith("head.") for name in tensors):
-        fresh = {name: value for name, value in role.state_dict().items() if name.startswith("head.")}
-        tensors = {**tensors, **fresh}
-        say(f"the run of --init trained no GAN head; the {role.name}'s starts afresh")
-    role.load_state_dict(tensors)
