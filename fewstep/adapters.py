@@ -191,8 +191,7 @@ def _refuse(network: nn.Module, targets: tuple[str, ...], rank: int) -> None:
     if rank > min(sizes[smallest]):
         a, b = sizes[smallest]
         raise UserError(
-            f"--lora_rank {rank} is larger than a layer of {kind}: {smallest} is {a} by {b}; "
-            f"take at most {min(a, b)}"
+            f"--lora_rank {rank} is larger than a layer of {kind}: {smallest} is {a} by {b}; take at most {min(a, b)}"
         )
 
 

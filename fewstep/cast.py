@@ -18,7 +18,6 @@ from fewstep.roles import Role, make_role
 from fewstep.teacher import load_teacher
 
 
-
 def make_roles(
     config: RunConfig, recording: Recording, names: tuple[str, ...], device: torch.device
 ) -> dict[str, Role]:

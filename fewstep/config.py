@@ -104,7 +104,8 @@ class RunConfig:
         for name in (*positive, "checkpoints_total_limit"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed", "lora_rank"):
+        at_least_zero = ("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed")
+        for name in (*at_least_zero, "lora_rank"):
             if not getattr(self, name) >= 0:  # so that not-a-number is refused too
                 raise UserError(f"--{name} must not be negative, and it is {getattr(self, name)}")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):

@@ -14,6 +14,7 @@ from accelerate.utils import is_tensorboard_available
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from fewstep.adapters import AdapterRole
 from fewstep.cast import initialize, make_roles
 from fewstep.config import RunConfig, resolved
 from fewstep.data import Conditions, RealSamples, read_classes, read_images, read_prompts
@@ -21,7 +22,7 @@ from fewstep.denoiser import Denoiser
 from fewstep.discriminator import make_head
 from fewstep.draws import Draws
 from fewstep.errors import UserError
-from fewstep.export import export_student, plan_student
+from fewstep.export import export_lora, export_student, loads_lora, plan_student
 from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
 from fewstep.images import save_grid
@@ -138,7 +139,7 @@ class Distillation:
     # --- the run ------------------------------------------------------------------------------------------------
 
     def run(self) -> Path:
-        """Train, then export the student. Returns its folder."""
+        """Train, then export the student. Returns its pipeline's folder, or its LoRA's where that is all."""
         method = method_class(self.method).prepare(self.config, self)
         if self.accelerator.is_main_process:
             write_config(self.out, self.method, self.config)
@@ -165,24 +166,28 @@ class Distillation:
         finally:
             monitor.close()
             self.accelerator.end_training()
-        student = self.out / "student"
         if self.accelerator.is_main_process:
-            self.export(role, student)
+            self.export(role)
         self.accelerator.wait_for_everyone()
-        return student
+        whole = self.out / "student"
+        return whole if whole.is_dir() else self.out / "student_lora"
 
-    def export(self, role: Role, out: Path) -> None:
-        """Write a role as a stock pipeline folder."""
-        export_student(
-            self.recording,
-            role.denoiser.network,
-            self.plan,
-            out,
-            method=self.method,
-            base_model=base_model(self.config.teacher),
-            teacher_license=teacher_license(self.config.teacher),
-            training={k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
-        )
+    def export(self, role: Role) -> None:
+        """Write a role as ``OUT/student``, a stock pipeline, or an adapter as ``OUT/student_lora``, or both."""
+        about = {
+            "method": self.method,
+            "base_model": base_model(self.config.teacher),
+            "teacher_license": teacher_license(self.config.teacher),
+            "training": {k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
+        }
+        if isinstance(role, AdapterRole):
+            if loads_lora(self.recording.network):
+                export_lora(self.recording, role, self.plan, self.out / "student_lora", **about)
+                if not self.config.merge:
+                    return
+            else:
+                self._say(f"diffusers loads no LoRA into a {type(self.recording.network).__name__}: exported merged")
+        export_student(self.recording, role.stock_network(), self.plan, self.out / "student", **about)
 
     def save_samples(self, teacher: Role, student: Role, step: int) -> None:
         """``OUT/samples/step_*.png``: the teacher's samples above the student's, same noise and conditions."""
@@ -245,7 +250,7 @@ def distill(teacher: str | Path | DiffusionPipeline, method: str = "dmd2", **set
         **settings: fields of the method's configuration (``out`` is required), see ``fewstep distill METHOD --help``.
 
     Returns:
-        The student's folder, a stock diffusers pipeline.
+        The student's folder, a stock diffusers pipeline; with ``lora_rank`` and no ``merge`` that of its LoRA.
 
     Raises:
         UserError: for everything that a user can mend.
@@ -283,4 +288,3 @@ def _trackers(report_to: str) -> list[str] | None:
     if report_to == "auto":
         return ["tensorboard"] if is_tensorboard_available() else None
     return [name.strip() for name in report_to.split(",")]
-
