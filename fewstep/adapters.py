@@ -9,6 +9,7 @@ closure enters the role of its first run.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -73,8 +74,9 @@ class Backbone:
         """
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets))
         asked = {parameter: parameter.requires_grad for parameter in self.network.parameters()}
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(seed)
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
             inject_adapter_in_model(config, self.network, adapter_name=name)
         self._layers = [module for module in self.network.modules() if isinstance(module, LoraLayer)]
         for parameter, wanted in asked.items():  # PEFT switched the earlier adapters off
