@@ -4,16 +4,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import pytest
 import tiny_pipelines
 import torch
 from torch import Tensor, nn
+from toys import adapter_role
 
 from fewstep.adapters import AdapterRole, Backbone, attention_linears
 from fewstep.config import RunConfig
-from fewstep.denoiser import NetworkDenoiser
 from fewstep.discriminator import make_head
 from fewstep.draws import Draws
 from fewstep.errors import UserError
@@ -33,24 +32,6 @@ def recording(request: pytest.FixtureRequest) -> Iterator[Recording]:
     recorded = record(FAMILIES[request.param]())
     with shaken(recorded.network):
         yield recorded
-
-
-def adapter_role(name: str, backbone: Backbone, recording: Recording, *, trainable: bool = True) -> AdapterRole:
-    """A role whose adapter does something: its second factor is not zero."""
-    adapter = None
-    if name != "teacher":
-        adapter = backbone.add(name, trainable=trainable, seed=0)
-        generator = torch.Generator().manual_seed(sum(map(ord, name)))
-        for parameter in adapter.parameters():
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-    denoiser = NetworkDenoiser(
-        backbone.network,
-        recording.recipe,
-        recording.schedule,
-        recording.prediction_type,
-        playing=partial(backbone.playing, None if name == "teacher" else name),
-    )
-    return AdapterRole(name, backbone, denoiser, adapter)
 
 
 @dataclass
@@ -268,7 +249,7 @@ def fastest(action: Callable[[], None]) -> float:
     return min(durations)
 
 
-def test_compiled_there_is_one_graph_for_a_role_and_none_after(recording: Recording):
+def test_compiled_there_is_one_graph_for_a_role_and_none_after():
     import torch._dynamo
 
     graphs = []
@@ -277,15 +258,29 @@ def test_compiled_there_is_one_graph_for_a_role_and_none_after(recording: Record
         graphs.append(module)
         return module.forward
 
-    p = players(recording, separate=False, dtype=torch.float32)
-    eager = {name: p.roles[name](p.x_t, p.t, p.conditioning) for name in NAMES}
-    torch._dynamo.reset()
-    p.roles["student"].denoiser.network.compile(backend=count)
-    with torch.no_grad():
-        for name in (*NAMES, *NAMES, "critic", "student", "teacher"):
-            assert torch.equal(p.roles[name](p.x_t, p.t, p.conditioning), eager[name])
-    torch._dynamo.reset()
+    recorded = record(tiny_pipelines.tiny_flow())
+    with shaken(recorded.network):
+        p = players(recorded, separate=False, dtype=torch.float32)
+        eager = {name: p.roles[name](p.x_t, p.t, p.conditioning) for name in NAMES}
+        torch._dynamo.reset()
+        p.roles["student"].denoiser.network.compile(backend=count)
+        with torch.no_grad():
+            for name in (*NAMES, *NAMES, "critic", "student", "teacher"):
+                assert torch.equal(p.roles[name](p.x_t, p.t, p.conditioning), eager[name])
     assert len(graphs) == len(NAMES)
+
+
+def test_compiled_and_checkpointed_the_gradients_are_the_same():
+    import torch._dynamo
+
+    recorded = record(tiny_pipelines.tiny_flow())
+    with shaken(recorded.network):
+        expected = gradients(players(recorded, separate=True, dtype=torch.float32), *SHAPES["sid"])
+        p = players(recorded, separate=False, dtype=torch.float32, gradient_checkpointing=True)
+        torch._dynamo.reset()
+        p.roles["student"].denoiser.network.compile(backend="aot_eager")
+        found = gradients(p, *SHAPES["sid"])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 # --- dtypes, states, sizes --------------------------------------------------------------------------------------------
