@@ -194,9 +194,7 @@ def test_a_students_update_leaves_critic_and_base_as_they_were(recording: Record
     optimizer = RoleOptimizer(student, RunConfig(teacher="t", out="o"), lr=1e-2)
     gradients(p, gan, "student")
     optimizer.update(0)
-    moved = {
-        key for key, value in student.denoiser.network.state_dict().items() if not torch.equal(value, before[key])
-    }
+    moved = {key for key, value in student.denoiser.network.state_dict().items() if not torch.equal(value, before[key])}
     assert moved and all(".student." in key for key in moved)
 
 
@@ -344,7 +342,8 @@ def test_the_average_is_an_adapter_that_moves_by_its_decay(recording: Recording)
 
 
 def test_a_rank_larger_than_a_layer_is_one_line_that_names_it(recording: Recording):
-    with pytest.raises(UserError, match=r"--lora_rank 64 is larger than a layer of \w+: .* take at most \d+$") as caught:
+    text = r"--lora_rank 64 is larger than a layer of \w+: .* take at most \d+$"
+    with pytest.raises(UserError, match=text) as caught:
         Backbone(recording.network, 64, 64)
     assert "\n" not in str(caught.value)
     Backbone(recording.network, int(str(caught.value).rpartition(" ")[2]), 1)

@@ -14,7 +14,7 @@ from toys import adapter_role
 
 import fewstep
 from fewstep.adapters import Backbone
-from fewstep.export import ExportError, apply, export_lora, export_student, load, lora, loads_lora, plan_student
+from fewstep.export import ExportError, apply, export_lora, export_student, load, loads_lora, lora, plan_student
 from fewstep.export.apply import LORA_FILE
 
 
