@@ -38,8 +38,7 @@ class Backbone:
         gradient_checkpointing: recompute activations in the backward pass.
 
     Raises:
-        UserError: there is no layer to adapt, or one that is smaller than the rank.
-        ValueError: gradient checkpointing is asked of a network that cannot do it.
+        UserError: there is no layer to adapt, one that is smaller than the rank, or no gradient checkpointing.
     """
 
     def __init__(

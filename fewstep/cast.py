@@ -95,7 +95,7 @@ def initialize(config: RunConfig, component: str, roles: dict[str, Role]) -> lis
             if name in roles and name in tensors:
                 said += _load_run(roles[name], tensors[name], source)
     else:
-        network = getattr(load_teacher(config.init), component, None)
+        network = getattr(load_teacher(config.init, config.trust_remote_code, flag="--init"), component, None)
         if network is None:
             raise UserError(f"--init {source} has no {component}; it is of another family than the teacher")
         if isinstance(roles["student"], AdapterRole):
@@ -123,8 +123,5 @@ def _load_run(role: Role, tensors: dict[str, Tensor], source: Path) -> list[str]
         fresh = {name: value for name, value in role.state_dict().items() if name.startswith("head.")}
         tensors = {**tensors, **fresh}
         said.append(f"the run of --init trained no GAN head; the {role.name}'s starts afresh")
-    try:
-        role.load_state_dict(tensors)
-    except ValueError as error:
-        raise UserError(f"--init {source}: {error}") from error
+    role.load_state_dict(tensors)
     return said

@@ -226,7 +226,10 @@ def _demo(words: list[str]) -> None:
 
 
 def _parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
-    return parser.parse_args(list(words))
+    try:
+        return parser.parse_args(list(words))
+    except UnicodeDecodeError as error:
+        raise UserError("the file of --config is not UTF-8 text") from error
 
 
 def _with_values(words: Sequence[str], switches: type | set[str]) -> list[str]:

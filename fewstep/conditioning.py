@@ -11,8 +11,7 @@ A network's keyword arguments form a tree (dicts, lists, tuples) with leaves of 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fewstep.argument_tree import (
+    Leaf,
+    SampleList,
+    brief,
+    decode,
+    describe,
+    encode,
+    joinable,
+    leaves,
+    length_of,
+    map_leaves,
+    map_paths,
+    map_plain,
+    plain,
+)
+
 FORMAT = "fewstep-conditioning-1"
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One leaf: a tensor, or a plain value. `rows` > 0: that many rows of the leading axis per sample; 0: shared."""
-
-    value: Any
-    rows: int = 0
-
-
-@dataclass(frozen=True)
-class SampleList:
-    """A list (or tuple) with `rows` entries per sample; an entry is a tensor or a plain (nested) value."""
-
-    items: tuple[Any, ...]
-    rows: int
-    is_tuple: bool = False
 
 
 class Conditioning:
@@ -52,8 +50,8 @@ class Conditioning:
     def __init__(self, tree: dict[str, Any], batch_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"a Conditioning holds at least one sample, not {batch_size}")
-        for path, node in _nodes(tree):
-            length = _length(node)
+        for path, node in leaves(tree):
+            length = length_of(node)
             if length is not None and length != node.rows * batch_size:
                 raise ValueError(
                     f"the conditioning argument {path} has {length} rows for {batch_size} samples of {node.rows} each"
@@ -71,11 +69,11 @@ class Conditioning:
 
     def describe(self) -> list[str]:
         """One text per leaf: its path, what it holds, and how it depends on the batch."""
-        return [f"{path}: {_describe(node)}" for path, node in _nodes(self.tree)]
+        return [f"{path}: {describe(node)}" for path, node in leaves(self.tree)]
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments to pass to the network (fresh containers, the tensors themselves)."""
-        return _plain(self.tree)
+        return plain(self.tree)
 
     def select(self, index: Tensor | Sequence[int]) -> Conditioning:
         """The samples of `index` (B',), in that order, repeats allowed: `select([0] * B)` expands a batch of one.
@@ -95,7 +93,7 @@ class Conditioning:
                 return SampleList(tuple(node.items[r] for r in rows), node.rows, node.is_tuple)
             return Leaf(node.value[torch.tensor(rows, device=node.value.device)], node.rows)
 
-        return Conditioning(_map(self.tree, pick), len(positions))
+        return Conditioning(map_leaves(self.tree, pick), len(positions))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         """Move every tensor to `device`; cast the real floating-point ones to `dtype`."""
@@ -110,25 +108,25 @@ class Conditioning:
 
         def apply(node: Leaf | SampleList) -> Leaf | SampleList:
             if isinstance(node, SampleList):
-                return SampleList(tuple(_map_plain(item, change) for item in node.items), node.rows, node.is_tuple)
-            return Leaf(_map_plain(node.value, change), node.rows)
+                return SampleList(tuple(map_plain(item, change) for item in node.items), node.rows, node.is_tuple)
+            return Leaf(map_plain(node.value, change), node.rows)
 
-        return Conditioning(_map(self.tree, apply), self.batch_size)
+        return Conditioning(map_leaves(self.tree, apply), self.batch_size)
 
     @staticmethod
     def mismatch(a: Conditioning, b: Conditioning) -> str | None:
         """Why `a` and `b` cannot form one batch (one phrase), or None when they can."""
-        left, right = dict(_nodes(a.tree)), dict(_nodes(b.tree))
+        left, right = dict(leaves(a.tree)), dict(leaves(b.tree))
         if left.keys() != right.keys():
             return f"only one of them has {', '.join(sorted(left.keys() ^ right.keys()))}"
         for path, one in left.items():
             other = right[path]
             if type(one) is not type(other) or one.rows != other.rows:
-                return f"{path} is {_describe(one)} in one and {_describe(other)} in the other"
+                return f"{path} is {describe(one)} in one and {describe(other)} in the other"
             if isinstance(one, SampleList):
                 continue  # lists exist because their entries may be ragged
-            if not _joinable(one, other):
-                return f"{path} is {_describe(one)} in one and {_describe(other)} in the other"
+            if not joinable(one, other):
+                return f"{path} is {describe(one)} in one and {describe(other)} in the other"
         return None
 
     @staticmethod
@@ -153,7 +151,7 @@ class Conditioning:
                 )
         if len(items) == 1:
             return items[0]
-        columns = [dict(_nodes(item.tree)) for item in items]
+        columns = [dict(leaves(item.tree)) for item in items]
 
         def join(path: str, node: Leaf | SampleList) -> Leaf | SampleList:
             parts = [column[path] for column in columns]
@@ -163,7 +161,7 @@ class Conditioning:
                 return node
             return Leaf(torch.cat([part.value for part in parts]), node.rows)
 
-        return Conditioning(_map_paths(items[0].tree, join), sum(item.batch_size for item in items))
+        return Conditioning(map_paths(items[0].tree, join), sum(item.batch_size for item in items))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; the tree's structure stands as JSON in its metadata (no pickle).
@@ -172,7 +170,7 @@ class Conditioning:
             TypeError: a leaf is neither a tensor nor a plain value that JSON can hold.
         """
         tensors: dict[str, Tensor] = {}
-        structure = _encode(self.tree, tensors)
+        structure = encode(self.tree, tensors)
         metadata = {"format": FORMAT, "batch_size": str(self.batch_size), "tree": json.dumps(structure)}
         save_file(tensors, str(path), metadata=metadata)
 
@@ -194,7 +192,7 @@ class Conditioning:
             raise ValueError(f"{path} is not a readable conditioning file ({error}); write it again") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is not a conditioning file of this version; write it again")
-        return cls(_decode(json.loads(metadata["tree"]), tensors), int(metadata["batch_size"]))
+        return cls(decode(json.loads(metadata["tree"]), tensors), int(metadata["batch_size"]))
 
 
 def mark(one: dict[str, Any], two: dict[str, Any], samples: int = 1) -> dict[str, Any]:
@@ -238,7 +236,7 @@ def _mark(one: Any, two: Any, samples: int, path: str) -> Any:
             return SampleList(tuple(one), len(one) // samples, isinstance(one, tuple))
     elif not isinstance(one, Tensor) and type(one) is type(two) and one == two:
         return Leaf(one)
-    raise ValueError(f"the argument {path} is {_brief(one)} for one sample and {_brief(two)} for two")
+    raise ValueError(f"the argument {path} is {brief(one)} for one sample and {brief(two)} for two")
 
 
 def _remark(value: Any, node: Any, path: str) -> Any:
@@ -251,115 +249,4 @@ def _remark(value: Any, node: Any, path: str) -> Any:
     is_leaf = isinstance(node, Leaf) and not isinstance(value, dict | list | tuple)
     if is_leaf and isinstance(value, Tensor) == isinstance(node.value, Tensor):
         return Leaf(value, node.rows)
-    raise ValueError(f"the argument {path} is {_brief(value)} here and was {_describe(node)} when recorded")
-
-
-def _map_paths(node: Any, change: Callable[[str, Any], Any], path: str = "") -> Any:
-    if isinstance(node, dict):
-        return {name: _map_paths(child, change, f"{path}.{name}" if path else name) for name, child in node.items()}
-    if isinstance(node, list | tuple):
-        return type(node)(_map_paths(child, change, f"{path}[{i}]") for i, child in enumerate(node))
-    return change(path, node)
-
-
-def _map(node: Any, change: Callable[[Any], Any]) -> Any:
-    return _map_paths(node, lambda _path, leaf: change(leaf))
-
-
-def _nodes(node: Any, path: str = "") -> Iterator[tuple[str, Leaf | SampleList]]:
-    if isinstance(node, dict):
-        for name, child in node.items():
-            yield from _nodes(child, f"{path}.{name}" if path else name)
-    elif isinstance(node, list | tuple):
-        for i, child in enumerate(node):
-            yield from _nodes(child, f"{path}[{i}]")
-    else:
-        yield path, node
-
-
-def _plain(node: Any) -> Any:
-    def value(leaf: Leaf | SampleList) -> Any:
-        if isinstance(leaf, SampleList):
-            return tuple(leaf.items) if leaf.is_tuple else list(leaf.items)
-        return leaf.value
-
-    return _map(node, value)
-
-
-def _map_plain(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: _map_plain(child, change) for name, child in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_map_plain(child, change) for child in value)
-    return value
-
-
-def _length(node: Leaf | SampleList) -> int | None:
-    if isinstance(node, SampleList):
-        return len(node.items)
-    return node.value.shape[0] if node.rows else None
-
-
-def _joinable(one: Leaf, other: Leaf) -> bool:
-    a, b = one.value, other.value
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return type(a) is type(b) and a == b
-    if a.dtype != b.dtype or a.shape[bool(one.rows) :] != b.shape[bool(one.rows) :]:
-        return False
-    return bool(one.rows) or torch.equal(a, b.to(a.device))
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    if isinstance(value, list | tuple) and len(value) > 3:
-        return f"a {type(value).__name__} of {len(value)}"
-    text = repr(value) if not isinstance(value, list | tuple) else f"({', '.join(_brief(v) for v in value)})"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _describe(node: Any) -> str:
-    if isinstance(node, SampleList):
-        return f"list of {len(node.items)}, {node.rows} per sample"
-    if isinstance(node, Leaf):
-        return f"{_brief(node.value)}, {f'{node.rows} rows per sample' if node.rows else 'shared'}"
-    return f"a {type(node).__name__} of {len(node)}"
-
-
-def _encode(node: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a tree or a plain value: ["kind", ...]; tensors go to `tensors` under the name that the JSON holds."""
-    if isinstance(node, Leaf):
-        return ["leaf", node.rows, _encode(node.value, tensors)]
-    if isinstance(node, SampleList):
-        return ["samples", node.rows, node.is_tuple, [_encode(item, tensors) for item in node.items]]
-    if isinstance(node, Tensor):
-        name = f"t{len(tensors)}"
-        tensors[name] = node.detach().cpu().clone().contiguous()
-        return ["tensor", name]
-    if isinstance(node, dict):
-        return ["dict", [[name, _encode(child, tensors)] for name, child in node.items()]]
-    if isinstance(node, list | tuple):
-        return ["tuple" if isinstance(node, tuple) else "list", [_encode(child, tensors) for child in node]]
-    if node is None or isinstance(node, bool | int | float | str):
-        return ["value", node]
-    if isinstance(node, torch.dtype):
-        return ["dtype", str(node).removeprefix("torch.")]
-    raise TypeError(f"a conditioning with a {type(node).__name__} cannot be saved: only tensors and plain values can")
-
-
-def _decode(code: list[Any], tensors: dict[str, Tensor]) -> Any:
-    kind, *rest = code
-    if kind == "leaf":
-        return Leaf(_decode(rest[1], tensors), rest[0])
-    if kind == "samples":
-        return SampleList(tuple(_decode(item, tensors) for item in rest[2]), rest[0], rest[1])
-    if kind == "tensor":
-        return tensors[rest[0]]
-    if kind == "dict":
-        return {name: _decode(child, tensors) for name, child in rest[0]}
-    if kind in ("list", "tuple"):
-        children = [_decode(child, tensors) for child in rest[0]]
-        return tuple(children) if kind == "tuple" else children
-    return getattr(torch, rest[0]) if kind == "dtype" else rest[0]
+    raise ValueError(f"the argument {path} is {brief(value)} here and was {describe(node)} when recorded")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -93,6 +94,9 @@ class RunConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) is None and "None" not in str(field.type):
+                raise UserError(f"--{field.name} must have a value, and it is null")
         positive = (
             "steps",
             "max_steps",
@@ -104,10 +108,8 @@ class RunConfig:
         for name in (*positive, "checkpoints_total_limit"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        at_least_zero = ("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed")
-        for name in (*at_least_zero, "lora_rank"):
-            if not getattr(self, name) >= 0:  # so that not-a-number is refused too
-                raise UserError(f"--{name} must not be negative, and it is {getattr(self, name)}")
+        self._refuse_negative("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed")
+        self._refuse_negative("lora_rank")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
@@ -123,8 +125,17 @@ class RunConfig:
         for name in ("lora_alpha", "full_critic", "merge"):
             if getattr(self, name) and not self.lora_rank:
                 raise UserError(f"--{name} belongs to adapters: give --lora_rank, or leave it out")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise UserError(f"--guidance_scale must be a number, not {self.guidance_scale}")
         if self.prompts is not None and self.classes is not None:
             raise UserError("give --prompts or --classes, not both")
+
+    def _refuse_negative(self, *names: str) -> None:
+        """Settings that must be numbers of at least 0, where they are set."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value >= 0:  # so that not-a-number is refused too
+                raise UserError(f"--{name} must not be negative, and it is {value}")
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from fewstep.conditioning import Conditioning
@@ -22,6 +23,7 @@ from fewstep.recording import Recording
 
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 _CACHE_LIMIT = 2**31  # bytes of encoded real samples kept in memory
+_MOST_CLASSES = 10**6  # a longer range is a slip of the keyboard, and its list would fill the memory
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -53,6 +55,8 @@ def read_classes(text: str) -> list[int]:
         low, dash, high = part.strip().partition("-")
         if not low.isdecimal() or (dash and not high.isdecimal()) or int(high or low) < int(low):
             raise UserError(f"--classes takes labels such as 0-9 or 1,5,7, not {text!r}")
+        if int(high or low) - int(low) >= _MOST_CLASSES:
+            raise UserError(f"--classes {text} are more than {_MOST_CLASSES:,} labels")
         labels += range(int(low), int(high or low) + 1)
     return labels
 
@@ -130,7 +134,8 @@ class RealImages:
             try:
                 picture = Image.open(self.files[index])
                 picture.load()
-            except (OSError, UnidentifiedImageError) as error:
+            # Pillow says SyntaxError and ValueError of some damaged files.
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise UserError(
                     f"{self.files[index]} is not an image that can be read; remove it from --data"
                 ) from error
@@ -169,7 +174,10 @@ def read_images(source: str) -> RealImages:
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     found = [(file, path.name) for path in classes for file in _image_files(path)]
     if found:
-        return RealImages([file for file, _ in found], [name for _, name in found])
+        names = [name for _, name in found]
+        # Folders called 0, 1, ..., 10 are labels: their alphabetical order (0, 1, 10, 2) would exchange classes.
+        captions: list = [int(name) for name in names] if all(map(str.isdecimal, names)) else names
+        return RealImages([file for file, _ in found], captions)
     if files := _image_files(folder):
         return RealImages(files, None)
     raise UserError(
@@ -182,19 +190,29 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _from_metadata(folder: Path) -> RealImages:
+    source = folder / "metadata.jsonl"
+    try:
+        # Not splitlines: a caption may hold the other characters that it takes for the end of a line.
+        lines = source.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8 text") from error
+    if lines == [""]:
+        raise UserError(f"{source} is empty")
     files: list[Path] = []
     captions: list = []
-    for number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             files.append(folder / row["file_name"])
             captions.append(row["text"] if "text" in row else int(row["label"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}/metadata.jsonl, line {number}: wants file_name and text or label") from error
+            raise UserError(f"{source}, line {number}: wants file_name and text or label") from error
+        if not isinstance(captions[-1], str if "text" in row else int):
+            raise UserError(f"{source}, line {number}: the text must be a string, not {captions[-1]!r}")
+        if type(captions[-1]) is not type(captions[0]):
+            raise UserError(f"{source}, line {number}: give every image a text, or every image a label")
         if not files[-1].is_file():
-            raise UserError(f"{folder}/metadata.jsonl, line {number}: there is no file {files[-1]}")
-    if not files:
-        raise UserError(f"{folder}/metadata.jsonl is empty")
+            raise UserError(f"{source}, line {number}: there is no file {files[-1]}")
     return RealImages(files, captions)
 
 
@@ -202,8 +220,12 @@ def _from_idx(images: Path) -> RealImages:
     labels = images.with_name(images.name.replace("images-idx3", "labels-idx1"))
     try:
         pixels, classes = read_idx(images), read_idx(labels)
-    except (OSError, EOFError, struct.error, ValueError) as error:
+    except (OSError, EOFError, struct.error, zlib.error, ValueError) as error:
         raise UserError(f"the idx files beside {images} cannot be read: {error}") from error
+    if pixels.dim() != 3 or classes.shape != pixels.shape[:1]:
+        raise UserError(
+            f"{images} and {labels.name} do not belong together: {list(pixels.shape)}, {list(classes.shape)}"
+        )
     padded = torch.nn.functional.pad(pixels, (2, 2, 2, 2)) if pixels.shape[1:] == (28, 28) else pixels
     return RealImages(padded.unsqueeze(1), classes.tolist())
 
@@ -223,7 +245,8 @@ class RealSamples:
     """Real images in the network's space, each with its condition, in a keyed order.
 
     Captions meet the teacher's kind of condition: a text is encoded as a prompt; a label k of a text-conditioned run is
-    the run's k-th prompt where their numbers agree, else the word itself; class folders count in alphabetical order.
+    the run's k-th prompt where their numbers agree, else the word itself; class folders are labels where all are called
+    by numbers, else they count in alphabetical order.
 
     Args:
         images: what was read.

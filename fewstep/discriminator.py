@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fewstep.errors import UserError
+
 
 class ConvHead(nn.Module):
     """Feature maps (B, C, H, W) or (B, C, F, H, W) to logits (B,): convolutions to a side of 4, then pooling."""
@@ -47,7 +49,7 @@ def make_head(features: Tensor, seed: int) -> ConvHead | TokenHead:
     """A head for features like these, float32 on their device, with the same weights on every process.
 
     Raises:
-        ValueError: the features are neither maps nor tokens.
+        UserError: the features are neither maps nor tokens.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -56,5 +58,5 @@ def make_head(features: Tensor, seed: int) -> ConvHead | TokenHead:
         elif features.dim() in (4, 5):
             head = ConvHead(features.shape[1], min(features.shape[-2:]), video=features.dim() == 5)
         else:
-            raise ValueError(f"features of shape {tuple(features.shape)} are neither maps nor tokens")
+            raise UserError(f"features of shape {tuple(features.shape)} are neither maps nor tokens")
     return head.to(features.device)

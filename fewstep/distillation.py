@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
 from fewstep.images import save_grid
 from fewstep.loop import Loop, Processes, sampling_role
-from fewstep.monitor import Monitor
+from fewstep.monitor import Monitor, trackers
 from fewstep.recording import record
 from fewstep.roles import Role
 from fewstep.rollout import Sampler, ode_sampler, rollout
@@ -75,7 +74,7 @@ class Distillation:
     def __init__(self, config: RunConfig, method: str, pipeline: DiffusionPipeline | None = None) -> None:
         self.config, self.method = config, method
         self.out = Path(config.out)
-        self.accelerator = Accelerator(cpu=config.cpu, log_with=_trackers(config.report_to), project_dir=config.out)
+        self.accelerator = Accelerator(cpu=config.cpu, log_with=trackers(config.report_to), project_dir=config.out)
         self.device = self.accelerator.device
         self.resuming = check_folder(self.out, method, config)
         self.accelerator.wait_for_everyone()
@@ -85,9 +84,7 @@ class Distillation:
         self.recording = record(self.pipeline, **_teacher_call(config))
         self.recording.prove()
         if self.recording.recipe.needs_next:
-            raise UserError(
-                "this teacher's network is told the next time too, and no method here trains such a student yet"
-            )
+            raise UserError("this teacher's network is told the next time too, which no method here can train yet")
         self.plan = plan_student(
             self.recording,
             config.steps,
@@ -280,11 +277,3 @@ def _teacher_call(config: RunConfig) -> dict[str, Any]:
         if getattr(config, name) is not None:
             call[name] = getattr(config, name)
     return call
-
-
-def _trackers(report_to: str) -> list[str] | None:
-    if report_to == "none":
-        return None
-    if report_to == "auto":
-        return ["tensorboard"] if is_tensorboard_available() else None
-    return [name.strip() for name in report_to.split(",")]

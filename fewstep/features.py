@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.errors import UserError
+
 
 class _Reached(Exception):  # noqa: N818 - it ends a forward pass early and is no error
     """Raised by the tap's hook; never leaves :meth:`FeatureTap.on`."""
@@ -74,26 +76,26 @@ def find_tap(network: nn.Module, run: Callable[[Tensor], Any], x: Tensor) -> Fea
         x: any sample (B, ...).
 
     Raises:
-        ValueError: the network has neither a mid block nor a list of blocks, or its image tokens cannot be told apart.
+        UserError: the network has neither a mid block nor a list of blocks, or its image tokens cannot be told apart.
     """
     if getattr(network, "mid_block", None) is not None:
         return FeatureTap("mid_block")
     lists = _lists_of_blocks(network)
     if not lists:
-        raise ValueError(f"{type(network).__name__} has no mid block and no list of blocks to tap features from")
+        raise UserError(f"{type(network).__name__} has no mid block and no list of blocks to tap features from")
     other = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     entries = {name: f"{name}.0" for name in lists}
     first, second = (_observe(network, list(entries.values()), run, sample) for sample in (x, other))
     reacting = {name: _reacting(first[e], second[e]) for name, e in entries.items() if e in first}
     reacting = {name: streams for name, streams in reacting.items() if streams}
     if not reacting:
-        raise ValueError(f"no block of {type(network).__name__} reacts to the sample; its weights are degenerate")
+        raise UserError(f"no block of {type(network).__name__} reacts to the sample; its weights are degenerate")
     longest = max(reacting, key=lambda name: len(lists[name]))
     block = f"{longest}.{max(len(lists[longest]) // 2 - 1, 0)}"
     # Where one input alone reacts to the sample, that is the image, and text has not met it yet.
     apart = [streams for streams in reacting.values() if len(streams) == 1]
     if not apart:
-        raise ValueError(f"no block of {type(network).__name__} has the image apart from the text; train without a GAN")
+        raise UserError(f"no block of {type(network).__name__} has the image apart from the text; train without a GAN")
     entry = reacting[longest]
     mixed = len(entry) != 1
     # Behind that, the image has kept its argument's name and its length.
@@ -108,7 +110,7 @@ def find_tap(network: nn.Module, run: Callable[[Tensor], Any], x: Tensor) -> Fea
     longer = [k for k, tensor in enumerate(outputs) if tensor.shape[1] > len(positions)]
     if not mixed and source is not None and longer and outputs[longer[0]].shape[1] == source.shape[1]:
         return FeatureTap(block, longer[0], tuple(positions))
-    raise ValueError(
+    raise UserError(
         f"cannot tell image tokens from text tokens in {type(network).__name__}.{block}; train without a GAN"
     )
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fewstep.conditioning import Conditioning
 from fewstep.denoiser import Denoiser
+from fewstep.errors import UserError
 
 
 def guide(positive: Tensor, negative: Tensor, guidance_scale: float | Tensor) -> Tensor:
@@ -38,12 +39,12 @@ class GuidedDenoiser:
         guidance_scale: w.
 
     Raises:
-        ValueError: a scale other than 1 without a negative conditioning.
+        UserError: a scale other than 1 without a negative conditioning.
     """
 
     def __init__(self, denoiser: Denoiser, negative: Conditioning | None, guidance_scale: float) -> None:
         if guidance_scale != 1.0 and negative is None:
-            raise ValueError(
+            raise UserError(
                 f"guidance_scale={guidance_scale} needs classifier-free guidance, which this teacher lacks; "
                 "set guidance_scale to 1"
             )

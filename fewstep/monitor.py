@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import IO
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, is_tensorboard_available
 from tqdm.auto import tqdm
+
+from fewstep.errors import UserError
 
 #: Shown beside the progress bar: the numbers that tell whether training goes well.
 _SHOWN = {
@@ -20,6 +24,27 @@ _SHOWN = {
     "student/x0_std": "std",
     "student/teacher_std": "teacher std",
 }
+
+
+def trackers(report_to: str) -> list[str] | None:
+    """The names of accelerate's trackers that ``--report_to`` asks for; None for none.
+
+    Raises:
+        UserError: accelerate knows no such tracker, or its package is not installed.
+    """
+    if report_to == "none":
+        return None
+    if report_to == "auto":
+        return ["tensorboard"] if is_tensorboard_available() else None
+    names = [name.strip() for name in report_to.split(",")]
+    known = sorted(str(kind) for kind in LoggerType if kind != LoggerType.ALL)
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--report_to {unknown[0]!r}: it is auto, none, or among {', '.join(known)}")
+    # accelerate passes over a tracker that is not installed without a word.
+    installed = {str(kind) for kind in get_available_trackers()}
+    if missing := [name for name in names if name not in installed]:
+        raise UserError(f"--report_to {missing[0]}: that tracker is not installed; install it, or leave it out")
+    return names
 
 
 class Monitor:
@@ -46,12 +71,12 @@ class Monitor:
         if not self._active or not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(errors="replace").splitlines():
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # the line that a kill cut short
+                keep = json.loads(line)["step"] <= step
+            except (ValueError, TypeError, KeyError):  # a line that a kill cut short, or that is not ours
                 continue
-            if row["step"] <= step:
+            if keep:
                 kept.append(line)
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(f"{line}\n" for line in kept))

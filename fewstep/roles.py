@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fewstep.conditioning import Conditioning
 from fewstep.denoiser import NetworkDenoiser
+from fewstep.errors import UserError
 from fewstep.recording import Recording
 
 
@@ -73,7 +74,7 @@ class Role:
         """Load what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: names or shapes do not agree.
+            UserError: names or shapes do not agree.
         """
         for prefix, module in self.modules.items():
             part = {name.removeprefix(f"{prefix}."): v for name, v in state.items() if name.startswith(f"{prefix}.")}
@@ -81,7 +82,7 @@ class Role:
                 module.load_state_dict(part)
             except RuntimeError as error:
                 reason = str(error).splitlines()[-1].strip()
-                raise ValueError(f"the weights of {self.name}.{prefix} do not fit this teacher: {reason}") from error
+                raise UserError(f"the weights of {self.name}.{prefix} do not fit this teacher: {reason}") from error
 
     def copy_weights(self, other: Role) -> None:
         """Take over the network weights of ``other``; added modules are this role's own and stay."""
@@ -110,7 +111,7 @@ def make_role(
         device: where it lives.
 
     Raises:
-        ValueError: gradient checkpointing is asked of a network that cannot do it.
+        UserError: gradient checkpointing is asked of a network that cannot do it.
     """
     # eval() for good: in train mode some networks draw from the global RNG (DiT drops labels).
     network = copy.deepcopy(recording.network).to(device).eval()
@@ -127,10 +128,10 @@ def allow_checkpointing(network: nn.Module, function: Callable[..., Any] | None 
     """Let ``network`` recompute its activations, by ``function(block, *args)`` or as diffusers does.
 
     Raises:
-        ValueError: it cannot.
+        UserError: it cannot.
     """
     if not getattr(network, "_supports_gradient_checkpointing", False):
-        raise ValueError(f"{type(network).__name__} has no gradient checkpointing; leave out --gradient_checkpointing")
+        raise UserError(f"{type(network).__name__} has no gradient checkpointing; leave out --gradient_checkpointing")
     network.enable_gradient_checkpointing(function)
 
 

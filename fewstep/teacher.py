@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
+from yaml import YAMLError
 
 from fewstep.errors import UserError
+from fewstep.export.card import license_fields, teacher_license_of
 
 
-def load_teacher(name: str, trust_remote_code: bool = False) -> DiffusionPipeline:
+def load_teacher(name: str, trust_remote_code: bool = False, flag: str = "--teacher") -> DiffusionPipeline:
     """The float32 pipeline of a folder, a hub id, or an embedded teacher (``fashion-sd``, ``fashion-flow``).
+
+    Args:
+        name: of these.
+        trust_remote_code: let it run code from its own folder.
+        flag: which setting named it, for messages.
 
     Raises:
         UserError: there is no such thing, it is not a pipeline, or it needs code that the user did not allow.
@@ -22,14 +28,14 @@ def load_teacher(name: str, trust_remote_code: bool = False) -> DiffusionPipelin
     path = teacher_folder(name)
     if path is not None and not (path / "model_index.json").is_file():
         what = "does not exist" if not path.exists() else "is not a diffusers pipeline: it has no model_index.json"
-        raise UserError(f"--teacher {name} {what}")
+        raise UserError(f"{flag} {name} {what}")
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             path or name, torch_dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, AttributeError, json.JSONDecodeError, ImportError) as error:
+    except Exception as error:  # each library that reads a part of the folder has exceptions of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--teacher {name} cannot be loaded as a diffusers pipeline: {reason}") from error
+        raise UserError(f"{flag} {name} cannot be loaded as a diffusers pipeline: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -52,11 +58,12 @@ def base_model(name: str) -> str:
     return name if name in TEACHERS or teacher_folder(name) is None else Path(name).resolve().name
 
 
-def teacher_license(name: str) -> str | None:
-    """The licence in the front matter of the teacher's model card, None where there is no card or it names none."""
+def teacher_license(name: str) -> dict[str, str]:
+    """The licence fields of the teacher's model card; empty where there is no card, or it names no licence."""
     folder = teacher_folder(name)
+    if folder is not None:
+        return teacher_license_of(folder)
     try:
-        card = ModelCard.load(folder / "README.md" if folder is not None else name)
-    except (OSError, ValueError, EntryNotFoundError):
-        return None
-    return card.data.license
+        return license_fields(ModelCard.load(name).data.to_dict())
+    except (OSError, ValueError, YAMLError, EntryNotFoundError):
+        return {}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,53 @@ def test_bad_input_is_one_line_and_exit_code_2(
     words: list[str], expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(capsys, main([word.replace("OUT", str(tmp_path / "out")) for word in words]), *expected)
+
+
+def test_what_the_recorder_refuses_is_one_line(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, run("probe", teacher, "--call", '{"heigth": 8}'), "heigth")
+    refused(capsys, train(teacher, tmp_path / "out", "--guidance_scale", "3"), "guidance_scale")
+
+
+@pytest.mark.parametrize(
+    ("content", "word"), [(b"negative_prompt: caf\xe9\n", "not UTF-8"), (b"steps: null\n", "--steps")]
+)
+def test_a_config_file_that_cannot_be_used(
+    content: bytes, word: str, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_bytes(content)
+    # After the file, so that no flag overrides it.
+    words = ["--teacher", teacher, "--out", str(tmp_path / "out"), "--config", str(tmp_path / "c.yaml")]
+    refused(capsys, run("distill", "dmd2", *words), word)
+
+
+def test_trackers_that_are_unknown_or_not_installed_are_named(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--teacher", teacher, "--out", str(tmp_path / "out"), "--cpu"]
+    refused(capsys, run("distill", "dmd2", *words, "--report_to", "tensorboard,foo"), "foo", "tensorboard")
+    monkeypatch.setattr("fewstep.monitor.get_available_trackers", list)
+    refused(capsys, run("distill", "dmd2", *words, "--report_to", "wandb"), "wandb", "not installed")
+
+
+@pytest.mark.parametrize("damage", [("model_index.json", b"{}"), ("text_encoder/model.safetensors", b"xx")])
+def test_a_damaged_teacher_is_named(
+    damage: tuple[str, bytes], text_teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(text_teacher, tmp_path / "teacher")
+    (tmp_path / "teacher" / damage[0]).write_bytes(damage[1])
+    refused(capsys, run("probe", str(tmp_path / "teacher")), str(tmp_path / "teacher"), "cannot be loaded")
+
+
+def test_init_of_another_family_is_one_line(
+    teacher: str, text_teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("a cat\n")
+    assert train(teacher, tmp_path / "run") == 0
+    for init, word in ((tmp_path / "run", "do not fit"), (teacher, "do not fit"), ("/nowhere", "--init /nowhere")):
+        code = train(text_teacher, tmp_path / "o", "--prompts", str(tmp_path / "p.txt"), "--init", str(init))
+        refused(capsys, code, word)
 
 
 def test_unknown_yaml_keys_are_errors(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

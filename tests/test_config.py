@@ -4,6 +4,7 @@ import pytest
 
 from fewstep.config import RunConfig
 from fewstep.errors import UserError
+from fewstep.trainers.dmd2 import Dmd2Config
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,28 @@ def test_numbers_that_are_not_numbers_are_refused():
     for name in ("lr", "max_grad_norm", "ema_decay", "shift"):
         with pytest.raises(UserError, match=f"--{name}"):
             RunConfig(teacher="t", out="o", **{name: float("nan")})
+
+
+def test_a_setting_that_is_null_is_refused_by_name():
+    with pytest.raises(UserError, match="--steps must have a value"):
+        RunConfig(teacher="t", out="o", steps=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("critic_lr", -1.0),
+        ("critic_lr", float("nan")),
+        ("normalizer_min", -1.0),
+        ("gan_weight", -1.0),
+        ("gan_critic_weight", -1.0),
+        ("time_shift", 0.0),
+        ("time_shift", -3.0),
+    ],
+)
+def test_settings_of_dmd2_that_cannot_work_are_refused_by_name(name: str, value: float):
+    with pytest.raises(UserError, match=f"--{name}"):
+        Dmd2Config(teacher="t", out="o", **{name: value})
 
 
 def test_prompts_and_classes_exclude_each_other():

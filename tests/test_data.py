@@ -64,6 +64,11 @@ def test_classes_of_another_form_are_refused(text: str):
         read_classes(text)
 
 
+def test_a_range_that_would_fill_the_memory_is_refused():
+    with pytest.raises(UserError, match="more than 1,000,000 labels"):
+        read_classes("0-99999999999")
+
+
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
@@ -92,13 +97,31 @@ def test_metadata_gives_texts_or_labels(tmp_path: Path):
         ("[]", "line 1"),
         ('{"file_name": "0.png"}', "text or label"),
         ("", "empty"),
+        ('{"file_name": "0.png", "text": null}', "line 1: the text must be a string, not None"),
+        ('{"file_name": "0.png", "text": ["x"]}', "the text must be a string"),
+        ('{"file_name": "0.png", "text": "x"}\n{"file_name": "0.png", "label": 1}', "line 2: give every image a text"),
+        ('{"file_name": "0.png", "text": "\xe9"}', "not UTF-8"),
     ],
 )
 def test_metadata_that_cannot_be_used_is_refused_by_line(tmp_path: Path, line: str, message: str):
     picture(tmp_path / "0.png", 0)
-    (tmp_path / "metadata.jsonl").write_text(line)
+    (tmp_path / "metadata.jsonl").write_text(line, encoding="latin-1")
     with pytest.raises(UserError, match=message):
         read_images(str(tmp_path))
+
+
+def test_a_caption_may_hold_other_ends_of_lines(tmp_path: Path):
+    picture(tmp_path / "0.png", 0)
+    row = {"file_name": "0.png", "text": "one\u2028two"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_images(str(tmp_path)).captions == ["one\u2028two"]
+
+
+def test_class_folders_called_by_numbers_are_those_labels(tmp_path: Path):
+    for label in (2, 10):
+        picture(tmp_path / str(label) / "0.png", label)
+    images = read_images(str(tmp_path))
+    assert dict(zip(images.captions, [file.parent.name for file in images.files])) == {2: "2", 10: "10"}
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -119,6 +142,18 @@ def test_a_truncated_idx_file_is_refused(tmp_path: Path):
     (tmp_path / "train-images-idx3-ubyte").write_bytes(data[:-1])
     with pytest.raises(ValueError, match="truncated"):
         read_idx(tmp_path / "train-images-idx3-ubyte")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_images(str(tmp_path))
+
+
+def test_idx_files_that_do_not_belong_together_or_are_damaged_are_refused(tmp_path: Path):
+    idx(tmp_path / "train-images-idx3-ubyte.gz", torch.randint(0, 255, (2, 28, 28)).to(torch.uint8))
+    idx(tmp_path / "train-labels-idx1-ubyte.gz", torch.tensor([3], dtype=torch.uint8))
+    with pytest.raises(UserError, match=r"do not belong together: \[2, 28, 28\], \[1\]"):
+        read_images(str(tmp_path))
+    data = bytearray((tmp_path / "train-images-idx3-ubyte.gz").read_bytes())
+    data[60:90] = b"\xff" * 30
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(data)
     with pytest.raises(UserError, match="cannot be read"):
         read_images(str(tmp_path))
 

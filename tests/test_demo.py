@@ -1,4 +1,4 @@
-"""The README's main path in short: the demo, and the Python that follows it, word for word but for sizes and folders."""
+"""The README's main path in short: the demo, and the Python that follows it, word for word but for sizes and paths."""
 
 import json
 import re

@@ -60,12 +60,15 @@ class Dmd2Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._refuse_negative("critic_lr", "normalizer_min", "gan_weight", "gan_critic_weight")
         if self.critic_updates < 1:
             raise UserError(f"--critic_updates must be at least 1, not {self.critic_updates}")
         if not 0 < self.time_min < self.time_max <= 1:
             raise UserError(
                 f"--time_min and --time_max must satisfy 0 < min < max <= 1, not {self.time_min}, {self.time_max}"
             )
+        if self.time_shift is not None and not self.time_shift > 0:
+            raise UserError(f"--time_shift must be positive, not {self.time_shift}")
         if self.gan_weight > 0 and self.data is None:
             raise UserError("--gan_weight needs real images: give --data, or leave the GAN out")
 

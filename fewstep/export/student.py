@@ -49,7 +49,7 @@ def export_student(
         out: the folder.
         method: the method's name, for the card.
         base_model: the teacher's hub id or folder; of a folder only the name is published.
-        teacher_license: of the teacher; None: read from its own card where that lies beside it.
+        teacher_license: of the teacher; None or empty: read from its own card where that lies beside it.
         metrics: name -> number, or row -> {name -> number}.
         training: what else ``fewstep.json`` shall say of the training; what JSON cannot hold is written as text.
 
@@ -180,7 +180,7 @@ def _publish_no_paths(folder: Path, base_model: str) -> None:
 
 def license_of(recording: Recording, base_model: str, given: str | Mapping[str, str] | None) -> dict[str, str]:
     """The licence fields of a card: the given ones, or those of the teacher's own card where that can be found."""
-    if given is not None:
+    if given:
         return {"license": given} if isinstance(given, str) else dict(given)
     source = recording.pipeline.config.get("_name_or_path") or ""
     return teacher_license_of(base_model) or teacher_license_of(source)

@@ -1,5 +1,7 @@
 """The one error of the recorder."""
 
+from fewstep.errors import UserError
 
-class RecordingError(ValueError):
+
+class RecordingError(UserError):
     """A pipeline that cannot be recorded: one line that says what was seen and what to do."""

@@ -34,9 +34,8 @@ class NetworkCall:
 class Step:
     """One `scheduler.step`: the network calls since the previous one, and what the scheduler was given and returned.
 
-    `integer`: the scheduler counts its timesteps in integers.
-    `scaled` is the last result of `scheduler.scale_model_input`, None where the pipeline did not call it; `sigma` the
-    scheduler's own entry of `sigmas` for this step, where it has such a list; `x0` its clean sample, where asked for.
+    `integer`: the scheduler counts its timesteps in integers; `scaled`: the last `scale_model_input`, None
+    where that was not called; `sigma`: its entry of `sigmas` for this step; `x0`: its clean sample, where asked for.
     """
 
     calls: list[NetworkCall]

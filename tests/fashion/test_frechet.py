@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fewstep.eval.frechet import feature_statistics, frechet_distance
 
 
