@@ -177,7 +177,7 @@ def _own_global_rng(seed: int) -> Iterator[None]:
     """A fixed global RNG inside, the caller's own again outside: what still draws from it is at least repeatable."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**63)
         yield
 
 
@@ -187,7 +187,7 @@ def run_pipeline(
     """One call of the pipeline for the samples `indices`.
 
     call: the pipeline's keyword arguments; the condition, generators and output type are added here.
-    Raises NonFiniteImagesError when the result holds NaN or infinity.
+    Raises NonFiniteImagesError when the result holds NaN or infinity, UserError when the pipeline refuses the call.
     """
     generators = [sample_generator(seed, index) for index in indices]
     arguments = dict(call)
@@ -206,7 +206,11 @@ def run_pipeline(
         count_evaluations(pipeline) as rows,
     ):
         started = time.perf_counter()
-        output = pipeline(**arguments)
+        try:
+            output = pipeline(**arguments)
+        except (IndexError, TypeError, ValueError) as error:  # a label, a size or an argument that it does not take
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{type(pipeline).__name__} cannot be run with {dict(call)}: {reason}") from error
         # "np" output lives on the host, so the device has finished when the call returns.
         seconds = time.perf_counter() - started
     images = to_uint8(output.frames if "frames" in output else output.images)

@@ -128,6 +128,8 @@ def student_model(student: str | Path | Any, name: str = "student") -> Model:
     if not isinstance(about.get("steps"), int):
         raise UserError(f"{CARD_NAME} of {student} does not say how many steps it takes; export the student again")
     counts = about.get("counts")
+    if counts is not None and not isinstance(counts, list):
+        raise UserError(f"{CARD_NAME} of {student} is damaged (counts is no list); export the student again")
     return Model(
         name=name,
         role="student",

@@ -35,12 +35,18 @@ def sample(
     path = Path(out)
     if path.suffix.lower() != ".png":
         raise UserError(f"samples are written as PNG: {path} must end in .png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     if num < 1:
         raise UserError(f"num must be at least 1, not {num}")
     model = _model(directory)
-    count = steps or model.steps or _embedded_steps(model)
-    if count is None or count < 1:
+    count = next((n for n in (steps, model.steps, _embedded_steps(model)) if n is not None), None)
+    if count is None:
         raise UserError(f"{directory} does not say how many steps it takes: give steps")
+    if count < 1:
+        raise UserError(f"steps must be at least 1, not {count}")
     reason = model.why_not(count)
     if reason:
         raise UserError(reason)
@@ -51,7 +57,6 @@ def sample(
         pipeline, call, conditions, range(num), seed=seed, batch_size=min(num, 16), description="samples"
     )
     images = torch.cat([batch.images for batch in batches])
-    path.parent.mkdir(parents=True, exist_ok=True)
     if images.ndim == 5:
         picture = tile(list(contact_sheet(images)))
     elif num == 1:

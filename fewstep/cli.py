@@ -56,6 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"fewstep: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        # With a number it is the system's own word about a file: no space, no permission. Others may be bugs.
+        if error.errno is None:
+            raise
+        print(f"fewstep: {error}; mend that and start again, with --resume where a run was going on", file=sys.stderr)
+        return 2
     except Interrupted:
         print("fewstep: interrupted; a checkpoint is written, --resume goes on from it", file=sys.stderr)
         return 130
@@ -214,6 +220,8 @@ def _demo(words: list[str]) -> None:
     parser.add_argument("--max_steps", type=int | None, default=None, help="default: the shipped recipe's")
     parser.add_argument("--num", type=int | None, default=None, help="samples in every row of the report")
     parsed = _parse(parser, words)
+    if parsed.num is not None and parsed.num < 1:  # said now, and not after the training
+        raise UserError(f"--num must be at least 1, not {parsed.num}")
     out = Path(parsed.out or f"runs/demo-{parsed.teacher}")
     report = demo(parsed.teacher, out, steps=parsed.steps, seed=parsed.seed, max_steps=parsed.max_steps, num=parsed.num)
     print(report.table())

@@ -20,7 +20,8 @@ class RunConfig:
         prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers.
         classes: class labels such as 0-9 or 1,5,7, for class-conditional teachers.
         call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
-        guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own.
+        guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own. A network
+            with embedded guidance is told this value instead, teacher and student alike.
         negative_prompt: what guidance leads away from; default the pipeline's own.
         data: real images: a folder with class sub-folders or a metadata.jsonl, a folder of idx files, or "fashion".
         init: another run's folder (its last student, critic and head) or a pipeline folder (student only).

@@ -71,7 +71,7 @@ class Conditions:
         device: where batches are put.
 
     Raises:
-        UserError: the teacher asks for conditions of the other kind, or for any at all.
+        UserError: the teacher asks for conditions of the other kind, or for any at all, or does not know a label.
     """
 
     def __init__(
@@ -90,6 +90,11 @@ class Conditions:
         self.items: list[str] | list[int] | None = list(prompts) if prompts is not None else labels and list(labels)
         self._pool = recording.condition(prompts=self.items) if kind == "prompt" else None
         if kind == "label":
+            # Beyond its table a network stops in the middle of a run, on a GPU with the whole process.
+            count = recording.label_count()
+            if beyond := [label for label in self.items if label < 0 or (count is not None and label >= count)]:
+                known = "at least 0" if count is None else f"in 0..{count - 1}"
+                raise UserError(f"this teacher's class labels are {known}, and {beyond[0]} is not")
             self._pool = recording.condition(labels=self.items)
         self._unconditional = recording.condition() if kind is None else None
         self._device = device

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fewstep.adapters import AdapterRole
-from fewstep.cast import initialize, make_roles
+from fewstep.cast import make_roles
 from fewstep.config import RunConfig, resolved
 from fewstep.data import Conditions, RealSamples, read_classes, read_images, read_prompts
 from fewstep.denoiser import Denoiser
@@ -25,13 +25,14 @@ from fewstep.export import export_lora, export_student, loads_lora, plan_student
 from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
 from fewstep.images import save_grid
+from fewstep.initialization import initialize
 from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.monitor import Monitor, trackers
 from fewstep.recording import record
 from fewstep.roles import Role
 from fewstep.rollout import Sampler, ode_sampler, rollout
 from fewstep.run_folder import check_folder, write_config
-from fewstep.teacher import base_model, load_teacher, teacher_license
+from fewstep.teacher import base_model, embedded_name, load_teacher, teacher_license
 
 logger = logging.getLogger("fewstep")
 
@@ -129,9 +130,9 @@ class Distillation:
         return tap
 
     def initialize(self, roles: dict[str, Role]) -> None:
-        """Take over the weights of ``--init``, see :func:`fewstep.cast.initialize`."""
-        for line in initialize(self.config, self.recording.component, roles):
-            self._say(line)
+        """Take the weights of ``--init`` over, where it is given: see :func:`fewstep.initialization.initialize`."""
+        if self.config.init is not None:
+            initialize(roles, self.config.init, self.recording, self._say, self.config.trust_remote_code)
 
     # --- the run ------------------------------------------------------------------------------------------------
 
@@ -222,16 +223,16 @@ class Distillation:
         # A network that is told its guidance got it with the conditioning; what is left is a second, explicit guidance.
         if wish is not None and not report.embedded:
             return wish
-        if wish is None and self.config.teacher in TEACHERS:
-            return TEACHERS[self.config.teacher].guidance_scale
+        if wish is None and (known := embedded_name(self.config.teacher)):
+            return TEACHERS[known].guidance_scale
         if report.off_argument is None or report.argument_scale is None:
             return 1.0
         return report.argument_scale + (report.offset or 0.0)
 
     def _embedded_prompts(self) -> list[str] | None:
-        from fewstep.fashion import PROMPTS, TEACHERS
+        from fewstep.fashion import PROMPTS
 
-        return list(PROMPTS) if self.config.teacher in TEACHERS else None
+        return list(PROMPTS) if embedded_name(self.config.teacher) else None
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process and line:

@@ -51,6 +51,16 @@ def teacher_folder(name: str) -> Path | None:
     return None if looks_like_hub_id and not path.exists() else path
 
 
+def embedded_name(name: str) -> str | None:
+    """The embedded teacher that a name or the path of its folder means; None for any other teacher."""
+    from fewstep.fashion import TEACHERS, teacher_path
+
+    folder = teacher_folder(name)
+    if folder is None:
+        return None
+    return next((known for known in TEACHERS if folder.resolve() == teacher_path(known).resolve()), None)
+
+
 def base_model(name: str) -> str:
     """What a model card calls the teacher: its hub id, an embedded teacher's name, or its folder's name."""
     from fewstep.fashion import TEACHERS

@@ -1,5 +1,6 @@
 """The command line's promises: one line and exit code 2 for what a user can mend, and nothing lost."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from fewstep.cli import distill_config, main
-from tests.tiny_pipelines import tiny_ddim, tiny_stable_diffusion
+from tests.tiny_pipelines import tiny_ddim, tiny_dit, tiny_stable_diffusion
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,8 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
         (["eval", "/nowhere", "--out", "OUT", "--steps", "a"], ["--steps"]),
         (["probe", "/nowhere"], ["/nowhere"]),
         (["demo", "--teacher", "cat"], ["cat", "fashion-sd"]),
+        (["demo", "--num", "0"], ["--num"]),
+        (["sample", "fashion-sd", "--prompt", "a photo of a bag", "--steps", "0", "--out", "OUT.png"], ["steps", "0"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -135,6 +138,20 @@ def test_init_of_another_family_is_one_line(
     for init, word in ((tmp_path / "run", "do not fit"), (teacher, "do not fit"), ("/nowhere", "--init /nowhere")):
         code = train(text_teacher, tmp_path / "o", "--prompts", str(tmp_path / "p.txt"), "--init", str(init))
         refused(capsys, code, word)
+
+
+def test_init_that_predicts_something_else_is_refused(
+    text_teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights have the same shapes, so nothing else would notice."""
+    tiny_stable_diffusion("v_prediction").save_pretrained(tmp_path / "v")
+    (tmp_path / "p.txt").write_text("a cat\n")
+    prompts = ["--prompts", str(tmp_path / "p.txt")]
+    assert train(text_teacher, tmp_path / "run", *prompts) == 0
+    for init in ("run", "run/student"):
+        code = train(str(tmp_path / "v"), tmp_path / "out", *prompts, "--init", str(tmp_path / init))
+        refused(capsys, code, "predicts 'epsilon' and the teacher 'v_prediction'")
+    assert train(text_teacher, tmp_path / "second", *prompts, "--init", str(tmp_path / "run")) == 0
 
 
 def test_unknown_yaml_keys_are_errors(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,6 +253,30 @@ def test_probe_sample_and_eval(teacher: str, tmp_path: Path, capsys: pytest.Capt
     assert run("eval", student, "--steps", "1,2", "--num", "4", "--out", str(tmp_path / "report")) == 0
     rows = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
     assert [(row["steps"], row["nfe"]) for row in rows] == [(1, 1), (2, 2)]
+
+
+def test_samples_that_cannot_be_made_or_written_are_one_line(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_dit().save_pretrained(tmp_path / "dit")
+    for label in ("5000", "-1"):
+        words = ["sample", str(tmp_path / "dit"), f"--class={label}", "--steps", "2", "--out", str(tmp_path / "s.png")]
+        refused(capsys, run(*words), "DiTPipeline cannot be run")
+    (tmp_path / "file").write_text("")
+    refused(
+        capsys, run("sample", teacher, "--steps", "2", "--out", str(tmp_path / "file" / "s.png")), "cannot be written"
+    )
+
+
+def test_a_full_disk_is_one_line(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fewstep.distillation.save_grid", full)
+    refused(capsys, train(teacher, tmp_path / "out"), "No space left", "--resume")
+    assert (tmp_path / "out" / "checkpoints" / "step_00000002").is_dir()
 
 
 def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_exits_130(teacher: str, tmp_path: Path) -> None:

@@ -209,6 +209,15 @@ def test_conditions_of_the_wrong_kind_are_refused(recording: Recording, given: d
         Conditions(recording, **given)
 
 
+@pytest.mark.parametrize("label", [-1, 1000, 5000])
+def test_labels_that_the_network_does_not_know_are_refused(label: int):
+    """Label 1000 is the null label of guidance behind a thousand classes."""
+    recording = record(tiny_pipelines.tiny_dit())
+    assert len(Conditions(recording, labels=[0, 999])) == 2
+    with pytest.raises(UserError, match=rf"0\.\.999, and {label} is not"):
+        Conditions(recording, labels=[0, label])
+
+
 def test_real_samples_are_encoded_images_with_the_conditions_of_their_captions(recording: Recording, tmp_path: Path):
     for k, name in enumerate(("bag", "shoe")):
         picture(tmp_path / name / "0.png", 40 + 150 * k, size=(30, 20))

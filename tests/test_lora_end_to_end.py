@@ -249,6 +249,8 @@ def test_a_second_stage_takes_over_the_adapters(prompts: str, tmp_path: Path) ->
         roles(init=str(first), full_critic=True)
     with pytest.raises(UserError, match=r"student\.adapter do not fit"):
         roles(init=str(first), lora_rank=2)
+    with pytest.raises(UserError, match="was trained with --lora_alpha 8; give this run the same"):
+        roles(init=str(first), lora_alpha=None)
     base = tmp_path / "base"
     pipeline.save_pretrained(base)
     with pytest.raises(UserError, match="is a whole network"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewstep.conditioning import Conditioning
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.fit import fit_sample
-from fewstep.recording.invocation import Invocation
+from fewstep.recording.invocation import SCALES, Invocation
 from fewstep.recording.observe import Step, Stub, observe
 from fewstep.recording.pieces import answers, equal, network_calls, same_conditioning, split_pieces, without_sample
 from fewstep.recording.recipe import Recipe
@@ -76,7 +76,7 @@ class GuidedCall:
 
 def scale_arguments(invocation: Invocation) -> list[str]:
     """The arguments of the pipeline's call that hold a guidance scale."""
-    return [name for name in invocation.parameters if name.endswith(("guidance_scale", "cfg_scale"))]
+    return [name for name in invocation.parameters if name.endswith(SCALES)]
 
 
 def unguided_step(step: Step, component: str) -> bool:

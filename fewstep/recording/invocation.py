@@ -15,6 +15,9 @@ _SUBJECTS = {"prompt": ("prompt", "a photo"), "class_labels": ("label", 0)}
 # The caller's business, not the recipe's: what is sampled, how it is returned, and how it is watched.
 _IGNORED = ("generator", "num_inference_steps", "output_type", "return_dict")
 
+#: How the arguments that hold a guidance scale end.
+SCALES = ("guidance_scale", "cfg_scale")
+
 
 @dataclass
 class Invocation:
@@ -80,6 +83,11 @@ def read_invocation(pipeline: Any, call: dict[str, Any]) -> Invocation:
                 f"{name} was given {key}: image-conditioned, editing and ControlNet pipelines cannot be distilled yet; "
                 "record the text-to-image pipeline of the same model"
             )
+    for key in [key for key in call if key.endswith(SCALES)]:
+        if call[key] is None:
+            call = {name: value for name, value in call.items() if name != key}  # as if it had not been given
+        elif isinstance(call[key], bool) or not isinstance(call[key], int | float):
+            raise RecordingError(f"{key} of {name} is a number, not {call[key]!r}; mend the call")
     for key, value in call.items():
         if key.endswith("_per_prompt") and value not in (None, 1):
             raise RecordingError(f"the recorder samples once per prompt; remove {key} from the call of {name}")

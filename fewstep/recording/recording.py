@@ -14,7 +14,7 @@ from fewstep.recording.codec import Codec, read_codec
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.guided import GuidanceReport, GuidedCall
 from fewstep.recording.invocation import Invocation
-from fewstep.recording.observe import find_scheduler, observe
+from fewstep.recording.observe import evaluating, find_scheduler, observe
 from fewstep.recording.pieces import mark_arguments, without_sample
 from fewstep.recording.proof import Proof, prove
 from fewstep.recording.recipe import Recipe, dtype_name, network_dtype
@@ -138,6 +138,38 @@ class Recording:
         """x0 (B, *sample_shape) -> images (B, C, H, W) or videos (B, C, F, H, W) in [0, 1], by its own tail."""
         return self.codec.decode(x0)
 
+    def label_count(self) -> int | None:
+        """How many class labels the network knows, the null label of its guidance apart; None where nothing shows it.
+
+        Labels are rows of an embedding table, which is found as the one that is asked for the recorded label.
+        """
+        if self.conditional != "label":
+            return None
+        tables: list[int] = []
+
+        def note(table: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if (
+                arguments
+                and not arguments[0].is_floating_point()
+                and bool((arguments[0] == self.invocation.item).all())
+            ):
+                tables.append(table.num_embeddings)
+
+        hooks = [m.register_forward_pre_hook(note) for m in self.network.modules() if isinstance(m, nn.Embedding)]
+        parameter = next(self.network.parameters())
+        x = torch.zeros(1, *self.sample_shape, dtype=parameter.dtype, device=parameter.device)
+        time = self.schedule.timestep(torch.full((1,), 0.5, dtype=torch.float64))
+        try:
+            with torch.no_grad(), evaluating(self.network):
+                self.recipe.call(self.network, x, time, Conditioning(self.marked, 1), next_timestep=time / 2)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not tables:
+            return None
+        null = [] if self._negative is None else [v for v in self._negative.arguments().values() if _is_label(v)]
+        return min(tables) - any(int(v.max()) == min(tables) - 1 for v in null)
+
     def prove(self, seed: int = 0) -> Proof:
         """Compare own calls of the network with the pipeline's on fresh samples.
 
@@ -205,3 +237,7 @@ class Recording:
             call = self.invocation.arguments([item, item], CONDITION_STEPS, **self.off)
             two = without_sample(observe(self.pipeline, call, before=self.component).pending[-1], self.recipe)
             return Conditioning(mark_arguments(self.component, arguments, two), 1)
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() > 0 and not value.is_floating_point()

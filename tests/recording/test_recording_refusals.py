@@ -57,6 +57,16 @@ def test_further_guidance() -> None:
     refused(pipeline, "more than one answer per step|answers per sample", prompt="the cat")
 
 
+@pytest.mark.parametrize("value", ["a", True, [3.0]])
+def test_a_guidance_that_is_no_number(value: Any) -> None:
+    """Else the pipeline fails guided, runs unguided, and the student would be trained without guidance."""
+    refused(tiny_stable_diffusion(), "guidance_scale of StableDiffusionPipeline is a number", guidance_scale=value)
+
+
+def test_a_guidance_of_none_is_the_pipelines_own() -> None:
+    assert record(tiny_stable_diffusion(), guidance_scale=None).guidance.argument_scale == 7.5
+
+
 def test_few_step_students() -> None:
     pipeline = tiny_stable_diffusion()
     pipeline.scheduler = LCMScheduler()
