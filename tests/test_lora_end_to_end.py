@@ -224,6 +224,9 @@ def test_interrupted_and_resumed_is_the_same_as_uninterrupted(prompts: str, tmp_
         parts = distill(pipeline, "dmd2", out=str(tmp_path / "parts"), **settings, resume=True)
     one, two = (load_file(folder / LORA_FILE) for folder in (whole, parts))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    with shaken(pipeline.unet):
+        merged = distill(pipeline, "dmd2", out=str(tmp_path / "parts"), **settings, resume=True, merge=True)
+    assert (merged / "model_index.json").is_file()  # an afterthought trains nothing again
     states = [load_latest(folder.parent / "checkpoints")[0]["files"] for folder in (whole, parts)]
     assert states[0] == states[1]
 
