@@ -21,7 +21,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_demo_ends_in_a_student_a_report_and_pictures(demo: Path) -> None:
     report = json.loads((demo / "report" / "report.json").read_text())
     shown = [(row["model"], row["steps"], row["nfe"]) for row in report["rows"]]
-    teacher = [("teacher", 1, 2), ("teacher", 2, 4), ("teacher", 4, 8), ("teacher", 25, 50)]
+    teacher = [("teacher fashion-sd", steps, 2 * steps) for steps in (1, 2, 4, 25)]
     assert shown == [*teacher, ("student", 1, 1), ("student", 2, 2), ("student", 4, 4)]
     for row in report["rows"]:
         assert {"fd_test", "agreement", "recall"} <= row["metrics"].keys()
