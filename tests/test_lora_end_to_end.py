@@ -19,6 +19,7 @@ from fewstep.checkpoint import load_latest
 from fewstep.cli import main
 from fewstep.distillation import Distillation, distill, method_class
 from fewstep.errors import UserError
+from fewstep.eval.models import student_model
 from fewstep.export.apply import LORA_FILE, apply
 from fewstep.recording.shake import shaken
 
@@ -258,6 +259,18 @@ def test_a_second_stage_takes_over_the_adapters(prompts: str, tmp_path: Path) ->
     pipeline.save_pretrained(base)
     with pytest.raises(UserError, match="is a whole network"):
         roles(init=str(base))
+
+
+def test_a_lora_is_sampled_and_evaluated_on_its_base_and_the_command_line_says_so(
+    prompts: str, tmp_path: Path, capsys
+) -> None:
+    pipeline, settings = tiny("stable_diffusion", prompts)
+    folder = distill(pipeline, "dmd2", out=str(tmp_path / "run"), **settings)
+    capsys.readouterr()
+    assert main(["sample", str(folder), "--prompt", "a", "--out", str(tmp_path / "a.png")]) == 2
+    assert "is a LoRA, and samples are made with whole pipelines" in capsys.readouterr().err
+    model = student_model(apply(pipeline, folder))
+    assert (model.steps, model.source, model.kind) == (2, None, "prompt")
 
 
 def test_the_command_line_says_what_is_wrong_in_one_line(prompts: str, tmp_path: Path, capsys) -> None:
