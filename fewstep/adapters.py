@@ -78,7 +78,7 @@ class Backbone:
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
             inject_adapter_in_model(config, self.network, adapter_name=name)
         self._layers = [module for module in self.network.modules() if isinstance(module, LoraLayer)]
-        for parameter, wanted in asked.items():  # PEFT switched the earlier adapters off
+        for parameter, wanted in asked.items():  # whatever PEFT does to earlier adapters
             parameter.requires_grad_(wanted)
         layers = {path: self.network.get_submodule(path) for path in self.targets}
         parts = {f"{path}.lora_A": layer.lora_A[name] for path, layer in layers.items()}

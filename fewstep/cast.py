@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,32 +22,50 @@ def make_roles(
     Raises:
         UserError: the network has no layer for an adapter of ``config.lora_rank``.
     """
-    bf16 = torch.bfloat16 if config.mixed_precision == "bf16" else None
-    frozen = bf16 or torch.float32  # what is only read is bfloat16 itself; what is trained stays float32
-    averaged = config.ema_decay > 0
-    options = {"autocast": bf16, "device": device}
-    trained = {"gradient_checkpointing": config.gradient_checkpointing, **options}
+    copy = _copies(config, recording, device)
+    make = _adapters(config, recording, device) if config.lora_rank else copy
+    roles = {"teacher": make("teacher", trainable=False)}
+    for name in names:
+        own = copy if name == "critic" and config.full_critic else make
+        roles[name] = own(name, trainable=True)
+    if config.ema_decay > 0:
+        roles["ema"] = make("ema", trainable=False)
+        roles["ema"].copy_weights(roles["student"])
+    return roles
 
-    def full(name: str) -> Role:
-        return make_role(name, recording, trainable=True, **trained)
 
-    if not config.lora_rank:
-        roles = {"teacher": make_role("teacher", recording, trainable=False, dtype=frozen, **options)}
-        roles |= {name: full(name) for name in names}
-        if averaged:
-            roles["ema"] = make_role("ema", recording, trainable=False, **options)
-        return roles
+def _copies(config: RunConfig, recording: Recording, device: torch.device) -> Callable[..., Role]:
+    """Makes roles that are networks of their own."""
+    bf16 = _half(config)
 
+    def make(name: str, *, trainable: bool) -> Role:
+        return make_role(
+            name,
+            recording,
+            trainable=trainable,
+            # The teacher is only read, so its parameters themselves are bfloat16; trained ones stay float32.
+            dtype=bf16 if bf16 and name == "teacher" else torch.float32,
+            autocast=bf16,
+            gradient_checkpointing=trainable and config.gradient_checkpointing,
+            device=device,
+        )
+
+    return make
+
+
+def _adapters(config: RunConfig, recording: Recording, device: torch.device) -> Callable[..., Role]:
+    """Makes roles on one backbone: the teacher is the backbone itself."""
+    bf16 = _half(config)
     backbone = Backbone(
         recording.network,
         config.lora_rank,
         config.lora_alpha or config.lora_rank,
-        dtype=frozen,
+        dtype=bf16 or torch.float32,
         device=device,
         gradient_checkpointing=config.gradient_checkpointing,
     )
 
-    def adapted(name: str, *, trainable: bool = True) -> AdapterRole:
+    def make(name: str, *, trainable: bool) -> AdapterRole:
         adapter = None if name == "teacher" else backbone.add(name, trainable=trainable, seed=config.seed)
         denoiser = NetworkDenoiser(
             backbone.network,
@@ -54,13 +73,12 @@ def make_roles(
             recording.schedule,
             recording.prediction_type,
             bf16,
-            partial(backbone.playing, None if name == "teacher" else name),
+            partial(backbone.playing, None if adapter is None else name),
         )
         return AdapterRole(name, backbone, denoiser, adapter)
 
-    adapters = {name: adapted(name) for name in names if not (name == "critic" and config.full_critic)}
-    roles = {"teacher": adapted("teacher"), **{name: adapters.get(name) or full(name) for name in names}}
-    if averaged:
-        roles["ema"] = adapted("ema", trainable=False)
-        roles["ema"].copy_weights(roles["student"])
-    return roles
+    return make
+
+
+def _half(config: RunConfig) -> torch.dtype | None:
+    return torch.bfloat16 if config.mixed_precision == "bf16" else None
