@@ -15,6 +15,7 @@ import torch
 import fewstep
 from fewstep.data import read_classes
 from fewstep.errors import UserError
+from fewstep.export.card import write_numbers
 
 from .config import QUOTABLE, EvalConfig
 from .features import FashionExtractor, fashion_reference
@@ -88,6 +89,7 @@ def evaluate(
         raise UserError("nothing could be evaluated: " + " ".join(skipped))
     report = _report(rows, list(dict.fromkeys(skipped)), plans, config, judge)
     report.save(config.out)
+    _put_on_cards(models, report)
     shown = {conditions for _, conditions in plans}
     # Column labels only where every row shows the same conditions.
     labels = plans[0][1].take(range(config.columns)) if len(shown) == 1 and plans[0][1].kind else []
@@ -95,6 +97,24 @@ def evaluate(
     grid.save(config.out / "grid.png.part", format="PNG")
     os.replace(config.out / "grid.png.part", config.out / "grid.png")
     return report
+
+
+def _put_on_cards(models: Sequence[Model], report: Report) -> None:
+    """Each student's card in a folder gets its own rows and the teacher's."""
+    teacher = [row for row in report.rows if row["role"] == "teacher"]
+    for model in models:
+        folder = Path(model.source) if model.role == "student" and model.source else None
+        own = [row for row in report.rows if row["model"] == model.name]
+        if folder is None or not own or not (folder / "README.md").is_file():
+            continue
+        rows = {
+            f"{'teacher' if row['role'] == 'teacher' else 'student'}, {in_steps(row['steps'])}": {
+                "NFE": row["nfe"],
+                **row["metrics"],
+            }
+            for row in [*teacher, *own]
+        }
+        write_numbers(folder, rows, " ".join(report.provenance()))
 
 
 def _models(students: Sequence[str | Path | Model | Any], config: EvalConfig) -> list[Model]:

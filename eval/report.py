@@ -128,9 +128,9 @@ class Report:
         kept = [c for c in range(len(columns)) if any(line[c] for line in cells)]
         return [columns[c][0] for c in kept], [[line[c] or "-" for c in kept] for line in cells]
 
-    def _sentences(self) -> list[str]:
-        sentences = self.headlines()
-        sentences.append(f"Every row: {self.num:,} samples, base seed {self.seed}; sample i has one seed in all rows.")
+    def provenance(self) -> list[str]:
+        """How the numbers were measured, in sentences."""
+        sentences = [f"Every row: {self.num:,} samples, base seed {self.seed}; sample i has one seed in all rows."]
         if self.reference:
             r = self.reference
             sentences.append(
@@ -139,6 +139,10 @@ class Report:
                 + "; ".join(f"{name} {value:.3f}" for name, value in r["floors"].items())
                 + "."
             )
+        return sentences
+
+    def _sentences(self) -> list[str]:
+        sentences = self.headlines() + self.provenance()
         timing = next((row["speed"] for row in self.rows if row.get("speed")), None)
         if timing:
             sentences.append(

@@ -112,6 +112,11 @@ class Loop:
             raise UserError(
                 f"{self.checkpoints} was written by {state['method']}, not {self.method_name}; choose another --out"
             )
+        if state["processes"] != self.processes.count:
+            raise UserError(
+                f"{self.checkpoints} was written by {state['processes']} processes, not {self.processes.count}; "
+                "start as many, or the batch is another one"
+            )
         for name, role in self.method.roles.items():
             if name in tensors:
                 role.load_state_dict(tensors[name])
@@ -154,8 +159,10 @@ class Loop:
     ) -> Turn | Renew | None:
         """Play the next turn of every micro-batch; their gradients add up in the parameters."""
         played: Turn | Renew | None = None
-        for generator in turns:
+        for micro, generator in enumerate(turns):
             turn = next(generator, None)
+            if micro and (type(turn), getattr(turn, "role", None)) != (type(played), getattr(played, "role", None)):
+                raise RuntimeError(f"micro-batches left their lockstep: {turn} after {played}")
             if isinstance(turn, Turn):
                 self._backward(turn, share)
                 for name, value in turn.log.items():
@@ -218,6 +225,7 @@ class Loop:
         tensors["unlogged"] = self._recent  # a resumed run's next line says what an undisturbed run's would
         state = {
             "method": self.method_name,
+            "processes": self.processes.count,
             "renewed_at": {name: optimizer.renewed_at for name, optimizer in self.optimizers.items()},
         }
         checkpoint.save(self.checkpoints, self.step, tensors, state, self.config.checkpoints_total_limit)

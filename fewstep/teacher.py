@@ -70,6 +70,8 @@ def base_model(name: str) -> str:
 
 def teacher_license(name: str) -> dict[str, str]:
     """The licence fields of the teacher's model card; empty where there is no card, or it names no licence."""
+    if embedded_name(name) is not None:
+        return {"license": "apache-2.0"}  # they are part of this package
     folder = teacher_folder(name)
     if folder is not None:
         return teacher_license_of(folder)

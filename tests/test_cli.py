@@ -253,6 +253,10 @@ def test_probe_sample_and_eval(teacher: str, tmp_path: Path, capsys: pytest.Capt
     assert run("eval", student, "--steps", "1,2", "--num", "4", "--out", str(tmp_path / "report")) == 0
     rows = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
     assert [(row["steps"], row["nfe"]) for row in rows] == [(1, 1), (2, 2)]
+    assert run("eval", student, "--steps", "2", "--num", "3", "--out", str(tmp_path / "report2")) == 0
+    card = (tmp_path / "out" / "student" / "README.md").read_text()
+    assert card.count("## Numbers") == 1 and "| student, 2 steps | 2 |" in card and "| student, 1 step |" not in card
+    assert card.index("## Numbers") < card.index("## Made with")
 
 
 def test_samples_that_cannot_be_made_or_written_are_one_line(

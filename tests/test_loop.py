@@ -15,7 +15,7 @@ from toys import TinyMethod, make_loop
 from fewstep import checkpoint
 from fewstep.config import RunConfig
 from fewstep.errors import UserError
-from fewstep.loop import Interrupted, Loop, sampling_role
+from fewstep.loop import Interrupted, Loop, Processes, sampling_role
 from fewstep.method import Renew, Turn
 from fewstep.roles import Role
 
@@ -259,6 +259,14 @@ def test_another_methods_checkpoint_is_refused(tmp_path: Path):
     run(tmp_path, max_steps=1)
     other = make_loop(TinyMethod(), config(tmp_path), name="other")
     with pytest.raises(UserError, match="written by tiny, not other"):
+        other.resume()
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path):
+    run(tmp_path, max_steps=1)
+    other = make_loop(TinyMethod(), config(tmp_path))
+    other.processes = Processes(rank=0, count=2)
+    with pytest.raises(UserError, match="written by 1 processes, not 2"):
         other.resume()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,23 @@ def write_card(
     )
     parts.append(f"## Made with\n\nScheduler: {note}. Prediction type: {about['prediction_type']}. {licensed}")
     return "\n\n".join(parts) + "\n"
+
+
+def write_numbers(folder: Path, rows: Mapping[str, Mapping[str, Any]], note: str) -> None:
+    """Put an evaluation's numbers on a student's card, in the place of older ones.
+
+    Args:
+        folder: the student's, with its README.md.
+        rows: row label -> {name -> number}.
+        note: how they were measured, a sentence or more.
+    """
+    path = folder / "README.md"
+    text = re.sub(r"## Numbers\n.*?(?=\n## )", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    before, title, after = text.rpartition("## Made with")
+    numbers = f"## Numbers\n\n{_table(rows)}\n\n{note}\n\n"
+    partial = path.with_suffix(".partial")
+    partial.write_text(f"{before.rstrip()}\n\n{numbers}{title}{after}", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def snippet(about: Mapping[str, Any], pipeline: Any) -> str:
