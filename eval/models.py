@@ -125,6 +125,11 @@ def student_model(student: str | Path | Any, name: str = "student") -> Model:
         path = Path(student)
         source = str(path / "student" if (path / "student" / CARD_NAME).is_file() else student)
         about = read_about(source)
+        if "lora" in about:
+            raise UserError(
+                f"{student} is a LoRA, and samples are made with whole pipelines: take the student/ of a run with "
+                "--merge, or give fewstep.evaluate what fewstep.apply(pipeline, folder) gives"
+            )
     if not isinstance(about.get("steps"), int):
         raise UserError(f"{CARD_NAME} of {student} does not say how many steps it takes; export the student again")
     counts = about.get("counts")

@@ -4,6 +4,7 @@ import fewstep
 
 folder = fewstep.distill("fashion-sd", method="dmd2", steps=4, out="runs/mine")   # train and export a student
 pipeline = fewstep.load(folder)                                                   # samples right by default
+fewstep.apply(pipeline, "runs/mine/student_lora")                                 # the same for a LoRA student
 fewstep.evaluate([folder], teacher="fashion-sd", out="runs/mine/report")          # measure it beside its teacher
 fewstep.record(pipeline)                                                          # how a pipeline calls its network
 """
@@ -20,15 +21,16 @@ if TYPE_CHECKING:
     from fewstep.distillation import distill
     from fewstep.errors import UserError
     from fewstep.eval.evaluate import evaluate
-    from fewstep.export import load
+    from fewstep.export import apply, load
     from fewstep.recording import record
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "distill", "evaluate", "load", "record"]
+__all__ = ["UserError", "apply", "distill", "evaluate", "load", "record"]
 
 # Importing torch and diffusers takes seconds, so the public names are imported when they are first used.
 _HOMES = {
     "UserError": "fewstep.errors",
+    "apply": "fewstep.export",
     "distill": "fewstep.distillation",
     "evaluate": "fewstep.eval.evaluate",
     "load": "fewstep.export",

@@ -107,7 +107,10 @@ def _announce(student: Path) -> None:
     from accelerate import PartialState
 
     if PartialState().is_main_process:
-        print(f"the student is in {student}; fewstep sample {student} --out sample.png")
+        if (student / "model_index.json").is_file():
+            print(f"the student is in {student}; fewstep sample {student} --out sample.png")
+        else:
+            print(f"the student is in {student}; its README.md shows how to load it, --merge makes a whole pipeline")
 
 
 # --- probe ------------------------------------------------------------------------------------------------------

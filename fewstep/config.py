@@ -25,6 +25,10 @@ class RunConfig:
         negative_prompt: what guidance leads away from; default the pipeline's own.
         data: real images: a folder with class sub-folders or a metadata.jsonl, a folder of idx files, or "fashion".
         init: another run's folder (its last student, critic and head) or a pipeline folder (student only).
+        lora_rank: rank of LoRA adapters for student and critic on the frozen teacher; 0 trains full copies instead.
+        lora_alpha: an adapter's product is scaled by alpha / rank; default the rank.
+        full_critic: with --lora_rank, the critic is a full copy all the same.
+        merge: with --lora_rank, also write a whole pipeline with the adapter merged.
         max_steps: number of steps to train.
         batch_size: samples per process and micro-batch.
         gradient_accumulation_steps: micro-batches per update.
@@ -61,6 +65,10 @@ class RunConfig:
     negative_prompt: str | None = None
     data: str | None = None
     init: str | None = None
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    full_critic: bool = False
+    merge: bool = False
     max_steps: int = 1000
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
@@ -102,6 +110,7 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
         self._refuse_negative("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed")
+        self._refuse_negative("lora_rank")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
@@ -112,6 +121,11 @@ class RunConfig:
                 raise UserError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}{more}")
         if self.shift is not None and not self.shift > 0:
             raise UserError(f"--shift must be positive, not {self.shift}")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise UserError(f"--lora_alpha must be positive, not {self.lora_alpha}")
+        for name in ("lora_alpha", "full_critic", "merge"):
+            if getattr(self, name) and not self.lora_rank:
+                raise UserError(f"--{name} belongs to adapters: give --lora_rank, or leave it out")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise UserError(f"--guidance_scale must be a number, not {self.guidance_scale}")
         if self.prompts is not None and self.classes is not None:

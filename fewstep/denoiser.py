@@ -6,6 +6,8 @@ closed-form oracles and stock diffusers networks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -36,6 +38,7 @@ class NetworkDenoiser:
         schedule: alpha and sigma of ``x_t``.
         prediction_type: what the network's output is, see :data:`fewstep.prediction.KINDS`.
         autocast: dtype of the forward pass, None for the parameters' own.
+        playing: makes the context in which the network is this denoiser's, where several share it.
     """
 
     def __init__(
@@ -45,12 +48,14 @@ class NetworkDenoiser:
         schedule: NoiseSchedule,
         prediction_type: str,
         autocast: torch.dtype | None = None,
+        playing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.network = network
         self.recipe = recipe
         self.schedule = schedule
         self.prediction_type = prediction_type
         self.autocast = autocast
+        self.playing = playing
 
     def raw(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's output in its own prediction type; shapes as in :class:`Denoiser`."""
@@ -59,7 +64,8 @@ class NetworkDenoiser:
         network_input = (expand(self.schedule.input_scale(t), x_t) * x_t).to(parameter.dtype)
         # A context of its own for every call: autocast caches casted weights until the context ends, and a cast made
         # under no_grad would be reused by a later pass that needs the gradient.
-        with torch.autocast(x_t.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        autocast = torch.autocast(x_t.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+        with self.playing(), autocast:
             return self.recipe.call(self.network, network_input, self.schedule.timestep(t), conditioning)
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

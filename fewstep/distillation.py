@@ -13,13 +13,15 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from fewstep.adapters import AdapterRole
+from fewstep.cast import make_roles
 from fewstep.config import RunConfig, resolved
 from fewstep.data import Conditions, RealSamples, read_classes, read_images, read_prompts
 from fewstep.denoiser import Denoiser
 from fewstep.discriminator import make_head
 from fewstep.draws import Draws
 from fewstep.errors import UserError
-from fewstep.export import export_student, plan_student
+from fewstep.export import export_lora, export_student, loads_lora, plan_student
 from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
 from fewstep.images import save_grid
@@ -27,7 +29,7 @@ from fewstep.initialization import initialize
 from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.monitor import Monitor, trackers
 from fewstep.recording import record
-from fewstep.roles import Role, make_role
+from fewstep.roles import Role
 from fewstep.rollout import Sampler, ode_sampler, rollout
 from fewstep.run_folder import check_folder, write_config
 from fewstep.teacher import base_model, embedded_name, load_teacher, teacher_license
@@ -111,23 +113,7 @@ class Distillation:
 
     def make_roles(self, *names: str) -> dict[str, Role]:
         """The frozen teacher, the trainable roles ``names``, and ``ema`` where the run has one."""
-        bf16 = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
-        options = {"autocast": bf16, "device": self.device}
-        # The teacher is only read, so its parameters themselves are bfloat16; trained ones stay float32.
-        roles = {
-            "teacher": make_role("teacher", self.recording, trainable=False, dtype=bf16 or torch.float32, **options)
-        }
-        for name in names:
-            roles[name] = make_role(
-                name,
-                self.recording,
-                trainable=True,
-                gradient_checkpointing=self.config.gradient_checkpointing,
-                **options,
-            )
-        if self.config.ema_decay > 0:
-            roles["ema"] = make_role("ema", self.recording, trainable=False, **options)
-        return roles
+        return make_roles(self.config, self.recording, names, self.device)
 
     def guided(self, teacher: Role) -> GuidedDenoiser:
         """The teacher under the run's guidance."""
@@ -151,7 +137,7 @@ class Distillation:
     # --- the run ------------------------------------------------------------------------------------------------
 
     def run(self) -> Path:
-        """Train, then export the student. Returns its folder."""
+        """Train, then export the student. Returns its pipeline's folder, or its LoRA's where that is all."""
         method = method_class(self.method).prepare(self.config, self)
         if self.accelerator.is_main_process:
             write_config(self.out, self.method, self.config)
@@ -178,24 +164,28 @@ class Distillation:
         finally:
             monitor.close()
             self.accelerator.end_training()
-        student = self.out / "student"
         if self.accelerator.is_main_process:
-            self.export(role, student)
+            self.export(role)
         self.accelerator.wait_for_everyone()
-        return student
+        whole = self.out / "student"
+        return whole if whole.is_dir() else self.out / "student_lora"
 
-    def export(self, role: Role, out: Path) -> None:
-        """Write a role as a stock pipeline folder."""
-        export_student(
-            self.recording,
-            role.denoiser.network,
-            self.plan,
-            out,
-            method=self.method,
-            base_model=base_model(self.config.teacher),
-            teacher_license=teacher_license(self.config.teacher),
-            training={k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
-        )
+    def export(self, role: Role) -> None:
+        """Write a role as ``OUT/student``, a stock pipeline, or an adapter as ``OUT/student_lora``, or both."""
+        about = {
+            "method": self.method,
+            "base_model": base_model(self.config.teacher),
+            "teacher_license": teacher_license(self.config.teacher),
+            "training": {k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
+        }
+        if isinstance(role, AdapterRole):
+            if loads_lora(self.recording.network):
+                export_lora(self.recording, role, self.plan, self.out / "student_lora", **about)
+                if not self.config.merge:
+                    return
+            else:
+                self._say(f"diffusers loads no LoRA into a {type(self.recording.network).__name__}: exported merged")
+        export_student(self.recording, role.stock_network(), self.plan, self.out / "student", **about)
 
     def save_samples(self, teacher: Role, student: Role, step: int) -> None:
         """``OUT/samples/step_*.png``: the teacher's samples above the student's, same noise and conditions."""
@@ -258,7 +248,7 @@ def distill(teacher: str | Path | DiffusionPipeline, method: str = "dmd2", **set
         **settings: fields of the method's configuration (``out`` is required), see ``fewstep distill METHOD --help``.
 
     Returns:
-        The student's folder, a stock diffusers pipeline.
+        The student's folder, a stock diffusers pipeline; with ``lora_rank`` and no ``merge`` that of its LoRA.
 
     Raises:
         UserError: for everything that a user can mend.

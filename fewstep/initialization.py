@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
 
 from fewstep import checkpoint
+from fewstep.adapters import AdapterRole
 from fewstep.errors import UserError
 from fewstep.recording import Recording
 from fewstep.recording.observe import find_scheduler
@@ -43,6 +46,7 @@ def initialize(
         _, tensors = checkpoint.load_latest(source / "checkpoints")
         for name in ("student", "critic"):
             if name in roles and name in tensors:
+                _refuse_other_form(init, source, roles[name], tensors[name])
                 _load_run(roles[name], tensors[name], say)
     else:
         pipeline = load_teacher(init, trust_remote_code, flag="--init")
@@ -50,6 +54,11 @@ def initialize(
         if network is None:
             raise UserError(f"--init {init} has no {recording.component}; it is of another family than the teacher")
         _refuse_other_prediction(init, _prediction_of_pipeline(pipeline), recording)
+        if isinstance(roles["student"], AdapterRole):
+            raise UserError(
+                f"--init {init} is a whole network, and with --lora_rank the student is an adapter of the teacher; "
+                "leave one of the two out"
+            )
         roles["student"].load_state_dict({f"network.{k}": v for k, v in network.state_dict().items()})
         say(f"the student starts from {init}; the critic starts from the teacher")
     if "ema" in roles:
@@ -65,6 +74,18 @@ def _load_run(role: Role, tensors: dict[str, Tensor], say: Callable[[str], None]
     role.load_state_dict(tensors)
 
 
+def _refuse_other_form(init: str, source: Path, role: Role, tensors: dict[str, Tensor]) -> None:
+    """An adapter is no network, and one that was trained under another alpha means something else."""
+    if not any(name.startswith(f"{role.part}.") for name in tensors):
+        has, wanted = ("a network", "an adapter") if role.part == "adapter" else ("an adapter", "a network")
+        raise UserError(
+            f"--init {init} holds {has} for the {role.name} where this run has {wanted}; "
+            "give both runs the same --lora_rank and --full_critic"
+        )
+    if isinstance(role, AdapterRole) and (theirs := _alpha_of_run(source)) not in (None, role.backbone.alpha):
+        raise UserError(f"--init {init} was trained with --lora_alpha {theirs:g}; give this run the same")
+
+
 def _refuse_other_prediction(init: str, theirs: str | None, recording: Recording) -> None:
     """Weights of one shape may mean different things: Stable Diffusion 2 exists with epsilon and with velocity."""
     if theirs is not None and theirs != recording.prediction_type:
@@ -76,9 +97,18 @@ def _refuse_other_prediction(init: str, theirs: str | None, recording: Recording
 
 def _prediction_of_run(source: Path) -> str | None:
     """What the exported student of a run says; None where it was not exported yet."""
+    for form in ("student", "student_lora"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return json.loads((source / form / "fewstep.json").read_text(encoding="utf-8"))["prediction_type"]
+    return None
+
+
+def _alpha_of_run(source: Path) -> float | None:
+    """The alpha of a run's adapters; None where its configuration does not say."""
     try:
-        return json.loads((source / "student" / "fewstep.json").read_text(encoding="utf-8"))["prediction_type"]
-    except (OSError, ValueError, KeyError, TypeError):
+        settings = yaml.safe_load((source / "config.yaml").read_text(encoding="utf-8"))
+        return settings["lora_alpha"] or settings["lora_rank"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
 
 

@@ -1,13 +1,14 @@
 """Who plays in a training run: student, teacher, critic, ema, each a denoiser with the parameters it owns.
 
 Here every role is a full copy of the teacher's network. A role is used only through its denoiser, its parameters and
-its state, so that adapters on one backbone can take the place of copies without any trainer noticing.
+its state, so adapters on one backbone (:mod:`fewstep.adapters`) take the place of copies without any trainer noticing.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ class Role:
         added: modules it owns beside its network (a GAN head, say); trained and saved with it.
     """
 
+    #: What its own share of the network is called in its state.
+    part = "network"
+
     def __init__(self, name: str, denoiser: NetworkDenoiser, added: dict[str, nn.Module] | None = None) -> None:
         self.name = name
         self.denoiser = denoiser
@@ -37,9 +41,18 @@ class Role:
         return self.denoiser(x_t, t, conditioning)
 
     @property
+    def weights(self) -> nn.Module:
+        """What of its network is the role's own: all of it, or an adapter."""
+        return self.denoiser.network
+
+    @property
     def modules(self) -> dict[str, nn.Module]:
         """Everything that the role owns, by name."""
-        return {"network": self.denoiser.network, **self.added}
+        return {self.part: self.weights, **self.added}
+
+    def stock_network(self) -> nn.Module:
+        """A network of the teacher's class that does alone what this role does; adapters are merged into a copy."""
+        return self.denoiser.network
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable parameters with names such as ``network.conv_in.weight``, in a fixed order."""
@@ -73,7 +86,7 @@ class Role:
 
     def copy_weights(self, other: Role) -> None:
         """Take over the network weights of ``other``; added modules are this role's own and stay."""
-        self.denoiser.network.load_state_dict(other.denoiser.network.state_dict())
+        self.weights.load_state_dict(other.stock_network().state_dict())
 
 
 def make_role(
@@ -106,20 +119,27 @@ def make_role(
         network = network.to(dtype)
     network.requires_grad_(trainable)
     if gradient_checkpointing:
-        if not getattr(network, "_supports_gradient_checkpointing", False):
-            raise UserError(
-                f"{type(network).__name__} has no gradient checkpointing; leave out --gradient_checkpointing"
-            )
-        network.enable_gradient_checkpointing()
+        allow_checkpointing(network)
     denoiser = NetworkDenoiser(network, recording.recipe, recording.schedule, recording.prediction_type, autocast)
     return Role(name, denoiser)
+
+
+def allow_checkpointing(network: nn.Module, function: Callable[..., Any] | None = None) -> None:
+    """Let ``network`` recompute its activations, by ``function(block, *args)`` or as diffusers does.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise UserError(f"{type(network).__name__} has no gradient checkpointing; leave out --gradient_checkpointing")
+    network.enable_gradient_checkpointing(function)
 
 
 @torch.no_grad()
 def update_average(average: Role, role: Role, decay: float) -> None:
     """average <- decay * average + (1 - decay) * role, over all floating tensors; others are copied."""
-    ours, theirs = average.state_dict(), role.denoiser.network.state_dict()
-    pairs = [(ours[f"network.{name}"], value) for name, value in theirs.items()]
+    ours, theirs = average.weights.state_dict(), role.weights.state_dict()
+    pairs = [(ours[name], value) for name, value in theirs.items()]
     floating = [(a, b) for a, b in pairs if a.is_floating_point()]
     torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], 1 - decay)
     _copy((a, b) for a, b in pairs if not a.is_floating_point())

@@ -17,6 +17,7 @@ _CONFIG = "config.yaml"
 _MAY_CHANGE = frozenset(
     {
         "out",
+        "merge",
         "max_steps",
         "resume",
         "checkpointing_steps",

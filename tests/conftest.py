@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
         given = config.getoption(name)
         if given is not None and not Path(given).is_dir():
             raise pytest.UsageError(f"--{name} {given} is not a folder")
+        setattr(config.option, f"{name}_given", given is not None)
         default = _BESIDE / name
         setattr(config.option, name, Path(given) if given is not None else default if default.is_dir() else None)
 

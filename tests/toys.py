@@ -6,12 +6,14 @@ Every role is a real Role around a real NetworkDenoiser; only the network and th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from fewstep.adapters import AdapterRole, Backbone
 from fewstep.conditioning import Conditioning, Leaf
 from fewstep.config import RunConfig
 from fewstep.denoiser import NetworkDenoiser
@@ -21,6 +23,7 @@ from fewstep.losses.score import denoising_loss, distribution_matching, native_w
 from fewstep.method import Batch, Method, Renew, Turn
 from fewstep.monitor import Monitor
 from fewstep.prediction import add_noise
+from fewstep.recording import Recording
 from fewstep.roles import Role
 from fewstep.schedule import FlowSchedule, NoiseSchedule
 from fewstep.timesteps import uniform_times
@@ -50,6 +53,24 @@ class TinyNetwork(nn.Module):
 def role(name: str, network: nn.Module, schedule: NoiseSchedule, kind: str, trainable: bool = True, **added) -> Role:
     network = network.eval().requires_grad_(trainable)
     return Role(name, NetworkDenoiser(network, PlainRecipe(), schedule, kind), added)
+
+
+def adapter_role(name: str, backbone: Backbone, recording: Recording, *, trainable: bool = True) -> AdapterRole:
+    """A role whose adapter does something: its second factor is not zero."""
+    adapter = None
+    if name != "teacher":
+        adapter = backbone.add(name, trainable=trainable, seed=0)
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
+        for parameter in adapter.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    denoiser = NetworkDenoiser(
+        backbone.network,
+        recording.recipe,
+        recording.schedule,
+        recording.prediction_type,
+        playing=partial(backbone.playing, None if name == "teacher" else name),
+    )
+    return AdapterRole(name, backbone, denoiser, adapter)
 
 
 def labels(values: Sequence[float] | Tensor) -> Conditioning:

@@ -1,9 +1,22 @@
 """Export: plan which stock scheduler carries a student, prove it, write it as a stock pipeline, load it again."""
 
+from fewstep.export.apply import apply
 from fewstep.export.errors import ExportError
 from fewstep.export.load import load
+from fewstep.export.lora import export_lora, loads_lora
 from fewstep.export.plan import StudentPlan, plan_student
 from fewstep.export.student import export_student, verify_student
 from fewstep.export.walk import WalkError
 
-__all__ = ["ExportError", "StudentPlan", "WalkError", "export_student", "load", "plan_student", "verify_student"]
+__all__ = [
+    "ExportError",
+    "StudentPlan",
+    "WalkError",
+    "apply",
+    "export_lora",
+    "export_student",
+    "load",
+    "loads_lora",
+    "plan_student",
+    "verify_student",
+]

@@ -12,6 +12,8 @@ from typing import Any
 
 from yaml import YAMLError
 
+from fewstep.recording.observe import find_scheduler
+
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _PLACEHOLDER = '"path/to/this/folder"'
 
@@ -60,12 +62,12 @@ def write_card(
     parts = [
         _front_matter(about, pipeline, license_fields),
         f"# {base} in {_steps(steps)}",
-        f"A {steps}-step student of `{base}`, distilled with {method} by fewstep. It is a stock `{stock}`: diffusers "
-        "alone loads and samples it.",
+        f"A {steps}-step student of `{base}`, distilled with {method} by fewstep. It is {_form(about)} `{stock}`: "
+        "diffusers alone loads and samples it.",
         f"## Use it\n\n```python\n{snippet(about, pipeline)}\n```\n\n"
         "The arguments matter: without them a stock pipeline runs its own number of steps, and most guide. fewstep "
         "fills them in:\n\n"
-        f"```python\nimport fewstep\n\npipe = fewstep.load({_PLACEHOLDER})\n"
+        f"```python\n{_loading(about)}\n"
         f"{_output(pipeline)[0]} = pipe({_subject(about)}){_output(pipeline)[1]}\n```",
         f"## Steps\n\n{_grids(about)}",
         f"## Seeds\n\n{_seeds(about)}",
@@ -101,14 +103,44 @@ def snippet(about: Mapping[str, Any], pipeline: Any) -> str:
     name, pick = _output(pipeline)
     subject = _subject(about)
     arguments = ([subject] if subject else []) + [f"{key}={value!r}" for key, value in about["call"].items()]
-    lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
-    absent = "".join(f", {name}=None" for name in about["load"])
-    lines.append(f"pipe = DiffusionPipeline.from_pretrained({_PLACEHOLDER}{absent})")
+    lora = "lora" in about
+    used = ", ".join(sorted(["DiffusionPipeline", *([about["scheduler"]] if lora else [])]))
+    lines = ["import torch", f"from diffusers import {used}", "", _stock(about)]
+    if lora:
+        lines.append(f"{_loader(about, pipeline)}, weight_name={about['lora']['file']!r})")
+        source = f'{_PLACEHOLDER}, subfolder="scheduler"'
+        lines.append(f"pipe.{find_scheduler(pipeline)} = {about['scheduler']}.from_pretrained({source})")
     if about["noise_follows"] == "global seed":
         lines.append("torch.manual_seed(1)  # the noise between the steps")
     arguments.append("generator=torch.Generator().manual_seed(0)")
     lines += [f"{name} = pipe(", *(f"    {argument}," for argument in arguments), f"){pick}"]
     return "\n".join(lines)
+
+
+def _form(about: Mapping[str, Any]) -> str:
+    return "a LoRA for a stock" if "lora" in about else "a stock"
+
+
+def _stock(about: Mapping[str, Any]) -> str:
+    absent = "".join(f", {name}=None" for name in about["load"])
+    source = json.dumps(about["base_model"]) if "lora" in about else _PLACEHOLDER
+    return f"pipe = DiffusionPipeline.from_pretrained({source}{absent})"
+
+
+def _loader(about: Mapping[str, Any], pipeline: Any) -> str:
+    """The call that loads a LoRA, open for further arguments."""
+    if hasattr(pipeline, "load_lora_weights"):
+        return f"pipe.load_lora_weights({_PLACEHOLDER}"
+    return f'pipe.{about["component"]}.load_lora_adapter({_PLACEHOLDER}, prefix="{about["component"]}"'
+
+
+def _loading(about: Mapping[str, Any]) -> str:
+    if "lora" not in about:
+        return f"import fewstep\n\npipe = fewstep.load({_PLACEHOLDER})"
+    return (
+        "import fewstep\nfrom diffusers import DiffusionPipeline\n\n"
+        f"pipe = fewstep.apply({_stock(about).removeprefix('pipe = ')}, {_PLACEHOLDER})"
+    )
 
 
 def pipeline_tag(about: Mapping[str, Any], pipeline: Any) -> str:
@@ -118,12 +150,14 @@ def pipeline_tag(about: Mapping[str, Any], pipeline: Any) -> str:
 
 
 def _front_matter(about: Mapping[str, Any], pipeline: Any, license_fields: Mapping[str, str]) -> str:
+    lora = "lora" in about
     fields: dict[str, Any] = {
         "base_model": about["base_model"],
+        **({"base_model_relation": "adapter"} if lora else {}),
         **license_fields,
         "library_name": "diffusers",
         "pipeline_tag": pipeline_tag(about, pipeline),
-        "tags": ["fewstep", "few-step", "distillation", about["method"]],
+        "tags": ["fewstep", "few-step", "distillation", *["lora"] * lora, about["method"]],
     }
     # JSON is YAML, and it quotes what needs quoting.
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]

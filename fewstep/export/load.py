@@ -38,11 +38,16 @@ def load(student: str | Path, **from_pretrained: Any) -> DiffusionPipeline:
         ExportError: no such folder or hub repository, not a pipeline, or not a student.
     """
     about = read_about(student, **{key: value for key, value in from_pretrained.items() if key in _FETCHING})
+    if "lora" in about:
+        raise ExportError(
+            f"{student} is a LoRA: load the pipeline of {about['base_model']} with diffusers, "
+            "then fewstep.apply(pipeline, folder)"
+        )
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(student), **{**about.get("load", {}), **from_pretrained})
     except (OSError, ValueError) as error:
         raise ExportError(f"{student} does not load: {' '.join(str(error).split())}") from error
-    pipeline.__class__ = _student_class(type(pipeline), about)
+    pipeline.__class__ = student_class(type(pipeline), about)
     return pipeline
 
 
@@ -52,19 +57,7 @@ def read_about(student: str | Path, **fetching: Any) -> dict[str, Any]:
     Raises:
         ExportError: as :func:`load`.
     """
-    folder = Path(student)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ExportError(f"{student} is not a diffusers pipeline: it has no model_index.json")
-        path = folder / FILE
-        if not path.is_file():
-            raise ExportError(
-                f"{student} is not a fewstep student: it has no {FILE}; load it with DiffusionPipeline.from_pretrained"
-            )
-    elif isinstance(student, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", student):
-        path = _fetch(student, fetching)
-    else:
-        raise ExportError(f"there is no folder {student}")
+    path = fetched(student, FILE, **fetching)
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(about["call"], dict):
@@ -74,23 +67,40 @@ def read_about(student: str | Path, **fetching: Any) -> dict[str, Any]:
     return about
 
 
-def _fetch(repository: str, fetching: dict[str, Any]) -> Path:
+def fetched(student: str | Path, name: str, **fetching: Any) -> Path:
+    """Where a file of a student lies, downloaded if need be; arguments and errors as :func:`read_about`."""
+    folder = Path(student)
+    if folder.is_dir():
+        path = folder / name
+        if path.is_file():
+            return path
+        if not (folder / FILE).is_file() and not (folder / "model_index.json").is_file():
+            raise ExportError(f"{student} is not a diffusers pipeline: it has no model_index.json")
+        raise ExportError(
+            f"{student} is not a fewstep student: it has no {name}; load it with DiffusionPipeline.from_pretrained"
+        )
+    if isinstance(student, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", student):
+        return _download(student, name, fetching)
+    raise ExportError(f"there is no folder {student}")
+
+
+def _download(repository: str, name: str, fetching: dict[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repository, FILE, **fetching))
+        return Path(hf_hub_download(repository, name, **fetching))
     except LocalEntryNotFoundError as error:
         raise ExportError(f"there is no folder {repository}, and the hub cannot be reached for it") from error
     except EntryNotFoundError as error:
-        raise ExportError(f"{repository} on the hub is not a fewstep student: it has no {FILE}") from error
+        raise ExportError(f"{repository} on the hub is not a fewstep student: it has no {name}") from error
     except HfHubHTTPError as error:
         reason = type(error).__name__
         raise ExportError(f"there is no folder {repository}, nor can the hub give it ({reason})") from error
 
 
-def _student_class(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type[DiffusionPipeline]:
-    """A subclass of ``stock``, under its name, so that what it saves names the stock class."""
+def student_class(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type[DiffusionPipeline]:
+    """A subclass of ``stock`` that fills in the call, under its name, so that what it saves names the stock class."""
     signature = inspect.signature(stock.__call__)
 
     @functools.wraps(stock.__call__)
@@ -113,8 +123,9 @@ def _student_class(stock: type[DiffusionPipeline], about: dict[str, Any]) -> typ
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "fewstep": about,
-        "save_pretrained": functools.wraps(stock.save_pretrained)(save_pretrained),
     }
+    if "lora" not in about:  # a pipeline that carries an adapter saves what it always does
+        body["save_pretrained"] = functools.wraps(stock.save_pretrained)(save_pretrained)
     return type(stock.__name__, (stock,), body)
 
 

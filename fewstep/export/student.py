@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +14,11 @@ from torch import nn
 import fewstep
 from fewstep.export.card import teacher_license_of, write_card
 from fewstep.export.errors import ExportError
-from fewstep.export.load import FILE, write_about
+from fewstep.export.folder import refuse_occupied, written
+from fewstep.export.load import write_about
 from fewstep.export.plan import StudentPlan, reference_of, walk_student
 from fewstep.export.trace import with_parts
+from fewstep.export.walk import Reference
 from fewstep.recording.observe import find_scheduler
 
 if TYPE_CHECKING:
@@ -58,25 +58,18 @@ def export_student(
     """
     out = Path(out)
     _refuse(recording, network, out)
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with written(out) as partial:
         saved = _as_saved(network, recording.network)
         parts = {recording.component: saved, find_scheduler(recording.pipeline): copy.deepcopy(plan.scheduler)}
         student = with_parts(recording.pipeline, **parts)
         student.save_pretrained(partial, safe_serialization=True)
-        about = _about(recording, plan, method, base_model, training)
+        about = about_student(recording, plan, method, base_model, training)
         _publish_no_paths(partial, about["base_model"])
         write_about(partial, about)
-        license_fields = _license(recording, base_model, teacher_license)
+        license_fields = license_of(recording, base_model, teacher_license)
         card = write_card(about, student, license_fields=license_fields, metrics=metrics, note=plan.note)
         (partial / "README.md").write_text(card, encoding="utf-8")
         verify_student(recording, saved, plan, partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _put_in_place(partial, out)
     return out
 
 
@@ -98,10 +91,21 @@ def verify_student(recording: Recording, network: nn.Module, plan: StudentPlan, 
         raise ExportError(f"the exported student does not load: {' '.join(str(error).split())}") from error
     device = next(network.parameters()).device
     getattr(pipeline, recording.component).to(device)
+    walk_counts(recording, pipeline, plan, reference_of(recording, network))
+
+
+def walk_counts(
+    recording: Recording, pipeline: DiffusionPipeline, plan: StudentPlan, reference: Reference | None = None
+) -> None:
+    """Walk a loaded student at every count of its plan; at the planned one its answers are the reference's, if given.
+
+    Raises:
+        ExportError: a walk differs from the plan.
+    """
     for count in plan.counts:
         # Every count's scheduler is walked; the weights are the same at all of them and are compared at one.
-        reference = reference_of(recording, network) if count == plan.steps else None
-        walk = walk_student(recording, pipeline, plan.call, plan.renoise, count, reference)
+        compared = reference if count == plan.steps else None
+        walk = walk_student(recording, pipeline, plan.call, plan.renoise, count, compared)
         if walk.grid != plan.grids[count]:
             raise ExportError(
                 f"the exported student visits {walk.grid} at {count} steps and was planned for {plan.grids[count]}"
@@ -119,10 +123,7 @@ def absent_parts(pipeline: Any) -> dict[str, None]:
 
 
 def _refuse(recording: Recording, network: nn.Module, out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ExportError(f"{out} is a file; name a folder for the student")
-    if out.is_dir() and any(out.iterdir()) and not (out / FILE).is_file():
-        raise ExportError(f"{out} holds something else than a student; name another folder")
+    refuse_occupied(out)
     if {k: v.shape for k, v in network.state_dict().items()} != {
         k: v.shape for k, v in recording.network.state_dict().items()
     }:
@@ -140,9 +141,10 @@ def _as_saved(network: nn.Module, teacher: nn.Module) -> nn.Module:
     return saved
 
 
-def _about(
+def about_student(
     recording: Recording, plan: StudentPlan, method: str, base_model: str, training: Mapping[str, Any] | None
 ) -> dict[str, Any]:
+    """The content of ``fewstep.json``; arguments as in :func:`export_student`."""
     return {
         "method": method,
         "base_model": Path(base_model).name if Path(base_model).exists() else base_model,
@@ -176,17 +178,9 @@ def _publish_no_paths(folder: Path, base_model: str) -> None:
             path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _license(recording: Recording, base_model: str, given: str | Mapping[str, str] | None) -> dict[str, str]:
+def license_of(recording: Recording, base_model: str, given: str | Mapping[str, str] | None) -> dict[str, str]:
+    """The licence fields of a card: the given ones, or those of the teacher's own card where that can be found."""
     if given:
         return {"license": given} if isinstance(given, str) else dict(given)
     source = recording.pipeline.config.get("_name_or_path") or ""
     return teacher_license_of(base_model) or teacher_license_of(source)
-
-
-def _put_in_place(partial: Path, out: Path) -> None:
-    old = out.parent / f".{out.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.rename(out, old)
-    os.rename(partial, out)
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,221 @@
+"""Several roles on one frozen network: the teacher is the network itself, every other role a low-rank adapter of it.
+
+A role is entered, never switched to: a context manager sets raw flags of the adapted layers, and restores them. PEFT's
+own switches also set ``requires_grad``, which cuts a graph that is still to be walked backward; here no such flag
+changes after a role is made. A checkpointed block runs again in the backward pass, when another role may be on: its
+closure enters the role of its first run.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fewstep.denoiser import NetworkDenoiser
+from fewstep.errors import UserError
+from fewstep.roles import Role, allow_checkpointing
+
+
+class Backbone:
+    """One frozen network and its adapters.
+
+    Args:
+        network: stock; its weights are shared where the dtype allows and never written, and it stays as it is.
+        rank: of every adapter.
+        alpha: an adapter's product is scaled by alpha / rank.
+        dtype: of the frozen weights; adapters are float32 at least.
+        device: where it lives.
+        gradient_checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        UserError: there is no layer to adapt, one that is smaller than the rank, or no gradient checkpointing.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        rank: int,
+        alpha: float,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self.stock, self.rank, self.alpha = network, rank, alpha
+        self.network = _on_the_same_weights(network).to(device).eval()
+        if any(parameter.dtype != dtype for parameter in self.network.parameters()):
+            self.network.to(dtype)
+        self.network.requires_grad_(False)
+        self.targets = attention_linears(self.network)
+        _refuse(network, self.targets, rank)
+        self._layers: list[LoraLayer] = []
+        self._playing: str | None = None
+        if gradient_checkpointing:
+            allow_checkpointing(self.network, self._checkpoint)
+
+    def add(self, name: str, *, trainable: bool, seed: int) -> nn.Module:
+        """A new adapter that changes nothing yet. Returns its own modules, ``<layer>.lora_A`` and ``<layer>.lora_B``.
+
+        Args:
+            name: of the role.
+            trainable: whether it asks for gradients; fixed for the whole run.
+            seed: of its first weights, the same on every process.
+        """
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets))
+        asked = {parameter: parameter.requires_grad for parameter in self.network.parameters()}
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            torch.manual_seed(seed)
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
+            inject_adapter_in_model(config, self.network, adapter_name=name)
+        self._layers = [module for module in self.network.modules() if isinstance(module, LoraLayer)]
+        for parameter, wanted in asked.items():  # whatever PEFT does to earlier adapters
+            parameter.requires_grad_(wanted)
+        layers = {path: self.network.get_submodule(path) for path in self.targets}
+        parts = {f"{path}.lora_A": layer.lora_A[name] for path, layer in layers.items()}
+        parts |= {f"{path}.lora_B": layer.lora_B[name] for path, layer in layers.items()}
+        adapter = _tree(parts)
+        for parameter in adapter.parameters():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        self._set(self._playing)
+        return adapter.requires_grad_(trainable)
+
+    @contextmanager
+    def playing(self, name: str | None) -> Iterator[None]:
+        """Inside, the network is the role ``name``; None for the bare network."""
+        before = self._playing
+        if name == before:  # as in every block that is recomputed under its own role
+            yield
+            return
+        self._set(name)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    @torch.no_grad()
+    def merged(self, adapter: nn.Module) -> nn.Module:
+        """A copy of the stock network with an adapter's product added to its weights, in the stock network's dtype."""
+        network = copy.deepcopy(self.stock)
+        for path in self.targets:
+            a, b = (adapter.get_submodule(f"{path}.{name}").weight for name in ("lora_A", "lora_B"))
+            weight = network.get_submodule(path).weight
+            weight.add_((b @ a).to(weight), alpha=self.alpha / self.rank)
+        return network
+
+    def _set(self, name: str | None) -> None:
+        # Past nn.Module.__setattr__, which looks for parameters and takes ten times as long.
+        flags = {"_disable_adapters": name is None, "_active_adapter": [name]}
+        for layer in self._layers:
+            layer.__dict__.update(flags)
+        self._playing = name
+
+    def _checkpoint(self, block: Callable[..., Any], *args: Any) -> Any:
+        # A compiled graph has the role traced in, forward and backward.
+        if torch.compiler.is_compiling():
+            return checkpoint(block, *args, use_reentrant=False)
+        return checkpoint(partial(self._run, self._playing, block), *args, use_reentrant=False)
+
+    def _run(self, name: str | None, block: Callable[..., Any], *args: Any) -> Any:
+        with self.playing(name):
+            return block(*args)
+
+
+class AdapterRole(Role):
+    """A role that owns an adapter of a :class:`Backbone`; without one it is the frozen teacher and owns nothing.
+
+    Args:
+        name: of the role, and of its adapter.
+        backbone: shared by all such roles of a run.
+        denoiser: on the backbone's network, entering this role.
+        adapter: from :meth:`Backbone.add`.
+    """
+
+    part = "adapter"
+
+    def __init__(
+        self, name: str, backbone: Backbone, denoiser: NetworkDenoiser, adapter: nn.Module | None = None
+    ) -> None:
+        super().__init__(name, denoiser)
+        self.backbone = backbone
+        self.adapter = adapter
+
+    @property
+    def weights(self) -> nn.Module:
+        return nn.Module() if self.adapter is None else self.adapter
+
+    def stock_network(self) -> nn.Module:
+        return self.backbone.stock if self.adapter is None else self.backbone.merged(self.adapter)
+
+    @torch.no_grad()
+    def copy_weights(self, other: Role) -> None:
+        """Take over the adapter of ``other``, or none of it where ``other`` is the teacher.
+
+        Raises:
+            ValueError: ``other`` is a full copy, which no adapter can equal.
+        """
+        if not isinstance(other, AdapterRole) or other.backbone is not self.backbone:
+            raise ValueError(f"the {self.name} is an adapter and cannot become the {other.name}, a network of its own")
+        if other.adapter is not None:
+            self.weights.load_state_dict(other.weights.state_dict())
+            return
+        for name, parameter in self.weights.named_parameters():
+            if name.endswith("lora_B.weight"):
+                parameter.zero_()
+
+
+def attention_linears(network: nn.Module) -> tuple[str, ...]:
+    """Full names of the linear layers below an attention module, known by its class's name: all families have them."""
+    found: dict[str, None] = {}
+    for path, module in network.named_modules():
+        if "Attention" in type(module).__name__ or "Attn" in type(module).__name__:
+            prefix = f"{path}." if path else ""
+            found |= {f"{prefix}{n}": None for n, m in module.named_modules() if n and isinstance(m, nn.Linear)}
+    return tuple(found)
+
+
+def _refuse(network: nn.Module, targets: tuple[str, ...], rank: int) -> None:
+    kind = type(network).__name__
+    if not targets:
+        raise UserError(f"{kind} has no attention layer to adapt; leave out --lora_rank and train full copies")
+    sizes = {path: _sides(network.get_submodule(path)) for path in targets}
+    smallest = min(sizes, key=lambda path: min(sizes[path]))
+    if rank > min(sizes[smallest]):
+        a, b = sizes[smallest]
+        raise UserError(
+            f"--lora_rank {rank} is larger than a layer of {kind}: {smallest} is {a} by {b}; take at most {min(a, b)}"
+        )
+
+
+def _sides(layer: nn.Linear) -> tuple[int, int]:
+    return layer.out_features, layer.in_features
+
+
+def _on_the_same_weights(network: nn.Module) -> nn.Module:
+    """A copy whose parameters are new objects on the same memory, so that what is asked of them stays its own."""
+    shared: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
+    shared |= {id(buffer): buffer.detach() for buffer in network.buffers()}
+    return copy.deepcopy(network, shared)
+
+
+def _tree(parts: dict[str, nn.Module]) -> nn.Module:
+    """A module that holds others under their full names; the names are those of the state that diffusers loads."""
+    root = nn.Module()
+    for path, module in parts.items():
+        node = root
+        *parents, leaf = path.split(".")
+        for parent in parents:
+            if parent not in node._modules:
+                node.add_module(parent, nn.Module())
+            node = node._modules[parent]
+        node.add_module(leaf, module)
+    return root

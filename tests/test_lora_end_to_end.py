@@ -1,0 +1,292 @@
+"""From a teacher to a LoRA student that stock diffusers loads: tiny pipelines, and any folder of them."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+import tiny_pipelines
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from fewstep.adapters import AdapterRole
+from fewstep.checkpoint import load_latest
+from fewstep.cli import main
+from fewstep.distillation import Distillation, distill, method_class
+from fewstep.errors import UserError
+from fewstep.eval.models import student_model
+from fewstep.export.apply import LORA_FILE, apply
+from fewstep.recording.shake import shaken
+
+TINY_RUN = {"steps": 2, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True}
+TINY_RUN |= {"critic_updates": 1, "lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-2, "sample_steps": 0}
+SAMPLE = ("Flux", "PixArtSigma", "StableDiffusionXL")
+
+# Runs with only stock diffusers. What the network says at every step is compared: images are clipped.
+STOCK = """
+import json, sys
+sys.modules["fewstep"] = None
+import diffusers, numpy, torch
+torch.set_num_threads(1)
+
+def first(output):
+    output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    return (torch.stack(list(output)) if isinstance(output, (list, tuple)) else output).float().clone()
+
+def outputs(pipeline, about, condition, count):
+    pipeline.set_progress_bar_config(disable=True)
+    seen = []
+    network = getattr(pipeline, about["component"])
+    handle = network.register_forward_hook(lambda _m, _a, output: seen.append(first(output)))
+    torch.manual_seed(1)
+    call = {**about["call"], **condition, "num_inference_steps": count, "output_type": "np"}
+    pipeline(**call, generator=torch.Generator().manual_seed(0))
+    handle.remove()
+    return torch.stack(seen).numpy()
+
+def load(form, job, about):
+    if form == "merged":
+        return diffusers.DiffusionPipeline.from_pretrained(job["out"] + "/student", **about["load"])
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(job["base"], **about["load"])
+    folder = job["out"] + "/student_lora"
+    if form == "lora":
+        pipeline.load_lora_weights(folder, weight_name=about["lora"]["file"])
+    scheduler = getattr(diffusers, about["scheduler"])
+    pipeline.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
+    return pipeline
+
+for job in json.load(sys.stdin):
+    saved = {}
+    for form in job["forms"]:
+        about = json.load(open(job["out"] + ("/student/" if form == "merged" else "/student_lora/") + "fewstep.json"))
+        pipeline = load(form, job, about)
+        for count in about["counts"]:
+            saved[f"{form} {count}"] = outputs(pipeline, about, job["condition"], count)
+    numpy.savez(job["out"] + "/seen.npz", **saved)
+"""
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a cat\na small dog\nb\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def one_prompt(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Some pipelines encode prompts to their own lengths, which form no batch."""
+    path = tmp_path_factory.mktemp("prompt") / "prompts.txt"
+    path.write_text("a cat\n", encoding="utf-8")
+    return str(path)
+
+
+def folders(config: pytest.Config) -> list[str]:
+    """The pipelines to try: all where ``--zoo`` is given, else a few, as every one takes seconds."""
+    zoo = config.option.zoo
+    names = sorted(path.parent.name for path in zoo.glob("*/model_index.json")) if zoo else []
+    return names if config.option.zoo_given else [name for name in names if name in SAMPLE]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "family" in metafunc.fixturenames:
+        metafunc.parametrize("family", folders(metafunc.config))
+
+
+@dataclass
+class Tried:
+    out: Path
+    forms: list[str]
+    seen: dict[str, numpy.ndarray]
+
+
+@pytest.fixture(scope="module")
+def tried(
+    zoo: Path, pytestconfig: pytest.Config, one_prompt: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Tried | str]:
+    """Every pipeline, weights shaken, distilled; all students then sampled in one process without fewstep."""
+    results: dict[str, Tried | str] = {}
+    jobs = []
+    for name in folders(pytestconfig):
+        place = tmp_path_factory.mktemp(name)
+        base, out = place / "base", place / "run"
+        pipeline = DiffusionPipeline.from_pretrained(zoo / name)
+        with shaken(pipeline.components.get("unet") or pipeline.components["transformer"]):
+            pipeline.save_pretrained(base)
+        call = dict(json.loads((zoo / "manifest.json").read_text())[name]["call"])
+        condition = {key: call.pop(key) for key in ("prompt", "class_labels") if key in call}
+        call.pop("batch_size", None)
+        chosen = {"prompt": {"prompts": one_prompt}, "class_labels": {"classes": "0-2"}}
+        more = next((chosen[key] for key in condition), {})
+        try:
+            distill(base, "dmd2", out=str(out), **{**TINY_RUN, "batch_size": 1}, **more, call=call, merge=True)
+        except Exception as error:  # one family's failure is that family's
+            results[name] = repr(error)
+            continue
+        forms = ["base", "lora", "merged"] if (out / "student_lora").is_dir() else ["merged"]
+        results[name] = Tried(out, forms, {})
+        jobs.append({"base": str(base), "out": str(out), "forms": forms, "condition": condition})
+    words = [sys.executable, "-W", "ignore", "-c", STOCK]
+    done = subprocess.run(words, input=json.dumps(jobs), text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for result in results.values():
+        if isinstance(result, Tried):
+            with numpy.load(result.out / "seen.npz") as file:
+                result.seen = dict(file)
+    return results
+
+
+def test_any_pipeline_gives_a_lora_that_stock_diffusers_samples_as_the_merged_student(
+    tried: dict[str, Tried | str], family: str
+) -> None:
+    result = tried[family]
+    assert isinstance(result, Tried), result
+    about = json.loads((result.out / "student" / "fewstep.json").read_text())
+    assert {1, 2} <= set(about["counts"])
+    for count in about["counts"]:
+        merged = result.seen[f"merged {count}"]
+        assert merged.shape[0] == count and numpy.isfinite(merged).all() and merged.std() > 0
+        if "lora" not in result.forms:
+            continue
+        loaded, base = (result.seen[f"{form} {count}"] for form in ("lora", "base"))
+        off = numpy.abs(loaded - merged).max() / numpy.abs(merged).max()
+        moved = numpy.abs(loaded - base).max() / numpy.abs(merged).max()
+        assert off < 1e-3 and moved > 10 * off, f"{count} steps: {off:.1e} off, moved by {moved:.1e}"
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def tiny(family: str, prompts: str) -> tuple[DiffusionPipeline, dict]:
+    more = {"prompts": prompts, **({"call": {"max_sequence_length": 8}} if family == "flow" else {})}
+    return getattr(tiny_pipelines, f"tiny_{family}")(), {**TINY_RUN, **more}
+
+
+def test_without_a_lora_loader_the_student_is_merged_and_one_line_says_so(tmp_path: Path, caplog) -> None:
+    pipeline = tiny_pipelines.tiny_ddim()
+    with caplog.at_level("INFO", logger="fewstep"), shaken(pipeline.unet):
+        folder = distill(pipeline, "dmd2", out=str(tmp_path / "run"), **TINY_RUN)
+        assert folder.name == "student" and not (tmp_path / "run" / "student_lora").exists()
+        trained = DiffusionPipeline.from_pretrained(folder).unet.state_dict()
+        moved = {key for key, value in pipeline.unet.state_dict().items() if not torch.equal(value, trained[key])}
+    assert moved and all("attentions" in key or "attention" in key or "time_emb_proj" in key for key in moved)
+    assert "diffusers loads no LoRA into a UNet2DModel: exported merged" in caplog.messages
+
+
+@pytest.mark.parametrize("options", [{}, {"full_critic": True}], ids=["adapters", "full_critic"])
+def test_a_gan_in_bfloat16_under_checkpointing(options: dict, prompts: str, tmp_path: Path) -> None:
+    for name in "01":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 36), (int(name) * 60, 10, 200)).save(tmp_path / "data" / name / "a.png")
+    pipeline, settings = tiny("stable_diffusion", prompts)
+    settings |= {"data": str(tmp_path / "data"), "gan_weight": 1e-3, "ema_decay": 0.5, **options}
+    settings |= {"mixed_precision": "bf16", "gradient_checkpointing": True}
+    with shaken(pipeline.unet):
+        folder = distill(pipeline, "dmd2", out=str(tmp_path / "run"), **settings)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["critic/adversarial"] < 10 for row in rows)
+    assert {value.dtype for value in load_file(folder / LORA_FILE).values()} == {torch.float32}
+    _, tensors = load_latest(tmp_path / "run" / "checkpoints")
+    parts = {name: {key.partition(".")[0] for key in tensors[name]} for name in ("student", "critic", "ema")}
+    critic = "network" if options else "adapter"
+    assert parts == {"student": {"adapter"}, "critic": {critic, "head"}, "ema": {"adapter"}}
+
+
+def test_what_is_loaded_is_what_the_checkpoint_holds(prompts: str, tmp_path: Path) -> None:
+    pipeline, settings = tiny("flow", prompts)
+    with shaken(pipeline.transformer):
+        config = method_class("dmd2").Config(teacher="t", out=str(tmp_path / "run"), **settings)
+        run = Distillation(config, "dmd2", pipeline)
+        folder = run.run()
+        student = method_class("dmd2").prepare(config, run).roles["student"]
+        student.load_state_dict(load_latest(tmp_path / "run" / "checkpoints")[1]["student"])
+        assert isinstance(student, AdapterRole)
+        x = torch.randn(1, *run.recording.sample_shape)
+        t = torch.full((1,), 0.75, dtype=torch.float64)
+        conditioning = run.recording.condition(prompts=["a cat"])
+        applied = apply(pipeline, folder)
+        with torch.no_grad():
+            expected = student.denoiser.raw(x, t, conditioning)
+            found = run.recording.recipe.call(applied.transformer, x, run.recording.schedule.timestep(t), conditioning)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_interrupted_and_resumed_is_the_same_as_uninterrupted(prompts: str, tmp_path: Path) -> None:
+    pipeline, settings = tiny("stable_diffusion", prompts)
+    settings |= {"checkpointing_steps": 2, "ema_decay": 0.9, "max_steps": 5}
+    with shaken(pipeline.unet):
+        whole = distill(pipeline, "dmd2", out=str(tmp_path / "whole"), **settings)
+        distill(pipeline, "dmd2", out=str(tmp_path / "parts"), **{**settings, "max_steps": 3})
+        parts = distill(pipeline, "dmd2", out=str(tmp_path / "parts"), **settings, resume=True)
+    one, two = (load_file(folder / LORA_FILE) for folder in (whole, parts))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    with shaken(pipeline.unet):
+        merged = distill(pipeline, "dmd2", out=str(tmp_path / "parts"), **settings, resume=True, merge=True)
+    assert (merged / "model_index.json").is_file()  # an afterthought trains nothing again
+    states = [load_latest(folder.parent / "checkpoints")[0]["files"] for folder in (whole, parts)]
+    assert states[0] == states[1]
+
+
+def test_a_second_stage_takes_over_the_adapters(prompts: str, tmp_path: Path) -> None:
+    pipeline, settings = tiny("stable_diffusion", prompts)
+    first = tmp_path / "first"
+    distill(pipeline, "dmd2", out=str(first), **settings)
+    _, tensors = load_latest(first / "checkpoints")
+
+    def roles(**options):
+        config = method_class("dmd2").Config(teacher="t", out=str(tmp_path / "next"), **{**settings, **options})
+        return method_class("dmd2").prepare(config, Distillation(config, "dmd2", pipeline)).roles
+
+    taken = roles(init=str(first), ema_decay=0.5)
+    for name, source in (("student", "student"), ("critic", "critic"), ("ema", "student")):
+        state = taken[name].state_dict()
+        assert state.keys() == tensors[source].keys()
+        assert all(torch.equal(state[key], value) for key, value in tensors[source].items())
+    with pytest.raises(UserError, match="holds an adapter for the student where this run has a network"):
+        roles(init=str(first), lora_rank=0, lora_alpha=None)
+    with pytest.raises(UserError, match="holds an adapter for the critic where this run has a network"):
+        roles(init=str(first), full_critic=True)
+    with pytest.raises(UserError, match=r"student\.adapter do not fit"):
+        roles(init=str(first), lora_rank=2)
+    with pytest.raises(UserError, match="was trained with --lora_alpha 8; give this run the same"):
+        roles(init=str(first), lora_alpha=None)
+    base = tmp_path / "base"
+    pipeline.save_pretrained(base)
+    with pytest.raises(UserError, match="is a whole network"):
+        roles(init=str(base))
+
+
+def test_a_lora_is_sampled_and_evaluated_on_its_base_and_the_command_line_says_so(
+    prompts: str, tmp_path: Path, capsys
+) -> None:
+    pipeline, settings = tiny("stable_diffusion", prompts)
+    folder = distill(pipeline, "dmd2", out=str(tmp_path / "run"), **settings)
+    capsys.readouterr()
+    assert main(["sample", str(folder), "--prompt", "a", "--out", str(tmp_path / "a.png")]) == 2
+    assert "is a LoRA, and samples are made with whole pipelines" in capsys.readouterr().err
+    model = student_model(apply(pipeline, folder))
+    assert (model.steps, model.source, model.kind) == (2, None, "prompt")
+
+
+def test_the_command_line_says_what_is_wrong_in_one_line(prompts: str, tmp_path: Path, capsys) -> None:
+    base = tmp_path / "base"
+    tiny_pipelines.tiny_stable_diffusion().save_pretrained(base)
+    words = ["distill", "dmd2", "--teacher", str(base), "--prompts", prompts, "--out", str(tmp_path / "run"), "--cpu"]
+
+    def refusal(*more: str) -> str:
+        capsys.readouterr()
+        assert main([*words, *more]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fewstep: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    assert "--lora_rank 99 is larger than a layer of UNet2DConditionModel" in refusal("--lora_rank", "99")
+    assert "--lora_rank must not be negative" in refusal("--lora_rank", "-1")
+    assert "--lora_alpha must be positive" in refusal("--lora_rank", "2", "--lora_alpha", "-1")
+    for flag in ("--merge", "--full_critic"):
+        assert f"{flag} belongs to adapters: give --lora_rank" in refusal(flag)
