@@ -12,7 +12,7 @@ from fewstep.eval.frechet import feature_statistics, frechet_distance
 from fewstep.fashion.classifier import FashionClassifier, extract
 from fewstep.fashion.prompts import PROMPTS
 
-BATCH = 250
+BATCH = 100
 OFF = 1.0
 
 
@@ -43,7 +43,7 @@ def to_bytes(images: Tensor) -> Tensor:
 def sample(
     pipeline: DiffusionPipeline, labels: Tensor, steps: int, guidance_scale: float, even_grid: bool, seed: int
 ) -> Tensor:
-    """uint8 (N, 1, 32, 32): one sample for each label's prompt, in batches of 250, seeded per batch.
+    """uint8 (N, 1, 32, 32): one sample for each label's prompt, in batches of 100, seeded per batch.
 
     Args:
         even_grid: pass the flow pipeline sigmas 1, (N-1)/N, ..., 1/N. Its scheduler's own grid ends at 0.001, which

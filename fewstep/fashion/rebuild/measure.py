@@ -15,9 +15,9 @@ from fewstep.fashion.rebuild.files import write_manifest
 from fewstep.fashion.rebuild.idx import Dataset
 from fewstep.fashion.rebuild.train_autoencoder import reconstruct
 
-TABLE_SAMPLES = 5000
-SWEEP_SAMPLES = 2500
-SWEEP = (1.25, 1.5, 2.0, 2.5)
+TABLE_SAMPLES = 2500
+SWEEP_SAMPLES = 1000
+SWEEP = (1.25, 1.5, 2.0, 3.0)
 COMMAND = "python -m fewstep.fashion.build table"
 
 
