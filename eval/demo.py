@@ -45,7 +45,7 @@ def demo(
     if teacher not in TEACHERS:
         raise UserError(f"--teacher of the demo is one of {', '.join(TEACHERS)}, not {teacher!r}")
     out = Path(out)
-    settings = yaml.safe_load(files("fewstep.trainers").joinpath(f"configs/{METHOD}_fashion.yaml").read_text())
+    settings = yaml.safe_load(files("fewstep.trainers").joinpath(f"configs/{METHOD}_{teacher.replace('-', '_')}.yaml").read_text())
     settings |= {"teacher": teacher, "out": str(out), "steps": steps, "seed": seed}
     if max_steps is not None:
         settings["max_steps"] = max_steps
