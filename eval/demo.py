@@ -45,7 +45,8 @@ def demo(
     if teacher not in TEACHERS:
         raise UserError(f"--teacher of the demo is one of {', '.join(TEACHERS)}, not {teacher!r}")
     out = Path(out)
-    settings = yaml.safe_load(files("fewstep.trainers").joinpath(f"configs/{METHOD}_{teacher.replace('-', '_')}.yaml").read_text())
+    recipe = files("fewstep.trainers") / "configs" / f"{METHOD}_{teacher.replace('-', '_')}.yaml"
+    settings = yaml.safe_load(recipe.read_text())
     settings |= {"teacher": teacher, "out": str(out), "steps": steps, "seed": seed}
     if max_steps is not None:
         settings["max_steps"] = max_steps

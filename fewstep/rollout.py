@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from fewstep.conditioning import Conditioning
 from fewstep.denoiser import Denoiser
 from fewstep.prediction import add_noise, ode_step
 from fewstep.schedule import NoiseSchedule
+from fewstep.timesteps import even_grid
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,6 @@ def rollout(
     return student(x_t, sampler.times(last, x_t), conditioning)
 
 
-def ode_sampler(schedule: NoiseSchedule, steps: int, grid: Sequence[float] | None = None) -> Sampler:
-    """An Euler walk of ``steps`` even steps, for looking at a teacher; ``grid`` overrides the even one."""
-    times = tuple(grid) if grid is not None else tuple(k / steps for k in range(steps, 0, -1))
-    return Sampler(schedule, times, "ode", schedule.initial_scale())
+def ode_sampler(schedule: NoiseSchedule, steps: int) -> Sampler:
+    """An Euler walk of ``steps`` even steps, for looking at a teacher."""
+    return Sampler(schedule, tuple(even_grid(steps).tolist()), "ode", schedule.initial_scale())
