@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fewstep
-from fewstep.data import read_classes
+from fewstep.conditions import read_classes
 from fewstep.errors import UserError
 from fewstep.export.card import write_numbers
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fewstep.adapters import AdapterRole
 from fewstep.cast import make_roles
+from fewstep.conditions import Conditions, read_classes, read_prompts
 from fewstep.config import RunConfig, resolved
-from fewstep.data import Conditions, RealSamples, read_classes, read_images, read_prompts
+from fewstep.data import RealSamples, read_images
 from fewstep.denoiser import Denoiser
 from fewstep.discriminator import make_head
 from fewstep.draws import Draws

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fewstep import checkpoint
+from fewstep.conditions import Conditions
 from fewstep.config import RunConfig
-from fewstep.data import Conditions, RealSamples
+from fewstep.data import RealSamples
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.method import Batch, Method, Renew, Turn

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fewstep.cli import distill_config, main
+from fewstep.cli import main
+from fewstep.cli.distill import distill_config
 from tests.tiny_pipelines import tiny_ddim, tiny_dit, tiny_stable_diffusion
 
 

@@ -10,7 +10,8 @@ import tiny_pipelines
 import torch
 from PIL import Image
 
-from fewstep.data import Conditions, RealImages, RealSamples, read_classes, read_idx, read_images, read_prompts
+from fewstep.conditions import Conditions, read_classes, read_prompts
+from fewstep.data import RealImages, RealSamples, read_idx, read_images
 from fewstep.errors import UserError
 from fewstep.recording import Recording, record
 

@@ -1,0 +1,68 @@
+"""The command line: ``fewstep demo | probe | distill | sample | eval``, one file for each command.
+
+Exit codes: 0 done, 2 the user can mend it (one line on stderr says how), 130 interrupted after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from fewstep import __version__
+from fewstep.errors import UserError
+
+USAGE = """fewstep: few-step distillation of diffusion and flow-matching pipelines
+
+  fewstep demo                          distil an embedded teacher and compare both
+  fewstep probe TEACHER                 show what is recorded of a pipeline, and prove it
+  fewstep distill METHOD --teacher ...  train a student
+  fewstep sample DIR --out FILE.png     sample from a student
+  fewstep eval DIR [DIR ...] --out DIR  measure students beside their teacher
+
+fewstep COMMAND --help lists the flags of a command; fewstep distill METHOD --help those of a method.
+"""
+
+#: The file of each command; it is imported when the command is given, because most of them need seconds of imports.
+COMMANDS = {"demo": "demo", "probe": "probe", "distill": "distill", "sample": "sample", "eval": "evaluate"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code; tracebacks are for bugs."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fewstep").setLevel(logging.INFO)
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(USAGE, end="")
+            return 0
+        if words[0] == "--version":
+            print(__version__)
+            return 0
+        if words[0] not in COMMANDS:
+            raise UserError(f"there is no command {words[0]!r}; there are: {', '.join(COMMANDS)}")
+        return _run(words[0], words[1:])
+    except UserError as error:
+        print(f"fewstep: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # With a number it is the system's own word about a file: no space, no permission. Others may be bugs.
+        if error.errno is None:
+            raise
+        print(f"fewstep: {error}; mend that and start again, with --resume where a run was going on", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fewstep: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(command: str, words: Sequence[str]) -> int:
+    from fewstep.loop import Interrupted
+
+    try:
+        importlib.import_module(f"fewstep.cli.{COMMANDS[command]}").run(words)
+    except Interrupted:
+        print("fewstep: interrupted; a checkpoint is written, --resume goes on from it", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,47 @@
+"""``fewstep distill METHOD``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from fewstep.cli.parsing import Parser, parse, with_values
+from fewstep.distillation import Distillation, method_class, methods
+from fewstep.errors import UserError
+
+
+def distill_parser(method: str) -> ArgumentParser:
+    """The flags of a method: the fields of its configuration, with ``--config`` and ``--print_config``."""
+    parser = Parser(prog=f"fewstep distill {method}", description=f"Distil a teacher with {method}.")
+    parser.add_argument("--config", action="config", help="YAML file with any of these flags; flags after it win")
+    parser.add_class_arguments(method_class(method).Config)
+    return parser
+
+
+def distill_config(method: str, words: Sequence[str]) -> Any:
+    """The configuration of a method that these command line words ask for."""
+    config_class = method_class(method).Config
+    parsed = parse(distill_parser(method), with_values(words, config_class))
+    return config_class(**{name: value for name, value in parsed.items() if name != "config"})
+
+
+def run(words: Sequence[str]) -> None:
+    """Train and export a student."""
+    if not words or words[0].startswith("-"):
+        raise UserError(f"fewstep distill takes a method first: {', '.join(methods())}")
+    method = words[0]
+    config = distill_config(method, words[1:])
+    _announce(Distillation(config, method).run())
+
+
+def _announce(student: Path) -> None:
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        if (student / "model_index.json").is_file():
+            print(f"the student is in {student}; fewstep sample {student} --out sample.png")
+        else:
+            print(f"the student is in {student}; its README.md shows how to load it, --merge makes a whole pipeline")

@@ -1,0 +1,46 @@
+"""``fewstep eval DIR ...``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fewstep.cli.parsing import Parser, parse, step_counts
+from fewstep.conditions import read_classes, read_prompts
+from fewstep.eval.evaluate import evaluate
+
+
+def run(words: Sequence[str]) -> None:
+    """Measure students beside their teacher, and print the table."""
+    parser = Parser(
+        prog="fewstep eval", description="Measure students beside their teacher: report.json, report.md, grid.png."
+    )
+    parser.add_argument("students", metavar="DIR", nargs="+", type=str, help="student folders")
+    parser.add_argument("--teacher", type=str | None, default=None, help="folder, hub id, fashion-sd or fashion-flow")
+    parser.add_argument("--teacher_steps", type=str, default="1,4,25", help="comma separated")
+    parser.add_argument(
+        "--teacher_call", type=dict[str, Any] | None, default=None, help="JSON of arguments for its call"
+    )
+    parser.add_argument("--steps", type=str, default="1,2,4", help="the students' step counts, comma separated")
+    parser.add_argument("--num", type=int, default=5000, help="samples in every row")
+    parser.add_argument("--prompts", type=str | None, default=None, help="UTF-8 file, one a line")
+    parser.add_argument("--classes", type=str | None, default=None, help="labels such as 0-9")
+    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=str, required=True, help="folder for the report")
+    parsed = parse(parser, words)
+    report = evaluate(
+        parsed.students,
+        teacher=parsed.teacher,
+        teacher_steps=step_counts("--teacher_steps", parsed.teacher_steps),
+        teacher_call=parsed.teacher_call,
+        steps=step_counts("--steps", parsed.steps),
+        num=parsed.num,
+        prompts=read_prompts(parsed.prompts) if parsed.prompts else None,
+        classes=read_classes(parsed.classes) if parsed.classes else None,
+        batch_size=parsed.batch_size,
+        seed=parsed.seed,
+        out=Path(parsed.out),
+    )
+    print(report.table())

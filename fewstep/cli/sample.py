@@ -1,0 +1,31 @@
+"""``fewstep sample DIR``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fewstep.cli.parsing import Parser, parse
+from fewstep.eval.sample import sample
+
+
+def run(words: Sequence[str]) -> None:
+    """Write samples of a student into one PNG file."""
+    parser = Parser(prog="fewstep sample", description="Sample from a student, with the call on its card.")
+    parser.add_argument("directory", metavar="DIR", type=str, help="a student's folder (or a teacher's, with --steps)")
+    parser.add_argument("--prompt", type=str | None, default=None)
+    parser.add_argument("--class", dest="label", type=int | None, default=None, help="a class label")
+    parser.add_argument("--steps", type=int | None, default=None, help="default: the student's own")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num", type=int, default=1, help="how many samples")
+    parser.add_argument("--out", type=str, required=True, help="a PNG file")
+    parsed = parse(parser, words)
+    path = sample(
+        parsed.directory,
+        prompt=parsed.prompt,
+        label=parsed.label,
+        steps=parsed.steps,
+        seed=parsed.seed,
+        num=parsed.num,
+        out=parsed.out,
+    )
+    print(path)
