@@ -52,6 +52,11 @@ class GuidedDenoiser:
         self.negative = negative
         self.guidance_scale = guidance_scale
 
+    @property
+    def calls(self) -> int:
+        """Network calls per sample: 2, or 1 where guidance is off."""
+        return 1 if self.guidance_scale == 1.0 else 2
+
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Guided x0 (B, ...)."""
         if self.guidance_scale == 1.0:

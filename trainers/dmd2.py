@@ -24,7 +24,7 @@ from fewstep.features import FeatureTap
 from fewstep.guidance import GuidedDenoiser
 from fewstep.losses.adversarial import discriminator_loss, generator_loss
 from fewstep.losses.score import denoising_loss, distribution_matching, native_weight
-from fewstep.method import Batch, Turn
+from fewstep.method import Batch, Calls, Turn
 from fewstep.prediction import add_noise
 from fewstep.roles import Role
 from fewstep.rollout import Sampler, rollout
@@ -104,6 +104,18 @@ class Dmd2:
         """Of the student or the critic."""
         critic_lr = self.config.lr if self.config.critic_lr is None else self.config.critic_lr
         return critic_lr if role == "critic" else self.config.lr
+
+    def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
+        """What one step costs; the student's own earlier steps count too."""
+        earlier = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
+        if step % self.config.critic_updates:
+            calls = {"student": Calls(no_grad=earlier + 1), "critic": Calls(to_parameters=1)}
+        else:
+            calls = {"student": Calls(no_grad=earlier, to_parameters=1)}
+            calls |= {"teacher": Calls(no_grad=self.teacher.calls), "critic": Calls(no_grad=1, to_parameters=1)}
+        if self.tap is not None:
+            calls["critic/features"] = Calls(to_parameters=2, to_inputs=0 if step % self.config.critic_updates else 1)
+        return calls
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
         """Every ``critic_updates`` steps the student, and in every step the critic on the same, pre-update sample."""
