@@ -57,7 +57,7 @@ class ConditionCache:
         for entry in tqdm([*negative, *self.index["shards"]], desc="check the cache", delay=2, disable=not progress):
             if not intact(self.folder, entry):
                 raise UserError(_damaged(self.folder, entry["file"]))
-        self._shard = functools.lru_cache(_OPEN_SHARDS)(self._open)
+        self._shard = functools.lru_cache(_OPEN_SHARDS)(self._read)
 
     def __len__(self) -> int:
         return self.index["items"]
@@ -77,7 +77,7 @@ class ConditionCache:
 
     def negative(self) -> Conditioning | None:
         """The teacher's negative; None where it has no classifier-free guidance."""
-        return Conditioning.load(self.folder / _NEGATIVE) if self.index["negative"] else None
+        return self._open(self.index["negative"]["file"])[0][0] if self.index["negative"] else None
 
     def kinds(self) -> list[int]:
         """The number of one item of each structure and shape."""
@@ -93,17 +93,18 @@ class ConditionCache:
         refuse_other_teacher(self.folder, self.index, fingerprint(recording), teacher)
         (now,) = recording.condition_each(**{f"{self.kind}s": self._shard(0)[1][:1]})
         if not _close(now, self[0]):
-            raise UserError(
-                f"{teacher} encodes its prompts otherwise than the cache {self.folder}; make the cache again"
-            )
+            raise UserError(f"{teacher} encodes otherwise than when the cache {self.folder} was made; make it again")
 
-    def _open(self, shard: int) -> tuple[Pack, list[Any]]:
-        path = self.folder / self.index["shards"][shard]["file"]
+    def _read(self, shard: int) -> tuple[Pack, list[Any]]:
+        return self._open(self.index["shards"][shard]["file"])
+
+    def _open(self, name: str) -> tuple[Pack, list[Any]]:
+        path = self.folder / name
         try:
             # Memory-mapped: a row that is asked for is read, and nothing else.
             file = safe_open(str(path), framework="pt")
-            metadata = file.metadata()
-            groups, items = from_json(metadata["groups"]), json.loads(metadata["items"])
+            content = json.loads(file.metadata()[FORMAT])
+            groups, items = from_json(content["groups"]), content["items"]
             return Pack(groups, file.get_tensor, lambda name, row: file.get_slice(name)[row : row + 1][0]), items
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(_damaged(self.folder, path.name)) from error
@@ -161,7 +162,7 @@ class CacheWriter:
             self.index["shards"] = list(whole)
         negative = recording.negative()
         if negative is not None:
-            self.index["negative"] = self._write(_NEGATIVE, negative.to("cpu").save)
+            self.index["negative"] = self._write_pack(_NEGATIVE, [negative], [])
         self._save_index()
 
     @property
@@ -180,12 +181,16 @@ class CacheWriter:
             UserError: the disk is full or does not take it; what was written before is untouched.
         """
         number = len(self.index["shards"])
-        groups, tensors = pack(encoded)
         items = self.of(number)
-        metadata = {"format": FORMAT, "groups": to_json(groups), "items": json.dumps(items)}
-        entry = self._write(f"shard_{number:05d}.safetensors", lambda path: save_file(tensors, path, metadata))
+        entry = self._write_pack(f"shard_{number:05d}.safetensors", encoded, items)
         self.index["shards"].append({**entry, "items": len(items)})
         self._save_index()
+
+    def _write_pack(self, name: str, encoded: Sequence[Conditioning], items: list[Any]) -> dict[str, Any]:
+        groups, tensors = pack(encoded)
+        # One entry: safetensors writes several in an order of its own, and the same items shall be the same bytes.
+        metadata = {FORMAT: json.dumps({"groups": to_json(groups), "items": items})}
+        return self._write(name, lambda path: save_file(tensors, path, metadata))
 
     def _write(self, name: str, save: Callable[[Path], None]) -> dict[str, Any]:
         """A file, complete or absent, and on the disk before anything names it."""

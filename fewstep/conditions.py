@@ -15,10 +15,11 @@ from fewstep.draws import keyed_order
 from fewstep.errors import UserError
 from fewstep.packing import Pack, in_memory, one_of_each_kind
 from fewstep.padding import Padding, find_padding
-from fewstep.ragged import AnyConditioning, join
+from fewstep.ragged import AnyConditioning, RaggedConditioning, join
 from fewstep.recording import Recording
 
 _MOST_CLASSES = 10**6  # a longer range is a slip of the keyboard, and its list would fill the memory
+_LOOKED_AT = 64  # items, each of a shape of its own, that decide whether padding serves
 _PACKED = 1000  # items that are encoded before they are stacked
 
 
@@ -147,8 +148,14 @@ class Conditions:
             self._unconditional = recording.condition().to("cpu")
             self.count, kinds = 1, []
         self.padding: Padding | None = None
+        self.note = ""
         if len(kinds) > 1:
-            self.padding = find_padding(recording, {self.items()[row]: self._item(row) for row in kinds})
+            some = {self.items()[row]: self._item(row) for row in kinds[:: -(-len(kinds) // _LOOKED_AT)]}
+            self.padding = find_padding(recording, some)
+            if self.padding is not None:
+                self.note = f"{self.kind}s of several lengths are padded; the mask was proven to hide that"
+            elif isinstance(join(list(some.values())), RaggedConditioning):
+                self.note = f"{self.kind}s of several lengths: each batch is called in groups of equal length"
 
     def __len__(self) -> int:
         return self.count

@@ -105,6 +105,7 @@ class Distillation:
         self.shift = self.plan.shift
         self.guidance_scale = self._guidance_scale()
         self.conditions, negative = self._conditions()
+        self._say(self.conditions.note)
         self.negative = negative.to(device=self.device) if negative is not None and self.guidance_scale != 1.0 else None
         self._teacher_pictures: Tensor | None = None
         self.real = None
@@ -124,10 +125,16 @@ class Distillation:
 
     def add_head(self, role: Role) -> FeatureTap:
         """Give a role a GAN head on its own features, and say where they are tapped."""
-        conditioning = self.conditions.select([0, 0])
         x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
         t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
-        tap = find_tap(role.denoiser.network, lambda sample: role.denoiser.raw(sample, t, conditioning), x)
+        last = len(self.conditions) - 1
+        taps = []
+        for row in dict.fromkeys((last, last // 2, 0)):
+            conditioning = self.conditions.select([row, row])
+            taps.append(find_tap(role.denoiser.network, partial(role.denoiser.raw, t=t, conditioning=conditioning), x))
+        tap = taps[-1]
+        if any(other != tap for other in taps):
+            raise UserError("the image's tokens lie elsewhere in the network for every prompt; train without a GAN")
         with torch.no_grad():
             role.added["head"] = make_head(role.denoiser.features(x, t, conditioning, tap), self.config.seed)
         return tap

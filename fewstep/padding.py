@@ -24,7 +24,6 @@ from fewstep.recording.recording import CONDITION_STEPS
 from fewstep.recording.shake import shaken
 
 _TRIED = 4  # items that are compared, the shortest among them, each beside the longest
-_LOOKED_AT = 64  # kinds of items that are looked at to find these
 _TIMES = (0.9, 0.4)
 #: Without its mask the padding must change the answer by so many tolerances, else the comparison says nothing.
 _VISIBLE = 30
@@ -65,8 +64,7 @@ def find_padding(recording: Recording, items: Mapping[Any, Conditioning]) -> Pad
         recording: of the teacher.
         items: of several shapes, by prompt or label, each encoded alone.
     """
-    names = list(items)[:: max(len(items) // _LOOKED_AT, 1)]
-    some = [items[name] for name in names]
+    names, some = list(items), list(items.values())
     if all(Conditioning.compatible(some[0], item) for item in some):
         return None
     try:
