@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from fewstep.adapters import AdapterRole
 from fewstep.cast import make_roles
+from fewstep.condition_cache import ConditionCache
+from fewstep.conditioning import Conditioning
 from fewstep.conditions import Conditions, read_classes, read_prompts
 from fewstep.config import RunConfig, resolved
 from fewstep.data import RealSamples, read_images
 from fewstep.denoiser import Denoiser
 from fewstep.discriminator import make_head
 from fewstep.draws import Draws
+from fewstep.encoders import Encoders
 from fewstep.errors import UserError
 from fewstep.export import export_lora, export_student, loads_lora, plan_student
 from fewstep.features import FeatureTap, find_tap
@@ -40,7 +44,7 @@ logger = logging.getLogger("fewstep")
 _SHOWN_SAMPLES = 8  # in a sample grid
 _TEACHER_STEPS = 25  # of the teacher's row in it
 #: Settings that say something of a machine and nothing of a student; they are not published with it.
-_PRIVATE = frozenset({"teacher", "out", "prompts", "data", "init", "resume", "cpu", "report_to"})
+_PRIVATE = frozenset({"teacher", "out", "prompts", "cache", "data", "init", "resume", "cpu", "report_to"})
 
 
 def methods() -> list[str]:
@@ -81,7 +85,8 @@ class Distillation:
         self.resuming = check_folder(self.out, method, config)
         self.accelerator.wait_for_everyone()
 
-        self.pipeline = load_teacher(config.teacher, config.trust_remote_code) if pipeline is None else pipeline
+        reload = partial(_load, config) if pipeline is None else None
+        self.pipeline = _load(config) if pipeline is None else pipeline
         self.pipeline.to(self.device)
         self.recording = record(self.pipeline, **_teacher_call(config))
         self.recording.prove()
@@ -99,16 +104,14 @@ class Distillation:
         self.sampler = Sampler(schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
         self.shift = self.plan.shift
         self.guidance_scale = self._guidance_scale()
-        self.negative = self.recording.negative() if self.guidance_scale != 1.0 else None
-        if self.negative is not None:
-            self.negative = self.negative.to(device=self.device)
-        prompts = read_prompts(config.prompts) if config.prompts is not None else self._embedded_prompts()
-        labels = read_classes(config.classes) if config.classes is not None else None
-        self.conditions = Conditions(self.recording, prompts, labels, self.device)
+        self.conditions, negative = self._conditions()
+        self._say(self.conditions.note)
+        self.negative = negative.to(device=self.device) if negative is not None and self.guidance_scale != 1.0 else None
         self._teacher_pictures: Tensor | None = None
         self.real = None
         if config.data is not None:
             self.real = RealSamples(read_images(config.data), self.recording, self.conditions, self.device)
+        self.encoders = Encoders(self.recording, self.plan.call, reload)
 
     # --- what methods ask for -----------------------------------------------------------------------------------
 
@@ -122,10 +125,16 @@ class Distillation:
 
     def add_head(self, role: Role) -> FeatureTap:
         """Give a role a GAN head on its own features, and say where they are tapped."""
-        conditioning = self.conditions.select([0, 0])
         x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
         t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
-        tap = find_tap(role.denoiser.network, lambda sample: role.denoiser.raw(sample, t, conditioning), x)
+        last = len(self.conditions) - 1
+        taps = []
+        for row in dict.fromkeys((last, last // 2, 0)):
+            conditioning = self.conditions.select([row, row])
+            taps.append(find_tap(role.denoiser.network, partial(role.denoiser.raw, t=t, conditioning=conditioning), x))
+        tap = taps[-1]
+        if any(other != tap for other in taps):
+            raise UserError("the image's tokens lie elsewhere in the network for every prompt; train without a GAN")
         with torch.no_grad():
             role.added["head"] = make_head(role.denoiser.features(x, t, conditioning, tap), self.config.seed)
         return tap
@@ -139,6 +148,12 @@ class Distillation:
 
     def run(self) -> Path:
         """Train, then export the student. Returns its pipeline's folder, or its LoRA's where that is all."""
+        with self.encoders.away(self._say):
+            self._train_and_export()
+        whole = self.out / "student"
+        return whole if whole.is_dir() else self.out / "student_lora"
+
+    def _train_and_export(self) -> None:
         method = method_class(self.method).prepare(self.config, self)
         if self.accelerator.is_main_process:
             write_config(self.out, self.method, self.config)
@@ -168,8 +183,6 @@ class Distillation:
         if self.accelerator.is_main_process:
             self.export(role)
         self.accelerator.wait_for_everyone()
-        whole = self.out / "student"
-        return whole if whole.is_dir() else self.out / "student_lora"
 
     def export(self, role: Role) -> None:
         """Write a role as ``OUT/student``, a stock pipeline, or an adapter as ``OUT/student_lora``, or both."""
@@ -186,6 +199,7 @@ class Distillation:
                     return
             else:
                 self._say(f"diffusers loads no LoRA into a {type(self.recording.network).__name__}: exported merged")
+        self.encoders.restore()  # they are part of what is written
         export_student(self.recording, role.stock_network(), self.plan, self.out / "student", **about)
 
     def save_samples(self, teacher: Role, student: Role, step: int) -> None:
@@ -230,6 +244,18 @@ class Distillation:
             return 1.0
         return report.argument_scale + (report.offset or 0.0)
 
+    def _conditions(self) -> tuple[Conditions, Conditioning | None]:
+        """What is generated for, and the teacher's negative: encoded now, or read from ``--cache``."""
+        config, progress = self.config, self.accelerator.is_main_process
+        if config.cache is not None:
+            cache = ConditionCache(config.cache, progress=progress)
+            cache.check(self.recording, config.teacher)
+            conditions = Conditions(self.recording, device=self.device, cache=cache, progress=progress)
+            return conditions, cache.negative()
+        prompts = read_prompts(config.prompts) if config.prompts is not None else self._embedded_prompts()
+        labels = read_classes(config.classes) if config.classes is not None else None
+        return Conditions(self.recording, prompts, labels, self.device, progress=progress), self.recording.negative()
+
     def _embedded_prompts(self) -> list[str] | None:
         from fewstep.fashion import PROMPTS
 
@@ -271,6 +297,11 @@ def main(method: str) -> None:
     from fewstep.cli import main as command_line
 
     sys.exit(command_line(["distill", method, *sys.argv[1:]]))
+
+
+def _load(config: RunConfig, parts: dict[str, Any] | None = None) -> DiffusionPipeline:
+    """The teacher of a run, ``parts`` of it given."""
+    return load_teacher(config.teacher, config.trust_remote_code, **(parts or {}))
 
 
 def _teacher_call(config: RunConfig) -> dict[str, Any]:

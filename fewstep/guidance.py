@@ -8,6 +8,7 @@ from torch import Tensor
 from fewstep.conditioning import Conditioning
 from fewstep.denoiser import Denoiser
 from fewstep.errors import UserError
+from fewstep.ragged import AnyConditioning, in_groups, join
 
 
 def guide(positive: Tensor, negative: Tensor, guidance_scale: float | Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def rescale_norm(guided: Tensor, positive: Tensor) -> Tensor:
 class GuidedDenoiser:
     """A denoiser under classifier-free guidance; itself a :class:`fewstep.denoiser.Denoiser`.
 
-    One network call of 2B rows where the conditionings can be joined, two calls of B rows elsewhere.
+    One network call of 2B rows where the conditionings can be joined, else one for each group of equal shape.
 
     Args:
         denoiser: the unguided one.
@@ -57,16 +58,12 @@ class GuidedDenoiser:
         """Network calls per sample: 2, or 1 where guidance is off."""
         return 1 if self.guidance_scale == 1.0 else 2
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """Guided x0 (B, ...)."""
         if self.guidance_scale == 1.0:
             return self.denoiser(x_t, t, conditioning)
         batch = x_t.shape[0]
-        negative = self.negative.select([0] * batch)
-        if Conditioning.compatible(negative, conditioning):
-            both = Conditioning.cat([negative, conditioning])
-            x0_negative, x0_positive = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        else:
-            x0_negative = self.denoiser(x_t, t, negative)
-            x0_positive = self.denoiser(x_t, t, conditioning)
+        both = join([self.negative.select([0] * batch), conditioning])
+        x0 = in_groups(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        x0_negative, x0_positive = x0.chunk(2)
         return guide(x0_positive, x0_negative, self.guidance_scale)
