@@ -8,6 +8,7 @@ from torch import Tensor
 from fewstep.conditioning import Conditioning
 from fewstep.denoiser import Denoiser
 from fewstep.errors import UserError
+from fewstep.intervals import TimedScale
 from fewstep.ragged import AnyConditioning, in_groups, join
 
 
@@ -37,16 +38,17 @@ class GuidedDenoiser:
     Args:
         denoiser: the unguided one.
         negative: conditioning of one sample, used for every sample of a batch; None where the scale is 1.
-        guidance_scale: w.
+        guidance_scale: w; or one for each interval of the time.
 
     Raises:
         UserError: a scale other than 1 without a negative conditioning.
     """
 
-    def __init__(self, denoiser: Denoiser, negative: Conditioning | None, guidance_scale: float) -> None:
+    def __init__(self, denoiser: Denoiser, negative: Conditioning | None, guidance_scale: float | TimedScale) -> None:
         if guidance_scale != 1.0 and negative is None:
+            wish = guidance_scale.scales if isinstance(guidance_scale, TimedScale) else guidance_scale
             raise UserError(
-                f"guidance_scale={guidance_scale} needs classifier-free guidance, which this teacher lacks; "
+                f"guidance_scale={wish} needs classifier-free guidance, which this teacher lacks; "
                 "set guidance_scale to 1"
             )
         self.denoiser = denoiser
@@ -66,4 +68,5 @@ class GuidedDenoiser:
         both = join([self.negative.select([0] * batch), conditioning])
         x0 = in_groups(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         x0_negative, x0_positive = x0.chunk(2)
-        return guide(x0_positive, x0_negative, self.guidance_scale)
+        scale = self.guidance_scale
+        return guide(x0_positive, x0_negative, scale.at(t, x_t) if isinstance(scale, TimedScale) else scale)
