@@ -33,7 +33,7 @@ def fingerprint(recording: Recording) -> dict[str, str]:
     digests = {"pipeline": _digest(type(pipeline).__name__), "call": _digest(_call(recording))}
     for name, part in sorted(pipeline.components.items()):
         if part is not None and name not in without:
-            digests[name] = part_digest(part, _SAMPLED if part is recording.network else None)
+            digests[name] = part_digest(part, _SAMPLED if name in recording.components else None)
     scheduler = getattr(pipeline, find_scheduler(pipeline))
     digests["scheduler"] = _digest([type(scheduler).__name__, _plain(scheduler.config)])
     return digests
