@@ -253,8 +253,15 @@ def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Ref
         noise_follows=found.noise_follows,
         prediction_type=recording.prediction_type,
         shift=wish.shift,
-        note=f"{reason}: {remark}",
+        note=f"{reason}: {remark}{_idle(recording, found.timesteps)}",
     )
+
+
+def _idle(recording: Recording, timesteps: tuple[float, ...]) -> str:
+    """Names the networks that no step of the grid leads to: a student of one step never meets the second of two."""
+    called = {recording.expert_at(timestep).component for timestep in timesteps}
+    idle = [name for name in recording.components if name not in called]
+    return f"; no step calls {', '.join(idle)}, which stays the teacher's" if idle else ""
 
 
 def _first_that_holds(
