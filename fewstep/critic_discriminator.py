@@ -21,8 +21,8 @@ class AdversarialConfig(RunConfig):
 
     Args:
         adversarial: none, diffusion_gan (few-step SiD) or sida; needs --data.
-        gan_weight: weight of that term in the student's loss; default the papers', 1e-2 and 1e-4 where losses are means.
-        gan_critic_weight: weight of that term in the critic's loss; default the papers', 1, and 1 / elements of a sample.
+        gan_weight: weight of that term in the student's loss; default the papers', for means 1e-2 and 1e-4.
+        gan_critic_weight: weight of that term in the critic's loss; default the papers', 1 and 1 / a sample's elements.
         gan_start_step: the step at which the student's term begins.
     """
 
