@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fewstep.conditioning import Conditioning
 from fewstep.config import RunConfig
 from fewstep.errors import UserError
 from fewstep.features import FeatureTap
 from fewstep.losses.adversarial import clamped_cross_entropy, weighted_mean
+from fewstep.ragged import AnyConditioning
 from fewstep.roles import Role
 
 
@@ -62,7 +62,7 @@ class CriticDiscriminator:
         self.student_weight = student if config.gan_weight is None else config.gan_weight
         self.critic_weight = critic_own if config.gan_critic_weight is None else config.gan_critic_weight
 
-    def logits(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def logits(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """(B, n) logits for ``x_t`` (B, ...) at ``t`` (B,)."""
         return pooled_logits(self.critic.denoiser.features(x_t, t, conditioning, self.tap))
 

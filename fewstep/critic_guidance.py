@@ -13,14 +13,16 @@ from fewstep.conditioning import Conditioning
 from fewstep.config import RunConfig
 from fewstep.draws import Draws
 from fewstep.errors import UserError
+from fewstep.intervals import TimedScale
+from fewstep.ragged import AnyConditioning, join
 
 
 class Kappas(NamedTuple):
     """The scales of the critic in its own loss, of the critic in the student's loss, and of the teacher."""
 
-    critic_training: float
-    critic: float
-    teacher: float
+    critic_training: float | TimedScale
+    critic: float | TimedScale
+    teacher: float | TimedScale
 
 
 #: What --guidance fixes. The published scale of Anti-CFG is unknown to us: -1, at which the critic says 2 neg - pos, is
@@ -56,7 +58,7 @@ class CriticGuidanceConfig(RunConfig):
             scales = ("guidance_scale", "critic_guidance", "critic_training_guidance")
             self._refuse_set(f"is fixed by --guidance {self.guidance}", *scales)
 
-    def kappas(self, guidance_scale: float) -> Kappas:
+    def kappas(self, guidance_scale: float | TimedScale) -> Kappas:
         """The scales of a run whose teacher would have this one."""
         if self.guidance in FIXED:
             return FIXED[self.guidance]
@@ -64,12 +66,8 @@ class CriticGuidanceConfig(RunConfig):
         return Kappas(*(guidance_scale if k is None else k for k in own), guidance_scale)
 
 
-def with_dropout(conditioning: Conditioning, negative: Conditioning, draws: Draws, share: float) -> Conditioning:
-    """``conditioning`` of B samples, each replaced by ``negative`` (of one) with probability ``share``.
-
-    Raises:
-        ValueError: the two form no batch.
-    """
+def with_dropout(conditioning: AnyConditioning, negative: Conditioning, draws: Draws, share: float) -> AnyConditioning:
+    """``conditioning`` of B samples, each replaced by ``negative`` (of one) with probability ``share``."""
     dropped = draws.coins("critic_dropout", share)
     size = conditioning.batch_size
-    return Conditioning.cat([conditioning, negative]).select([size if d else row for row, d in enumerate(dropped)])
+    return join([conditioning, negative]).select([size if d else row for row, d in enumerate(dropped)])

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.conditioning import Conditioning
 from fewstep.critic_discriminator import AdversarialConfig, CriticDiscriminator
 from fewstep.critic_guidance import CriticGuidanceConfig, with_dropout
 from fewstep.distillation import Distillation, main
@@ -36,6 +35,7 @@ from fewstep.losses.score_identity import WEIGHTINGS, score_identity, score_iden
 from fewstep.method import Batch, Calls, Turn
 from fewstep.noise_levels import NoiseLevelConfig, NoiseLevels
 from fewstep.prediction import add_noise
+from fewstep.ragged import AnyConditioning
 from fewstep.roles import Role
 from fewstep.rollout import Sampler, rollout
 from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
@@ -130,11 +130,7 @@ class Sid:
         if config.adversarial != "none":
             tap, shape = distillation.tap(critic), distillation.recording.sample_shape
             discriminator = CriticDiscriminator(config, critic, tap, shape)
-        method = cls(config, roles, *guided, distillation.sampler, discriminator)
-        prompt = distillation.conditions.select([0])
-        if method.drops_prompts and not Conditioning.compatible(prompt, distillation.negative):
-            raise UserError("this teacher's prompts and its negative form no batch: set --critic_dropout 0")
-        return method
+        return cls(config, roles, *guided, distillation.sampler, discriminator)
 
     def learning_rate(self, role: str) -> float:
         """Of the student or the critic."""
@@ -230,7 +226,7 @@ class Sid:
             log["student/adversarial"] = adversarial.detach()
         return Turn("student", [(loss, None)], log)
 
-    def sample(self, name: str, batch: Batch, conditioning: Conditioning, last: int) -> Tensor:
+    def sample(self, name: str, batch: Batch, conditioning: AnyConditioning, last: int) -> Tensor:
         """The student's x0 (B, ...) at step ``last`` of its own walk, with gradient through its last call at most."""
         noise = batch.draws.normal(f"{name}_start", batch.shape)
 
