@@ -99,6 +99,8 @@ class Distillation:
             renoise=config.renoise,
             shift=config.shift,
             first_timestep=config.first_timestep,
+            first_sigma=config.first_sigma,
+            start=config.start,
         )
         self._say(self.plan.note)
         schedule = self.recording.schedule
@@ -107,7 +109,8 @@ class Distillation:
         self.guidance_scale = self._guidance_scale()
         self.conditions, negative = self._conditions()
         self._say(self.conditions.note)
-        self.negative = negative.to(device=self.device) if negative is not None and self.guidance_scale != 1.0 else None
+        # Also where the teacher is not guided: a critic may be.
+        self.negative = negative.to(device=self.device) if negative is not None else None
         self._teacher_pictures: Tensor | None = None
         self.real = None
         if config.data is not None:
@@ -120,31 +123,20 @@ class Distillation:
         """The frozen teacher, the trainable roles ``names``, and ``ema`` where the run has one."""
         return make_roles(self.config, self.recording, names, self.device)
 
-    def guided(self, teacher: Role) -> GuidedDenoiser:
-        """The teacher under the run's guidance."""
-        return GuidedDenoiser(teacher, self.negative, self.guidance_scale)
+    def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
+        """A role under guidance, by default the run's, which is the teacher's."""
+        return GuidedDenoiser(role, self.negative, self.guidance_scale if guidance_scale is None else guidance_scale)
+
+    def tap(self, role: Role) -> FeatureTap:
+        """Where a role's features are tapped, the same place in each of several experts."""
+        return self._tapped(role)[0]
 
     def add_head(self, role: Role) -> FeatureTap:
         """Give a role a GAN head on its own features, and say where they are tapped.
 
-        Several experts share one head: each is tapped at the same place, and the head sees features of the one whose
-        time it is.
+        Several experts share one head, which sees features of the one whose time it is.
         """
-        x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
-        t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
-        last = len(self.conditions) - 1
-        seen = []
-        for denoiser in (expert.denoiser for expert in role.experts.values()):
-            for row in dict.fromkeys((0, last // 2, last)):
-                conditioning = self.conditions.select([row, row])
-                tap = find_tap(denoiser.network, partial(denoiser.raw, t=t, conditioning=conditioning), x)
-                with torch.no_grad():
-                    seen.append((tap, denoiser.features(x, t, conditioning, tap)))
-        tap, features = seen[0]
-        if any(other != tap or theirs.shape != features.shape for other, theirs in seen):
-            raise UserError(
-                "the image's features lie elsewhere for every prompt, or in every network; train without a GAN"
-            )
+        tap, features = self._tapped(role)
         role.added["head"] = make_head(features, self.config.seed)
         return tap
 
@@ -236,6 +228,25 @@ class Distillation:
             x0 = rollout(denoiser, sampler, noise, conditioning, step_noise=step_noise)
             pieces.append(self.recording.decode(x0).float().cpu())
         return torch.cat(pieces)
+
+    def _tapped(self, role: Role) -> tuple[FeatureTap, Tensor]:
+        """Where a role's features are tapped, and those of two samples of noise."""
+        x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
+        t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
+        last = len(self.conditions) - 1
+        seen = []
+        for denoiser in (expert.denoiser for expert in role.experts.values()):
+            for row in dict.fromkeys((0, last // 2, last)):
+                conditioning = self.conditions.select([row, row])
+                tap = find_tap(denoiser.network, partial(denoiser.raw, t=t, conditioning=conditioning), x)
+                with torch.no_grad():
+                    seen.append((tap, denoiser.features(x, t, conditioning, tap)))
+        tap, features = seen[0]
+        if any(other != tap or theirs.shape != features.shape for other, theirs in seen):
+            raise UserError(
+                "the image's features lie elsewhere for every prompt, or in every network; train without a GAN"
+            )
+        return tap, features
 
     # --- pieces of __init__ -------------------------------------------------------------------------------------
 
