@@ -51,8 +51,7 @@ class Real:
 
 @dataclass
 class Pairs:
-    """Both ends of a teacher's ODE: samples ``x0`` (B, ...), the unit ``noise`` (B, ...) that they were made of, and what
-    they were made for."""
+    """Both ends of a teacher's ODE: ``x0`` (B, ...), the unit ``noise`` (B, ...) it was made of, and for what it was."""
 
     x0: Tensor
     noise: Tensor
