@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep.durable import flush
 from fewstep.errors import UserError
 
 
@@ -41,7 +42,7 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     try:
         _write(partial, step, tensors, state)
         os.rename(partial, final)
-        _flush(folder)
+        flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         kept = steps_in(folder)
@@ -66,7 +67,7 @@ def _write(partial: Path, step: int, tensors: dict[str, dict[str, Tensor]], stat
     content = {"step": step, **state, "files": files}
     (partial / "state.json").write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1))
     for path in partial.iterdir():  # the rename below must not become durable before what it names
-        _flush(path)
+        flush(path)
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -109,11 +110,3 @@ def _digest(content: dict[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

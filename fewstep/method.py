@@ -51,7 +51,7 @@ class Real:
 
 @dataclass
 class Pairs:
-    """Both ends of a teacher's ODE: ``x0`` (B, ...), the unit ``noise`` (B, ...) it was made of, and for what it was."""
+    """Both ends of a teacher's ODE: ``x0`` (B, ...), the unit ``noise`` (B, ...) it was made of, and what for."""
 
     x0: Tensor
     noise: Tensor

@@ -33,6 +33,8 @@ from fewstep.errors import UserError
 from fewstep.losses.flow import huber_constant, pseudo_huber, squared, velocity_error
 from fewstep.method import Batch, Calls, Pairs, Turn
 from fewstep.ode import SOLVERS
+from fewstep.pairing import pair_stream, pairs_of_run
+from fewstep.perceptual import lpips_of
 from fewstep.prediction import add_noise, noise_from_x0
 from fewstep.roles import Role
 from fewstep.rollout import Sampler
@@ -138,10 +140,15 @@ class RectifiedFlow:
     @classmethod
     def prepare(cls, config: RectifiedFlowConfig, distillation: Distillation) -> RectifiedFlow:
         """Make the roles, and the pairs where none are given; the student starts as the teacher, or as in --init."""
-        perceptual = distillation.perceptual_distance() if config.perceptual_weight else None
+        perceptual = lpips_of(distillation.recording, distillation.device) if config.perceptual_weight else None
         roles = distillation.make_roles("student")
         distillation.initialize(roles)
-        distillation.take_pairs(roles["teacher"])
+        folder = config.pairs
+        if folder is None:
+            folder = pairs_of_run(
+                distillation, roles["teacher"], config.num_pairs, config.pair_steps, config.pair_solver
+            )
+        distillation.pairs = pair_stream(distillation, folder, config.inverted_pairs, config.inverted_share)
         return cls(config, roles, distillation.sampler, perceptual)
 
     def learning_rate(self, role: str) -> float:

@@ -1,0 +1,240 @@
+"""Making noise-sample pairs of a teacher: as ``fewstep pairs`` does, and for a run that was given none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+from fewstep.asking import conditions_of, guidance_of, teacher_call
+from fewstep.data import RealSamples, read_images
+from fewstep.errors import UserError
+from fewstep.export.plan import teacher_shift
+from fewstep.guidance import GuidedDenoiser
+from fewstep.ode import SOLVERS
+from fewstep.pairs import PairMaker, PairSettings, PairStream, StoredPairs
+from fewstep.recording import Recording, record
+from fewstep.roles import Role, make_role
+from fewstep.schedule import FlowSchedule
+from fewstep.teacher import load_teacher
+
+if TYPE_CHECKING:
+    from fewstep.distillation import Distillation
+
+_ROWS = 256  # in a file of the pairs that a run makes for itself, or its batch where that is larger
+
+
+@dataclass(kw_only=True)
+class PairsConfig:
+    """Noise-sample pairs of a teacher's ODE.
+
+    Args:
+        teacher: folder or hub id of a diffusers pipeline, or an embedded teacher (fashion-sd, fashion-flow).
+        out: folder for the pairs.
+        num: how many; with --data default all images.
+        prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers.
+        classes: class labels such as 0-9 or 1,5,7, for class-conditional teachers.
+        call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
+        guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own.
+        negative_prompt: what guidance leads away from; default the pipeline's own.
+        teacher_steps: steps of the teacher's ODE for each pair.
+        solver: euler (DDIM for tables) or heun (twice the network calls).
+        data: real images; the ODE is followed from them to their noise. What they show must be among the prompts.
+        batch_size: samples in one call of the network.
+        shard_size: pairs in one file, which is also what is lost when a process is killed.
+        dtype: of the stored samples: float32, float16 or bfloat16.
+        mixed_precision: no (float32) or bf16 (a bfloat16 teacher).
+        seed: of the noise.
+        resume: go on with what is in out.
+        rank: which of --world independent processes this is; not needed under accelerate launch or torchrun.
+        world: how many independent processes share the work.
+        cpu: make them on the CPU even where there is a GPU.
+        trust_remote_code: let a pipeline run code from its own folder.
+    """
+
+    teacher: str
+    out: str
+    num: int | None = None
+    prompts: str | None = None
+    classes: str | None = None
+    call: dict[str, Any] | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    teacher_steps: int = 25
+    solver: str = "euler"
+    data: str | None = None
+    batch_size: int = 16
+    shard_size: int = 256
+    dtype: str = "float32"
+    mixed_precision: str = "no"
+    seed: int = 0
+    resume: bool = False
+    rank: int | None = None
+    world: int | None = None
+    cpu: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num is None and self.data is None:
+            raise UserError("--num is needed: how many pairs to make")
+        for name in ("num", "teacher_steps", "batch_size", "shard_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name, allowed in (
+            ("solver", SOLVERS),
+            ("dtype", ("float32", "float16", "bfloat16")),
+            ("mixed_precision", ("no", "bf16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if (self.rank is None) != (self.world is None):
+            raise UserError("--rank and --world go together: which process this is, and of how many")
+        if self.world is not None and not 0 <= self.rank < self.world:
+            raise UserError(f"--rank counts from 0 to --world - 1; {self.rank} of {self.world} is none of them")
+        if self.prompts is not None and self.classes is not None:
+            raise UserError("give --prompts or --classes, not both")
+
+
+def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path:
+    """Make noise-sample pairs of a teacher's ODE, for ``fewstep distill rectified_flow --pairs``.
+
+    Killed at any moment, it goes on with ``resume``. The pairs are bit-equal whatever the number of processes.
+
+    Args:
+        teacher: folder, hub id, embedded name, or a loaded pipeline.
+        **settings: fields of :class:`PairsConfig`; ``out`` and ``num`` are needed.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: for everything that a user can mend.
+    """
+    pipeline = teacher if isinstance(teacher, DiffusionPipeline) else None
+    name = str(teacher) if pipeline is None else pipeline.config.get("_name_or_path") or type(pipeline).__name__
+    try:
+        config = PairsConfig(teacher=name, **settings)
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(PairsConfig))
+        raise UserError(f"pairs have no such setting: {error}; there are: {known}") from error
+    accelerator = Accelerator(cpu=config.cpu)
+    device = accelerator.device
+    pipeline = load_teacher(config.teacher, config.trust_remote_code) if pipeline is None else pipeline
+    pipeline.to(device)
+    recording = record(pipeline, **teacher_call(config))
+    recording.prove()
+    if recording.recipe.needs_next:
+        raise UserError("this teacher's network is told the next time too, and no pairs can be made of it yet")
+    conditions = conditions_of(config, recording, device)
+    real = None
+    if config.data is not None:
+        real = RealSamples(read_images(config.data), recording, conditions, device)
+    scale = guidance_of(config, recording)
+    settings_of_pairs = PairSettings(
+        num=_count(config, real),
+        steps=config.teacher_steps,
+        solver=config.solver,
+        shift=_own_shift(recording),
+        guidance_scale=scale,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        shard_size=config.shard_size,
+        dtype=config.dtype,
+        mixed_precision=config.mixed_precision,
+    )
+    bf16 = torch.bfloat16 if config.mixed_precision == "bf16" else None
+    role = make_role("teacher", recording, trainable=False, dtype=bf16 or torch.float32, autocast=bf16, device=device)
+    negative = recording.negative() if scale != 1.0 else None
+    guided = GuidedDenoiser(role, negative.to(device=device) if negative is not None else None, scale)
+    out = Path(config.out)
+    independent = None if config.world is None else (config.rank, config.world)
+
+    def begin(second: bool) -> PairMaker:
+        # Who comes second finds the folder begun.
+        resume = second or config.resume or independent is not None
+        return PairMaker(out, recording, guided, conditions, settings_of_pairs, device, real=real, resume=resume)
+
+    _make_together(accelerator, begin, independent)
+    return out
+
+
+def pairs_of_run(distillation: Distillation, teacher: Role, num: int, steps: int, solver: str) -> Path:
+    """``OUT/pairs``: pairs of a run's guided teacher, made by all of its processes; a killed run goes on with them.
+
+    Args:
+        distillation: the run.
+        teacher: its teacher.
+        num: how many pairs.
+        steps: of the teacher's ODE.
+        solver: of :data:`fewstep.ode.SOLVERS`.
+    """
+    config, recording = distillation.config, distillation.recording
+    distillation.claim()
+    settings = PairSettings(
+        num=num,
+        steps=steps,
+        solver=solver,
+        shift=_own_shift(recording),
+        guidance_scale=distillation.guidance_scale,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        shard_size=config.batch_size * max(1, _ROWS // config.batch_size),
+        mixed_precision=config.mixed_precision,
+    )
+    guided, out = distillation.guided(teacher), distillation.out / "pairs"
+
+    def begin(_second: bool) -> PairMaker:
+        return PairMaker(out, recording, guided, distillation.conditions, settings, distillation.device, resume=True)
+
+    _make_together(distillation.accelerator, begin)
+    return out
+
+
+def pair_stream(distillation: Distillation, folder: str | Path, inverted: str | None, share: float) -> PairStream:
+    """The pairs of a run from the folders that it was given, or has made.
+
+    Raises:
+        UserError: they do not fit the run, or are not complete, or damaged.
+    """
+    recording, conditions = distillation.recording, distillation.conditions
+    stored = StoredPairs(folder, recording, conditions)
+    wish, made = distillation.config.guidance_scale, stored.about["guidance_scale"]
+    if wish is not None and distillation.guidance_scale != made:
+        raise UserError(f"the pairs in {folder} were made at guidance {made:g}, and --guidance_scale is {wish:g}")
+    real = StoredPairs(inverted, recording, conditions) if inverted is not None else None
+    return PairStream(stored, conditions, distillation.device, real, share)
+
+
+def _make_together(
+    accelerator: Accelerator, begin: Callable[[bool], PairMaker], independent: tuple[int, int] | None = None
+) -> None:
+    """Share the shards among the processes of a launch, or among processes that do not know of each other."""
+    main = accelerator.is_main_process
+    maker = begin(False) if main else None
+    accelerator.wait_for_everyone()
+    maker = maker or begin(True)
+    rank, world = independent or (accelerator.process_index, accelerator.num_processes)
+    count = sum(len(maker.shards.rows(number)) for number in maker.shards.numbers[rank::world])
+    with tqdm(total=count, desc="pairs", unit="pair", disable=not main) as bar:
+        maker.run(rank, world, bar.update)
+    accelerator.wait_for_everyone()
+
+
+def _count(config: PairsConfig, real: RealSamples | None) -> int:
+    if real is None:
+        return config.num
+    images = len(real.images)
+    if config.num is not None and config.num > images:
+        raise UserError(f"--num {config.num} is more than the {images} images of --data {config.data}")
+    return config.num or images
+
+
+def _own_shift(recording: Recording) -> float:
+    """The shift of a flow teacher's own time grid, else 1."""
+    return teacher_shift(recording) if isinstance(recording.schedule, FlowSchedule) else 1.0
