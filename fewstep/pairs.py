@@ -1,7 +1,7 @@
 """Pairs of noise and sample on the disk: both ends of a teacher's ODE, made once and read by any number of runs.
 
 A folder of pairs is one of :mod:`fewstep.shards`: row i holds ``x0`` and ``item``, the number of the prompt or label
-that it was made for. Its noise is not stored, but drawn again from (seed, i). Where the ODE was followed upwards from real
+that it was made for. Its noise is not stored, but drawn again from (seed, i). Where the ODE was followed up from real
 images, ``noise`` is stored too, because no seed gives it.
 
 A batch is a run of rows inside one shard, whoever makes it, so the pairs do not depend on the number of processes.
@@ -28,6 +28,7 @@ from fewstep.method import Pairs
 from fewstep.ode import Walker, inversion_times, teacher_times
 from fewstep.prediction import add_noise
 from fewstep.recording import Recording
+from fewstep.recording.invocation import SCALES
 from fewstep.shards import Shards
 
 FORMAT = "fewstep-pairs-1"
@@ -233,7 +234,8 @@ def teacher_digest(recording: Recording) -> dict[str, str]:
     """What decides where the teacher's ODE leads, conditions and guidance apart: a digest for each part of it."""
     quarters = torch.linspace(0, 1, 5, dtype=torch.float64)
     coefficients = [[f"{value:.6g}" for value in part.tolist()] for part in recording.schedule.coefficients(quarters)]
-    call = {name: str(value) for name, value in recording.call.items() if name not in recording.off}
+    told = recording.guidance.embedded  # then the scale is part of the conditioning
+    call = {name: str(value) for name, value in recording.call.items() if told or not name.endswith(SCALES)}
     return {
         "network": network_digest(recording.network),
         "schedule": _digest([recording.prediction_type, coefficients]),
