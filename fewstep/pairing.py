@@ -164,20 +164,23 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
     return out
 
 
-def pairs_of_run(distillation: Distillation, teacher: Role, num: int, steps: int, solver: str) -> Path:
+def pairs_of_run(
+    distillation: Distillation, teacher: Role, num: int, steps: int, solver: str, real: RealSamples | None = None
+) -> Path:
     """``OUT/pairs``: pairs of a run's guided teacher, made by all of its processes; a killed run goes on with them.
 
     Args:
         distillation: the run.
         teacher: its teacher.
-        num: how many pairs.
+        num: how many pairs; of real samples at most as many as there are.
         steps: of the teacher's ODE.
         solver: of :data:`fewstep.ode.SOLVERS`.
+        real: real samples, whose noise is looked for instead; the folder is then ``OUT/inverted_pairs``.
     """
     config, recording = distillation.config, distillation.recording
     distillation.claim()
     settings = PairSettings(
-        num=num,
+        num=num if real is None else min(num, len(real.images)),
         steps=steps,
         solver=solver,
         shift=_own_shift(recording),
@@ -187,16 +190,19 @@ def pairs_of_run(distillation: Distillation, teacher: Role, num: int, steps: int
         shard_size=config.batch_size * max(1, _ROWS // config.batch_size),
         mixed_precision=config.mixed_precision,
     )
-    guided, out = distillation.guided(teacher), distillation.out / "pairs"
+    guided, device = distillation.guided(teacher), distillation.device
+    out = distillation.out / ("pairs" if real is None else "inverted_pairs")
 
     def begin(_second: bool) -> PairMaker:
-        return PairMaker(out, recording, guided, distillation.conditions, settings, distillation.device, resume=True)
+        return PairMaker(out, recording, guided, distillation.conditions, settings, device, real=real, resume=True)
 
     _make_together(distillation.accelerator, begin)
     return out
 
 
-def pair_stream(distillation: Distillation, folder: str | Path, inverted: str | None, share: float) -> PairStream:
+def pair_stream(
+    distillation: Distillation, folder: str | Path, inverted: str | Path | None, share: float
+) -> PairStream:
     """The pairs of a run from the folders that it was given, or has made.
 
     Raises:

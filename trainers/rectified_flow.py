@@ -6,8 +6,9 @@ straight line between them, so that its own ODE needs few steps, or one.
 
     accelerate launch -m fewstep.trainers.rectified_flow --teacher DIR --prompts FILE --steps 1 --out OUT
 
-Pairs are made ahead with ``fewstep pairs`` and given as ``--pairs``, or made at the start. The third rectified flow and
-distillation (``--times grid``) are runs whose ``--teacher`` is the student of the one before, ``--guidance_scale 1``.
+Pairs are made ahead with ``fewstep pairs`` and given as ``--pairs``, or made at the start; real images (``--data``)
+join them with the noise that the teacher's ODE leads them to. The third rectified flow and distillation (``--times
+grid``) are runs whose ``--teacher`` is the student of the one before, at ``--guidance_scale 1``.
 
 DDPM and EDM teachers: x_t / (alpha + sigma) moves on rectified flow's straight line in every family of schedules. So
 the student stays in its teacher's schedule and prediction type: that is the conversion by equal signal-to-noise ratio,
@@ -50,8 +51,9 @@ class RectifiedFlowConfig(RunConfig):
         num_pairs: how many pairs to make.
         pair_steps: steps of the teacher's ODE for each.
         pair_solver: euler (DDIM for tables) or heun (two network calls a step).
-        inverted_pairs: folder of real images with the noise that the ODE leads them to (fewstep pairs --data).
-        inverted_share: share of the samples that are drawn from --inverted_pairs.
+        inverted_pairs: folder of real images with the noise that the ODE leads them to (fewstep pairs --data); with
+            --data they are made at the start, of at most --num_pairs images, into out/inverted_pairs.
+        inverted_share: share of the samples that are real images, where there are any.
         renoise: a rectified flow is an ODE; there is no other choice.
         times: where on the line the student learns: u_shaped (2-rectified flow++), uniform (rectified flow),
             logit_normal, or grid (only the student's own steps: distillation).
@@ -108,8 +110,8 @@ class RectifiedFlowConfig(RunConfig):
             raise UserError("--perceptual_over_t belongs to LPIPS: give --perceptual_weight, or leave it out")
         if self.times == "grid" and self.time_weight == "1-t" and not self.perceptual_weight:
             raise UserError("--time_weight 1-t leaves nothing to learn at the grid's first time; use uniform")
-        if self.data is not None:
-            raise UserError("--data is not used; fewstep pairs --data makes pairs of images, for --inverted_pairs")
+        if self.data is not None and self.inverted_pairs is not None:
+            raise UserError("--inverted_pairs are made of real images already: leave out --data")
 
 
 class RectifiedFlow:
@@ -143,12 +145,13 @@ class RectifiedFlow:
         perceptual = lpips_of(distillation.recording, distillation.device) if config.perceptual_weight else None
         roles = distillation.make_roles("student")
         distillation.initialize(roles)
-        folder = config.pairs
-        if folder is None:
-            folder = pairs_of_run(
-                distillation, roles["teacher"], config.num_pairs, config.pair_steps, config.pair_solver
-            )
-        distillation.pairs = pair_stream(distillation, folder, config.inverted_pairs, config.inverted_share)
+        how = (config.num_pairs, config.pair_steps, config.pair_solver)
+        pairs = config.pairs or pairs_of_run(distillation, roles["teacher"], *how)
+        inverted = config.inverted_pairs
+        if distillation.real is not None:
+            inverted = pairs_of_run(distillation, roles["teacher"], *how, real=distillation.real)
+            distillation.real = None  # they come as pairs
+        distillation.pairs = pair_stream(distillation, pairs, inverted, config.inverted_share)
         return cls(config, roles, distillation.sampler, perceptual)
 
     def learning_rate(self, role: str) -> float:

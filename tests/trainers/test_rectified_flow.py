@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_ddim, tiny_edm, tiny_flow, tiny_stable_diffusion
 from torch import Tensor, nn
@@ -227,6 +228,22 @@ def test_a_run_that_is_stopped_while_it_makes_its_pairs_goes_on_with_them(tmp_pa
     assert made == [0, 1, 2]
 
 
+def test_real_images_join_the_pairs(tmp_path: Path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8), (80 * number, 0, 0)).save(data / f"{number}.png")
+    settings = {**TINY, "data": str(data), "inverted_share": 0.9, "max_steps": 4}
+    run = Distillation(config(tmp_path / "run", **settings), "rectified_flow", tiny_ddim())
+    run.run()
+    assert run.real is None  # no image is read in a step
+    drawn = run.pairs.batch(0, range(200)).x0
+    flat = (drawn.amax((2, 3)) - drawn.amin((2, 3))).amax(1) < 1e-6
+    assert 160 < int(flat.sum()) < 198
+    reds = {round(float(x0[0, 0, 0]) * 127.5 + 127.5) for x0 in drawn[flat]}
+    assert reds == {0, 80, 160}
+
+
 # --- perceptual distance ---------------------------------------------------------------------------------------------
 
 
@@ -294,7 +311,7 @@ def test_without_the_package_one_line_says_so(tmp_path: Path, monkeypatch: pytes
         ({"u_steepness": 0.0}, "--u_steepness must be positive"),
         ({"perceptual_over_t": True}, "give --perceptual_weight"),
         ({"times": "grid", "time_weight": "1-t"}, "nothing to learn"),
-        ({"data": "fashion"}, "--inverted_pairs"),
+        ({"data": "fashion", "inverted_pairs": "pairs"}, "leave out --data"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(settings: dict, said: str):
