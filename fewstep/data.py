@@ -211,12 +211,10 @@ class RealSamples:
         Raises:
             UserError: an image shows something else.
         """
-        if self._conditions is conditions:
-            return self._rows
-        places = {item: place for place, item in reversed(list(enumerate(conditions.items)))}
-        if missing := [item for item in self._conditions.items if item not in places]:
-            raise UserError(f"--data shows {missing[0]!r}, which is not among the prompts or classes; add it to them")
-        return [places[self._conditions.items[row]] for row in self._rows]
+        if self._conditions is not conditions:
+            other = next(item for item in self._conditions.items() if conditions.rows([item]) is None)
+            raise UserError(f"--data shows {other!r}, which is not among the prompts or classes; add it to them")
+        return self._rows
 
 
 def _captions_to_conditions(

@@ -29,6 +29,7 @@ from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
 from fewstep.images import save_grid
 from fewstep.initialization import initialize
+from fewstep.intervals import TimedScale
 from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.method import PairSource
 from fewstep.monitor import Monitor, trackers

@@ -55,7 +55,7 @@ class Pairs:
 
     x0: Tensor
     noise: Tensor
-    conditioning: Conditioning
+    conditioning: AnyConditioning
 
 
 class PairSource(Protocol):

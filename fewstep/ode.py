@@ -21,9 +21,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fewstep.conditioning import Conditioning
 from fewstep.denoiser import Denoiser
 from fewstep.prediction import add_noise, expand
+from fewstep.ragged import AnyConditioning
 from fewstep.schedule import EDMSchedule, NoiseSchedule
 from fewstep.timesteps import even_grid
 
@@ -64,7 +64,7 @@ class Walker:
         self,
         x: Tensor,
         times: Sequence[float],
-        conditioning: Conditioning,
+        conditioning: AnyConditioning,
         on_step: Callable[[float, Tensor], None] | None = None,
     ) -> Tensor:
         """x0 (B, ...) from ``x`` (B, ...) at ``times[0]``, by ``times`` (descending, without a final 0).
@@ -79,13 +79,13 @@ class Walker:
             on_step(times[-1], x)
         return self.denoiser(x, _full(times[-1], x), conditioning)
 
-    def to_noise(self, x: Tensor, times: Sequence[float], conditioning: Conditioning) -> Tensor:
+    def to_noise(self, x: Tensor, times: Sequence[float], conditioning: AnyConditioning) -> Tensor:
         """x_t (B, ...) at the last of ``times`` (ascending, above 0) from ``x`` at the first."""
         for now, then in pairwise(times):
             x = self.step(x, now, then, conditioning)
         return x
 
-    def step(self, x: Tensor, now: float, then: float, conditioning: Conditioning) -> Tensor:
+    def step(self, x: Tensor, now: float, then: float, conditioning: AnyConditioning) -> Tensor:
         """From time ``now`` to time ``then``, in either direction, neither of them 0; (B, ...)."""
         scale, start = _coordinates(self.schedule, self.line, now, x)
         next_scale, end = _coordinates(self.schedule, self.line, then, x)
@@ -124,7 +124,7 @@ def inversion_times(schedule: NoiseSchedule, steps: int, shift: float = 1.0) -> 
 
 @torch.no_grad()
 def straightness(
-    denoiser: Denoiser, schedule: NoiseSchedule, times: Sequence[float], x: Tensor, conditioning: Conditioning
+    denoiser: Denoiser, schedule: NoiseSchedule, times: Sequence[float], x: Tensor, conditioning: AnyConditioning
 ) -> Tensor:
     """How far the paths are from straight lines: mean |(start - end) - velocity|^2 of an entry; () and 0 if straight.
 

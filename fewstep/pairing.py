@@ -7,20 +7,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from fewstep.asking import conditions_of, guidance_of, teacher_call
+from fewstep.cast import make_roles
+from fewstep.config import RunConfig
 from fewstep.data import RealSamples, read_images
 from fewstep.errors import UserError
 from fewstep.export.plan import teacher_shift
 from fewstep.guidance import GuidedDenoiser
+from fewstep.intervals import TimedScale
 from fewstep.ode import SOLVERS
-from fewstep.pairs import PairMaker, PairSettings, PairStream, StoredPairs
+from fewstep.pairs import PairMaker, PairSettings, PairStream, StoredPairs, teacher_digest
 from fewstep.recording import Recording, record
-from fewstep.roles import Role, make_role
+from fewstep.roles import Role
 from fewstep.schedule import FlowSchedule
 from fewstep.teacher import load_teacher
 
@@ -40,6 +42,7 @@ class PairsConfig:
         num: how many; with --data default all images.
         prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers.
         classes: class labels such as 0-9 or 1,5,7, for class-conditional teachers.
+        cache: folder of fewstep cache, in the place of prompts or classes.
         call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
         guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own.
         negative_prompt: what guidance leads away from; default the pipeline's own.
@@ -63,6 +66,7 @@ class PairsConfig:
     num: int | None = None
     prompts: str | None = None
     classes: str | None = None
+    cache: str | None = None
     call: dict[str, Any] | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
@@ -97,8 +101,8 @@ class PairsConfig:
             raise UserError("--rank and --world go together: which process this is, and of how many")
         if self.world is not None and not 0 <= self.rank < self.world:
             raise UserError(f"--rank counts from 0 to --world - 1; {self.rank} of {self.world} is none of them")
-        if self.prompts is not None and self.classes is not None:
-            raise UserError("give --prompts or --classes, not both")
+        if sum(given is not None for given in (self.prompts, self.classes, self.cache)) > 1:
+            raise UserError("give one of --prompts, --classes and --cache, not several")
 
 
 def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path:
@@ -131,7 +135,7 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
     recording.prove()
     if recording.recipe.needs_next:
         raise UserError("this teacher's network is told the next time too, and no pairs can be made of it yet")
-    conditions = conditions_of(config, recording, device)
+    conditions, negative = conditions_of(config, recording, device, progress=accelerator.is_main_process)
     real = None
     if config.data is not None:
         real = RealSamples(read_images(config.data), recording, conditions, device)
@@ -141,80 +145,92 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
         steps=config.teacher_steps,
         solver=config.solver,
         shift=_own_shift(recording),
-        guidance_scale=scale,
+        guidance_scale=plain_scale(scale),
         seed=config.seed,
         batch_size=config.batch_size,
         shard_size=config.shard_size,
         dtype=config.dtype,
         mixed_precision=config.mixed_precision,
     )
-    bf16 = torch.bfloat16 if config.mixed_precision == "bf16" else None
-    role = make_role("teacher", recording, trainable=False, dtype=bf16 or torch.float32, autocast=bf16, device=device)
-    negative = recording.negative() if scale != 1.0 else None
-    guided = GuidedDenoiser(role, negative.to(device=device) if negative is not None else None, scale)
+    identity = teacher_digest(recording)
+    frozen = RunConfig(teacher=config.teacher, out=config.out, mixed_precision=config.mixed_precision)
+    teacher = make_roles(frozen, recording, (), device)["teacher"]
+    guided = GuidedDenoiser(teacher, negative.to(device=device) if negative is not None else None, scale)
     out = Path(config.out)
     independent = None if config.world is None else (config.rank, config.world)
 
     def begin(second: bool) -> PairMaker:
         # Who comes second finds the folder begun.
         resume = second or config.resume or independent is not None
-        return PairMaker(out, recording, guided, conditions, settings_of_pairs, device, real=real, resume=resume)
+        about = (out, recording, identity, guided, conditions, settings_of_pairs, device)
+        return PairMaker(*about, real=real, resume=resume)
 
     _make_together(accelerator, begin, independent)
     return out
 
 
-def pairs_of_run(
-    distillation: Distillation, teacher: Role, num: int, steps: int, solver: str, real: RealSamples | None = None
-) -> Path:
-    """``OUT/pairs``: pairs of a run's guided teacher, made by all of its processes; a killed run goes on with them.
+class RunPairs:
+    """The pairs of a run: opened where they are given, else made by its own teacher.
+
+    Begun before the run makes its roles, because LoRA puts adapters into the recorded network.
 
     Args:
         distillation: the run.
-        teacher: its teacher.
-        num: how many pairs; of real samples at most as many as there are.
-        steps: of the teacher's ODE.
-        solver: of :data:`fewstep.ode.SOLVERS`.
-        real: real samples, whose noise is looked for instead; the folder is then ``OUT/inverted_pairs``.
     """
-    config, recording = distillation.config, distillation.recording
-    distillation.claim()
-    settings = PairSettings(
-        num=num if real is None else min(num, len(real.images)),
-        steps=steps,
-        solver=solver,
-        shift=_own_shift(recording),
-        guidance_scale=distillation.guidance_scale,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        shard_size=config.batch_size * max(1, _ROWS // config.batch_size),
-        mixed_precision=config.mixed_precision,
-    )
-    guided, device = distillation.guided(teacher), distillation.device
-    out = distillation.out / ("pairs" if real is None else "inverted_pairs")
 
-    def begin(_second: bool) -> PairMaker:
-        return PairMaker(out, recording, guided, distillation.conditions, settings, device, real=real, resume=True)
+    def __init__(self, distillation: Distillation) -> None:
+        self.distillation = distillation
+        self.identity = teacher_digest(distillation.recording)
 
-    _make_together(distillation.accelerator, begin)
-    return out
+    def make(self, teacher: Role, num: int, steps: int, solver: str, real: RealSamples | None = None) -> Path:
+        """``OUT/pairs``, made by all processes of the run under its guidance; a killed run goes on with them.
 
+        Args:
+            teacher: the run's.
+            num: how many pairs; of real samples at most as many as there are.
+            steps: of the teacher's ODE.
+            solver: of :data:`fewstep.ode.SOLVERS`.
+            real: real samples, whose noise is looked for instead; the folder is then ``OUT/inverted_pairs``.
+        """
+        run = self.distillation
+        run.claim()
+        size = run.config.batch_size
+        settings = PairSettings(
+            num=num if real is None else min(num, len(real.images)),
+            steps=steps,
+            solver=solver,
+            shift=_own_shift(run.recording),
+            guidance_scale=plain_scale(run.guidance_scale),
+            seed=run.config.seed,
+            batch_size=size,
+            shard_size=size * max(1, _ROWS // size),
+            mixed_precision=run.config.mixed_precision,
+        )
+        guided, out = run.guided(teacher), run.out / ("pairs" if real is None else "inverted_pairs")
 
-def pair_stream(
-    distillation: Distillation, folder: str | Path, inverted: str | Path | None, share: float
-) -> PairStream:
-    """The pairs of a run from the folders that it was given, or has made.
+        def begin(_second: bool) -> PairMaker:
+            about = (out, run.recording, self.identity, guided, run.conditions, settings, run.device)
+            return PairMaker(*about, real=real, resume=True)
 
-    Raises:
-        UserError: they do not fit the run, or are not complete, or damaged.
-    """
-    recording, conditions = distillation.recording, distillation.conditions
-    stored = StoredPairs(folder, recording, conditions)
-    wish, made = distillation.config.guidance_scale, stored.about["guidance_scale"]
-    if wish is not None and distillation.guidance_scale != made:
-        raise UserError(f"the pairs in {folder} were made at guidance {made:g}, and --guidance_scale is {wish:g}")
-    real = StoredPairs(inverted, recording, conditions) if inverted is not None else None
-    return PairStream(stored, conditions, distillation.device, real, share)
+        _make_together(run.accelerator, begin)
+        return out
+
+    def stream(self, folder: str | Path, inverted: str | Path | None, share: float) -> PairStream:
+        """The pairs in these folders, in the run's keyed order.
+
+        Raises:
+            UserError: they do not fit the run, or are not complete, or damaged.
+        """
+        run = self.distillation
+        stored = StoredPairs(folder, self.identity, run.conditions)
+        made = stored.about["guidance_scale"]
+        if run.config.guidance_scale is not None and plain_scale(run.guidance_scale) != made:
+            raise UserError(
+                f"the pairs in {folder} were made at guidance {made}, and --guidance_scale is "
+                f"{run.config.guidance_scale}; leave it out, or make others"
+            )
+        real = StoredPairs(inverted, self.identity, run.conditions) if inverted is not None else None
+        return PairStream(stored, run.conditions, run.device, real, share)
 
 
 def _make_together(
@@ -230,6 +246,11 @@ def _make_together(
     with tqdm(total=count, desc="pairs", unit="pair", disable=not main) as bar:
         maker.run(rank, world, bar.update)
     accelerator.wait_for_everyone()
+
+
+def plain_scale(scale: float | TimedScale) -> float | list[float]:
+    """A guidance scale as JSON holds it: one number, or one for each interval of the time."""
+    return list(scale.scales) if isinstance(scale, TimedScale) else scale
 
 
 def _count(config: PairsConfig, real: RealSamples | None) -> int:

@@ -17,24 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.conditions import Conditions
 from fewstep.data import RealSamples
 from fewstep.denoiser import Denoiser
 from fewstep.draws import Draws, keyed_generator, keyed_order
 from fewstep.errors import UserError
+from fewstep.fingerprint import SAMPLED, call_digest, part_digest
 from fewstep.method import Pairs
 from fewstep.ode import Walker, inversion_times, teacher_times
 from fewstep.prediction import add_noise
 from fewstep.recording import Recording
-from fewstep.recording.invocation import SCALES
 from fewstep.shards import Shards
 
 FORMAT = "fewstep-pairs-1"
 MAKER = "fewstep pairs"
 _STEP = -3  # no step of a training run, and none of the draws that are made before one
-_SAMPLED = 1024  # entries of each of the network's tensors
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class PairSettings:
         steps: of the teacher's ODE.
         solver: of :data:`fewstep.ode.SOLVERS`.
         shift: of a flow teacher's time grid, else 1.
-        guidance_scale: that the denoiser is under; for the record.
+        guidance_scale: that the denoiser is under, a list where it changes with the time; for the record.
         seed: of the noise.
         batch_size: samples in one call; part of the result, which follows it by rounding errors.
         shard_size: rows of a file, which is also what is lost when a process is killed.
@@ -58,7 +57,7 @@ class PairSettings:
     steps: int = 25
     solver: str = "euler"
     shift: float = 1.0
-    guidance_scale: float = 1.0
+    guidance_scale: float | list[float] = 1.0
     seed: int = 0
     batch_size: int = 16
     shard_size: int = 256
@@ -72,6 +71,7 @@ class PairMaker:
     Args:
         folder: of the pairs.
         recording: of the teacher.
+        identity: its :func:`teacher_digest`, taken before adapters were put into its network.
         denoiser: the teacher, under guidance where it is to be.
         conditions: what to generate for; every item is used as often as any other, in a keyed order.
         settings: how.
@@ -87,6 +87,7 @@ class PairMaker:
         self,
         folder: Path,
         recording: Recording,
+        identity: dict[str, str],
         denoiser: Denoiser,
         conditions: Conditions,
         settings: PairSettings,
@@ -101,7 +102,7 @@ class PairMaker:
         about = {
             "format": FORMAT,
             "source": "noise" if real is None else "images",
-            "teacher": teacher_digest(recording),
+            "teacher": identity,
             "conditions": conditions_digest(conditions),
             "shape": list(self.shape),
             **vars(settings),
@@ -157,18 +158,19 @@ class StoredPairs:
 
     Args:
         folder: that ``fewstep pairs`` made.
-        recording: of the teacher.
+        identity: the teacher's :func:`teacher_digest`.
         conditions: the run's; the pairs' items count in them.
 
     Raises:
         UserError: there are none, they are of another teacher or for other conditions, not complete, or damaged.
     """
 
-    def __init__(self, folder: str | Path, recording: Recording, conditions: Conditions) -> None:
+    def __init__(self, folder: str | Path, identity: dict[str, str], conditions: Conditions) -> None:
         self.shards = Shards.find(Path(folder), FORMAT, MAKER)
         self.about = self.shards.about
-        for name, mine in (("teacher", teacher_digest(recording)), ("conditions", conditions_digest(conditions))):
-            differing = sorted(part for part in mine if self.about[name].get(part) != mine[part])
+        for name, mine in (("teacher", identity), ("conditions", conditions_digest(conditions))):
+            theirs = self.about[name]
+            differing = sorted(p for p in mine.keys() | theirs.keys() if mine.get(p) != theirs.get(p))
             if differing and name == "teacher":
                 raise UserError(
                     f"the pairs in {folder} are of another teacher: its {', '.join(differing)} differs; "
@@ -231,32 +233,20 @@ def pair_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: 
 
 
 def teacher_digest(recording: Recording) -> dict[str, str]:
-    """What decides where the teacher's ODE leads, conditions and guidance apart: a digest for each part of it."""
+    """What decides where a teacher's ODE leads, conditions and guidance apart: a digest for each part of it.
+
+    Taken before a run makes its roles, because LoRA puts adapters into the recorded network itself.
+    """
     quarters = torch.linspace(0, 1, 5, dtype=torch.float64)
     coefficients = [[f"{value:.6g}" for value in part.tolist()] for part in recording.schedule.coefficients(quarters)]
-    told = recording.guidance.embedded  # then the scale is part of the conditioning
-    call = {name: str(value) for name, value in recording.call.items() if told or not name.endswith(SCALES)}
-    return {
-        "network": network_digest(recording.network),
-        "schedule": _digest([recording.prediction_type, coefficients]),
-        "call": _digest(call),
-    }
-
-
-def network_digest(network: nn.Module) -> str:
-    """Of a network's class and of evenly spaced entries of all of its tensors, which every training changes."""
-    state = hashlib.sha256(type(network).__name__.encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        flat = flat[:: max(1, len(flat) // _SAMPLED)].cpu()
-        state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        state.update(flat.contiguous().view(torch.uint8).numpy())
-    return state.hexdigest()
+    networks = {name: part_digest(network, SAMPLED) for name, network in recording.networks.items()}
+    schedule = _digest([recording.prediction_type, coefficients])
+    return {**networks, "schedule": schedule, "call": call_digest(recording)}
 
 
 def conditions_digest(conditions: Conditions) -> dict[str, str]:
     """Of the prompts or labels, in their order."""
-    return {"items": _digest([conditions.kind, conditions.items])}
+    return {"items": _digest([conditions.kind, conditions.items()])}
 
 
 def _digest(content: Any) -> str:

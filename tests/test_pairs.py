@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_pipelines import tiny_ddim, tiny_dit, tiny_edm, tiny_flow, tiny_stable_diffusion
 from torch import Tensor
 
+from fewstep.caching import cache
 from fewstep.cli import main
 from fewstep.conditions import Conditions
 from fewstep.data import RealSamples, read_images
@@ -18,7 +19,7 @@ from fewstep.errors import UserError
 from fewstep.guidance import GuidedDenoiser
 from fewstep.ode import Walker, teacher_times
 from fewstep.pairing import make_pairs
-from fewstep.pairs import PairMaker, PairSettings, PairStream, StoredPairs, pair_noise
+from fewstep.pairs import PairMaker, PairSettings, PairStream, StoredPairs, pair_noise, teacher_digest
 from fewstep.prediction import add_noise, expand
 from fewstep.recording import Recording, record
 from fewstep.roles import make_role
@@ -27,7 +28,7 @@ SETTINGS = {"num": 5, "teacher_steps": 3, "batch_size": 2, "shard_size": 4, "cpu
 
 
 def stored(folder: Path, recording: Recording, **items) -> StoredPairs:
-    return StoredPairs(folder, recording, Conditions(recording, **items))
+    return StoredPairs(folder, teacher_digest(recording), Conditions(recording, **items))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_a_pair_is_noise_and_what_the_guided_teacher_makes_of_it(
     folder = make_pairs(pipeline, out=str(tmp_path / "pairs"), **settings)
     recording = record(pipeline, **call, guidance_scale=guidance)
     conditions = Conditions(recording, prompts=["a cat", "a dog", "b"])
-    pairs = StoredPairs(folder, recording, conditions)
+    pairs = StoredPairs(folder, teacher_digest(recording), conditions)
     assert len(pairs) == 5
     x0, noise, item = pairs.row(4)
     assert sorted({pairs.row(i)[2] for i in range(3)}) == [0, 1, 2]  # every item as often as any other
@@ -90,7 +91,7 @@ def test_the_pairs_are_bit_equal_for_any_processes_and_after_kills(tmp_path: Pat
 def test_a_stream_goes_through_all_pairs_and_mixes_inverted_ones_in(dit_pairs: Path):
     recording = record(tiny_dit())
     conditions = Conditions(recording, labels=[0, 1, 2])
-    pairs = StoredPairs(dit_pairs, recording, conditions)
+    pairs = StoredPairs(dit_pairs, teacher_digest(recording), conditions)
     batch = PairStream(pairs, conditions, "cpu").batch(0, range(5))
     expected = {tuple(pairs.row(i)[1].flatten()[:3].tolist()) for i in range(5)}
     assert {tuple(noise.flatten()[:3].tolist()) for noise in batch.noise} == expected
@@ -100,7 +101,7 @@ def test_a_stream_goes_through_all_pairs_and_mixes_inverted_ones_in(dit_pairs: P
         def row(self, index: int):
             return torch.ones(4, 8, 8), torch.ones(4, 8, 8), 0
 
-    mixed = PairStream(pairs, conditions, "cpu", Inverted(dit_pairs, recording, conditions), share=0.25)
+    mixed = PairStream(pairs, conditions, "cpu", Inverted(dit_pairs, teacher_digest(recording), conditions), share=0.25)
     whole = mixed.batch(0, range(400)).x0.flatten(1).eq(1).all(1)
     assert 70 < int(whole.sum()) < 130
     parts = torch.cat([mixed.batch(0, range(k, k + 100)).x0 for k in range(0, 400, 100)]).flatten(1).eq(1).all(1)
@@ -122,8 +123,9 @@ def test_real_images_are_paired_with_the_noise_that_leads_to_them(tmp_path: Path
     def denoiser(x_t: Tensor, t: Tensor, conditioning) -> Tensor:
         return expand(alpha_of(t).alpha, x_t) * x_t
 
-    PairMaker(tmp_path / "pairs", recording, denoiser, conditions, settings, "cpu", real).run()
-    pairs = StoredPairs(tmp_path / "pairs", recording, conditions)
+    identity = teacher_digest(recording)
+    PairMaker(tmp_path / "pairs", recording, identity, denoiser, conditions, settings, "cpu", real).run()
+    pairs = StoredPairs(tmp_path / "pairs", identity, conditions)
     x0, noise = (torch.stack([pairs.row(index)[part] for index in range(3)]) for part in (0, 1))
     expected = torch.tensor([[60.0 * n, 90, 200 - 50 * n] for n in range(3)]) / 127.5 - 1
     torch.testing.assert_close(x0.mean((2, 3)), expected, rtol=0, atol=1e-5)
@@ -132,6 +134,16 @@ def test_real_images_are_paired_with_the_noise_that_leads_to_them(tmp_path: Path
     first = recording.schedule.coefficients(torch.full((3,), 1 / 1000, dtype=torch.float64))
     torch.testing.assert_close(noise, add_noise(x0, little, first), rtol=0, atol=0.01)
     assert float((noise - x0).abs().mean()) < 0.05
+
+
+def test_an_encoded_cache_serves_as_well(prompts: str, tmp_path: Path):
+    cached = cache(tiny_stable_diffusion(), tmp_path / "cache", prompts=prompts, cpu=True)
+    settings = {**SETTINGS, "num": 2, "guidance_scale": 2.0}
+    one = make_pairs(tiny_stable_diffusion(), out=str(tmp_path / "one"), prompts=prompts, **settings)
+    two = make_pairs(tiny_stable_diffusion(), out=str(tmp_path / "two"), cache=str(cached), **settings)
+    assert (one / "about.json").read_text() == (two / "about.json").read_text()
+    name = "shard_000000.safetensors"
+    assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
 def test_what_an_image_shows_must_be_among_the_conditions(tmp_path: Path):
@@ -152,9 +164,9 @@ def test_pairs_of_another_teacher_are_refused_by_name(dit_pairs: Path):
     other = tiny_dit()
     with torch.no_grad():
         next(other.transformer.parameters()).add_(1e-3)
-    with pytest.raises(UserError, match="of another teacher: its network differs"):
+    with pytest.raises(UserError, match="of another teacher: its transformer differs"):
         stored(dit_pairs, record(other), labels=[0, 1, 2])
-    with pytest.raises(UserError, match="of another teacher: its network, schedule differs"):
+    with pytest.raises(UserError, match="of another teacher: its schedule, transformer, unet differs"):
         stored(dit_pairs, record(tiny_stable_diffusion()), prompts=["a"])
 
 

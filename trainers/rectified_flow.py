@@ -34,7 +34,7 @@ from fewstep.errors import UserError
 from fewstep.losses.flow import huber_constant, pseudo_huber, squared, velocity_error
 from fewstep.method import Batch, Calls, Pairs, Turn
 from fewstep.ode import SOLVERS
-from fewstep.pairing import pair_stream, pairs_of_run
+from fewstep.pairing import RunPairs
 from fewstep.perceptual import lpips_of
 from fewstep.prediction import add_noise, noise_from_x0
 from fewstep.roles import Role
@@ -143,15 +143,15 @@ class RectifiedFlow:
     def prepare(cls, config: RectifiedFlowConfig, distillation: Distillation) -> RectifiedFlow:
         """Make the roles, and the pairs where none are given; the student starts as the teacher, or as in --init."""
         perceptual = lpips_of(distillation.recording, distillation.device) if config.perceptual_weight else None
+        pairs = RunPairs(distillation)
         roles = distillation.make_roles("student")
         distillation.initialize(roles)
         how = (config.num_pairs, config.pair_steps, config.pair_solver)
-        pairs = config.pairs or pairs_of_run(distillation, roles["teacher"], *how)
-        inverted = config.inverted_pairs
-        if distillation.real is not None:
-            inverted = pairs_of_run(distillation, roles["teacher"], *how, real=distillation.real)
+        folder, inverted = config.pairs or pairs.make(roles["teacher"], *how), config.inverted_pairs
+        if config.data is not None:
+            inverted = pairs.make(roles["teacher"], *how, real=distillation.real)
             distillation.real = None  # they come as pairs
-        distillation.pairs = pair_stream(distillation, pairs, inverted, config.inverted_share)
+        distillation.pairs = pairs.stream(folder, inverted, config.inverted_share)
         return cls(config, roles, distillation.sampler, perceptual)
 
     def learning_rate(self, role: str) -> float:
