@@ -1,10 +1,13 @@
-"""Files that are complete and on the disk, or absent: a process may be killed at any moment."""
+"""Files that are complete and on the disk, or absent, though processes may be killed; and what tells them apart."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def write_durably(path: Path, save: Callable[[Path], object], partial: str | None = None) -> None:
@@ -21,6 +24,7 @@ def write_durably(path: Path, save: Callable[[Path], object], partial: str | Non
     unfinished = path.with_name(partial or f".{path.name}.partial")
     try:
         save(unfinished)
+        unfinished.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
         flush(unfinished)
         os.replace(unfinished, path)
         flush(path.parent)
@@ -36,3 +40,14 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_sha256(content: Any) -> str:
+    """The SHA-256 of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

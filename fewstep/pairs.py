@@ -9,12 +9,9 @@ A batch is a run of rows inside one shard, whoever makes it, so the pairs do not
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +20,7 @@ from fewstep.conditions import Conditions
 from fewstep.data import RealSamples
 from fewstep.denoiser import Denoiser
 from fewstep.draws import Draws, keyed_generator, keyed_order
+from fewstep.durable import json_sha256
 from fewstep.errors import UserError
 from fewstep.fingerprint import SAMPLED, call_digest, part_digest
 from fewstep.method import Pairs
@@ -240,14 +238,10 @@ def teacher_digest(recording: Recording) -> dict[str, str]:
     quarters = torch.linspace(0, 1, 5, dtype=torch.float64)
     coefficients = [[f"{value:.6g}" for value in part.tolist()] for part in recording.schedule.coefficients(quarters)]
     networks = {name: part_digest(network, SAMPLED) for name, network in recording.networks.items()}
-    schedule = _digest([recording.prediction_type, coefficients])
+    schedule = json_sha256([recording.prediction_type, coefficients])
     return {**networks, "schedule": schedule, "call": call_digest(recording)}
 
 
 def conditions_digest(conditions: Conditions) -> dict[str, str]:
     """Of the prompts or labels, in their order."""
-    return {"items": _digest([conditions.kind, conditions.items()])}
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return {"items": json_sha256([conditions.kind, conditions.items()])}

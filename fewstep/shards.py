@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.durable import write_durably
+from fewstep.durable import json_sha256, write_durably
 from fewstep.errors import UserError
 
 _ABOUT = "about.json"
@@ -57,7 +57,7 @@ class Shards:
             return shards
         if others:
             raise UserError(f"{folder} is not empty and holds nothing of {maker}; choose another --out")
-        text = json.dumps({**about, "sha256": _digest(about)}, indent=1, ensure_ascii=False)
+        text = json.dumps({**about, "sha256": json_sha256(about)}, indent=1, ensure_ascii=False)
         # Independent processes may begin the same folder at the same moment; they write the same.
         partial = f".{_ABOUT}.{os.getpid()}.partial"
         write_durably(folder / _ABOUT, lambda path: path.write_text(text, encoding="utf-8"), partial)
@@ -124,7 +124,7 @@ class Shards:
 
     def _digest_of(self, tensors: dict[str, Tensor]) -> str:
         """Of the tensors of a shard and of what it is a shard of."""
-        state = hashlib.sha256(_digest(self.about).encode())
+        state = hashlib.sha256(json_sha256(self.about).encode())
         for name, tensor in sorted(tensors.items()):
             state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             state.update(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -157,10 +157,6 @@ def read_about(folder: Path, kind: str, maker: str) -> dict[str, Any]:
         raise UserError(f"{folder / _ABOUT} cannot be read; make the folder again with {maker}") from error
     if about.get("format") != kind:
         raise UserError(f"{folder} holds {about.get('format')!r}, not {kind!r}; make it again with {maker}")
-    if digest != _digest(about):
+    if digest != json_sha256(about):
         raise UserError(f"{folder / _ABOUT} is not what was written; make the folder again with {maker}")
     return about
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from test_dmd2_mixture import MixtureTeacher, energy_distance, mixture_sample
+from mixture import MixtureTeacher, energy_distance, mixture_sample
 from toys import Labels, make_loop, role, unconditional
 
 from fewstep.draws import Draws, keyed_order
