@@ -11,14 +11,16 @@ from fewstep.adapters import AdapterRole, Backbone
 from fewstep.config import RunConfig
 from fewstep.denoiser import NetworkDenoiser
 from fewstep.recording import Recording
-from fewstep.roles import Role, make_role
+from fewstep.roles import Role, follow, make_role
 from fewstep.routing import RoutedRole
 
 
 def make_roles(
     config: RunConfig, recording: Recording, names: tuple[str, ...], device: torch.device
 ) -> dict[str, Role]:
-    """The frozen teacher, the trainable roles ``names``, and ``ema`` where the run has one.
+    """The frozen teacher, the roles ``names``, and ``ema`` where the run has one.
+
+    All are trainable but ``target``, a method's own slow copy of the student, which the loop moves.
 
     Raises:
         UserError: the network has no layer for an adapter of ``config.lora_rank``.
@@ -28,10 +30,10 @@ def make_roles(
     roles = {"teacher": make("teacher", trainable=False)}
     for name in names:
         own = copy if name == "critic" and config.full_critic else make
-        roles[name] = own(name, trainable=True)
+        roles[name] = own(name, trainable=name != "target")
     if config.ema_decay > 0:
         roles["ema"] = make("ema", trainable=False)
-        roles["ema"].copy_weights(roles["student"])
+    follow(roles)
     return roles
 
 
