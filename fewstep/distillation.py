@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,13 @@ from fewstep.intervals import TimedScale
 from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.method import PairSource
 from fewstep.monitor import Monitor, trackers
-from fewstep.recording import record
+from fewstep.ragged import AnyConditioning
+from fewstep.recording import Recording, record
 from fewstep.roles import Role
 from fewstep.rollout import Sampler, ode_sampler, rollout
 from fewstep.run_folder import check_folder, write_config
 from fewstep.teacher import base_model, load_teacher, teacher_license
+from fewstep.told_guidance import find_told_guidance, with_told_guidance
 
 logger = logging.getLogger("fewstep")
 
@@ -94,6 +97,11 @@ class Distillation:
         self.recording.prove()
         if self.recording.recipe.needs_next:
             raise UserError("this teacher's network is told the next time too, which no method here can train yet")
+        self.guidance_scale = guidance_of(config, self.recording)
+        teacher, self.told_guidance = self.recording, None
+        if config.tells_guidance:
+            self.recording = with_told_guidance(teacher, self.guidance_scale, trained=not config.lora_rank)
+            self.told_guidance = find_told_guidance(self.recording)
         self.plan = plan_student(
             self.recording,
             config.steps,
@@ -107,23 +115,22 @@ class Distillation:
         schedule = self.recording.schedule
         self.sampler = Sampler(schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
         self.shift = self.plan.shift
-        self.guidance_scale = guidance_of(config, self.recording)
         progress = self.accelerator.is_main_process
-        self.conditions, negative = conditions_of(config, self.recording, self.device, progress=progress)
+        self.conditions, negative = conditions_of(config, teacher, self.device, progress=progress)
         self._say(self.conditions.note)
         # Also where the teacher is not guided: a critic may be.
-        self.negative = negative.to(device=self.device) if negative is not None else None
+        self.negative = self.as_told(negative.to(device=self.device)) if negative is not None else None
         self._teacher_pictures: Tensor | None = None
         self.pairs: PairSource | None = None
         self.real = None
         if config.data is not None:
-            self.real = RealSamples(read_images(config.data), self.recording, self.conditions, self.device)
+            self.real = RealSamples(read_images(config.data), teacher, self.conditions, self.device)
         self.encoders = Encoders(self.recording, self.plan.call, reload)
 
     # --- what methods ask for -----------------------------------------------------------------------------------
 
     def make_roles(self, *names: str) -> dict[str, Role]:
-        """The frozen teacher, the trainable roles ``names``, and ``ema`` where the run has one."""
+        """The frozen teacher, the roles ``names``, and ``ema`` where the run has one, see :mod:`fewstep.cast`."""
         return make_roles(self.config, self.recording, names, self.device)
 
     def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
@@ -148,6 +155,17 @@ class Distillation:
         if self.accelerator.is_main_process:
             write_config(self.out, self.method, self.config)
         self.accelerator.wait_for_everyone()
+
+    def as_told(self, conditioning: AnyConditioning) -> AnyConditioning:
+        """The same conditioning where the network is told its guidance by default, else as it is."""
+        told = self.told_guidance
+        if told is None:
+            return conditioning
+        return told.tell(conditioning, torch.full((conditioning.batch_size,), told.default, device=self.device))
+
+    def describe(self, **what: Any) -> None:
+        """Put on the student's card what the method knows of it: fields of :class:`fewstep.export.StudentPlan`."""
+        self.plan = replace(self.plan, **what)
 
     def initialize(self, roles: dict[str, Role]) -> None:
         """Take the weights of ``--init`` over, where it is given: see :func:`fewstep.initialization.initialize`."""
@@ -229,7 +247,7 @@ class Distillation:
             indices = range(first, min(first + self.config.batch_size, _SHOWN_SAMPLES))
             draws = Draws(self.config.seed, -2, indices, self.device)
             noise = draws.normal("noise", self.recording.sample_shape)
-            conditioning = self.conditions.select([index % len(self.conditions) for index in indices])
+            conditioning = self.as_told(self.conditions.select([index % len(self.conditions) for index in indices]))
 
             def step_noise(k: int, draws: Draws = draws) -> Tensor:
                 return draws.normal(f"step_noise_{k}", self.recording.sample_shape)

@@ -9,6 +9,7 @@ from fewstep.conditioning import Conditioning
 from fewstep.denoiser import Denoiser
 from fewstep.errors import UserError
 from fewstep.intervals import TimedScale
+from fewstep.prediction import expand
 from fewstep.ragged import AnyConditioning, in_groups, join
 
 
@@ -65,9 +66,11 @@ class GuidedDenoiser:
         """Another denoiser under the same guidance."""
         return GuidedDenoiser(denoiser, self.negative, self.guidance_scale)
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
-        """Guided x0 (B, ...)."""
-        if self.guidance_scale == 1.0:
+    def __call__(
+        self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, guidance_scale: Tensor | None = None
+    ) -> Tensor:
+        """Guided x0 (B, ...); by ``guidance_scale`` (B,), a w for each sample, where it is given."""
+        if guidance_scale is None and self.guidance_scale == 1.0:
             return self.denoiser(x_t, t, conditioning)
         batch = x_t.shape[0]
         negative = self.negative.select([0] * batch)
@@ -76,5 +79,5 @@ class GuidedDenoiser:
         both = join([negative, conditioning])
         x0 = in_groups(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         x0_negative, x0_positive = x0.chunk(2)
-        scale = self.guidance_scale
+        scale = self.guidance_scale if guidance_scale is None else expand(guidance_scale, x_t)
         return guide(x0_positive, x0_negative, scale.at(t, x_t) if isinstance(scale, TimedScale) else scale)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fewstep.draws import Draws
-from fewstep.neighbours import EasyTimes, EvenTimes, Interval, LogNormalBins, NoiseLevels
 from fewstep.losses.consistency import karras_levels, lognormal_bins
+from fewstep.neighbours import EasyTimes, EvenTimes, Interval, LogNormalBins, NoiseLevels
 from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 
 TABLE = TableSchedule(
