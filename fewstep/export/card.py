@@ -73,6 +73,12 @@ def write_card(
         f"## Steps\n\n{_grids(about)}",
         f"## Seeds\n\n{_seeds(about)}",
     ]
+    if about["guidance_range"]:
+        low, high = about["guidance_range"]
+        parts.append(
+            "## Guidance\n\nThe network is told the guidance, and is called once a step whatever it is: "
+            f"`guidance_scale` may be anything from {low:g} to {high:g}, for which it was trained."
+        )
     if metrics:
         parts.append(f"## Numbers\n\n{_table(metrics)}")
     licensed = (

@@ -6,6 +6,7 @@ a ``*_cases.py`` file here and its line in that file's ``CASES``.
 
 from pathlib import Path
 
+import consistency_cases
 import dmd2_cases
 import primitive_cases
 import pytest
@@ -13,7 +14,13 @@ import rectified_flow_cases
 import sid_cases
 from golden_file import GoldenFile
 
-CASES = {**primitive_cases.CASES, **dmd2_cases.CASES, **sid_cases.CASES, **rectified_flow_cases.CASES}
+CASES = {
+    **primitive_cases.CASES,
+    **dmd2_cases.CASES,
+    **sid_cases.CASES,
+    **consistency_cases.CASES,
+    **rectified_flow_cases.CASES,
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
