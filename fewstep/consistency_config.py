@@ -8,8 +8,8 @@ from functools import partial
 
 from fewstep.config import RunConfig
 from fewstep.errors import UserError
-from fewstep.intervals import EasyTimes, EvenTimes, Intervals, LogNormalBins, NoiseLevels
 from fewstep.losses.consistency import DISTANCES, WEIGHTINGS, doubling_levels, progressive_levels
+from fewstep.neighbours import Discretization, EasyTimes, EvenTimes, LogNormalBins, NoiseLevels
 
 SOLVERS = ("none", "ode", "heun")
 
@@ -174,7 +174,7 @@ class ConsistencyConfig(RunConfig):
                 "and this one predicts x0 itself; take --variant lcm or cd"
             )
 
-    def make_intervals(self, levels: NoiseLevels, shift: float, visited: Sequence[float]) -> Intervals:
+    def make_discretization(self, levels: NoiseLevels, shift: float, visited: Sequence[float]) -> Discretization:
         """The variant's discretisation; every number that changes with the step is a plain function of it.
 
         Args:

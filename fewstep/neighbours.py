@@ -26,7 +26,7 @@ _SAME = 1e-4
 
 
 @dataclass(frozen=True)
-class Interval:
+class Neighbours:
     """For each of B samples a time and a neighbour below it, all float64 (B,).
 
     Attributes:
@@ -42,11 +42,11 @@ class Interval:
     sigma_r: Tensor
 
 
-class Intervals(Protocol):
-    """A discretisation."""
+class Discretization(Protocol):
+    """Where a trajectory is looked at; it may change with the step."""
 
-    def draw(self, step: int, draws: Draws) -> Interval:
-        """The intervals of a step's samples."""
+    def draw(self, step: int, draws: Draws) -> Neighbours:
+        """Neighbours for each sample of a step."""
         ...
 
 
@@ -78,7 +78,7 @@ class NoiseLevels:
         t = torch.where(sigma <= self.sigma_min, self.lowest, t)
         return self.schedule.snap(torch.where(sigma >= self.sigma_max, self.top, t))
 
-    def between(self, sigma_t: Tensor, sigma_r: Tensor) -> Interval:
+    def between(self, sigma_t: Tensor, sigma_r: Tensor) -> Neighbours:
         """The interval between two noise levels (B,); of a table at least one entry long, with the entries' levels."""
         t, r = self.time(sigma_t), self.time(sigma_r)
         if self.table:
@@ -86,7 +86,7 @@ class NoiseLevels:
             t = t.clamp(min=2 * self.lowest)
             r = torch.where(below, 0.0, torch.minimum(r, t - self.lowest))
             sigma_t, sigma_r = self.at(t), self.at(r)
-        return Interval(t, r, sigma_t, sigma_r)
+        return Neighbours(t, r, sigma_t, sigma_r)
 
     def _raw(self, t: Tensor) -> Tensor:
         alpha, sigma = self.schedule.coefficients(t)
@@ -123,15 +123,15 @@ class EvenTimes:
         apart = (even[:, None] - visited).abs().amin(1) > _SAME if len(visited) else torch.ones_like(even).bool()
         return torch.cat([even[apart], visited]).unique()
 
-    def draw(self, step: int, draws: Draws) -> Interval:
+    def draw(self, step: int, draws: Draws) -> Neighbours:
         times = self.times(step)
         lower = draws.integers("interval", 0, len(times) - 1)
-        return self.interval(times.to(lower.device), lower)
+        return self.neighbours(times.to(lower.device), lower)
 
-    def interval(self, times: Tensor, lower: Tensor) -> Interval:
+    def neighbours(self, times: Tensor, lower: Tensor) -> Neighbours:
         """The intervals (B,) that begin at the places ``lower`` (B,) of a grid ``times`` (N,)."""
         t, r = times[lower + 1], times[lower]
-        return Interval(t, r, self.levels.at(t), self.levels.at(r))
+        return Neighbours(t, r, self.levels.at(t), self.levels.at(r))
 
 
 class LogNormalBins:
@@ -147,7 +147,7 @@ class LogNormalBins:
     def __init__(self, levels: NoiseLevels, count: Callable[[int], int], mean: float = -1.1, std: float = 2.0) -> None:
         self.levels, self.count, self.mean, self.std = levels, count, mean, std
 
-    def draw(self, step: int, draws: Draws) -> Interval:
+    def draw(self, step: int, draws: Draws) -> Neighbours:
         uniform = draws.uniform("interval")
         rho = self.levels.schedule.rho if isinstance(self.levels.schedule, EDMSchedule) else 7.0
         sigma = karras_levels(self.count(step), self.levels.sigma_min, self.levels.sigma_max, rho)
@@ -183,10 +183,10 @@ class EasyTimes:
         self.levels, self.stage_steps, self.q, self.k, self.b = levels, stage_steps, q, k, b
         self.mean, self.std = mean, std
 
-    def draw(self, step: int, draws: Draws) -> Interval:
-        return self.interval(draws.normal("interval", ()), step // self.stage_steps)
+    def draw(self, step: int, draws: Draws) -> Neighbours:
+        return self.neighbours(draws.normal("interval", ()), step // self.stage_steps)
 
-    def interval(self, normal: Tensor, stage: int) -> Interval:
+    def neighbours(self, normal: Tensor, stage: int) -> Neighbours:
         """The intervals (B,) of ``normal`` draws (B,) in a stage."""
         sigma = torch.exp(self.mean + self.std * normal.double())
         if not isinstance(self.levels.schedule, EDMSchedule):

@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict] = {
     "sid": {"critic_updates": 2},
 }
 VARIANTS: dict[str, dict[str, dict]] = {
+    "consistency": {"heun": {"variant": "cd"}, "images": {"variant": "ict", "data": True}},
     "dmd2": {"gan": {"gan_weight": 0.1, "data": True}},
     "sid": {"zero_gan": {"guidance": "zero", "adversarial": "diffusion_gan", "gan_start_step": 2, "data": True}},
 }

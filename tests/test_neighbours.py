@@ -5,7 +5,7 @@ import torch
 
 from fewstep.draws import Draws
 from fewstep.losses.consistency import karras_levels, lognormal_bins
-from fewstep.neighbours import EasyTimes, EvenTimes, Interval, LogNormalBins, NoiseLevels
+from fewstep.neighbours import EasyTimes, EvenTimes, LogNormalBins, Neighbours, NoiseLevels
 from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 
 TABLE = TableSchedule(
@@ -76,8 +76,8 @@ def test_a_finer_grid_than_the_table_is_the_table():
 
 def test_each_interval_of_an_even_grid_is_drawn_alike():
     grid = EvenTimes(NoiseLevels(FlowSchedule()), lambda step: 5 + step)
-    interval = grid.draw(0, draws(4000))
-    counts = [(interval.t == t).sum().item() for t in grid.times(0)[1:]]
+    pair = grid.draw(0, draws(4000))
+    counts = [(pair.t == t).sum().item() for t in grid.times(0)[1:]]
     assert sum(counts) == 4000 and min(counts) > 900
     assert len(grid.draw(3, draws(4000)).t.unique()) == 7
 
@@ -85,7 +85,7 @@ def test_each_interval_of_an_even_grid_is_drawn_alike():
 # --- iCT and ECT ------------------------------------------------------------------------------------------------------
 
 
-def every(schedule: NoiseSchedule, step: int = 0) -> dict[str, Interval]:
+def every(schedule: NoiseSchedule, step: int = 0) -> dict[str, Neighbours]:
     levels = NoiseLevels(schedule)
     return {
         "ict": LogNormalBins(levels, lambda step: 10 * 2 ** min(step, 7) + 1).draw(step, draws()),
@@ -98,25 +98,25 @@ def every(schedule: NoiseSchedule, step: int = 0) -> dict[str, Interval]:
 @pytest.mark.parametrize("step", [0, 2, 9])
 def test_a_neighbour_lies_below_and_both_are_times_that_the_network_knows(name: str, step: int):
     schedule = SCHEDULES[name]
-    for interval in every(schedule, step).values():
-        assert (interval.r < interval.t).all()
-        assert (interval.sigma_r < interval.sigma_t).all()
-        ended = interval.sigma_r == 0
-        alpha, sigma = schedule.coefficients(interval.r[ended])
+    for pair in every(schedule, step).values():
+        assert (pair.r < pair.t).all()
+        assert (pair.sigma_r < pair.sigma_t).all()
+        ended = pair.sigma_r == 0
+        alpha, sigma = schedule.coefficients(pair.r[ended])
         torch.testing.assert_close(alpha, torch.ones_like(alpha))
         torch.testing.assert_close(sigma, torch.zeros_like(sigma), rtol=0, atol=1e-12)
-        for value in vars(interval).values():
+        for value in vars(pair).values():
             assert value.dtype == torch.float64 and torch.isfinite(value).all()
-        for t in (interval.t, interval.r[~ended]):
+        for t in (pair.t, pair.r[~ended]):
             torch.testing.assert_close(schedule.snap(t), t)
 
 
 def test_bins_are_drawn_by_their_mass():
     levels = NoiseLevels(EDMSchedule())
-    interval = LogNormalBins(levels, lambda _step: 11).draw(0, draws(8000))
+    pair = LogNormalBins(levels, lambda _step: 11).draw(0, draws(8000))
     edges = karras_levels(11, 0.002, 80.0)
-    lower = torch.searchsorted(edges, interval.sigma_r + 1e-9) - 1
-    torch.testing.assert_close(interval.sigma_t, edges[lower + 1])
+    lower = torch.searchsorted(edges, pair.sigma_r + 1e-9) - 1
+    torch.testing.assert_close(pair.sigma_t, edges[lower + 1])
     shares = torch.bincount(lower, minlength=10) / 8000
     torch.testing.assert_close(shares.double(), lognormal_bins(edges), rtol=0, atol=0.015)
 
@@ -131,9 +131,9 @@ def test_ect_begins_as_denoising_and_comes_closer():
     levels = NoiseLevels(FlowSchedule())
     shares, gaps = [], []
     for stage in range(8):
-        interval = EasyTimes(levels, 1).draw(stage, Draws(0, 0, range(512)))
-        shares.append((interval.sigma_r == 0).double().mean().item())
-        gaps.append((1 - interval.sigma_r / interval.sigma_t).mean().item())
+        pair = EasyTimes(levels, 1).draw(stage, Draws(0, 0, range(512)))
+        shares.append((pair.sigma_r == 0).double().mean().item())
+        gaps.append((1 - pair.sigma_r / pair.sigma_t).mean().item())
     assert shares[0] > 0.75 and shares[-1] == 0
     assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 0.02
     two = EasyTimes(levels, 2)

@@ -32,7 +32,6 @@ from fewstep.consistency_config import ConsistencyConfig
 from fewstep.denoiser import Denoiser
 from fewstep.distillation import Distillation, main
 from fewstep.guidance import GuidedDenoiser
-from fewstep.intervals import Interval, Intervals, NoiseLevels
 from fewstep.losses.consistency import (
     adaptive_decay,
     distance,
@@ -42,6 +41,7 @@ from fewstep.losses.consistency import (
     weight,
 )
 from fewstep.method import Batch, Calls, Turn
+from fewstep.neighbours import Discretization, Neighbours, NoiseLevels
 from fewstep.prediction import add_noise, expand, heun_step, ode_step
 from fewstep.roles import Role
 from fewstep.rollout import Sampler, rollout
@@ -72,12 +72,12 @@ class Consistency:
         roles: dict[str, Role],
         guided_teacher: GuidedDenoiser,
         sampler: Sampler,
-        intervals: Intervals,
+        discretization: Discretization,
         boundary: Boundary,
         told: ToldGuidance | None = None,
     ) -> None:
         self.config, self.roles, self.sampler, self.schedule = config, roles, sampler, sampler.schedule
-        self.intervals, self.boundary, self.told = intervals, boundary, told
+        self.discretization, self.boundary, self.told = discretization, boundary, told
         self.student, self.teacher = roles["student"], guided_teacher
         self.target = roles.get("target", self.student)
         self.sigma_data = getattr(self.schedule, "sigma_data", 0.5)
@@ -91,11 +91,11 @@ class Consistency:
         config.refuse_teacher(plan.prediction_type, teacher.negative is not None, told.default if told else None)
         levels = NoiseLevels(distillation.sampler.schedule, plan.grid[0])
         visited = sorted({t for grid in plan.grids.values() for t in grid})
-        intervals = config.make_intervals(levels, plan.shift, visited)
+        discretization = config.make_discretization(levels, plan.shift, visited)
         boundary = make_boundary(config, levels, plan.scheduler.config.get("timestep_scaling"))
         told_range = (config.guidance_min, config.guidance_max) if told else None
         distillation.describe(trained_at_every_count=True, guidance_range=told_range)
-        return cls(config, roles, teacher, distillation.sampler, intervals, boundary, told)
+        return cls(config, roles, teacher, distillation.sampler, discretization, boundary, told)
 
     def learning_rate(self, role: str) -> float:
         """Of the student."""
@@ -109,7 +109,9 @@ class Consistency:
 
     def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
         """What one step costs; without real data the student's own sample counts too."""
-        sampled = 0 if batch.real else batch.draws.shared_integer("student_step", 0, len(self.sampler.grid)) + 1
+        sampled = 0
+        if self.config.data is None:
+            sampled = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid)) + 1
         of_solver = {"none": 0, "ode": 1, "heun": 2}[self.config.solver]
         guided = 2 if self._draws_guidance else self.teacher.calls
         own = self.target is self.student
@@ -127,16 +129,16 @@ class Consistency:
         x0, conditioning = self.samples(batch, guidance_scale)
 
         # 2. Two neighbouring times of one trajectory (CM, Alg. 2 and 3; iCT, Eq. 10; ECT, §3.2).
-        interval = self.intervals.draw(step, batch.draws)
+        pair = self.discretization.draw(step, batch.draws)
         noise = batch.draws.normal("noise", batch.shape)
 
         # 3. At both f shall say the same.
-        seen = self.compare(x0, noise, interval, conditioning, guidance_scale)
+        seen = self.compare(x0, noise, pair, conditioning, guidance_scale)
         apart = self.distance(seen)
-        weights = weight(self.config.weighting, interval.sigma_t, interval.sigma_r, self.sigma_data)
+        weights = weight(self.config.weighting, pair.sigma_t, pair.sigma_r, self.sigma_data)
         loss = (weights.to(apart.dtype) * apart).mean()
         log = {"student/consistency": loss.detach(), "student/distance": apart.detach().mean()}
-        log |= {"student/interval": (interval.t - interval.r).mean()}
+        log |= {"student/interval": (pair.t - pair.r).mean()}
         log |= {"student/f_std": seen.f.detach().std(), "student/target_std": seen.target.std()}
         yield Turn("student", [(loss, None)], log)
 
@@ -144,17 +146,17 @@ class Consistency:
         self,
         x0: Tensor,
         noise: Tensor,
-        interval: Interval,
+        pair: Neighbours,
         conditioning: Conditioning,
         guidance_scale: Tensor | None = None,
     ) -> Comparison:
         """The trajectory of ``x0`` and ``noise`` (B, ...) at both times; the gradient goes into f alone."""
-        t, r = interval.t, interval.r
+        t, r = pair.t, pair.r
         x_t = add_noise(x0, noise, self.schedule.coefficients(t))
         with torch.no_grad():
-            x_r = self.neighbour(x0, noise, x_t, interval, conditioning, guidance_scale)
+            x_r = self.neighbour(x0, noise, x_t, pair, conditioning, guidance_scale)
             # A trajectory's end is where it ends; the network, which knows no such time, is asked in vain at t.
-            ended = interval.sigma_r == 0
+            ended = pair.sigma_r == 0
             target = self.function(self.target)(x_r, torch.where(ended, t, r), conditioning)
             target = torch.where(expand(ended, x0).bool(), x_r, target)
         return Comparison(self.function(self.student)(x_t, t, conditioning), target, x_r)
@@ -164,12 +166,12 @@ class Consistency:
         x0: Tensor,
         noise: Tensor,
         x_t: Tensor,
-        interval: Interval,
+        pair: Neighbours,
         conditioning: Conditioning,
         guidance_scale: Tensor | None,
     ) -> Tensor:
         """x_r (B, ...): by the same noise (training), or one step of the guided teacher's ODE (distillation)."""
-        t, r = interval.t, interval.r
+        t, r = pair.t, pair.r
         if self.config.solver == "none":
             return add_noise(x0, noise, self.schedule.coefficients(r))
         scale = guidance_scale if self._draws_guidance else None
@@ -198,11 +200,12 @@ class Consistency:
 
     def samples(self, batch: Batch, guidance_scale: Tensor | None) -> tuple[Tensor, Conditioning]:
         """Clean samples (B, ...) with their conditioning: real ones, else the student's own, ended at a random step."""
-        conditioning = batch.conditioning if batch.real is None else batch.real.conditioning
+        real = None if self.config.data is None else batch.real
+        conditioning = batch.conditioning if real is None else real.conditioning
         if self.told is not None:
             conditioning = self.told.tell(conditioning, guidance_scale)
-        if batch.real is not None:
-            return batch.real.x0, conditioning
+        if real is not None:
+            return real.x0, conditioning
         last = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
         noise = batch.draws.normal("sample_noise", batch.shape)
 

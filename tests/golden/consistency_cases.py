@@ -13,7 +13,6 @@ from toy_network import toy_conditioning, toy_denoiser
 from fewstep.conditioning import Conditioning
 from fewstep.denoiser import NetworkDenoiser
 from fewstep.guidance import GuidedDenoiser
-from fewstep.intervals import EasyTimes, EvenTimes, Interval, NoiseLevels
 from fewstep.losses.consistency import (
     DISTANCES,
     WEIGHTINGS,
@@ -28,6 +27,7 @@ from fewstep.losses.consistency import (
     shifted_edm_scalings,
     weight,
 )
+from fewstep.neighbours import EasyTimes, EvenTimes, Neighbours, NoiseLevels
 from fewstep.prediction import heun_step, ode_step, x0_map
 from fewstep.rollout import Sampler, rollout
 from fewstep.schedule import Coefficients, EDMSchedule, FlowSchedule, NoiseSchedule
@@ -100,10 +100,10 @@ def check_gradient(golden: GoldenFile, method: Consistency, loss: Tensor) -> Non
     assert all(other.network.k.grad is None for other in outside)
 
 
-def weighted(golden: GoldenFile, method: Consistency, seen: Comparison, interval: Interval) -> tuple[Tensor, Tensor]:
+def weighted(golden: GoldenFile, method: Consistency, seen: Comparison, pair: Neighbours) -> tuple[Tensor, Tensor]:
     """The distance and the weighted loss of each sample."""
     apart = method.distance(seen)
-    return apart, weight(method.config.weighting, interval.sigma_t, interval.sigma_r, method.sigma_data) * apart
+    return apart, weight(method.config.weighting, pair.sigma_t, pair.sigma_r, method.sigma_data) * apart
 
 
 # --- CM ---------------------------------------------------------------------------------------------------------------
@@ -159,14 +159,14 @@ def cm_loss(golden: GoldenFile) -> None:
     grid = EvenTimes(NoiseLevels(schedule), lambda _step: int(golden["num_scales"]))
     times = grid.times(0)
     # The source counts from the noisy end.
-    interval = grid.interval(times, len(times) - 2 - golden["index"])
-    golden.check("t", interval.sigma_t)
-    golden.check("t_next", interval.sigma_r)
-    seen = method.compare(golden["x"], golden["noise"], interval, golden.conditioning())
+    pair = grid.neighbours(times, len(times) - 2 - golden["index"])
+    golden.check("t", pair.sigma_t)
+    golden.check("t_next", pair.sigma_r)
+    seen = method.compare(golden["x"], golden["noise"], pair, golden.conditioning())
     golden.check("x_next", seen.x_r)
     golden.check("f_student", seen.f)
     golden.check("f_target", seen.target)
-    _, loss = weighted(golden, method, seen, interval)
+    _, loss = weighted(golden, method, seen, pair)
     golden.check("loss_per_sample", loss)
     check_gradient(golden, method, loss.mean())
 
@@ -181,16 +181,16 @@ def fastgen_loss(golden: GoldenFile) -> None:
     r = ect_mapping(t, 1 - golden["ratio"].item(), k, golden.number("mapping_b")).clamp(min=golden["min_r"].item())
     golden.check("r", r)
     if isinstance(schedule, EDMSchedule):
-        interval = Interval(schedule.time_from_sigma(t), schedule.time_from_sigma(r), t, r)
+        pair = Neighbours(schedule.time_from_sigma(t), schedule.time_from_sigma(r), t, r)
     else:
-        interval = Interval(t, r, t, r)
-    seen = method.compare(golden["x"], golden["noise"], interval, golden.conditioning())
+        pair = Neighbours(t, r, t, r)
+    seen = method.compare(golden["x"], golden["noise"], pair, golden.conditioning())
     golden.check("f_t", seen.f)
     golden.check("f_r", seen.target)
     if method.config.weighting in ("1/c_out", "1/c_out^2"):  # of the noise level
-        (alpha_t, sigma_t), (alpha_r, sigma_r) = (schedule.coefficients(time) for time in (interval.t, interval.r))
-        interval = Interval(interval.t, interval.r, sigma_t / alpha_t, sigma_r / alpha_r)
-    apart, loss = weighted(golden, method, seen, interval)
+        (alpha_t, sigma_t), (alpha_r, sigma_r) = (schedule.coefficients(time) for time in (pair.t, pair.r))
+        pair = Neighbours(pair.t, pair.r, sigma_t / alpha_t, sigma_r / alpha_r)
+    apart, loss = weighted(golden, method, seen, pair)
     golden.check("loss_unweighted", apart)
     golden.check("loss_per_sample", loss)
     golden.check("loss_mean", loss.mean())
@@ -215,11 +215,11 @@ def ect_loss(golden: GoldenFile) -> None:
         mean=golden.number("p_mean"),
         std=golden.number("p_std"),
     )
-    interval = times.interval(golden["normal"], int(golden["stage"]))
-    golden.check("t", interval.sigma_t)
-    golden.check("r", interval.sigma_r)
-    seen = method.compare(golden["x"], golden["noise"], interval, golden.conditioning())
-    _, loss = weighted(golden, method, seen, interval)
+    pair = times.neighbours(golden["normal"], int(golden["stage"]))
+    golden.check("t", pair.sigma_t)
+    golden.check("r", pair.sigma_r)
+    seen = method.compare(golden["x"], golden["noise"], pair, golden.conditioning())
+    _, loss = weighted(golden, method, seen, pair)
     golden.check("loss_per_sample", loss)
     golden.check("loss_mean", loss.mean())
     check_gradient(golden, method, loss.mean())
@@ -254,10 +254,10 @@ def lcm_loss(golden: GoldenFile) -> None:
     method = trainer(golden, schedule, boundary, variant="lcm", huber_c=golden.number("huber_c"))
 
     grid = EvenTimes(NoiseLevels(schedule), lambda _step: grid_size + 1)
-    interval = grid.interval(grid.times(0), golden["index"])
-    golden.check("timestep", schedule.timestep(interval.t).round())
-    golden.check("timestep_prev", schedule.timestep(interval.r).round())
-    for name, t in (("start", interval.t), ("target", interval.r)):
+    pair = grid.neighbours(grid.times(0), golden["index"])
+    golden.check("timestep", schedule.timestep(pair.t).round())
+    golden.check("timestep_prev", schedule.timestep(pair.r).round())
+    for name, t in (("start", pair.t), ("target", pair.r)):
         skip, out = boundary(t)
         golden.check(f"c_skip_{name}", skip)
         golden.check(f"c_out_{name}", out)
@@ -281,11 +281,11 @@ def lcm_loss(golden: GoldenFile) -> None:
         role.raw = lambda x, t, _conditioning, answer=answer: answer(x, t, toy_conditioning(student_cond))
     on = golden.choice("guide_teacher", True, False)
     method.config.guidance_min = 0.0 if on else None
-    seen = method.compare(golden["x"], golden["noise"], interval, golden.conditioning(), scale if on else None)
+    seen = method.compare(golden["x"], golden["noise"], pair, golden.conditioning(), scale if on else None)
     golden.check("x_prev", seen.x_r)
     golden.check("model_pred", seen.f)
     golden.check("target", seen.target)
-    loss = weighted(golden, method, seen, interval)[1].mean()
+    loss = weighted(golden, method, seen, pair)[1].mean()
     golden.check("loss", loss)
     check_gradient(golden, method, loss)
 

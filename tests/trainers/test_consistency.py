@@ -14,8 +14,8 @@ from toys import Labels, TinyNetwork, labels, make_loop, role, unconditional
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.guidance import GuidedDenoiser
-from fewstep.intervals import EvenTimes, NoiseLevels
 from fewstep.method import Batch, Real
+from fewstep.neighbours import EvenTimes, NoiseLevels
 from fewstep.rollout import Sampler
 from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, from_scheduler
 from fewstep.trainers.consistency import Consistency, ConsistencyConfig, make_boundary
@@ -57,7 +57,7 @@ def vector_method(
         roles,
         GuidedDenoiser(roles["teacher"], labels([5.0]), guidance_scale),
         Sampler(schedule, GRID, "fresh", schedule.initial_scale()),
-        settings.make_intervals(levels, 1.0, list(GRID)),
+        settings.make_discretization(levels, 1.0, list(GRID)),
         make_boundary(settings, levels, timestep_scaling),
     )
 
@@ -181,7 +181,7 @@ def test_what_the_lcm_scheduler_makes_of_the_networks_answer_is_f_at_every_train
     stock = LCMScheduler(**SD, prediction_type=kind, timestep_scaling=scaling)
     stock.alphas_cumprod = stock.alphas_cumprod.double()
     x = torch.randn(1, 6, dtype=torch.float64)
-    for t in method.intervals.times(0):
+    for t in method.discretization.times(0):
         timestep = TABLE.timestep(t).round().long()
         stock.set_timesteps(timesteps=[int(timestep)])
         raw = method.student.denoiser.raw(x, t[None], labels([1.0]))
@@ -194,7 +194,7 @@ def test_what_the_lcm_scheduler_makes_of_the_networks_answer_is_f_at_every_train
 def test_what_the_stock_schedulers_of_flow_and_edm_make_of_the_networks_answer_is_f(tmp_path: Path):
     x = torch.randn(1, 6)
     flow = vector_method(config(tmp_path))
-    for t in flow.intervals.times(0)[1:]:
+    for t in flow.discretization.times(0)[1:]:
         stock = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
         stock.set_timesteps(sigmas=[float(t)])
         raw = flow.student.denoiser.raw(x, t[None], labels([1.0]))
@@ -204,7 +204,7 @@ def test_what_the_stock_schedulers_of_flow_and_edm_make_of_the_networks_answer_i
     schedule = EDMSchedule()
     edm = vector_method(config(tmp_path), schedule, "edm")
     stock = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0)
-    for t in edm.intervals.times(0)[1:]:
+    for t in edm.discretization.times(0)[1:]:
         sigma = schedule.coefficients(t).sigma
         raw = edm.student.denoiser.raw(x, t[None], labels([1.0]))
         ours = edm.function(edm.student)(x, t[None], labels([1.0]))
@@ -252,24 +252,24 @@ def closed_form(times: Tensor) -> Tensor:
 
 def gaussian_method(settings: ConsistencyConfig, start: Tensor | None = None) -> Consistency:
     schedule = FlowSchedule()
-    intervals = EvenTimes(NoiseLevels(schedule), lambda _step: settings.intervals + 1)
-    times = intervals.times(0)
+    discretization = EvenTimes(NoiseLevels(schedule), lambda _step: settings.intervals + 1)
+    times = discretization.times(0)
     roles = {"teacher": role("teacher", Gaussian(), schedule, "sample", trainable=False)}
     for name in ("student", "target"):
         network = Gains(times, torch.ones_like(times) if start is None else start)
         roles[name] = role(name, network, schedule, "sample", trainable=name == "student")
     teacher = GuidedDenoiser(roles["teacher"], None, 1.0)
-    boundary = make_boundary(settings, intervals.levels, None)
-    return Consistency(settings, roles, teacher, Sampler(schedule, GRID, "fresh"), intervals, boundary)
+    boundary = make_boundary(settings, discretization.levels, None)
+    return Consistency(settings, roles, teacher, Sampler(schedule, GRID, "fresh"), discretization, boundary)
 
 
 def test_the_flow_lcm_of_a_gaussian_teacher_has_its_closed_form_as_a_fixed_point(tmp_path: Path):
     settings = config(tmp_path, intervals=50, distance="mse")
-    times = gaussian_method(settings).intervals.times(0)
+    times = gaussian_method(settings).discretization.times(0)
     method = gaussian_method(settings, closed_form(times))
     x0, noise = torch.randn(2, 50, 6, dtype=torch.float64)
-    interval = method.intervals.interval(times, torch.arange(50))
-    seen = method.compare(x0, noise, interval, unconditional(50))
+    pair = method.discretization.neighbours(times, torch.arange(50))
+    seen = method.compare(x0, noise, pair, unconditional(50))
     torch.testing.assert_close(seen.f, seen.target, rtol=1e-10, atol=1e-10)
     gradient = torch.autograd.grad(method.distance(seen).mean(), method.student.parameters())[0]
     assert gradient.abs().max() < 1e-10
@@ -280,7 +280,7 @@ def test_the_flow_lcm_of_a_gaussian_teacher_has_its_closed_form_as_a_fixed_point
 def test_the_flow_lcm_of_a_gaussian_teacher_comes_to_its_closed_form(tmp_path: Path):
     settings = config(tmp_path, intervals=6, distance="mse", lr=0.02, max_steps=400, batch_size=32, data="numbers")
     method = gaussian_method(settings)
-    expected = closed_form(method.intervals.times(0))
+    expected = closed_form(method.discretization.times(0))
     assert (method.student.denoiser.network.gains - expected).abs().max() > 0.4
 
     class Real16:
@@ -296,10 +296,10 @@ def test_a_clean_neighbour_is_where_the_trajectory_ends(tmp_path: Path):
     """With the same noise that is the real sample; with the teacher's step, what the teacher says."""
     for solver in ("none", "ode"):
         method = vector_method(config(tmp_path, "ect", solver=solver))
-        interval = method.intervals.interval(torch.zeros(4), stage=0)
-        assert (interval.sigma_r == 0).all()
+        pair = method.discretization.neighbours(torch.zeros(4), stage=0)
+        assert (pair.sigma_r == 0).all()
         x0, noise = torch.randn(2, 4, 6)
-        seen = method.compare(x0, noise, interval, labels([0, 1, 2, 3]))
+        seen = method.compare(x0, noise, pair, labels([0, 1, 2, 3]))
         assert torch.equal(seen.target, seen.x_r)
         assert torch.equal(seen.target, x0) == (solver == "none")
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from toys import Labels, make_loop, role, unconditional
 
 from fewstep.guidance import GuidedDenoiser
-from fewstep.intervals import NoiseLevels
 from fewstep.method import Real
+from fewstep.neighbours import NoiseLevels
 from fewstep.rollout import Sampler, rollout
 from fewstep.schedule import FlowSchedule
 from fewstep.trainers.consistency import Consistency, ConsistencyConfig, make_boundary
@@ -80,7 +80,7 @@ def consistency(out: Path, student: nn.Module, kind: str, **settings) -> Consist
         roles,
         GuidedDenoiser(roles["teacher"], None, 1.0),
         Sampler(SCHEDULE, GRID, "fresh"),
-        config.make_intervals(levels, 1.0, list(GRID)),
+        config.make_discretization(levels, 1.0, list(GRID)),
         make_boundary(config, levels, None),
     )
 
