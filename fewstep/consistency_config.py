@@ -162,7 +162,7 @@ class ConsistencyConfig(RunConfig):
             UserError: it does not fit.
         """
         if self.guidance_min is not None and not guided and told is None:
-            raise UserError("--guidance_min needs a teacher with classifier-free guidance, and --guidance_scale not 1")
+            raise UserError("--guidance_min needs a teacher with classifier-free guidance, which this one lacks")
         if told is not None and not self.guidance_min <= told <= self.guidance_max:
             raise UserError(
                 f"the student would be sampled at guidance_scale={told:g}, beyond --guidance_min and --guidance_max; "

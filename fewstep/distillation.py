@@ -35,7 +35,7 @@ from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.method import PairSource
 from fewstep.monitor import Monitor, trackers
 from fewstep.ragged import AnyConditioning
-from fewstep.recording import Recording, record
+from fewstep.recording import record
 from fewstep.roles import Role
 from fewstep.rollout import Sampler, ode_sampler, rollout
 from fewstep.run_folder import check_folder, write_config
@@ -101,7 +101,7 @@ class Distillation:
         teacher, self.told_guidance = self.recording, None
         if config.tells_guidance:
             self.recording = with_told_guidance(teacher, self.guidance_scale, trained=not config.lora_rank)
-            self.told_guidance = find_told_guidance(self.recording)
+            self.told_guidance = find_told_guidance(self.recording, heeded=self.recording is teacher)
         self.plan = plan_student(
             self.recording,
             config.steps,

@@ -37,12 +37,14 @@ class ToldGuidance:
         value: what it is given (B, ...) for scales (B,) in diffusers' convention.
         dtype: of what it is given.
         default: the scale that it was told in the recording.
+        heeded: whether the teacher heeds what it is told; else it is guided by the same scale.
     """
 
     argument: str
     value: Callable[[Tensor], Tensor]
     dtype: torch.dtype
     default: float
+    heeded: bool
 
     def tell(self, conditioning: AnyConditioning, guidance_scale: Tensor) -> AnyConditioning:
         """The same conditioning of B samples with other scales (B,), which lie on its device."""
@@ -53,8 +55,12 @@ class ToldGuidance:
         return Conditioning({**conditioning.tree, self.argument: leaf}, conditioning.batch_size)
 
 
-def find_told_guidance(recording: Recording) -> ToldGuidance:
+def find_told_guidance(recording: Recording, *, heeded: bool) -> ToldGuidance:
     """How the recorded network is told its guidance: the rule that gives what it was told in the recording.
+
+    Args:
+        recording: of a network with an input for it.
+        heeded: whether the teacher heeds it.
 
     Raises:
         UserError: it is told nothing, or something unknown.
@@ -70,7 +76,7 @@ def find_told_guidance(recording: Recording) -> ToldGuidance:
             told = leaf.value.double().cpu()
             for scale in scales:
                 if _agree(rule(torch.tensor([float(scale)])), told):
-                    return ToldGuidance(argument, rule, leaf.value.dtype, float(scale))
+                    return ToldGuidance(argument, rule, leaf.value.dtype, float(scale), heeded)
     raise _lacking(recording.network)
 
 

@@ -30,7 +30,7 @@ def answer(recording: Recording, conditioning: Conditioning) -> torch.Tensor:
 
 def test_a_network_with_new_room_is_the_old_one_whatever_it_is_told(plain: Recording):
     roomy = with_told_guidance(plain, 7.5, trained=True)
-    told = find_told_guidance(roomy)
+    told = find_told_guidance(roomy, heeded=False)
     before = answer(plain, plain.condition(prompts=["a cat", "b"]))
     conditioning = roomy.condition(prompts=["a cat", "b"])
     for scales in ([7.5, 7.5], [1.0, 12.0]):
@@ -40,7 +40,7 @@ def test_a_network_with_new_room_is_the_old_one_whatever_it_is_told(plain: Recor
 
 def test_a_network_is_told_what_its_stock_pipeline_tells_it(plain: Recording):
     roomy = with_told_guidance(plain, 7.5, trained=True)
-    told = find_told_guidance(roomy)
+    told = find_told_guidance(roomy, heeded=False)
     assert (told.argument, told.default) == ("timestep_cond", 7.5)
     assert roomy.call["guidance_scale"] == 7.5
     other = record(roomy.pipeline, guidance_scale=11.0)
@@ -50,7 +50,7 @@ def test_a_network_is_told_what_its_stock_pipeline_tells_it(plain: Recording):
 
 def test_each_sample_is_told_its_own(plain: Recording):
     roomy = with_told_guidance(plain, 7.5, trained=True)
-    told, conditioning = find_told_guidance(roomy), roomy.condition(prompts=["b", "b"])
+    told, conditioning = find_told_guidance(roomy, heeded=False), roomy.condition(prompts=["b", "b"])
     with shaken(roomy.network):
         same = answer(roomy, told.tell(conditioning, torch.tensor([3.0, 9.0])))
         swapped = answer(roomy, told.tell(conditioning, torch.tensor([9.0, 9.0])))
@@ -79,7 +79,7 @@ def test_a_guidance_distilled_network_is_told_the_scale_or_a_thousand_times_it(z
     call = json.loads((zoo / "manifest.json").read_text())[family]["call"]
     recording = record(pipeline, **{**call, "guidance_scale": 2.5})
     assert with_told_guidance(recording, 1.0, trained=False) is recording
-    told = find_told_guidance(recording)
+    told = find_told_guidance(recording, heeded=True)
     assert (told.argument, told.default) == ("guidance", 2.5)
     conditioning = told.tell(recording.condition(prompts=["a b", "b a"]), torch.tensor([1.5, 4.0]))
     assert conditioning.arguments()["guidance"].tolist() == [1.5 * factor, 4.0 * factor]

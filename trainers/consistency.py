@@ -219,8 +219,8 @@ class Consistency:
 
     @property
     def _draws_guidance(self) -> bool:
-        """Whether the teacher is guided by a scale of each sample's own."""
-        return self.config.guidance_min is not None and self.teacher.negative is not None
+        """Whether the teacher is guided by a scale of each sample's own, and not told it."""
+        return self.config.guidance_min is not None and not (self.told is not None and self.told.heeded)
 
 
 def make_boundary(config: ConsistencyConfig, levels: NoiseLevels, timestep_scaling: float | None) -> Boundary:
