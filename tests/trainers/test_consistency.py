@@ -278,7 +278,7 @@ def test_the_flow_lcm_of_a_gaussian_teacher_has_its_closed_form_as_a_fixed_point
 
 
 def test_the_flow_lcm_of_a_gaussian_teacher_comes_to_its_closed_form(tmp_path: Path):
-    settings = config(tmp_path, intervals=6, distance="mse", lr=0.02, max_steps=400, batch_size=32, data="numbers")
+    settings = config(tmp_path, intervals=6, distance="mse", lr=0.03, max_steps=250, batch_size=32, data="numbers")
     method = gaussian_method(settings)
     expected = closed_form(method.discretization.times(0))
     assert (method.student.denoiser.network.gains - expected).abs().max() > 0.4
