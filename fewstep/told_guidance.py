@@ -137,7 +137,7 @@ def _rules(told: Tensor) -> list[Callable[[Tensor], Tensor]]:
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-3 * b.abs().max())
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-2 * b.abs().max())  # sines of large float32 numbers
 
 
 def _lacking(network: nn.Module) -> UserError:
