@@ -120,6 +120,14 @@ class Distillation:
         """The teacher under the run's guidance."""
         return GuidedDenoiser(teacher, self.negative, self.guidance_scale)
 
+    def refuse_deaf(self, guided: GuidedDenoiser, method: str) -> None:
+        """Refuse a teacher without a response to guidance: see :meth:`fewstep.guidance.GuidedDenoiser.refuse_deaf`."""
+        if self.recording.guidance.embedded:
+            raise UserError(f"{method} needs classifier-free guidance, and this teacher was distilled for guidance")
+        t = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device=self.device)
+        x = Draws(self.config.seed, -1, range(3), self.device).normal("deaf", self.recording.sample_shape)
+        guided.refuse_deaf(method, x, t, self.conditions.select([k % len(self.conditions) for k in range(3)]))
+
     def add_head(self, role: Role) -> FeatureTap:
         """Give a role a GAN head on its own features, and say where they are tapped."""
         conditioning = self.conditions.select([0, 0])

@@ -9,6 +9,9 @@ from fewstep.conditioning import Conditioning
 from fewstep.denoiser import Denoiser
 from fewstep.errors import UserError
 
+#: Relative change of x0 by the condition up to which a network counts as deaf to it: the rounding of a bfloat16 one.
+_DEAF = 1e-3
+
 
 def guide(positive: Tensor, negative: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """neg + w (pos - neg); all (B, ...). It commutes with every conversion at one x_t, so x0 may be guided directly.
@@ -57,10 +60,18 @@ class GuidedDenoiser:
         """Network calls per sample: 2, or 1 where guidance is off."""
         return 1 if self.guidance_scale == 1.0 else 2
 
+    def of(self, denoiser: Denoiser) -> GuidedDenoiser:
+        """Another denoiser under the same guidance."""
+        return GuidedDenoiser(denoiser, self.negative, self.guidance_scale)
+
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Guided x0 (B, ...)."""
         if self.guidance_scale == 1.0:
             return self.denoiser(x_t, t, conditioning)
+        return guide(*self.pair(x_t, t, conditioning), self.guidance_scale)
+
+    def pair(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """The two that are guided, x0_positive and x0_negative, (B, ...) each; there must be a negative."""
         batch = x_t.shape[0]
         negative = self.negative.select([0] * batch)
         if Conditioning.compatible(negative, conditioning):
@@ -69,4 +80,29 @@ class GuidedDenoiser:
         else:
             x0_negative = self.denoiser(x_t, t, negative)
             x0_positive = self.denoiser(x_t, t, conditioning)
-        return guide(x0_positive, x0_negative, self.guidance_scale)
+        return x0_positive, x0_negative
+
+    @torch.no_grad()
+    def refuse_deaf(self, method: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> None:
+        """Refuse a run of ``method``, which trains on what guidance changes, where it changes nothing.
+
+        Args:
+            method: its name, for the message.
+            x_t: noised samples (B, ...) to look at.
+            t: their times (B,).
+            conditioning: of B samples.
+
+        Raises:
+            UserError: guidance is off, or the network answers the same with and without its condition.
+        """
+        if self.guidance_scale == 1.0:
+            raise UserError(
+                f"{method} trains on the teacher's response to guidance, and guidance is off here; set "
+                "--guidance_scale above 1, or take a teacher that was not distilled for guidance"
+            )
+        positive, negative = self.pair(x_t, t, conditioning)
+        if (positive - negative).norm() <= _DEAF * positive.norm():
+            raise UserError(
+                f"{method} trains on the teacher's response to guidance, and this teacher gives the same x0 with and "
+                "without its condition; take one that was not distilled for guidance"
+            )
