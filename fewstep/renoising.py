@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.draws import Draws
+from fewstep.errors import UserError
 from fewstep.losses.score import denoising_loss, native_weight, subinterval_target
 from fewstep.method import Batch
 from fewstep.prediction import add_noise, transition
@@ -49,9 +50,21 @@ class Renoiser:
         highest = min(self.high, self._unshifted(t))
         return replace(self, low=min(self.low, highest), high=highest)
 
-    def above(self, anchor: float, margin: float) -> Renoiser:
-        """The same one for samples at ``anchor``, drawing times at least ``margin`` noisier before the shift."""
-        return replace(self, low=max(self.low, self._unshifted(anchor) + margin), anchor=anchor)
+    def above(self, anchor: float | None, margin: float) -> Renoiser:
+        """The same one for samples at ``anchor``, drawing times at least ``margin`` noisier before the shift.
+
+        Raises:
+            UserError: no times are left.
+        """
+        if anchor is None:
+            return self
+        low = max(self.low, self._unshifted(anchor) + margin)
+        if low >= self.high:
+            raise UserError(
+                f"a phase that ends at t = {anchor:.4g} leaves no noisier times to compare at, below --time_max; give "
+                "the noisiest phase more steps, or a smaller --time_margin"
+            )
+        return replace(self, low=low, anchor=anchor)
 
     def times(self, draws: Draws, name: str) -> Tensor:
         """The times (B,), float64, from the draw ``<name>_time``."""
