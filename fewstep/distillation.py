@@ -27,6 +27,7 @@ from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
 from fewstep.images import save_grid
 from fewstep.initialization import initialize
+from fewstep.intervals import TimedScale
 from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.monitor import Monitor, trackers
 from fewstep.recording import record
@@ -129,13 +130,23 @@ class Distillation:
         guided.refuse_deaf(method, x, t, self.conditions.select([k % len(self.conditions) for k in range(3)]))
 
     def add_head(self, role: Role) -> FeatureTap:
-        """Give a role a GAN head on its own features, and say where they are tapped."""
+        """Give a role a GAN head on its own features, and say where they are tapped.
+
+        Several experts share one head: each is tapped at the same place, and the head sees features of the one whose
+        time it is.
+        """
         conditioning = self.conditions.select([0, 0])
         x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
         t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
-        tap = find_tap(role.denoiser.network, lambda sample: role.denoiser.raw(sample, t, conditioning), x)
-        with torch.no_grad():
-            role.added["head"] = make_head(role.denoiser.features(x, t, conditioning, tap), self.config.seed)
+        seen = []
+        for denoiser in (expert.denoiser for expert in role.experts.values()):
+            tap = find_tap(denoiser.network, lambda sample, d=denoiser: d.raw(sample, t, conditioning), x)
+            with torch.no_grad():
+                seen.append((tap, denoiser.features(x, t, conditioning, tap)))
+        tap, features = seen[0]
+        if any(other != tap or theirs.shape != features.shape for other, theirs in seen):
+            raise UserError("the networks of this teacher have different features; train without a GAN")
+        role.added["head"] = make_head(features, self.config.seed)
         return tap
 
     def initialize(self, roles: dict[str, Role]) -> None:
@@ -187,13 +198,14 @@ class Distillation:
             "teacher_license": teacher_license(self.config.teacher),
             "training": {k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
         }
-        if isinstance(role, AdapterRole):
-            if loads_lora(self.recording.network):
+        if role.part == AdapterRole.part:
+            other = [e.network for e in self.recording.experts if not loads_lora(e.network)]
+            if not other:
                 export_lora(self.recording, role, self.plan, self.out / "student_lora", **about)
                 if not self.config.merge:
                     return
             else:
-                self._say(f"diffusers loads no LoRA into a {type(self.recording.network).__name__}: exported merged")
+                self._say(f"diffusers loads no LoRA into a {type(other[0]).__name__}: exported merged")
         export_student(self.recording, role.stock_network(), self.plan, self.out / "student", **about)
 
     def save_samples(self, teacher: Role, student: Role, step: int) -> None:
@@ -223,12 +235,17 @@ class Distillation:
 
     # --- pieces of __init__ -------------------------------------------------------------------------------------
 
-    def _guidance_scale(self) -> float:
-        """The w of neg + w (pos - neg) that the teacher is asked with."""
+    def _guidance_scale(self) -> float | TimedScale:
+        """The w of neg + w (pos - neg) that the teacher is asked with, or one for each expert that shares the time."""
         from fewstep.fashion import TEACHERS
 
         report = self.recording.guidance
         wish = self.config.guidance_scale
+        if report.expert_scales:
+            # Seen in the call, of which the wish is a part; it is meant in fewstep's own convention.
+            less = report.offset or 0.0 if wish is not None else 0.0
+            scales = tuple(1.0 if w == 1.0 else w - less for w in report.expert_scales)
+            return scales[0] if len(set(scales)) == 1 else TimedScale(self.recording.intervals, scales)
         # A network that is told its guidance got it with the conditioning; what is left is a second, explicit guidance.
         if wish is not None and not report.embedded:
             return wish

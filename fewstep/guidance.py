@@ -8,6 +8,7 @@ from torch import Tensor
 from fewstep.conditioning import Conditioning
 from fewstep.denoiser import Denoiser
 from fewstep.errors import UserError
+from fewstep.intervals import TimedScale
 
 #: Relative change of x0 by the condition up to which a network counts as deaf to it: the rounding of a bfloat16 one.
 _DEAF = 1e-3
@@ -39,16 +40,17 @@ class GuidedDenoiser:
     Args:
         denoiser: the unguided one.
         negative: conditioning of one sample, used for every sample of a batch; None where the scale is 1.
-        guidance_scale: w.
+        guidance_scale: w; or one for each interval of the time.
 
     Raises:
         UserError: a scale other than 1 without a negative conditioning.
     """
 
-    def __init__(self, denoiser: Denoiser, negative: Conditioning | None, guidance_scale: float) -> None:
+    def __init__(self, denoiser: Denoiser, negative: Conditioning | None, guidance_scale: float | TimedScale) -> None:
         if guidance_scale != 1.0 and negative is None:
+            wish = guidance_scale.scales if isinstance(guidance_scale, TimedScale) else guidance_scale
             raise UserError(
-                f"guidance_scale={guidance_scale} needs classifier-free guidance, which this teacher lacks; "
+                f"guidance_scale={wish} needs classifier-free guidance, which this teacher lacks; "
                 "set guidance_scale to 1"
             )
         self.denoiser = denoiser
@@ -68,7 +70,12 @@ class GuidedDenoiser:
         """Guided x0 (B, ...)."""
         if self.guidance_scale == 1.0:
             return self.denoiser(x_t, t, conditioning)
-        return guide(*self.pair(x_t, t, conditioning), self.guidance_scale)
+        return guide(*self.pair(x_t, t, conditioning), self.scale_at(t, x_t))
+
+    def scale_at(self, t: Tensor, like: Tensor) -> float | Tensor:
+        """w at ``t`` (B,), as a number or shaped to multiply ``like`` (B, ...)."""
+        scale = self.guidance_scale
+        return scale.at(t, like) if isinstance(scale, TimedScale) else scale
 
     def pair(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         """The two that are guided, x0_positive and x0_negative, (B, ...) each; there must be a negative."""

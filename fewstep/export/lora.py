@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fewstep.adapters import AdapterRole
-from fewstep.export.apply import LORA_FILE, ship
+from fewstep.export.apply import LORA_FILE, lora_files, ship
 from fewstep.export.card import write_card
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
@@ -29,6 +29,7 @@ from fewstep.export.trace import with_parts
 
 if TYPE_CHECKING:
     from fewstep.recording import Recording
+    from fewstep.roles import Role
 
 
 def loads_lora(network: nn.Module) -> bool:
@@ -38,7 +39,7 @@ def loads_lora(network: nn.Module) -> bool:
 
 def export_lora(
     recording: Recording,
-    role: AdapterRole,
+    role: Role,
     plan: StudentPlan,
     out: str | Path,
     *,
@@ -52,7 +53,7 @@ def export_lora(
 
     Args:
         recording: of the teacher; its pipeline is left as it is.
-        role: whose adapter is written.
+        role: whose adapter is written; of several experts each one's in a file of its own.
         plan: what it was trained for.
         out: the folder; an older student in its place is replaced.
         method: as in :func:`fewstep.export.export_student`, and so are the others.
@@ -66,44 +67,60 @@ def export_lora(
     """
     out = Path(out)
     refuse_occupied(out)
-    rank, alpha = role.backbone.rank, role.backbone.alpha
-    prefix = f"{recording.component}."
-    state = {f"{prefix}{k}": v.detach().cpu().contiguous() for k, v in role.weights.state_dict().items()}
-    config = {"r": rank, "lora_alpha": alpha, "target_modules": list(role.backbone.targets)}
     about = about_student(recording, plan, method, base_model, training)
-    about["lora"] = {"file": LORA_FILE, "rank": rank, "alpha": alpha}
+    about["lora"] = _about_lora(recording, role)
     with written(out) as partial:
-        metadata = {
-            "format": "pt",
-            "lora_adapter_metadata": json.dumps({f"{prefix}{key}": value for key, value in config.items()}),
-            "fewstep": json.dumps(about, default=str),
-        }
-        save_file(state, partial / LORA_FILE, metadata)
+        for component, file in lora_files(about).items():
+            _write_adapter(partial / file, role.experts[component], about)
         plan.scheduler.save_pretrained(partial / "scheduler")
         write_about(partial, about)
         license_fields = license_of(recording, base_model, teacher_license)
         card = write_card(about, recording.pipeline, license_fields=license_fields, metrics=metrics, note=plan.note)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        verify_lora(recording, role, plan, partial)
+        verify_lora(recording, role, plan, partial, about)
     return out
 
 
-def verify_lora(recording: Recording, role: AdapterRole, plan: StudentPlan, folder: Path) -> None:
+def _about_lora(recording: Recording, role: Role) -> dict[str, Any]:
+    first, *others = recording.components
+    backbone = role.experts[first].backbone
+    about = {"file": LORA_FILE, "rank": backbone.rank, "alpha": backbone.alpha}
+    if others:
+        about["further_files"] = {name: LORA_FILE.replace(".", f"_{name}.") for name in others}
+    return about
+
+
+def _write_adapter(path: Path, role: AdapterRole, about: dict[str, Any]) -> None:
+    """One file, its names under the first network's: the one that pipelines' own loaders look for in every file."""
+    prefix, backbone = f"{about['component']}.", role.backbone
+    state = {f"{prefix}{k}": v.detach().cpu().contiguous() for k, v in role.weights.state_dict().items()}
+    config = {"r": backbone.rank, "lora_alpha": backbone.alpha, "target_modules": list(backbone.targets)}
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps({f"{prefix}{key}": value for key, value in config.items()}),
+        "fewstep": json.dumps(about, default=str),
+    }
+    save_file(state, path, metadata)
+
+
+def verify_lora(recording: Recording, role: Role, plan: StudentPlan, folder: Path, about: dict[str, Any]) -> None:
     """Load ``folder`` into a copy of the teacher by stock diffusers; compare every layer, and walk every count.
 
     Raises:
         ExportError: a layer is missing, scaled otherwise, switched off or of other weights, or a walk fails.
     """
-    network = copy.deepcopy(recording.network)
-    pipeline = with_parts(recording.pipeline, **{recording.component: network})
-    ship(pipeline, recording.component, type(plan.scheduler).__name__, folder)
-    layers = {path: module for path, module in network.named_modules() if isinstance(module, LoraLayer)}
-    if layers.keys() != set(role.backbone.targets):
-        odd = sorted(layers.keys() ^ set(role.backbone.targets))
-        raise ExportError(f"the exported LoRA loads into other layers than were trained: {', '.join(odd[:3])}")
-    for path, layer in layers.items():
-        if not _holds(layer, role, path):
-            raise ExportError(f"the exported LoRA is not what was trained, in {recording.component}.{path}")
+    networks = {name: copy.deepcopy(network) for name, network in recording.networks.items()}
+    pipeline = with_parts(recording.pipeline, **networks)
+    ship(pipeline, about, folder)
+    for component, network in networks.items():
+        own = role.experts[component]
+        layers = {path: module for path, module in network.named_modules() if isinstance(module, LoraLayer)}
+        if layers.keys() != set(own.backbone.targets):
+            odd = sorted(layers.keys() ^ set(own.backbone.targets))
+            raise ExportError(f"the exported LoRA loads into other layers than were trained: {', '.join(odd[:3])}")
+        for path, layer in layers.items():
+            if not _holds(layer, own, path):
+                raise ExportError(f"the exported LoRA is not what was trained, in {component}.{path}")
     walk_counts(recording, pipeline, plan)
 
 

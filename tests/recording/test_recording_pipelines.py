@@ -37,13 +37,14 @@ def load_zoo(zoo: Path, name: str) -> tuple[Any, dict[str, Any]]:
     return pipeline, json.loads((zoo / "manifest.json").read_text())[name]["call"]
 
 
-def denoiser(pipeline: Any) -> nn.Module:
-    return pipeline.components.get("transformer") or pipeline.components["unet"]
+def denoisers(pipeline: Any) -> list[nn.Module]:
+    parts = (pipeline.components.get(name) for name in ("unet", "transformer", "transformer_2"))
+    return [part for part in parts if part is not None]
 
 
 def recorded_and_proved(pipeline: Any, call: dict[str, Any], shake: bool) -> Recording:
     """Record and prove; shaken weights must need no further shaking."""
-    with shaken(denoiser(pipeline), seed=5) if shake else contextlib.nullcontext(), warnings.catch_warnings():
+    with shaken(*denoisers(pipeline), seed=5) if shake else contextlib.nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         recording = record(pipeline, **call)
         proof = recording.prove()
@@ -157,7 +158,7 @@ def test_zoo(zoo: Path, zoo_name: str) -> None:
 
 def test_the_pipeline_is_left_as_found(tiny: tuple[str, Any, dict[str, Any]]) -> None:
     _name, pipeline, call = tiny
-    network = denoiser(pipeline)
+    network = nn.ModuleList(denoisers(pipeline))
     network.train()
     weights = {key: value.clone() for key, value in network.state_dict().items()}
     attributes, config = dict(pipeline.__dict__), dict(pipeline.config)
