@@ -49,8 +49,11 @@ class Model:
         # Inside: importing the pipeline classes takes seconds that `fewstep --help` should not pay.
         from diffusers import DiffusionPipeline
 
+        from fewstep.export.own_code import is_own_code
+
         try:
-            pipeline = DiffusionPipeline.from_pretrained(self.source, dtype=dtype)
+            own = {"trust_remote_code": True} if is_own_code(self.source) else {}
+            pipeline = DiffusionPipeline.from_pretrained(self.source, dtype=dtype, **own)
         except (OSError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"diffusers cannot load {self.source}: {_first_line(error)}") from error
         return pipeline.to(device)
@@ -61,11 +64,13 @@ class Model:
             return type(self.pipeline)
         import diffusers
 
+        from fewstep.export.own_code import stock_class_of
+
         try:
             name = diffusers.DiffusionPipeline.load_config(self.source)["_class_name"]
         except (OSError, ValueError) as error:
             raise UserError(f"diffusers cannot read {self.source}: {_first_line(error)}") from error
-        found = getattr(diffusers, name, None) if isinstance(name, str) else None
+        found = getattr(diffusers, name, None) if isinstance(name, str) else stock_class_of(self.source)
         if found is None:
             raise UserError(f"{self.source} holds a {name}, which this diffusers does not have")
         return found

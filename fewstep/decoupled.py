@@ -33,12 +33,13 @@ def decoupled(
             call less) to the ``"conditional"`` one.
         normalizer_min: lower bound of that.
     """
+    scale = teacher.scale_at(there.t, x0)
     pair = teacher.pair(there.x_t, there.t, conditioning)
     if normalizer == "guided":
         x0_teacher, negative = teacher.pair(here.x_t, here.t, conditioning)
-        references = guide(x0_teacher, negative, teacher.guidance_scale), guide(*pair, teacher.guidance_scale)
+        references = guide(x0_teacher, negative, teacher.scale_at(here.t, x0)), guide(*pair, scale)
     else:
         x0_teacher = teacher.denoiser(here.x_t, here.t, conditioning)
         references = x0_teacher, pair[0]
     terms = (x0_teacher, x0_critic), pair
-    return x0_teacher, decoupled_matching(x0, *terms, teacher.guidance_scale, references, normalizer_min)
+    return x0_teacher, decoupled_matching(x0, *terms, scale, references, normalizer_min)

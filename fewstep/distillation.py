@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from fewstep.discriminator import make_head
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.export import export_lora, export_student, loads_lora, plan_student
+from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
+from fewstep.export.student import walk_counts
+from fewstep.export.trace import with_parts
 from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
 from fewstep.images import save_grid
@@ -30,7 +34,9 @@ from fewstep.initialization import initialize
 from fewstep.intervals import TimedScale
 from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.monitor import Monitor, trackers
+from fewstep.phases import Phase, describe
 from fewstep.recording import record
+from fewstep.recording.observe import find_scheduler
 from fewstep.roles import Role
 from fewstep.rollout import Sampler, ode_sampler, rollout
 from fewstep.run_folder import check_folder, write_config
@@ -88,6 +94,8 @@ class Distillation:
         self.recording.prove()
         if self.recording.recipe.needs_next:
             raise UserError("this teacher's network is told the next time too, which no method here can train yet")
+        #: Of the pipeline that the student will be: the teacher's own, unless it has other experts.
+        self.student_recording = self.recording
         self.plan = plan_student(
             self.recording,
             config.steps,
@@ -116,6 +124,19 @@ class Distillation:
     def make_roles(self, *names: str) -> dict[str, Role]:
         """The frozen teacher, the trainable roles ``names``, and ``ema`` where the run has one."""
         return make_roles(self.config, self.recording, names, self.device)
+
+    def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
+        """The frozen teacher, a student (and ``ema``) with an expert for each phase, and the trainable roles ``names``.
+
+        Raises:
+            UserError: the phases do not fit this teacher, or its pipeline does not walk with as many networks.
+        """
+        self.student_recording = phased_recording(self.recording, phases)
+        self.plan = phased_plan(self.plan, phases)
+        self._say(describe(phases, self.recording.schedule))
+        scheduler = {find_scheduler(self.pipeline): self.plan.scheduler}
+        walk_counts(self.student_recording, with_parts(self.student_recording.pipeline, **scheduler), self.plan)
+        return make_roles(self.config, self.recording, ("student", *names), self.device, self.student_recording)
 
     def guided(self, teacher: Role) -> GuidedDenoiser:
         """The teacher under the run's guidance."""
@@ -152,7 +173,7 @@ class Distillation:
     def initialize(self, roles: dict[str, Role]) -> None:
         """Take the weights of ``--init`` over, where it is given: see :func:`fewstep.initialization.initialize`."""
         if self.config.init is not None:
-            initialize(roles, self.config.init, self.recording, self._say, self.config.trust_remote_code)
+            initialize(roles, self.config.init, self.student_recording, self._say, self.config.trust_remote_code)
 
     # --- the run ------------------------------------------------------------------------------------------------
 
@@ -200,13 +221,15 @@ class Distillation:
         }
         if role.part == AdapterRole.part:
             other = [e.network for e in self.recording.experts if not loads_lora(e.network)]
-            if not other:
+            if moves_boundary(self.recording, self.student_recording):
+                self._say("its base model has no room for the student's networks: exported merged, as a pipeline")
+            elif not other:
                 export_lora(self.recording, role, self.plan, self.out / "student_lora", **about)
                 if not self.config.merge:
                     return
             else:
                 self._say(f"diffusers loads no LoRA into a {type(other[0]).__name__}: exported merged")
-        export_student(self.recording, role.stock_network(), self.plan, self.out / "student", **about)
+        export_student(self.student_recording, role.stock_network(), self.plan, self.out / "student", **about)
 
     def save_samples(self, teacher: Role, student: Role, step: int) -> None:
         """``OUT/samples/step_*.png``: the teacher's samples above the student's, same noise and conditions."""

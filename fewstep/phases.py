@@ -18,6 +18,7 @@ class Phase:
     Attributes:
         steps: indices of its steps in the student's grid.
         start: time of its first step, the noisiest of the subinterval.
+        last: time of its last step.
         anchor: time at which its samples arrive, where the next phase starts; None for clean samples.
         lowest: the lowest time at which its expert is called, halfway between its last step and the anchor; 0 for the
             last phase.
@@ -25,6 +26,7 @@ class Phase:
 
     steps: range
     start: float
+    last: float
     anchor: float | None
     lowest: float
 
@@ -55,7 +57,7 @@ def make_phases(grid: Sequence[float], lengths: Sequence[int]) -> tuple[Phase, .
         first += length
         last = first == len(grid)
         lowest = 0.0 if last else (grid[first - 1] + grid[first]) / 2
-        phases.append(Phase(steps, grid[steps.start], None if last else grid[first], lowest))
+        phases.append(Phase(steps, grid[steps.start], grid[first - 1], None if last else grid[first], lowest))
     return tuple(phases)
 
 

@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline as Stock  # <- stock
 from torch import nn
 
 EXPERTS: tuple[str, ...] = ()  # <- experts
+CODE_FILE = "phased.py"
 
 
 def phased(stock: type[Stock], experts: tuple[str, ...]) -> type[Stock]:
@@ -39,6 +40,7 @@ def phased(stock: type[Stock], experts: tuple[str, ...]) -> type[Stock]:
     """
 
     class PhasedPipeline(stock):  # type: ignore[misc, valid-type]
+        code_file = CODE_FILE
         model_cpu_offload_seq = _offloading(stock, experts)
 
         def __init__(self, *args: Any, phase_bounds: list[float] | None = None, **components: Any) -> None:
@@ -77,7 +79,8 @@ def _switching(pipeline: Any, networks: list[nn.Module]) -> Iterator[None]:
     def switched(*args: Any, **kwargs: Any) -> Any:
         timestep = float(scheduler.timesteps[done])
         phase = sum(timestep < bound for bound in pipeline.config.phase_bounds)
-        return own(*args, **kwargs) if phase == 0 else networks[phase](*args, **kwargs)
+        # Before any training all networks may be one.
+        return own(*args, **kwargs) if networks[phase] is denoiser else networks[phase](*args, **kwargs)
 
     # functools.wraps, because pipelines look at the arguments that either takes.
     scheduler.step, denoiser.forward = functools.wraps(step)(counted), functools.wraps(own)(switched)
@@ -111,9 +114,9 @@ def _save_code(folder: Path, stock: type[Stock], experts: tuple[str, ...]) -> No
     code = Path(__file__).read_text(encoding="utf-8")
     code = re.sub(r"^.*# <- stock$", f"from diffusers import {stock.__name__} as Stock  # <- stock", code, flags=re.M)
     code = re.sub(r"^.*# <- experts$", f"EXPERTS: tuple[str, ...] = {experts!r}  # <- experts", code, flags=re.M)
-    (folder / "phased.py").write_text(code, encoding="utf-8")
+    (folder / CODE_FILE).write_text(code, encoding="utf-8")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    index["_class_name"] = ["phased", "PhasedPipeline"]
+    index["_class_name"] = [CODE_FILE.removesuffix(".py"), "PhasedPipeline"]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

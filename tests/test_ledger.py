@@ -22,8 +22,16 @@ from fewstep.ledger import Ledger, declared, forward_passes
 from fewstep.method import Batch, Calls, Method, Turn
 
 #: What a method must be told to run at all, and further settings under which it costs something else.
-SETTINGS: dict[str, dict] = {"dmd2": {"critic_updates": 2}}
-VARIANTS: dict[str, dict[str, dict]] = {"dmd2": {"gan": {"gan_weight": 0.1, "data": True}}}
+SETTINGS: dict[str, dict] = {"dmd2": {"critic_updates": 2}, "phased_dmd": {"critic_updates": 2, "phase_steps": 3}}
+VARIANTS: dict[str, dict[str, dict]] = {
+    "dmd2": {
+        "gan": {"gan_weight": 0.1, "data": True},
+        "decoupled": {"decoupled": "hybrid"},
+        "f-distill": {"f_divergence": "js", "data": True},
+        "swiftbrush": {"swiftbrush": True},
+    },
+    "phased_dmd": {"alternating": {"order": "alternating", "phase_steps": None}},
+}
 RUN = {"batch_size": 2, "log_steps": 100, "report_to": "none", "cpu": True}
 ROLES = {
     "copies": {},

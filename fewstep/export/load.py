@@ -17,6 +17,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from fewstep.export.errors import ExportError
+from fewstep.export.own_code import is_own_code
 
 FILE = "fewstep.json"
 
@@ -35,7 +36,8 @@ def load(student: str | Path, **from_pretrained: Any) -> DiffusionPipeline:
         An instance of a subclass of the stock pipeline class. Arguments that are given win over ``fewstep.json``.
 
     Raises:
-        ExportError: no such folder or hub repository, not a pipeline, or not a student.
+        ExportError: no such folder or hub repository, not a pipeline, not a student, or one with code that is not this
+            package's own and that ``trust_remote_code=True`` did not allow.
     """
     about = read_about(student, **{key: value for key, value in from_pretrained.items() if key in _FETCHING})
     if "lora" in about:
@@ -43,8 +45,11 @@ def load(student: str | Path, **from_pretrained: Any) -> DiffusionPipeline:
             f"{student} is a LoRA: load the pipeline of {about['base_model']} with diffusers, "
             "then fewstep.apply(pipeline, folder)"
         )
+    own = {"trust_remote_code": True} if is_own_code(student) else {}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(student), **{**about.get("load", {}), **from_pretrained})
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(student), **{**about.get("load", {}), **own, **from_pretrained}
+        )
     except (OSError, ValueError) as error:
         raise ExportError(f"{student} does not load: {' '.join(str(error).split())}") from error
     pipeline.__class__ = student_class(type(pipeline), about)

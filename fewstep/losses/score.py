@@ -47,7 +47,7 @@ def decoupled_matching(
     x0: Tensor,
     matching: tuple[Tensor, Tensor],
     augmentation: tuple[Tensor, Tensor],
-    guidance_scale: float,
+    guidance_scale: float | Tensor,
     references: tuple[Tensor, Tensor],
     normalizer_min: float = 0.0,
 ) -> Matching:
@@ -61,7 +61,7 @@ def decoupled_matching(
         x0: the student's (B, ...), as are all others.
         matching: (x0_positive, x0_critic) at the one time.
         augmentation: (x0_positive, x0_negative) at the other.
-        guidance_scale: w.
+        guidance_scale: w, a number or (B, 1, ...).
         references: what normalises matching and augmentation. The paper does not say; this is our reading.
         normalizer_min: lower bound of either normaliser.
     """

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from test_dmd2 import GRID, TABLE, Pictures, config, gan_method
+from tiny_pipelines import tiny_ddim
 from torch import Tensor, nn
 from toys import Labels, TinyNetwork, labels, make_loop, role
 
 from fewstep import checkpoint
+from fewstep.distillation import distill
 from fewstep.divergence import DIVERGENCES, DivergenceWeight
 from fewstep.draws import Draws
 from fewstep.errors import UserError
@@ -145,6 +147,12 @@ def test_a_teacher_without_a_response_to_guidance_is_refused():
         GuidedDenoiser(deaf, labels([0]), 2.0).refuse_deaf("Decoupled DMD", x, t, conditions)
     with pytest.raises(UserError, match="--guidance_scale above 1"):
         GuidedDenoiser(hearing, None, 1.0).refuse_deaf("Decoupled DMD", x, t, conditions)
+
+
+def test_the_command_refuses_a_teacher_that_cannot_be_guided(tmp_path: Path):
+    settings = {"steps": 1, "out": str(tmp_path / "run"), "decoupled": "hybrid", "cpu": True, "report_to": "none"}
+    with pytest.raises(UserError, match="Decoupled DMD trains on the teacher's response to guidance"):
+        distill(tiny_ddim(), "dmd2", **settings)
 
 
 # --- f-distill --------------------------------------------------------------------------------------------------------
