@@ -19,6 +19,7 @@ class RunConfig:
         steps: number of network calls the student makes per sample.
         prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers.
         classes: class labels such as 0-9 or 1,5,7, for class-conditional teachers.
+        cache: a folder of ``fewstep cache``, in the place of prompts or classes.
         call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
         guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own. A network
             with embedded guidance is told this value instead, teacher and student alike.
@@ -42,6 +43,8 @@ class RunConfig:
         renoise: how the student moves between steps: fresh noise, ode, or auto for what its scheduler carries best.
         shift: time shift of a flow student's grid; default the teacher's own.
         first_timestep: the timestep of a table teacher's student at its first step (DMD2's one-step SDXL: 399).
+        first_sigma: the noise level of an EDM teacher's student at its first step (SiD: 2.5); default the top.
+        start: what a table teacher's student starts from: noise, or marginal for noise times the first step's sigma.
         mixed_precision: no (float32) or bf16 (autocast, and a bfloat16 teacher).
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         checkpointing_steps: steps between checkpoints.
@@ -60,6 +63,7 @@ class RunConfig:
     steps: int = 4
     prompts: str | None = None
     classes: str | None = None
+    cache: str | None = None
     call: dict[str, Any] | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
@@ -82,6 +86,8 @@ class RunConfig:
     renoise: str = "auto"
     shift: float | None = None
     first_timestep: int | None = None
+    first_sigma: float | None = None
+    start: str = "noise"
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     checkpointing_steps: int = 500
@@ -128,10 +134,11 @@ class RunConfig:
         for name in ("lora_alpha", "full_critic", "merge"):
             if getattr(self, name) and not self.lora_rank:
                 raise UserError(f"--{name} belongs to adapters: give --lora_rank, or leave it out")
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise UserError(f"--guidance_scale must be a number, not {self.guidance_scale}")
+        self._refuse_not_finite("guidance_scale")
         if self.prompts is not None and self.classes is not None:
             raise UserError("give --prompts or --classes, not both")
+        if self.cache is not None and (self.prompts is not None or self.classes is not None):
+            raise UserError("give --cache or --prompts and --classes, not both: a cache holds the prompts or labels")
 
     def _refuse_negative(self, *names: str) -> None:
         """Settings that must be numbers of at least 0, where they are set."""
@@ -140,10 +147,23 @@ class RunConfig:
             if value is not None and not value >= 0:  # so that not-a-number is refused too
                 raise UserError(f"--{name} must not be negative, and it is {value}")
 
+    def _refuse_not_finite(self, *names: str) -> None:
+        """Settings that must be numbers of any sign, where they are set."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"--{name} must be a number, not {value}")
+
     def _refuse_unknown(self, name: str, *known: str) -> None:
         """A setting that must be one of these words."""
         if getattr(self, name) not in known:
             raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+
+    def _refuse_set(self, reason: str, *names: str) -> None:
+        """Settings that must be left at None, which stands for what goes without saying."""
+        for name in names:
+            if getattr(self, name) is not None:
+                raise UserError(f"leave out --{name}: it {reason}")
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,7 @@ import importlib
 import logging
 import pkgutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from fewstep.adapters import AdapterRole
 from fewstep.cast import make_roles
+from fewstep.condition_cache import ConditionCache
+from fewstep.conditioning import Conditioning
 from fewstep.conditions import Conditions, read_classes, read_prompts
 from fewstep.config import RunConfig, resolved
 from fewstep.data import RealSamples, read_images
-from fewstep.denoiser import Denoiser
 from fewstep.discriminator import make_head
 from fewstep.draws import Draws
+from fewstep.encoders import Encoders
 from fewstep.errors import UserError
 from fewstep.export import export_lora, export_student, loads_lora, plan_student
 from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
@@ -29,25 +32,23 @@ from fewstep.export.student import walk_counts
 from fewstep.export.trace import with_parts
 from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
-from fewstep.images import save_grid
 from fewstep.initialization import initialize
 from fewstep.intervals import TimedScale
 from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.monitor import Monitor, trackers
 from fewstep.phases import Phase, describe
+from fewstep.previews import Previews
 from fewstep.recording import record
 from fewstep.recording.observe import find_scheduler
 from fewstep.roles import Role
-from fewstep.rollout import Sampler, ode_sampler, rollout
+from fewstep.rollout import Sampler
 from fewstep.run_folder import check_folder, write_config
 from fewstep.teacher import base_model, embedded_name, load_teacher, teacher_license
 
 logger = logging.getLogger("fewstep")
 
-_SHOWN_SAMPLES = 8  # in a sample grid
-_TEACHER_STEPS = 25  # of the teacher's row in it
 #: Settings that say something of a machine and nothing of a student; they are not published with it.
-_PRIVATE = frozenset({"teacher", "out", "prompts", "data", "init", "resume", "cpu", "report_to"})
+_PRIVATE = frozenset({"teacher", "out", "prompts", "cache", "data", "init", "resume", "cpu", "report_to"})
 
 
 def methods() -> list[str]:
@@ -88,7 +89,8 @@ class Distillation:
         self.resuming = check_folder(self.out, method, config)
         self.accelerator.wait_for_everyone()
 
-        self.pipeline = load_teacher(config.teacher, config.trust_remote_code) if pipeline is None else pipeline
+        reload = partial(_load, config) if pipeline is None else None
+        self.pipeline = _load(config) if pipeline is None else pipeline
         self.pipeline.to(self.device)
         self.recording = record(self.pipeline, **_teacher_call(config))
         self.recording.prove()
@@ -102,22 +104,23 @@ class Distillation:
             renoise=config.renoise,
             shift=config.shift,
             first_timestep=config.first_timestep,
+            first_sigma=config.first_sigma,
+            start=config.start,
         )
         self._say(self.plan.note)
         schedule = self.recording.schedule
         self.sampler = Sampler(schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
         self.shift = self.plan.shift
         self.guidance_scale = self._guidance_scale()
-        self.negative = self.recording.negative() if self.guidance_scale != 1.0 else None
-        if self.negative is not None:
-            self.negative = self.negative.to(device=self.device)
-        prompts = read_prompts(config.prompts) if config.prompts is not None else self._embedded_prompts()
-        labels = read_classes(config.classes) if config.classes is not None else None
-        self.conditions = Conditions(self.recording, prompts, labels, self.device)
-        self._teacher_pictures: Tensor | None = None
+        self.conditions, negative = self._conditions()
+        self._say(self.conditions.note)
+        # Also where the teacher is not guided: a critic may be.
+        self.negative = negative.to(device=self.device) if negative is not None else None
+        self.previews = Previews(config, self.recording, self.conditions, self.device)
         self.real = None
         if config.data is not None:
             self.real = RealSamples(read_images(config.data), self.recording, self.conditions, self.device)
+        self.encoders = Encoders(self.recording, self.plan.call, reload)
 
     # --- what methods ask for -----------------------------------------------------------------------------------
 
@@ -138,9 +141,13 @@ class Distillation:
         walk_counts(self.student_recording, with_parts(self.student_recording.pipeline, **scheduler), self.plan)
         return make_roles(self.config, self.recording, ("student", *names), self.device, self.student_recording)
 
-    def guided(self, teacher: Role) -> GuidedDenoiser:
-        """The teacher under the run's guidance."""
-        return GuidedDenoiser(teacher, self.negative, self.guidance_scale)
+    def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
+        """A role under guidance, by default the run's, which is the teacher's."""
+        return GuidedDenoiser(role, self.negative, self.guidance_scale if guidance_scale is None else guidance_scale)
+
+    def tap(self, role: Role) -> FeatureTap:
+        """Where a role's features are tapped, the same place in each of several experts."""
+        return self._tapped(role)[0]
 
     def refuse_deaf(self, guided: GuidedDenoiser, method: str) -> None:
         """Refuse a teacher without a response to guidance: see :meth:`fewstep.guidance.GuidedDenoiser.refuse_deaf`."""
@@ -153,20 +160,9 @@ class Distillation:
     def add_head(self, role: Role) -> FeatureTap:
         """Give a role a GAN head on its own features, and say where they are tapped.
 
-        Several experts share one head: each is tapped at the same place, and the head sees features of the one whose
-        time it is.
+        Several experts share one head, which sees features of the one whose time it is.
         """
-        conditioning = self.conditions.select([0, 0])
-        x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
-        t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
-        seen = []
-        for denoiser in (expert.denoiser for expert in role.experts.values()):
-            tap = find_tap(denoiser.network, lambda sample, d=denoiser: d.raw(sample, t, conditioning), x)
-            with torch.no_grad():
-                seen.append((tap, denoiser.features(x, t, conditioning, tap)))
-        tap, features = seen[0]
-        if any(other != tap or theirs.shape != features.shape for other, theirs in seen):
-            raise UserError("the networks of this teacher have different features; train without a GAN")
+        tap, features = self._tapped(role)
         role.added["head"] = make_head(features, self.config.seed)
         return tap
 
@@ -179,6 +175,12 @@ class Distillation:
 
     def run(self) -> Path:
         """Train, then export the student. Returns its pipeline's folder, or its LoRA's where that is all."""
+        with self.encoders.away(self._say):
+            self._train_and_export()
+        whole = self.out / "student"
+        return whole if whole.is_dir() else self.out / "student_lora"
+
+    def _train_and_export(self) -> None:
         method = method_class(self.method).prepare(self.config, self)
         if self.accelerator.is_main_process:
             write_config(self.out, self.method, self.config)
@@ -208,8 +210,6 @@ class Distillation:
         if self.accelerator.is_main_process:
             self.export(role)
         self.accelerator.wait_for_everyone()
-        whole = self.out / "student"
-        return whole if whole.is_dir() else self.out / "student_lora"
 
     def export(self, role: Role) -> None:
         """Write a role as ``OUT/student``, a stock pipeline, or an adapter as ``OUT/student_lora``, or both."""
@@ -229,32 +229,32 @@ class Distillation:
                     return
             else:
                 self._say(f"diffusers loads no LoRA into a {type(other[0]).__name__}: exported merged")
+        self.encoders.restore()  # they are part of what is written
         export_student(self.student_recording, role.stock_network(), self.plan, self.out / "student", **about)
 
     def save_samples(self, teacher: Role, student: Role, step: int) -> None:
         """``OUT/samples/step_*.png``: the teacher's samples above the student's, same noise and conditions."""
-        if self._teacher_pictures is None:
-            walk = ode_sampler(self.recording.schedule, _TEACHER_STEPS)
-            self._teacher_pictures = self._pictures(self.guided(teacher), walk)
-        pictures = [self._teacher_pictures, self._pictures(student, self.sampler)]
-        save_grid(pictures, self.out / "samples" / f"step_{step:08d}.png")
+        path = self.out / "samples" / f"step_{step:08d}.png"
+        self.previews.save(path, self.guided(teacher), student, self.sampler)
 
-    @torch.no_grad()
-    def _pictures(self, denoiser: Denoiser, sampler: Sampler) -> Tensor:
-        """Images or videos in [0, 1], made in batches of the size that training fits."""
-        pieces = []
-        for first in range(0, _SHOWN_SAMPLES, self.config.batch_size):
-            indices = range(first, min(first + self.config.batch_size, _SHOWN_SAMPLES))
-            draws = Draws(self.config.seed, -2, indices, self.device)
-            noise = draws.normal("noise", self.recording.sample_shape)
-            conditioning = self.conditions.select([index % len(self.conditions) for index in indices])
-
-            def step_noise(k: int, draws: Draws = draws) -> Tensor:
-                return draws.normal(f"step_noise_{k}", self.recording.sample_shape)
-
-            x0 = rollout(denoiser, sampler, noise, conditioning, step_noise=step_noise)
-            pieces.append(self.recording.decode(x0).float().cpu())
-        return torch.cat(pieces)
+    def _tapped(self, role: Role) -> tuple[FeatureTap, Tensor]:
+        """Where a role's features are tapped, and those of two samples of noise."""
+        x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
+        t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
+        last = len(self.conditions) - 1
+        seen = []
+        for denoiser in (expert.denoiser for expert in role.experts.values()):
+            for row in dict.fromkeys((0, last // 2, last)):
+                conditioning = self.conditions.select([row, row])
+                tap = find_tap(denoiser.network, partial(denoiser.raw, t=t, conditioning=conditioning), x)
+                with torch.no_grad():
+                    seen.append((tap, denoiser.features(x, t, conditioning, tap)))
+        tap, features = seen[0]
+        if any(other != tap or theirs.shape != features.shape for other, theirs in seen):
+            raise UserError(
+                "the image's features lie elsewhere for every prompt, or in every network; train without a GAN"
+            )
+        return tap, features
 
     # --- pieces of __init__ -------------------------------------------------------------------------------------
 
@@ -277,6 +277,18 @@ class Distillation:
         if report.off_argument is None or report.argument_scale is None:
             return 1.0
         return report.argument_scale + (report.offset or 0.0)
+
+    def _conditions(self) -> tuple[Conditions, Conditioning | None]:
+        """What is generated for, and the teacher's negative: encoded now, or read from ``--cache``."""
+        config, progress = self.config, self.accelerator.is_main_process
+        if config.cache is not None:
+            cache = ConditionCache(config.cache, progress=progress)
+            cache.check(self.recording, config.teacher)
+            conditions = Conditions(self.recording, device=self.device, cache=cache, progress=progress)
+            return conditions, cache.negative()
+        prompts = read_prompts(config.prompts) if config.prompts is not None else self._embedded_prompts()
+        labels = read_classes(config.classes) if config.classes is not None else None
+        return Conditions(self.recording, prompts, labels, self.device, progress=progress), self.recording.negative()
 
     def _embedded_prompts(self) -> list[str] | None:
         from fewstep.fashion import PROMPTS
@@ -319,6 +331,11 @@ def main(method: str) -> None:
     from fewstep.cli import main as command_line
 
     sys.exit(command_line(["distill", method, *sys.argv[1:]]))
+
+
+def _load(config: RunConfig, parts: dict[str, Any] | None = None) -> DiffusionPipeline:
+    """The teacher of a run, ``parts`` of it given."""
+    return load_teacher(config.teacher, config.trust_remote_code, **(parts or {}))
 
 
 def _teacher_call(config: RunConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from fewstep.conditioning import Conditioning
 from fewstep.denoiser import Denoiser
 from fewstep.errors import UserError
 from fewstep.intervals import TimedScale
+from fewstep.ragged import AnyConditioning, in_groups, join
 
 #: Relative change of x0 by the condition up to which a network counts as deaf to it: the rounding of a bfloat16 one.
 _DEAF = 1e-3
@@ -35,7 +36,8 @@ def rescale_norm(guided: Tensor, positive: Tensor) -> Tensor:
 class GuidedDenoiser:
     """A denoiser under classifier-free guidance; itself a :class:`fewstep.denoiser.Denoiser`.
 
-    One network call of 2B rows where the conditionings can be joined, two calls of B rows elsewhere.
+    One network call of 2B rows where the conditionings can be joined, else one for each group of equal shape; of B rows
+    at scale 1 (the positive alone) and at scale 0 (the negative alone).
 
     Args:
         denoiser: the unguided one.
@@ -59,17 +61,19 @@ class GuidedDenoiser:
 
     @property
     def calls(self) -> int:
-        """Network calls per sample: 2, or 1 where guidance is off."""
-        return 1 if self.guidance_scale == 1.0 else 2
+        """Network calls per sample: 2, or 1 where one of the two has no weight."""
+        return 1 if self.guidance_scale in (0.0, 1.0) else 2
 
     def of(self, denoiser: Denoiser) -> GuidedDenoiser:
         """Another denoiser under the same guidance."""
         return GuidedDenoiser(denoiser, self.negative, self.guidance_scale)
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """Guided x0 (B, ...)."""
         if self.guidance_scale == 1.0:
             return self.denoiser(x_t, t, conditioning)
+        if self.guidance_scale == 0.0:
+            return self.denoiser(x_t, t, self.negative.select([0] * len(x_t)))
         return guide(*self.pair(x_t, t, conditioning), self.scale_at(t, x_t))
 
     def scale_at(self, t: Tensor, like: Tensor) -> float | Tensor:
@@ -77,20 +81,17 @@ class GuidedDenoiser:
         scale = self.guidance_scale
         return scale.at(t, like) if isinstance(scale, TimedScale) else scale
 
-    def pair(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+    def pair(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor]:
         """The two that are guided, x0_positive and x0_negative, (B, ...) each; there must be a negative."""
         batch = x_t.shape[0]
         negative = self.negative.select([0] * batch)
-        if Conditioning.compatible(negative, conditioning):
-            both = Conditioning.cat([negative, conditioning])
-            x0_negative, x0_positive = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        else:
-            x0_negative = self.denoiser(x_t, t, negative)
-            x0_positive = self.denoiser(x_t, t, conditioning)
+        both = join([negative, conditioning])
+        x0 = in_groups(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        x0_negative, x0_positive = x0.chunk(2)
         return x0_positive, x0_negative
 
     @torch.no_grad()
-    def refuse_deaf(self, method: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> None:
+    def refuse_deaf(self, method: str, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> None:
         """Refuse a run of ``method``, which trains on what guidance changes, where it changes nothing.
 
         Args:

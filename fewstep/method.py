@@ -12,8 +12,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fewstep.conditioning import Conditioning
 from fewstep.draws import Draws
+from fewstep.ragged import AnyConditioning
 from fewstep.roles import Role
 
 
@@ -46,7 +46,7 @@ class Real:
     """Real samples: ``x0`` (B, ...) in the network's space and their own conditioning."""
 
     x0: Tensor
-    conditioning: Conditioning
+    conditioning: AnyConditioning
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Batch:
 
     size: int
     shape: tuple[int, ...]
-    conditioning: Conditioning
+    conditioning: AnyConditioning
     draws: Draws
     real: Real | None
     logging: bool

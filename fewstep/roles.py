@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.conditioning import Conditioning
 from fewstep.denoiser import NetworkDenoiser
 from fewstep.errors import UserError
+from fewstep.ragged import AnyConditioning
 from fewstep.recording import Recording
 
 
@@ -38,7 +38,7 @@ class Role:
         self.denoiser = denoiser
         self.added = dict(added or {})
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """x0 (B, ...), see :class:`fewstep.denoiser.Denoiser`."""
         return self.denoiser(x_t, t, conditioning)
 

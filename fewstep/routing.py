@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fewstep.conditioning import Conditioning
 from fewstep.denoiser import NetworkDenoiser
 from fewstep.features import FeatureTap
 from fewstep.intervals import TimeIntervals
+from fewstep.ragged import AnyConditioning
 from fewstep.roles import Role
 
 
@@ -35,19 +35,19 @@ class RoutedDenoiser:
         self.prediction_type = self.experts[0].prediction_type
         self.intervals = TimeIntervals(self.schedule, tuple(lowest for lowest, _ in experts))
 
-    def raw(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """As :meth:`fewstep.denoiser.NetworkDenoiser.raw`."""
         return self._routed(lambda expert, *inputs: expert.raw(*inputs), x_t, t, conditioning)
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """x0 (B, ...) in the dtype of ``x_t``."""
         return self._routed(lambda expert, *inputs: expert(*inputs), x_t, t, conditioning)
 
-    def features(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, tap: FeatureTap) -> Tensor:
+    def features(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, tap: FeatureTap) -> Tensor:
         """As :meth:`fewstep.denoiser.NetworkDenoiser.features`: every expert is tapped at the same place."""
         return self._routed(lambda expert, *inputs: expert.features(*inputs, tap), x_t, t, conditioning)
 
-    def _routed(self, ask: Callable[..., Tensor], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def _routed(self, ask: Callable[..., Tensor], x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         index = self.intervals.index(t).tolist()
         called = sorted(set(index))
         if len(called) == 1:

@@ -58,3 +58,18 @@ def test_scales_follow_diffusers_convention():
 def test_a_teacher_without_a_negative_cannot_be_guided():
     with pytest.raises(ValueError, match="set guidance_scale to 1"):
         GuidedDenoiser(Model(), None, 4.0)
+
+
+def test_a_scale_of_zero_costs_one_call_of_the_negative_alone():
+    model, negative = Model(), texts(4, value=-1.0)
+    guided = GuidedDenoiser(model, negative, 0.0)
+    assert torch.equal(guided(X, T, texts(4, 4, 4)), Model()(X, T, negative.select([0, 0, 0])))
+    assert model.batches == [3]
+    assert [GuidedDenoiser(model, negative, scale).calls for scale in (0.0, 1.0, -1.0, 4.5)] == [1, 1, 2, 2]
+
+
+def test_a_negative_scale_leads_away_from_the_condition():
+    positive = Model()(X, T, texts(4, 4, 4))
+    negative = Model()(X, T, texts(4, 4, 4, value=-1.0))
+    guided = GuidedDenoiser(Model(), texts(4, value=-1.0), -1.0)(X, T, texts(4, 4, 4))
+    torch.testing.assert_close(guided, 2 * negative - positive)

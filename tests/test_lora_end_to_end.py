@@ -78,14 +78,6 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def one_prompt(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Some pipelines encode prompts to their own lengths, which form no batch."""
-    path = tmp_path_factory.mktemp("prompt") / "prompts.txt"
-    path.write_text("a cat\n", encoding="utf-8")
-    return str(path)
-
-
 def folders(config: pytest.Config) -> list[str]:
     """The pipelines to try: all where ``--zoo`` is given, else a few, as every one takes seconds."""
     zoo = config.option.zoo
@@ -107,7 +99,7 @@ class Tried:
 
 @pytest.fixture(scope="module")
 def tried(
-    zoo: Path, pytestconfig: pytest.Config, one_prompt: str, tmp_path_factory: pytest.TempPathFactory
+    zoo: Path, pytestconfig: pytest.Config, prompts: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Tried | str]:
     """Every pipeline, weights shaken, distilled; all students then sampled in one process without fewstep."""
     results: dict[str, Tried | str] = {}
@@ -121,7 +113,7 @@ def tried(
         call = dict(json.loads((zoo / "manifest.json").read_text())[name]["call"])
         condition = {key: call.pop(key) for key in ("prompt", "class_labels") if key in call}
         call.pop("batch_size", None)
-        chosen = {"prompt": {"prompts": one_prompt}, "class_labels": {"classes": "0-2"}}
+        chosen = {"prompt": {"prompts": prompts}, "class_labels": {"classes": "0-2"}}
         more = next((chosen[key] for key in condition), {})
         try:
             distill(base, "dmd2", out=str(out), **{**TINY_RUN, "batch_size": 1}, **more, call=call, merge=True)

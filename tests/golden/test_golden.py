@@ -10,9 +10,10 @@ import dmd2_cases
 import matching_cases
 import primitive_cases
 import pytest
+import sid_cases
 from golden_file import GoldenFile
 
-CASES = {**primitive_cases.CASES, **dmd2_cases.CASES, **matching_cases.CASES}
+CASES = {**primitive_cases.CASES, **dmd2_cases.CASES, **matching_cases.CASES, **sid_cases.CASES}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
