@@ -16,10 +16,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fewstep.adapters import AdapterRole
+from fewstep.asking import conditions_of, guidance_of, teacher_call
 from fewstep.cast import make_roles
-from fewstep.condition_cache import ConditionCache
-from fewstep.conditioning import Conditioning
-from fewstep.conditions import Conditions, read_classes, read_prompts
 from fewstep.config import RunConfig, resolved
 from fewstep.data import RealSamples, read_images
 from fewstep.discriminator import make_head
@@ -35,6 +33,7 @@ from fewstep.guidance import GuidedDenoiser
 from fewstep.initialization import initialize
 from fewstep.intervals import TimedScale
 from fewstep.loop import Loop, Processes, sampling_role
+from fewstep.method import PairSource
 from fewstep.monitor import Monitor, trackers
 from fewstep.phases import Phase, describe
 from fewstep.previews import Previews
@@ -43,12 +42,14 @@ from fewstep.recording.observe import find_scheduler
 from fewstep.roles import Role
 from fewstep.rollout import Sampler
 from fewstep.run_folder import check_folder, write_config
-from fewstep.teacher import base_model, embedded_name, load_teacher, teacher_license
+from fewstep.teacher import base_model, load_teacher, teacher_license
 
 logger = logging.getLogger("fewstep")
 
 #: Settings that say something of a machine and nothing of a student; they are not published with it.
-_PRIVATE = frozenset({"teacher", "out", "prompts", "cache", "data", "init", "resume", "cpu", "report_to"})
+_PRIVATE = frozenset(
+    {"teacher", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init", "resume", "cpu", "report_to"}
+)
 
 
 def methods() -> list[str]:
@@ -92,7 +93,7 @@ class Distillation:
         reload = partial(_load, config) if pipeline is None else None
         self.pipeline = _load(config) if pipeline is None else pipeline
         self.pipeline.to(self.device)
-        self.recording = record(self.pipeline, **_teacher_call(config))
+        self.recording = record(self.pipeline, **teacher_call(config))
         self.recording.prove()
         if self.recording.recipe.needs_next:
             raise UserError("this teacher's network is told the next time too, which no method here can train yet")
@@ -111,12 +112,14 @@ class Distillation:
         schedule = self.recording.schedule
         self.sampler = Sampler(schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
         self.shift = self.plan.shift
-        self.guidance_scale = self._guidance_scale()
-        self.conditions, negative = self._conditions()
+        self.guidance_scale = guidance_of(config, self.recording)
+        progress = self.accelerator.is_main_process
+        self.conditions, negative = conditions_of(config, self.recording, self.device, progress=progress)
         self._say(self.conditions.note)
         # Also where the teacher is not guided: a critic may be.
         self.negative = negative.to(device=self.device) if negative is not None else None
         self.previews = Previews(config, self.recording, self.conditions, self.device)
+        self.pairs: PairSource | None = None
         self.real = None
         if config.data is not None:
             self.real = RealSamples(read_images(config.data), self.recording, self.conditions, self.device)
@@ -166,6 +169,12 @@ class Distillation:
         role.added["head"] = make_head(features, self.config.seed)
         return tap
 
+    def claim(self) -> None:
+        """Make ``OUT`` this run's folder before it trains: what it then prepares there is gone on with after a kill."""
+        if self.accelerator.is_main_process:
+            write_config(self.out, self.method, self.config)
+        self.accelerator.wait_for_everyone()
+
     def initialize(self, roles: dict[str, Role]) -> None:
         """Take the weights of ``--init`` over, where it is given: see :func:`fewstep.initialization.initialize`."""
         if self.config.init is not None:
@@ -182,8 +191,7 @@ class Distillation:
 
     def _train_and_export(self) -> None:
         method = method_class(self.method).prepare(self.config, self)
-        if self.accelerator.is_main_process:
-            write_config(self.out, self.method, self.config)
+        self.claim()
         monitor = Monitor(self.out, self.config.max_steps, self.accelerator)
         if self.accelerator.log_with:
             self.accelerator.init_trackers("logs")
@@ -199,6 +207,7 @@ class Distillation:
             processes=Processes(self.accelerator.process_index, self.accelerator.num_processes),
             monitor=monitor,
             on_samples=lambda step: self.save_samples(method.roles["teacher"], role, step),
+            pairs=self.pairs,
         )
         if self.resuming:
             loop.resume()
@@ -256,45 +265,6 @@ class Distillation:
             )
         return tap, features
 
-    # --- pieces of __init__ -------------------------------------------------------------------------------------
-
-    def _guidance_scale(self) -> float | TimedScale:
-        """The w of neg + w (pos - neg) that the teacher is asked with, or one for each expert that shares the time."""
-        from fewstep.fashion import TEACHERS
-
-        report = self.recording.guidance
-        wish = self.config.guidance_scale
-        if report.expert_scales:
-            # Seen in the call, of which the wish is a part; it is meant in fewstep's own convention.
-            less = report.offset or 0.0 if wish is not None else 0.0
-            scales = tuple(1.0 if w == 1.0 else w - less for w in report.expert_scales)
-            return scales[0] if len(set(scales)) == 1 else TimedScale(self.recording.intervals, scales)
-        # A network that is told its guidance got it with the conditioning; what is left is a second, explicit guidance.
-        if wish is not None and not report.embedded:
-            return wish
-        if wish is None and (known := embedded_name(self.config.teacher)):
-            return TEACHERS[known].guidance_scale
-        if report.off_argument is None or report.argument_scale is None:
-            return 1.0
-        return report.argument_scale + (report.offset or 0.0)
-
-    def _conditions(self) -> tuple[Conditions, Conditioning | None]:
-        """What is generated for, and the teacher's negative: encoded now, or read from ``--cache``."""
-        config, progress = self.config, self.accelerator.is_main_process
-        if config.cache is not None:
-            cache = ConditionCache(config.cache, progress=progress)
-            cache.check(self.recording, config.teacher)
-            conditions = Conditions(self.recording, device=self.device, cache=cache, progress=progress)
-            return conditions, cache.negative()
-        prompts = read_prompts(config.prompts) if config.prompts is not None else self._embedded_prompts()
-        labels = read_classes(config.classes) if config.classes is not None else None
-        return Conditions(self.recording, prompts, labels, self.device, progress=progress), self.recording.negative()
-
-    def _embedded_prompts(self) -> list[str] | None:
-        from fewstep.fashion import PROMPTS
-
-        return list(PROMPTS) if embedded_name(self.config.teacher) else None
-
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process and line:
             logger.info(line)
@@ -336,11 +306,3 @@ def main(method: str) -> None:
 def _load(config: RunConfig, parts: dict[str, Any] | None = None) -> DiffusionPipeline:
     """The teacher of a run, ``parts`` of it given."""
     return load_teacher(config.teacher, config.trust_remote_code, **(parts or {}))
-
-
-def _teacher_call(config: RunConfig) -> dict[str, Any]:
-    call = dict(config.call or {})
-    for name in ("guidance_scale", "negative_prompt"):
-        if getattr(config, name) is not None:
-            call[name] = getattr(config, name)
-    return call

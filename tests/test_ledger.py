@@ -25,6 +25,7 @@ from fewstep.method import Batch, Calls, Method, Turn
 SETTINGS: dict[str, dict] = {
     "dmd2": {"critic_updates": 2},
     "phased_dmd": {"critic_updates": 2, "phase_steps": 3},
+    "rectified_flow": {"num_pairs": 6, "pair_steps": 2},
     "sid": {"critic_updates": 2},
 }
 VARIANTS: dict[str, dict[str, dict]] = {
@@ -94,7 +95,8 @@ def play(run: Distillation, method: Method, ledger: Ledger) -> None:
     """The real loop."""
     with ledger:
         shape = run.recording.sample_shape
-        make_loop(method, run.config, shape, conditions=run.conditions, real=run.real, name=run.method).run()
+        batches = {"conditions": run.conditions, "real": run.real, "pairs": run.pairs}
+        make_loop(method, run.config, shape, **batches, name=run.method).run()
 
 
 def batch_of(run: Distillation, step: int) -> Batch:

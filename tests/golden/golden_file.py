@@ -45,6 +45,10 @@ class GoldenFile:
         )
         return [self.tensors[name] for name in names]
 
+    def states(self, name: str) -> bool:
+        """Whether an option is given at all; what does not apply to a file is absent."""
+        return name in self._options
+
     def number(self, name: str) -> float:
         """An option that is a number."""
         self._unread.discard(name)
