@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline as Stock  # <- stock
-from torch import nn
 
 EXPERTS: tuple[str, ...] = ()  # <- experts
 CODE_FILE = "phased.py"
@@ -53,7 +52,7 @@ def phased(stock: type[Stock], experts: tuple[str, ...]) -> type[Stock]:
 
         @functools.wraps(stock.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            with _switching(self, [getattr(self, name) for name in experts]):
+            with _switching(self, experts):
                 return stock.__call__(self, *args, **kwargs)
 
         @functools.wraps(stock.save_pretrained)
@@ -66,28 +65,41 @@ def phased(stock: type[Stock], experts: tuple[str, ...]) -> type[Stock]:
 
 
 @contextlib.contextmanager
-def _switching(pipeline: Any, networks: list[nn.Module]) -> Iterator[None]:
-    """Inside, calls of the denoiser go to the network of the scheduler's present step."""
-    scheduler, denoiser = pipeline.scheduler, networks[0]
-    own, step, done = denoiser.forward, scheduler.step, 0
+def _switching(pipeline: Any, experts: tuple[str, ...]) -> Iterator[None]:
+    """Inside, the denoiser is the network of the scheduler's present step."""
+    scheduler, networks = pipeline.scheduler, [getattr(pipeline, name) for name in experts]
+    set_timesteps, step, done = scheduler.set_timesteps, scheduler.step, 0
+    before = {name: vars(scheduler)[name] for name in ("set_timesteps", "step") if name in vars(scheduler)}
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        done += 1
-        return step(*args, **kwargs)
-
-    def switched(*args: Any, **kwargs: Any) -> Any:
-        timestep = float(scheduler.timesteps[done])
-        phase = sum(timestep < bound for bound in pipeline.config.phase_bounds)
-        # Before any training all networks may be one.
-        return own(*args, **kwargs) if networks[phase] is denoiser else networks[phase](*args, **kwargs)
+    def select() -> None:
+        if done < len(scheduler.timesteps):
+            timestep = float(scheduler.timesteps[done])
+            phase = sum(timestep < bound for bound in pipeline.config.phase_bounds)
+            # Past the pipeline's own __setattr__, which would write the network into the configuration.
+            pipeline.__dict__[experts[0]] = networks[phase]
 
     # functools.wraps, because pipelines look at the arguments that either takes.
-    scheduler.step, denoiser.forward = functools.wraps(step)(counted), functools.wraps(own)(switched)
+    @functools.wraps(set_timesteps)
+    def selecting_first(*args: Any, **kwargs: Any) -> Any:
+        result = set_timesteps(*args, **kwargs)
+        select()
+        return result
+
+    @functools.wraps(step)
+    def selecting_next(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        result = step(*args, **kwargs)
+        done += 1
+        select()
+        return result
+
+    scheduler.set_timesteps, scheduler.step = selecting_first, selecting_next
     try:
         yield
     finally:
-        scheduler.step, denoiser.forward = step, own
+        del scheduler.set_timesteps, scheduler.step
+        vars(scheduler).update(before)
+        pipeline.__dict__[experts[0]] = networks[0]
 
 
 def _signature(stock: type[Stock], experts: tuple[str, ...]) -> inspect.Signature:
