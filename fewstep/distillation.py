@@ -18,18 +18,19 @@ from fewstep.cast import make_roles
 from fewstep.conditions import Conditions, read_classes, read_prompts
 from fewstep.config import RunConfig, resolved
 from fewstep.data import RealSamples, read_images
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Denoiser, NetworkDenoiser
 from fewstep.discriminator import make_head
 from fewstep.draws import Draws
 from fewstep.errors import UserError
-from fewstep.export import export_lora, export_student, loads_lora, plan_student
+from fewstep.export import export_lora, export_student, loads_lora, plan_student, refuse_own_code
 from fewstep.features import FeatureTap, find_tap
-from fewstep.guidance import GuidedDenoiser
+from fewstep.guidance import GuidedDenoiser, refuse_deaf
 from fewstep.images import save_grid
 from fewstep.initialization import initialize
 from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.monitor import Monitor, trackers
 from fewstep.recording import record
+from fewstep.recording.observe import evaluating
 from fewstep.roles import Role
 from fewstep.rollout import Sampler, ode_sampler, rollout
 from fewstep.run_folder import check_folder, write_config
@@ -105,6 +106,7 @@ class Distillation:
         prompts = read_prompts(config.prompts) if config.prompts is not None else self._embedded_prompts()
         labels = read_classes(config.classes) if config.classes is not None else None
         self.conditions = Conditions(self.recording, prompts, labels, self.device)
+        self._refuse_deaf_teacher()
         self._teacher_pictures: Tensor | None = None
         self.real = None
         if config.data is not None:
@@ -139,6 +141,8 @@ class Distillation:
 
     def run(self) -> Path:
         """Train, then export the student. Returns its pipeline's folder, or its LoRA's where that is all."""
+        if not (self.config.lora_rank and loads_lora(self.recording.network)) or self.config.merge:
+            refuse_own_code(self.pipeline)  # a student that cannot be written is not worth training
         method = method_class(self.method).prepare(self.config, self)
         if self.accelerator.is_main_process:
             write_config(self.out, self.method, self.config)
@@ -229,6 +233,17 @@ class Distillation:
         if report.off_argument is None or report.argument_scale is None:
             return 1.0
         return report.argument_scale + (report.offset or 0.0)
+
+    def _refuse_deaf_teacher(self) -> None:
+        """A run under guidance needs a teacher that hears its conditions."""
+        if self.negative is None:
+            return
+        recording = self.recording
+        teacher = NetworkDenoiser(recording.network, recording.recipe, recording.schedule, recording.prediction_type)
+        noise = Draws(self.config.seed, -3, range(2), self.device).normal("listening", recording.sample_shape)
+        heard = self.conditions.select(range(min(2, len(self.conditions))))
+        with evaluating(recording.network):
+            refuse_deaf(teacher, self.negative, heard, noise, self.guidance_scale)
 
     def _embedded_prompts(self) -> list[str] | None:
         from fewstep.fashion import PROMPTS

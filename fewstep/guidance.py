@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning import Conditioning
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Denoiser, NetworkDenoiser
 from fewstep.errors import UserError
+from fewstep.prediction import add_noise
+
+# Two answers that differ by less, relative to their size, are the same up to rounding.
+_DEAF = 1e-5
+_LISTENING_TIMES = (0.25, 0.5, 0.75, 1.0)
 
 
 def guide(positive: Tensor, negative: Tensor, guidance_scale: float | Tensor) -> Tensor:
@@ -70,3 +75,37 @@ class GuidedDenoiser:
             x0_negative = self.denoiser(x_t, t, negative)
             x0_positive = self.denoiser(x_t, t, conditioning)
         return guide(x0_positive, x0_negative, self.guidance_scale)
+
+
+@torch.no_grad()
+def refuse_deaf(
+    teacher: NetworkDenoiser, negative: Conditioning, conditioning: Conditioning, noise: Tensor, guidance_scale: float
+) -> None:
+    """Raise where the teacher answers its conditions and its negative alike, so that no guidance moves it.
+
+    Guidance-distilled teachers may do so. A network that answers nothing but zeros is untrained, and passes: the proof
+    of its recording has warned of it.
+
+    Args:
+        teacher: unguided.
+        negative: of one sample.
+        conditioning: of the B samples that are listened to, one at a time.
+        noise: (2, ...) unit normal; noise and a clean sample are made of it.
+        guidance_scale: the run's, for the message.
+
+    Raises:
+        UserError: no condition changes the answer at any time.
+    """
+    for t in _LISTENING_TIMES:
+        time = teacher.schedule.snap(torch.full((1,), t, dtype=torch.float64, device=noise.device))
+        x_t = add_noise(noise[:1], noise[1:], teacher.schedule.coefficients(time))
+        without = teacher.raw(x_t, time, negative)
+        for row in range(conditioning.batch_size):
+            answer = teacher.raw(x_t, time, conditioning.select([row]))
+            size = answer.abs().max()
+            if size == 0 or (answer - without).abs().max() > _DEAF * size:
+                return
+    raise UserError(
+        f"this teacher answers the same with and without its condition, as guidance-distilled models may: a guidance "
+        f"of {guidance_scale:g} would change nothing; use --guidance_scale 1"
+    )

@@ -1,11 +1,18 @@
 """Classifier-free guidance of a denoiser: one call where conditions can be joined, two where not, nothing where off."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor
+from tiny_pipelines import tiny_dit, tiny_stable_diffusion
+from torch import Tensor, nn
 
 from fewstep.conditioning import Conditioning, Leaf
+from fewstep.config import RunConfig
+from fewstep.distillation import Distillation
+from fewstep.errors import UserError
 from fewstep.guidance import GuidedDenoiser, guide
+from fewstep.recording.shake import shaken
 
 
 class Model:
@@ -58,3 +65,32 @@ def test_scales_follow_diffusers_convention():
 def test_a_teacher_without_a_negative_cannot_be_guided():
     with pytest.raises(ValueError, match="set guidance_scale to 1"):
         GuidedDenoiser(Model(), None, 4.0)
+
+
+def distillation(pipeline, out: Path, **settings) -> Distillation:
+    (out / "prompts.txt").write_text("a cat\na dog\n")
+    prompts = {"prompts": str(out / "prompts.txt")} if hasattr(pipeline, "text_encoder") else {"classes": "0-3"}
+    config = RunConfig(teacher="t", out=str(out / "run"), steps=1, cpu=True, report_to="none", **prompts, **settings)
+    return Distillation(config, "dmd2", pipeline)
+
+
+def test_a_teacher_that_does_not_hear_its_condition_is_not_guided(tmp_path: Path):
+    """It reacts to the sample and to the time, so that only its answers to prompt and negative tell."""
+    pipeline = tiny_stable_diffusion()
+    with shaken(pipeline.unet):
+        assert distillation(pipeline, tmp_path, guidance_scale=3.0).guidance_scale == 3.0
+        for name, module in pipeline.unet.named_modules():
+            if name.endswith("attn2.to_v"):
+                module.weight.data = torch.zeros_like(module.weight)
+        for settings, value in (({}, "7.5"), ({"guidance_scale": 3.0}, "3")):
+            with pytest.raises(UserError, match=f"a guidance of {value} would change nothing; use --guidance_scale 1"):
+                distillation(pipeline, tmp_path, **settings)
+        assert distillation(pipeline, tmp_path, guidance_scale=1.0).negative is None
+
+
+def test_an_untrained_teacher_is_not_taken_for_a_deaf_one(tmp_path: Path):
+    pipeline = tiny_dit()
+    nn.init.zeros_(pipeline.transformer.proj_out_2.weight)
+    nn.init.zeros_(pipeline.transformer.proj_out_2.bias)
+    with pytest.warns(UserWarning, match="are its weights untrained"):
+        assert distillation(pipeline, tmp_path).guidance_scale == 4.0

@@ -5,7 +5,7 @@ from fewstep.export.errors import ExportError
 from fewstep.export.load import load
 from fewstep.export.lora import export_lora, loads_lora
 from fewstep.export.plan import StudentPlan, plan_student
-from fewstep.export.student import export_student, verify_student
+from fewstep.export.student import export_student, refuse_own_code, verify_student
 from fewstep.export.walk import WalkError
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "load",
     "loads_lora",
     "plan_student",
+    "refuse_own_code",
     "verify_student",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -122,8 +123,25 @@ def absent_parts(pipeline: Any) -> dict[str, None]:
     }
 
 
+def refuse_own_code(pipeline: DiffusionPipeline) -> None:
+    """Raise for a pipeline whose class, or whose part's class, diffusers does not have: nobody could load the student.
+
+    Raises:
+        ExportError: it is code from the teacher's own folder, or of the caller.
+    """
+    own = [part for part in pipeline.components.values() if type(part).__module__.startswith("diffusers_modules")]
+    if getattr(diffusers, type(pipeline).__name__, None) is None:
+        own.append(pipeline)
+    if own:
+        raise ExportError(
+            f"{type(own[0]).__name__} is code of the teacher's own, which stock diffusers does not have: its student "
+            "cannot be written as a whole pipeline"
+        )
+
+
 def _refuse(recording: Recording, network: nn.Module, out: Path) -> None:
     refuse_occupied(out)
+    refuse_own_code(recording.pipeline)
     if {k: v.shape for k, v in network.state_dict().items()} != {
         k: v.shape for k, v in recording.network.state_dict().items()
     }:

@@ -9,6 +9,7 @@ import torch
 
 from fewstep.conditioning import Conditioning
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.few_step import refuse_few_step
 from fewstep.recording.fit import fit_output, fit_sample, fit_times
 from fewstep.recording.guided import embedded_paths, record_guided, switch_off, unguided_step
 from fewstep.recording.invocation import Invocation, read_invocation
@@ -23,8 +24,6 @@ from fewstep.schedule import FlowSchedule, NoiseSchedule, TableSchedule, from_sc
 # step of the short run and in a few of the long one, which shows many times, and some near 0, at no cost.
 SHORT, LONG = 4, 101
 _LONGEST = 1000
-# What the classes of schedulers for consistency models and their relatives are called.
-FEW_STEP_SCHEDULERS = ("LCM", "TCD", "CMStochastic")
 _LIVE = frozenset({0, LONG // 2, LONG - 2, LONG - 1})
 
 
@@ -43,7 +42,7 @@ def record(pipeline: Any, **call: Any) -> Recording:
     """
     refuse_offloaded(pipeline)
     invocation = read_invocation(pipeline, call)
-    refuse_few_step(pipeline)
+    refuse_few_step(pipeline, invocation)
     try:
         schedule, prediction_type = from_scheduler(getattr(pipeline, find_scheduler(pipeline)))
     except ValueError as error:
@@ -95,16 +94,6 @@ def record(pipeline: Any, **call: Any) -> Recording:
         embedded=embedded,
         _negative=negative,
     )
-
-
-def refuse_few_step(pipeline: Any) -> None:
-    """Raise for pipelines whose scheduler belongs to a few-step student: their network is no teacher."""
-    scheduler = type(getattr(pipeline, find_scheduler(pipeline))).__name__
-    if any(word in scheduler for word in FEW_STEP_SCHEDULERS):
-        raise RecordingError(
-            f"{type(pipeline).__name__} with {scheduler} is a few-step student already; "
-            "record its teacher, or give it the scheduler of a many-step model"
-        )
 
 
 def refuse_offloaded(pipeline: Any) -> None:
