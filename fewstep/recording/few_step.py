@@ -40,3 +40,15 @@ def _reason(pipeline: Any, invocation: Invocation) -> str | None:
     if isinstance(steps, int) and 0 < steps <= _FEW:
         return f"({steps} steps by default)"
     return None
+
+
+def refuse_fixed_grid(pipeline: Any, steps: int, asked: int) -> None:
+    """Raise for a pipeline that makes the few `steps` of its own whatever it is `asked`: so a distilled network is run.
+
+    A scheduler may make one more, or twice as many; none that makes less than half of what it is asked can be trusted.
+    """
+    if steps < asked // 2:
+        raise RecordingError(
+            f"{type(pipeline).__name__} makes {steps} steps where {asked} were asked: a fixed list of steps is a "
+            "few-step student's; record its teacher"
+        )

@@ -9,7 +9,7 @@ import torch
 
 from fewstep.conditioning import Conditioning
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.few_step import refuse_few_step
+from fewstep.recording.few_step import refuse_few_step, refuse_fixed_grid
 from fewstep.recording.fit import fit_output, fit_sample, fit_times
 from fewstep.recording.guided import embedded_paths, record_guided, switch_off, unguided_step
 from fewstep.recording.invocation import Invocation, read_invocation
@@ -114,6 +114,7 @@ def _unguided_runs(pipeline: Any, invocation: Invocation, off: dict[str, Any], c
     _check_loop(pipeline, component, short)
     stub = Stub(component, short[0].calls[-1].output, _LIVE)
     long = observe(pipeline, invocation.arguments([invocation.item], LONG, **off), steps=LONG, stub=stub).steps
+    refuse_fixed_grid(pipeline, len(long), LONG)
     _check_loop(pipeline, component, long)
     return [short, long]
 

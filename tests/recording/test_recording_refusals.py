@@ -113,6 +113,14 @@ def test_pipelines_that_say_they_make_few_steps() -> None:
     refused(Marked(**parts), r"\(is_distilled in its model_index.json\) is a few-step student", prompt="a cat")
 
 
+def test_a_fixed_list_of_steps() -> None:
+    class Fixed(TraitPipeline):
+        def _set_timesteps(self, count: int) -> None:
+            self.scheduler.set_timesteps(sigmas=[1.0, 0.9, 0.7, 0.4])
+
+    refused(Fixed(**synthetic(Traits()).components), "makes 4 steps where 101 were asked: a fixed list", prompt="a cat")
+
+
 def test_offloaded_pipelines() -> None:
     pipeline = tiny_stable_diffusion()
     pipeline.unet._hf_hook = object()
