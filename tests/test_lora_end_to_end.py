@@ -1,6 +1,8 @@
 """From a teacher to a LoRA student that stock diffusers loads: tiny pipelines, and any folder of them."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+import fewstep
 from fewstep.adapters import AdapterRole
 from fewstep.checkpoint import load_latest
 from fewstep.cli import main
@@ -261,14 +264,66 @@ def test_a_second_stage_takes_over_the_adapters(prompts: str, tmp_path: Path) ->
         roles(init=str(base))
 
 
-def test_a_lora_is_sampled_and_evaluated_on_its_base_and_the_command_line_says_so(
-    prompts: str, tmp_path: Path, capsys
+@pytest.mark.parametrize("kind", ["stable_diffusion", "flow"])
+def test_a_lora_is_loaded_sampled_and_evaluated_on_its_base_as_the_merged_student(
+    kind: str, prompts: str, tmp_path: Path, capsys
 ) -> None:
+    base, out = tmp_path / "base", tmp_path / "run"
+    pipeline, settings = tiny(kind, prompts)
+    with shaken(next(pipeline.components[name] for name in ("unet", "transformer") if name in pipeline.components)):
+        pipeline.save_pretrained(base)
+    distill(base, "dmd2", out=str(out), **settings, merge=True, renoise="ode")
+    lora, merged = out / "student_lora", out / "student"
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(lora, elsewhere)
+
+    def picture(folder: Path, *more: str) -> numpy.ndarray:
+        words = ["sample", str(folder), "--prompt", "a", "--num", "2", "--out", str(tmp_path / "a.png"), *more]
+        assert main(words) == 0, capsys.readouterr().err
+        return numpy.asarray(Image.open(tmp_path / "a.png")).astype(int)
+
+    expected = picture(merged)
+    for found in (picture(lora), picture(elsewhere, "--base", str(base))):
+        assert numpy.abs(found - expected).max() <= 1 < numpy.ptp(expected)
+    shutil.move(merged, tmp_path / "merged")
+    assert numpy.abs(picture(out) - expected).max() <= 1  # a run's folder that holds a LoRA alone
+
+    calls = []
+    loaded = fewstep.load(elsewhere, base=base)
+    getattr(loaded, loaded.fewstep["component"]).register_forward_hook(lambda *_: calls.append(1))
+    loaded("a", output_type="np")
+    assert len(calls) == 2
+
+    rows = []
+    for folder in (tmp_path / "merged", lora):
+        report = tmp_path / f"report_{folder.name}"
+        words = ["eval", str(folder), "--steps", "2", "--num", "3", "--prompts", prompts, "--out", str(report)]
+        assert main(words) == 0, capsys.readouterr().err
+        rows += json.loads((report / "report.json").read_text())["rows"]
+    assert [(row["steps"], row["nfe"]) for row in rows] == [(2, 2), (2, 2)]
+    grids = [numpy.asarray(Image.open(tmp_path / f"report_{name}" / "grid.png")) for name in ("merged", "student_lora")]
+    assert numpy.abs(grids[0].astype(int) - grids[1]).max() <= 1 < numpy.ptp(grids[0])
+    assert "| student, 2 steps |" in (lora / "README.md").read_text()
+
+    def refusal(*words: str) -> str:
+        capsys.readouterr()
+        assert main(["sample", *words, "--prompt", "a", "--out", str(tmp_path / "a.png")]) == 2
+        return capsys.readouterr().err
+
+    # "base" is the name of a folder that does not lie here; a relative one that does is taken.
+    assert "is a LoRA of base, which does not lie here under that name: say where (--base DIR)" in refusal(
+        str(elsewhere)
+    )
+    assert "is no folder of a diffusers pipeline" in refusal(str(elsewhere), "--base", str(tmp_path / "nowhere"))
+    assert "is a whole pipeline and has no base model" in refusal(str(tmp_path / "merged"), "--base", str(base))
+    other = tmp_path / "other"
+    tiny_pipelines.tiny_ddim().save_pretrained(other)
+    assert re.search("(does not fit|is for the transformer)", refusal(str(elsewhere), "--base", str(other)))
+
+
+def test_what_apply_gives_is_evaluated_too(prompts: str, tmp_path: Path) -> None:
     pipeline, settings = tiny("stable_diffusion", prompts)
     folder = distill(pipeline, "dmd2", out=str(tmp_path / "run"), **settings)
-    capsys.readouterr()
-    assert main(["sample", str(folder), "--prompt", "a", "--out", str(tmp_path / "a.png")]) == 2
-    assert "is a LoRA, and samples are made with whole pipelines" in capsys.readouterr().err
     model = student_model(apply(pipeline, folder))
     assert (model.steps, model.source, model.kind) == (2, None, "prompt")
 

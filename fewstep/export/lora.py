@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fewstep.adapters import AdapterRole
+from fewstep.export.about import write_about
 from fewstep.export.apply import LORA_FILE, ship
 from fewstep.export.card import write_card
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
-from fewstep.export.load import write_about
 from fewstep.export.plan import StudentPlan
 from fewstep.export.student import about_student, license_of, walk_counts
 from fewstep.export.trace import with_parts

@@ -13,10 +13,10 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 import fewstep
+from fewstep.export.about import write_about
 from fewstep.export.card import teacher_license_of, write_card
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
-from fewstep.export.load import write_about
 from fewstep.export.plan import StudentPlan, reference_of, walk_student
 from fewstep.export.trace import with_parts
 from fewstep.export.walk import Reference
