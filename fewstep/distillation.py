@@ -35,13 +35,14 @@ from fewstep.roles import Role
 from fewstep.rollout import Sampler, ode_sampler, rollout
 from fewstep.run_folder import check_folder, write_config
 from fewstep.teacher import base_model, embedded_name, load_teacher, teacher_license
+from fewstep.teacher_lora import FusedLora, fuse_teacher_lora, with_own_weights
 
 logger = logging.getLogger("fewstep")
 
 _SHOWN_SAMPLES = 8  # in a sample grid
 _TEACHER_STEPS = 25  # of the teacher's row in it
 #: Settings that say something of a machine and nothing of a student; they are not published with it.
-_PRIVATE = frozenset({"teacher", "out", "prompts", "data", "init", "resume", "cpu", "report_to"})
+_PRIVATE = frozenset({"teacher", "teacher_lora", "out", "prompts", "data", "init", "resume", "cpu", "report_to"})
 
 
 def methods() -> list[str]:
@@ -83,6 +84,10 @@ class Distillation:
         self.accelerator.wait_for_everyone()
 
         self.pipeline = load_teacher(config.teacher, config.trust_remote_code) if pipeline is None else pipeline
+        self.teacher_lora: FusedLora | None = None
+        if config.teacher_lora is not None:
+            self.pipeline = self.pipeline if pipeline is None else with_own_weights(pipeline)
+            self.teacher_lora = fuse_teacher_lora(self.pipeline, config.teacher_lora)
         self.pipeline.to(self.device)
         self.recording = record(self.pipeline, **_teacher_call(config))
         self.recording.prove()
@@ -141,7 +146,7 @@ class Distillation:
 
     def run(self) -> Path:
         """Train, then export the student. Returns its pipeline's folder, or its LoRA's where that is all."""
-        if not (self.config.lora_rank and loads_lora(self.recording.network)) or self.config.merge:
+        if not self._ships_lora() or self.config.merge:
             refuse_own_code(self.pipeline)  # a student that cannot be written is not worth training
         method = method_class(self.method).prepare(self.config, self)
         if self.accelerator.is_main_process:
@@ -181,13 +186,16 @@ class Distillation:
             "method": self.method,
             "base_model": base_model(self.config.teacher),
             "teacher_license": teacher_license(self.config.teacher),
+            "teacher_lora": self.teacher_lora,
             "training": {k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
         }
         if isinstance(role, AdapterRole):
-            if loads_lora(self.recording.network):
+            if self._ships_lora():
                 export_lora(self.recording, role, self.plan, self.out / "student_lora", **about)
                 if not self.config.merge:
                     return
+            elif loads_lora(self.recording.network):
+                self._say(f"the teacher's LoRA cannot be a part of the student's ({self.teacher_lora.apart}): merged")
             else:
                 self._say(f"diffusers loads no LoRA into a {type(self.recording.network).__name__}: exported merged")
         export_student(self.recording, role.stock_network(), self.plan, self.out / "student", **about)
@@ -216,6 +224,11 @@ class Distillation:
             x0 = rollout(denoiser, sampler, noise, conditioning, step_noise=step_noise)
             pieces.append(self.recording.decode(x0).float().cpu())
         return torch.cat(pieces)
+
+    def _ships_lora(self) -> bool:
+        """Whether the student can be written as a LoRA of its base model."""
+        whole = self.teacher_lora is not None and self.teacher_lora.apart is not None
+        return bool(self.config.lora_rank) and loads_lora(self.recording.network) and not whole
 
     # --- pieces of __init__ -------------------------------------------------------------------------------------
 

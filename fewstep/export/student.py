@@ -24,6 +24,7 @@ from fewstep.recording.observe import find_scheduler
 
 if TYPE_CHECKING:
     from fewstep.recording import Recording
+    from fewstep.teacher_lora import FusedLora
 
 
 def export_student(
@@ -37,6 +38,7 @@ def export_student(
     teacher_license: str | Mapping[str, str] | None = None,
     metrics: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
+    teacher_lora: FusedLora | None = None,
 ) -> Path:
     """Write ``out`` as a pipeline that stock diffusers loads, and check it: reloaded, it must walk as planned.
 
@@ -53,6 +55,7 @@ def export_student(
         teacher_license: of the teacher; None or empty: read from its own card where that lies beside it.
         metrics: name -> number, or row -> {name -> number}.
         training: what else ``fewstep.json`` shall say of the training; what JSON cannot hold is written as text.
+        teacher_lora: what was fused into the teacher, and so is in ``network``.
 
     Raises:
         ExportError: ``out`` is in use, or the written folder does not sample as planned.
@@ -64,7 +67,7 @@ def export_student(
         parts = {recording.component: saved, find_scheduler(recording.pipeline): copy.deepcopy(plan.scheduler)}
         student = with_parts(recording.pipeline, **parts)
         student.save_pretrained(partial, safe_serialization=True)
-        about = about_student(recording, plan, method, base_model, training)
+        about = about_student(recording, plan, method, base_model, training, teacher_lora)
         _publish_no_paths(partial, about["base_model"])
         write_about(partial, about)
         license_fields = license_of(recording, base_model, teacher_license)
@@ -160,12 +163,18 @@ def _as_saved(network: nn.Module, teacher: nn.Module) -> nn.Module:
 
 
 def about_student(
-    recording: Recording, plan: StudentPlan, method: str, base_model: str, training: Mapping[str, Any] | None
+    recording: Recording,
+    plan: StudentPlan,
+    method: str,
+    base_model: str,
+    training: Mapping[str, Any] | None,
+    teacher_lora: FusedLora | None = None,
 ) -> dict[str, Any]:
     """The content of ``fewstep.json``; arguments as in :func:`export_student`."""
     return {
         "method": method,
         "base_model": Path(base_model).name if Path(base_model).exists() else base_model,
+        **({} if teacher_lora is None else {"teacher_lora": teacher_lora.name}),
         "conditional": recording.conditional,
         "call": plan.call,
         "load": absent_parts(recording.pipeline),
