@@ -43,7 +43,7 @@ class FusedLora:
     apart: str | None
 
     def without(self, component: str, network: nn.Module) -> nn.Module:
-        """A copy of a component as it was before, to rounding; ``network`` is as it is now, and nothing is ``apart``."""
+        """A copy of a component as it was before, to rounding, where nothing is ``apart``; ``network`` stays."""
         found = copy.deepcopy(network)
         for path, (a, b) in self.factors.get(component, {}).items():
             weight = found.get_submodule(path).weight.data

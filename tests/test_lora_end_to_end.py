@@ -1,11 +1,8 @@
-"""From a teacher to a LoRA student that stock diffusers loads: tiny pipelines, and any folder of them."""
+"""From a teacher to a LoRA student that stock diffusers loads, over tiny pipelines."""
 
 import json
 import re
 import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -28,50 +25,6 @@ from fewstep.recording.shake import shaken
 
 TINY_RUN = {"steps": 2, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True}
 TINY_RUN |= {"critic_updates": 1, "lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-2, "sample_steps": 0}
-SAMPLE = ("Flux", "PixArtSigma", "StableDiffusionXL")
-
-# Runs with only stock diffusers. What the network says at every step is compared: images are clipped.
-STOCK = """
-import json, sys
-sys.modules["fewstep"] = None
-import diffusers, numpy, torch
-torch.set_num_threads(1)
-
-def first(output):
-    output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-    return (torch.stack(list(output)) if isinstance(output, (list, tuple)) else output).float().clone()
-
-def outputs(pipeline, about, condition, count):
-    pipeline.set_progress_bar_config(disable=True)
-    seen = []
-    network = getattr(pipeline, about["component"])
-    handle = network.register_forward_hook(lambda _m, _a, output: seen.append(first(output)))
-    torch.manual_seed(1)
-    call = {**about["call"], **condition, "num_inference_steps": count, "output_type": "np"}
-    pipeline(**call, generator=torch.Generator().manual_seed(0))
-    handle.remove()
-    return torch.stack(seen).numpy()
-
-def load(form, job, about):
-    if form == "merged":
-        return diffusers.DiffusionPipeline.from_pretrained(job["out"] + "/student", **about["load"])
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(job["base"], **about["load"])
-    folder = job["out"] + "/student_lora"
-    if form == "lora":
-        pipeline.load_lora_weights(folder, weight_name=about["lora"]["file"])
-    scheduler = getattr(diffusers, about["scheduler"])
-    pipeline.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
-    return pipeline
-
-for job in json.load(sys.stdin):
-    saved = {}
-    for form in job["forms"]:
-        about = json.load(open(job["out"] + ("/student/" if form == "merged" else "/student_lora/") + "fewstep.json"))
-        pipeline = load(form, job, about)
-        for count in about["counts"]:
-            saved[f"{form} {count}"] = outputs(pipeline, about, job["condition"], count)
-    numpy.savez(job["out"] + "/seen.npz", **saved)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -79,87 +32,6 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("a cat\na small dog\nb\n", encoding="utf-8")
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def one_prompt(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Some pipelines encode prompts to their own lengths, which form no batch."""
-    path = tmp_path_factory.mktemp("prompt") / "prompts.txt"
-    path.write_text("a cat\n", encoding="utf-8")
-    return str(path)
-
-
-def folders(config: pytest.Config) -> list[str]:
-    """The pipelines to try: all where ``--zoo`` is given, else a few, as every one takes seconds."""
-    zoo = config.option.zoo
-    names = sorted(path.parent.name for path in zoo.glob("*/model_index.json")) if zoo else []
-    return names if config.option.zoo_given else [name for name in names if name in SAMPLE]
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "family" in metafunc.fixturenames:
-        metafunc.parametrize("family", folders(metafunc.config))
-
-
-@dataclass
-class Tried:
-    out: Path
-    forms: list[str]
-    seen: dict[str, numpy.ndarray]
-
-
-@pytest.fixture(scope="module")
-def tried(
-    zoo: Path, pytestconfig: pytest.Config, one_prompt: str, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Tried | str]:
-    """Every pipeline, weights shaken, distilled; all students then sampled in one process without fewstep."""
-    results: dict[str, Tried | str] = {}
-    jobs = []
-    for name in folders(pytestconfig):
-        place = tmp_path_factory.mktemp(name)
-        base, out = place / "base", place / "run"
-        pipeline = DiffusionPipeline.from_pretrained(zoo / name)
-        with shaken(pipeline.components.get("unet") or pipeline.components["transformer"]):
-            pipeline.save_pretrained(base)
-        call = dict(json.loads((zoo / "manifest.json").read_text())[name]["call"])
-        condition = {key: call.pop(key) for key in ("prompt", "class_labels") if key in call}
-        call.pop("batch_size", None)
-        chosen = {"prompt": {"prompts": one_prompt}, "class_labels": {"classes": "0-2"}}
-        more = next((chosen[key] for key in condition), {})
-        try:
-            distill(base, "dmd2", out=str(out), **{**TINY_RUN, "batch_size": 1}, **more, call=call, merge=True)
-        except Exception as error:  # one family's failure is that family's
-            results[name] = repr(error)
-            continue
-        forms = ["base", "lora", "merged"] if (out / "student_lora").is_dir() else ["merged"]
-        results[name] = Tried(out, forms, {})
-        jobs.append({"base": str(base), "out": str(out), "forms": forms, "condition": condition})
-    words = [sys.executable, "-W", "ignore", "-c", STOCK]
-    done = subprocess.run(words, input=json.dumps(jobs), text=True, capture_output=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for result in results.values():
-        if isinstance(result, Tried):
-            with numpy.load(result.out / "seen.npz") as file:
-                result.seen = dict(file)
-    return results
-
-
-def test_any_pipeline_gives_a_lora_that_stock_diffusers_samples_as_the_merged_student(
-    tried: dict[str, Tried | str], family: str
-) -> None:
-    result = tried[family]
-    assert isinstance(result, Tried), result
-    about = json.loads((result.out / "student" / "fewstep.json").read_text())
-    assert {1, 2} <= set(about["counts"])
-    for count in about["counts"]:
-        merged = result.seen[f"merged {count}"]
-        assert merged.shape[0] == count and numpy.isfinite(merged).all() and merged.std() > 0
-        if "lora" not in result.forms:
-            continue
-        loaded, base = (result.seen[f"{form} {count}"] for form in ("lora", "base"))
-        off = numpy.abs(loaded - merged).max() / numpy.abs(merged).max()
-        moved = numpy.abs(loaded - base).max() / numpy.abs(merged).max()
-        assert off < 1e-3 and moved > 10 * off, f"{count} steps: {off:.1e} off, moved by {moved:.1e}"
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
