@@ -47,7 +47,7 @@ def demo(
     out = Path(out)
     recipe = files("fewstep.trainers") / "configs" / f"{METHOD}_{teacher.replace('-', '_')}.yaml"
     settings = yaml.safe_load(recipe.read_text())
-    settings |= {"teacher": teacher, "out": str(out), "steps": steps, "seed": seed}
+    settings |= {"teacher": teacher, "data": "fashion", "out": str(out), "steps": steps, "seed": seed}
     if max_steps is not None:
         settings["max_steps"] = max_steps
     config = method_class(METHOD).Config(**settings, resume=(out / "config.yaml").exists())

@@ -6,6 +6,7 @@ folder = fewstep.distill("fashion-sd", method="dmd2", steps=4, out="runs/mine") 
 pipeline = fewstep.load(folder)                                                   # samples right by default
 fewstep.apply(pipeline, "runs/mine/student_lora")                                 # the same for a LoRA student
 fewstep.evaluate([folder], teacher="fashion-sd", out="runs/mine/report")          # measure it beside its teacher
+fewstep.cache("fashion-sd", "runs/cache", prompts="prompts.txt")                  # encode prompts once, for many runs
 fewstep.record(pipeline)                                                          # how a pipeline calls its network
 """
 
@@ -18,6 +19,7 @@ if not (Path(__file__).parent / "trainers").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
+    from fewstep.caching import cache
     from fewstep.distillation import distill
     from fewstep.errors import UserError
     from fewstep.eval.evaluate import evaluate
@@ -25,12 +27,13 @@ if TYPE_CHECKING:
     from fewstep.recording import record
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "apply", "distill", "evaluate", "load", "record"]
+__all__ = ["UserError", "apply", "cache", "distill", "evaluate", "load", "record"]
 
 # Importing torch and diffusers takes seconds, so the public names are imported when they are first used.
 _HOMES = {
     "UserError": "fewstep.errors",
     "apply": "fewstep.export",
+    "cache": "fewstep.caching",
     "distill": "fewstep.distillation",
     "evaluate": "fewstep.eval.evaluate",
     "load": "fewstep.export",

@@ -12,6 +12,7 @@ from fewstep.config import RunConfig
 from fewstep.denoiser import NetworkDenoiser
 from fewstep.recording import Recording
 from fewstep.roles import Role, make_role
+from fewstep.routing import RoutedRole
 
 
 def make_roles(
@@ -22,8 +23,8 @@ def make_roles(
     Raises:
         UserError: the network has no layer for an adapter of ``config.lora_rank``.
     """
-    copy = _copies(config, recording, device)
-    make = _adapters(config, recording, device) if config.lora_rank else copy
+    copy = _of_each_expert(recording, lambda one: _copies(config, one, device))
+    make = _of_each_expert(recording, lambda one: _adapters(config, one, device)) if config.lora_rank else copy
     roles = {"teacher": make("teacher", trainable=False)}
     for name in names:
         own = copy if name == "critic" and config.full_critic else make
@@ -32,6 +33,19 @@ def make_roles(
         roles["ema"] = make("ema", trainable=False)
         roles["ema"].copy_weights(roles["student"])
     return roles
+
+
+def _of_each_expert(recording: Recording, makers: Callable[[Recording], Callable[..., Role]]) -> Callable[..., Role]:
+    """Makes roles as the maker of a single network does; where several share the time, of one such role for each."""
+    if len(recording.experts) == 1:
+        return makers(recording)
+    lowest = recording.intervals.lowest
+    each = {e.component: (low, makers(recording.of(e))) for low, e in zip(lowest, recording.experts, strict=True)}
+
+    def make(name: str, *, trainable: bool) -> RoutedRole:
+        return RoutedRole(name, {key: (low, one(name, trainable=trainable)) for key, (low, one) in each.items()})
+
+    return make
 
 
 def _copies(config: RunConfig, recording: Recording, device: torch.device) -> Callable[..., Role]:

@@ -19,6 +19,7 @@ class RunConfig:
         steps: number of network calls the student makes per sample.
         prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers.
         classes: class labels such as 0-9 or 1,5,7, for class-conditional teachers.
+        cache: a folder of ``fewstep cache``, in the place of prompts or classes.
         call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
         guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own. A network
             with embedded guidance is told this value instead, teacher and student alike.
@@ -61,6 +62,7 @@ class RunConfig:
     steps: int = 4
     prompts: str | None = None
     classes: str | None = None
+    cache: str | None = None
     call: dict[str, Any] | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
@@ -132,6 +134,8 @@ class RunConfig:
             raise UserError(f"--guidance_scale must be a number, not {self.guidance_scale}")
         if self.prompts is not None and self.classes is not None:
             raise UserError("give --prompts or --classes, not both")
+        if self.cache is not None and (self.prompts is not None or self.classes is not None):
+            raise UserError("give --cache or --prompts and --classes, not both: a cache holds the prompts or labels")
 
     def _refuse_negative(self, *names: str) -> None:
         """Settings that must be numbers of at least 0, where they are set."""

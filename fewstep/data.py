@@ -217,13 +217,16 @@ def _captions_to_conditions(
     numbers = all(isinstance(caption, int) for caption in distinct)
     if conditions.kind == "label":
         # Names of class folders stand for 0, 1, 2, ... in alphabetical order, as in every image-folder data set.
-        labels = distinct if numbers else list(range(len(distinct)))
-        items: list = labels
-        pool = Conditions(recording, labels=items, device=device)
+        items: list = distinct if numbers else list(range(len(distinct)))
     elif numbers and len(distinct) == len(conditions) and distinct == list(range(len(distinct))):
         return list(images.captions), conditions
     else:
         items = [str(caption) for caption in distinct]
-        pool = Conditions(recording, prompts=items, device=device)
-    place = {caption: k for k, caption in enumerate(distinct)}
-    return [place[caption] for caption in images.captions], pool
+    rows = conditions.rows(items)
+    if rows is None:  # what the run does not generate is encoded beside it
+        rows, conditions = (
+            list(range(len(items))),
+            Conditions(recording, **{f"{conditions.kind}s": items}, device=device),
+        )
+    place = dict(zip(distinct, rows, strict=True))
+    return [place[caption] for caption in images.captions], conditions

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fewstep.conditioning import Conditioning
 from fewstep.features import FeatureTap
 from fewstep.prediction import expand, to_x0
+from fewstep.ragged import AnyConditioning, in_groups
 from fewstep.recording import Recipe
 from fewstep.schedule import NoiseSchedule
 
@@ -26,7 +27,7 @@ class Denoiser(Protocol):
     ``x_t``: (B, ...), ``t``: (B,) in [0, 1], ``conditioning``: of B samples; returns x0 (B, ...).
     """
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor: ...
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor: ...
 
 
 class NetworkDenoiser:
@@ -57,8 +58,11 @@ class NetworkDenoiser:
         self.autocast = autocast
         self.playing = playing
 
-    def raw(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """The network's output in its own prediction type; shapes as in :class:`Denoiser`."""
+        return in_groups(self._raw, x_t, t, conditioning)
+
+    def _raw(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         # The network was trained on the dtype of its parameters; the sample itself stays in the losses' dtype.
         parameter = next(self.network.parameters())
         network_input = (expand(self.schedule.input_scale(t), x_t) * x_t).to(parameter.dtype)
@@ -68,12 +72,16 @@ class NetworkDenoiser:
         with self.playing(), autocast:
             return self.recipe.call(self.network, network_input, self.schedule.timestep(t), conditioning)
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """x0 (B, ...) in the dtype of ``x_t``."""
         return to_x0(self.raw(x_t, t, conditioning), self.prediction_type, x_t, self.schedule, t)
 
-    def features(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, tap: FeatureTap) -> Tensor:
+    def features(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, tap: FeatureTap) -> Tensor:
         """What ``tap`` sees on the way: (B, C, ...) maps or (B, N, C) image tokens, float32; the rest does not run."""
-        with tap.on(self.network) as seen:
-            self.raw(x_t, t, conditioning)
-        return seen.features
+
+        def tapped(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+            with tap.on(self.network) as seen:
+                self._raw(x_t, t, conditioning)
+            return seen.features
+
+        return in_groups(tapped, x_t, t, conditioning)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,26 @@ from torch import Tensor
 
 from fewstep.adapters import AdapterRole
 from fewstep.cast import make_roles
+from fewstep.condition_cache import ConditionCache
+from fewstep.conditioning import Conditioning
 from fewstep.conditions import Conditions, read_classes, read_prompts
 from fewstep.config import RunConfig, resolved
 from fewstep.data import RealSamples, read_images
-from fewstep.denoiser import Denoiser, NetworkDenoiser
+from fewstep.denoiser import Denoiser
 from fewstep.discriminator import make_head
 from fewstep.draws import Draws
+from fewstep.encoders import Encoders
 from fewstep.errors import UserError
-from fewstep.export import export_lora, export_student, loads_lora, plan_student, refuse_own_code
+from fewstep.export import export_lora, export_student, plan_student, refuse_own_code, why_no_lora
 from fewstep.features import FeatureTap, find_tap
-from fewstep.guidance import GuidedDenoiser, refuse_deaf
+from fewstep.guidance import GuidedDenoiser
+from fewstep.hearing import refuse_deaf
 from fewstep.images import save_grid
 from fewstep.initialization import initialize
+from fewstep.intervals import TimedScale
 from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.monitor import Monitor, trackers
 from fewstep.recording import record
-from fewstep.recording.observe import evaluating
 from fewstep.roles import Role
 from fewstep.rollout import Sampler, ode_sampler, rollout
 from fewstep.run_folder import check_folder, write_config
@@ -42,7 +47,9 @@ logger = logging.getLogger("fewstep")
 _SHOWN_SAMPLES = 8  # in a sample grid
 _TEACHER_STEPS = 25  # of the teacher's row in it
 #: Settings that say something of a machine and nothing of a student; they are not published with it.
-_PRIVATE = frozenset({"teacher", "teacher_lora", "out", "prompts", "data", "init", "resume", "cpu", "report_to"})
+_PRIVATE = frozenset(
+    {"teacher", "teacher_lora", "out", "prompts", "cache", "data", "init", "resume", "cpu", "report_to"}
+)
 
 
 def methods() -> list[str]:
@@ -83,11 +90,14 @@ class Distillation:
         self.resuming = check_folder(self.out, method, config)
         self.accelerator.wait_for_everyone()
 
-        self.pipeline = load_teacher(config.teacher, config.trust_remote_code) if pipeline is None else pipeline
+        reload = partial(_load, config) if pipeline is None else None
+        self.pipeline = _load(config) if pipeline is None else pipeline
         self.teacher_lora: FusedLora | None = None
         if config.teacher_lora is not None:
             self.pipeline = self.pipeline if pipeline is None else with_own_weights(pipeline)
             self.teacher_lora = fuse_teacher_lora(self.pipeline, config.teacher_lora)
+            if self.teacher_lora.in_text:
+                reload = None  # what lies in the teacher's folder is another text encoder
         self.pipeline.to(self.device)
         self.recording = record(self.pipeline, **_teacher_call(config))
         self.recording.prove()
@@ -105,17 +115,18 @@ class Distillation:
         self.sampler = Sampler(schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
         self.shift = self.plan.shift
         self.guidance_scale = self._guidance_scale()
-        self.negative = self.recording.negative() if self.guidance_scale != 1.0 else None
+        self.conditions, negative = self._conditions()
+        self._say(self.conditions.note)
+        self.negative = negative.to(device=self.device) if negative is not None and self.guidance_scale != 1.0 else None
         if self.negative is not None:
-            self.negative = self.negative.to(device=self.device)
-        prompts = read_prompts(config.prompts) if config.prompts is not None else self._embedded_prompts()
-        labels = read_classes(config.classes) if config.classes is not None else None
-        self.conditions = Conditions(self.recording, prompts, labels, self.device)
-        self._refuse_deaf_teacher()
+            noise = Draws(config.seed, -3, range(2), self.device).normal("listening", self.recording.sample_shape)
+            heard = [self.conditions.select([row]) for row in range(min(2, len(self.conditions)))]
+            refuse_deaf(self.recording, self.negative, heard, noise)
         self._teacher_pictures: Tensor | None = None
         self.real = None
         if config.data is not None:
             self.real = RealSamples(read_images(config.data), self.recording, self.conditions, self.device)
+        self.encoders = Encoders(self.recording, self.plan.call, reload)
 
     # --- what methods ask for -----------------------------------------------------------------------------------
 
@@ -128,13 +139,27 @@ class Distillation:
         return GuidedDenoiser(teacher, self.negative, self.guidance_scale)
 
     def add_head(self, role: Role) -> FeatureTap:
-        """Give a role a GAN head on its own features, and say where they are tapped."""
-        conditioning = self.conditions.select([0, 0])
+        """Give a role a GAN head on its own features, and say where they are tapped.
+
+        Several experts share one head: each is tapped at the same place, and the head sees features of the one whose
+        time it is.
+        """
         x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
         t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
-        tap = find_tap(role.denoiser.network, lambda sample: role.denoiser.raw(sample, t, conditioning), x)
-        with torch.no_grad():
-            role.added["head"] = make_head(role.denoiser.features(x, t, conditioning, tap), self.config.seed)
+        last = len(self.conditions) - 1
+        seen = []
+        for denoiser in (expert.denoiser for expert in role.experts.values()):
+            for row in dict.fromkeys((0, last // 2, last)):
+                conditioning = self.conditions.select([row, row])
+                tap = find_tap(denoiser.network, partial(denoiser.raw, t=t, conditioning=conditioning), x)
+                with torch.no_grad():
+                    seen.append((tap, denoiser.features(x, t, conditioning, tap)))
+        tap, features = seen[0]
+        if any(other != tap or theirs.shape != features.shape for other, theirs in seen):
+            raise UserError(
+                "the image's features lie elsewhere for every prompt, or in every network; train without a GAN"
+            )
+        role.added["head"] = make_head(features, self.config.seed)
         return tap
 
     def initialize(self, roles: dict[str, Role]) -> None:
@@ -146,8 +171,15 @@ class Distillation:
 
     def run(self) -> Path:
         """Train, then export the student. Returns its pipeline's folder, or its LoRA's where that is all."""
-        if not self._ships_lora() or self.config.merge:
+        why_whole = why_no_lora(self.recording, self.teacher_lora)
+        if not self.config.lora_rank or self.config.merge or why_whole:
             refuse_own_code(self.pipeline)  # a student that cannot be written is not worth training
+        with self.encoders.away(self._say):
+            self._train_and_export()
+        whole = self.out / "student"
+        return whole if whole.is_dir() else self.out / "student_lora"
+
+    def _train_and_export(self) -> None:
         method = method_class(self.method).prepare(self.config, self)
         if self.accelerator.is_main_process:
             write_config(self.out, self.method, self.config)
@@ -177,8 +209,6 @@ class Distillation:
         if self.accelerator.is_main_process:
             self.export(role)
         self.accelerator.wait_for_everyone()
-        whole = self.out / "student"
-        return whole if whole.is_dir() else self.out / "student_lora"
 
     def export(self, role: Role) -> None:
         """Write a role as ``OUT/student``, a stock pipeline, or an adapter as ``OUT/student_lora``, or both."""
@@ -189,15 +219,14 @@ class Distillation:
             "teacher_lora": self.teacher_lora,
             "training": {k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
         }
-        if isinstance(role, AdapterRole):
-            if self._ships_lora():
+        if role.part == AdapterRole.part:
+            if why_whole := why_no_lora(self.recording, self.teacher_lora):
+                self._say(f"{why_whole}: exported merged")
+            else:
                 export_lora(self.recording, role, self.plan, self.out / "student_lora", **about)
                 if not self.config.merge:
                     return
-            elif loads_lora(self.recording.network):
-                self._say(f"the teacher's LoRA cannot be a part of the student's ({self.teacher_lora.apart}): merged")
-            else:
-                self._say(f"diffusers loads no LoRA into a {type(self.recording.network).__name__}: exported merged")
+        self.encoders.restore()  # they are part of what is written
         export_student(self.recording, role.stock_network(), self.plan, self.out / "student", **about)
 
     def save_samples(self, teacher: Role, student: Role, step: int) -> None:
@@ -225,19 +254,19 @@ class Distillation:
             pieces.append(self.recording.decode(x0).float().cpu())
         return torch.cat(pieces)
 
-    def _ships_lora(self) -> bool:
-        """Whether the student can be written as a LoRA of its base model."""
-        whole = self.teacher_lora is not None and self.teacher_lora.apart is not None
-        return bool(self.config.lora_rank) and loads_lora(self.recording.network) and not whole
-
     # --- pieces of __init__ -------------------------------------------------------------------------------------
 
-    def _guidance_scale(self) -> float:
-        """The w of neg + w (pos - neg) that the teacher is asked with."""
+    def _guidance_scale(self) -> float | TimedScale:
+        """The w of neg + w (pos - neg) that the teacher is asked with, or one for each expert that shares the time."""
         from fewstep.fashion import TEACHERS
 
         report = self.recording.guidance
         wish = self.config.guidance_scale
+        if report.expert_scales:
+            # Seen in the call, of which the wish is a part; it is meant in fewstep's own convention.
+            less = report.offset or 0.0 if wish is not None else 0.0
+            scales = tuple(1.0 if w == 1.0 else w - less for w in report.expert_scales)
+            return scales[0] if len(set(scales)) == 1 else TimedScale(self.recording.intervals, scales)
         # A network that is told its guidance got it with the conditioning; what is left is a second, explicit guidance.
         if wish is not None and not report.embedded:
             return wish
@@ -247,16 +276,17 @@ class Distillation:
             return 1.0
         return report.argument_scale + (report.offset or 0.0)
 
-    def _refuse_deaf_teacher(self) -> None:
-        """A run under guidance needs a teacher that hears its conditions."""
-        if self.negative is None:
-            return
-        recording = self.recording
-        teacher = NetworkDenoiser(recording.network, recording.recipe, recording.schedule, recording.prediction_type)
-        noise = Draws(self.config.seed, -3, range(2), self.device).normal("listening", recording.sample_shape)
-        heard = self.conditions.select(range(min(2, len(self.conditions))))
-        with evaluating(recording.network):
-            refuse_deaf(teacher, self.negative, heard, noise, self.guidance_scale)
+    def _conditions(self) -> tuple[Conditions, Conditioning | None]:
+        """What is generated for, and the teacher's negative: encoded now, or read from ``--cache``."""
+        config, progress = self.config, self.accelerator.is_main_process
+        if config.cache is not None:
+            cache = ConditionCache(config.cache, progress=progress)
+            cache.check(self.recording, config.teacher)
+            conditions = Conditions(self.recording, device=self.device, cache=cache, progress=progress)
+            return conditions, cache.negative()
+        prompts = read_prompts(config.prompts) if config.prompts is not None else self._embedded_prompts()
+        labels = read_classes(config.classes) if config.classes is not None else None
+        return Conditions(self.recording, prompts, labels, self.device, progress=progress), self.recording.negative()
 
     def _embedded_prompts(self) -> list[str] | None:
         from fewstep.fashion import PROMPTS
@@ -299,6 +329,11 @@ def main(method: str) -> None:
     from fewstep.cli import main as command_line
 
     sys.exit(command_line(["distill", method, *sys.argv[1:]]))
+
+
+def _load(config: RunConfig, parts: dict[str, Any] | None = None) -> DiffusionPipeline:
+    """The teacher of a run, ``parts`` of it given."""
+    return load_teacher(config.teacher, config.trust_remote_code, **(parts or {}))
 
 
 def _teacher_call(config: RunConfig) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class FeatureTap:
     Attributes:
         module: its name, as in ``network.get_submodule``.
         output: which of the tensors that the module returns.
-        tokens: positions of the image in a sequence that also holds text, None for all.
+        tokens: positions of the image in a sequence that also holds text, None for all. Behind the text they count from
+            the end (-n..-1), so that they hold for texts of every length.
     """
 
     module: str
@@ -109,6 +110,9 @@ def find_tap(network: nn.Module, run: Callable[[Tensor], Any], x: Tensor) -> Fea
         return FeatureTap(block, max(whole, key=lambda k: _similarity(outputs[k], source)))
     longer = [k for k, tensor in enumerate(outputs) if tensor.shape[1] > len(positions)]
     if not mixed and source is not None and longer and outputs[longer[0]].shape[1] == source.shape[1]:
+        length = source.shape[1]
+        if positions == list(range(length - len(positions), length)):
+            positions = [position - length for position in positions]
         return FeatureTap(block, longer[0], tuple(positions))
     raise UserError(
         f"cannot tell image tokens from text tokens in {type(network).__name__}.{block}; train without a GAN"

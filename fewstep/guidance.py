@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning import Conditioning
-from fewstep.denoiser import Denoiser, NetworkDenoiser
+from fewstep.denoiser import Denoiser
 from fewstep.errors import UserError
-from fewstep.prediction import add_noise
-
-# Two answers that differ by less, relative to their size, are the same up to rounding.
-_DEAF = 1e-5
-_LISTENING_TIMES = (0.25, 0.5, 0.75, 1.0)
+from fewstep.intervals import TimedScale
+from fewstep.ragged import AnyConditioning, in_groups, join
 
 
 def guide(positive: Tensor, negative: Tensor, guidance_scale: float | Tensor) -> Tensor:
@@ -36,21 +33,22 @@ def rescale_norm(guided: Tensor, positive: Tensor) -> Tensor:
 class GuidedDenoiser:
     """A denoiser under classifier-free guidance; itself a :class:`fewstep.denoiser.Denoiser`.
 
-    One network call of 2B rows where the conditionings can be joined, two calls of B rows elsewhere.
+    One network call of 2B rows where the conditionings can be joined, else one for each group of equal shape.
 
     Args:
         denoiser: the unguided one.
         negative: conditioning of one sample, used for every sample of a batch; None where the scale is 1.
-        guidance_scale: w.
+        guidance_scale: w; or one for each interval of the time.
 
     Raises:
         UserError: a scale other than 1 without a negative conditioning.
     """
 
-    def __init__(self, denoiser: Denoiser, negative: Conditioning | None, guidance_scale: float) -> None:
+    def __init__(self, denoiser: Denoiser, negative: Conditioning | None, guidance_scale: float | TimedScale) -> None:
         if guidance_scale != 1.0 and negative is None:
+            wish = guidance_scale.scales if isinstance(guidance_scale, TimedScale) else guidance_scale
             raise UserError(
-                f"guidance_scale={guidance_scale} needs classifier-free guidance, which this teacher lacks; "
+                f"guidance_scale={wish} needs classifier-free guidance, which this teacher lacks; "
                 "set guidance_scale to 1"
             )
         self.denoiser = denoiser
@@ -62,50 +60,13 @@ class GuidedDenoiser:
         """Network calls per sample: 2, or 1 where guidance is off."""
         return 1 if self.guidance_scale == 1.0 else 2
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """Guided x0 (B, ...)."""
         if self.guidance_scale == 1.0:
             return self.denoiser(x_t, t, conditioning)
         batch = x_t.shape[0]
-        negative = self.negative.select([0] * batch)
-        if Conditioning.compatible(negative, conditioning):
-            both = Conditioning.cat([negative, conditioning])
-            x0_negative, x0_positive = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        else:
-            x0_negative = self.denoiser(x_t, t, negative)
-            x0_positive = self.denoiser(x_t, t, conditioning)
-        return guide(x0_positive, x0_negative, self.guidance_scale)
-
-
-@torch.no_grad()
-def refuse_deaf(
-    teacher: NetworkDenoiser, negative: Conditioning, conditioning: Conditioning, noise: Tensor, guidance_scale: float
-) -> None:
-    """Raise where the teacher answers its conditions and its negative alike, so that no guidance moves it.
-
-    Guidance-distilled teachers may do so. A network that answers nothing but zeros is untrained, and passes: the proof
-    of its recording has warned of it.
-
-    Args:
-        teacher: unguided.
-        negative: of one sample.
-        conditioning: of the B samples that are listened to, one at a time.
-        noise: (2, ...) unit normal; noise and a clean sample are made of it.
-        guidance_scale: the run's, for the message.
-
-    Raises:
-        UserError: no condition changes the answer at any time.
-    """
-    for t in _LISTENING_TIMES:
-        time = teacher.schedule.snap(torch.full((1,), t, dtype=torch.float64, device=noise.device))
-        x_t = add_noise(noise[:1], noise[1:], teacher.schedule.coefficients(time))
-        without = teacher.raw(x_t, time, negative)
-        for row in range(conditioning.batch_size):
-            answer = teacher.raw(x_t, time, conditioning.select([row]))
-            size = answer.abs().max()
-            if size == 0 or (answer - without).abs().max() > _DEAF * size:
-                return
-    raise UserError(
-        f"this teacher answers the same with and without its condition, as guidance-distilled models may: a guidance "
-        f"of {guidance_scale:g} would change nothing; use --guidance_scale 1"
-    )
+        both = join([self.negative.select([0] * batch), conditioning])
+        x0 = in_groups(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        x0_negative, x0_positive = x0.chunk(2)
+        scale = self.guidance_scale
+        return guide(x0_positive, x0_negative, scale.at(t, x_t) if isinstance(scale, TimedScale) else scale)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep import checkpoint
 from fewstep.adapters import AdapterRole
@@ -50,16 +50,18 @@ def initialize(
                 _load_run(roles[name], tensors[name], say)
     else:
         pipeline = load_teacher(init, trust_remote_code, flag="--init")
-        network = getattr(pipeline, recording.component, None)
-        if network is None:
-            raise UserError(f"--init {init} has no {recording.component}; it is of another family than the teacher")
+        networks = {name: getattr(pipeline, name, None) for name in recording.components}
+        for name, network in networks.items():
+            if network is None:
+                raise UserError(f"--init {init} has no {name}; it is of another family than the teacher")
         _refuse_other_prediction(init, _prediction_of_pipeline(pipeline), recording)
-        if isinstance(roles["student"], AdapterRole):
+        if roles["student"].part == AdapterRole.part:
             raise UserError(
                 f"--init {init} is a whole network, and with --lora_rank the student is an adapter of the teacher; "
                 "leave one of the two out"
             )
-        roles["student"].load_state_dict({f"network.{k}": v for k, v in network.state_dict().items()})
+        whole = nn.ModuleDict(networks) if len(networks) > 1 else network
+        roles["student"].load_state_dict({f"network.{k}": v for k, v in whole.state_dict().items()})
         say(f"the student starts from {init}; the critic starts from the teacher")
     if "ema" in roles:
         roles["ema"].copy_weights(roles["student"])
@@ -82,7 +84,8 @@ def _refuse_other_form(init: str, source: Path, role: Role, tensors: dict[str, T
             f"--init {init} holds {has} for the {role.name} where this run has {wanted}; "
             "give both runs the same --lora_rank and --full_critic"
         )
-    if isinstance(role, AdapterRole) and (theirs := _alpha_of_run(source)) not in (None, role.backbone.alpha):
+    own = next(iter(role.experts.values()))
+    if isinstance(own, AdapterRole) and (theirs := _alpha_of_run(source)) not in (None, own.backbone.alpha):
         raise UserError(f"--init {init} was trained with --lora_alpha {theirs:g}; give this run the same")
 
 

@@ -12,8 +12,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fewstep.conditioning import Conditioning
 from fewstep.draws import Draws
+from fewstep.ragged import AnyConditioning
 from fewstep.roles import Role
 
 
@@ -46,7 +46,7 @@ class Real:
     """Real samples: ``x0`` (B, ...) in the network's space and their own conditioning."""
 
     x0: Tensor
-    conditioning: Conditioning
+    conditioning: AnyConditioning
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Batch:
 
     size: int
     shape: tuple[int, ...]
-    conditioning: Conditioning
+    conditioning: AnyConditioning
     draws: Draws
     real: Real | None
     logging: bool
@@ -78,11 +78,13 @@ class Calls:
         no_grad: nothing.
         to_parameters: the gradient of the role's own parameters.
         to_inputs: only the gradient of the sample; the role's parameters get none.
+        jvp: passes that carry a tangent (forward-mode derivative), which are no part of the others.
     """
 
     no_grad: float = 0
     to_parameters: float = 0
     to_inputs: float = 0
+    jvp: float = 0
 
 
 class Method(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,12 @@ class RoleOptimizer:
         self.renewed_at = step
 
     def update(self, step: int) -> Tensor:
-        """Reduce, clip and apply the gradients that the parameters hold, and drop them. Returns their norm, ()."""
+        """Reduce, clip and apply the gradients that the parameters hold, and drop them. Returns their norm, ().
+
+        A parameter without a gradient on every process stays as it is, and so do its momenta.
+        """
+        if self.role.gradients_vary:
+            fill_absent(self.parameters)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not gradients:
             raise RuntimeError(f"no parameter of the {self.role.name} got a gradient in step {step}")
@@ -79,9 +84,23 @@ class RoleOptimizer:
         self.adamw.load_state_dict(full)
 
 
+def fill_absent(parameters: Sequence[Tensor]) -> None:
+    """Give a zero gradient to every parameter that has none here but has one on another process.
+
+    Afterwards all processes hold gradients of the same parameters. Which those are, each has to read.
+    """
+    if not _several_processes():
+        return
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(present)
+    for parameter, count in zip(parameters, present.tolist(), strict=True):
+        if count and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:
     """Sum each tensor over all processes, in place, in buckets. Every process must hold the same list."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _several_processes():
         return
     bucket: list[Tensor] = []
     for tensor in [*tensors, None]:
@@ -93,3 +112,7 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> None:
             bucket = []
         if tensor is not None:
             bucket.append(tensor)
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.conditioning import Conditioning
 from fewstep.denoiser import NetworkDenoiser
 from fewstep.errors import UserError
+from fewstep.ragged import AnyConditioning
 from fewstep.recording import Recording
 
 
@@ -30,15 +30,22 @@ class Role:
 
     #: What its own share of the network is called in its state.
     part = "network"
+    #: Whether the parameters that get a gradient in a turn may differ from one process to another.
+    gradients_vary = False
 
     def __init__(self, name: str, denoiser: NetworkDenoiser, added: dict[str, nn.Module] | None = None) -> None:
         self.name = name
         self.denoiser = denoiser
         self.added = dict(added or {})
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """x0 (B, ...), see :class:`fewstep.denoiser.Denoiser`."""
         return self.denoiser(x_t, t, conditioning)
+
+    @property
+    def experts(self) -> dict[str, Role]:
+        """The roles of its single networks: this role itself, unless several share the time (fewstep.routing)."""
+        return {self.denoiser.recipe.component: self}
 
     @property
     def weights(self) -> nn.Module:
@@ -51,7 +58,10 @@ class Role:
         return {self.part: self.weights, **self.added}
 
     def stock_network(self) -> nn.Module:
-        """A network of the teacher's class that does alone what this role does; adapters are merged into a copy."""
+        """A network of the teacher's class that does alone what this role does; adapters are merged into a copy.
+
+        Of several experts it is an ``nn.ModuleDict`` of such networks.
+        """
         return self.denoiser.network
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.conditioning import Conditioning
 from fewstep.denoiser import Denoiser
 from fewstep.prediction import add_noise, ode_step
+from fewstep.ragged import AnyConditioning
 from fewstep.schedule import NoiseSchedule
 from fewstep.timesteps import even_grid
 
@@ -46,7 +46,7 @@ def rollout(
     student: Denoiser,
     sampler: Sampler,
     noise: Tensor,
-    conditioning: Conditioning,
+    conditioning: AnyConditioning,
     step_noise: Callable[[int], Tensor] | None = None,
     last: int | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,13 +15,16 @@ from fewstep.errors import UserError
 from fewstep.export.card import license_fields, teacher_license_of
 
 
-def load_teacher(name: str, trust_remote_code: bool = False, flag: str = "--teacher") -> DiffusionPipeline:
+def load_teacher(
+    name: str, trust_remote_code: bool = False, flag: str = "--teacher", **parts: Any
+) -> DiffusionPipeline:
     """The float32 pipeline of a folder, a hub id, or an embedded teacher (``fashion-sd``, ``fashion-flow``).
 
     Args:
         name: of these.
         trust_remote_code: let it run code from its own folder.
         flag: which setting named it, for messages.
+        parts: of the pipeline that are there already; the others are loaded.
 
     Raises:
         UserError: there is no such thing, it is not a pipeline, or it needs code that the user did not allow.
@@ -31,7 +35,7 @@ def load_teacher(name: str, trust_remote_code: bool = False, flag: str = "--teac
         raise UserError(f"{flag} {name} {what}")
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            path or name, torch_dtype=torch.float32, trust_remote_code=trust_remote_code
+            path or name, torch_dtype=torch.float32, trust_remote_code=trust_remote_code, **parts
         )
     except Exception as error:  # each library that reads a part of the folder has exceptions of its own
         if "trust_remote_code" in str(error):

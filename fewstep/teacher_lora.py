@@ -42,6 +42,11 @@ class FusedLora:
     factors: dict[str, dict[str, tuple[Tensor, Tensor]]]
     apart: str | None
 
+    @property
+    def in_text(self) -> bool:
+        """Whether it changes a text encoder."""
+        return any(component.startswith("text_encoder") for component in self.factors)
+
     def without(self, component: str, network: nn.Module) -> nn.Module:
         """A copy of a component as it was before, to rounding, where nothing is ``apart``; ``network`` stays."""
         found = copy.deepcopy(network)

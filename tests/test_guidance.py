@@ -82,8 +82,8 @@ def test_a_teacher_that_does_not_hear_its_condition_is_not_guided(tmp_path: Path
         for name, module in pipeline.unet.named_modules():
             if name.endswith("attn2.to_v"):
                 module.weight.data = torch.zeros_like(module.weight)
-        for settings, value in (({}, "7.5"), ({"guidance_scale": 3.0}, "3")):
-            with pytest.raises(UserError, match=f"a guidance of {value} would change nothing; use --guidance_scale 1"):
+        for settings in ({}, {"guidance_scale": 3.0}):
+            with pytest.raises(UserError, match="guidance would change nothing; use --guidance_scale 1"):
                 distillation(pipeline, tmp_path, **settings)
         assert distillation(pipeline, tmp_path, guidance_scale=1.0).negative is None
 

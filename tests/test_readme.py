@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import re
@@ -14,6 +15,7 @@ import pytest
 
 import fewstep
 from fewstep import cli
+from fewstep.cli.distill import distill_config
 from fewstep.fashion import TEACHERS
 from tests import tiny_pipelines
 
@@ -74,17 +76,18 @@ def test_a_command_is_understood(words: list[str], monkeypatch: pytest.MonkeyPat
     command, *rest = words
     assert command in cli.COMMANDS
     if command == "distill":
-        cli.distill_config(rest[0], rest[1:])
+        distill_config(rest[0], rest[1:])
         return
-    parse = cli._parse
+    module = importlib.import_module(f"fewstep.cli.{cli.COMMANDS[command]}")
+    parse = module.parse
 
     def stop(parser: Any, arguments: Any) -> None:
         parse(parser, arguments)
         raise ParsedError
 
-    monkeypatch.setattr(cli, "_parse", stop)
+    monkeypatch.setattr(module, "parse", stop)
     with pytest.raises(ParsedError):
-        cli.COMMANDS[command](rest)
+        module.run(rest)
 
 
 def test_the_documents_show_every_command() -> None:

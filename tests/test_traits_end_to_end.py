@@ -35,7 +35,7 @@ SETTINGS |= {"report_to": "none", "cpu": True, "sample_steps": 0}
 def walked(run: Distillation, role: Role) -> None:
     """In place of the export, because diffusers does not have the class: the same check of the student, in memory."""
     student, recording, plan = role.stock_network(), run.recording, run.plan
-    reference = reference_of(recording, student)
+    reference = reference_of(recording, {recording.component: student})
     pipeline = with_parts(recording.pipeline, network=student, scheduler=plan.scheduler)
     walk_counts(recording, pipeline, plan, reference)
     teacher = recording.network.state_dict()

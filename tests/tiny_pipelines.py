@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMPipeline,
     DDIMScheduler,
     DiTPipeline,
@@ -28,6 +29,8 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -208,6 +211,33 @@ def tiny_flow(shift: float = 3.0) -> StableDiffusion3Pipeline:
             tokenizer_3=tokenizer,
         )
     return _quiet(pipeline)
+
+
+def tiny_wan(boundary_ratio: float = 0.875, shift: float = 3.0) -> WanPipeline:
+    """Prompts, video latents (16, 3, 2, 2), two flow-matching transformers: one above the boundary, one below."""
+    with _seeded():
+        tokenizer = tiny_tokenizer()
+        sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "freq_dim": 32, "ffn_dim": 16}
+        high, low = (
+            WanTransformer3DModel(in_channels=16, out_channels=16, num_layers=2, rope_max_seq_len=32, **sizes).eval()
+            for _ in range(2)
+        )
+        for parameter in low.parameters():  # most layers start alike; the two must not be taken for each other
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+        pipeline = WanPipeline(
+            tokenizer=tokenizer,
+            text_encoder=T5EncoderModel(_t5_config(len(tokenizer))).eval(),
+            vae=AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+            transformer=high,
+            transformer_2=low,
+            boundary_ratio=boundary_ratio,
+        )
+    return _quiet(pipeline)
+
+
+#: Keyword arguments under which `tiny_wan` is fast.
+WAN_CALL = {"height": 16, "width": 16, "num_frames": 9, "max_sequence_length": 8}
 
 
 def _quiet(pipeline: Any) -> Any:

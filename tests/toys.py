@@ -32,6 +32,8 @@ from fewstep.timesteps import uniform_times
 class PlainRecipe:
     """Calls a network with the sample, the schedule's timestep and the conditioning's arguments."""
 
+    component = "network"
+
     def call(self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         return network(x, timestep, **conditioning.arguments())
 

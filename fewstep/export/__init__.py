@@ -3,7 +3,7 @@
 from fewstep.export.apply import apply
 from fewstep.export.errors import ExportError
 from fewstep.export.load import load
-from fewstep.export.lora import export_lora, loads_lora
+from fewstep.export.lora import export_lora, loads_lora, why_no_lora
 from fewstep.export.plan import StudentPlan, plan_student
 from fewstep.export.student import export_student, refuse_own_code, verify_student
 from fewstep.export.walk import WalkError
@@ -20,4 +20,5 @@ __all__ = [
     "plan_student",
     "refuse_own_code",
     "verify_student",
+    "why_no_lora",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,38 +38,48 @@ def apply(pipeline: DiffusionPipeline, lora: str | Path) -> DiffusionPipeline:
         raise ExportError(f"{lora} is a whole pipeline, no LoRA; load it with fewstep.load")
     if hasattr(pipeline, "fewstep"):
         raise ExportError("this pipeline is a student already; load its base model anew")
-    component, base = about["component"], about["base_model"]
-    network = pipeline.components.get(component)
-    if network is None:
-        raise ExportError(f"{lora} is for the {component} of {base}, and {type(pipeline).__name__} has none")
-    weights = fetched(lora, LORA_FILE)
-    if (reason := _misfit(network, component, weights)) is not None:
-        raise ExportError(f"{lora} is for {base} and does not fit this {component}: {reason}")
+    base = about["base_model"]
+    for name, value in about.get("config", {}).items():
+        if (own := pipeline.config.get(name)) != value:
+            raise ExportError(f"{lora} is for {base} with {name}={value!r}, and this pipeline has {name}={own!r}")
+    for component, file in lora_files(about).items():
+        network = pipeline.components.get(component)
+        if network is None:
+            raise ExportError(f"{lora} is for the {component} of {base}, and {type(pipeline).__name__} has none")
+        weights = fetched(lora, file)
+        if (reason := _misfit(network, about["component"], weights)) is not None:
+            raise ExportError(f"{lora} is for {base} and does not fit this {component}: {reason}")
     fetched(lora, "scheduler/scheduler_config.json")
-    ship(pipeline, component, about["scheduler"], weights.parent)
+    ship(pipeline, about, weights.parent)
     pipeline.__class__ = student_class(type(pipeline), about)
     return pipeline
 
 
-def ship(pipeline: DiffusionPipeline, component: str, scheduler: str, folder: Path) -> None:
-    """Load the adapter and set the scheduler, as the card tells users of stock diffusers. Nothing is checked.
+def lora_files(about: Mapping[str, Any]) -> dict[str, str]:
+    """The file of each network's adapter by the network's name in the pipeline, of a student's ``fewstep.json``."""
+    return {about["component"]: about["lora"]["file"], **about["lora"].get("further_files", {})}
+
+
+def ship(pipeline: DiffusionPipeline, about: Mapping[str, Any], folder: Path) -> None:
+    """Load the adapters and set the scheduler, as the card tells users of stock diffusers. Nothing is checked.
 
     Args:
         pipeline: of the base model.
-        component: its denoiser's name.
-        scheduler: class name of the student's scheduler.
-        folder: with the adapter and ``scheduler/``.
+        about: of the student.
+        folder: with the adapters and ``scheduler/``.
     """
+    component = about["component"]
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # diffusers warns that the file holds nothing for the text encoders
     try:
-        if hasattr(pipeline, "load_lora_weights"):
-            pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE)
-        else:
-            getattr(pipeline, component).load_lora_adapter(str(folder), weight_name=LORA_FILE, prefix=component)
+        for name, file in lora_files(about).items():
+            if name == component and hasattr(pipeline, "load_lora_weights"):
+                pipeline.load_lora_weights(str(folder), weight_name=file)
+            else:
+                getattr(pipeline, name).load_lora_adapter(str(folder), weight_name=file, prefix=component)
     finally:
         logging.set_verbosity(verbosity)
-    stock = getattr(diffusers, scheduler).from_pretrained(str(folder), subfolder="scheduler")
+    stock = getattr(diffusers, about["scheduler"]).from_pretrained(str(folder), subfolder="scheduler")
     pipeline.register_modules(**{find_scheduler(pipeline): stock})
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from yaml import YAMLError
 
+from fewstep.export.apply import lora_files
 from fewstep.recording.observe import find_scheduler
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -63,7 +64,7 @@ def write_card(
         _front_matter(about, pipeline, license_fields),
         f"# {base} in {_steps(steps)}",
         f"A {steps}-step student of `{base}`{_with_lora(about)}, distilled with {method} by fewstep. "
-        f"It is {_form(about)} `{stock}`: diffusers alone loads and samples it.",
+        f"It is {_form(about)} `{stock}`: diffusers alone loads and samples it.{_experts(about)}",
         f"## Use it\n\n```python\n{snippet(about, pipeline)}\n```\n\n"
         "The arguments matter: without them a stock pipeline runs its own number of steps, and most guide. fewstep "
         "fills them in:\n\n"
@@ -107,7 +108,7 @@ def snippet(about: Mapping[str, Any], pipeline: Any) -> str:
     used = ", ".join(sorted(["DiffusionPipeline", *([about["scheduler"]] if lora else [])]))
     lines = ["import torch", f"from diffusers import {used}", "", _stock(about)]
     if lora:
-        lines.append(f"{_loader(about, pipeline)}, weight_name={about['lora']['file']!r})")
+        lines += _loaders(about, pipeline)
         source = f'{_PLACEHOLDER}, subfolder="scheduler"'
         lines.append(f"pipe.{find_scheduler(pipeline)} = {about['scheduler']}.from_pretrained({source})")
     if about["noise_follows"] == "global seed":
@@ -124,6 +125,18 @@ def _with_lora(about: Mapping[str, Any]) -> str:
     return f" with the LoRA `{about['teacher_lora']}`{kept}"
 
 
+def _experts(about: Mapping[str, Any]) -> str:
+    """Which of several networks is called when."""
+    if "experts" not in about:
+        return ""
+    parts = []
+    for name, expert in about["experts"].items():
+        lowest = expert["lowest_timestep"]
+        place = "below" if lowest is None else f"from timestep {lowest:g} up"
+        parts.append(f"`{name}` {place}" + ("" if expert["trained"] else " (the teacher's own: no step leads there)"))
+    return f" Its networks share the time: {', '.join(parts)}."
+
+
 def _form(about: Mapping[str, Any]) -> str:
     return "a LoRA for a stock" if "lora" in about else "a stock"
 
@@ -134,11 +147,16 @@ def _stock(about: Mapping[str, Any]) -> str:
     return f"pipe = DiffusionPipeline.from_pretrained({source}{absent})"
 
 
-def _loader(about: Mapping[str, Any], pipeline: Any) -> str:
-    """The call that loads a LoRA, open for further arguments."""
-    if hasattr(pipeline, "load_lora_weights"):
-        return f"pipe.load_lora_weights({_PLACEHOLDER}"
-    return f'pipe.{about["component"]}.load_lora_adapter({_PLACEHOLDER}, prefix="{about["component"]}"'
+def _loaders(about: Mapping[str, Any], pipeline: Any) -> list[str]:
+    """The calls that load a LoRA, one for each network that it is for."""
+    lines = []
+    for name, file in lora_files(about).items():
+        if name == about["component"] and hasattr(pipeline, "load_lora_weights"):
+            lines.append(f"pipe.load_lora_weights({_PLACEHOLDER}, weight_name={file!r})")
+        else:
+            prefix = f'prefix="{about["component"]}"'
+            lines.append(f"pipe.{name}.load_lora_adapter({_PLACEHOLDER}, {prefix}, weight_name={file!r})")
+    return lines
 
 
 def _loading(about: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fewstep.adapters import AdapterRole
 from fewstep.export.about import write_about
-from fewstep.export.apply import LORA_FILE, ship
+from fewstep.export.apply import LORA_FILE, lora_files, ship
 from fewstep.export.card import write_card
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
@@ -31,6 +31,7 @@ from fewstep.export.trace import with_parts
 
 if TYPE_CHECKING:
     from fewstep.recording import Recording
+    from fewstep.roles import Role
     from fewstep.teacher_lora import FusedLora
 
 
@@ -39,9 +40,19 @@ def loads_lora(network: nn.Module) -> bool:
     return hasattr(network, "load_lora_adapter")
 
 
+def why_no_lora(recording: Recording, teacher_lora: FusedLora | None = None) -> str | None:
+    """Why no LoRA of the base model can hold a student of this teacher; None where one can."""
+    other = next((expert.network for expert in recording.experts if not loads_lora(expert.network)), None)
+    if other is not None:
+        return f"diffusers loads no LoRA into a {type(other).__name__}"
+    if teacher_lora is not None and teacher_lora.apart is not None:
+        return f"the teacher's LoRA cannot be a part of the student's ({teacher_lora.apart})"
+    return None
+
+
 def export_lora(
     recording: Recording,
-    role: AdapterRole,
+    role: Role,
     plan: StudentPlan,
     out: str | Path,
     *,
@@ -56,7 +67,7 @@ def export_lora(
 
     Args:
         recording: of the teacher; its pipeline is left as it is.
-        role: whose adapter is written.
+        role: whose adapter is written; of several experts each one's in a file of its own.
         plan: what it was trained for.
         out: the folder; an older student in its place is replaced.
         method: as in :func:`fewstep.export.export_student`, and so are the others.
@@ -64,34 +75,28 @@ def export_lora(
         teacher_license: of the teacher.
         metrics: for the card.
         training: for ``fewstep.json``.
-        teacher_lora: what was fused into the base model to make the teacher; the file then holds both.
+        teacher_lora: what was fused into the base model to make the teacher; the files then hold both.
 
     Raises:
         ExportError: ``out`` is in use, or what stock diffusers loads from it is not what was trained.
     """
     out = Path(out)
     refuse_occupied(out)
-    adapter = _adapter(role, recording.component, teacher_lora)
-    prefix = f"{recording.component}."
-    state = {f"{prefix}{k}": v.detach().cpu().contiguous() for k, v in adapter.state().items()}
     about = about_student(recording, plan, method, base_model, training, teacher_lora)
-    about["lora"] = {"file": LORA_FILE, "rank": adapter.rank, "alpha": adapter.alpha}
+    adapters = {name: _adapter(role.experts[name], name, teacher_lora) for name in recording.components}
+    about["lora"] = _about_lora(adapters)
     with written(out) as partial:
-        metadata = {
-            "format": "pt",
-            "lora_adapter_metadata": json.dumps({f"{prefix}{k}": value for k, value in adapter.config().items()}),
-            "fewstep": json.dumps(about, default=str),
-        }
-        save_file(state, partial / LORA_FILE, metadata)
+        for component, file in lora_files(about).items():
+            _write_adapter(partial / file, adapters[component], about)
         plan.scheduler.save_pretrained(partial / "scheduler")
         write_about(partial, about)
         license_fields = license_of(recording, base_model, teacher_license)
         card = write_card(about, recording.pipeline, license_fields=license_fields, metrics=metrics, note=plan.note)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        base = (
-            recording.network if teacher_lora is None else teacher_lora.without(recording.component, recording.network)
-        )
-        verify_lora(recording, adapter, base, plan, partial)
+        bare = recording.networks
+        if teacher_lora is not None:
+            bare = {name: teacher_lora.without(name, network) for name, network in bare.items()}
+        verify_lora(recording, adapters, bare, plan, partial, about)
     return out
 
 
@@ -150,22 +155,51 @@ def _adapter(role: AdapterRole, component: str, teacher_lora: FusedLora | None) 
     return Adapter(factors, most, most)
 
 
-def verify_lora(recording: Recording, adapter: Adapter, base: nn.Module, plan: StudentPlan, folder: Path) -> None:
+def _about_lora(adapters: dict[str, Adapter]) -> dict[str, Any]:
+    first, *others = adapters
+    about = {"file": LORA_FILE, "rank": adapters[first].rank, "alpha": adapters[first].alpha}
+    if others:
+        about["further_files"] = {name: LORA_FILE.replace(".", f"_{name}.") for name in others}
+    return about
+
+
+def _write_adapter(path: Path, adapter: Adapter, about: dict[str, Any]) -> None:
+    """One file, its names under the first network's: the one that pipelines' own loaders look for in every file."""
+    prefix = f"{about['component']}."
+    state = {f"{prefix}{k}": v.detach().cpu().contiguous() for k, v in adapter.state().items()}
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps({f"{prefix}{key}": value for key, value in adapter.config().items()}),
+        "fewstep": json.dumps(about, default=str),
+    }
+    save_file(state, path, metadata)
+
+
+def verify_lora(
+    recording: Recording,
+    adapters: dict[str, Adapter],
+    base: dict[str, nn.Module],
+    plan: StudentPlan,
+    folder: Path,
+    about: dict[str, Any],
+) -> None:
     """Load ``folder`` into a copy of the base model by stock diffusers; compare every layer, and walk every count.
 
     Raises:
         ExportError: a layer is missing, scaled otherwise, switched off or of other weights, or a walk fails.
     """
-    network = copy.deepcopy(base)
-    pipeline = with_parts(recording.pipeline, **{recording.component: network})
-    ship(pipeline, recording.component, type(plan.scheduler).__name__, folder)
-    layers = {path: module for path, module in network.named_modules() if isinstance(module, LoraLayer)}
-    if layers.keys() != adapter.factors.keys():
-        odd = sorted(layers.keys() ^ adapter.factors.keys())
-        raise ExportError(f"the exported LoRA loads into other layers than were trained: {', '.join(odd[:3])}")
-    for path, layer in layers.items():
-        if not _holds(layer, adapter, path):
-            raise ExportError(f"the exported LoRA is not what was trained, in {recording.component}.{path}")
+    networks = {name: copy.deepcopy(network) for name, network in base.items()}
+    pipeline = with_parts(recording.pipeline, **networks)
+    ship(pipeline, about, folder)
+    for component, network in networks.items():
+        adapter = adapters[component]
+        layers = {path: module for path, module in network.named_modules() if isinstance(module, LoraLayer)}
+        if layers.keys() != adapter.factors.keys():
+            odd = sorted(layers.keys() ^ adapter.factors.keys())
+            raise ExportError(f"the exported LoRA loads into other layers than were trained: {', '.join(odd[:3])}")
+        for path, layer in layers.items():
+            if not _holds(layer, adapter, path):
+                raise ExportError(f"the exported LoRA is not what was trained, in {component}.{path}")
     walk_counts(recording, pipeline, plan)
 
 

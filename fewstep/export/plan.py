@@ -101,7 +101,7 @@ def plan_student(
     measured = is_flow and shift is None and config.get("use_dynamic_shifting")
     origin = ", with the shift that the teacher has at the recorded size" if measured else ""
     call = student_call(recording, steps)
-    reference = reference_of(recording, recording.network)
+    reference = reference_of(recording, recording.networks)
 
     def found(way: str, reason: str) -> StudentPlan:
         return _plan(recording, replace(wish, renoise=way), call, reference, reason + origin)
@@ -155,11 +155,16 @@ def student_call(recording: Recording, steps: int) -> dict[str, Any]:
     return call
 
 
-def reference_of(recording: Recording, network: nn.Module) -> Reference:
-    """What the walk compares the pipeline's answers with: the recipe's call of ``network`` for the recording's item."""
+def reference_of(recording: Recording, networks: dict[str, nn.Module]) -> Reference:
+    """What the walk compares the pipeline's answers with: the recipe's calls of ``networks`` for the recording's item.
+
+    Args:
+        recording: of the teacher.
+        networks: by component.
+    """
     item = [recording.invocation.item]
     items = {"prompt": {"prompts": item}, "label": {"labels": item}, None: {}}[recording.conditional]
-    return Reference(recording.recipe, network, recording.condition(**items))
+    return Reference(recording.recipe, networks, recording.condition(**items))
 
 
 def walk_student(
@@ -176,7 +181,11 @@ def walk_student(
         WalkError: it does not hold.
     """
     arguments = _arguments(recording, count, call)
-    return walk(pipeline, arguments, recording.schedule, recording.prediction_type, renoise, reference)
+
+    def component_at(timestep: float) -> str:
+        return recording.expert_at(timestep).component
+
+    return walk(pipeline, arguments, recording.schedule, recording.prediction_type, renoise, component_at, reference)
 
 
 def _refuse(

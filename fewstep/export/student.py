@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -47,7 +49,7 @@ def export_student(
 
     Args:
         recording: of the teacher.
-        network: the trained student network, of the teacher network's class.
+        network: the trained student network, of the teacher network's class; an ``nn.ModuleDict`` of several experts.
         plan: what it was trained for.
         out: the folder.
         method: the method's name, for the card.
@@ -61,11 +63,12 @@ def export_student(
         ExportError: ``out`` is in use, or the written folder does not sample as planned.
     """
     out = Path(out)
-    _refuse(recording, network, out)
+    networks = by_component(recording, network)
+    _refuse(recording, networks, out)
     with written(out) as partial:
-        saved = _as_saved(network, recording.network)
-        parts = {recording.component: saved, find_scheduler(recording.pipeline): copy.deepcopy(plan.scheduler)}
-        student = with_parts(recording.pipeline, **parts)
+        saved = {name: _as_saved(own, recording.networks[name]) for name, own in networks.items()}
+        scheduler = {find_scheduler(recording.pipeline): copy.deepcopy(plan.scheduler)}
+        student = with_parts(recording.pipeline, **saved, **scheduler)
         student.save_pretrained(partial, safe_serialization=True)
         about = about_student(recording, plan, method, base_model, training, teacher_lora)
         _publish_no_paths(partial, about["base_model"])
@@ -77,15 +80,20 @@ def export_student(
     return out
 
 
-def verify_student(recording: Recording, network: nn.Module, plan: StudentPlan, folder: str | Path) -> None:
+def by_component(recording: Recording, network: nn.Module) -> dict[str, nn.Module]:
+    """The networks of :meth:`fewstep.roles.Role.stock_network` by their names in the pipeline."""
+    return dict(network.items()) if isinstance(network, nn.ModuleDict) else {recording.component: network}
+
+
+def verify_student(recording: Recording, networks: dict[str, nn.Module], plan: StudentPlan, folder: str | Path) -> None:
     """Load ``folder`` with stock diffusers and walk it at every count of the plan.
 
-    Its network's answers are compared with those of ``network``, so that the weights are proved as well.
+    Its networks' answers are compared with those of ``networks``, so that the weights are proved as well.
 
     Raises:
         ExportError: it does not load, or a walk differs from the plan.
     """
-    replaced = (find_scheduler(recording.pipeline), recording.component)
+    replaced = (find_scheduler(recording.pipeline), *recording.components)
     parts = recording.pipeline.components.items()
     shared = {name: part for name, part in parts if name not in replaced and part is not None}
     shared |= absent_parts(recording.pipeline)
@@ -93,9 +101,9 @@ def verify_student(recording: Recording, network: nn.Module, plan: StudentPlan, 
         pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=recording.dtype, **shared)
     except (OSError, ValueError, TypeError) as error:
         raise ExportError(f"the exported student does not load: {' '.join(str(error).split())}") from error
-    device = next(network.parameters()).device
-    getattr(pipeline, recording.component).to(device)
-    walk_counts(recording, pipeline, plan, reference_of(recording, network))
+    for name, network in networks.items():
+        getattr(pipeline, name).to(next(network.parameters()).device)
+    walk_counts(recording, pipeline, plan, reference_of(recording, networks))
 
 
 def walk_counts(
@@ -142,13 +150,16 @@ def refuse_own_code(pipeline: DiffusionPipeline) -> None:
         )
 
 
-def _refuse(recording: Recording, network: nn.Module, out: Path) -> None:
+def _refuse(recording: Recording, networks: dict[str, nn.Module], out: Path) -> None:
     refuse_occupied(out)
     refuse_own_code(recording.pipeline)
-    if {k: v.shape for k, v in network.state_dict().items()} != {
-        k: v.shape for k, v in recording.network.state_dict().items()
-    }:
-        raise ExportError(f"the student's weights do not fit the teacher's {recording.component}")
+    for name, teacher in recording.networks.items():
+        if name not in networks or _shapes(networks[name]) != _shapes(teacher):
+            raise ExportError(f"the student's weights do not fit the teacher's {name}")
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
 def _as_saved(network: nn.Module, teacher: nn.Module) -> nn.Module:
@@ -188,11 +199,30 @@ def about_student(
         "initial_scale": plan.initial_scale,
         "prediction_type": plan.prediction_type,
         "component": recording.component,
+        **_about_experts(recording, plan),
         "scheduler": type(plan.scheduler).__name__,
         "note": plan.note,
         "training": dict(training or {}),
         "fewstep_version": fewstep.__version__,
     }
+
+
+def _about_experts(recording: Recording, plan: StudentPlan) -> dict[str, Any]:
+    """Where several networks share the time: the lowest timestep of each, and what of the config may decide it."""
+    if len(recording.experts) == 1:
+        return {}
+    visited = {recording.expert_at(timestep) for timestep in plan.timesteps}
+    experts = {
+        e.component: {"lowest_timestep": e.lowest if math.isfinite(e.lowest) else None, "trained": e in visited}
+        for e in recording.experts
+    }
+    # The numbers, words and switches of the pipeline's own config: one of them may say where the networks change.
+    config = {
+        name: value
+        for name, value in recording.pipeline.config.items()
+        if not name.startswith("_") and (value is None or isinstance(value, bool | int | float | str))
+    }
+    return {"experts": experts, "config": config}
 
 
 def _publish_no_paths(folder: Path, base_model: str) -> None:

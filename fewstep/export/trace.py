@@ -38,6 +38,7 @@ class TracedStep:
     """One ``scheduler.step``.
 
     Attributes:
+        called: names of the pipeline's networks that were called since the step before.
         timestep: the number that the pipeline passes.
         passed: all arguments of the step but the model output and the sample, as they were passed.
         sample: the scheduler's sample, (B, ...).
@@ -49,6 +50,7 @@ class TracedStep:
         result: the next sample.
     """
 
+    called: frozenset[str]
     timestep: float
     passed: dict[str, Any]
     sample: Tensor
@@ -118,9 +120,10 @@ def trace(pipeline: Any, arguments: dict[str, Any], tell: Tell | None) -> Trace:
     watch = _DrawWatch(arguments.get("generator"))
     seen = Trace()
     _watch_set_timesteps(scheduler, seen, stop=tell is None)
+    called: list[str] = []
     if tell is not None:
-        _watch_steps(scheduler, seen, watch, tell)
-    with _trial(), torch.no_grad(), _evaluating(run), watch, contextlib.suppress(_Finished):
+        _watch_steps(scheduler, seen, watch, tell, called)
+    with _trial(), torch.no_grad(), _evaluating(run), _noting(run, called), watch, contextlib.suppress(_Finished):
         run(**arguments)
     return seen
 
@@ -172,7 +175,7 @@ def _watch_set_timesteps(scheduler: Any, seen: Trace, *, stop: bool) -> None:
     scheduler.set_timesteps = set_timesteps
 
 
-def _watch_steps(scheduler: Any, seen: Trace, watch: _DrawWatch, tell: Tell) -> None:
+def _watch_steps(scheduler: Any, seen: Trace, watch: _DrawWatch, tell: Tell, called: list[str]) -> None:
     original, scaled = scheduler.step, []
     signature = inspect.signature(original)
 
@@ -196,6 +199,7 @@ def _watch_steps(scheduler: Any, seen: Trace, watch: _DrawWatch, tell: Tell) -> 
         following = result if isinstance(result, Tensor) else result[0]
         seen.steps.append(
             TracedStep(
+                called=frozenset(called),
                 timestep=float(timestep),
                 passed=passed,
                 sample=kept,
@@ -207,6 +211,7 @@ def _watch_steps(scheduler: Any, seen: Trace, watch: _DrawWatch, tell: Tell) -> 
                 result=following.detach().clone(),
             )
         )
+        called.clear()
         if len(seen.steps) == len(scheduler.timesteps):
             raise _Finished
         return result
@@ -234,6 +239,16 @@ def _trial() -> Iterator[None]:
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(1_618_033_988)
+        yield
+
+
+@contextlib.contextmanager
+def _noting(pipeline: Any, called: list[str]) -> Iterator[None]:
+    """Append the name of every network that is called."""
+    with contextlib.ExitStack() as stack:
+        for name, module in modules_of(pipeline).items():
+            handle = module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+            stack.callback(handle.remove)
         yield
 
 

@@ -8,6 +8,7 @@ alpha' * x0 + sigma' * n, with n the step's own noise (ODE) or the noise just dr
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +54,16 @@ class Walk:
 
 @dataclass(frozen=True)
 class Reference:
-    """The recipe's own call of a network, to compare the pipeline's with: is the network fed what training feeds it?"""
+    """The recipe's own call of a network, to compare the pipeline's with: is the network fed what training feeds it?
+
+    Attributes:
+        recipe: of the teacher.
+        networks: by component; several where they share the time.
+        conditioning: of one sample.
+    """
 
     recipe: Recipe
-    network: nn.Module
+    networks: dict[str, nn.Module]
     conditioning: Conditioning
 
 
@@ -66,6 +73,7 @@ def walk(
     schedule: NoiseSchedule,
     prediction_type: str,
     renoise: str,
+    component_at: Callable[[float], str],
     reference: Reference | None = None,
 ) -> Walk:
     """Run the stock pipeline and check every step.
@@ -76,6 +84,7 @@ def walk(
         schedule: the teacher's.
         prediction_type: what the network says, see :data:`fewstep.prediction.KINDS`.
         renoise: ``"ode"`` or ``"fresh"``.
+        component_at: the component that training calls at a scheduler's timestep.
         reference: also compare the network's answers with the recipe's, at the same x and timestep.
 
     Raises:
@@ -97,8 +106,10 @@ def walk(
         again = _Teller(schedule, prediction_type)
         precise = replay(pipeline, seen, again)
         deviations += _check_steps(name, precise.steps, times, again, renoise)
+    for step in steps:
+        _check_called(name, step, component_at(step.timestep))
     if reference is not None:
-        deviations += _check_answers(name, steps, schedule, reference)
+        deviations += _check_answers(name, steps, schedule, component_at, reference)
     drawn = [draw for step in steps[:-1] for draw in step.draws]
     follows = None
     if renoise == "fresh" and drawn:
@@ -174,7 +185,19 @@ def _fresh_noise(name: str, where: str, step: TracedStep) -> Tensor:
     return fitting[0].double().cpu()
 
 
-def _check_answers(name: str, steps: list[TracedStep], schedule: NoiseSchedule, reference: Reference) -> list[float]:
+def _check_called(name: str, step: TracedStep, component: str) -> None:
+    if component not in step.called:
+        called = ", ".join(sorted(step.called)) or "nothing"
+        raise WalkError(f"{name} calls {called} at timestep {step.timestep:g}, where {component} is trained")
+
+
+def _check_answers(
+    name: str,
+    steps: list[TracedStep],
+    schedule: NoiseSchedule,
+    component_at: Callable[[float], str],
+    reference: Reference,
+) -> list[float]:
     """The pipeline's answers against the recipe's at the same input: do the fed values mean the same time?"""
     deviations = []
     ends = [step.timestep for step in steps[1:]] + [float(schedule.timestep(torch.zeros(1, dtype=torch.float64)))]
@@ -185,7 +208,8 @@ def _check_answers(name: str, steps: list[TracedStep], schedule: NoiseSchedule, 
         timestep = torch.full((x.shape[0],), step.timestep, dtype=torch.float64)
         following = torch.full((x.shape[0],), end, dtype=torch.float64)
         with torch.no_grad():
-            own = reference.recipe.call(reference.network, x, timestep, conditioning, next_timestep=following)
+            network = reference.networks[component_at(step.timestep)]
+            own = reference.recipe.call(network, x, timestep, conditioning, next_timestep=following)
         relative = _ANSWER_TOLERANCE[step.answer.dtype]
         if x.device.type != "cpu":
             relative = max(relative, 1e-3)  # other kernels for other batches, and float32 matrices in TF32

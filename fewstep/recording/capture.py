@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,14 +11,29 @@ from torch import Tensor
 
 def capture(value: Any) -> Any:
     """A copy of nested containers with every tensor cloned: pipelines write the next sample into the same storage."""
+    return _map_tensors(value, lambda tensor: tensor.detach().clone())
+
+
+def scrambled(value: Any, generator: torch.Generator) -> Any:
+    """A copy of nested containers with unit noise, float32, in the place of every floating-point tensor."""
+
+    def noise(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.detach().clone()
+        return torch.randn(tensor.shape, generator=generator).to(tensor.device)
+
+    return _map_tensors(value, noise)
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return change(value)
     if type(value) in (list, tuple):
-        return type(value)(capture(item) for item in value)
+        return type(value)(_map_tensors(item, change) for item in value)
     if type(value) is dict:
-        return {key: capture(item) for key, item in value.items()}
+        return {key: _map_tensors(item, change) for key, item in value.items()}
     if isinstance(value, dict):  # a diffusers or transformers output class, which drops its empty fields
-        return type(value)(**{key: capture(item) for key, item in value.items()})
+        return type(value)(**{key: _map_tensors(item, change) for key, item in value.items()})
     return value
 
 

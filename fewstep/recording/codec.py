@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.observe import Observation, Stub, evaluating, find_decoder, observe
+from fewstep.recording.observe import evaluating, find_decoder, observe
+from fewstep.recording.seen import Observation, Stub
 
 if TYPE_CHECKING:
     from fewstep.recording.recording import Recording
@@ -159,7 +160,7 @@ def _tail(recording: Recording, stub: Any, x0: Tensor, *, stop_at_decode: bool =
         recording.pipeline,
         _call(recording),
         replace=lambda _index, sample: x0.to(sample),
-        stub=Stub(recording.component, stub),
+        stub=Stub(recording.components, stub),
         stop_at_decode=stop_at_decode,
     )
 

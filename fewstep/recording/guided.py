@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from fewstep.conditioning import Conditioning
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.experts import Expert, Visits, components_of
 from fewstep.recording.fit import fit_sample
+from fewstep.recording.formula import DEAF, FormulaFit, expert_guidance
 from fewstep.recording.invocation import SCALES, Invocation
-from fewstep.recording.observe import Step, Stub, observe
-from fewstep.recording.pieces import answers, equal, network_calls, same_conditioning, split_pieces, without_sample
+from fewstep.recording.observe import observe
+from fewstep.recording.pieces import equal, network_calls, same_conditioning, split_pieces, without_sample
 from fewstep.recording.recipe import Recipe
+from fewstep.recording.seen import Step, Stub
 from fewstep.recording.shake import shaken
 
-# Below this relative difference two answers count as the same: a formula cannot be read off them.
-_DEAF = 1e-4
 _STEPS = 4
 
 
@@ -38,6 +36,8 @@ class GuidanceReport:
         linear: whether the guided answer is a linear combination; None: not seen.
         offset: fewstep's guidance_scale is the pipeline's value plus this (0, or 1 for pos + w (pos - neg)).
         remark: what could not be seen, in words.
+        expert_formulas: `formula` of each of several networks that are split by time, in the same guided call.
+        expert_scales: w of neg + w (pos - neg) of each of them in the pipeline's call as it was given; 1 is off.
     """
 
     off_argument: tuple[str, float] | None = None
@@ -50,6 +50,8 @@ class GuidanceReport:
     linear: bool | None = None
     offset: float | None = None
     remark: str = ""
+    expert_formulas: tuple[tuple[float, float], ...] = ()
+    expert_scales: tuple[float, ...] = ()
 
     def describe(self) -> str:
         """One line for people."""
@@ -62,6 +64,8 @@ class GuidanceReport:
             text += f"; {self.formula[0]:.4g}*negative + {self.formula[1]:.4g}*positive at {self.formula_scale:g}"
         elif self.linear is False:
             text += "; the pipeline's sum is not linear (fewstep's is)"
+        if self.expert_scales:
+            text += f"; scales of the networks {', '.join(f'{w:g}' for w in self.expert_scales)}"
         return text + (f"; {self.remark}" if self.remark else "")
 
 
@@ -164,7 +168,8 @@ def record_guided(
     invocation: Invocation,
     off: dict[str, Any],
     recipe: Recipe,
-    network: nn.Module,
+    experts: Sequence[Expert],
+    visits: Visits | None,
     marked: dict[str, Any],
     unguided: Conditioning,
     embedded: set[str],
@@ -172,8 +177,10 @@ def record_guided(
 ) -> tuple[GuidanceReport, Conditioning | None, GuidedCall | None]:
     """Record two guided steps of one sample: the report, the negative conditioning, and how to repeat the call.
 
-    Two steps, because a sum that is rescaled sample by sample looks linear in one of them.
+    Two steps, because a sum that is rescaled sample by sample looks linear in one of them. Of several experts each is
+    asked, in the steps of `visits`.
     """
+    components = components_of(experts)
     failure: RecordingError | None = None
     for changes, name, scale in _guided_attempts(invocation, off):
         try:
@@ -181,7 +188,7 @@ def record_guided(
         except RecordingError as error:
             failure = failure or error  # pipelines refuse combinations (a negative prompt, a scale out of range)
             continue
-        calls = network_calls(steps[0], recipe)
+        calls = network_calls(steps[0], components)
         pieces = split_pieces(calls, recipe, marked)
         if len(pieces) < 2:
             continue
@@ -195,8 +202,17 @@ def record_guided(
             )
         positive, certain = _find_positive(pipeline, invocation, changes, recipe, marked, pieces, unguided, embedded)
         guided = GuidedCall(changes, positive, 1 - positive)
-        fitted, linear, offset, words = _formula(pipeline, invocation, guided, recipe, network, scale, steps)
+        fit = FormulaFit(recipe, guided.positive, guided.negative, scale)
+        fitted, linear, offset, words = fit(steps, components)
+        if words == DEAF:
+            with shaken(*(expert.network for expert in experts)):
+                fitted, linear, offset, words = fit(_guided_steps(pipeline, invocation, changes), components)
         default = invocation.default(name)
+        formulas, scales = (), ()
+        if visits is not None:
+            formulas, scales = expert_guidance(
+                pipeline, invocation, fit, experts, visits, pieces, marked, changes, name, off_value
+            )
         report = GuidanceReport(
             off_argument=(name, off_value),
             argument_scale=float(default) if isinstance(default, int | float) else None,
@@ -208,6 +224,8 @@ def record_guided(
             linear=linear,
             offset=offset,
             remark=words if certain else "the prompt changes neither half, so their order was not seen",
+            expert_formulas=formulas,
+            expert_scales=scales,
         )
         return report, pieces[1 - positive], guided
     if off and failure is not None:
@@ -265,7 +283,7 @@ def _find_positive(
     if matches[0] != matches[1]:
         return matches.index(True), True
     other = another_item(invocation)
-    calls = network_calls(_guided_steps(pipeline, invocation, changes, other)[0], recipe)
+    calls = network_calls(_guided_steps(pipeline, invocation, changes, other)[0], (recipe.component,))
     moved = [
         not same_conditioning(a, b, set()) for a, b in zip(pieces, split_pieces(calls, recipe, marked), strict=True)
     ]
@@ -286,44 +304,3 @@ def another_item(invocation: Invocation) -> Any:
     if invocation.conditional == "label":
         return 0 if invocation.item else 1
     return "two red boats" if invocation.item != "two red boats" else "a hill"
-
-
-def _formula(
-    pipeline: Any,
-    invocation: Invocation,
-    guided: GuidedCall,
-    recipe: Recipe,
-    network: nn.Module,
-    scale: float,
-    steps: list[Step],
-) -> tuple[tuple[float, float] | None, bool | None, float | None, str]:
-    """Fit guided = n * negative + p * positive; on shaken weights where the network is deaf to the prompt."""
-    for context in (None, shaken(network)):
-        if context is not None:
-            with context:
-                steps = _guided_steps(pipeline, invocation, guided.changes)
-        columns = []
-        for step in steps:
-            both = answers(network_calls(step, recipe), recipe, step)
-            columns.append([both[guided.negative], both[guided.positive], step.model_output[:1]])
-        negative, positive, target = (torch.cat(c).double().flatten() for c in zip(*columns, strict=True))
-        if (positive - negative).norm() > _DEAF * positive.norm():
-            return _solve(negative, positive, target, scale)
-    return None, None, None, "the answer does not depend on the prompt, even on shaken weights, so no formula was seen"
-
-
-def _solve(
-    negative: Tensor, positive: Tensor, target: Tensor, scale: float
-) -> tuple[tuple[float, float] | None, bool, float | None, str]:
-    design = torch.stack([negative, positive], dim=1)
-    solution = torch.linalg.lstsq(design, target[:, None]).solution[:, 0]
-    if (design @ solution - target).norm() > 1e-3 * target.norm():
-        return None, False, None, ""
-    n, p = solution.tolist()
-    if abs(n + p - 1) > 1e-3 * max(abs(n), abs(p)):
-        return None, False, None, ""  # where both halves agree, guidance must leave them as they are
-    for offset in (0.0, 1.0):
-        w = scale + offset
-        if abs(n - (1 - w)) < 1e-2 * w and abs(p - w) < 1e-2 * w:
-            return (1 - w, w), True, offset, ""
-    return (n, p), True, None, "an unusual formula"

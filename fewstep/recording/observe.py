@@ -11,70 +11,15 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.recording.capture import capture, capture_changes
+from fewstep.recording.capture import capture, capture_changes, scrambled
 from fewstep.recording.errors import RecordingError
-
-
-@dataclass
-class NetworkCall:
-    """One call of a pipeline component: its bound keyword arguments and what it returned (cloned)."""
-
-    component: str
-    arguments: dict[str, Any]
-    output: Any = None
-
-
-@dataclass
-class Step:
-    """One `scheduler.step`: the network calls since the previous one, and what the scheduler was given and returned.
-
-    `integer`: the scheduler counts its timesteps in integers; `scaled`: the last `scale_model_input`, None
-    where that was not called; `sigma`: its entry of `sigmas` for this step; `x0`: its clean sample, where asked for.
-    """
-
-    calls: list[NetworkCall]
-    model_output: Tensor
-    timestep: float
-    integer: bool
-    sample: Tensor
-    scaled: Tensor | None
-    result: Tensor | None = None
-    x0: Tensor | None = None
-    sigma: float | None = None
-
-    @property
-    def network_input(self) -> Tensor:
-        """The sample as the network is given it: after `scale_model_input` where the pipeline calls that."""
-        return self.sample if self.scaled is None else self.scaled
-
-
-@dataclass(frozen=True)
-class Stub:
-    """Stands in for a component's forward: it returns `output`, except in the steps of `live`, which run as ever."""
-
-    component: str
-    output: Any
-    live: frozenset[int] = frozenset()
-
-
-@dataclass
-class Observation:
-    """What one run showed. `pending`: the calls that no `scheduler.step` followed; `result`: the pipeline's output."""
-
-    steps: list[Step] = field(default_factory=list)
-    pending: list[NetworkCall] = field(default_factory=list)
-    decoder_input: Tensor | None = None
-    result: Any = None
-
-
-class _Stop(BaseException):
-    """Ends a run early. Not an Exception, so that no pipeline catches it."""
+from fewstep.recording.scheduler_watch import feed_times, watch_scheduler
+from fewstep.recording.seen import NetworkCall, Observation, Stop, Stub
 
 
 def find_scheduler(pipeline: Any) -> str:
@@ -109,6 +54,7 @@ def observe(
     stop_at_decode: bool = False,
     x0: bool = False,
     set_up: Callable[[Any], None] | None = None,
+    times: Tensor | None = None,
 ) -> Observation:
     """Call `pipeline(**arguments)` and watch.
 
@@ -116,10 +62,12 @@ def observe(
         steps: stop after so many `scheduler.step` calls; None: let the pipeline finish.
         before: name of a component; stop when it is called (its arguments are kept, it does not run).
         replace: (index of the step, the scheduler's next sample) -> what the pipeline is given instead.
-        stub: a component whose forward is not run, and what it returns instead.
+        stub: components whose forward is not run, and what they return instead.
         stop_at_decode: stop when the decoder is called and keep what it is given.
         x0: also ask the scheduler for its own clean sample at every step, where it has one.
         set_up: called once with the scheduler's copy before the run.
+        times: (N,) timesteps that the pipeline is led through instead of the scheduler's own, standing still; steps
+            then hold nothing but their time and the names of what was called, and of the above only `stub` counts.
 
     Raises:
         RecordingError: the pipeline itself failed; the message carries its words.
@@ -134,7 +82,10 @@ def observe(
         pipeline.__dict__[name] = scheduler
         if set_up is not None:
             set_up(scheduler)
-        _watch_scheduler(scheduler, seen, steps, replace, x0)
+        if times is None:
+            watch_scheduler(scheduler, seen, steps, replace, x0)
+        else:
+            feed_times(scheduler, seen, times)
         for component, module in modules_of(pipeline).items():
             stack.enter_context(_watched(component, module, seen, before, stub))
         decoder = find_decoder(pipeline)
@@ -145,7 +96,7 @@ def observe(
         stack.enter_context(torch.no_grad())
         try:
             seen.result = pipeline(**arguments)
-        except _Stop:
+        except Stop:
             pass
         except RecordingError:
             raise
@@ -186,61 +137,12 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _watch_scheduler(
-    scheduler: Any, seen: Observation, steps: int | None, replace: Callable[[int, Tensor], Tensor] | None, x0: bool
-) -> None:
-    original_step, scaled = scheduler.step, []
-    signature = inspect.signature(original_step)
-
-    # functools.wraps keeps the signature visible: pipelines inspect it to decide whether to pass eta and generator.
-    @functools.wraps(original_step)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs).arguments
-        values = list(bound.values())
-        model_output, timestep, sample = (
-            bound.get(key, values[i]) for i, key in enumerate(("model_output", "timestep", "sample"))
-        )
-        record = Step(
-            calls=list(seen.pending),
-            model_output=capture(model_output),
-            timestep=float(timestep),
-            integer=not (timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, float)),
-            sample=capture(sample),
-            scaled=scaled[-1] if scaled else None,
-        )
-        seen.pending.clear()
-        scaled.clear()
-        seen.steps.append(record)
-        if x0:
-            record.x0 = _own_x0(scheduler, bound)
-        result = original_step(*args, **kwargs)
-        record.result, record.sigma = _next_sample(result), _sigma(scheduler)
-        if x0 and record.x0 is None and _ends_clean(scheduler, len(seen.steps)):
-            record.x0 = record.result
-        if steps is not None and len(seen.steps) >= steps:
-            raise _Stop
-        if replace is not None:
-            result = _with_sample(result, replace(len(seen.steps) - 1, record.result))
-        return result
-
-    scheduler.step = step
-    if hasattr(scheduler, "scale_model_input"):
-        original_scale = scheduler.scale_model_input
-
-        @functools.wraps(original_scale)
-        def scale_model_input(*args: Any, **kwargs: Any) -> Any:
-            result = original_scale(*args, **kwargs)
-            scaled.append(capture(result))
-            return result
-
-        scheduler.scale_model_input = scale_model_input
-
-
 @contextlib.contextmanager
 def _watched(
     component: str, module: nn.Module, seen: Observation, before: str | None, stub: Stub | None
 ) -> Iterator[None]:
     signature = inspect.signature(module.forward)
+    stubbed = stub is not None and component in stub.components
     running: list[NetworkCall] = []
     previous: dict[str, Any] = {}
 
@@ -253,23 +155,28 @@ def _watched(
         previous.update(running[-1].arguments)
         seen.pending.append(running[-1])
         if component == before:
-            raise _Stop
+            raise Stop
 
     def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
-        running.pop().output = capture(output)
+        running[-1].output = capture(output)
+        if stubbed:
+            seen.last_output = running[-1].output
+        running.pop()
 
     hooks = [
         module.register_forward_pre_hook(enter, with_kwargs=True),
         module.register_forward_hook(leave, with_kwargs=True),
     ]
-    stubbed = stub is not None and stub.component == component
     own_forward = module.__dict__.get("forward")
     if stubbed:
-        forward = module.forward
+        forward, noise = module.forward, torch.Generator().manual_seed(sum(map(ord, component)))
 
         @functools.wraps(forward)
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            return forward(*args, **kwargs) if len(seen.steps) in stub.live else capture(stub.output)
+            if len(seen.steps) in stub.live:
+                return forward(*args, **kwargs)
+            output = seen.last_output if stub.output is None else stub.output
+            return scrambled(output, noise) if stub.scramble else capture(output)
 
         module.forward = stand_in
     try:
@@ -303,7 +210,7 @@ def _decode_caught(decoder: nn.Module, seen: Observation) -> Iterator[None]:
 
     def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.decoder_input = capture(z)
-        raise _Stop
+        raise Stop
 
     decoder.decode = decode
     try:
@@ -313,38 +220,3 @@ def _decode_caught(decoder: nn.Module, seen: Observation) -> Iterator[None]:
             del decoder.__dict__["decode"]
         else:
             decoder.decode = own_decode
-
-
-def _next_sample(result: Any) -> Tensor:
-    if isinstance(result, Tensor):
-        return capture(result)
-    return capture(result[0] if isinstance(result, tuple) else result.prev_sample)
-
-
-def _own_x0(scheduler: Any, bound: dict[str, Any]) -> Tensor | None:
-    """The clean sample that the scheduler itself makes of this step; a twin takes the step, so that no state moves."""
-    twin = copy.deepcopy(scheduler)
-    result = type(scheduler).step(twin, **{**bound, "return_dict": True})
-    return capture(getattr(result, "pred_original_sample", None))
-
-
-def _sigma(scheduler: Any) -> float | None:
-    """The noise level of the step just taken."""
-    sigmas, index = getattr(scheduler, "sigmas", None), getattr(scheduler, "step_index", None)
-    return None if sigmas is None or index is None else float(sigmas[index - 1])
-
-
-def _ends_clean(scheduler: Any, done: int) -> bool:
-    """Whether this step was the last one and led to no noise, so that its result is the clean sample."""
-    sigmas = getattr(scheduler, "sigmas", None)
-    return sigmas is not None and float(sigmas[-1]) == 0 and done == len(scheduler.timesteps)
-
-
-def _with_sample(result: Any, sample: Tensor) -> Any:
-    if isinstance(result, Tensor):
-        return sample
-    if isinstance(result, tuple):
-        return (sample, *result[1:])
-    changed = copy.copy(result)
-    changed.prev_sample = sample
-    return changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from fewstep.conditioning import Conditioning, mark, remark
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.observe import NetworkCall, Step
 from fewstep.recording.recipe import Recipe
+from fewstep.recording.seen import NetworkCall, Step
 
 
 def without_sample(call: NetworkCall, recipe: Recipe) -> dict[str, Any]:
@@ -19,9 +20,9 @@ def without_sample(call: NetworkCall, recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in call.arguments.items() if name not in own}
 
 
-def network_calls(step: Step, recipe: Recipe) -> list[NetworkCall]:
-    """The calls of the network in a step (the first step also holds the text encoders')."""
-    return [call for call in step.calls if call.component == recipe.component]
+def network_calls(step: Step, components: Collection[str]) -> list[NetworkCall]:
+    """The calls of the denoisers in a step (the first step also holds the text encoders')."""
+    return [call for call in step.calls if call.component in components]
 
 
 def mark_arguments(component: str, one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:

@@ -7,26 +7,26 @@ pipeline then hands to the next `scheduler.step` must be what the recipe compute
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.conditioning import Conditioning, Leaf, mark, remark
 from fewstep.prediction import to_x0
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.guided import another_item
-from fewstep.recording.observe import NetworkCall, Observation, Step, evaluating, observe
+from fewstep.recording.observe import evaluating, observe
 from fewstep.recording.pieces import answers, network_calls, repeated, without_sample
+from fewstep.recording.proof_runs import STEPS, each, own_calls, own_conditioning, relative_error, run, times
+from fewstep.recording.seen import NetworkCall, Observation, Step
 from fewstep.recording.shake import shaken
 from fewstep.schedule import FlowSchedule
 
 if TYPE_CHECKING:
     from fewstep.recording.recording import Recording
 
-STEPS = 5
 # Relative changes below this count as none: rounding alone makes 1e-7.
 _NO_REACTION = 1e-4
 
@@ -71,7 +71,7 @@ class Proof:
 
 def prove(recording: Recording, seed: int = 0) -> Proof:
     """Run the proof; see `Recording.prove`."""
-    with evaluating(recording.network):
+    with evaluating(*_networks(recording)):
         return _prove(recording, seed)
 
 
@@ -81,16 +81,16 @@ def _prove(recording: Recording, seed: int) -> Proof:
     deaf = _deaf_to(recording, seed)
     if deaf:
         text = (
-            f"the answer of {recording.component} does not change with {' or '.join(deaf)}: are its weights untrained? "
+            f"the answer of {' or '.join(deaf)} does not change with {_any_of(deaf)}: are its weights untrained? "
             "They could hide a mistake, so the proof was repeated on shaken weights"
         )
         warnings.warn(text, stacklevel=4)
         notes.append(text)
-        with shaken(recording.network, seed=seed):
+        with shaken(*_networks(recording), seed=seed):
             checks += _checks(recording, seed + 1, notes, "shaken weights, ")
             still = _deaf_to(recording, seed)
         if still:
-            notes.append(f"even with shaken weights it does not change with {' or '.join(still)}")
+            notes.append(f"even with shaken weights it does not change with {_any_of(still)}")
     failed = [check for check in checks if not check.holds]
     if failed:
         worst = max(failed, key=lambda check: check.error if check.error == check.error else float("inf"))
@@ -111,10 +111,10 @@ def tolerance(recording: Recording) -> float:
 def _checks(recording: Recording, seed: int, notes: list[str], prefix: str) -> list[Check]:
     item, other = recording.invocation.item, another_item(recording.invocation)
     allowed = tolerance(recording)
-    single = _run(recording, [item], recording.off, seed, x0=True)
+    single = run(recording, [item], recording.off, seed, x0=True)
     checks = [
         Check(
-            f"{prefix}unguided, one sample", _unguided_error(recording, single, _own_conditioning(recording)), allowed
+            f"{prefix}unguided, one sample", _unguided_error(recording, single, own_conditioning(recording)), allowed
         ),
         Check(f"{prefix}mixed times in one batch", _mixed_error(recording, single), allowed),
     ]
@@ -123,7 +123,7 @@ def _checks(recording: Recording, seed: int, notes: list[str], prefix: str) -> l
         notes.append("the scheduler gives no clean sample to compare x0 with")
     else:
         checks.append(Check(f"{prefix}x0 against the scheduler's", x0_error, max(1e-5, allowed)))
-    pair = _run(recording, [item, other], recording.off, seed + 1)
+    pair = run(recording, [item, other], recording.off, seed + 1)
     checks.append(
         Check(
             f"{prefix}unguided, two samples",
@@ -133,14 +133,14 @@ def _checks(recording: Recording, seed: int, notes: list[str], prefix: str) -> l
     )
     if recording.guided is None:
         return checks
-    if recording.guidance.calls == 1 and not Conditioning.compatible(*_each(recording, [item, other])):
+    if recording.guidance.calls == 1 and not Conditioning.compatible(*each(recording, [item, other])):
         notes.append(
             "the pipeline pads its negative to the length of each prompt; fewstep keeps the one recorded beside "
             f"{item!r} (record with a prompt of typical length)"
         )
     for items, words in (([item], "one sample"), ([item, other], "two samples")):
         try:
-            seen = _run(recording, items, recording.guided.changes, seed + 2)
+            seen = run(recording, items, recording.guided.changes, seed + 2)
         except RecordingError as error:
             if len(items) == 1:
                 raise
@@ -149,35 +149,6 @@ def _checks(recording: Recording, seed: int, notes: list[str], prefix: str) -> l
         errors = _guided_errors(recording, seen, len(items), notes)
         checks += [Check(f"{prefix}guided, {words}{part}", error, allowed) for part, error in errors.items()]
     return checks
-
-
-def _run(
-    recording: Recording, items: list[Any], changes: dict[str, Any], seed: int, *, x0: bool = False
-) -> Observation:
-    generator = torch.Generator().manual_seed(seed)
-
-    def fresh(_index: int, sample: Tensor) -> Tensor:
-        # The spread of the scheduler's own sample, so that the network sees inputs of the size it would see.
-        spread = sample.float().std().nan_to_num(1.0).clamp(min=1e-3)
-        return (torch.randn(sample.shape, generator=generator) * spread.cpu()).to(sample)
-
-    def unclipped(scheduler: Any) -> None:
-        if hasattr(scheduler, "register_to_config"):
-            names = [name for name in ("clip_sample", "thresholding") if name in scheduler.config]
-            scheduler.register_to_config(**dict.fromkeys(names, False))
-
-    call = recording.invocation.arguments(items, STEPS, **changes)
-    return observe(recording.pipeline, call, steps=STEPS, replace=fresh, x0=x0, set_up=unclipped)
-
-
-def _own_conditioning(recording: Recording) -> Conditioning:
-    return _each(recording, [recording.invocation.item])[0]
-
-
-def _each(recording: Recording, items: list[Any]) -> list[Conditioning]:
-    if recording.conditional is None:
-        return recording.condition_each() * len(items)
-    return recording.condition_each(**{f"{recording.conditional}s": items})
 
 
 def _call_conditioning(recording: Recording, step: Step, rows: int) -> Conditioning:
@@ -202,60 +173,39 @@ def _pair_conditioning(recording: Recording, pair: Observation, items: list[Any]
     return Conditioning.cat([whole.select([i]) for i in range(len(items))])
 
 
-def _own_calls(recording: Recording, seen: Observation) -> list[tuple[Step, Callable[[Tensor, Conditioning], Tensor]]]:
-    """Each step after the first with the recipe's call at its time (without the last where a next time is needed)."""
-    recipe = recording.recipe
-    steps = seen.steps[: -1 if recipe.needs_next else None]
-    pairs = []
-    for i, step in enumerate(steps):
-        following = seen.steps[i + 1].timestep if i + 1 < len(seen.steps) else 0.0
-
-        def own(x: Tensor, conditioning: Conditioning, step: Step = step, following: float = following) -> Tensor:
-            with torch.no_grad():
-                return recipe.call(
-                    recording.network,
-                    x,
-                    _times(step.timestep, len(x)),
-                    conditioning,
-                    next_timestep=_times(following, len(x)) if recipe.needs_next else None,
-                )
-
-        if i > 0:
-            pairs.append((step, own))
-    return pairs
-
-
-def _times(timestep: float, batch: int) -> Tensor:
-    return torch.full((batch,), timestep, dtype=torch.float64)
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference over the largest magnitude; 0 for two zero tensors."""
-    difference = (got.double() - wanted.double()).abs().max().item()
-    scale = wanted.double().abs().max().item()
-    return difference if difference == 0 else difference / max(scale, 1e-30)
-
-
 def _unguided_error(recording: Recording, seen: Observation, conditioning: Conditioning) -> float:
     return max(
         relative_error(own(step.network_input, conditioning), step.model_output)
-        for step, own in _own_calls(recording, seen)
+        for step, own in own_calls(recording, seen)
     )
 
 
 def _mixed_error(recording: Recording, seen: Observation) -> float:
-    """Two samples at two times in one batch against the same batch at either time."""
-    early, late = seen.steps[1], seen.steps[2]
+    """Two samples at two times in one batch against the same batch at either time; for each expert."""
+    steps = seen.steps
+    pairs = {recording.component: (1, 2)}
+    if recording.visits is not None:
+        live = sorted(recording.visits.live)[1:]
+        pairs = {
+            c: [i for i in live if recording.expert_at(steps[i].timestep).component == c][:2]
+            for c in recording.components
+        }
+    return max(
+        _mixed_pair_error(recording, steps, *pairs[expert.component], expert.network) for expert in recording.experts
+    )
+
+
+def _mixed_pair_error(recording: Recording, steps: list[Step], i: int, k: int, network: nn.Module) -> float:
+    early, late = steps[i], steps[k]
     x = torch.cat([early.network_input, late.network_input])
     conditioning = _call_conditioning(recording, early, 1).select([0, 0])
-    times = torch.tensor([early.timestep, late.timestep], dtype=torch.float64)
-    following = torch.tensor([late.timestep, seen.steps[3].timestep], dtype=torch.float64)
+    at = torch.tensor([early.timestep, late.timestep], dtype=torch.float64)
+    ends = [steps[n + 1].timestep if n + 1 < len(steps) else 0.0 for n in (i, k)]
+    following = torch.tensor(ends, dtype=torch.float64)
 
     def call(order: list[int]) -> Tensor:
         with torch.no_grad():
-            return recording.recipe.call(
-                recording.network, x, times[order], conditioning, next_timestep=following[order]
-            )
+            return recording.recipe.call(network, x, at[order], conditioning, next_timestep=following[order])
 
     mixed = call([0, 1])
     unmixed = torch.stack([call([0, 0])[0], call([1, 1])[1]])
@@ -268,7 +218,7 @@ def _x0_error(recording: Recording, seen: Observation) -> float | None:
     for step in seen.steps:
         if step.x0 is None:
             continue
-        t = recording.schedule.time(_times(step.timestep, len(step.sample)))
+        t = recording.schedule.time(times(step.timestep, len(step.sample)))
         if step.sigma is not None and isinstance(recording.schedule, FlowSchedule):
             # Flow schedulers may round their timesteps to integers; the noise level they step by is the float sigma.
             t = torch.full_like(t, step.sigma)
@@ -283,19 +233,26 @@ def _guided_errors(recording: Recording, seen: Observation, batch: int, notes: l
     """Errors of the guided run's separate answers, and of their linear combination."""
     recipe, guided, report = recording.recipe, recording.guided, recording.guidance
     parts: dict[str, float] = {}
-    for step, own in _own_calls(recording, seen):
-        calls = network_calls(step, recipe)
+    formulas = dict(zip(recording.components, report.expert_formulas or [report.formula], strict=True))
+    for step, own in own_calls(recording, seen):
+        formula = formulas[recording.expert_at(step.timestep).component]
+        calls = network_calls(step, recording.components)
         found = torch.cat(answers(calls, recipe, step, batch))
         got = []
+        alone = len(found) == batch  # this expert is not guided
         for i, call in enumerate(calls):
             rows = len(call.arguments[recipe.sample.argument])
             x = repeated(step.network_input, rows, batch)
-            got.append(own(x, _guided_conditioning(recording, call, i, rows, batch, notes)))
+            piece = guided.positive if alone else i
+            got.append(own(x, _guided_conditioning(recording, call, piece, rows, batch, notes)))
         result = torch.cat(got)
         parts[""] = max(parts.get("", 0.0), relative_error(result, found))
-        if report.formula is not None and report.formula_scale is not None:
-            n, p = report.formula
-            negative, positive = (result[k * batch : (k + 1) * batch] for k in (guided.negative, guided.positive))
+        if formula is not None and report.formula_scale is not None:
+            n, p = formula
+            if alone:
+                negative = positive = result
+            else:
+                negative, positive = (result[k * batch : (k + 1) * batch] for k in (guided.negative, guided.positive))
             wanted = step.model_output[:batch]
             scale = max(abs(n), abs(p)) * max(positive.abs().max().item(), negative.abs().max().item(), 1e-30)
             error = (n * negative + p * positive - wanted).abs().max().item() / scale
@@ -314,7 +271,7 @@ def _guided_conditioning(
     if batch > 1:
         return whole
     pieces = range(rows) if rows > 1 else [index]
-    own = {recording.guided.negative: recording.negative(), recording.guided.positive: _own_conditioning(recording)}
+    own = {recording.guided.negative: recording.negative(), recording.guided.positive: own_conditioning(recording)}
     try:
         return Conditioning.cat([own[piece] for piece in pieces])
     except ValueError:
@@ -324,18 +281,29 @@ def _guided_conditioning(
         return whole
 
 
-def _deaf_to(recording: Recording, seed: int) -> list[str]:
-    """What the network does not react to: among the sample, the time and the prompt (or label)."""
-    seen = _run(recording, [recording.invocation.item], recording.off, seed)
-    first, second = seen.steps[1], seen.steps[-1]
+def _deaf_to(recording: Recording, seed: int) -> dict[str, list[str]]:
+    """Component -> what it does not react to, where there is such: the sample, the time and the prompt (or label)."""
+    seen = run(recording, [recording.invocation.item], recording.off, seed)
+    found = {}
+    for expert in recording.experts:
+        steps = [step for step in seen.steps[1:] if recording.expert_at(step.timestep) is expert]
+        found[expert.component] = _network_deaf_to(recording, steps[0], steps[-1], expert.network)
+    return {component: words for component, words in found.items() if words}
+
+
+def _any_of(deaf: dict[str, list[str]]) -> str:
+    return " or ".join(dict.fromkeys(word for words in deaf.values() for word in words))
+
+
+def _network_deaf_to(recording: Recording, first: Step, second: Step, network: nn.Module) -> list[str]:
     x, conditioning = first.network_input, _call_conditioning(recording, first, 1)
     # A velocity made of x and an x0 follows the sample and the time by itself; what counts is the network's part.
     recipe = replace(recording.recipe, output=replace(recording.recipe.output, relation="same"))
 
     def answer(x: Tensor, step: Step, conditioning: Conditioning) -> Tensor:
-        following = _times(step.timestep / 2, 1)
+        following = times(step.timestep / 2, 1)
         with torch.no_grad():
-            return recipe.call(recording.network, x, _times(step.timestep, 1), conditioning, next_timestep=following)
+            return recipe.call(network, x, times(step.timestep, 1), conditioning, next_timestep=following)
 
     base = answer(x, first, conditioning)
     reactions = {
@@ -344,5 +312,9 @@ def _deaf_to(recording: Recording, seed: int) -> list[str]:
     }
     if recording.conditional is not None:
         name, other = recording.conditional, another_item(recording.invocation)
-        reactions[f"the {name}"] = answer(x, first, _each(recording, [other])[0])
+        reactions[f"the {name}"] = answer(x, first, each(recording, [other])[0])
     return [name for name, value in reactions.items() if relative_error(value, base) < _NO_REACTION]
+
+
+def _networks(recording: Recording) -> list[nn.Module]:
+    return [expert.network for expert in recording.experts]

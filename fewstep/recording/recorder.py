@@ -9,14 +9,24 @@ import torch
 
 from fewstep.conditioning import Conditioning
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.experts import (
+    Expert,
+    check_alike,
+    components_of,
+    expert_at,
+    find_experts,
+    find_visits,
+    loop_components,
+)
 from fewstep.recording.few_step import refuse_few_step, refuse_fixed_grid
 from fewstep.recording.fit import fit_output, fit_sample, fit_times
 from fewstep.recording.guided import embedded_paths, record_guided, switch_off, unguided_step
 from fewstep.recording.invocation import Invocation, read_invocation
-from fewstep.recording.observe import Step, Stub, find_scheduler, modules_of, observe
+from fewstep.recording.observe import find_scheduler, modules_of, observe
 from fewstep.recording.pieces import mark_arguments, without_sample
 from fewstep.recording.recipe import Recipe, TimeRule, dtype_name, network_dtype
 from fewstep.recording.recording import Recording
+from fewstep.recording.seen import Step, Stub
 from fewstep.recording.shake import shaken
 from fewstep.schedule import FlowSchedule, NoiseSchedule, TableSchedule, from_scheduler
 
@@ -48,40 +58,36 @@ def record(pipeline: Any, **call: Any) -> Recording:
     except ValueError as error:
         raise RecordingError(str(error)) from error
     off, component = switch_off(pipeline, invocation)
-    network = modules_of(pipeline)[component]
 
-    runs = _unguided_runs(pipeline, invocation, off, component)
+    runs, experts = _unguided_runs(pipeline, invocation, off, component, schedule)
+    components, networks = components_of(experts), [expert.network for expert in experts]
     _check_walk(pipeline, schedule, runs[1])
     two = _two_samples(pipeline, invocation, off, component)
-    sample = fit_sample(component, [step for run in runs for step in run])
-    times = fit_times(component, sample.argument, runs, two)
-    if not isinstance(schedule, TableSchedule):
-        times = tuple(_unrounded(rule, runs[0][0].integer) for rule in times)
-    steps = _live_steps(runs)
-    if any(step.model_output.abs().max() == 0 for step in steps):
-        # Layers that are still zero hide the output's sign and half.
-        with shaken(network):
-            steps = _live_steps(_unguided_runs(pipeline, invocation, off, component))
-    output = fit_output(component, steps)
-    if output.relation == "velocity":
-        output = fit_output(component, steps + _near_zero(pipeline, invocation, off, component, steps))
-    first = runs[0][0]
-    shape = tuple(first.network_input.shape[1:])
-    recipe = Recipe(component, shape, sample, times, output, dtype_name(network_dtype(network)))
+    check_alike(experts, _all(runs))
+    try:
+        recipe = _recipe(pipeline, invocation, off, experts, schedule, runs, two)
+    except RecordingError as error:
+        if len(experts) == 1:
+            raise
+        names = ", ".join(components)
+        raise RecordingError(f"{names} share the loop by time, but not one recipe calls them all: {error}") from error
+    check_alike(experts, _all(runs), recipe)
 
+    first = runs[0][0]
     one = without_sample(first.calls[-1], recipe)
     two = {name: value for name, value in two.items() if name in one}
     marked = mark_arguments(component, one, two)
     unguided = Conditioning(marked, 1)
-    stub = Stub(component, first.calls[-1].output)
+    stub = Stub(components, first.calls[-1].output)
+    visits = find_visits(pipeline, invocation, off, experts, stub) if len(experts) > 1 else None
     embedded = embedded_paths(pipeline, invocation, off, recipe, one, stub)
     report, negative, guided = record_guided(
-        pipeline, invocation, off, recipe, network, marked, unguided, embedded, stub
+        pipeline, invocation, off, recipe, experts, visits, marked, unguided, embedded, stub
     )
     return Recording(
         pipeline=pipeline,
         component=component,
-        network=network,
+        network=networks[0],
         invocation=invocation,
         recipe=recipe,
         schedule=schedule,
@@ -92,6 +98,8 @@ def record(pipeline: Any, **call: Any) -> Recording:
         guided=guided,
         marked=marked,
         embedded=embedded,
+        experts=experts,
+        visits=visits,
         _negative=negative,
     )
 
@@ -108,45 +116,96 @@ def refuse_offloaded(pipeline: Any) -> None:
         )
 
 
-def _unguided_runs(pipeline: Any, invocation: Invocation, off: dict[str, Any], component: str) -> list[list[Step]]:
-    """The steps of the short and the long run, checked to hold one network call each."""
-    short = observe(pipeline, invocation.arguments([invocation.item], SHORT, **off), steps=SHORT).steps
-    _check_loop(pipeline, component, short)
-    stub = Stub(component, short[0].calls[-1].output, _LIVE)
-    long = observe(pipeline, invocation.arguments([invocation.item], LONG, **off), steps=LONG, stub=stub).steps
+def _unguided_runs(
+    pipeline: Any, invocation: Invocation, off: dict[str, Any], component: str, schedule: NoiseSchedule
+) -> tuple[list[list[Step]], tuple[Expert, ...]]:
+    """The steps of the short and the long run, checked to hold one network call each, and the networks called."""
+    item = [invocation.item]
+    short = observe(pipeline, invocation.arguments(item, SHORT, **off), steps=SHORT).steps
+    names = loop_components(pipeline, component, short)
+    output = short[0].calls[-1].output
+    call = invocation.arguments(item, LONG, **off)
+    long = observe(pipeline, call, steps=LONG, stub=Stub(names, output, _LIVE)).steps
     refuse_fixed_grid(pipeline, len(long), LONG)
-    _check_loop(pipeline, component, long)
-    return [short, long]
+    names = loop_components(pipeline, component, short, long)
+    experts = find_experts(pipeline, call, names, [short, long], schedule)
+    if len(experts) > 1:
+        # Again, with every one of them running in some steps.
+        live = _live(long, experts)
+        long = observe(pipeline, call, steps=LONG, stub=Stub(names, output, live)).steps
+    runs = [short, long]
+    for run in runs:
+        _check_loop(pipeline, experts, run)
+    return runs, experts
+
+
+def _recipe(
+    pipeline: Any,
+    invocation: Invocation,
+    off: dict[str, Any],
+    experts: tuple[Expert, ...],
+    schedule: NoiseSchedule,
+    runs: list[list[Step]],
+    two: dict[str, Any],
+) -> Recipe:
+    """The one recipe that holds for every step, whichever network is called."""
+    component = experts[0].component
+    sample = fit_sample(component, _all(runs))
+    times = fit_times(component, sample.argument, runs, two)
+    if not isinstance(schedule, TableSchedule):
+        times = tuple(_unrounded(rule, runs[0][0].integer) for rule in times)
+    steps = _live_steps(runs, experts)
+    if any(step.model_output.abs().max() == 0 for step in steps):
+        # Layers that are still zero hide the output's sign and half.
+        with shaken(*(expert.network for expert in experts)):
+            again, _ = _unguided_runs(pipeline, invocation, off, component, schedule)
+            steps = _live_steps(again, experts)
+    output = fit_output(component, steps)
+    if output.relation == "velocity":
+        output = fit_output(component, steps + _near_zero(pipeline, invocation, off, experts, steps))
+    shape = tuple(runs[0][0].network_input.shape[1:])
+    return Recipe(component, shape, sample, times, output, dtype_name(network_dtype(experts[0].network)))
 
 
 def _near_zero(
-    pipeline: Any, invocation: Invocation, off: dict[str, Any], component: str, steps: list[Step]
+    pipeline: Any, invocation: Invocation, off: dict[str, Any], experts: tuple[Expert, ...], steps: list[Step]
 ) -> list[Step]:
     """The last steps of a very long run, for what only the smallest times show."""
-    stub = Stub(component, steps[0].calls[-1].output, frozenset(range(_LONGEST - 2, _LONGEST)))
+    live = frozenset(range(_LONGEST - 2, _LONGEST))
+    stub = Stub(components_of(experts), steps[0].calls[-1].output, live)
     call = invocation.arguments([invocation.item], _LONGEST, **off)
     return observe(pipeline, call, steps=_LONGEST, stub=stub).steps[-2:]
 
 
-def _live_steps(runs: list[list[Step]]) -> list[Step]:
-    """The steps in which the network ran."""
-    return runs[0] + [step for i, step in enumerate(runs[1]) if i in _LIVE]
+def _all(runs: list[list[Step]]) -> list[Step]:
+    return [step for run in runs for step in run]
 
 
-def _check_loop(pipeline: Any, component: str, steps: list[Step]) -> None:
+def _live(long: list[Step], experts: tuple[Expert, ...]) -> frozenset[int]:
+    """The steps of the long run in which the networks run: a few, and the first and last of every one of several."""
+    if len(experts) == 1:
+        return _LIVE
+    called = [expert_at(experts, step.timestep) for step in long]
+    own = [[i for i, one in enumerate(called) if one is expert] for expert in experts]
+    return _LIVE | {i for places in own if places for i in (places[0], places[-1])}
+
+
+def _live_steps(runs: list[list[Step]], experts: tuple[Expert, ...]) -> list[Step]:
+    """The steps in which a network ran."""
+    live = _live(runs[1], experts)
+    return runs[0] + [step for i, step in enumerate(runs[1]) if i in live]
+
+
+def _check_loop(pipeline: Any, experts: tuple[Expert, ...], steps: list[Step]) -> None:
     kind = type(pipeline).__name__
     if len(steps) < 2:
         raise RecordingError(f"{kind} made {len(steps)} steps; a pipeline without a loop cannot be distilled")
-    others = sorted({call.component for step in steps[1:] for call in step.calls} - {component})
-    if others:
-        raise RecordingError(
-            f"the loop of {kind} calls {', '.join(others)} beside {component}; pipelines with several denoisers or a "
-            "control network cannot be distilled yet"
-        )
-    if not all(unguided_step(step, component) for step in steps):
-        raise RecordingError(
-            f"{kind} does not call {component} exactly once in every step with guidance off; it cannot be recorded"
-        )
+    for step in steps:
+        component = expert_at(experts, step.timestep).component
+        if not unguided_step(step, component):
+            raise RecordingError(
+                f"{kind} does not call {component} exactly once in every step with guidance off; it cannot be recorded"
+            )
 
 
 def _check_walk(pipeline: Any, schedule: NoiseSchedule, steps: list[Step]) -> None:

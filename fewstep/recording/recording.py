@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.conditioning import Conditioning, remark
+from fewstep.intervals import TimeIntervals
 from fewstep.recording.codec import Codec, read_codec
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.experts import Expert, Visits, components_of, expert_at
 from fewstep.recording.guided import GuidanceReport, GuidedCall
 from fewstep.recording.invocation import Invocation
 from fewstep.recording.observe import evaluating, find_scheduler, observe
@@ -30,8 +32,8 @@ class Recording:
 
     Attributes:
         pipeline: the recorded pipeline, as it was.
-        component: the denoiser's name in the pipeline.
-        network: the denoiser.
+        component: the denoiser's name in the pipeline; of several experts that of the noisiest times.
+        network: the denoiser of that name.
         invocation: how the pipeline is called.
         recipe: how the network is called.
         schedule: alpha and sigma of the network's input.
@@ -42,6 +44,8 @@ class Recording:
         guided: how the guided call is made, None without classifier-free guidance.
         marked: the conditioning of one sample, its leaves marked; the pattern of every other one.
         embedded: the arguments that follow an embedded guidance.
+        experts: the networks that share the loop by time, from noise to data; usually one. The recipe holds for each.
+        visits: a run of the pipeline that meets each of several experts; None for one.
     """
 
     pipeline: Any
@@ -57,6 +61,8 @@ class Recording:
     guided: GuidedCall | None
     marked: dict[str, Any]
     embedded: set[str]
+    experts: tuple[Expert, ...]
+    visits: Visits | None = None
     _negative: Conditioning | None = None
     _codec: Codec | None = None
     proof: Proof | None = None
@@ -78,6 +84,37 @@ class Recording:
     def conditional(self) -> str | None:
         """ "prompt", "label" or None."""
         return self.invocation.conditional
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names of all experts in the pipeline, from noise to data."""
+        return components_of(self.experts)
+
+    def expert_at(self, timestep: float) -> Expert:
+        """Which expert the pipeline calls at a scheduler's timestep."""
+        return expert_at(self.experts, timestep)
+
+    @property
+    def intervals(self) -> TimeIntervals:
+        """Where in [0, 1] each expert is called."""
+        bounds = [torch.tensor([expert.lowest], dtype=torch.float64) for expert in self.experts[:-1]]
+        return TimeIntervals(self.schedule, (*(float(self.schedule.time(bound)) for bound in bounds), 0.0))
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks of all experts by component."""
+        return {expert.component: expert.network for expert in self.experts}
+
+    def of(self, expert: Expert) -> Recording:
+        """This recording as if the pipeline had only this expert: how one network is called, at all times."""
+        return replace(
+            self,
+            component=expert.component,
+            network=expert.network,
+            recipe=replace(self.recipe, component=expert.component),
+            experts=(replace(expert, lowest=-torch.inf),),
+            visits=None,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -187,7 +224,7 @@ class Recording:
             form += f", axis {sample.pad_axis} padded by {sample.pad[0]} and {sample.pad[1]} of {sample.fill:g}"
         rows = [
             ("pipeline", type(self.pipeline).__name__),
-            ("component", f"{self.component} ({type(self.network).__name__}, {dtype_name(self.dtype)})"),
+            *(("component", text) for text in self._describe_experts()),
             ("sample", f"{sample.argument}: {form}; in the scheduler's space {list(self.sample_shape)}"),
             *(("time", rule.describe()) for rule in self.recipe.times),
             ("output", self.recipe.output.describe()),
@@ -206,6 +243,13 @@ class Recording:
         if self.proof is not None:
             rows += [("proof", text) for text in self.proof.describe()]
         return "\n".join(f"{name:<15}{text}" for name, text in rows)
+
+    def _describe_experts(self) -> list[str]:
+        texts = [f"{e.component} ({type(e.network).__name__}, {dtype_name(self.dtype)})" for e in self.experts]
+        if len(texts) == 1:
+            return texts
+        bounds = [f" from timestep {e.lowest:g} up" if e.lowest > -torch.inf else " below" for e in self.experts]
+        return [text + bound for text, bound in zip(texts, bounds, strict=True)]
 
     def _items(self, prompts: Sequence[str] | None, labels: Sequence[int] | None) -> list[Any]:
         kind = type(self.pipeline).__name__

@@ -10,13 +10,15 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def shaken(network: nn.Module, *, relative: float = 0.3, least: float = 0.05, seed: int = 0) -> Iterator[None]:
-    """Add noise of `relative` times each parameter's standard deviation (at least `least`) inside the context.
+def shaken(*networks: nn.Module, relative: float = 0.3, least: float = 0.05, seed: int = 0) -> Iterator[None]:
+    """Add noise to all weights of the networks inside the context.
 
-    The parameters' own storage is set aside, not written to, so that afterwards it is back bit for bit.
+    It is `relative` times each parameter's standard deviation, at least `least`. The parameters' own storage is set
+    aside, not written to, so that afterwards it is back bit for bit.
     """
     generator = torch.Generator().manual_seed(seed)
-    kept = [(parameter, parameter.data) for parameter in network.parameters() if parameter.is_floating_point()]
+    parameters = [p for network in networks for p in network.parameters() if p.is_floating_point()]
+    kept = [(parameter, parameter.data) for parameter in parameters]
     try:
         for parameter, data in kept:
             spread = data.float().std().item() if data.numel() > 1 else 0.0

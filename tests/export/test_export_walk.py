@@ -26,7 +26,7 @@ def walk_with(recorded):
         recording = recorded(name)
         plan = plan_student(recording, steps, renoise=renoise)
         pipeline = with_parts(recording.pipeline, scheduler=scheduler)
-        reference = reference_of(recording, recording.network)
+        reference = reference_of(recording, recording.networks)
         return walk_student(recording, pipeline, plan.call, renoise, steps, reference)
 
     return run
@@ -110,7 +110,7 @@ def test_a_network_that_is_fed_another_time(recorded):
     with shaken(recording.network):
         pipeline = with_parts(recording.pipeline, scheduler=Off.from_config(plan.scheduler.config))
         with pytest.raises(WalkError):
-            walk_student(recording, pipeline, plan.call, "ode", 2, reference_of(recording, recording.network))
+            walk_student(recording, pipeline, plan.call, "ode", 2, reference_of(recording, recording.networks))
 
 
 def test_other_weights_are_seen(recorded, trained):
@@ -118,7 +118,7 @@ def test_other_weights_are_seen(recorded, trained):
     plan = plan_student(recording, 1)
     pipeline = with_parts(recording.pipeline, scheduler=plan.scheduler, unet=trained(recording))
     with pytest.raises(WalkError, match="does not feed the network"):
-        walk_student(recording, pipeline, plan.call, plan.renoise, 1, reference_of(recording, recording.network))
+        walk_student(recording, pipeline, plan.call, plan.renoise, 1, reference_of(recording, recording.networks))
 
 
 def test_nan_fails():
@@ -136,4 +136,4 @@ def test_walk_needs_no_reacting_network(recorded):
         torch.nn.init.zeros_(parameter)
     wrong = with_parts(recording.pipeline, scheduler=FlowMatchLCMScheduler(shift=3.0), transformer=dead)
     with pytest.raises(WalkError, match="teacher's x_t"):
-        walk_student(recording, wrong, plan.call, "ode", 2, reference_of(recording, dead))
+        walk_student(recording, wrong, plan.call, "ode", 2, reference_of(recording, {recording.component: dead}))

@@ -278,7 +278,7 @@ class TraitPipeline(DiffusionPipeline):
             if guided:
                 positive, negative = answers if traits.positive_first else answers[::-1]
                 base = positive if traits.plus_one else negative
-                answer = base + w * (positive - negative)
+                answer = base + self._scale(w, t) * (positive - negative)
                 if not traits.linear:
                     answer = answer * positive.norm() / answer.norm()
             result = scheduler.step(answer, t, x, return_dict=False)[0]
@@ -309,6 +309,9 @@ class TraitPipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / count, count).tolist(), mu=0.7)
         else:
             self.scheduler.set_timesteps(count)
+
+    def _scale(self, w: float, t: Tensor) -> float:
+        return w
 
     def _shape(self) -> tuple[int, ...]:
         if self.traits.layout == "packed":
@@ -417,6 +420,70 @@ def _scheduler(traits: Traits) -> FlowMatchEulerDiscreteScheduler:
     if traits.dynamic_shift or traits.own_grid == "integers":
         return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     return FlowMatchEulerDiscreteScheduler(shift=1.0 if traits.own_grid == "linear_quadratic" else 2.0)
+
+
+class ExpertPipeline(TraitPipeline):
+    """Three networks split by time; each may have a guidance scale of its own."""
+
+    #: The lowest timestep of the first, above which the second is called up to and with that of the second.
+    FIRST, ABOVE_SECOND = 650.3, 200.0
+
+    def __init__(
+        self,
+        network: Denoiser,
+        middle: Denoiser,
+        low: Denoiser,
+        text_encoder: TextEncoder,
+        projection: nn.Module,
+        scheduler: Any,
+    ) -> None:
+        super().__init__(network, text_encoder, projection, scheduler)
+        self.register_modules(middle=middle, low=low)
+        self._scales: tuple[float, ...] = ()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        guidance_scale: float = 3.0,
+        guidance_scale_2: float | None = None,
+        guidance_scale_3: float | None = None,
+        num_inference_steps: int = 8,
+        generator: torch.Generator | None = None,
+        output_type: str = "pt",
+    ) -> Any:
+        later = [guidance_scale if w is None else w for w in (guidance_scale_2, guidance_scale_3)]
+        self._scales = (guidance_scale, *later)
+        return super().__call__(prompt, negative_prompt, guidance_scale, num_inference_steps, generator)
+
+    def expert(self, t: Tensor) -> int:
+        """Which of the three is called at a timestep."""
+        return 0 if t >= self.FIRST else 1 if t > self.ABOVE_SECOND else 2
+
+    def _scale(self, w: float, t: Tensor) -> float:
+        return self._scales[self.expert(t)]
+
+    def _ask(self, x: Tensor, t: Tensor, *rest: Any) -> Tensor:
+        networks = self.__dict__
+        first = networks["network"]
+        try:
+            networks["network"] = (first, networks["middle"], networks["low"])[self.expert(t)]
+            return super()._ask(x, t, *rest)
+        finally:
+            networks["network"] = first
+
+
+def synthetic_experts(
+    traits: Traits, scheduler: Any = None, kind: type[ExpertPipeline] = ExpertPipeline, third: Traits | None = None
+) -> ExpertPipeline:
+    """Three experts of fixed random weights, different from each other; the third may have other traits."""
+    one = synthetic(traits, scheduler)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        pipeline = kind(middle=Denoiser(traits), low=Denoiser(third or traits), **one.components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def synthetic(traits: Traits, scheduler: Any = None) -> TraitPipeline:

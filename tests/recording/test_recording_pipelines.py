@@ -12,9 +12,8 @@ import pipeline_folder
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from pipeline_folder import denoiser
 from tiny_pipelines import TINY
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.conditioning import Conditioning
 from fewstep.recording import Recipe, Recording, record
@@ -29,9 +28,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("zoo_name", pipeline_folder.names(metafunc.config, sample=False))
 
 
+def denoisers(pipeline: Any) -> list[nn.Module]:
+    parts = (pipeline.components.get(name) for name in ("unet", "transformer", "transformer_2"))
+    return [part for part in parts if part is not None]
+
+
 def recorded_and_proved(pipeline: Any, call: dict[str, Any], shake: bool) -> Recording:
     """Record and prove; shaken weights must need no further shaking."""
-    with shaken(denoiser(pipeline), seed=5) if shake else contextlib.nullcontext(), warnings.catch_warnings():
+    with shaken(*denoisers(pipeline), seed=5) if shake else contextlib.nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         recording = record(pipeline, **call)
         proof = recording.prove()
@@ -146,7 +150,7 @@ def test_zoo(zoo: Path, zoo_name: str) -> None:
 
 def test_the_pipeline_is_left_as_found(tiny: tuple[str, Any, dict[str, Any]]) -> None:
     _name, pipeline, call = tiny
-    network = denoiser(pipeline)
+    network = nn.ModuleList(denoisers(pipeline))
     network.train()
     weights = {key: value.clone() for key, value in network.state_dict().items()}
     attributes, config = dict(pipeline.__dict__), dict(pipeline.config)

@@ -159,32 +159,6 @@ def test_timesteps_that_do_not_name_the_noise_level() -> None:
     refused(synthetic(Traits(), Apart(shift=2.0)), words, prompt="a cat")
 
 
-class _TwoExperts(TraitPipeline):
-    """High noise goes to another network than low noise."""
-
-    def __init__(
-        self, second: nn.Module, network: nn.Module, text_encoder: nn.Module, projection: nn.Module, scheduler: Any
-    ) -> None:
-        super().__init__(network, text_encoder, projection, scheduler)
-        self.register_modules(second=second)
-
-    def _ask(self, x: Any, t: Any, *rest: Any) -> Any:
-        networks = self.__dict__
-        first = networks["network"]
-        try:
-            networks["network"] = networks["second"] if t < 600 else first
-            return super()._ask(x, t, *rest)
-        finally:
-            networks["network"] = first
-
-
-def test_two_experts() -> None:
-    plain, other = synthetic(Traits()), synthetic(Traits())
-    pipeline = _TwoExperts(second=other.network, **plain.components)
-    pipeline.set_progress_bar_config(disable=True)
-    refused(pipeline, "calls second beside network; pipelines with several denoisers", prompt="a cat")
-
-
 class _Masked(TraitPipeline):
     """The sample is mixed with something else before the network sees it."""
 

@@ -15,7 +15,7 @@ from fewstep.fashion.rebuild.files import write_manifest
 from fewstep.fashion.rebuild.idx import Dataset
 from fewstep.fashion.rebuild.train_autoencoder import reconstruct
 
-TABLE_SAMPLES = 2500
+TABLE_SAMPLES = 5000
 SWEEP_SAMPLES = 1000
 SWEEP = (1.25, 1.5, 2.0, 3.0)
 COMMAND = "python -m fewstep.fashion.build table"

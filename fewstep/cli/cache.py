@@ -1,0 +1,26 @@
+"""``fewstep cache``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fewstep.caching import cache
+from fewstep.cli.parsing import Parser, parse, with_values
+
+
+def run(words: Sequence[str]) -> None:
+    """Encode prompts or labels into a folder for ``fewstep distill --cache``."""
+    parser = Parser(prog="fewstep cache", description="Encode prompts or labels once, for fewstep distill --cache.")
+    parser.add_argument("--teacher", type=str, required=True, help="folder, hub id, fashion-sd or fashion-flow")
+    parser.add_argument("--call", type=dict[str, Any] | None, default=None, help="JSON for its call, as in the run")
+    parser.add_argument("--prompts", type=str | None, default=None, help="UTF-8 file, one a line")
+    parser.add_argument("--classes", type=str | None, default=None, help="labels such as 0-9")
+    parser.add_argument("--out", type=str, required=True, help="folder of the cache")
+    parser.add_argument("--shard_size", type=int, default=1000, help="items in one file")
+    parser.add_argument("--resume", type=bool, default=False, help="go on with a cache that is not complete")
+    parser.add_argument("--cpu", type=bool, default=False, help="encode on the CPU even where there is a GPU")
+    parser.add_argument("--trust_remote_code", type=bool, default=False, help="let it run code from its own folder")
+    parsed = parse(parser, with_values(words, {"resume", "cpu", "trust_remote_code"}))
+    folder = cache(**vars(parsed))
+    print(f"the cache is in {folder}; fewstep distill METHOD --teacher {parsed.teacher} --cache {folder} reads it")

@@ -1,0 +1,97 @@
+"""The runs of a pipeline that a proof compares own calls with, and those calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fewstep.conditioning import Conditioning
+from fewstep.recording.observe import observe
+from fewstep.recording.seen import Observation, Step
+
+if TYPE_CHECKING:
+    from fewstep.recording.recording import Recording
+
+STEPS = 5
+
+
+def run(recording: Recording, items: list[Any], changes: dict[str, Any], seed: int, *, x0: bool = False) -> Observation:
+    """The pipeline's own run with a fresh sample after every step.
+
+    Args:
+        recording: of the pipeline.
+        items: prompts or labels.
+        changes: to the recorded call.
+        seed: of the samples.
+        x0: also ask the scheduler for its clean samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def fresh(_index: int, sample: Tensor) -> Tensor:
+        # The spread of the scheduler's own sample, so that the network sees inputs of the size it would see.
+        spread = sample.float().std().nan_to_num(1.0).clamp(min=1e-3)
+        return (torch.randn(sample.shape, generator=generator) * spread.cpu()).to(sample)
+
+    def unclipped(scheduler: Any) -> None:
+        if hasattr(scheduler, "register_to_config"):
+            names = [name for name in ("clip_sample", "thresholding") if name in scheduler.config]
+            scheduler.register_to_config(**dict.fromkeys(names, False))
+
+    visits = recording.visits
+    count, stub = (STEPS, None) if visits is None else (visits.count, visits.run_live(recording.components))
+    call = recording.invocation.arguments(items, count, **changes)
+    return observe(recording.pipeline, call, steps=count, replace=fresh, x0=x0, set_up=unclipped, stub=stub)
+
+
+def own_conditioning(recording: Recording) -> Conditioning:
+    """That of the recording's own prompt or label."""
+    return each(recording, [recording.invocation.item])[0]
+
+
+def each(recording: Recording, items: list[Any]) -> list[Conditioning]:
+    """The conditioning of each prompt or label."""
+    if recording.conditional is None:
+        return recording.condition_each() * len(items)
+    return recording.condition_each(**{f"{recording.conditional}s": items})
+
+
+def own_calls(recording: Recording, seen: Observation) -> list[tuple[Step, Callable[[Tensor, Conditioning], Tensor]]]:
+    """Each step after the first with the recipe's call at its time (without the last where a next time is needed).
+
+    Of several experts the one of that time is called, and steps in which they did not run are left out.
+    """
+    recipe = recording.recipe
+    pairs = []
+    for i, step in enumerate(seen.steps):
+        last = recipe.needs_next and i + 1 == len(seen.steps)
+        if i == 0 or last or (recording.visits is not None and i not in recording.visits.live):
+            continue
+        following = seen.steps[i + 1].timestep if i + 1 < len(seen.steps) else 0.0
+
+        def own(x: Tensor, conditioning: Conditioning, step: Step = step, following: float = following) -> Tensor:
+            with torch.no_grad():
+                return recipe.call(
+                    recording.expert_at(step.timestep).network,
+                    x,
+                    times(step.timestep, len(x)),
+                    conditioning,
+                    next_timestep=times(following, len(x)) if recipe.needs_next else None,
+                )
+
+        pairs.append((step, own))
+    return pairs
+
+
+def times(timestep: float, batch: int) -> Tensor:
+    """One timestep for every sample: (B,) float64."""
+    return torch.full((batch,), timestep, dtype=torch.float64)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """The largest difference over the largest magnitude; 0 for two zero tensors."""
+    difference = (got.double() - wanted.double()).abs().max().item()
+    scale = wanted.double().abs().max().item()
+    return difference if difference == 0 else difference / max(scale, 1e-30)
