@@ -25,6 +25,7 @@ class RunConfig:
             with embedded guidance is told this value instead, teacher and student alike.
         negative_prompt: what guidance leads away from; default the pipeline's own.
         data: real images: a folder with class sub-folders or a metadata.jsonl, a folder of idx files, or "fashion".
+        teacher_lora: the teacher is its pipeline with this LoRA: a safetensors file, a folder of one, or a hub id.
         init: another run's folder (its last student, critic and head) or a pipeline folder (student only).
         lora_rank: rank of LoRA adapters for student and critic on the frozen teacher; 0 trains full copies instead.
         lora_alpha: an adapter's product is scaled by alpha / rank; default the rank.
@@ -68,6 +69,7 @@ class RunConfig:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     data: str | None = None
+    teacher_lora: str | None = None
     init: str | None = None
     lora_rank: int = 0
     lora_alpha: float | None = None

@@ -24,9 +24,10 @@ from fewstep.discriminator import make_head
 from fewstep.draws import Draws
 from fewstep.encoders import Encoders
 from fewstep.errors import UserError
-from fewstep.export import export_lora, export_student, loads_lora, plan_student
+from fewstep.export import export_lora, export_student, plan_student, refuse_own_code, why_no_lora
 from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
+from fewstep.hearing import refuse_deaf
 from fewstep.images import save_grid
 from fewstep.initialization import initialize
 from fewstep.intervals import TimedScale
@@ -38,6 +39,7 @@ from fewstep.roles import Role
 from fewstep.rollout import Sampler, ode_sampler, rollout
 from fewstep.run_folder import check_folder, write_config
 from fewstep.teacher import base_model, load_teacher, teacher_license
+from fewstep.teacher_lora import FusedLora, fuse_teacher_lora, with_own_weights
 
 logger = logging.getLogger("fewstep")
 
@@ -45,7 +47,8 @@ _SHOWN_SAMPLES = 8  # in a sample grid
 _TEACHER_STEPS = 25  # of the teacher's row in it
 #: Settings that say something of a machine and nothing of a student; they are not published with it.
 _PRIVATE = frozenset(
-    {"teacher", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init", "resume", "cpu", "report_to"}
+    ("teacher", "teacher_lora", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init")
+    + ("resume", "cpu", "report_to")
 )
 
 
@@ -89,6 +92,12 @@ class Distillation:
 
         reload = partial(_load, config) if pipeline is None else None
         self.pipeline = _load(config) if pipeline is None else pipeline
+        self.teacher_lora: FusedLora | None = None
+        if config.teacher_lora is not None:
+            self.pipeline = self.pipeline if pipeline is None else with_own_weights(pipeline)
+            self.teacher_lora = fuse_teacher_lora(self.pipeline, config.teacher_lora)
+            if self.teacher_lora.in_text:
+                reload = None  # what lies in the teacher's folder is another text encoder
         self.pipeline.to(self.device)
         self.recording = record(self.pipeline, **teacher_call(config))
         self.recording.prove()
@@ -113,6 +122,10 @@ class Distillation:
         self._say(self.conditions.note)
         # Also where the teacher is not guided: a critic may be.
         self.negative = negative.to(device=self.device) if negative is not None else None
+        if self.negative is not None and self.guidance_scale != 1.0:
+            noise = Draws(config.seed, -3, range(2), self.device).normal("listening", self.recording.sample_shape)
+            heard = [self.conditions.select([row]) for row in range(min(2, len(self.conditions)))]
+            refuse_deaf(self.recording, self.negative, heard, noise)
         self._teacher_pictures: Tensor | None = None
         self.pairs: PairSource | None = None
         self.real = None
@@ -158,6 +171,9 @@ class Distillation:
 
     def run(self) -> Path:
         """Train, then export the student. Returns its pipeline's folder, or its LoRA's where that is all."""
+        why_whole = why_no_lora(self.recording, self.teacher_lora)
+        if not self.config.lora_rank or self.config.merge or why_whole:
+            refuse_own_code(self.pipeline)  # a student that cannot be written is not worth training
         with self.encoders.away(self._say):
             self._train_and_export()
         whole = self.out / "student"
@@ -200,16 +216,16 @@ class Distillation:
             "method": self.method,
             "base_model": base_model(self.config.teacher),
             "teacher_license": teacher_license(self.config.teacher),
+            "teacher_lora": self.teacher_lora,
             "training": {k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
         }
         if role.part == AdapterRole.part:
-            other = [e.network for e in self.recording.experts if not loads_lora(e.network)]
-            if not other:
+            if why_whole := why_no_lora(self.recording, self.teacher_lora):
+                self._say(f"{why_whole}: exported merged")
+            else:
                 export_lora(self.recording, role, self.plan, self.out / "student_lora", **about)
                 if not self.config.merge:
                     return
-            else:
-                self._say(f"diffusers loads no LoRA into a {type(other[0]).__name__}: exported merged")
         self.encoders.restore()  # they are part of what is written
         export_student(self.recording, role.stock_network(), self.plan, self.out / "student", **about)
 

@@ -3,9 +3,9 @@
 from fewstep.export.apply import apply
 from fewstep.export.errors import ExportError
 from fewstep.export.load import load
-from fewstep.export.lora import export_lora, loads_lora
+from fewstep.export.lora import export_lora, loads_lora, why_no_lora
 from fewstep.export.plan import StudentPlan, plan_student
-from fewstep.export.student import export_student, verify_student
+from fewstep.export.student import export_student, refuse_own_code, verify_student
 from fewstep.export.walk import WalkError
 
 __all__ = [
@@ -18,5 +18,7 @@ __all__ = [
     "load",
     "loads_lora",
     "plan_student",
+    "refuse_own_code",
     "verify_student",
+    "why_no_lora",
 ]

@@ -63,8 +63,8 @@ def write_card(
     parts = [
         _front_matter(about, pipeline, license_fields),
         f"# {base} in {_steps(steps)}",
-        f"A {steps}-step student of `{base}`, distilled with {method} by fewstep. It is {_form(about)} `{stock}`: "
-        f"diffusers alone loads and samples it.{_experts(about)}",
+        f"A {steps}-step student of `{base}`{_with_lora(about)}, distilled with {method} by fewstep. "
+        f"It is {_form(about)} `{stock}`: diffusers alone loads and samples it.{_experts(about)}",
         f"## Use it\n\n```python\n{snippet(about, pipeline)}\n```\n\n"
         "The arguments matter: without them a stock pipeline runs its own number of steps, and most guide. fewstep "
         "fills them in:\n\n"
@@ -116,6 +116,13 @@ def snippet(about: Mapping[str, Any], pipeline: Any) -> str:
     arguments.append("generator=torch.Generator().manual_seed(0)")
     lines += [f"{name} = pipe(", *(f"    {argument}," for argument in arguments), f"){pick}"]
     return "\n".join(lines)
+
+
+def _with_lora(about: Mapping[str, Any]) -> str:
+    if "teacher_lora" not in about:
+        return ""
+    kept = ", both in one file" if "lora" in about else ""
+    return f" with the LoRA `{about['teacher_lora']}`{kept}"
 
 
 def _experts(about: Mapping[str, Any]) -> str:
