@@ -52,11 +52,13 @@ class Model:
         from diffusers import DiffusionPipeline
 
         from fewstep.export.load import load
+        from fewstep.export.own_code import is_own_code
 
         if self.base is not None:
             return load(self.source, base=self.base, dtype=dtype).to(device)
         try:
-            pipeline = DiffusionPipeline.from_pretrained(self.source, dtype=dtype)
+            own = {"trust_remote_code": True} if is_own_code(self.source) else {}
+            pipeline = DiffusionPipeline.from_pretrained(self.source, dtype=dtype, **own)
         except (OSError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"diffusers cannot load {self.source}: {_first_line(error)}") from error
         return pipeline.to(device)
@@ -67,11 +69,13 @@ class Model:
             return type(self.pipeline)
         import diffusers
 
+        from fewstep.export.own_code import stock_class_of
+
         try:
             name = diffusers.DiffusionPipeline.load_config(self.base or self.source)["_class_name"]
         except (OSError, ValueError) as error:
             raise UserError(f"diffusers cannot read {self.base or self.source}: {_first_line(error)}") from error
-        found = getattr(diffusers, name, None) if isinstance(name, str) else None
+        found = getattr(diffusers, name, None) if isinstance(name, str) else stock_class_of(self.source)
         if found is None:
             raise UserError(f"{self.base or self.source} holds a {name}, which this diffusers does not have")
         return found

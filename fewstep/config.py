@@ -122,11 +122,13 @@ class RunConfig:
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
-        for name, allowed in (("renoise", ("auto", "ode", "fresh")), ("mixed_precision", ("no", "bf16"))):
-            if getattr(self, name) not in allowed:
-                hint = "; fp16 training is not offered, its scaling cannot follow split backward passes"
-                more = hint if getattr(self, name) == "fp16" else ""
-                raise UserError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}{more}")
+        if self.mixed_precision == "fp16":
+            raise UserError(
+                "--mixed_precision must be one of no, bf16, not 'fp16'; fp16 training is not offered, its scaling "
+                "cannot follow split backward passes"
+            )
+        self._refuse_unknown("mixed_precision", "no", "bf16")
+        self._refuse_unknown("renoise", "auto", "ode", "fresh")
         if self.shift is not None and not self.shift > 0:
             raise UserError(f"--shift must be positive, not {self.shift}")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
@@ -164,6 +166,43 @@ class RunConfig:
         for name in names:
             if getattr(self, name) is not None:
                 raise UserError(f"leave out --{name}: it {reason}")
+
+
+@dataclass(kw_only=True)
+class ScoreConfig(RunConfig):
+    """A run of a method whose critic follows the student, and is compared with the teacher on noised samples.
+
+    Args:
+        critic_lr: learning rate of the critic; default that of the student.
+        critic_updates: critic updates for each student update (DMD2: 5 for SDXL and ImageNet, 10 for SD 1.5).
+        time_min: lowest time at which teacher and critic are compared (DMD2: 0.02).
+        time_max: highest time at which teacher and critic are compared (DMD2: 0.98).
+        time_shift: shift of those times for flow teachers; default that of the student's grid.
+        normalizer_min: lower bound of the distribution-matching normaliser (DMD2: none).
+    """
+
+    critic_lr: float | None = None
+    critic_updates: int = 5
+    time_min: float = 0.02
+    time_max: float = 0.98
+    time_shift: float | None = None
+    normalizer_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_negative("critic_lr", "normalizer_min")
+        if self.critic_updates < 1:
+            raise UserError(f"--critic_updates must be at least 1, not {self.critic_updates}")
+        if not 0 < self.time_min < self.time_max <= 1:
+            raise UserError(
+                f"--time_min and --time_max must satisfy 0 < min < max <= 1, not {self.time_min}, {self.time_max}"
+            )
+        if self.time_shift is not None and not self.time_shift > 0:
+            raise UserError(f"--time_shift must be positive, not {self.time_shift}")
+
+    def learning_rate(self, role: str) -> float:
+        """Of the student or the critic."""
+        return self.lr if role == "student" or self.critic_lr is None else self.critic_lr
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

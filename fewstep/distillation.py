@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,36 +20,37 @@ from fewstep.asking import conditions_of, guidance_of, teacher_call
 from fewstep.cast import make_roles
 from fewstep.config import RunConfig, resolved
 from fewstep.data import RealSamples, read_images
-from fewstep.denoiser import Denoiser
 from fewstep.discriminator import make_head
 from fewstep.draws import Draws
 from fewstep.encoders import Encoders
 from fewstep.errors import UserError
 from fewstep.export import export_lora, export_student, plan_student, refuse_own_code, why_no_lora
+from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
+from fewstep.export.student import walk_counts
+from fewstep.export.trace import with_parts
 from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
 from fewstep.hearing import refuse_deaf
-from fewstep.images import save_grid
 from fewstep.initialization import initialize
 from fewstep.intervals import TimedScale
 from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.method import PairSource
 from fewstep.monitor import Monitor, trackers
+from fewstep.phases import Phase, describe
+from fewstep.previews import Previews
 from fewstep.recording import record
+from fewstep.recording.observe import find_scheduler
 from fewstep.roles import Role
-from fewstep.rollout import Sampler, ode_sampler, rollout
+from fewstep.rollout import Sampler
 from fewstep.run_folder import check_folder, write_config
 from fewstep.teacher import base_model, load_teacher, teacher_license
 from fewstep.teacher_lora import FusedLora, fuse_teacher_lora, with_own_weights
 
 logger = logging.getLogger("fewstep")
 
-_SHOWN_SAMPLES = 8  # in a sample grid
-_TEACHER_STEPS = 25  # of the teacher's row in it
 #: Settings that say something of a machine and nothing of a student; they are not published with it.
 _PRIVATE = frozenset(
-    ("teacher", "teacher_lora", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init")
-    + ("resume", "cpu", "report_to")
+    "teacher teacher_lora out prompts cache pairs inverted_pairs data init resume cpu report_to".split()
 )
 
 
@@ -103,6 +105,8 @@ class Distillation:
         self.recording.prove()
         if self.recording.recipe.needs_next:
             raise UserError("this teacher's network is told the next time too, which no method here can train yet")
+        #: Of the pipeline that the student will be: the teacher's own, unless it has other experts.
+        self.student_recording = self.recording
         self.plan = plan_student(
             self.recording,
             config.steps,
@@ -126,8 +130,8 @@ class Distillation:
             noise = Draws(config.seed, -3, range(2), self.device).normal("listening", self.recording.sample_shape)
             heard = [self.conditions.select([row]) for row in range(min(2, len(self.conditions)))]
             refuse_deaf(self.recording, self.negative, heard, noise)
-        self._teacher_pictures: Tensor | None = None
         self.pairs: PairSource | None = None
+        self.previews = Previews(config, self.recording, self.conditions, self.device)
         self.real = None
         if config.data is not None:
             self.real = RealSamples(read_images(config.data), self.recording, self.conditions, self.device)
@@ -139,6 +143,19 @@ class Distillation:
         """The frozen teacher, the trainable roles ``names``, and ``ema`` where the run has one."""
         return make_roles(self.config, self.recording, names, self.device)
 
+    def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
+        """The frozen teacher, a student (and ``ema``) with an expert for each phase, and the trainable roles ``names``.
+
+        Raises:
+            UserError: the phases do not fit this teacher, or its pipeline does not walk with as many networks.
+        """
+        self.student_recording = phased_recording(self.recording, phases)
+        self.plan = phased_plan(self.plan, phases)
+        self._say(describe(phases, self.recording.schedule))
+        scheduler = {find_scheduler(self.pipeline): self.plan.scheduler}
+        walk_counts(self.student_recording, with_parts(self.student_recording.pipeline, **scheduler), self.plan)
+        return make_roles(self.config, self.recording, ("student", *names), self.device, self.student_recording)
+
     def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
         """A role under guidance, by default the run's, which is the teacher's."""
         return GuidedDenoiser(role, self.negative, self.guidance_scale if guidance_scale is None else guidance_scale)
@@ -146,6 +163,14 @@ class Distillation:
     def tap(self, role: Role) -> FeatureTap:
         """Where a role's features are tapped, the same place in each of several experts."""
         return self._tapped(role)[0]
+
+    def refuse_deaf(self, guided: GuidedDenoiser, method: str) -> None:
+        """Refuse a teacher without a response to guidance: see :meth:`fewstep.guidance.GuidedDenoiser.refuse_deaf`."""
+        if self.recording.guidance.embedded:
+            raise UserError(f"{method} needs classifier-free guidance, and this teacher was distilled for guidance")
+        t = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device=self.device)
+        x = Draws(self.config.seed, -1, range(3), self.device).normal("deaf", self.recording.sample_shape)
+        guided.refuse_deaf(method, x, t, self.conditions.select([k % len(self.conditions) for k in range(3)]))
 
     def add_head(self, role: Role) -> FeatureTap:
         """Give a role a GAN head on its own features, and say where they are tapped.
@@ -165,7 +190,7 @@ class Distillation:
     def initialize(self, roles: dict[str, Role]) -> None:
         """Take the weights of ``--init`` over, where it is given: see :func:`fewstep.initialization.initialize`."""
         if self.config.init is not None:
-            initialize(roles, self.config.init, self.recording, self._say, self.config.trust_remote_code)
+            initialize(roles, self.config.init, self.student_recording, self._say, self.config.trust_remote_code)
 
     # --- the run ------------------------------------------------------------------------------------------------
 
@@ -220,39 +245,21 @@ class Distillation:
             "training": {k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
         }
         if role.part == AdapterRole.part:
-            if why_whole := why_no_lora(self.recording, self.teacher_lora):
+            if moves_boundary(self.recording, self.student_recording):
+                self._say("its base model has no room for the student's networks: exported merged, as a pipeline")
+            elif why_whole := why_no_lora(self.recording, self.teacher_lora):
                 self._say(f"{why_whole}: exported merged")
             else:
                 export_lora(self.recording, role, self.plan, self.out / "student_lora", **about)
                 if not self.config.merge:
                     return
         self.encoders.restore()  # they are part of what is written
-        export_student(self.recording, role.stock_network(), self.plan, self.out / "student", **about)
+        export_student(self.student_recording, role.stock_network(), self.plan, self.out / "student", **about)
 
     def save_samples(self, teacher: Role, student: Role, step: int) -> None:
         """``OUT/samples/step_*.png``: the teacher's samples above the student's, same noise and conditions."""
-        if self._teacher_pictures is None:
-            walk = ode_sampler(self.recording.schedule, _TEACHER_STEPS)
-            self._teacher_pictures = self._pictures(self.guided(teacher), walk)
-        pictures = [self._teacher_pictures, self._pictures(student, self.sampler)]
-        save_grid(pictures, self.out / "samples" / f"step_{step:08d}.png")
-
-    @torch.no_grad()
-    def _pictures(self, denoiser: Denoiser, sampler: Sampler) -> Tensor:
-        """Images or videos in [0, 1], made in batches of the size that training fits."""
-        pieces = []
-        for first in range(0, _SHOWN_SAMPLES, self.config.batch_size):
-            indices = range(first, min(first + self.config.batch_size, _SHOWN_SAMPLES))
-            draws = Draws(self.config.seed, -2, indices, self.device)
-            noise = draws.normal("noise", self.recording.sample_shape)
-            conditioning = self.conditions.select([index % len(self.conditions) for index in indices])
-
-            def step_noise(k: int, draws: Draws = draws) -> Tensor:
-                return draws.normal(f"step_noise_{k}", self.recording.sample_shape)
-
-            x0 = rollout(denoiser, sampler, noise, conditioning, step_noise=step_noise)
-            pieces.append(self.recording.decode(x0).float().cpu())
-        return torch.cat(pieces)
+        path = self.out / "samples" / f"step_{step:08d}.png"
+        self.previews.save(path, self.guided(teacher), student, self.sampler)
 
     def _tapped(self, role: Role) -> tuple[FeatureTap, Tensor]:
         """Where a role's features are tapped, and those of two samples of noise."""

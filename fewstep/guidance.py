@@ -11,6 +11,9 @@ from fewstep.errors import UserError
 from fewstep.intervals import TimedScale
 from fewstep.ragged import AnyConditioning, in_groups, join
 
+#: Relative change of x0 by the condition up to which a network counts as deaf to it: the rounding of a bfloat16 one.
+_DEAF = 1e-3
+
 
 def guide(positive: Tensor, negative: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """neg + w (pos - neg); all (B, ...). It commutes with every conversion at one x_t, so x0 may be guided directly.
@@ -69,12 +72,45 @@ class GuidedDenoiser:
         """Guided x0 (B, ...)."""
         if self.guidance_scale == 1.0:
             return self.denoiser(x_t, t, conditioning)
+        if self.guidance_scale == 0.0:
+            return self.denoiser(x_t, t, self.negative.select([0] * len(x_t)))
+        return guide(*self.pair(x_t, t, conditioning), self.scale_at(t, x_t))
+
+    def scale_at(self, t: Tensor, like: Tensor) -> float | Tensor:
+        """w at ``t`` (B,), as a number or shaped to multiply ``like`` (B, ...)."""
+        scale = self.guidance_scale
+        return scale.at(t, like) if isinstance(scale, TimedScale) else scale
+
+    def pair(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor]:
+        """The two that are guided, x0_positive and x0_negative, (B, ...) each; there must be a negative."""
         batch = x_t.shape[0]
         negative = self.negative.select([0] * batch)
-        if self.guidance_scale == 0.0:
-            return self.denoiser(x_t, t, negative)
         both = join([negative, conditioning])
         x0 = in_groups(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         x0_negative, x0_positive = x0.chunk(2)
-        scale = self.guidance_scale
-        return guide(x0_positive, x0_negative, scale.at(t, x_t) if isinstance(scale, TimedScale) else scale)
+        return x0_positive, x0_negative
+
+    @torch.no_grad()
+    def refuse_deaf(self, method: str, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> None:
+        """Refuse a run of ``method``, which trains on what guidance changes, where it changes nothing.
+
+        Args:
+            method: its name, for the message.
+            x_t: noised samples (B, ...) to look at.
+            t: their times (B,).
+            conditioning: of B samples.
+
+        Raises:
+            UserError: guidance is off, or the network answers the same with and without its condition.
+        """
+        if self.guidance_scale == 1.0:
+            raise UserError(
+                f"{method} trains on the teacher's response to guidance, and guidance is off here; set "
+                "--guidance_scale above 1, or take a teacher that was not distilled for guidance"
+            )
+        positive, negative = self.pair(x_t, t, conditioning)
+        if (positive - negative).norm() <= _DEAF * positive.norm():
+            raise UserError(
+                f"{method} trains on the teacher's response to guidance, and this teacher gives the same x0 with and "
+                "without its condition; take one that was not distilled for guidance"
+            )

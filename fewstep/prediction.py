@@ -78,6 +78,17 @@ def add_noise(x0: Tensor, noise: Tensor, coefficients: Coefficients) -> Tensor:
     return expand(coefficients.alpha, x0) * x0 + expand(coefficients.sigma, x0) * noise
 
 
+def transition(at_s: Coefficients, at_t: Coefficients, variance_min: float = 0.0) -> Coefficients:
+    """What takes a sample from time s to a noisier t: x_t = alpha_ts * x_s + sigma_ts * noise, by :func:`add_noise`.
+
+    alpha_ts = alpha_t / alpha_s, sigma_ts^2 = sigma_t^2 - alpha_ts^2 sigma_s^2, at least ``variance_min``. From a clean
+    x_s (alpha 1, sigma 0) it is the schedule's own pair. All coefficients: (B,).
+    """
+    alpha = at_t.alpha / at_s.alpha
+    variance = at_t.sigma**2 - (alpha * at_s.sigma) ** 2
+    return Coefficients(alpha, variance.clamp(min=variance_min).sqrt())
+
+
 def noise_from_x0(x0: Tensor, x_t: Tensor, coefficients: Coefficients) -> Tensor:
     """The noise that turns ``x0`` into ``x_t``: (x_t - alpha * x0) / sigma; (B, ...)."""
     return (x_t - expand(coefficients.alpha, x_t) * x0) * expand(1 / coefficients.sigma, x_t)

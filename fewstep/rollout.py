@@ -37,6 +37,16 @@ class Sampler:
         if not self.grid or any(b >= a for a, b in zip(self.grid, self.grid[1:])) or not self.grid[-1] > 0:
             raise ValueError(f"a grid descends and ends above 0, not {self.grid}")
 
+    def move(self, x_t: Tensor, x0: Tensor, t: Tensor, then: Tensor, fresh: Tensor | None) -> Tensor:
+        """The sample (B, ...) at the time ``then`` (B,) after ``x0`` was said at ``x_t`` and ``t``.
+
+        ``fresh``: unit noise (B, ...), wanted for ``renoise="fresh"``.
+        """
+        there = self.schedule.coefficients(then)
+        if self.renoise == "fresh":
+            return add_noise(x0, fresh, there)
+        return ode_step(x_t, x0, self.schedule.coefficients(t), there)
+
     def times(self, step: int, like: Tensor) -> Tensor:
         """The time of ``step`` for every sample of ``like``: float64 (B,)."""
         return torch.full((like.shape[0],), self.grid[step], dtype=torch.float64, device=like.device)
@@ -79,11 +89,8 @@ def rollout(
             if on_step is not None:
                 on_step(step, x_t)
             x0 = student(x_t, t, conditioning)
-            then = sampler.schedule.coefficients(sampler.times(step + 1, x_t))
-            if sampler.renoise == "fresh":
-                x_t = add_noise(x0, step_noise(step + 1), then)
-            else:
-                x_t = ode_step(x_t, x0, sampler.schedule.coefficients(t), then)
+            fresh = step_noise(step + 1) if sampler.renoise == "fresh" else None
+            x_t = sampler.move(x_t, x0, t, sampler.times(step + 1, x_t), fresh)
     if on_step is not None:
         on_step(last, x_t)
     return student(x_t, sampler.times(last, x_t), conditioning)

@@ -64,7 +64,7 @@ def write_card(
         _front_matter(about, pipeline, license_fields),
         f"# {base} in {_steps(steps)}",
         f"A {steps}-step student of `{base}`{_with_lora(about)}, distilled with {method} by fewstep. "
-        f"It is {_form(about)} `{stock}`: diffusers alone loads and samples it.{_experts(about)}",
+        f"It is {_form(about)} `{stock}`: diffusers alone loads and samples it.{_experts(about)}{_code(about)}",
         f"## Use it\n\n```python\n{snippet(about, pipeline)}\n```\n\n"
         "The arguments matter: without them a stock pipeline runs its own number of steps, and most guide. fewstep "
         "fills them in:\n\n"
@@ -137,12 +137,23 @@ def _experts(about: Mapping[str, Any]) -> str:
     return f" Its networks share the time: {', '.join(parts)}."
 
 
+def _code(about: Mapping[str, Any]) -> str:
+    """What code it brings along."""
+    if "code" not in about:
+        return ""
+    return f" Which network is called when is decided by `{about['code']}` in its folder, hence `trust_remote_code`."
+
+
 def _form(about: Mapping[str, Any]) -> str:
+    if "code" in about:
+        return "a"
     return "a LoRA for a stock" if "lora" in about else "a stock"
 
 
 def _stock(about: Mapping[str, Any]) -> str:
     absent = "".join(f", {name}=None" for name in about["load"])
+    if "code" in about:
+        absent += ", trust_remote_code=True"
     source = json.dumps(about["base_model"]) if "lora" in about else _PLACEHOLDER
     return f"pipe = DiffusionPipeline.from_pretrained({source}{absent})"
 

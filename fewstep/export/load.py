@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from fewstep.export.about import read_about, student_class
 from fewstep.export.apply import apply
 from fewstep.export.errors import ExportError
+from fewstep.export.own_code import is_own_code
 
 # The words of from_pretrained that also decide where and how a single file is fetched.
 _FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -33,7 +34,8 @@ def load(student: str | Path, base: str | Path | None = None, **from_pretrained:
         An instance of a subclass of the stock pipeline class. Arguments that are given win over ``fewstep.json``.
 
     Raises:
-        ExportError: no such folder or hub repository, not a pipeline, not a student, or a LoRA without its base.
+        ExportError: no such folder or hub repository, not a pipeline, not a student, a LoRA without its base,
+            or one with code that is not this package's own and that ``trust_remote_code=True`` did not allow.
     """
     about = read_about(student, **{key: value for key, value in from_pretrained.items() if key in _FETCHING})
     is_lora = "lora" in about
@@ -42,8 +44,9 @@ def load(student: str | Path, base: str | Path | None = None, **from_pretrained:
     source = base_of(student, about, base) if is_lora else str(student)
     # Where and in which state the student itself is fetched says nothing of its base.
     words = {key: value for key, value in from_pretrained.items() if not (is_lora and key == "revision")}
+    own = {"trust_remote_code": True} if not is_lora and is_own_code(student) else {}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, **{**about.get("load", {}), **words})
+        pipeline = DiffusionPipeline.from_pretrained(source, **{**about.get("load", {}), **own, **words})
     except (OSError, ValueError) as error:
         raise ExportError(f"{source} does not load: {' '.join(str(error).split())}") from error
     if is_lora:

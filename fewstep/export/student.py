@@ -98,7 +98,9 @@ def verify_student(recording: Recording, networks: dict[str, nn.Module], plan: S
     shared = {name: part for name, part in parts if name not in replaced and part is not None}
     shared |= absent_parts(recording.pipeline)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=recording.dtype, **shared)
+        # What code there is in the folder was put there a moment ago, by this process.
+        trusted = {"trust_remote_code": True} if hasattr(recording.pipeline, "code_file") else {}
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=recording.dtype, **shared, **trusted)
     except (OSError, ValueError, TypeError) as error:
         raise ExportError(f"the exported student does not load: {' '.join(str(error).split())}") from error
     for name, network in networks.items():
@@ -189,6 +191,7 @@ def about_student(
         "conditional": recording.conditional,
         "call": plan.call,
         "load": absent_parts(recording.pipeline),
+        **_about_code(recording.pipeline),
         "steps": plan.steps,
         "counts": list(plan.counts),
         "timesteps": list(plan.timesteps),
@@ -205,6 +208,11 @@ def about_student(
         "training": dict(training or {}),
         "fewstep_version": fewstep.__version__,
     }
+
+
+def _about_code(pipeline: Any) -> dict[str, str]:
+    """The file in the student's folder that it is run with, where it is no stock pipeline."""
+    return {"code": pipeline.code_file} if hasattr(pipeline, "code_file") else {}
 
 
 def _about_experts(recording: Recording, plan: StudentPlan) -> dict[str, Any]:

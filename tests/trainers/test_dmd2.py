@@ -37,9 +37,9 @@ class Noting(Dmd2):
         super().__init__(*args, **kwargs)
         self.seen: list[tuple[str, Tensor]] = []
 
-    def matching(self, x0, batch):
+    def matching(self, x0, batch, called_at):
         self.seen.append(("student", x0.clone()))
-        return super().matching(x0, batch)
+        return super().matching(x0, batch, called_at)
 
     def denoising(self, x0, batch):
         self.seen.append(("critic", x0.clone()))
