@@ -7,6 +7,7 @@ pipeline = fewstep.load(folder)                                                 
 fewstep.apply(pipeline, "runs/mine/student_lora")                                 # the same for a LoRA student
 fewstep.evaluate([folder], teacher="fashion-sd", out="runs/mine/report")          # measure it beside its teacher
 fewstep.cache("fashion-sd", "runs/cache", prompts="prompts.txt")                  # encode prompts once, for many runs
+fewstep.plan("fashion-sd", "dmd2", batch_size=64)                                 # what a run would take
 fewstep.record(pipeline)                                                          # how a pipeline calls its network
 """
 
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from fewstep.errors import UserError
     from fewstep.eval.evaluate import evaluate
     from fewstep.export import apply, load
+    from fewstep.planning import plan
     from fewstep.recording import record
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "apply", "cache", "distill", "evaluate", "load", "record"]
+__all__ = ["UserError", "apply", "cache", "distill", "evaluate", "load", "plan", "record"]
 
 # Importing torch and diffusers takes seconds, so the public names are imported when they are first used.
 _HOMES = {
@@ -37,6 +39,7 @@ _HOMES = {
     "distill": "fewstep.distillation",
     "evaluate": "fewstep.eval.evaluate",
     "load": "fewstep.export",
+    "plan": "fewstep.planning",
     "record": "fewstep.recording",
 }
 

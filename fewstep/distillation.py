@@ -89,7 +89,7 @@ class Distillation:
         reload = partial(_load, config) if pipeline is None else None
         self.pipeline = _load(config) if pipeline is None else pipeline
         self.pipeline.to(self.device)
-        self.recording = record(self.pipeline, **_teacher_call(config))
+        self.recording = record(self.pipeline, **teacher_call(config))
         self.recording.prove()
         if self.recording.recipe.needs_next:
             raise UserError("this teacher's network is told the next time too, which no method here can train yet")
@@ -330,7 +330,8 @@ def _load(config: RunConfig, parts: dict[str, Any] | None = None) -> DiffusionPi
     return load_teacher(config.teacher, config.trust_remote_code, **(parts or {}))
 
 
-def _teacher_call(config: RunConfig) -> dict[str, Any]:
+def teacher_call(config: RunConfig) -> dict[str, Any]:
+    """The keyword arguments of the teacher's pipeline that a run's settings name."""
     call = dict(config.call or {})
     for name in ("guidance_scale", "negative_prompt"):
         if getattr(config, name) is not None:
