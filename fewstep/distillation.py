@@ -50,7 +50,20 @@ logger = logging.getLogger("fewstep")
 
 #: Settings that say something of a machine and nothing of a student; they are not published with it.
 _PRIVATE = frozenset(
-    "teacher teacher_lora out prompts cache pairs inverted_pairs data init resume cpu report_to".split()
+    [
+        "teacher",
+        "teacher_lora",
+        "out",
+        "prompts",
+        "cache",
+        "pairs",
+        "inverted_pairs",
+        "data",
+        "init",
+        "resume",
+        "cpu",
+        "report_to",
+    ]
 )
 
 
