@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +45,9 @@ from fewstep.rollout import Sampler
 from fewstep.run_folder import check_folder, write_config
 from fewstep.teacher import base_model, load_teacher, teacher_license
 from fewstep.teacher_lora import FusedLora, fuse_teacher_lora, with_own_weights
+
+if TYPE_CHECKING:
+    from fewstep.pairing import RunPairs
 
 logger = logging.getLogger("fewstep")
 
@@ -193,6 +196,12 @@ class Distillation:
         tap, features = self._tapped(role)
         role.added["head"] = make_head(features, self.config.seed)
         return tap
+
+    def run_pairs(self) -> RunPairs:
+        """What makes or opens the pairs of this run, to be asked for before the roles are made."""
+        from fewstep.pairing import RunPairs  # which stands on this module
+
+        return RunPairs(self)
 
     def claim(self) -> None:
         """Make ``OUT`` this run's folder before it trains: what it then prepares there is gone on with after a kill."""

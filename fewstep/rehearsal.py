@@ -6,18 +6,24 @@ files, proofs, and the trial export, so that the student's grid is an even one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fewstep.asking import guidance_of
+from fewstep.cast import make_roles
 from fewstep.conditioning import Conditioning
 from fewstep.config import RunConfig
 from fewstep.distillation import Distillation, method_class
 from fewstep.draws import Draws
+from fewstep.export.phased import phased_recording
 from fewstep.features import FeatureTap, likely_tap
-from fewstep.method import Batch, Method, Real, Turn
+from fewstep.method import Batch, Method, Pairs, Real, Turn
+from fewstep.phases import Phase
 from fewstep.recording import Recording
 from fewstep.roles import Role, update_average
 from fewstep.rollout import Sampler
@@ -44,7 +50,7 @@ class Rehearsal(Distillation):
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.method, self.pipeline, self.recording = config, method, pipeline, recording
-        self.student_recording, self.pairs = recording, None
+        self.student_recording, self.pairs, self.real = recording, None, None
         self.device = torch.device(device)
         schedule = recording.schedule
         self.shift = config.shift or 1.0
@@ -65,11 +71,17 @@ class Rehearsal(Distillation):
 
     def make_roles(self, *names: str) -> dict[str, Role]:
         """As in a run."""
-        roles = super().make_roles(*names)
-        for role in roles.values():
-            if len(role.experts) > 1:
-                role.denoiser.intervals = _FirstExpert()
-        return roles
+        return _first_expert_only(super().make_roles(*names))
+
+    def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
+        """As in a run; how the student is shipped is not looked at."""
+        shipped = phased_recording(self.recording, phases)
+        roles = make_roles(self.config, self.recording, ("student", *names), self.device, shipped)
+        return _first_expert_only(roles)
+
+    def run_pairs(self) -> _NoPairs:
+        """Pairs are made before the training."""
+        return _NoPairs()
 
     def initialize(self, roles: dict[str, Role]) -> None:
         """Nothing: other weights take no other memory."""
@@ -83,7 +95,11 @@ class Rehearsal(Distillation):
         """
         size, shape = self.config.batch_size, self.recording.sample_shape
         drawn = (draws or _LongestDraws)(self.config.seed, step, range(size), self.device)
-        return Batch(size, shape, self._conditions, drawn, self._real, logging=False)
+        pairs = None
+        if self.pairs is not None:
+            noise = torch.zeros(size, *shape, device=self.device)
+            pairs = Pairs(torch.zeros_like(noise), noise, self._conditions)
+        return Batch(size, shape, self._conditions, drawn, self._real, logging=False, pairs=pairs)
 
     def _tapped(self, role: Role) -> tuple[FeatureTap, Tensor]:
         """As in a run, but the tap's place alone is looked up: which tokens are the image is not observed."""
@@ -114,6 +130,23 @@ class _LongestDraws(Draws):
     def coins(self, name: str, probability: float) -> list[bool]:
         with unset_fake_temporarily():
             return super().coins(name, probability)
+
+
+class _NoPairs:
+    """In the place of a run's pairs: nothing is made, and every batch holds zeros."""
+
+    def make(self, *_settings: Any, real: Any = None) -> None:
+        return None
+
+    def stream(self, *_folders: Any) -> _NoPairs:
+        return self
+
+
+def _first_expert_only(roles: dict[str, Role]) -> dict[str, Role]:
+    for role in roles.values():
+        if len(role.experts) > 1:
+            role.denoiser.intervals = _FirstExpert()
+    return roles
 
 
 class _FirstExpert:
