@@ -26,7 +26,7 @@ from fewstep.discriminator import make_head
 from fewstep.draws import Draws
 from fewstep.encoders import Encoders
 from fewstep.errors import UserError
-from fewstep.export import export_lora, export_student, plan_student, refuse_own_code, why_no_lora
+from fewstep.export import export_lora, export_student, plan_student, publish, refuse_own_code, why_no_lora
 from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
 from fewstep.hearing import refuse_deaf
@@ -47,9 +47,8 @@ logger = logging.getLogger("fewstep")
 _SHOWN_SAMPLES = 8  # in a sample grid
 _TEACHER_STEPS = 25  # of the teacher's row in it
 #: Settings that say something of a machine and nothing of a student; they are not published with it.
-_PRIVATE = frozenset(
-    {"teacher", "teacher_lora", "out", "prompts", "cache", "data", "init", "resume", "cpu", "report_to"}
-)
+_PRIVATE = frozenset({"teacher", "teacher_lora", "out", "prompts", "cache", "data", "init"})
+_PRIVATE |= {"push_to_hub", "hub_private", "resume", "cpu", "report_to"}
 
 
 def methods() -> list[str]:
@@ -208,6 +207,8 @@ class Distillation:
             self.accelerator.end_training()
         if self.accelerator.is_main_process:
             self.export(role)
+            if self.config.push_to_hub is not None:
+                self._say(publish(self.out, self.config.push_to_hub, self.config.hub_private))
         self.accelerator.wait_for_everyone()
 
     def export(self, role: Role) -> None:
