@@ -7,6 +7,7 @@ pipeline = fewstep.load(folder)                                                 
 fewstep.apply(pipeline, "runs/mine/student_lora")                                 # the same for a LoRA student
 fewstep.evaluate([folder], teacher="fashion-sd", out="runs/mine/report")          # measure it beside its teacher
 fewstep.cache("fashion-sd", "runs/cache", prompts="prompts.txt")                  # encode prompts once, for many runs
+fewstep.make_pairs("fashion-sd", num=1000, out="runs/pairs")                      # noise and sample of its ODE
 fewstep.record(pipeline)                                                          # how a pipeline calls its network
 """
 
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from fewstep.errors import UserError
     from fewstep.eval.evaluate import evaluate
     from fewstep.export import apply, load
+    from fewstep.pairing import make_pairs
     from fewstep.recording import record
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "apply", "cache", "distill", "evaluate", "load", "record"]
+__all__ = ["UserError", "apply", "cache", "distill", "evaluate", "load", "make_pairs", "record"]
 
 # Importing torch and diffusers takes seconds, so the public names are imported when they are first used.
 _HOMES = {
@@ -37,6 +39,7 @@ _HOMES = {
     "distill": "fewstep.distillation",
     "evaluate": "fewstep.eval.evaluate",
     "load": "fewstep.export",
+    "make_pairs": "fewstep.pairing",
     "record": "fewstep.recording",
 }
 

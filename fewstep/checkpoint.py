@@ -6,7 +6,6 @@ and ``state.json`` with the counters, the method, the size and SHA-256 of every 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep.durable import file_sha256, flush, json_sha256
 from fewstep.errors import UserError
 
 
@@ -41,7 +41,7 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     try:
         _write(partial, step, tensors, state)
         os.rename(partial, final)
-        _flush(folder)
+        flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         kept = steps_in(folder)
@@ -62,11 +62,11 @@ def _write(partial: Path, step: int, tensors: dict[str, dict[str, Tensor]], stat
         # Copies, because a file cannot hold tensors that share memory, as tied weights do.
         copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in values.items()}
         save_file(copies, path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     content = {"step": step, **state, "files": files}
-    (partial / "state.json").write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1))
+    (partial / "state.json").write_text(json.dumps({**content, "sha256": json_sha256(content)}, indent=1))
     for path in partial.iterdir():  # the rename below must not become durable before what it names
-        _flush(path)
+        flush(path)
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -88,7 +88,7 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tenso
     advice = f"the checkpoint {path} is damaged ({{}}); remove that folder to go on from the one before"
     try:
         state = json.loads((path / "state.json").read_text())
-        intact = state.pop("sha256") == _digest(state)
+        intact = state.pop("sha256") == json_sha256(state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(advice.format("state.json cannot be read")) from error
     if not intact or state["step"] != steps[-1]:
@@ -96,24 +96,7 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tenso
     tensors = {}
     for name, expected in state["files"].items():
         file = path / name
-        if not file.exists() or file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+        if not file.exists() or file.stat().st_size != expected["bytes"] or file_sha256(file) != expected["sha256"]:
             raise UserError(advice.format(f"{name} is not what was written"))
         tensors[file.stem] = load_file(file)
     return state, tensors
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

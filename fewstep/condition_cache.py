@@ -8,10 +8,8 @@ of every file. A shard is named in the index only when it is complete and on the
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fewstep.conditioning import Conditioning
+from fewstep.durable import file_sha256, json_sha256, write_durably
 from fewstep.errors import UserError
 from fewstep.fingerprint import fingerprint
 from fewstep.packing import Pack, from_json, one_of_each_kind, pack, to_json
@@ -140,7 +139,7 @@ class CacheWriter:
             "format": FORMAT,
             "kind": recording.conditional,
             "items": len(self.items),
-            "items_sha256": _digest(self.items),
+            "items_sha256": json_sha256(self.items),
             "shard_size": shard_size,
         }
         found = read_index(self.folder)
@@ -194,23 +193,16 @@ class CacheWriter:
 
     def _write(self, name: str, save: Callable[[Path], None]) -> dict[str, Any]:
         """A file, complete or absent, and on the disk before anything names it."""
-        partial = self.folder / f".{name}.partial"
+        path = self.folder / name
         try:
-            save(partial)
-            partial.chmod(self.folder.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
-            size, digest = partial.stat().st_size, _sha256(partial)
-            _flush(partial)
-            os.replace(partial, self.folder / name)
-            _flush(self.folder)
+            write_durably(path, save)
+            size, digest = path.stat().st_size, file_sha256(path)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise UserError(
-                f"{self.folder / name} could not be written ({error}); make room on the disk, then --resume"
-            ) from error
+            raise UserError(f"{path} could not be written ({error}); make room on the disk, then --resume") from error
         return {"file": name, "bytes": size, "sha256": digest}
 
     def _save_index(self) -> None:
-        text = json.dumps({**self.index, "sha256": _digest(self.index)}, indent=1, ensure_ascii=False)
+        text = json.dumps({**self.index, "sha256": json_sha256(self.index)}, indent=1, ensure_ascii=False)
         self._write(INDEX, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -232,7 +224,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         raise UserError(
             f"the cache {folder} is of another version of fewstep ({theirs!r}, not {FORMAT!r}); make it again"
         )
-    if digest != _digest(index):
+    if digest != json_sha256(index):
         raise UserError(_damaged(folder, INDEX))
     return index
 
@@ -241,7 +233,7 @@ def intact(folder: Path, entry: dict[str, Any]) -> bool:
     """Whether a file of a cache is what was written."""
     path = folder / entry["file"]
     try:
-        return path.stat().st_size == entry["bytes"] and _sha256(path) == entry["sha256"]
+        return path.stat().st_size == entry["bytes"] and file_sha256(path) == entry["sha256"]
     except OSError:
         return False
 
@@ -283,20 +275,3 @@ def _close(a: Conditioning, b: Conditioning) -> bool:
 
 def _damaged(folder: Path, name: str) -> str:
     return f"the cache {folder} is damaged: {name} is not what was written; make the cache again"
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

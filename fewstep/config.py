@@ -48,6 +48,8 @@ class RunConfig:
         renoise: how the student moves between steps: fresh noise, ode, or auto for what its scheduler carries best.
         shift: time shift of a flow student's grid; default the teacher's own.
         first_timestep: the timestep of a table teacher's student at its first step (DMD2's one-step SDXL: 399).
+        first_sigma: the noise level of an EDM teacher's student at its first step (SiD: 2.5); default the top.
+        start: what a table teacher's student starts from: noise, or marginal for noise times the first step's sigma.
         mixed_precision: no (float32) or bf16 (autocast, and a bfloat16 teacher).
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         checkpointing_steps: steps between checkpoints.
@@ -92,6 +94,8 @@ class RunConfig:
     renoise: str = "auto"
     shift: float | None = None
     first_timestep: int | None = None
+    first_sigma: float | None = None
+    start: str = "noise"
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     checkpointing_steps: int = 500
@@ -140,8 +144,7 @@ class RunConfig:
             raise UserError(f"--push_to_hub takes owner/name, not {self.push_to_hub!r}")
         if self.hub_private and self.push_to_hub is None:
             raise UserError("--hub_private belongs to --push_to_hub: give a repository, or leave it out")
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise UserError(f"--guidance_scale must be a number, not {self.guidance_scale}")
+        self._refuse_not_finite("guidance_scale")
         if self.prompts is not None and self.classes is not None:
             raise UserError("give --prompts or --classes, not both")
         if self.cache is not None and (self.prompts is not None or self.classes is not None):
@@ -153,6 +156,24 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not value >= 0:  # so that not-a-number is refused too
                 raise UserError(f"--{name} must not be negative, and it is {value}")
+
+    def _refuse_not_finite(self, *names: str) -> None:
+        """Settings that must be numbers of any sign, where they are set."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"--{name} must be a number, not {value}")
+
+    def _refuse_unknown(self, name: str, *known: str) -> None:
+        """A setting that must be one of these words."""
+        if getattr(self, name) not in known:
+            raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+
+    def _refuse_set(self, reason: str, *names: str) -> None:
+        """Settings that must be left at None, which stands for what goes without saying."""
+        for name in names:
+            if getattr(self, name) is not None:
+                raise UserError(f"leave out --{name}: it {reason}")
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

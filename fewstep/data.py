@@ -188,10 +188,14 @@ class RealSamples:
         self._cache: dict[int, Tensor] = {}
         self._bytes = 4 * int(np.prod(recording.sample_shape))
 
-    @torch.no_grad()
     def batch(self, seed: int, positions: Sequence[int]) -> Real:
         """The real samples at these places of the run's endless, keyed stream."""
         rows = [keyed_order(seed, "real", len(self.images), position) for position in positions]
+        return Real(self.x0(rows), self._conditions.select([self._rows[row] for row in rows]))
+
+    @torch.no_grad()
+    def x0(self, rows: Sequence[int]) -> Tensor:
+        """The images with these numbers in the network's space, (B, ...)."""
         missing = [row for row in dict.fromkeys(rows) if row not in self._cache]
         encoded = dict(self._cache)
         if missing:
@@ -199,8 +203,18 @@ class RealSamples:
             encoded.update(zip(missing, self._encode(pixels).cpu()))
             if (len(self._cache) + len(missing)) * self._bytes <= _CACHE_LIMIT:
                 self._cache = encoded
-        x0 = torch.stack([encoded[row] for row in rows]).to(self._device)
-        return Real(x0, self._conditions.select([self._rows[row] for row in rows]))
+        return torch.stack([encoded[row] for row in rows]).to(self._device)
+
+    def rows_among(self, conditions: Conditions) -> list[int]:
+        """For each image the number of its condition among those of a run.
+
+        Raises:
+            UserError: an image shows something else.
+        """
+        if self._conditions is not conditions:
+            other = next(item for item in self._conditions.items() if conditions.rows([item]) is None)
+            raise UserError(f"--data shows {other!r}, which is not among the prompts or classes; add it to them")
+        return self._rows
 
 
 def _captions_to_conditions(

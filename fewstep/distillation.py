@@ -15,10 +15,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fewstep.adapters import AdapterRole
+from fewstep.asking import conditions_of, guidance_of, teacher_call
 from fewstep.cast import make_roles
-from fewstep.condition_cache import ConditionCache
-from fewstep.conditioning import Conditioning
-from fewstep.conditions import Conditions, read_classes, read_prompts
 from fewstep.config import RunConfig, resolved
 from fewstep.data import RealSamples, read_images
 from fewstep.denoiser import Denoiser
@@ -34,12 +32,13 @@ from fewstep.images import save_grid
 from fewstep.initialization import initialize
 from fewstep.intervals import TimedScale
 from fewstep.loop import Loop, Processes, sampling_role
+from fewstep.method import PairSource
 from fewstep.monitor import Monitor, trackers
 from fewstep.recording import record
 from fewstep.roles import Role
 from fewstep.rollout import Sampler, ode_sampler, rollout
 from fewstep.run_folder import check_folder, write_config
-from fewstep.teacher import base_model, embedded_name, load_teacher, teacher_license
+from fewstep.teacher import base_model, load_teacher, teacher_license
 from fewstep.teacher_lora import FusedLora, fuse_teacher_lora, with_own_weights
 
 logger = logging.getLogger("fewstep")
@@ -47,7 +46,7 @@ logger = logging.getLogger("fewstep")
 _SHOWN_SAMPLES = 8  # in a sample grid
 _TEACHER_STEPS = 25  # of the teacher's row in it
 #: Settings that say something of a machine and nothing of a student; they are not published with it.
-_PRIVATE = frozenset({"teacher", "teacher_lora", "out", "prompts", "cache", "data", "init"})
+_PRIVATE = frozenset({"teacher", "teacher_lora", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init"})
 _PRIVATE |= {"push_to_hub", "hub_private", "resume", "cpu", "report_to"}
 
 
@@ -98,7 +97,7 @@ class Distillation:
             if self.teacher_lora.in_text:
                 reload = None  # what lies in the teacher's folder is another text encoder
         self.pipeline.to(self.device)
-        self.recording = record(self.pipeline, **_teacher_call(config))
+        self.recording = record(self.pipeline, **teacher_call(config))
         self.recording.prove()
         if self.recording.recipe.needs_next:
             raise UserError("this teacher's network is told the next time too, which no method here can train yet")
@@ -108,20 +107,25 @@ class Distillation:
             renoise=config.renoise,
             shift=config.shift,
             first_timestep=config.first_timestep,
+            first_sigma=config.first_sigma,
+            start=config.start,
         )
         self._say(self.plan.note)
         schedule = self.recording.schedule
         self.sampler = Sampler(schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
         self.shift = self.plan.shift
-        self.guidance_scale = self._guidance_scale()
-        self.conditions, negative = self._conditions()
+        self.guidance_scale = guidance_of(config, self.recording)
+        progress = self.accelerator.is_main_process
+        self.conditions, negative = conditions_of(config, self.recording, self.device, progress=progress)
         self._say(self.conditions.note)
-        self.negative = negative.to(device=self.device) if negative is not None and self.guidance_scale != 1.0 else None
-        if self.negative is not None:
+        # Also where the teacher is not guided: a critic may be.
+        self.negative = negative.to(device=self.device) if negative is not None else None
+        if self.negative is not None and self.guidance_scale != 1.0:
             noise = Draws(config.seed, -3, range(2), self.device).normal("listening", self.recording.sample_shape)
             heard = [self.conditions.select([row]) for row in range(min(2, len(self.conditions)))]
             refuse_deaf(self.recording, self.negative, heard, noise)
         self._teacher_pictures: Tensor | None = None
+        self.pairs: PairSource | None = None
         self.real = None
         if config.data is not None:
             self.real = RealSamples(read_images(config.data), self.recording, self.conditions, self.device)
@@ -133,33 +137,28 @@ class Distillation:
         """The frozen teacher, the trainable roles ``names``, and ``ema`` where the run has one."""
         return make_roles(self.config, self.recording, names, self.device)
 
-    def guided(self, teacher: Role) -> GuidedDenoiser:
-        """The teacher under the run's guidance."""
-        return GuidedDenoiser(teacher, self.negative, self.guidance_scale)
+    def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
+        """A role under guidance, by default the run's, which is the teacher's."""
+        return GuidedDenoiser(role, self.negative, self.guidance_scale if guidance_scale is None else guidance_scale)
+
+    def tap(self, role: Role) -> FeatureTap:
+        """Where a role's features are tapped, the same place in each of several experts."""
+        return self._tapped(role)[0]
 
     def add_head(self, role: Role) -> FeatureTap:
         """Give a role a GAN head on its own features, and say where they are tapped.
 
-        Several experts share one head: each is tapped at the same place, and the head sees features of the one whose
-        time it is.
+        Several experts share one head, which sees features of the one whose time it is.
         """
-        x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
-        t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
-        last = len(self.conditions) - 1
-        seen = []
-        for denoiser in (expert.denoiser for expert in role.experts.values()):
-            for row in dict.fromkeys((0, last // 2, last)):
-                conditioning = self.conditions.select([row, row])
-                tap = find_tap(denoiser.network, partial(denoiser.raw, t=t, conditioning=conditioning), x)
-                with torch.no_grad():
-                    seen.append((tap, denoiser.features(x, t, conditioning, tap)))
-        tap, features = seen[0]
-        if any(other != tap or theirs.shape != features.shape for other, theirs in seen):
-            raise UserError(
-                "the image's features lie elsewhere for every prompt, or in every network; train without a GAN"
-            )
+        tap, features = self._tapped(role)
         role.added["head"] = make_head(features, self.config.seed)
         return tap
+
+    def claim(self) -> None:
+        """Make ``OUT`` this run's folder before it trains: what it then prepares there is gone on with after a kill."""
+        if self.accelerator.is_main_process:
+            write_config(self.out, self.method, self.config)
+        self.accelerator.wait_for_everyone()
 
     def initialize(self, roles: dict[str, Role]) -> None:
         """Take the weights of ``--init`` over, where it is given: see :func:`fewstep.initialization.initialize`."""
@@ -180,8 +179,7 @@ class Distillation:
 
     def _train_and_export(self) -> None:
         method = method_class(self.method).prepare(self.config, self)
-        if self.accelerator.is_main_process:
-            write_config(self.out, self.method, self.config)
+        self.claim()
         monitor = Monitor(self.out, self.config.max_steps, self.accelerator)
         if self.accelerator.log_with:
             self.accelerator.init_trackers("logs")
@@ -197,6 +195,7 @@ class Distillation:
             processes=Processes(self.accelerator.process_index, self.accelerator.num_processes),
             monitor=monitor,
             on_samples=lambda step: self.save_samples(method.roles["teacher"], role, step),
+            pairs=self.pairs,
         )
         if self.resuming:
             loop.resume()
@@ -255,44 +254,24 @@ class Distillation:
             pieces.append(self.recording.decode(x0).float().cpu())
         return torch.cat(pieces)
 
-    # --- pieces of __init__ -------------------------------------------------------------------------------------
-
-    def _guidance_scale(self) -> float | TimedScale:
-        """The w of neg + w (pos - neg) that the teacher is asked with, or one for each expert that shares the time."""
-        from fewstep.fashion import TEACHERS
-
-        report = self.recording.guidance
-        wish = self.config.guidance_scale
-        if report.expert_scales:
-            # Seen in the call, of which the wish is a part; it is meant in fewstep's own convention.
-            less = report.offset or 0.0 if wish is not None else 0.0
-            scales = tuple(1.0 if w == 1.0 else w - less for w in report.expert_scales)
-            return scales[0] if len(set(scales)) == 1 else TimedScale(self.recording.intervals, scales)
-        # A network that is told its guidance got it with the conditioning; what is left is a second, explicit guidance.
-        if wish is not None and not report.embedded:
-            return wish
-        if wish is None and (known := embedded_name(self.config.teacher)):
-            return TEACHERS[known].guidance_scale
-        if report.off_argument is None or report.argument_scale is None:
-            return 1.0
-        return report.argument_scale + (report.offset or 0.0)
-
-    def _conditions(self) -> tuple[Conditions, Conditioning | None]:
-        """What is generated for, and the teacher's negative: encoded now, or read from ``--cache``."""
-        config, progress = self.config, self.accelerator.is_main_process
-        if config.cache is not None:
-            cache = ConditionCache(config.cache, progress=progress)
-            cache.check(self.recording, config.teacher)
-            conditions = Conditions(self.recording, device=self.device, cache=cache, progress=progress)
-            return conditions, cache.negative()
-        prompts = read_prompts(config.prompts) if config.prompts is not None else self._embedded_prompts()
-        labels = read_classes(config.classes) if config.classes is not None else None
-        return Conditions(self.recording, prompts, labels, self.device, progress=progress), self.recording.negative()
-
-    def _embedded_prompts(self) -> list[str] | None:
-        from fewstep.fashion import PROMPTS
-
-        return list(PROMPTS) if embedded_name(self.config.teacher) else None
+    def _tapped(self, role: Role) -> tuple[FeatureTap, Tensor]:
+        """Where a role's features are tapped, and those of two samples of noise."""
+        x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
+        t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
+        last = len(self.conditions) - 1
+        seen = []
+        for denoiser in (expert.denoiser for expert in role.experts.values()):
+            for row in dict.fromkeys((0, last // 2, last)):
+                conditioning = self.conditions.select([row, row])
+                tap = find_tap(denoiser.network, partial(denoiser.raw, t=t, conditioning=conditioning), x)
+                with torch.no_grad():
+                    seen.append((tap, denoiser.features(x, t, conditioning, tap)))
+        tap, features = seen[0]
+        if any(other != tap or theirs.shape != features.shape for other, theirs in seen):
+            raise UserError(
+                "the image's features lie elsewhere for every prompt, or in every network; train without a GAN"
+            )
+        return tap, features
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process and line:
@@ -335,11 +314,3 @@ def main(method: str) -> None:
 def _load(config: RunConfig, parts: dict[str, Any] | None = None) -> DiffusionPipeline:
     """The teacher of a run, ``parts`` of it given."""
     return load_teacher(config.teacher, config.trust_remote_code, **(parts or {}))
-
-
-def _teacher_call(config: RunConfig) -> dict[str, Any]:
-    call = dict(config.call or {})
-    for name in ("guidance_scale", "negative_prompt"):
-        if getattr(config, name) is not None:
-            call[name] = getattr(config, name)
-    return call

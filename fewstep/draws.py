@@ -57,6 +57,10 @@ class Draws:
         """Uniform integers from low to high - 1, int64 (B,)."""
         return torch.stack([torch.randint(low, high, (), generator=g) for g in self._generators(name)]).to(self.device)
 
+    def coins(self, name: str, probability: float) -> list[bool]:
+        """For every sample whether its draw fell below ``probability``; the host knows without asking a device."""
+        return [bool(torch.rand((), generator=g, dtype=torch.float64) < probability) for g in self._generators(name)]
+
     def shared_integer(self, name: str, low: int, high: int) -> int:
         """One integer from low to high - 1 for every sample of the step, on every process."""
         self._claim(name)

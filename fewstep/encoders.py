@@ -112,7 +112,7 @@ class Encoders:
         """The parts of which a module runs before the network's first call, and none after it."""
         recording = self.recording
         pipeline = recording.pipeline
-        others = {recording.component, find_decoder(pipeline)}
+        others = {*recording.components, find_decoder(pipeline)}
         parts = {name: module for name, module in modules_of(pipeline).items() if name not in others}
         early: set[str] = set()
         late: set[str] = set()

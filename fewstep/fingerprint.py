@@ -18,7 +18,7 @@ from fewstep.recording.observe import find_decoder, find_scheduler
 _ORIGIN = frozenset({"name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
 #: What a tokenizer writes into its backend whenever it is called.
 _CALL_STATE = ("padding", "truncation")
-_SAMPLED = 1024  # entries of each of the denoiser's tensors
+SAMPLED = 1024  # entries of each of the denoiser's tensors
 
 
 def fingerprint(recording: Recording) -> dict[str, str]:
@@ -30,10 +30,10 @@ def fingerprint(recording: Recording) -> dict[str, str]:
     """
     pipeline = recording.pipeline
     without = {find_decoder(pipeline), find_scheduler(pipeline)}
-    digests = {"pipeline": _digest(type(pipeline).__name__), "call": _digest(_call(recording))}
+    digests = {"pipeline": _digest(type(pipeline).__name__), "call": call_digest(recording)}
     for name, part in sorted(pipeline.components.items()):
         if part is not None and name not in without:
-            digests[name] = part_digest(part, _SAMPLED if part is recording.network else None)
+            digests[name] = part_digest(part, SAMPLED if name in recording.components else None)
     scheduler = getattr(pipeline, find_scheduler(pipeline))
     digests["scheduler"] = _digest([type(scheduler).__name__, _plain(scheduler.config)])
     return digests
@@ -60,15 +60,16 @@ def part_digest(part: Any, sampled: int | None = None) -> str:
     return state.hexdigest()
 
 
-def _call(recording: Recording) -> dict[str, Any]:
-    """The recorded call, without what the pipeline does anyway and without a guidance that the network is not told."""
+def call_digest(recording: Recording) -> str:
+    """Of the recorded call, without what the pipeline does anyway and a guidance that the network is not told."""
     invocation = recording.invocation
-    return {
+    call = {
         name: float(value) if _is_number(value) else _plain(value)  # 3 and 3.0 are the same guidance
         for name, value in recording.call.items()
         if not (name.endswith(SCALES) and not recording.guidance.embedded)
         and not _same(value, invocation.parameters.get(name))
     }
+    return _digest(call)
 
 
 def _same(value: Any, default: Any) -> bool:

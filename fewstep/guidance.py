@@ -33,7 +33,8 @@ def rescale_norm(guided: Tensor, positive: Tensor) -> Tensor:
 class GuidedDenoiser:
     """A denoiser under classifier-free guidance; itself a :class:`fewstep.denoiser.Denoiser`.
 
-    One network call of 2B rows where the conditionings can be joined, else one for each group of equal shape.
+    One network call of 2B rows where the conditionings can be joined, else one for each group of equal shape; of B rows
+    at scale 1 (the positive alone) and at scale 0 (the negative alone).
 
     Args:
         denoiser: the unguided one.
@@ -57,15 +58,22 @@ class GuidedDenoiser:
 
     @property
     def calls(self) -> int:
-        """Network calls per sample: 2, or 1 where guidance is off."""
-        return 1 if self.guidance_scale == 1.0 else 2
+        """Network calls per sample: 2, or 1 where one of the two has no weight."""
+        return 1 if self.guidance_scale in (0.0, 1.0) else 2
+
+    def of(self, denoiser: Denoiser) -> GuidedDenoiser:
+        """Another denoiser under the same guidance."""
+        return GuidedDenoiser(denoiser, self.negative, self.guidance_scale)
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """Guided x0 (B, ...)."""
         if self.guidance_scale == 1.0:
             return self.denoiser(x_t, t, conditioning)
         batch = x_t.shape[0]
-        both = join([self.negative.select([0] * batch), conditioning])
+        negative = self.negative.select([0] * batch)
+        if self.guidance_scale == 0.0:
+            return self.denoiser(x_t, t, negative)
+        both = join([negative, conditioning])
         x0 = in_groups(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         x0_negative, x0_positive = x0.chunk(2)
         scale = self.guidance_scale

@@ -24,7 +24,7 @@ from fewstep.config import RunConfig
 from fewstep.data import RealSamples
 from fewstep.draws import Draws
 from fewstep.errors import UserError
-from fewstep.method import Batch, Method, Renew, Turn
+from fewstep.method import Batch, Method, PairSource, Renew, Turn
 from fewstep.monitor import Monitor
 from fewstep.optimization import RoleOptimizer
 from fewstep.roles import Role, update_average
@@ -56,6 +56,7 @@ class Loop:
         processes: this process among all.
         monitor: log, progress bar and trackers; it acts on the main process only.
         on_samples: called with the number of steps done, on the main process, when a sample grid is due.
+        pairs: noise-sample pairs, None where the method asks for none.
     """
 
     def __init__(
@@ -71,9 +72,10 @@ class Loop:
         processes: Processes,
         monitor: Monitor,
         on_samples: Callable[[int], None],
+        pairs: PairSource | None = None,
     ) -> None:
         self.method, self.method_name, self.config = method, method_name, config
-        self.conditions, self.real, self.shape = conditions, real, shape
+        self.conditions, self.real, self.pairs, self.shape = conditions, real, pairs, shape
         self.device, self.processes, self.monitor, self.on_samples = device, processes, monitor, on_samples
         self.checkpoints = Path(config.out) / "checkpoints"
         trainable = (role for role in method.roles.values() if role.parameters())
@@ -190,6 +192,7 @@ class Loop:
             draws=Draws(config.seed, self.step, indices, self.device),
             real=self.real.batch(config.seed, positions) if self.real is not None else None,
             logging=logging,
+            pairs=self.pairs.batch(config.seed, positions) if self.pairs is not None else None,
         )
 
     def _renew(self, renew: Renew) -> None:

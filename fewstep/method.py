@@ -6,7 +6,7 @@ paper's order; the loop does everything else (:mod:`fewstep.loop`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -50,6 +50,23 @@ class Real:
 
 
 @dataclass
+class Pairs:
+    """Both ends of a teacher's ODE: ``x0`` (B, ...), the unit ``noise`` (B, ...) it was made of, and what for."""
+
+    x0: Tensor
+    noise: Tensor
+    conditioning: AnyConditioning
+
+
+class PairSource(Protocol):
+    """Where a run's pairs come from: :mod:`fewstep.pairs`."""
+
+    def batch(self, seed: int, positions: Sequence[int]) -> Pairs:
+        """The pairs at these places of the run's endless, keyed stream."""
+        ...
+
+
+@dataclass
 class Batch:
     """One micro-batch of one step.
 
@@ -60,6 +77,7 @@ class Batch:
         draws: every random number of the step.
         real: B real samples with conditioning of their own, None in a data-free run.
         logging: whether this step is logged; what is only looked at may cost network calls only then.
+        pairs: B pairs with conditioning of their own, None where the method asked for none.
     """
 
     size: int
@@ -68,6 +86,7 @@ class Batch:
     draws: Draws
     real: Real | None
     logging: bool
+    pairs: Pairs | None = None
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,20 @@ class NoiseSchedule(ABC):
         alpha, sigma = self.coefficients(t)
         return 2 * (alpha.log() - sigma.log())
 
+    def flow_time(self, t: Tensor) -> Tensor:
+        """sigma / (alpha + sigma) at ``t``: the rectified-flow time of equal signal-to-noise ratio; both (B,).
+
+        x_t / (alpha + sigma) = (1 - flow_time) x0 + flow_time noise: in these coordinates every family's path is the
+        straight line of rectified flow, walked at another speed.
+        """
+        alpha, sigma = self.coefficients(t)
+        return sigma / (alpha + sigma)
+
+    def time_from_flow_time(self, flow_time: Tensor) -> Tensor:
+        """The inverse of :meth:`flow_time`; both (B,). 1 is beyond a family that never reaches pure noise."""
+        flow_time = flow_time.double()
+        return self.time_from_log_snr(2 * (torch.log1p(-flow_time) - flow_time.log()))
+
     def snap(self, t: Tensor) -> Tensor:
         """The nearest time at which the network was trained; (B,). ``t`` itself unless the family has a table."""
         return t

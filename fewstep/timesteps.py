@@ -6,6 +6,8 @@ random number of a run stays a function of (seed, step, sample, name).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,24 @@ def uniform_times(uniform: Tensor, low: float = 0.0, high: float = 1.0) -> Tenso
 def logit_normal_times(normal: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """sigmoid(mean + std * n) (Esser et al. 2024, SD3, Eq. 19) from standard ``normal`` draws (B,)."""
     return torch.sigmoid(mean + std * normal.double())
+
+
+def exponential_times(uniform: Tensor, steepness: float = 4.0) -> Tensor:
+    """ln(1 + u (e^a - 1)) / a: times of density a e^(a t) / (e^a - 1), a = ``steepness`` > 0, from ``uniform`` (B,)."""
+    return torch.log1p(uniform.double() * math.expm1(steepness)) / steepness
+
+
+def u_shaped_times(uniform: Tensor, steepness: float = 4.0) -> Tensor:
+    """Times dense at both ends (Lee et al. 2024, 2-rectified flow++), from ``uniform`` draws (B,) on [0, 1).
+
+    Density (a / 2) (e^(a t) + e^(a (1 - t))) / (e^a - 1) with a = ``steepness``: one half of the draws are
+    :func:`exponential_times`, the other half their mirror images. (The paper prints e^(a t) + e^(-a t), which is not
+    symmetric on [0, 1]; its code draws from this density.)
+    """
+    twice = 2 * uniform.double()
+    mirrored = twice >= 1
+    rising = exponential_times(twice - mirrored.double(), steepness)
+    return torch.where(mirrored, 1 - rising, rising)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

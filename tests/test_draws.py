@@ -80,3 +80,9 @@ def test_every_epoch_of_the_stream_holds_each_item_once_in_an_order_of_its_own()
     assert len(set(map(tuple, epochs))) == 3
     assert [keyed_order(0, "prompts", 10, k) for k in range(10)] == epochs[0]  # also after going back
     assert [keyed_order(0, "real", 10, k) for k in range(10)] != epochs[0]
+
+
+def test_coins_fall_as_often_as_asked_for_each_sample_by_itself():
+    coins = Draws(0, 1, range(4000)).coins("dropout", 0.1)
+    assert 0.08 < sum(coins) / 4000 < 0.12
+    assert Draws(0, 1, range(100, 200)).coins("dropout", 0.1) == coins[100:200]

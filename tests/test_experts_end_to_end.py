@@ -17,8 +17,12 @@ from fewstep.cli import main
 from fewstep.distillation import Distillation, distill, method_class
 from fewstep.errors import UserError
 from fewstep.export.apply import apply
+from fewstep.export.plan import plan_student, walk_student
+from fewstep.export.trace import with_parts
+from fewstep.export.walk import WalkError
 from fewstep.guidance import GuidedDenoiser
 from fewstep.intervals import TimedScale
+from fewstep.recording import record
 from fewstep.recording.shake import shaken
 from fewstep.roles import Role
 from fewstep.rollout import rollout
@@ -144,6 +148,23 @@ def test_stock_diffusers_samples_what_was_trained_at_every_count(trained: Path, 
             assert numpy.abs(seen[f"{form} {count}"] - merged).max() < 1e-4 * numpy.abs(merged).max()
         assert numpy.abs(seen[f"full {count}"] - merged).max() > 1e-3 * numpy.abs(merged).max()
     assert seen["full 1 calls"].tolist() == ["transformer"]  # a count that never meets the second is right too
+
+
+def test_a_grid_that_meets_the_boundary_is_trained_as_it_is_walked(tmp_path: Path) -> None:
+    """At 4 steps the second one is asked at t = 0.9, where the networks change; which one it is, rounding decides."""
+    pipeline = tiny_wan(boundary_ratio=0.9)
+    recording = record(pipeline, prompt="a cat", **WAN_CALL)
+    plan = plan_student(recording, 4)
+    assert plan.timesteps == (1000.0, 900.0, 750.0, 500.0)
+    trained = recording.intervals.index(torch.tensor(plan.grid, dtype=torch.float64))
+    assert trained.tolist() == [0, 0, 1, 1]
+    assert [recording.expert_at(timestep).component for timestep in plan.timesteps] == [EXPERTS[k] for k in trained]
+    student = with_parts(pipeline, scheduler=plan.scheduler)
+    assert walk_student(recording, student, plan.call, "ode", 4).grid == plan.grid
+    student.register_to_config(boundary_ratio=0.7)
+    with pytest.raises(WalkError, match=r"calls transformer at timestep 750, where transformer_2 is trained"):
+        walk_student(recording, student, plan.call, "ode", 4)
+    assert "no step calls transformer_2, which stays the teacher's" in plan_student(recording, 1).note
 
 
 def test_the_teacher_is_guided_as_strongly_as_the_call_says_at_each_time(place: Path, tmp_path: Path) -> None:

@@ -67,6 +67,21 @@ def test_a_teacher_without_a_negative_cannot_be_guided():
         GuidedDenoiser(Model(), None, 4.0)
 
 
+def test_a_scale_of_zero_costs_one_call_of_the_negative_alone():
+    model, negative = Model(), texts(4, value=-1.0)
+    guided = GuidedDenoiser(model, negative, 0.0)
+    assert torch.equal(guided(X, T, texts(4, 4, 4)), Model()(X, T, negative.select([0, 0, 0])))
+    assert model.batches == [3]
+    assert [GuidedDenoiser(model, negative, scale).calls for scale in (0.0, 1.0, -1.0, 4.5)] == [1, 1, 2, 2]
+
+
+def test_a_negative_scale_leads_away_from_the_condition():
+    positive = Model()(X, T, texts(4, 4, 4))
+    negative = Model()(X, T, texts(4, 4, 4, value=-1.0))
+    guided = GuidedDenoiser(Model(), texts(4, value=-1.0), -1.0)(X, T, texts(4, 4, 4))
+    torch.testing.assert_close(guided, 2 * negative - positive)
+
+
 def distillation(pipeline, out: Path, **settings) -> Distillation:
     (out / "prompts.txt").write_text("a cat\na dog\n")
     prompts = {"prompts": str(out / "prompts.txt")} if hasattr(pipeline, "text_encoder") else {"classes": "0-3"}
@@ -85,7 +100,7 @@ def test_a_teacher_that_does_not_hear_its_condition_is_not_guided(tmp_path: Path
         for settings in ({}, {"guidance_scale": 3.0}):
             with pytest.raises(UserError, match="guidance would change nothing; use --guidance_scale 1"):
                 distillation(pipeline, tmp_path, **settings)
-        assert distillation(pipeline, tmp_path, guidance_scale=1.0).negative is None
+        assert distillation(pipeline, tmp_path, guidance_scale=1.0).guidance_scale == 1.0
 
 
 def test_an_untrained_teacher_is_not_taken_for_a_deaf_one(tmp_path: Path):

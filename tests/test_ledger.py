@@ -22,8 +22,15 @@ from fewstep.ledger import Ledger, declared, forward_passes
 from fewstep.method import Batch, Calls, Method, Turn
 
 #: What a method must be told to run at all, and further settings under which it costs something else.
-SETTINGS: dict[str, dict] = {"dmd2": {"critic_updates": 2}}
-VARIANTS: dict[str, dict[str, dict]] = {"dmd2": {"gan": {"gan_weight": 0.1, "data": True}}}
+SETTINGS: dict[str, dict] = {
+    "dmd2": {"critic_updates": 2},
+    "rectified_flow": {"num_pairs": 6, "pair_steps": 2},
+    "sid": {"critic_updates": 2},
+}
+VARIANTS: dict[str, dict[str, dict]] = {
+    "dmd2": {"gan": {"gan_weight": 0.1, "data": True}},
+    "sid": {"zero_gan": {"guidance": "zero", "adversarial": "diffusion_gan", "gan_start_step": 2, "data": True}},
+}
 RUN = {"batch_size": 2, "log_steps": 100, "report_to": "none", "cpu": True}
 ROLES = {
     "copies": {},
@@ -81,7 +88,8 @@ def play(run: Distillation, method: Method, ledger: Ledger) -> None:
     """The real loop."""
     with ledger:
         shape = run.recording.sample_shape
-        make_loop(method, run.config, shape, conditions=run.conditions, real=run.real, name=run.method).run()
+        batches = {"conditions": run.conditions, "real": run.real, "pairs": run.pairs}
+        make_loop(method, run.config, shape, **batches, name=run.method).run()
 
 
 def batch_of(run: Distillation, step: int) -> Batch:

@@ -40,6 +40,15 @@ def times(count: int = 41) -> Tensor:
 
 
 @every_schedule
+def test_flow_times_are_inverted_and_keep_the_signal_to_noise_ratio(schedule: NoiseSchedule):
+    t = times()
+    flow_time = schedule.flow_time(t)
+    torch.testing.assert_close(schedule.time_from_flow_time(flow_time), t, rtol=1e-9, atol=1e-12)
+    alpha, sigma = schedule.coefficients(t)
+    torch.testing.assert_close(flow_time / (1 - flow_time), sigma / alpha)
+
+
+@every_schedule
 def test_derivatives_agree_with_finite_differences(schedule: NoiseSchedule):
     t, h = times(), 1e-6
     after, before = schedule.coefficients(t + h), schedule.coefficients(t - h)

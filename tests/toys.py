@@ -102,6 +102,7 @@ def make_loop(
     *,
     conditions: Labels | None = None,
     real=None,
+    pairs=None,
     on_samples: Callable[[int], None] = lambda step: None,
     name: str = "tiny",
 ) -> Loop:
@@ -119,6 +120,7 @@ def make_loop(
         processes=Processes(accelerator.process_index, accelerator.num_processes),
         monitor=Monitor(Path(config.out), config.max_steps, accelerator),
         on_samples=on_samples,
+        pairs=pairs,
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``fewstep demo | probe | cache | distill | sample | eval``, one file for each command.
+"""The command line: ``fewstep demo | probe | cache | pairs | distill | sample | eval``, one file for each command.
 
 Exit codes: 0 done, 2 the user can mend it (one line on stderr says how), 130 interrupted after a checkpoint.
 """
@@ -18,6 +18,7 @@ USAGE = """fewstep: few-step distillation of diffusion and flow-matching pipelin
   fewstep demo                          distil an embedded teacher and compare both
   fewstep probe TEACHER                 show what is recorded of a pipeline, and prove it
   fewstep cache --teacher ... --out DIR encode prompts or labels once, for distill --cache
+  fewstep pairs --teacher ... --out DIR make noise-sample pairs of a teacher
   fewstep distill METHOD --teacher ...  train a student
   fewstep sample DIR --out FILE.png     sample from a student
   fewstep eval DIR [DIR ...] --out DIR  measure students beside their teacher
@@ -30,6 +31,7 @@ COMMANDS = {
     "demo": "demo",
     "probe": "probe",
     "cache": "cache",
+    "pairs": "pairs",
     "distill": "distill",
     "sample": "sample",
     "eval": "evaluate",

@@ -70,6 +70,7 @@ def plan_student(
     renoise: str = "auto",
     shift: float | None = None,
     first_timestep: int | None = None,
+    first_sigma: float | None = None,
     start: str = "noise",
 ) -> StudentPlan:
     """Find the stock scheduler that carries a student of ``steps`` steps, and prove it on the teacher's weights.
@@ -80,13 +81,14 @@ def plan_student(
         renoise: ``"ode"``, ``"fresh"``, or ``"auto"``: ODE for flow and EDM; for tables fresh noise where it can ship.
         shift: k of a flow grid t' = k t / (1 + (k - 1) t); None: the teacher's own, at the recorded call.
         first_timestep: start at this entry of a table instead of its top (DMD2's one-step SDXL: 399; SiD: 625).
+        first_sigma: start an EDM student at this noise level instead of sigma_max (SiD: 2.5).
         start: ``"noise"``: the first x_t is unit noise; ``"marginal"``: sigma times unit noise (SiD; ODE, tables).
 
     Raises:
         ExportError: the wish cannot ship; one line names the reason.
     """
     schedule = recording.schedule
-    _refuse(recording, steps, renoise, shift, first_timestep, start)
+    _refuse(recording, steps, renoise, shift, first_timestep, first_sigma, start)
     is_flow = isinstance(schedule, FlowSchedule)
     wish = Wish(
         schedule=schedule,
@@ -95,6 +97,7 @@ def plan_student(
         renoise=renoise,
         shift=1.0 if not is_flow else teacher_shift(recording) if shift is None else float(shift),
         first_timestep=first_timestep,
+        first_sigma=first_sigma,
         start=start,
     )
     config = getattr(recording.pipeline, find_scheduler(recording.pipeline)).config
@@ -189,7 +192,13 @@ def walk_student(
 
 
 def _refuse(
-    recording: Recording, steps: int, renoise: str, shift: float | None, first_timestep: int | None, start: str
+    recording: Recording,
+    steps: int,
+    renoise: str,
+    shift: float | None,
+    first_timestep: int | None,
+    first_sigma: float | None,
+    start: str,
 ) -> None:
     schedule = recording.schedule
     if renoise not in ("auto", "ode", "fresh"):
@@ -205,7 +214,12 @@ def _refuse(
     if shift is not None and not (math.isfinite(shift) and shift > 0):
         raise ExportError(f"shift must be a positive number, not {shift}")
     if isinstance(schedule, EDMSchedule) and (first_timestep is not None or start != "noise"):
-        raise ExportError("an EDM student starts at sigma_max")
+        raise ExportError("an EDM student starts at sigma_max or at first_sigma")
+    if first_sigma is not None and not isinstance(schedule, EDMSchedule):
+        raise ExportError("first_sigma belongs to EDM teachers; a table's student starts at first_timestep")
+    if first_sigma is not None and not schedule.sigma_min < first_sigma <= schedule.sigma_max:
+        bounds = f"({schedule.sigma_min:g}, {schedule.sigma_max:g}]"
+        raise ExportError(f"first_sigma must be in {bounds}, the noise levels of the teacher, not {first_sigma:g}")
     if isinstance(schedule, FlowSchedule) and (first_timestep is not None or start != "noise"):
         raise ExportError("a flow student starts at pure noise, timestep 1000")
     times = schedule.num_train_timesteps or (
@@ -253,8 +267,15 @@ def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Ref
         noise_follows=found.noise_follows,
         prediction_type=recording.prediction_type,
         shift=wish.shift,
-        note=f"{reason}: {remark}",
+        note=f"{reason}: {remark}{_idle(recording, found.timesteps)}",
     )
+
+
+def _idle(recording: Recording, timesteps: tuple[float, ...]) -> str:
+    """Names the networks that no step of the grid leads to: a student of one step never meets the second of two."""
+    called = {recording.expert_at(timestep).component for timestep in timesteps}
+    idle = [name for name in recording.components if name not in called]
+    return f"; no step calls {', '.join(idle)}, which stays the teacher's" if idle else ""
 
 
 def _first_that_holds(

@@ -37,6 +37,7 @@ class Wish:
         renoise: ``"ode"`` or ``"fresh"``.
         shift: of a flow grid.
         first_timestep: index of the table entry to start at; None: the top.
+        first_sigma: noise level of an EDM student's first step; None: sigma_max.
         start: ``"noise"``: the first x_t is unit noise; ``"marginal"``: sigma times unit noise (SiD).
         last_sigma: the smallest of the sigmas that the pipeline itself passes for this count, None if it passes none.
     """
@@ -47,6 +48,7 @@ class Wish:
     renoise: str
     shift: float = 1.0
     first_timestep: int | None = None
+    first_sigma: float | None = None
     start: str = "noise"
     last_sigma: float | None = None
 
@@ -71,7 +73,10 @@ def wanted_grid(wish: Wish) -> tuple[float, ...] | None:
     """The grid that the wish means, where it means a certain one; a table's grid is what its scheduler makes of it."""
     if isinstance(wish.schedule, TableSchedule):
         return None
-    return tuple(even_grid(wish.steps, wish.shift).tolist())
+    grid = even_grid(wish.steps, wish.shift)
+    if isinstance(wish.schedule, EDMSchedule):
+        grid *= _first_time(wish)
+    return tuple(grid.tolist())
 
 
 def table_betas(schedule: TableSchedule, length: int) -> list[float]:
@@ -148,8 +153,14 @@ def _table(wish: Wish) -> Iterator[Any]:
 def _edm(wish: Wish) -> EDMEulerScheduler:
     if wish.renoise == "fresh":
         raise ExportError("no stock scheduler renoises an EDM student afresh; use renoise='ode'")
-    schedule = wish.schedule
-    last = schedule.coefficients(torch.tensor([1 / wish.steps], dtype=torch.float64)).sigma
-    return EDMEulerScheduler(
-        sigma_min=float(last), sigma_max=schedule.sigma_max, sigma_data=schedule.sigma_data, rho=schedule.rho
-    )
+    schedule, first = wish.schedule, _first_time(wish)
+    last = schedule.coefficients(torch.tensor([first / wish.steps], dtype=torch.float64)).sigma
+    top = schedule.sigma_max if wish.first_sigma is None else wish.first_sigma
+    return EDMEulerScheduler(sigma_min=float(last), sigma_max=top, sigma_data=schedule.sigma_data, rho=schedule.rho)
+
+
+def _first_time(wish: Wish) -> float:
+    """Where on its ramp an EDM student starts."""
+    if wish.first_sigma is None:
+        return 1.0
+    return float(wish.schedule.time_from_sigma(torch.tensor(wish.first_sigma)))

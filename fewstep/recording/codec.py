@@ -57,6 +57,11 @@ class Codec:
         scale = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g}..{scales[-1]:g}"
         return f"{kind}, scale {scale}{moved}"
 
+    @property
+    def centred(self) -> bool:
+        """Whether the decoder's images lie in [-1, 1] instead of [0, 1]."""
+        return self.decoder is not None and _centred(self.recording.pipeline)
+
     def to_decoder(self, x0: Tensor) -> Tensor:
         """x0 (B, *sample_shape) -> what the decoder is given (B, *shape)."""
         flat = x0.reshape(len(x0), -1).double()[:, self.index.to(x0.device)]

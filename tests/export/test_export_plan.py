@@ -124,6 +124,23 @@ def test_edm_grid_is_even_on_the_ramp(recorded):
     assert plan.prediction_type == "edm"
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_edm_student_may_start_below_the_top(recorded, steps):
+    schedule = recorded("edm").schedule
+    plan = plan_student(recorded("edm"), steps, first_sigma=2.5)
+    sigmas = schedule.coefficients(torch.tensor(plan.grid, dtype=torch.float64)).sigma
+    assert float(sigmas[0]) == pytest.approx(2.5, rel=1e-5)
+    assert plan.grid == pytest.approx([plan.grid[0] * (steps - k) / steps for k in range(steps)], rel=1e-5)
+    assert plan.initial_scale == pytest.approx(7.25**0.5, rel=1e-6)
+    assert plan.counts == tuple(range(1, steps + 1))
+
+
+@pytest.mark.parametrize(("family", "first"), [("edm", 100.0), ("edm", 0.001), ("flow", 2.5), ("ddim", 2.5)])
+def test_a_first_sigma_that_the_teacher_lacks_is_refused(recorded, family, first):
+    with pytest.raises(ExportError, match="first_sigma"):
+        plan_student(recorded(family), 1, first_sigma=first)
+
+
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 def test_other_prediction_types(kind):
     recording = record(tiny_stable_diffusion(kind), prompt="the cat")

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from toy_network import toy_conditioning, toy_denoiser
 
-from fewstep.schedule import EDMSchedule, NoiseSchedule, TableSchedule, from_scheduler
+from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule, from_scheduler
 
 
 class GoldenFile:
@@ -45,6 +45,10 @@ class GoldenFile:
         )
         return [self.tensors[name] for name in names]
 
+    def states(self, name: str) -> bool:
+        """Whether an option is given at all; what does not apply to a file is absent."""
+        return name in self._options
+
     def number(self, name: str) -> float:
         """An option that is a number."""
         self._unread.discard(name)
@@ -58,6 +62,13 @@ class GoldenFile:
         )
         self._unread.discard(name)
         return value
+
+    def absent(self, name: str) -> bool:
+        """Whether the file says nothing of this option, or that it does not apply."""
+        absent = self._options.get(name) in (None, "none")
+        if absent:
+            self._unread.discard(name)
+        return absent
 
     # --- results --------------------------------------------------------------------------------------------------
 
@@ -90,7 +101,8 @@ class GoldenFile:
         """The Karras ramp of the options; index i of its ascending table of K is t = i / (K - 1)."""
         self.choice("schedule", "edm")
         names = ("sigma_min", "sigma_max", "rho", "sigma_data")
-        return EDMSchedule(**{name: self.number(name) for name in names})
+        # Where noise levels are drawn directly, the ends of a ramp say nothing.
+        return EDMSchedule(**{name: self.number(name) for name in names if not self.absent(name)})
 
     def edm_time(self, index: Tensor) -> Tensor:
         self.choice("sigma_table", "karras_ascending")
@@ -107,12 +119,16 @@ class GoldenFile:
         exact[timesteps] = alphas_cumprod
         return TableSchedule(exact)
 
+    def flow_schedule(self) -> FlowSchedule:
+        self.choice("schedule", "rf")
+        return FlowSchedule()
+
     def denoiser(self, coefficients: str, schedule: NoiseSchedule) -> Any:
         """The toy network with coefficients ``in.<coefficients>``, run by the project's own NetworkDenoiser."""
-        kinds = {"edm_preconditioned": "edm", "epsilon": "epsilon", "v_prediction": "v_prediction"}
+        kinds = {"edm_preconditioned": "edm", "epsilon": "epsilon", "v_prediction": "v_prediction", "velocity": "flow"}
         kind = kinds[self.choice("prediction_type", *kinds)]
-        # An EDM schedule's timestep is ln(sigma)/4 itself; a table's is the index.
-        divisors = {"ln(sigma)/4": 1.0, "timestep/1000": 1000.0}
+        # An EDM schedule's timestep is ln(sigma)/4 itself; a table's is the index, a flow's 1000 t.
+        divisors = {"ln(sigma)/4": 1.0, "timestep/1000": 1000.0, "t": 1000.0}
         divisor = divisors[self.choice("toy_time", *divisors)]
         return toy_denoiser(self[coefficients], schedule, kind, divisor)
 

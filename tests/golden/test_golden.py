@@ -9,9 +9,11 @@ from pathlib import Path
 import dmd2_cases
 import primitive_cases
 import pytest
+import rectified_flow_cases
+import sid_cases
 from golden_file import GoldenFile
 
-CASES = {**primitive_cases.CASES, **dmd2_cases.CASES}
+CASES = {**primitive_cases.CASES, **dmd2_cases.CASES, **sid_cases.CASES, **rectified_flow_cases.CASES}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,0 +1,53 @@
+"""Files that are complete and on the disk, or absent, though processes may be killed; and what tells them apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_durably(path: Path, save: Callable[[Path], object], partial: str | None = None) -> None:
+    """Let ``save`` write a file beside ``path``, and give it its name once all of it is on the disk.
+
+    Args:
+        path: of the complete file; one that is there is replaced.
+        save: writes to the path that it is given.
+        partial: name of the unfinished file, for writers that may meet; default made from that of ``path``.
+
+    Raises:
+        OSError: the disk is full or does not take it; ``path`` is as it was.
+    """
+    unfinished = path.with_name(partial or f".{path.name}.partial")
+    try:
+        save(unfinished)
+        unfinished.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
+        flush(unfinished)
+        os.replace(unfinished, path)
+        flush(path.parent)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_sha256(content: Any) -> str:
+    """The SHA-256 of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

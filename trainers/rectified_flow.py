@@ -1,0 +1,226 @@
+"""Rectified flow on a teacher's pairs (Liu et al. 2022, arXiv 2209.03003), with 2-rectified flow++ (Lee et al. 2024,
+arXiv 2405.20320): reflow of any teacher, and distillation of a reflowed one to a few steps.
+
+Every pair is a noise and the sample that the teacher's ODE makes of it. The student learns the constant velocity of the
+straight line between them, so that its own ODE needs few steps, or one.
+
+    accelerate launch -m fewstep.trainers.rectified_flow --teacher DIR --prompts FILE --steps 1 --out OUT
+
+Pairs are made ahead with ``fewstep pairs`` and given as ``--pairs``, or made at the start; real images (``--data``)
+join them with the noise that the teacher's ODE leads them to. The third rectified flow and distillation (``--times
+grid``) are runs whose ``--teacher`` is the student of the one before, at ``--guidance_scale 1``.
+
+DDPM and EDM teachers: x_t / (alpha + sigma) moves on rectified flow's straight line in every family of schedules. So
+the student stays in its teacher's schedule and prediction type: that is the conversion by equal signal-to-noise ratio,
+exact, and stock ODE schedulers carry it. A table stops short of pure noise, and the line with it: it ends in the x_t
+that samplers start from, at the last entry, where the paper asks the network beyond what it was trained at.
+
+Other departures: times end at ``--time_min`` (papers: 0 and 1e-5), no dropout (roles run in eval mode), pairs keep
+their floats (2-rectified flow++: 8-bit images), and the Huber constant has the root that was meant
+(``--huber_scaling released`` is what the released code does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.config import RunConfig
+from fewstep.distillation import Distillation, main
+from fewstep.errors import UserError
+from fewstep.losses.flow import huber_constant, pseudo_huber, squared, velocity_error
+from fewstep.method import Batch, Calls, Pairs, Turn
+from fewstep.ode import SOLVERS
+from fewstep.pairing import RunPairs
+from fewstep.perceptual import lpips_of
+from fewstep.prediction import add_noise, noise_from_x0
+from fewstep.roles import Role
+from fewstep.rollout import Sampler
+from fewstep.timesteps import logit_normal_times, u_shaped_times, uniform_times
+
+
+@dataclass(kw_only=True)
+class RectifiedFlowConfig(RunConfig):
+    """Rectified flow (Liu et al. 2022) and 2-rectified flow++ (Lee et al. 2024).
+
+    Args:
+        pairs: folder that fewstep pairs made; default: --num_pairs are made at the start, into out/pairs.
+        num_pairs: how many pairs to make.
+        pair_steps: steps of the teacher's ODE for each.
+        pair_solver: euler (DDIM for tables) or heun (two network calls a step).
+        inverted_pairs: folder of real images with the noise that the ODE leads them to (fewstep pairs --data); with
+            --data they are made at the start, of at most --num_pairs images, into out/inverted_pairs.
+        inverted_share: share of the samples that are real images, where there are any.
+        renoise: a rectified flow is an ODE; there is no other choice.
+        times: where on the line the student learns: u_shaped (2-rectified flow++), uniform (rectified flow),
+            logit_normal, or grid (only the student's own steps: distillation).
+        u_steepness: a of the U shape (paper: 4).
+        time_min: the cleanest time, where a velocity is hardly to be seen in x0.
+        loss: distance of the velocities: huber (pseudo-Huber, 2-rectified flow++) or l2 (rectified flow).
+        huber_factor: c of the pseudo-Huber distance is this times the root of the number of entries.
+        huber_scaling: sqrt, or released for the released code's c, which has no root.
+        time_weight: weight of that distance: uniform, or 1-t (2-rectified flow++ with LPIPS).
+        perceptual_weight: weight of LPIPS between the images of both x0; needs the lpips package. With l2 and grid
+            times it is the distillation of rectified flow, with huber and 1-t the loss of 2-rectified flow++.
+        perceptual_over_t: divide the LPIPS term by t (2-rectified flow++, CIFAR-10).
+    """
+
+    pairs: str | None = None
+    num_pairs: int = 8192
+    pair_steps: int = 25
+    pair_solver: str = "euler"
+    inverted_pairs: str | None = None
+    inverted_share: float = 0.5
+    renoise: str = "ode"
+    times: str = "u_shaped"
+    u_steepness: float = 4.0
+    time_min: float = 1e-3
+    loss: str = "huber"
+    huber_factor: float = 0.00054
+    huber_scaling: str = "sqrt"
+    time_weight: str = "uniform"
+    perceptual_weight: float = 0.0
+    perceptual_over_t: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_negative("huber_factor", "perceptual_weight")
+        for name, allowed in (
+            ("renoise", ("ode",)),
+            ("times", ("u_shaped", "uniform", "logit_normal", "grid")),
+            ("loss", ("huber", "l2")),
+            ("huber_scaling", ("sqrt", "released")),
+            ("time_weight", ("uniform", "1-t")),
+            ("pair_solver", SOLVERS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"--{name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}")
+        for name in ("num_pairs", "pair_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("time_min", "inverted_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"--{name} must be between 0 and 1, not {getattr(self, name)}")
+        if not self.u_steepness > 0:
+            raise UserError(f"--u_steepness must be positive, not {self.u_steepness}")
+        if self.perceptual_over_t and not self.perceptual_weight:
+            raise UserError("--perceptual_over_t belongs to LPIPS: give --perceptual_weight, or leave it out")
+        if self.times == "grid" and self.time_weight == "1-t" and not self.perceptual_weight:
+            raise UserError("--time_weight 1-t leaves nothing to learn at the grid's first time; use uniform")
+        if self.data is not None and self.inverted_pairs is not None:
+            raise UserError("--inverted_pairs are made of real images already: leave out --data")
+
+
+class RectifiedFlow:
+    """The method; see the module. Roles: student, teacher (asked for pairs and pictures only), ema if asked for.
+
+    Args:
+        config: of the run.
+        roles: by name.
+        sampler: the student's.
+        perceptual: the distance (B,) of two batches x0, with gradient to the first.
+    """
+
+    Config = RectifiedFlowConfig
+
+    def __init__(
+        self,
+        config: RectifiedFlowConfig,
+        roles: dict[str, Role],
+        sampler: Sampler,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.config, self.roles, self.sampler, self.perceptual = config, roles, sampler, perceptual
+        self.student, self.schedule = roles["student"], sampler.schedule
+        # Flow times run from 0 to 1 under flow matching; under a table and EDM they end where the student starts.
+        ends = self.schedule.flow_time(torch.tensor([0.0, sampler.grid[0]], dtype=torch.float64)).tolist()
+        self.lowest, self.highest = max(config.time_min, ends[0]), ends[1]
+
+    @classmethod
+    def prepare(cls, config: RectifiedFlowConfig, distillation: Distillation) -> RectifiedFlow:
+        """Make the roles, and the pairs where none are given; the student starts as the teacher, or as in --init."""
+        perceptual = lpips_of(distillation.recording, distillation.device) if config.perceptual_weight else None
+        pairs = RunPairs(distillation)
+        roles = distillation.make_roles("student")
+        distillation.initialize(roles)
+        how = (config.num_pairs, config.pair_steps, config.pair_solver)
+        folder, inverted = config.pairs or pairs.make(roles["teacher"], *how), config.inverted_pairs
+        if config.data is not None:
+            inverted = pairs.make(roles["teacher"], *how, real=distillation.real)
+            distillation.real = None  # they come as pairs
+        distillation.pairs = pairs.stream(folder, inverted, config.inverted_share)
+        return cls(config, roles, distillation.sampler, perceptual)
+
+    def learning_rate(self, role: str) -> float:
+        """Of the student."""
+        return self.config.lr
+
+    def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
+        """What one step costs: one pass of the student. Pairs are paid for once, before the training."""
+        return {"student": Calls(to_parameters=1)}
+
+    def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
+        """The student learns the velocity of the lines between the ends of the pairs (Liu et al. 2022, Eq. 1)."""
+        # 1. The noise at the other end of the line, and a point on it.
+        x0, noise = batch.pairs.x0, self.line_noise(batch.pairs)
+        t = self.times(batch)
+        x_t = add_noise(x0, noise, self.schedule.coefficients(t))
+
+        # 2. Where does the student see the line's end?
+        x0_student = self.student(x_t, t, batch.pairs.conditioning)
+
+        # 3. An error of x0 is one of the velocity, the nearer to the end the greater.
+        loss, log = self.distance(x0, x0_student, self.schedule.flow_time(t))
+        yield Turn("student", [(loss, None)], log)
+
+    def line_noise(self, pairs: Pairs) -> Tensor:
+        """The noise (B, ...) of the line that ends in the student's first x_t: the pair's own under flow matching.
+
+        A table's x_t at its noisiest entry holds a trace of x0, and the sampler starts from unit noise all the same.
+        With this noise the line meets that start, and a student that is right at every step walks along it.
+        """
+        start = self.schedule.coefficients(self.sampler.times(0, pairs.x0))
+        return noise_from_x0(pairs.x0, self.sampler.initial_scale * pairs.noise, start)
+
+    def times(self, batch: Batch) -> Tensor:
+        """Times (B,), float64, at which the student learns; drawn as flow times, and snapped to a table's entries."""
+        if self.config.times == "grid":
+            grid = torch.tensor(self.sampler.grid, dtype=torch.float64, device=batch.pairs.x0.device)
+            return grid[batch.draws.integers("grid_step", 0, len(grid))]
+        if self.config.times == "logit_normal":
+            share = logit_normal_times(batch.draws.normal("time", ()))
+        elif self.config.times == "u_shaped":
+            share = u_shaped_times(batch.draws.uniform("time"), self.config.u_steepness)
+        else:
+            share = batch.draws.uniform("time")
+        flow_time = uniform_times(share, self.lowest, self.highest)
+        return self.schedule.snap(self.schedule.time_from_flow_time(flow_time))
+
+    def distance(self, x0: Tensor, x0_student: Tensor, flow_time: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss () at ``flow_time`` (B,), and what to log; ``x0``, ``x0_student``: (B, ...)."""
+        config = self.config
+        error = velocity_error(x0, x0_student, flow_time)
+        mean_square = squared(error)
+        if config.loss == "huber":
+            c = huber_constant(x0[0].numel(), config.huber_factor, config.huber_scaling)
+            distance = pseudo_huber(error, c)
+        else:
+            distance = mean_square
+        if config.time_weight == "1-t":
+            distance = (1 - flow_time).to(distance) * distance
+        log = {"student/flow": distance.mean().detach(), "student/velocity_error": mean_square.mean().detach()}
+        log |= {"student/x0_std": x0_student.detach().std(), "student/teacher_std": x0.std()}
+        if self.perceptual is not None:
+            perceptual = self.perceptual(x0_student, x0)
+            if config.perceptual_over_t:
+                perceptual = perceptual / flow_time.to(perceptual)
+            distance = distance + config.perceptual_weight * perceptual
+            log["student/perceptual"] = perceptual.mean().detach()
+        return distance.mean(), log
+
+
+if __name__ == "__main__":
+    main("rectified_flow")

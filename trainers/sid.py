@@ -1,0 +1,245 @@
+"""SiD: score identity distillation, in one step and in several (Zhou et al. 2024, arXiv 2404.04057, and later papers).
+
+The critic follows the student by denoising; the student then lowers the difference between teacher and critic, and the
+gradient of that difference flows through both networks. One loss covers the family:
+
+- SiD: one step, alpha 1 or 1.2; an EDM student starts at ``--first_sigma 2.5``.
+- SiD-LSG (arXiv 2406.01561): guided teacher and critic; a table's student starts at ``--first_timestep 625``.
+- Few-step SiD (arXiv 2505.12674; flow: 2509.25127): the step whose output is judged is drawn, so that one critic and
+  one student match the uniform mixture of all steps' outputs; Zero-CFG and Anti-CFG; a GAN on the critic's features.
+- SiDA (arXiv 2410.14919): a GAN on the critic's encoder. Neither GAN has parameters of its own.
+
+    accelerate launch -m fewstep.trainers.sid --teacher DIR --prompts FILE --steps 1 --first_timestep 625 --out OUT
+
+Departures from the released code: losses are means, not sums, over a sample; the two turns of a step share their
+prompts (not their noise); a gradient that is not finite stops the run instead of becoming 0; features are tapped at the
+mid block or at half depth; no augmentation and no learnt variance, which need networks that diffusers lacks.
+SiDA's mean over the batch is one over the micro-batch: it alone is not independent of accumulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.critic_discriminator import AdversarialConfig, CriticDiscriminator
+from fewstep.critic_guidance import CriticGuidanceConfig, with_dropout
+from fewstep.distillation import Distillation, main
+from fewstep.errors import UserError
+from fewstep.guidance import GuidedDenoiser
+from fewstep.losses.score import denoising_loss, native_weight
+from fewstep.losses.score_identity import WEIGHTINGS, score_identity, score_identity_weight
+from fewstep.method import Batch, Calls, Turn
+from fewstep.noise_levels import NoiseLevelConfig, NoiseLevels
+from fewstep.prediction import add_noise
+from fewstep.ragged import AnyConditioning
+from fewstep.roles import Role
+from fewstep.rollout import Sampler, rollout
+from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
+
+# An EDM critic learns at these (Karras et al. 2022, Table 1), any other where it is compared with the teacher.
+_EDM_CRITIC = NoiseLevels("log_normal", mean=-1.2, std=1.2)
+
+
+@dataclass(kw_only=True)
+class SidConfig(NoiseLevelConfig, CriticGuidanceConfig, AdversarialConfig):
+    """SiD, SiD-LSG, few-step SiD and SiDA (Zhou et al. 2024, 2025).
+
+    Args:
+        start: what a table teacher's student starts from: noise, or marginal for noise times the first step's sigma;
+            default marginal with --first_timestep in one step or with --renoise ode, else noise.
+        alpha: from 0 to 1.5 (paper: 1.2 for CIFAR-10 and ImageNet, else 1; at 0.5 the gradient is the Fisher
+            divergence's own). Above 1 a student that is much wider than its teacher diverges.
+        weighting: sid (1 / mean error of the teacher) or none; for flow teachers also 1_minus_sigma,
+            1_minus_sigma_squared, 1_over_sigma, 1_over_sigma2, snr_sqrt, snr. auto: 1_minus_sigma for flow, else sid.
+        normalizer_min: lower bound of the mean error in the weighting sid.
+        critic_lr: learning rate of the critic; default that of the student.
+        critic_updates: critic updates for each student update.
+        critic_warmup_steps: steps before the student's first update.
+    """
+
+    start: str | None = None
+    alpha: float = 1.0
+    weighting: str = "auto"
+    normalizer_min: float = 1e-5
+    critic_lr: float | None = None
+    critic_updates: int = 1
+    critic_warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.start is None:
+            below_the_top = self.first_timestep is not None and (self.steps == 1 or self.renoise == "ode")
+            self.start = "marginal" if below_the_top else "noise"
+        super().__post_init__()
+        self._refuse_unknown("weighting", "auto", *WEIGHTINGS)
+        self._refuse_negative("normalizer_min", "critic_lr", "critic_warmup_steps")
+        if not 0 <= self.alpha <= 1.5:
+            raise UserError(f"--alpha must be in [0, 1.5], not {self.alpha}: beyond, the gradient points the wrong way")
+        if self.critic_updates < 1:
+            raise UserError(f"--critic_updates must be at least 1, not {self.critic_updates}")
+
+
+class Sid:
+    """The method; see the module. Roles: student, teacher, critic, and ema if asked for.
+
+    Args:
+        config: of the run.
+        roles: student, teacher, critic.
+        teacher: under kappa4.
+        critic: under kappa2 = kappa3.
+        critic_in_training: under kappa1.
+        sampler: how the student moves.
+        discriminator: the critic's features as one; None in a run without.
+    """
+
+    Config = SidConfig
+
+    def __init__(
+        self,
+        config: SidConfig,
+        roles: dict[str, Role],
+        teacher: GuidedDenoiser,
+        critic: GuidedDenoiser,
+        critic_in_training: GuidedDenoiser,
+        sampler: Sampler,
+        discriminator: CriticDiscriminator | None = None,
+    ) -> None:
+        self.config, self.roles, self.sampler, self.discriminator = config, roles, sampler, discriminator
+        self.teacher, self.critic, self.critic_in_training = teacher, critic, critic_in_training
+        self.schedule = sampler.schedule
+        flow, edm = isinstance(self.schedule, FlowSchedule), isinstance(self.schedule, EDMSchedule)
+        self.weighting = ("1_minus_sigma" if flow else "sid") if config.weighting == "auto" else config.weighting
+        if self.weighting not in ("sid", "none") and not flow:
+            raise UserError(f"--weighting {self.weighting} belongs to flow-matching teachers; take sid or none")
+        self.levels = config.levels(self.schedule)
+        self.critic_levels = _EDM_CRITIC if edm else self.levels
+
+    @classmethod
+    def prepare(cls, config: SidConfig, distillation: Distillation) -> Sid:
+        """Make the roles: student and critic start as the teacher, or as in --init."""
+        roles = distillation.make_roles("student", "critic")
+        distillation.initialize(roles)
+        teacher, critic = roles["teacher"], roles["critic"]
+        kappas = config.kappas(distillation.guidance_scale)
+        guided = [distillation.guided(teacher, kappas.teacher), distillation.guided(critic, kappas.critic)]
+        guided += [distillation.guided(critic, kappas.critic_training)]
+        discriminator = None
+        if config.adversarial != "none":
+            tap, shape = distillation.tap(critic), distillation.recording.sample_shape
+            discriminator = CriticDiscriminator(config, critic, tap, shape)
+        return cls(config, roles, *guided, distillation.sampler, discriminator)
+
+    def learning_rate(self, role: str) -> float:
+        """Of the student or the critic."""
+        critic_lr = self.config.lr if self.config.critic_lr is None else self.config.critic_lr
+        return critic_lr if role == "critic" else self.config.lr
+
+    def student_moves(self, step: int) -> bool:
+        """Whether the student is updated in this step."""
+        return step >= self.config.critic_warmup_steps and (step + 1) % self.config.critic_updates == 0
+
+    def student_is_judged(self, step: int) -> bool:
+        """Whether the student's update, if it has one, has the adversarial term."""
+        return self.discriminator is not None and step >= self.discriminator.start_step
+
+    @property
+    def drops_prompts(self) -> bool:
+        """Whether the critic's turn has prompts replaced by the negative: wherever the critic is guided."""
+        guided = self.critic.guidance_scale != 1.0 or self.critic_in_training.guidance_scale != 1.0
+        return guided and self.config.critic_dropout > 0
+
+    def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
+        """What one step costs; the student's own earlier steps count in both turns."""
+        earlier = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
+        calls = {"student": Calls(no_grad=earlier + 1), "critic": Calls(to_parameters=self.critic_in_training.calls)}
+        moves = self.student_moves(step)
+        if moves:
+            calls["student"] = Calls(no_grad=2 * earlier + 1, to_parameters=1)
+            calls["critic"] = Calls(to_parameters=self.critic_in_training.calls, to_inputs=self.critic.calls)
+            calls["teacher"] = Calls(to_inputs=self.teacher.calls)
+        if self.discriminator is not None:
+            judged = moves and self.student_is_judged(step)
+            calls["critic/features"] = Calls(to_parameters=2, to_inputs=1 if judged else 0)
+        return calls
+
+    def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
+        """In every step the critic and every ``critic_updates`` steps the student, each on a sample of its own."""
+        # Few-step SiD: the step whose output is matched, one for the whole batch and for both turns.
+        last = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
+        yield self.critic_turn(batch, last)
+        if self.student_moves(step):
+            yield self.student_turn(batch, last, self.student_is_judged(step))
+
+    def critic_turn(self, batch: Batch, last: int) -> Turn:
+        """Denoise the student's sample under kappa1, and tell real from fake at the same noise."""
+        conditioning = batch.conditioning
+        if self.drops_prompts:
+            negative, share = self.critic_in_training.negative, self.config.critic_dropout
+            conditioning = with_dropout(conditioning, negative, batch.draws, share)
+        with torch.no_grad():
+            x0 = self.sample("critic", batch, conditioning, last)
+        t = self.critic_levels.draw(batch.draws, "critic_time", self.schedule)
+        noise, coefficients = batch.draws.normal("critic_noise", batch.shape), self.schedule.coefficients(t)
+        x_t = add_noise(x0, noise, coefficients)
+        weight = critic_weight(self.roles["critic"].denoiser.prediction_type, self.schedule, t)
+        loss = denoising_loss(x0, self.critic_in_training(x_t, t, conditioning), weight)
+        log = {"critic/denoising": loss.detach()}
+        if batch.logging:
+            # How much better than the teacher the critic knows the student: above 1 it lags behind.
+            with torch.no_grad():
+                x0_teacher = self.critic_in_training.of(self.roles["teacher"])(x_t, t, conditioning)
+                log["critic/lag"] = log["critic/denoising"] / denoising_loss(x0, x0_teacher, weight)
+        if self.discriminator is not None:
+            real = add_noise(batch.real.x0, noise, coefficients)
+            logits_real = self.discriminator.logits(real, t, batch.real.conditioning)
+            logits_fake = self.discriminator.logits(x_t, t, conditioning)
+            adversarial = self.discriminator.critic_loss(logits_real, logits_fake, weight)
+            loss = loss + self.discriminator.critic_weight * adversarial
+            log["critic/adversarial"] = adversarial.detach()
+        return Turn("critic", [(loss, None)], log)
+
+    def student_turn(self, batch: Batch, last: int, judged: bool) -> Turn:
+        """Lower the difference of teacher and critic at the student's sample noised anew; look real where ``judged``.
+
+        The gradient passes through teacher and critic to the sample; the turn is the student's, so their parameters get
+        none.
+        """
+        x0 = self.sample("student", batch, batch.conditioning, last)
+        t = self.levels.draw(batch.draws, "student_time", self.schedule)
+        coefficients = self.schedule.coefficients(t)
+        x_t = add_noise(x0, batch.draws.normal("student_noise", batch.shape), coefficients)
+        x0_teacher = self.teacher(x_t, t, batch.conditioning)
+        x0_critic = self.critic(x_t, t, batch.conditioning)
+        weight = score_identity_weight(self.weighting, x0, x0_teacher, coefficients, self.config.normalizer_min)
+        loss = score_identity(x0, x0_teacher, x0_critic, self.config.alpha, weight).mean()
+        log = {"student/identity": loss.detach(), "student/weight": weight.mean()}
+        log["student/difference"] = (x0_teacher - x0_critic).detach().abs().mean()
+        for name, value in (("x0", x0.detach()), ("teacher", x0_teacher.detach())):
+            log |= {f"student/{name}_mean": value.mean(), f"student/{name}_std": value.std()}
+        if judged:
+            logits = self.discriminator.logits(x_t, t, batch.conditioning)
+            adversarial = self.discriminator.student_loss(logits, weight)
+            loss = loss + self.discriminator.student_weight * adversarial
+            log["student/adversarial"] = adversarial.detach()
+        return Turn("student", [(loss, None)], log)
+
+    def sample(self, name: str, batch: Batch, conditioning: AnyConditioning, last: int) -> Tensor:
+        """The student's x0 (B, ...) at step ``last`` of its own walk, with gradient through its last call at most."""
+        noise = batch.draws.normal(f"{name}_start", batch.shape)
+
+        def step_noise(k: int) -> Tensor:
+            return batch.draws.normal(f"{name}_step_noise_{k}", batch.shape)
+
+        return rollout(self.roles["student"], self.sampler, noise, conditioning, step_noise, last)
+
+
+def critic_weight(prediction_type: str, schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """The weight (B,) of an x0 error in the critic's loss: the network's own error, of v networks that of the noise."""
+    return native_weight("epsilon" if prediction_type == "v_prediction" else prediction_type, schedule, t)
+
+
+if __name__ == "__main__":
+    main("sid")
