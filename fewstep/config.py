@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -31,6 +32,9 @@ class RunConfig:
         lora_alpha: an adapter's product is scaled by alpha / rank; default the rank.
         full_critic: with --lora_rank, the critic is a full copy all the same.
         merge: with --lora_rank, also write a whole pipeline with the adapter merged.
+        push_to_hub: hub repository (owner/name) that the exported student is uploaded to; with --merge that is the
+            whole pipeline, and the LoRA goes to the same name with -lora.
+        hub_private: make a new repository a private one.
         max_steps: number of steps to train.
         batch_size: samples per process and micro-batch.
         gradient_accumulation_steps: micro-batches per update.
@@ -75,6 +79,8 @@ class RunConfig:
     lora_alpha: float | None = None
     full_critic: bool = False
     merge: bool = False
+    push_to_hub: str | None = None
+    hub_private: bool = False
     max_steps: int = 1000
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
@@ -136,6 +142,10 @@ class RunConfig:
         for name in ("lora_alpha", "full_critic", "merge"):
             if getattr(self, name) and not self.lora_rank:
                 raise UserError(f"--{name} belongs to adapters: give --lora_rank, or leave it out")
+        if self.push_to_hub is not None and not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]{1,90}", self.push_to_hub):
+            raise UserError(f"--push_to_hub takes owner/name, not {self.push_to_hub!r}")
+        if self.hub_private and self.push_to_hub is None:
+            raise UserError("--hub_private belongs to --push_to_hub: give a repository, or leave it out")
         self._refuse_not_finite("guidance_scale")
         if self.prompts is not None and self.classes is not None:
             raise UserError("give --prompts or --classes, not both")

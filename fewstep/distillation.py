@@ -24,7 +24,7 @@ from fewstep.discriminator import make_head
 from fewstep.draws import Draws
 from fewstep.encoders import Encoders
 from fewstep.errors import UserError
-from fewstep.export import export_lora, export_student, plan_student, refuse_own_code, why_no_lora
+from fewstep.export import export_lora, export_student, plan_student, publish, refuse_own_code, why_no_lora
 from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
 from fewstep.export.student import walk_counts
 from fewstep.export.trace import with_parts
@@ -52,22 +52,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fewstep")
 
 #: Settings that say something of a machine and nothing of a student; they are not published with it.
-_PRIVATE = frozenset(
-    [
-        "teacher",
-        "teacher_lora",
-        "out",
-        "prompts",
-        "cache",
-        "pairs",
-        "inverted_pairs",
-        "data",
-        "init",
-        "resume",
-        "cpu",
-        "report_to",
-    ]
-)
+_PRIVATE = frozenset({"teacher", "teacher_lora", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init"})
+_PRIVATE |= {"push_to_hub", "hub_private", "resume", "cpu", "report_to"}
 
 
 def methods() -> list[str]:
@@ -255,6 +241,8 @@ class Distillation:
             self.accelerator.end_training()
         if self.accelerator.is_main_process:
             self.export(role)
+            if self.config.push_to_hub is not None:
+                self._say(publish(self.out, self.config.push_to_hub, self.config.hub_private))
         self.accelerator.wait_for_everyone()
 
     def export(self, role: Role) -> None:

@@ -2,6 +2,7 @@
 
 from fewstep.export.apply import apply
 from fewstep.export.errors import ExportError
+from fewstep.export.hub import publish
 from fewstep.export.load import load
 from fewstep.export.lora import export_lora, loads_lora, why_no_lora
 from fewstep.export.plan import StudentPlan, plan_student
@@ -18,6 +19,7 @@ __all__ = [
     "load",
     "loads_lora",
     "plan_student",
+    "publish",
     "refuse_own_code",
     "verify_student",
     "why_no_lora",
