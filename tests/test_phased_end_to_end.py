@@ -110,15 +110,19 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Student]:
         # A step lies on the boundary itself, where the stock pipeline still calls the first network: it moves.
         "moved wan": finished(place, "moved", tiny_wan(), both, call=WAN_CALL, shift=7.0, **lora),
     }
-    out = place / "seen.npz"
-    command = [sys.executable, "-W", "ignore", "-c", STOCK, out, *(student.folder for student in found.values())]
+    sample_stock(place / "seen.npz", *found.values())
+    return found
+
+
+def sample_stock(out: Path, *students: Student) -> None:
+    """Sample students in one process without fewstep."""
+    command = [sys.executable, "-W", "ignore", "-c", STOCK, out, *(student.folder for student in students)]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     with numpy.load(out) as file:
-        for student in found.values():
+        for student in students:
             prefix = f"{student.folder} "
             student.seen = {key.removeprefix(prefix): file[key] for key in file if key.startswith(prefix)}
-    return found
 
 
 @pytest.mark.parametrize("name", ["epsilon", "flow", "dense wan", "moved wan"])
@@ -147,6 +151,21 @@ def test_wans_own_pipeline_has_room_already(students: dict[str, Student], name: 
     assert (loaded["_class_name"], "code" in student.about) == ("WanPipeline", False)
     assert loaded["boundary_ratio"] == pytest.approx((0.875 + 21 / 22) / 2)  # between a step at 0.9545 and one at 0.875
     assert student.seen["4 calls"].tolist() == ["transformer"] * 2 + ["transformer_2"] * 2
+
+
+@pytest.mark.parametrize(("family", "network"), [("StableDiffusion", "unet"), ("Sana", "transformer")])
+def test_pipelines_of_the_folder_become_students_of_two_experts(
+    zoo: Path, tmp_path: Path, family: str, network: str
+) -> None:
+    if not (zoo / family).is_dir():
+        pytest.skip(f"no {family} in {zoo}")
+    told = json.loads((zoo / "manifest.json").read_text())[family]["call"]
+    call = {name: value for name, value in told.items() if name not in ("prompt", "guidance_scale")}
+    pipeline = DiffusionPipeline.from_pretrained(zoo / family)
+    student = finished(tmp_path, family, pipeline, (network,), call=call, guidance_scale=told["guidance_scale"])
+    sample_stock(tmp_path / "seen.npz", student)
+    ours, theirs = student.expected, torch.from_numpy(student.seen["4"])
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4 * float(ours.abs().max()))
 
 
 def test_where_the_boundary_stays_a_lora_of_each_network_is_enough(tmp_path: Path) -> None:

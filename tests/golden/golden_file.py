@@ -72,9 +72,13 @@ class GoldenFile:
 
     def loss_factor(self, x: Tensor) -> float:
         """What the file's loss is of ours, 0.5 * mean over all of ``x`` (B, ...), by its factor and its reduction."""
+        return self.number("loss_factor") / 0.5 * self.over_mean(x)
+
+    def over_mean(self, x: Tensor) -> float:
+        """What the file's reduction over ``x`` (B, ...) is of the mean."""
         batch_sum = x.numel() / len(x)
         reductions = {"mean": 1.0, "sum_over_batch_size": batch_sum, "half_sum_over_batch_size": batch_sum / 2}
-        return self.number("loss_factor") / 0.5 * reductions[self.choice("reduction", *reductions)]
+        return reductions[self.choice("reduction", *reductions)]
 
     # --- results --------------------------------------------------------------------------------------------------
 

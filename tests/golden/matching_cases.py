@@ -107,7 +107,7 @@ def swiftbrush(golden: GoldenFile) -> None:
     weight = emphases[golden.choice("critic_weighting", *emphases)]
     spaces = {"mse_epsilon": "epsilon", "mse_v": "v_prediction", "mse_x0": "sample", "mse_velocity": "flow"}
     space = spaces[golden.choice("critic_distance", *spaces)]
-    loss = denoising_loss(y, x0_critic, weight * native_weight(space, schedule, t))
+    loss = golden.over_mean(y) * denoising_loss(y, x0_critic, weight * native_weight(space, schedule, t))
     golden.check("loss_critic", loss)
     (gradient,) = torch.autograd.grad(loss, critic.network.k)
     golden.check("grad_k_critic", gradient)

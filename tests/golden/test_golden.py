@@ -1,4 +1,4 @@
-"""Numbers computed by the methods' own authors' code, met by ours: ``pytest tests -k golden --golden DIR``.
+"""Numbers computed by the methods' own authors' code, met by ours: ``pytest -k golden --golden DIR``.
 
 A new file of a known case needs no code: everything is read from its options and tensors. A new case is a function in
 a ``*_cases.py`` file here and its line in that file's ``CASES``.
