@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -25,11 +26,15 @@ class RunConfig:
             with embedded guidance is told this value instead, teacher and student alike.
         negative_prompt: what guidance leads away from; default the pipeline's own.
         data: real images: a folder with class sub-folders or a metadata.jsonl, a folder of idx files, or "fashion".
+        teacher_lora: the teacher is its pipeline with this LoRA: a safetensors file, a folder of one, or a hub id.
         init: another run's folder (its last student, critic and head) or a pipeline folder (student only).
         lora_rank: rank of LoRA adapters for student and critic on the frozen teacher; 0 trains full copies instead.
         lora_alpha: an adapter's product is scaled by alpha / rank; default the rank.
         full_critic: with --lora_rank, the critic is a full copy all the same.
         merge: with --lora_rank, also write a whole pipeline with the adapter merged.
+        push_to_hub: hub repository (owner/name) that the exported student is uploaded to; with --merge that is the
+            whole pipeline, and the LoRA goes to the same name with -lora.
+        hub_private: make a new repository a private one.
         max_steps: number of steps to train.
         batch_size: samples per process and micro-batch.
         gradient_accumulation_steps: micro-batches per update.
@@ -68,11 +73,14 @@ class RunConfig:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     data: str | None = None
+    teacher_lora: str | None = None
     init: str | None = None
     lora_rank: int = 0
     lora_alpha: float | None = None
     full_critic: bool = False
     merge: bool = False
+    push_to_hub: str | None = None
+    hub_private: bool = False
     max_steps: int = 1000
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
@@ -134,6 +142,10 @@ class RunConfig:
         for name in ("lora_alpha", "full_critic", "merge"):
             if getattr(self, name) and not self.lora_rank:
                 raise UserError(f"--{name} belongs to adapters: give --lora_rank, or leave it out")
+        if self.push_to_hub is not None and not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]{1,90}", self.push_to_hub):
+            raise UserError(f"--push_to_hub takes owner/name, not {self.push_to_hub!r}")
+        if self.hub_private and self.push_to_hub is None:
+            raise UserError("--hub_private belongs to --push_to_hub: give a repository, or leave it out")
         self._refuse_not_finite("guidance_scale")
         if self.prompts is not None and self.classes is not None:
             raise UserError("give --prompts or --classes, not both")

@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -24,12 +24,13 @@ from fewstep.discriminator import make_head
 from fewstep.draws import Draws
 from fewstep.encoders import Encoders
 from fewstep.errors import UserError
-from fewstep.export import export_lora, export_student, loads_lora, plan_student
+from fewstep.export import export_lora, export_student, plan_student, publish, refuse_own_code, why_no_lora
 from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
 from fewstep.export.student import walk_counts
 from fewstep.export.trace import with_parts
 from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
+from fewstep.hearing import refuse_deaf
 from fewstep.initialization import initialize
 from fewstep.intervals import TimedScale
 from fewstep.loop import Loop, Processes, sampling_role
@@ -43,13 +44,16 @@ from fewstep.roles import Role
 from fewstep.rollout import Sampler
 from fewstep.run_folder import check_folder, write_config
 from fewstep.teacher import base_model, load_teacher, teacher_license
+from fewstep.teacher_lora import FusedLora, fuse_teacher_lora, with_own_weights
+
+if TYPE_CHECKING:
+    from fewstep.pairing import RunPairs
 
 logger = logging.getLogger("fewstep")
 
 #: Settings that say something of a machine and nothing of a student; they are not published with it.
-_PRIVATE = frozenset(
-    {"teacher", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init", "resume", "cpu", "report_to"}
-)
+_PRIVATE = frozenset({"teacher", "teacher_lora", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init"})
+_PRIVATE |= {"push_to_hub", "hub_private", "resume", "cpu", "report_to"}
 
 
 def methods() -> list[str]:
@@ -92,6 +96,12 @@ class Distillation:
 
         reload = partial(_load, config) if pipeline is None else None
         self.pipeline = _load(config) if pipeline is None else pipeline
+        self.teacher_lora: FusedLora | None = None
+        if config.teacher_lora is not None:
+            self.pipeline = self.pipeline if pipeline is None else with_own_weights(pipeline)
+            self.teacher_lora = fuse_teacher_lora(self.pipeline, config.teacher_lora)
+            if self.teacher_lora.in_text:
+                reload = None  # what lies in the teacher's folder is another text encoder
         self.pipeline.to(self.device)
         self.recording = record(self.pipeline, **teacher_call(config))
         self.recording.prove()
@@ -118,8 +128,12 @@ class Distillation:
         self._say(self.conditions.note)
         # Also where the teacher is not guided: a critic may be.
         self.negative = negative.to(device=self.device) if negative is not None else None
-        self.previews = Previews(config, self.recording, self.conditions, self.device)
+        if self.negative is not None and self.guidance_scale != 1.0:
+            noise = Draws(config.seed, -3, range(2), self.device).normal("listening", self.recording.sample_shape)
+            heard = [self.conditions.select([row]) for row in range(min(2, len(self.conditions)))]
+            refuse_deaf(self.recording, self.negative, heard, noise)
         self.pairs: PairSource | None = None
+        self.previews = Previews(config, self.recording, self.conditions, self.device)
         self.real = None
         if config.data is not None:
             self.real = RealSamples(read_images(config.data), self.recording, self.conditions, self.device)
@@ -169,6 +183,12 @@ class Distillation:
         role.added["head"] = make_head(features, self.config.seed)
         return tap
 
+    def run_pairs(self) -> RunPairs:
+        """What makes or opens the pairs of this run, to be asked for before the roles are made."""
+        from fewstep.pairing import RunPairs  # which stands on this module
+
+        return RunPairs(self)
+
     def claim(self) -> None:
         """Make ``OUT`` this run's folder before it trains: what it then prepares there is gone on with after a kill."""
         if self.accelerator.is_main_process:
@@ -184,6 +204,9 @@ class Distillation:
 
     def run(self) -> Path:
         """Train, then export the student. Returns its pipeline's folder, or its LoRA's where that is all."""
+        why_whole = why_no_lora(self.recording, self.teacher_lora)
+        if not self.config.lora_rank or self.config.merge or why_whole:
+            refuse_own_code(self.pipeline)  # a student that cannot be written is not worth training
         with self.encoders.away(self._say):
             self._train_and_export()
         whole = self.out / "student"
@@ -218,6 +241,8 @@ class Distillation:
             self.accelerator.end_training()
         if self.accelerator.is_main_process:
             self.export(role)
+            if self.config.push_to_hub is not None:
+                self._say(publish(self.out, self.config.push_to_hub, self.config.hub_private))
         self.accelerator.wait_for_everyone()
 
     def export(self, role: Role) -> None:
@@ -226,18 +251,18 @@ class Distillation:
             "method": self.method,
             "base_model": base_model(self.config.teacher),
             "teacher_license": teacher_license(self.config.teacher),
+            "teacher_lora": self.teacher_lora,
             "training": {k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
         }
         if role.part == AdapterRole.part:
-            other = [e.network for e in self.recording.experts if not loads_lora(e.network)]
             if moves_boundary(self.recording, self.student_recording):
                 self._say("its base model has no room for the student's networks: exported merged, as a pipeline")
-            elif not other:
+            elif why_whole := why_no_lora(self.recording, self.teacher_lora):
+                self._say(f"{why_whole}: exported merged")
+            else:
                 export_lora(self.recording, role, self.plan, self.out / "student_lora", **about)
                 if not self.config.merge:
                     return
-            else:
-                self._say(f"diffusers loads no LoRA into a {type(other[0]).__name__}: exported merged")
         self.encoders.restore()  # they are part of what is written
         export_student(self.student_recording, role.stock_network(), self.plan, self.out / "student", **about)
 

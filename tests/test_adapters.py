@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import tiny_pipelines
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from toys import adapter_role
 
 from fewstep.adapters import AdapterRole, Backbone, attention_linears
+from fewstep.cast import make_roles
 from fewstep.config import RunConfig
 from fewstep.discriminator import make_head
 from fewstep.draws import Draws
@@ -381,3 +383,24 @@ def test_every_role_starts_as_the_teacher_and_two_are_two(recording: Recording):
     assert type(roles["critic"]) is Role
     assert len(roles["critic"].parameters()) == len(list(recording.network.parameters()))
     assert roles["critic"].denoiser.playing is nullcontext
+
+
+def test_a_base_in_bfloat16_has_adapters_gradients_and_optimizer_in_float32(tmp_path: Path) -> None:
+    recorded = record(tiny_pipelines.tiny_stable_diffusion())
+    config = RunConfig(teacher="t", out=str(tmp_path), lora_rank=2, mixed_precision="bf16", lr=1e-3)
+    roles = make_roles(config, recorded, ("student",), torch.device("cpu"))
+    student = roles["student"]
+    base = [p for name, p in student.backbone.network.named_parameters() if "lora_" not in name]
+    assert {p.dtype for p in base} == {torch.bfloat16} and not any(p.requires_grad for p in base)
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    optimizer = RoleOptimizer(student, config, 1e-3)
+    before = [p.detach().clone() for p in student.parameters()]
+    x, t = torch.randn(2, *recorded.sample_shape), torch.tensor([0.4, 0.9], dtype=torch.float64)
+    x0 = student(x, t, recorded.condition(["a", "b"]))
+    assert x0.dtype == torch.float32
+    x0.square().mean().backward(inputs=optimizer.parameters)
+    assert {p.grad.dtype for p in optimizer.parameters} == {torch.float32}
+    optimizer.update(0)
+    assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+    floating = [v for v in optimizer.state().values() if v.is_floating_point()]
+    assert floating and {v.dtype for v in floating} == {torch.float32}

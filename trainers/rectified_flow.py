@@ -34,7 +34,6 @@ from fewstep.errors import UserError
 from fewstep.losses.flow import huber_constant, pseudo_huber, squared, velocity_error
 from fewstep.method import Batch, Calls, Pairs, Turn
 from fewstep.ode import SOLVERS
-from fewstep.pairing import RunPairs
 from fewstep.perceptual import lpips_of
 from fewstep.prediction import add_noise, noise_from_x0
 from fewstep.roles import Role
@@ -143,7 +142,7 @@ class RectifiedFlow:
     def prepare(cls, config: RectifiedFlowConfig, distillation: Distillation) -> RectifiedFlow:
         """Make the roles, and the pairs where none are given; the student starts as the teacher, or as in --init."""
         perceptual = lpips_of(distillation.recording, distillation.device) if config.perceptual_weight else None
-        pairs = RunPairs(distillation)
+        pairs = distillation.run_pairs()
         roles = distillation.make_roles("student")
         distillation.initialize(roles)
         how = (config.num_pairs, config.pair_steps, config.pair_solver)
