@@ -143,7 +143,8 @@ def refuse_own_code(pipeline: DiffusionPipeline) -> None:
         ExportError: it is code from the teacher's own folder, or of the caller.
     """
     own = [part for part in pipeline.components.values() if type(part).__module__.startswith("diffusers_modules")]
-    if getattr(diffusers, type(pipeline).__name__, None) is None:
+    # A class of pipelines/ brings its code along.
+    if getattr(diffusers, type(pipeline).__name__, None) is None and not hasattr(pipeline, "code_file"):
         own.append(pipeline)
     if own:
         raise ExportError(
