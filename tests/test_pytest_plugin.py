@@ -30,7 +30,7 @@ def test_other():
 
 def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """pytest as a process, loading the plugin where the entry point of an installed package would be loaded."""
-    environment = {**os.environ, "PYTEST_PLUGINS": "fewstep.pytest_plugin", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pytest", *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
