@@ -143,14 +143,18 @@ def refuse_own_code(pipeline: DiffusionPipeline) -> None:
         ExportError: it is code from the teacher's own folder, or of the caller.
     """
     own = [part for part in pipeline.components.values() if type(part).__module__.startswith("diffusers_modules")]
-    # A class of pipelines/ brings its code along.
-    if getattr(diffusers, type(pipeline).__name__, None) is None and not hasattr(pipeline, "code_file"):
+    if getattr(diffusers, type(pipeline).__name__, None) is None and not _ours(pipeline):
         own.append(pipeline)
     if own:
         raise ExportError(
             f"{type(own[0]).__name__} is code of the teacher's own, which stock diffusers does not have: its student "
             "cannot be written as a whole pipeline"
         )
+
+
+def _ours(pipeline: DiffusionPipeline) -> bool:
+    """Whether its class is this package's own, a copy of which is written beside the student."""
+    return type(pipeline).__module__.startswith("fewstep.")
 
 
 def _refuse(recording: Recording, networks: dict[str, nn.Module], out: Path) -> None:
