@@ -68,7 +68,7 @@ def hollow_teacher(name: str, mode: FakeTensorMode) -> DiffusionPipeline:
 @contextmanager
 def pretending(mode: FakeTensorMode) -> Iterator[None]:
     """Inside, every new tensor is fake, and modules of fake ones can be copied, moved and cast."""
-    apply = nn.Module._apply
+    before = nn.Module._apply, vars(FakeTensor).get("__deepcopy__", Tensor.__deepcopy__)
     nn.Module._apply, FakeTensor.__deepcopy__ = _converted, _copied
     try:
         # oneDNN's kernels have formats of their own, which no fake tensor can take.
@@ -77,8 +77,12 @@ def pretending(mode: FakeTensorMode) -> Iterator[None]:
             with torch.backends.mkldnn.flags(enabled=False):
                 yield
     finally:
-        nn.Module._apply = apply
-        del FakeTensor.__deepcopy__
+        nn.Module._apply, FakeTensor.__deepcopy__ = before
+
+
+def pretend(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Make the weights of a module fake that was made outside."""
+    _converted(module, lambda tensor: tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor))
 
 
 def _copied(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
@@ -95,7 +99,7 @@ def _converted(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: b
     for child in module.children() if recurse else ():
         _converted(child, change)
     for name, parameter in module._parameters.items():
-        if parameter is not None and (changed := change(parameter.detach())) is not parameter:
+        if parameter is not None and (changed := change(weights := parameter.detach())) is not weights:
             module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
     for name, buffer in module._buffers.items():
         if buffer is not None:
