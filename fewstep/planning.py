@@ -72,6 +72,7 @@ class Plan:
         component: the denoiser's name.
         method: of the run.
         settings: what of the run's settings matters here, in words.
+        device: the kind of device whose rules the step was played by.
         sample_shape: of one sample.
         parameters: by component of the pipeline.
         recording: weights of the whole pipeline, which is recorded and encodes before the training.
@@ -86,6 +87,7 @@ class Plan:
     component: str
     method: str
     settings: str
+    device: str
     sample_shape: tuple[int, ...]
     parameters: dict[str, int]
     recording: int
@@ -180,6 +182,7 @@ class Planner:
             component=self.recording.component,
             method=self.method,
             settings=_words(config),
+            device=self.device.type,
             sample_shape=self.recording.sample_shape,
             parameters={name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
             recording=tensor_bytes(*networks.values()),

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pipeline_folder
 import pytest
 import tiny_pipelines
 import torch
@@ -65,6 +66,7 @@ CASES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 @pytest.mark.parametrize(("family", "settings"), CASES.items(), ids=CASES)
 def test_a_step_on_fake_tensors_takes_what_it_takes_on_real_ones(
     family: str, settings: dict, teachers: Callable
@@ -83,6 +85,20 @@ def test_a_step_on_fake_tensors_takes_what_it_takes_on_real_ones(
     for name, role in method.roles.items():
         assert planned.roles[name].gradients == sum(p.nbytes for p in role.parameters())
     assert planned.calls == mean_calls(method, rehearsal)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "zoo_name" in metafunc.fixturenames:
+        metafunc.parametrize("zoo_name", pipeline_folder.names(metafunc.config, sample=True))
+
+
+def test_any_pipeline_is_planned_without_its_weights(zoo_name: str, zoo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / zoo_name
+    shutil.copytree(zoo / zoo_name, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
+    call = pipeline_folder.call_of(zoo, zoo_name, hollow_teacher(str(folder), fake_tensors()))
+    plan = fewstep.plan(str(folder), call=call, batch_size=1, lora_rank=2)
+    assert plan.peak > plan.held > 0
+    assert plan.calls["teacher"].no_grad > 0
 
 
 @pytest.mark.parametrize("name", methods())
