@@ -6,10 +6,13 @@ costly of its steps is played on fake tensors while their bytes are counted (:mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
@@ -19,12 +22,12 @@ from fewstep.distillation import method_class
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.footprint import Footprint, tensor_bytes
-from fewstep.hollow import answering, fake_tensors, hollow_teacher, pretending
+from fewstep.hollow import answering, fake_tensors, hollow_teacher, pretend, pretending
 from fewstep.ledger import forward_passes
 from fewstep.method import Calls, Method, Turn
 from fewstep.recording import record
 from fewstep.recording.observe import find_decoder, modules_of
-from fewstep.rehearsal import Rehearsal, backward
+from fewstep.rehearsal import Rehearsal, World, backward
 from fewstep.roles import Role
 
 #: Over how many steps the network calls are averaged.
@@ -69,6 +72,7 @@ class Plan:
         component: the denoiser's name.
         method: of the run.
         settings: what of the run's settings matters here, in words.
+        device: the kind of device whose rules the step was played by.
         sample_shape: of one sample.
         parameters: by component of the pipeline.
         recording: weights of the whole pipeline, which is recorded and encodes before the training.
@@ -83,6 +87,7 @@ class Plan:
     component: str
     method: str
     settings: str
+    device: str
     sample_shape: tuple[int, ...]
     parameters: dict[str, int]
     recording: int
@@ -126,15 +131,22 @@ class Planner:
     Args:
         config: of the run.
         method: its name.
+        build: makes the teacher's pipeline where no folder or hub id does; it is given the context in which networks,
+            and networks only, are to be made.
 
     Raises:
         UserError: the teacher cannot be built, or cannot be recorded.
     """
 
-    def __init__(self, config: RunConfig, method: str) -> None:
+    def __init__(
+        self, config: RunConfig, method: str, build: Callable[[World], DiffusionPipeline] | None = None
+    ) -> None:
         self.config, self.method = config, method
         self.mode = fake_tensors()
-        self.pipeline = hollow_teacher(config.teacher, self.mode)
+        if build is None:
+            self.pipeline = hollow_teacher(config.teacher, self.mode)
+        else:
+            self.pipeline = build(partial(pretending, self.mode))
         with answering(self.pipeline, self.mode):
             self.recording = record(self.pipeline, **teacher_call(config))
         self.device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
@@ -146,12 +158,15 @@ class Planner:
             UserError: the method's step cannot be played without values, or a setting does not fit the teacher.
         """
         config = replace(self.config, **changes)
-        rehearsal = Rehearsal(config, self.method, self.pipeline, self.recording, self.device)
+        world = partial(pretending, self.mode)
+        rehearsal = Rehearsal(config, self.method, self.pipeline, self.recording, self.device, world)
         try:
-            with pretending(self.mode):
-                method = rehearsal.prepare()
+            method = rehearsal.prepare()
+            for role in method.roles.values():
+                for module in role.added.values():
+                    pretend(module, self.mode)
             step = costliest_step(method, rehearsal)
-            with pretending(self.mode):
+            with world():
                 moments = weigh(method, rehearsal, step)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UserError(
@@ -167,6 +182,7 @@ class Planner:
             component=self.recording.component,
             method=self.method,
             settings=_words(config),
+            device=self.device.type,
             sample_shape=self.recording.sample_shape,
             parameters={name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
             recording=tensor_bytes(*networks.values()),

@@ -6,7 +6,8 @@ files, proofs, and the trial export, so that the student's grid is an even one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ from fewstep.roles import Role, update_average
 from fewstep.rollout import Sampler
 from fewstep.timesteps import even_grid
 
+#: Makes the context in which networks are made and run: that of fake tensors, a device, or none.
+World = Callable[[], AbstractContextManager[Any]]
+
 
 class Rehearsal(Distillation):
     """What a method is prepared with, and batches for its steps.
@@ -39,6 +43,8 @@ class Rehearsal(Distillation):
         pipeline: the teacher, hollow or real.
         recording: of that pipeline.
         device: of the roles.
+        world: that of fake tensors for a plan. What a method works out with numbers of its own, it works out on real
+            ones.
     """
 
     def __init__(
@@ -48,10 +54,11 @@ class Rehearsal(Distillation):
         pipeline: DiffusionPipeline,
         recording: Recording,
         device: torch.device | str = "cpu",
+        world: World = nullcontext,
     ) -> None:
         self.config, self.method, self.pipeline, self.recording = config, method, pipeline, recording
         self.student_recording, self.pairs, self.real = recording, None, None
-        self.device = torch.device(device)
+        self.device, self.world = torch.device(device), world
         schedule = recording.schedule
         self.shift = config.shift or 1.0
         renoise = "fresh" if config.renoise == "fresh" else "ode"
@@ -71,13 +78,20 @@ class Rehearsal(Distillation):
 
     def make_roles(self, *names: str) -> dict[str, Role]:
         """As in a run."""
-        return _first_expert_only(super().make_roles(*names))
+        with self.world():
+            return _first_expert_only(super().make_roles(*names))
 
     def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
         """As in a run; how the student is shipped is not looked at."""
         shipped = phased_recording(self.recording, phases)
-        roles = make_roles(self.config, self.recording, ("student", *names), self.device, shipped)
+        with self.world():
+            roles = make_roles(self.config, self.recording, ("student", *names), self.device, shipped)
         return _first_expert_only(roles)
+
+    def add_head(self, role: Role) -> FeatureTap:
+        """As in a run."""
+        with self.world():
+            return super().add_head(role)
 
     def run_pairs(self) -> _NoPairs:
         """Pairs are made before the training."""
@@ -107,7 +121,7 @@ class Rehearsal(Distillation):
         t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
         denoiser = next(iter(role.experts.values())).denoiser
         tap = likely_tap(denoiser.network)
-        with torch.no_grad():
+        with self.world(), torch.no_grad():
             return tap, denoiser.features(x, t, self._conditioning(2), tap)
 
     def _conditioning(self, size: int) -> Conditioning:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 
-from diffusers.utils import logging
+from diffusers.utils.logging import set_verbosity_error
 
 from fewstep.cli.parsing import Parser, parse, with_values
 from fewstep.distillation import method_class, methods
@@ -32,8 +33,9 @@ def run(words: Sequence[str]) -> None:
     parser.add_class_arguments(config_class, skip={"teacher", "out"})
     parsed = parse(parser, with_values(words, config_class))
     settings = {name: value for name, value in parsed.items() if name not in ("method", "memory", "config")}
-    logging.set_verbosity_error()  # what diffusers says of networks is not about these
-    logging.disable_progress_bar()
+    # What diffusers says of networks is not about these, and what fake tensors refuse is told in one line.
+    set_verbosity_error()
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     memory = None if parsed.memory is None else memory_bytes(parsed.memory)
     planner = Planner(config_class(out="", **settings), method)
     plan = planner.plan()
@@ -76,6 +78,8 @@ def describe(plan: Plan) -> str:
         ("not counted", LEFT_OUT),
         ("assumed", "the call was recorded from networks without weights: shapes are seen, nothing is proven"),
     ]
+    if plan.device == "cpu" and "bf16" in plan.settings:
+        rows.append(("", "bfloat16 as on a CPU; a GPU's autocast keeps norms in float32, which takes a little more"))
     return "\n".join(_row(name, text) for name, text in rows)
 
 
