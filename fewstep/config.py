@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, fields
 from typing import Any
 
 from fewstep.errors import UserError
+from fewstep.settings import Settings
 
 
 @dataclass(kw_only=True)
-class RunConfig:
+class RunConfig(Settings):
     """A run of any method.
 
     Args:
@@ -112,17 +112,8 @@ class RunConfig:
         for field in fields(self):
             if getattr(self, field.name) is None and "None" not in str(field.type):
                 raise UserError(f"--{field.name} must have a value, and it is null")
-        positive = (
-            "steps",
-            "max_steps",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "checkpointing_steps",
-            "log_steps",
-        )
-        for name in (*positive, "checkpoints_total_limit"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        self._refuse_below_one("steps", "max_steps", "batch_size", "gradient_accumulation_steps")
+        self._refuse_below_one("checkpointing_steps", "log_steps", "checkpoints_total_limit")
         self._refuse_negative("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed")
         self._refuse_negative("lora_rank")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
@@ -152,47 +143,40 @@ class RunConfig:
         if self.cache is not None and (self.prompts is not None or self.classes is not None):
             raise UserError("give --cache or --prompts and --classes, not both: a cache holds the prompts or labels")
 
-    def _refuse_negative(self, *names: str) -> None:
-        """Settings that must be numbers of at least 0, where they are set."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not value >= 0:  # so that not-a-number is refused too
-                raise UserError(f"--{name} must not be negative, and it is {value}")
-
-    def _refuse_not_finite(self, *names: str) -> None:
-        """Settings that must be numbers of any sign, where they are set."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise UserError(f"--{name} must be a number, not {value}")
-
-    def _refuse_unknown(self, name: str, *known: str) -> None:
-        """A setting that must be one of these words."""
-        if getattr(self, name) not in known:
-            raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-
-    def _refuse_set(self, reason: str, *names: str) -> None:
-        """Settings that must be left at None, which stands for what goes without saying."""
-        for name in names:
-            if getattr(self, name) is not None:
-                raise UserError(f"leave out --{name}: it {reason}")
-
 
 @dataclass(kw_only=True)
-class ScoreConfig(RunConfig):
-    """A run of a method whose critic follows the student, and is compared with the teacher on noised samples.
+class CriticConfig(RunConfig):
+    """A run of a method whose critic follows the student.
 
     Args:
         critic_lr: learning rate of the critic; default that of the student.
         critic_updates: critic updates for each student update (DMD2: 5 for SDXL and ImageNet, 10 for SD 1.5).
+    """
+
+    critic_lr: float | None = None
+    critic_updates: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_negative("critic_lr")
+        self._refuse_below_one("critic_updates")
+
+    def learning_rate(self, role: str) -> float:
+        """Of the student or a critic."""
+        return self.lr if role == "student" or self.critic_lr is None else self.critic_lr
+
+
+@dataclass(kw_only=True)
+class ScoreConfig(CriticConfig):
+    """A run of a method that compares critic and teacher on noised samples.
+
+    Args:
         time_min: lowest time at which teacher and critic are compared (DMD2: 0.02).
         time_max: highest time at which teacher and critic are compared (DMD2: 0.98).
         time_shift: shift of those times for flow teachers; default that of the student's grid.
         normalizer_min: lower bound of the distribution-matching normaliser (DMD2: none).
     """
 
-    critic_lr: float | None = None
-    critic_updates: int = 5
     time_min: float = 0.02
     time_max: float = 0.98
     time_shift: float | None = None
@@ -200,19 +184,13 @@ class ScoreConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._refuse_negative("critic_lr", "normalizer_min")
-        if self.critic_updates < 1:
-            raise UserError(f"--critic_updates must be at least 1, not {self.critic_updates}")
+        self._refuse_negative("normalizer_min")
         if not 0 < self.time_min < self.time_max <= 1:
             raise UserError(
                 f"--time_min and --time_max must satisfy 0 < min < max <= 1, not {self.time_min}, {self.time_max}"
             )
         if self.time_shift is not None and not self.time_shift > 0:
             raise UserError(f"--time_shift must be positive, not {self.time_shift}")
-
-    def learning_rate(self, role: str) -> float:
-        """Of the student or the critic."""
-        return self.lr if role == "student" or self.critic_lr is None else self.critic_lr
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

@@ -166,13 +166,16 @@ class Distillation:
         """Where a role's features are tapped, the same place in each of several experts."""
         return self._tapped(role)[0]
 
-    def refuse_deaf(self, guided: GuidedDenoiser, method: str) -> None:
-        """Refuse a teacher without a response to guidance: see :meth:`fewstep.guidance.GuidedDenoiser.refuse_deaf`."""
-        if self.recording.guidance.embedded:
-            raise UserError(f"{method} needs classifier-free guidance, and this teacher was distilled for guidance")
-        t = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device=self.device)
-        x = Draws(self.config.seed, -1, range(3), self.device).normal("deaf", self.recording.sample_shape)
-        guided.refuse_deaf(method, x, t, self.conditions.select([k % len(self.conditions) for k in range(3)]))
+    def refuse_unguided(self, method: str) -> None:
+        """Raise ``UserError`` where guidance is off, for a method that trains on what it changes.
+
+        A teacher that answers the same with and without its condition was refused before.
+        """
+        if self.recording.guidance.embedded or self.guidance_scale == 1.0:
+            raise UserError(
+                f"{method} trains on the teacher's response to guidance, which is off here; set "
+                "--guidance_scale above 1, or take a teacher that was not distilled for guidance"
+            )
 
     def add_head(self, role: Role) -> FeatureTap:
         """Give a role a GAN head on its own features, and say where they are tapped.

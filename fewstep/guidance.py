@@ -11,9 +11,6 @@ from fewstep.errors import UserError
 from fewstep.intervals import TimedScale
 from fewstep.ragged import AnyConditioning, in_groups, join
 
-#: Relative change of x0 by the condition up to which a network counts as deaf to it: the rounding of a bfloat16 one.
-_DEAF = 1e-3
-
 
 def guide(positive: Tensor, negative: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """neg + w (pos - neg); all (B, ...). It commutes with every conversion at one x_t, so x0 may be guided directly.
@@ -89,28 +86,3 @@ class GuidedDenoiser:
         x0 = in_groups(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         x0_negative, x0_positive = x0.chunk(2)
         return x0_positive, x0_negative
-
-    @torch.no_grad()
-    def refuse_deaf(self, method: str, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> None:
-        """Refuse a run of ``method``, which trains on what guidance changes, where it changes nothing.
-
-        Args:
-            method: its name, for the message.
-            x_t: noised samples (B, ...) to look at.
-            t: their times (B,).
-            conditioning: of B samples.
-
-        Raises:
-            UserError: guidance is off, or the network answers the same with and without its condition.
-        """
-        if self.guidance_scale == 1.0:
-            raise UserError(
-                f"{method} trains on the teacher's response to guidance, and guidance is off here; set "
-                "--guidance_scale above 1, or take a teacher that was not distilled for guidance"
-            )
-        positive, negative = self.pair(x_t, t, conditioning)
-        if (positive - negative).norm() <= _DEAF * positive.norm():
-            raise UserError(
-                f"{method} trains on the teacher's response to guidance, and this teacher gives the same x0 with and "
-                "without its condition; take one that was not distilled for guidance"
-            )

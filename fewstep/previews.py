@@ -13,7 +13,7 @@ from fewstep.denoiser import Denoiser
 from fewstep.draws import Draws
 from fewstep.images import save_grid
 from fewstep.recording import Recording
-from fewstep.rollout import Sampler, ode_sampler, rollout
+from fewstep.rollout import Sampler, draw_sample, ode_sampler
 
 _SHOWN = 8  # samples in a grid
 _TEACHER_STEPS = 25  # of the teacher's row in it
@@ -46,12 +46,7 @@ class Previews:
         for first in range(0, _SHOWN, self.config.batch_size):
             indices = range(first, min(first + self.config.batch_size, _SHOWN))
             draws = Draws(self.config.seed, -2, indices, self.device)
-            noise = draws.normal("noise", self.recording.sample_shape)
             conditioning = self.conditions.select([index % len(self.conditions) for index in indices])
-
-            def step_noise(k: int, draws: Draws = draws) -> Tensor:
-                return draws.normal(f"step_noise_{k}", self.recording.sample_shape)
-
-            x0 = rollout(denoiser, sampler, noise, conditioning, step_noise=step_noise)
+            x0 = draw_sample(denoiser, sampler, draws, self.recording.sample_shape, conditioning)
             pieces.append(self.recording.decode(x0).float().cpu())
         return torch.cat(pieces)

@@ -86,6 +86,12 @@ class Renoiser:
         return float(unshift_time(torch.tensor(t, dtype=torch.float64), self.shift))
 
 
+def sample_log(x0: Tensor, x0_teacher: Tensor) -> dict[str, Tensor]:
+    """Mean and spread of the student's ``x0`` (B, ...) beside the teacher's: where they part, the student drifts."""
+    both = {"x0": x0.detach(), "teacher": x0_teacher.detach()}
+    return {f"student/{name}_{what.__name__}": what(x) for name, x in both.items() for what in (torch.mean, torch.std)}
+
+
 def critic_denoising(
     critic: Role,
     teacher: Role,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser
+from fewstep.draws import Draws
 from fewstep.prediction import add_noise, ode_step
 from fewstep.ragged import AnyConditioning
 from fewstep.schedule import NoiseSchedule
@@ -94,6 +95,37 @@ def rollout(
     if on_step is not None:
         on_step(last, x_t)
     return student(x_t, sampler.times(last, x_t), conditioning)
+
+
+def draw_sample(
+    student: Denoiser,
+    sampler: Sampler,
+    draws: Draws,
+    shape: Sequence[int],
+    conditioning: AnyConditioning,
+    last: int | None = None,
+    *,
+    prefix: str = "",
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """:func:`rollout` from keyed draws: ``<prefix>noise`` and, on the way, ``<prefix>step_noise_<k>``.
+
+    Args:
+        student: gives x0.
+        sampler: grid and rule between steps.
+        draws: of B samples.
+        shape: of one sample.
+        conditioning: of B samples.
+        last: index of the step to stop at, default the grid's last.
+        prefix: of the draws' names, where a step samples twice.
+        on_step: as in :func:`rollout`.
+    """
+
+    def step_noise(k: int) -> Tensor:
+        return draws.normal(f"{prefix}step_noise_{k}", shape)
+
+    noise = draws.normal(f"{prefix}noise", shape)
+    return rollout(student, sampler, noise, conditioning, step_noise, last, on_step)
 
 
 def ode_sampler(schedule: NoiseSchedule, steps: int) -> Sampler:

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import tiny_ddim, tiny_flow, tiny_stable_diffusion
 from torch import Tensor, nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import fewstep
 from fewstep.checkpoint import load_latest
@@ -86,8 +87,26 @@ def base(request: pytest.FixtureRequest) -> tuple[DiffusionPipeline, dict[str, A
         return with_own_weights(pipeline), more
 
 
+def needs_peft_for_text() -> None:
+    """Skip where this transformers wants a newer peft for the LoRA of a text encoder."""
+    pytest.importorskip("peft", MIN_PEFT_VERSION, reason="transformers wants a newer peft for text encoders")
+
+
+def test_a_text_encoders_lora_that_transformers_cannot_load_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = tiny_stable_diffusion()
+    folder = write_lora(pipeline, tmp_path, ATTENTION, text=True)
+
+    def too_old(*_: Any, **__: Any) -> None:
+        raise ValueError("The version of PEFT you are using is not compatible")
+
+    monkeypatch.setattr(type(pipeline.text_encoder), "load_adapter", too_old)
+    assert "version of PEFT" in refused(pipeline, folder)
+
+
 def test_fused_is_what_diffusers_itself_runs_with_the_lora(tmp_path: Path) -> None:
-    pytest.importorskip("peft", "0.22", reason="transformers loads text encoders' LoRAs with peft 0.22 and newer")
+    needs_peft_for_text()
     pipeline = tiny_stable_diffusion()
     folder = write_lora(pipeline, tmp_path, [*ATTENTION, "conv1"], text=True)
     stock, fused = with_own_weights(pipeline), with_own_weights(pipeline)
@@ -175,7 +194,7 @@ def test_what_no_lora_file_can_add_up_is_exported_merged(
     config: dict[str, Any], text: bool, why: str, prompts: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     if text:
-        pytest.importorskip("peft", "0.22", reason="transformers loads text encoders' LoRAs with peft 0.22 and newer")
+        needs_peft_for_text()
     pipeline = tiny_stable_diffusion()
     lora = write_lora(pipeline, tmp_path / "mine", ATTENTION, text, **config)
     with caplog.at_level("INFO", logger="fewstep"):

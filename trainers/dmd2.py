@@ -33,9 +33,9 @@ from fewstep.losses.adversarial import discriminator_loss, generator_loss
 from fewstep.losses.score import distribution_matching, score_distillation
 from fewstep.method import Batch, Calls, Real, Turn
 from fewstep.optimization import sum_over_processes
-from fewstep.renoising import Renoised, Renoiser, critic_denoising
+from fewstep.renoising import Renoised, Renoiser, critic_denoising, sample_log
 from fewstep.roles import Role
-from fewstep.rollout import Sampler, rollout
+from fewstep.rollout import Sampler, draw_sample
 
 # The critic and the head learn at all times; a flow network's x0 says nothing about its velocity at t = 0 itself.
 _CLEANEST = 1e-3
@@ -105,7 +105,7 @@ class Dmd2:
         roles = distillation.make_roles("student", "critic")
         guided = distillation.guided(roles["teacher"])
         if config.decoupled != "none":
-            distillation.refuse_deaf(guided, "Decoupled DMD")
+            distillation.refuse_unguided("Decoupled DMD")
         tap = distillation.add_head(roles["critic"]) if config.has_head else None
         shift = distillation.shift if config.time_shift is None else config.time_shift
         method = cls(config, roles, guided, distillation.sampler, tap, shift)
@@ -135,17 +135,9 @@ class Dmd2:
         """Every ``critic_updates`` steps the student, and in every step the critic on the same, pre-update sample."""
         # 1. Sample from the student, through its own earlier steps (backward simulation, §4.5).
         last = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
-        noise = batch.draws.normal("noise", batch.shape)
         student_turn = step % self.config.critic_updates == 0
         with torch.set_grad_enabled(student_turn):
-            x0 = rollout(
-                self.student,
-                self.sampler,
-                noise,
-                batch.conditioning,
-                step_noise=lambda k: batch.draws.normal(f"step_noise_{k}", batch.shape),
-                last=last,
-            )
+            x0 = draw_sample(self.student, self.sampler, batch.draws, batch.shape, batch.conditioning, last)
 
         # 2. The student: distribution matching (§3), and the critic's features must look real (§4.3).
         if student_turn:
@@ -190,9 +182,7 @@ class Dmd2:
                 if config.f_divergence != "none":
                     weight = self.critic.added["divergence"](self.logits(here, batch), here.t, sum_over_processes)
                 loss, gradient = distribution_matching(x0, x0_teacher, x0_critic, config.normalizer_min, weight)
-        log = {"student/matching": loss, "student/gradient": (2 * loss).sqrt()}
-        log |= {"student/x0_mean": x0.mean(), "student/x0_std": x0.std()}
-        log |= {"student/teacher_mean": x0_teacher.mean(), "student/teacher_std": x0_teacher.std()}
+        log = {"student/matching": loss, "student/gradient": (2 * loss).sqrt()} | sample_log(x0, x0_teacher)
         return gradient, log
 
     def denoising(self, x0: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

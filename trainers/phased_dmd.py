@@ -31,9 +31,9 @@ from fewstep.guidance import GuidedDenoiser
 from fewstep.losses.score import distribution_matching, subinterval_weight
 from fewstep.method import Batch, Calls, Renew, Turn
 from fewstep.phases import Phase, default_lengths, make_phases
-from fewstep.renoising import Renoiser, critic_denoising
+from fewstep.renoising import Renoiser, critic_denoising, sample_log
 from fewstep.roles import Role
-from fewstep.rollout import Sampler, rollout
+from fewstep.rollout import Sampler, draw_sample
 
 # As in DMD2: a flow network's x0 says nothing about its velocity at t = 0 itself.
 _CLEANEST = 1e-3
@@ -148,19 +148,11 @@ class PhasedDmd:
 
         # 1. Walk to one of the phase's steps, and jump from there to where the phase ends (SGTS within the phase).
         last = batch.draws.shared_integer("student_step", phase.steps.start, phase.steps.stop)
-        noise = batch.draws.normal("noise", batch.shape)
         student_turn = before % self.config.critic_updates == 0
         inputs: dict[int, Tensor] = {}
         with torch.set_grad_enabled(student_turn):
-            x0 = rollout(
-                self.student,
-                self.sampler,
-                noise,
-                batch.conditioning,
-                step_noise=lambda k: batch.draws.normal(f"step_noise_{k}", batch.shape),
-                last=last,
-                on_step=inputs.__setitem__,
-            )
+            walk = (self.student, self.sampler, batch.draws, batch.shape, batch.conditioning, last)
+            x0 = draw_sample(*walk, on_step=inputs.__setitem__)
         x_s = self.arrive(x0.detach(), inputs[last], last, phase, batch)
 
         # 2. The expert: distribution matching on noisier samples than those at the phase's end.
@@ -189,9 +181,7 @@ class PhasedDmd:
         x0_teacher = self.teacher(x_t, t, batch.conditioning)
         x0_critic = self.critics[number](x_t, t, batch.conditioning)
         loss, gradient = distribution_matching(x0, x0_teacher, x0_critic, self.config.normalizer_min)
-        log = {"student/matching": loss, "student/gradient": (2 * loss).sqrt()}
-        log |= {"student/x0_mean": x0.mean(), "student/x0_std": x0.std()}
-        log |= {"student/teacher_mean": x0_teacher.mean(), "student/teacher_std": x0_teacher.std()}
+        log = {"student/matching": loss, "student/gradient": (2 * loss).sqrt()} | sample_log(x0, x0_teacher)
         return gradient, log
 
 

@@ -87,19 +87,14 @@ class RectifiedFlowConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._refuse_negative("huber_factor", "perceptual_weight")
-        for name, allowed in (
-            ("renoise", ("ode",)),
-            ("times", ("u_shaped", "uniform", "logit_normal", "grid")),
-            ("loss", ("huber", "l2")),
-            ("huber_scaling", ("sqrt", "released")),
-            ("time_weight", ("uniform", "1-t")),
-            ("pair_solver", SOLVERS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"--{name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("num_pairs", "pair_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.renoise != "ode":
+            raise UserError(f"--renoise must be ode for a rectified flow, not {self.renoise!r}")
+        self._refuse_unknown("times", "u_shaped", "uniform", "logit_normal", "grid")
+        self._refuse_unknown("loss", "huber", "l2")
+        self._refuse_unknown("huber_scaling", "sqrt", "released")
+        self._refuse_unknown("time_weight", "uniform", "1-t")
+        self._refuse_unknown("pair_solver", *SOLVERS)
+        self._refuse_below_one("num_pairs", "pair_steps")
         for name in ("time_min", "inverted_share"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"--{name} must be between 0 and 1, not {getattr(self, name)}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_dmd2 import GRID, TABLE, Pictures, config, gan_method
 from tiny_pipelines import tiny_ddim
-from torch import Tensor, nn
+from torch import Tensor
 from toys import Labels, TinyNetwork, labels, make_loop, role
 
 from fewstep import checkpoint
@@ -128,25 +128,6 @@ def test_a_step_costs_what_it_says(tmp_path: Path, normalizer: str, asked: int):
     declared = one.calls(0, batch(0))
     assert declared["teacher"] == Calls(no_grad=asked)
     assert {name: c.no_grad + c.to_parameters for name, c in declared.items()} == {n: r / 4 for n, r in rows.items()}
-
-
-class Deaf(nn.Module):
-    """A network that hears no condition."""
-
-    def forward(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
-        return 0.5 * x
-
-
-def test_a_teacher_without_a_response_to_guidance_is_refused():
-    deaf = role("teacher", Deaf(), FlowSchedule(), "flow", trainable=False)
-    hearing = role("teacher", TinyNetwork(6), FlowSchedule(), "flow", trainable=False)
-    x, t, conditions = torch.randn(3, 6), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64), labels([1, 2, 3])
-    deaf.denoiser.network.anchor = nn.Parameter(torch.zeros(1), requires_grad=False)
-    GuidedDenoiser(hearing, labels([0]), 2.0).refuse_deaf("Decoupled DMD", x, t, conditions)
-    with pytest.raises(UserError, match="Decoupled DMD trains on the teacher's response to guidance, and this teacher"):
-        GuidedDenoiser(deaf, labels([0]), 2.0).refuse_deaf("Decoupled DMD", x, t, conditions)
-    with pytest.raises(UserError, match="--guidance_scale above 1"):
-        GuidedDenoiser(hearing, None, 1.0).refuse_deaf("Decoupled DMD", x, t, conditions)
 
 
 def test_the_command_refuses_a_teacher_that_cannot_be_guided(tmp_path: Path):

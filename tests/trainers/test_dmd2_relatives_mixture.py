@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from test_dmd2_mixture import energy_distance
+from mixture import energy_distance
 from torch import Tensor, nn
 from toys import Labels, labels, make_loop, role
 

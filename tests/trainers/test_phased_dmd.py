@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from mixture import MixtureTeacher, energy_distance, mixture_sample
 from test_dmd2 import TABLE
-from test_dmd2_mixture import MixtureTeacher, energy_distance, mixture_sample
 from torch import Tensor
 from toys import Labels, TinyNetwork, make_loop, role, unconditional
 
