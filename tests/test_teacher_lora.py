@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import tiny_ddim, tiny_flow, tiny_stable_diffusion
 from torch import Tensor, nn
@@ -45,7 +45,8 @@ def write_lora(
     modules = [network_of(pipeline), *([pipeline.text_encoder] if text else [])]
     states = []
     for module, wanted in zip(modules, (targets, ["q_proj", "v_proj"])):
-        module.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=wanted, **config), "mine")
+        # By peft itself: transformers' own add_adapter may want a newer peft than there is.
+        inject_adapter_in_model(LoraConfig(r=3, lora_alpha=6, target_modules=wanted, **config), module, "mine")
         generator = torch.Generator().manual_seed(1)
         for name, parameter in module.named_parameters():
             if "lora_" in name:
