@@ -14,7 +14,7 @@ help:
 	@echo "make test   the test suite"
 	@echo "make soak   the long forms of the tests that are cut short in make test"
 	@echo "make lint   ruff and its formatter"
-	@echo "make bench  latency of the embedded teachers"
+	@echo "make bench  latency of the embedded teachers, and memory of LoRA roles, full copies and plans"
 	@echo "make clean  remove the environment and build products"
 
 demo: $(VENV)/.demo
@@ -36,6 +36,8 @@ bench: $(VENV)/.demo
 	for teacher in fashion-sd fashion-flow; do $(RUN) -c "import sys; from fewstep.eval import evaluate; \
 	print(evaluate([], teacher=sys.argv[1], metrics=['speed'], num=200, out='runs/bench/' + sys.argv[1]).table())" \
 	$$teacher || exit 1; done
+	$(RUN) -m fewstep.eval.memory roles
+	$(RUN) -m fewstep.eval.memory plans
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

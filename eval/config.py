@@ -18,8 +18,9 @@ QUOTABLE = 5000
 class EvalConfig:
     """What `evaluate` measures.
 
-    teacher: embedded name, folder or hub id; None leaves the teacher's rows out. teacher_call: further arguments of its
-    pipeline (guidance_scale, ...). steps: the students' step counts. num: samples in every row. prompts or classes:
+    teacher: embedded name, folder or hub id; None leaves the teacher's rows out. base: where the base model of
+    LoRA students lies, if it is not found by itself. teacher_call: further arguments of the teacher's pipeline
+    (guidance_scale, ...). steps: the students' step counts. num: samples in every row. prompts or classes:
     what sample i is asked for (entry i modulo their number); None takes the ten of Fashion-MNIST for its models.
     reference: "auto" (Fashion-MNIST's test split where a model or its prompts come from there), "fashion" or "none".
     columns: samples shown in the grid. latency_budget: seconds after which no further timed call starts.
@@ -28,6 +29,7 @@ class EvalConfig:
 
     out: Path = Path("eval")
     teacher: str | None = None
+    base: str | None = None
     teacher_steps: Sequence[int] = (1, 4, 25)
     teacher_call: dict[str, Any] | None = None
     steps: Sequence[int] = (1, 2, 4)

@@ -121,12 +121,13 @@ def _models(students: Sequence[str | Path | Model | Any], config: EvalConfig) ->
     """The teacher first, then the students, under distinct names."""
     if not students and config.teacher is None:
         raise UserError("nothing to evaluate: give a student's folder or a teacher")
-    found = [student if isinstance(student, Model) else student_model(student) for student in students]
+    found = [given if isinstance(given, Model) else student_model(given, base=config.base) for given in students]
     teacher = [] if config.teacher is None else [teacher_model(config.teacher, config.teacher_call, found)]
     for index, model in enumerate(found):
         if len(found) > 1 and model.source is not None and model.name == "student":
             folder = Path(model.source).resolve()
-            model.name = f"student {index + 1} ({folder.parent.name if folder.name == 'student' else folder.name})"
+            told = folder.parent if folder.name in ("student", "student_lora") else folder
+            model.name = f"student {index + 1} ({told.name})"
             # Readers of the report tell the teacher's rows by that word.
             if "teacher" in model.name:
                 model.name = f"student {index + 1}"

@@ -23,8 +23,9 @@ class Model:
     call: keyword arguments without the condition; ``num_inference_steps`` is set by the evaluation.
     steps: the largest step count it was made for, None where any will do (teachers).
     counts: the step counts known to hold, None where unknown. kind: "prompt", "label" or None, read from the
-    pipeline when not given ("infer"). source: folder or hub id it is loaded from; pipeline: the loaded object. One of
-    the two must be there; rows of a model without a source are not kept for resuming, as nothing identifies it.
+    pipeline when not given ("infer"). source: folder or hub id it is loaded from, and base that of the model below it
+    where it is a LoRA; pipeline: the loaded object. A source or a pipeline must be there; rows of a model without a
+    source are not kept for resuming, as nothing identifies it.
     training: the settings it was distilled with, where its card tells them.
     """
 
@@ -32,6 +33,7 @@ class Model:
     role: Literal["teacher", "student"]
     call: dict[str, Any] = field(default_factory=dict)
     source: str | None = None
+    base: str | None = None
     pipeline: Any = None
     steps: int | None = None
     counts: frozenset[int] | None = None
@@ -49,8 +51,14 @@ class Model:
         # Inside: importing the pipeline classes takes seconds that `fewstep --help` should not pay.
         from diffusers import DiffusionPipeline
 
+        from fewstep.export.load import load
+        from fewstep.export.own_code import is_own_code
+
+        if self.base is not None:
+            return load(self.source, base=self.base, dtype=dtype).to(device)
         try:
-            pipeline = DiffusionPipeline.from_pretrained(self.source, dtype=dtype)
+            own = {"trust_remote_code": True} if is_own_code(self.source) else {}
+            pipeline = DiffusionPipeline.from_pretrained(self.source, dtype=dtype, **own)
         except (OSError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"diffusers cannot load {self.source}: {_first_line(error)}") from error
         return pipeline.to(device)
@@ -61,13 +69,15 @@ class Model:
             return type(self.pipeline)
         import diffusers
 
+        from fewstep.export.own_code import stock_class_of
+
         try:
-            name = diffusers.DiffusionPipeline.load_config(self.source)["_class_name"]
+            name = diffusers.DiffusionPipeline.load_config(self.base or self.source)["_class_name"]
         except (OSError, ValueError) as error:
-            raise UserError(f"diffusers cannot read {self.source}: {_first_line(error)}") from error
-        found = getattr(diffusers, name, None) if isinstance(name, str) else None
+            raise UserError(f"diffusers cannot read {self.base or self.source}: {_first_line(error)}") from error
+        found = getattr(diffusers, name, None) if isinstance(name, str) else stock_class_of(self.source)
         if found is None:
-            raise UserError(f"{self.source} holds a {name}, which this diffusers does not have")
+            raise UserError(f"{self.base or self.source} holds a {name}, which this diffusers does not have")
         return found
 
     def condition_kind(self) -> Literal["prompt", "label"] | None:
@@ -93,14 +103,16 @@ class Model:
         """A hash of what the model is loaded from, or None when only the loaded object is known."""
         if self.source is None:
             return None
-        folder = Path(self.source)
-        digest = hashlib.sha256(self.source.encode())
-        # The card's text and its pictures may be rewritten with the results of this evaluation: they do not count.
-        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".md", ".png")):
-            state = path.stat()
-            digest.update(f"{path.relative_to(folder)}:{state.st_size}:".encode())
-            # Large weights are told apart by their time of writing; reading them would take minutes.
-            digest.update(path.read_bytes() if state.st_size < 2**26 else str(state.st_mtime_ns).encode())
+        digest = hashlib.sha256()
+        for source in filter(None, (self.source, self.base)):
+            digest.update(source.encode())
+            # The card's text and its pictures may be rewritten with the results of this evaluation: they do not count.
+            files = (path for path in Path(source).rglob("*") if path.is_file() and path.suffix not in (".md", ".png"))
+            for path in sorted(files):
+                state = path.stat()
+                digest.update(f"{path.relative_to(source)}:{state.st_size}:".encode())
+                # Large weights are told apart by their time of writing; reading them would take minutes.
+                digest.update(path.read_bytes() if state.st_size < 2**26 else str(state.st_mtime_ns).encode())
         return digest.hexdigest()
 
 
@@ -109,27 +121,27 @@ def in_steps(count: int) -> str:
     return f"{count} step" if count == 1 else f"{count} steps"
 
 
-def student_model(student: str | Path | Any, name: str = "student") -> Model:
+def student_model(student: str | Path | Any, name: str = "student", base: str | None = None) -> Model:
     """A student as a `Model`: its folder, the run folder that holds it as ``student/``, a hub id, or `fewstep.load`'s.
 
-    Raises UserError with one line when there is no such student.
+    base: where the base model of a LoRA lies, if it is not found by itself (see `fewstep.export.load.base_of`).
+
+    Raises UserError with one line when there is no such student, or no base.
     """
-    # Inside: it imports diffusers.
-    from fewstep.export.load import read_about
+    # Inside: they import diffusers.
+    from fewstep.export.about import read_about
+    from fewstep.export.load import base_of
 
     about = getattr(student, "fewstep", None)
-    source = None
+    source = below = None
     if about is None:
         if not isinstance(student, str | Path):
             raise UserError(f"a {type(student).__name__} is no student: give a folder, or what fewstep.load gives")
         path = Path(student)
-        source = str(path / "student" if (path / "student" / CARD_NAME).is_file() else student)
+        forms = (path / form for form in ("student", "student_lora"))
+        source = str(next((form for form in forms if (form / CARD_NAME).is_file()), student))
         about = read_about(source)
-        if "lora" in about:
-            raise UserError(
-                f"{student} is a LoRA, and samples are made with whole pipelines: take the student/ of a run with "
-                "--merge, or give fewstep.evaluate what fewstep.apply(pipeline, folder) gives"
-            )
+        below = base_of(source, about, base) if "lora" in about else None
     if not isinstance(about.get("steps"), int):
         raise UserError(f"{CARD_NAME} of {student} does not say how many steps it takes; export the student again")
     counts = about.get("counts")
@@ -140,6 +152,7 @@ def student_model(student: str | Path | Any, name: str = "student") -> Model:
         role="student",
         call=_without_steps(about["call"]),
         source=source,
+        base=below,
         pipeline=student if source is None else None,
         steps=about["steps"],
         counts=None if counts is None else frozenset(counts),

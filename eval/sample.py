@@ -21,12 +21,14 @@ def sample(
     steps: int | None = None,
     seed: int = 0,
     num: int = 1,
+    base: str | None = None,
     out: str | Path,
     device: str | None = None,
 ) -> Path:
     """Write `num` samples as the PNG file `out`, and return its path.
 
     directory: a student's folder, or a teacher's folder or embedded name (then `steps` must be given, unless embedded).
+    base: where the base model of a LoRA student lies, if it is not found by itself.
     prompt or label: what the pipeline is conditioned on, as it needs. steps: default the student's own count.
     One image is saved as it is, several side by side; a video as a row of up to eight frames.
 
@@ -41,7 +43,9 @@ def sample(
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     if num < 1:
         raise UserError(f"num must be at least 1, not {num}")
-    model = _model(directory)
+    model = _model(directory, base)
+    if base is not None and model.base is None:
+        raise UserError(f"{directory} is a whole pipeline and has no base model; leave the base out")
     count = next((n for n in (steps, model.steps, _embedded_steps(model)) if n is not None), None)
     if count is None:
         raise UserError(f"{directory} does not say how many steps it takes: give steps")
@@ -69,10 +73,10 @@ def sample(
     return path
 
 
-def _model(directory: str | Path) -> Model:
+def _model(directory: str | Path, base: str | None) -> Model:
     folder = Path(directory)
-    if (folder / CARD_NAME).is_file() or (folder / "student" / CARD_NAME).is_file():
-        return student_model(folder)
+    if any((place / CARD_NAME).is_file() for place in (folder, folder / "student", folder / "student_lora")):
+        return student_model(folder, base=base)
     return teacher_model(directory)
 
 

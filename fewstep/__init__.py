@@ -8,6 +8,7 @@ fewstep.apply(pipeline, "runs/mine/student_lora")                               
 fewstep.evaluate([folder], teacher="fashion-sd", out="runs/mine/report")          # measure it beside its teacher
 fewstep.cache("fashion-sd", "runs/cache", prompts="prompts.txt")                  # encode prompts once, for many runs
 fewstep.make_pairs("fashion-sd", num=1000, out="runs/pairs")                      # noise and sample of its ODE
+fewstep.plan("fashion-sd", "dmd2", batch_size=64)                                 # what a run would take
 fewstep.record(pipeline)                                                          # how a pipeline calls its network
 """
 
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
     from fewstep.eval.evaluate import evaluate
     from fewstep.export import apply, load
     from fewstep.pairing import make_pairs
+    from fewstep.planning import plan
     from fewstep.recording import record
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "apply", "cache", "distill", "evaluate", "load", "make_pairs", "record"]
+__all__ = ["UserError", "apply", "cache", "distill", "evaluate", "load", "make_pairs", "plan", "record"]
 
 # Importing torch and diffusers takes seconds, so the public names are imported when they are first used.
 _HOMES = {
@@ -40,6 +42,7 @@ _HOMES = {
     "evaluate": "fewstep.eval.evaluate",
     "load": "fewstep.export",
     "make_pairs": "fewstep.pairing",
+    "plan": "fewstep.planning",
     "record": "fewstep.recording",
 }
 

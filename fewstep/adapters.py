@@ -12,7 +12,6 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -120,14 +119,16 @@ class Backbone:
         self._playing = name
 
     def _checkpoint(self, block: Callable[..., Any], *args: Any) -> Any:
-        # A compiled graph has the role traced in, forward and backward.
-        if torch.compiler.is_compiling():
-            return checkpoint(block, *args, use_reentrant=False)
-        return checkpoint(partial(self._run, self._playing, block), *args, use_reentrant=False)
+        name = self._playing
 
-    def _run(self, name: str | None, block: Callable[..., Any], *args: Any) -> Any:
-        with self.playing(name):
-            return block(*args)
+        def run(*args: Any) -> Any:
+            # Always so in the first run, and in a compiled graph, which has the role traced in, forward and backward.
+            if self._playing == name:
+                return block(*args)
+            with self.playing(name):
+                return block(*args)
+
+        return checkpoint(run, *args, use_reentrant=False)
 
 
 class AdapterRole(Role):

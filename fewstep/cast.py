@@ -11,43 +11,65 @@ from fewstep.adapters import AdapterRole, Backbone
 from fewstep.config import RunConfig
 from fewstep.denoiser import NetworkDenoiser
 from fewstep.recording import Recording
-from fewstep.roles import Role, follow, make_role
+from fewstep.roles import FOLLOWERS, Role, follow, make_role
 from fewstep.routing import RoutedRole
 
 
 def make_roles(
-    config: RunConfig, recording: Recording, names: tuple[str, ...], device: torch.device
+    config: RunConfig,
+    recording: Recording,
+    names: tuple[str, ...],
+    device: torch.device,
+    student: Recording | None = None,
 ) -> dict[str, Role]:
     """The frozen teacher, the roles ``names``, and ``ema`` where the run has one.
 
     All are trainable but ``target``, a method's own slow copy of the student, which the loop moves.
 
+    Args:
+        config: of the run.
+        recording: of the teacher.
+        names: of the roles beside teacher and ema.
+        device: of all of them.
+        student: the recording of the student's own pipeline, where it has other experts than the teacher's.
+
     Raises:
         UserError: the network has no layer for an adapter of ``config.lora_rank``.
     """
-    copy = _of_each_expert(recording, lambda one: _copies(config, one, device))
-    make = _of_each_expert(recording, lambda one: _adapters(config, one, device)) if config.lora_rank else copy
+    backbones: dict[int, Callable[..., Role]] = {}
+
+    def adapters(one: Recording) -> Callable[..., Role]:
+        # One backbone for all roles on a network, and for all experts that begin as one network.
+        return backbones.setdefault(id(one.network), _adapters(config, one, device))
+
+    def copies(one: Recording) -> Callable[..., Role]:
+        return _copies(config, one, device)
+
+    def make(name: str, *, trainable: bool) -> Role:
+        own = student if student is not None and name in ("student", *FOLLOWERS) else recording
+        full = not config.lora_rank or (name.startswith("critic") and config.full_critic)
+        return _of_each_expert(own, copies if full else adapters, name, trainable)
+
     roles = {"teacher": make("teacher", trainable=False)}
-    for name in names:
-        own = copy if name == "critic" and config.full_critic else make
-        roles[name] = own(name, trainable=name != "target")
+    roles |= {name: make(name, trainable=name != "target") for name in names}
     if config.ema_decay > 0:
         roles["ema"] = make("ema", trainable=False)
     follow(roles)
     return roles
 
 
-def _of_each_expert(recording: Recording, makers: Callable[[Recording], Callable[..., Role]]) -> Callable[..., Role]:
-    """Makes roles as the maker of a single network does; where several share the time, of one such role for each."""
+def _of_each_expert(
+    recording: Recording, maker: Callable[[Recording], Callable[..., Role]], name: str, trainable: bool
+) -> Role:
+    """A role as the maker for a single network makes it; where several share the time, of one such role for each."""
     if len(recording.experts) == 1:
-        return makers(recording)
-    lowest = recording.intervals.lowest
-    each = {e.component: (low, makers(recording.of(e))) for low, e in zip(lowest, recording.experts, strict=True)}
-
-    def make(name: str, *, trainable: bool) -> RoutedRole:
-        return RoutedRole(name, {key: (low, one(name, trainable=trainable)) for key, (low, one) in each.items()})
-
-    return make
+        return maker(recording)(name, trainable=trainable)
+    shared = len({id(expert.network) for expert in recording.experts}) < len(recording.experts)
+    experts = {}
+    for lowest, expert in zip(recording.intervals.lowest, recording.experts, strict=True):
+        own = f"{name}_{expert.component}" if shared else name  # adapters of one network need names of their own
+        experts[expert.component] = (lowest, maker(recording.of(expert))(own, trainable=trainable))
+    return RoutedRole(name, experts)
 
 
 def _copies(config: RunConfig, recording: Recording, device: torch.device) -> Callable[..., Role]:

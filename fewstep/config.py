@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
 from fewstep.errors import UserError
+from fewstep.settings import Settings
 
 
 @dataclass(kw_only=True)
-class RunConfig:
+class RunConfig(Settings):
     """A run of any method.
 
     Args:
@@ -25,11 +26,15 @@ class RunConfig:
             with embedded guidance is told this value instead, teacher and student alike.
         negative_prompt: what guidance leads away from; default the pipeline's own.
         data: real images: a folder with class sub-folders or a metadata.jsonl, a folder of idx files, or "fashion".
+        teacher_lora: the teacher is its pipeline with this LoRA: a safetensors file, a folder of one, or a hub id.
         init: another run's folder (its last student, critic and head) or a pipeline folder (student only).
         lora_rank: rank of LoRA adapters for student and critic on the frozen teacher; 0 trains full copies instead.
         lora_alpha: an adapter's product is scaled by alpha / rank; default the rank.
         full_critic: with --lora_rank, the critic is a full copy all the same.
         merge: with --lora_rank, also write a whole pipeline with the adapter merged.
+        push_to_hub: hub repository (owner/name) that the exported student is uploaded to; with --merge that is the
+            whole pipeline, and the LoRA goes to the same name with -lora.
+        hub_private: make a new repository a private one.
         max_steps: number of steps to train.
         batch_size: samples per process and micro-batch.
         gradient_accumulation_steps: micro-batches per update.
@@ -68,11 +73,14 @@ class RunConfig:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     data: str | None = None
+    teacher_lora: str | None = None
     init: str | None = None
     lora_rank: int = 0
     lora_alpha: float | None = None
     full_critic: bool = False
     merge: bool = False
+    push_to_hub: str | None = None
+    hub_private: bool = False
     max_steps: int = 1000
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
@@ -104,27 +112,20 @@ class RunConfig:
         for field in fields(self):
             if getattr(self, field.name) is None and "None" not in str(field.type):
                 raise UserError(f"--{field.name} must have a value, and it is null")
-        positive = (
-            "steps",
-            "max_steps",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "checkpointing_steps",
-            "log_steps",
-        )
-        for name in (*positive, "checkpoints_total_limit"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        self._refuse_below_one("steps", "max_steps", "batch_size", "gradient_accumulation_steps")
+        self._refuse_below_one("checkpointing_steps", "log_steps", "checkpoints_total_limit")
         self._refuse_negative("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed")
         self._refuse_negative("lora_rank")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
-        for name, allowed in (("renoise", ("auto", "ode", "fresh")), ("mixed_precision", ("no", "bf16"))):
-            if getattr(self, name) not in allowed:
-                hint = "; fp16 training is not offered, its scaling cannot follow split backward passes"
-                more = hint if getattr(self, name) == "fp16" else ""
-                raise UserError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}{more}")
+        if self.mixed_precision == "fp16":
+            raise UserError(
+                "--mixed_precision must be one of no, bf16, not 'fp16'; fp16 training is not offered, its scaling "
+                "cannot follow split backward passes"
+            )
+        self._refuse_unknown("mixed_precision", "no", "bf16")
+        self._refuse_unknown("renoise", "auto", "ode", "fresh")
         if self.shift is not None and not self.shift > 0:
             raise UserError(f"--shift must be positive, not {self.shift}")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
@@ -132,6 +133,10 @@ class RunConfig:
         for name in ("lora_alpha", "full_critic", "merge"):
             if getattr(self, name) and not self.lora_rank:
                 raise UserError(f"--{name} belongs to adapters: give --lora_rank, or leave it out")
+        if self.push_to_hub is not None and not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]{1,90}", self.push_to_hub):
+            raise UserError(f"--push_to_hub takes owner/name, not {self.push_to_hub!r}")
+        if self.hub_private and self.push_to_hub is None:
+            raise UserError("--hub_private belongs to --push_to_hub: give a repository, or leave it out")
         self._refuse_not_finite("guidance_scale")
         if self.prompts is not None and self.classes is not None:
             raise UserError("give --prompts or --classes, not both")
@@ -143,30 +148,54 @@ class RunConfig:
         """Whether the student's network is told the guidance by an input of its own; a method may say so."""
         return False
 
-    def _refuse_negative(self, *names: str) -> None:
-        """Settings that must be numbers of at least 0, where they are set."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not value >= 0:  # so that not-a-number is refused too
-                raise UserError(f"--{name} must not be negative, and it is {value}")
 
-    def _refuse_not_finite(self, *names: str) -> None:
-        """Settings that must be numbers of any sign, where they are set."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise UserError(f"--{name} must be a number, not {value}")
+@dataclass(kw_only=True)
+class CriticConfig(RunConfig):
+    """A run of a method whose critic follows the student.
 
-    def _refuse_unknown(self, name: str, *known: str) -> None:
-        """A setting that must be one of these words."""
-        if getattr(self, name) not in known:
-            raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+    Args:
+        critic_lr: learning rate of the critic; default that of the student.
+        critic_updates: critic updates for each student update (DMD2: 5 for SDXL and ImageNet, 10 for SD 1.5).
+    """
 
-    def _refuse_set(self, reason: str, *names: str) -> None:
-        """Settings that must be left at None, which stands for what goes without saying."""
-        for name in names:
-            if getattr(self, name) is not None:
-                raise UserError(f"leave out --{name}: it {reason}")
+    critic_lr: float | None = None
+    critic_updates: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_negative("critic_lr")
+        self._refuse_below_one("critic_updates")
+
+    def learning_rate(self, role: str) -> float:
+        """Of the student or a critic."""
+        return self.lr if role == "student" or self.critic_lr is None else self.critic_lr
+
+
+@dataclass(kw_only=True)
+class ScoreConfig(CriticConfig):
+    """A run of a method that compares critic and teacher on noised samples.
+
+    Args:
+        time_min: lowest time at which teacher and critic are compared (DMD2: 0.02).
+        time_max: highest time at which teacher and critic are compared (DMD2: 0.98).
+        time_shift: shift of those times for flow teachers; default that of the student's grid.
+        normalizer_min: lower bound of the distribution-matching normaliser (DMD2: none).
+    """
+
+    time_min: float = 0.02
+    time_max: float = 0.98
+    time_shift: float | None = None
+    normalizer_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_negative("normalizer_min")
+        if not 0 < self.time_min < self.time_max <= 1:
+            raise UserError(
+                f"--time_min and --time_max must satisfy 0 < min < max <= 1, not {self.time_min}, {self.time_max}"
+            )
+        if self.time_shift is not None and not self.time_shift > 0:
+            raise UserError(f"--time_shift must be positive, not {self.time_shift}")
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from fewstep import ode
 from fewstep.config import RunConfig
 from fewstep.errors import UserError
 from fewstep.losses.consistency import DISTANCES, WEIGHTINGS, doubling_levels, progressive_levels
 from fewstep.neighbours import Discretization, EasyTimes, EvenTimes, LogNormalBins, NoiseLevels
 
-SOLVERS = ("none", "ode", "heun")
+SOLVERS = ("none", *ode.SOLVERS)
 
 #: The papers' choices by variant. A target_decay of None is CT's function of the step.
 PAPERS = {
     "lcm": {
-        "solver": "ode",
+        "solver": "euler",
         "distance": "pseudo_huber_elementwise",
         "huber_c": 1e-3,
         "weighting": "uniform",
@@ -49,7 +50,7 @@ class ConsistencyConfig(RunConfig):
 
     Args:
         variant: lcm or cd (distillation), ct, ict or ect (training from --data); what is not given is as in its paper.
-        solver: how the neighbour is reached: ode or heun (a step of the guided teacher), none (the same noise).
+        solver: how the neighbour is reached: euler or heun (a step of the guided teacher's ODE), none (the same noise).
         distance: mse, l1, l2_norm, l2_norm_squared, pseudo_huber_norm or pseudo_huber_elementwise.
         huber_c: c of pseudo-Huber distances (lcm: 0.001, ict: 0.00054 times the root of a sample's size, ect: 0).
         weighting: uniform, karras, 1/(t-r), 1/sqrt(t-r), 1/c_out, 1/c_out^2, 1/sigma or 1/sigma^2, of noise levels.
@@ -124,7 +125,7 @@ class ConsistencyConfig(RunConfig):
         if self.solver == "none" and self.data is None:
             raise UserError(
                 f"--variant {self.variant} trains on real images, without a teacher's step: give --data, "
-                "or --solver ode for a teacher"
+                "or --solver euler for a teacher"
             )
         low, high = self.guidance_min, self.guidance_max
         if (low is None) != (high is None) or (low is not None and not low <= high):

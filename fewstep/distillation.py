@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import pkgutil
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -20,54 +19,43 @@ from fewstep.asking import conditions_of, guidance_of, teacher_call
 from fewstep.cast import make_roles
 from fewstep.config import RunConfig, resolved
 from fewstep.data import RealSamples, read_images
-from fewstep.denoiser import Denoiser
 from fewstep.discriminator import make_head
 from fewstep.draws import Draws
 from fewstep.encoders import Encoders
 from fewstep.errors import UserError
-from fewstep.export import export_lora, export_student, loads_lora, plan_student
+from fewstep.export import export_lora, export_student, plan_student, publish, refuse_own_code, why_no_lora
+from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
+from fewstep.export.student import walk_counts
+from fewstep.export.trace import with_parts
 from fewstep.features import FeatureTap, find_tap
 from fewstep.guidance import GuidedDenoiser
-from fewstep.images import save_grid
+from fewstep.hearing import refuse_deaf
 from fewstep.initialization import initialize
 from fewstep.intervals import TimedScale
 from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.method import PairSource
+from fewstep.methods import method_class
 from fewstep.monitor import Monitor, trackers
+from fewstep.phases import Phase, describe
+from fewstep.previews import Previews
 from fewstep.ragged import AnyConditioning
 from fewstep.recording import record
+from fewstep.recording.observe import find_scheduler
 from fewstep.roles import Role
-from fewstep.rollout import Sampler, ode_sampler, rollout
+from fewstep.rollout import Sampler
 from fewstep.run_folder import check_folder, write_config
 from fewstep.teacher import base_model, load_teacher, teacher_license
+from fewstep.teacher_lora import FusedLora, fuse_teacher_lora, with_own_weights
 from fewstep.told_guidance import find_told_guidance, with_told_guidance
+
+if TYPE_CHECKING:
+    from fewstep.pairing import RunPairs
 
 logger = logging.getLogger("fewstep")
 
-_SHOWN_SAMPLES = 8  # in a sample grid
-_TEACHER_STEPS = 25  # of the teacher's row in it
 #: Settings that say something of a machine and nothing of a student; they are not published with it.
-_PRIVATE = frozenset(
-    {"teacher", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init", "resume", "cpu", "report_to"}
-)
-
-
-def methods() -> list[str]:
-    """The names of all methods: the files of ``fewstep.trainers``."""
-    package = importlib.import_module("fewstep.trainers")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-
-
-def method_class(name: str) -> type:
-    """The class of a method, by the name of its file.
-
-    Raises:
-        UserError: there is no such method.
-    """
-    if name not in methods():
-        raise UserError(f"there is no method {name!r}; there are: {', '.join(methods())}")
-    module = importlib.import_module(f"fewstep.trainers.{name}")
-    return next(c for c in vars(module).values() if hasattr(c, "turns") and c.__module__ == module.__name__)
+_PRIVATE = frozenset({"teacher", "teacher_lora", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init"})
+_PRIVATE |= {"push_to_hub", "hub_private", "resume", "cpu", "report_to"}
 
 
 class Distillation:
@@ -92,6 +80,12 @@ class Distillation:
 
         reload = partial(_load, config) if pipeline is None else None
         self.pipeline = _load(config) if pipeline is None else pipeline
+        self.teacher_lora: FusedLora | None = None
+        if config.teacher_lora is not None:
+            self.pipeline = self.pipeline if pipeline is None else with_own_weights(pipeline)
+            self.teacher_lora = fuse_teacher_lora(self.pipeline, config.teacher_lora)
+            if self.teacher_lora.in_text:
+                reload = None  # what lies in the teacher's folder is another text encoder
         self.pipeline.to(self.device)
         self.recording = record(self.pipeline, **teacher_call(config))
         self.recording.prove()
@@ -102,6 +96,8 @@ class Distillation:
         if config.tells_guidance:
             self.recording = with_told_guidance(teacher, self.guidance_scale, trained=not config.lora_rank)
             self.told_guidance = find_told_guidance(self.recording, heeded=self.recording is teacher)
+        #: Of the pipeline that the student will be: the teacher's own, unless it has other experts.
+        self.student_recording = self.recording
         self.plan = plan_student(
             self.recording,
             config.steps,
@@ -120,8 +116,12 @@ class Distillation:
         self._say(self.conditions.note)
         # Also where the teacher is not guided: a critic may be.
         self.negative = self.as_told(negative.to(device=self.device)) if negative is not None else None
-        self._teacher_pictures: Tensor | None = None
+        if self.negative is not None and self.guidance_scale != 1.0:
+            noise = Draws(config.seed, -3, range(2), self.device).normal("listening", self.recording.sample_shape)
+            heard = [self.as_told(self.conditions.select([row])) for row in range(min(2, len(self.conditions)))]
+            refuse_deaf(self.recording, self.negative, heard, noise)
         self.pairs: PairSource | None = None
+        self.previews = Previews(config, self.recording, self.conditions, self.device, self.as_told)
         self.real = None
         if config.data is not None:
             self.real = RealSamples(read_images(config.data), teacher, self.conditions, self.device)
@@ -133,6 +133,19 @@ class Distillation:
         """The frozen teacher, the roles ``names``, and ``ema`` where the run has one, see :mod:`fewstep.cast`."""
         return make_roles(self.config, self.recording, names, self.device)
 
+    def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
+        """The frozen teacher, a student (and ``ema``) with an expert for each phase, and the trainable roles ``names``.
+
+        Raises:
+            UserError: the phases do not fit this teacher, or its pipeline does not walk with as many networks.
+        """
+        self.student_recording = phased_recording(self.recording, phases)
+        self.plan = phased_plan(self.plan, phases)
+        self._say(describe(phases, self.recording.schedule))
+        scheduler = {find_scheduler(self.pipeline): self.plan.scheduler}
+        walk_counts(self.student_recording, with_parts(self.student_recording.pipeline, **scheduler), self.plan)
+        return make_roles(self.config, self.recording, ("student", *names), self.device, self.student_recording)
+
     def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
         """A role under guidance, by default the run's, which is the teacher's."""
         return GuidedDenoiser(role, self.negative, self.guidance_scale if guidance_scale is None else guidance_scale)
@@ -140,6 +153,17 @@ class Distillation:
     def tap(self, role: Role) -> FeatureTap:
         """Where a role's features are tapped, the same place in each of several experts."""
         return self._tapped(role)[0]
+
+    def refuse_unguided(self, method: str) -> None:
+        """Raise ``UserError`` where guidance is off, for a method that trains on what it changes.
+
+        A teacher that answers the same with and without its condition was refused before.
+        """
+        if self.recording.guidance.embedded or self.guidance_scale == 1.0:
+            raise UserError(
+                f"{method} trains on the teacher's response to guidance, which is off here; set "
+                "--guidance_scale above 1, or take a teacher that was not distilled for guidance"
+            )
 
     def add_head(self, role: Role) -> FeatureTap:
         """Give a role a GAN head on its own features, and say where they are tapped.
@@ -149,6 +173,12 @@ class Distillation:
         tap, features = self._tapped(role)
         role.added["head"] = make_head(features, self.config.seed)
         return tap
+
+    def run_pairs(self) -> RunPairs:
+        """What makes or opens the pairs of this run, to be asked for before the roles are made."""
+        from fewstep.pairing import RunPairs  # which stands on this module
+
+        return RunPairs(self)
 
     def claim(self) -> None:
         """Make ``OUT`` this run's folder before it trains: what it then prepares there is gone on with after a kill."""
@@ -170,12 +200,15 @@ class Distillation:
     def initialize(self, roles: dict[str, Role]) -> None:
         """Take the weights of ``--init`` over, where it is given: see :func:`fewstep.initialization.initialize`."""
         if self.config.init is not None:
-            initialize(roles, self.config.init, self.recording, self._say, self.config.trust_remote_code)
+            initialize(roles, self.config.init, self.student_recording, self._say, self.config.trust_remote_code)
 
     # --- the run ------------------------------------------------------------------------------------------------
 
     def run(self) -> Path:
         """Train, then export the student. Returns its pipeline's folder, or its LoRA's where that is all."""
+        why_whole = why_no_lora(self.recording, self.teacher_lora)
+        if not self.config.lora_rank or self.config.merge or why_whole:
+            refuse_own_code(self.pipeline)  # a student that cannot be written is not worth training
         with self.encoders.away(self._say):
             self._train_and_export()
         whole = self.out / "student"
@@ -210,6 +243,8 @@ class Distillation:
             self.accelerator.end_training()
         if self.accelerator.is_main_process:
             self.export(role)
+            if self.config.push_to_hub is not None:
+                self._say(publish(self.out, self.config.push_to_hub, self.config.hub_private))
         self.accelerator.wait_for_everyone()
 
     def export(self, role: Role) -> None:
@@ -218,43 +253,25 @@ class Distillation:
             "method": self.method,
             "base_model": base_model(self.config.teacher),
             "teacher_license": teacher_license(self.config.teacher),
+            "teacher_lora": self.teacher_lora,
             "training": {k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
         }
         if role.part == AdapterRole.part:
-            other = [e.network for e in self.recording.experts if not loads_lora(e.network)]
-            if not other:
+            if moves_boundary(self.recording, self.student_recording):
+                self._say("its base model has no room for the student's networks: exported merged, as a pipeline")
+            elif why_whole := why_no_lora(self.recording, self.teacher_lora):
+                self._say(f"{why_whole}: exported merged")
+            else:
                 export_lora(self.recording, role, self.plan, self.out / "student_lora", **about)
                 if not self.config.merge:
                     return
-            else:
-                self._say(f"diffusers loads no LoRA into a {type(other[0]).__name__}: exported merged")
         self.encoders.restore()  # they are part of what is written
-        export_student(self.recording, role.stock_network(), self.plan, self.out / "student", **about)
+        export_student(self.student_recording, role.stock_network(), self.plan, self.out / "student", **about)
 
     def save_samples(self, teacher: Role, student: Role, step: int) -> None:
         """``OUT/samples/step_*.png``: the teacher's samples above the student's, same noise and conditions."""
-        if self._teacher_pictures is None:
-            walk = ode_sampler(self.recording.schedule, _TEACHER_STEPS)
-            self._teacher_pictures = self._pictures(self.guided(teacher), walk)
-        pictures = [self._teacher_pictures, self._pictures(student, self.sampler)]
-        save_grid(pictures, self.out / "samples" / f"step_{step:08d}.png")
-
-    @torch.no_grad()
-    def _pictures(self, denoiser: Denoiser, sampler: Sampler) -> Tensor:
-        """Images or videos in [0, 1], made in batches of the size that training fits."""
-        pieces = []
-        for first in range(0, _SHOWN_SAMPLES, self.config.batch_size):
-            indices = range(first, min(first + self.config.batch_size, _SHOWN_SAMPLES))
-            draws = Draws(self.config.seed, -2, indices, self.device)
-            noise = draws.normal("noise", self.recording.sample_shape)
-            conditioning = self.as_told(self.conditions.select([index % len(self.conditions) for index in indices]))
-
-            def step_noise(k: int, draws: Draws = draws) -> Tensor:
-                return draws.normal(f"step_noise_{k}", self.recording.sample_shape)
-
-            x0 = rollout(denoiser, sampler, noise, conditioning, step_noise=step_noise)
-            pieces.append(self.recording.decode(x0).float().cpu())
-        return torch.cat(pieces)
+        path = self.out / "samples" / f"step_{step:08d}.png"
+        self.previews.save(path, self.guided(teacher), student, self.sampler)
 
     def _tapped(self, role: Role) -> tuple[FeatureTap, Tensor]:
         """Where a role's features are tapped, and those of two samples of noise."""

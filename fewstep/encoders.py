@@ -21,8 +21,9 @@ from fewstep.errors import UserError
 from fewstep.fingerprint import part_digest
 from fewstep.recording import Recording
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.observe import Stub, find_decoder, modules_of, observe
+from fewstep.recording.observe import find_decoder, modules_of, observe
 from fewstep.recording.pieces import equal
+from fewstep.recording.seen import Stub
 
 _STEPS = 2
 
@@ -117,7 +118,7 @@ class Encoders:
         early: set[str] = set()
         late: set[str] = set()
         begun: list[bool] = []
-        hooks = [recording.network.register_forward_pre_hook(lambda *_: begun.append(True))]
+        hooks = [n.register_forward_pre_hook(lambda *_: begun.append(True)) for n in recording.networks.values()]
 
         def watch(name: str) -> Callable[..., None]:
             return lambda *_: (late if begun else early).add(name)
@@ -126,7 +127,7 @@ class Encoders:
         try:
             output = observe(pipeline, self._calls()[0], steps=1).steps[0].calls[-1].output
             begun.clear()
-            stub = Stub(recording.component, output)
+            stub = Stub(recording.components, output)
             observe(pipeline, self._calls()[0], stub=stub, stop_at_decode=find_decoder(pipeline) is not None)
         finally:
             for hook in hooks:

@@ -56,7 +56,9 @@ class FeatureTap:
 
         handle = network.get_submodule(self.module).register_forward_hook(hook)
         try:
-            yield seen
+            # A compiled network would not notice the hook, or keep it for its next pass: this pass is not compiled.
+            with torch.compiler.set_stance("force_eager"):
+                yield seen
         except _Reached:
             # Out here, because a checkpointed block must not save more tensors than its recomputation will.
             features = seen.features if self.tokens is None else seen.features[:, list(self.tokens)]
@@ -117,6 +119,21 @@ def find_tap(network: nn.Module, run: Callable[[Tensor], Any], x: Tensor) -> Fea
     raise UserError(
         f"cannot tell image tokens from text tokens in {type(network).__name__}.{block}; train without a GAN"
     )
+
+
+def likely_tap(network: nn.Module) -> FeatureTap:
+    """Where :func:`find_tap` would tap, by names alone: for networks that cannot be run. All tokens count as image.
+
+    Raises:
+        UserError: the network has neither a mid block nor a list of blocks.
+    """
+    if getattr(network, "mid_block", None) is not None:
+        return FeatureTap("mid_block")
+    lists = _lists_of_blocks(network)
+    if not lists:
+        raise UserError(f"{type(network).__name__} has no mid block and no list of blocks to tap features from")
+    longest = max(lists, key=lambda name: len(lists[name]))
+    return FeatureTap(f"{longest}.{max(len(lists[longest]) // 2 - 1, 0)}")
 
 
 def _lists_of_blocks(network: nn.Module) -> dict[str, nn.ModuleList]:

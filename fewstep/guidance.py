@@ -70,14 +70,24 @@ class GuidedDenoiser:
         self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, guidance_scale: Tensor | None = None
     ) -> Tensor:
         """Guided x0 (B, ...); by ``guidance_scale`` (B,), a w for each sample, where it is given."""
-        if guidance_scale is None and self.guidance_scale == 1.0:
+        if guidance_scale is not None:
+            return guide(*self.pair(x_t, t, conditioning), expand(guidance_scale, x_t))
+        if self.guidance_scale == 1.0:
             return self.denoiser(x_t, t, conditioning)
+        if self.guidance_scale == 0.0:
+            return self.denoiser(x_t, t, self.negative.select([0] * len(x_t)))
+        return guide(*self.pair(x_t, t, conditioning), self.scale_at(t, x_t))
+
+    def scale_at(self, t: Tensor, like: Tensor) -> float | Tensor:
+        """w at ``t`` (B,), as a number or shaped to multiply ``like`` (B, ...)."""
+        scale = self.guidance_scale
+        return scale.at(t, like) if isinstance(scale, TimedScale) else scale
+
+    def pair(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor]:
+        """The two that are guided, x0_positive and x0_negative, (B, ...) each; there must be a negative."""
         batch = x_t.shape[0]
         negative = self.negative.select([0] * batch)
-        if self.guidance_scale == 0.0:
-            return self.denoiser(x_t, t, negative)
         both = join([negative, conditioning])
         x0 = in_groups(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         x0_negative, x0_positive = x0.chunk(2)
-        scale = self.guidance_scale if guidance_scale is None else expand(guidance_scale, x_t)
-        return guide(x0_positive, x0_negative, scale.at(t, x_t) if isinstance(scale, TimedScale) else scale)
+        return x0_positive, x0_negative

@@ -67,11 +67,13 @@ def initialize(
 
 
 def _load_run(role: Role, tensors: dict[str, Tensor], say: Callable[[str], None]) -> None:
-    """Load a role of another run; a head that the other run did not train keeps its fresh weights."""
-    if "head" in role.added and not any(name.startswith("head.") for name in tensors):
-        fresh = {name: value for name, value in role.state_dict().items() if name.startswith("head.")}
-        tensors = {**tensors, **fresh}
-        say(f"the run of --init trained no GAN head; the {role.name}'s starts afresh")
+    """Load a role of another run; added modules that the other run did not have keep their fresh weights."""
+    mine = role.state_dict()
+    for part in role.added:
+        fresh = {name: value for name, value in mine.items() if name.startswith(f"{part}.")}
+        if fresh and not any(name.startswith(f"{part}.") for name in tensors):
+            tensors = {**tensors, **fresh}
+            say(f"the run of --init has no {part} of the {role.name}; it starts afresh")
     role.load_state_dict(tensors)
 
 

@@ -66,9 +66,9 @@ class Ledger:
         with ExitStack() as stack:
             _replace(stack, self.method, "turns", partial(self._turns, self.method.turns))
             for name, role in self.method.roles.items():
-                denoiser = role.denoiser
-                _replace(stack, denoiser, "recipe", _WatchedRecipe(denoiser.recipe, partial(self._call, name)))
-                _replace(stack, denoiser, "features", partial(self._features, denoiser.features))
+                for denoiser in (expert.denoiser for expert in role.experts.values()):
+                    _replace(stack, denoiser, "recipe", _WatchedRecipe(denoiser.recipe, partial(self._call, name)))
+                    _replace(stack, denoiser, "features", partial(self._features, denoiser.features))
                 for parameter in role.parameters():
                     stack.callback(parameter.register_hook(partial(self._reached, name)).remove)
             for name, module in self.beside.items():

@@ -79,7 +79,8 @@ def find_padding(recording: Recording, items: Mapping[Any, Conditioning]) -> Pad
     padding = Padding(masks)
     tried = [items[name] for name in order[: -1 : max(len(order) // _TRIED, 1)]]
     try:
-        harmless = _harmless(recording, padding, tried, items[order[-1]])
+        # Each of several experts has to answer padded items as it answers them alone.
+        harmless = all(_harmless(recording.of(one), padding, tried, items[order[-1]]) for one in recording.experts)
     except Exception:  # whatever a network says of a form that its pipeline never gave it: that form does not serve
         return None
     return padding if harmless else None

@@ -24,6 +24,7 @@ from fewstep.pairs import PairMaker, PairSettings, PairStream, StoredPairs, teac
 from fewstep.recording import Recording, record
 from fewstep.roles import Role
 from fewstep.schedule import FlowSchedule
+from fewstep.settings import Settings
 from fewstep.teacher import load_teacher
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _ROWS = 256  # in a file of the pairs that a run makes for itself, or its batch 
 
 
 @dataclass(kw_only=True)
-class PairsConfig:
+class PairsConfig(Settings):
     """Noise-sample pairs of a teacher's ODE.
 
     Args:
@@ -87,16 +88,10 @@ class PairsConfig:
     def __post_init__(self) -> None:
         if self.num is None and self.data is None:
             raise UserError("--num is needed: how many pairs to make")
-        for name in ("num", "teacher_steps", "batch_size", "shard_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name, allowed in (
-            ("solver", SOLVERS),
-            ("dtype", ("float32", "float16", "bfloat16")),
-            ("mixed_precision", ("no", "bf16")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        self._refuse_below_one("num", "teacher_steps", "batch_size", "shard_size")
+        self._refuse_unknown("solver", *SOLVERS)
+        self._refuse_unknown("dtype", "float32", "float16", "bfloat16")
+        self._refuse_unknown("mixed_precision", "no", "bf16")
         if (self.rank is None) != (self.world is None):
             raise UserError("--rank and --world go together: which process this is, and of how many")
         if self.world is not None and not 0 <= self.rank < self.world:

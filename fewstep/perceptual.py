@@ -46,7 +46,7 @@ def lpips_of(recording: Recording, device: torch.device | str) -> PerceptualDist
         from lpips import LPIPS
     except ImportError as error:
         raise UserError(
-            "--perceptual_weight needs the lpips package: pip install lpips, or leave the weight at 0"
+            "--perceptual_weight needs the lpips package: pip install 'fewstep[perceptual]', or leave the weight at 0"
         ) from error
     try:
         network = LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(device)

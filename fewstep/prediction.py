@@ -16,15 +16,10 @@ edm            the preconditioned F           c_skip * x_t + c_out * raw (Karras
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from fewstep.schedule import Coefficients, EDMSchedule, NoiseSchedule
-
-#: A sigma up to here is 0 but for rounding.
-_CLEAN = 1e-12
 
 KINDS = ("epsilon", "v_prediction", "sample", "flow", "edm")
 
@@ -83,6 +78,17 @@ def add_noise(x0: Tensor, noise: Tensor, coefficients: Coefficients) -> Tensor:
     return expand(coefficients.alpha, x0) * x0 + expand(coefficients.sigma, x0) * noise
 
 
+def transition(at_s: Coefficients, at_t: Coefficients, variance_min: float = 0.0) -> Coefficients:
+    """What takes a sample from time s to a noisier t: x_t = alpha_ts * x_s + sigma_ts * noise, by :func:`add_noise`.
+
+    alpha_ts = alpha_t / alpha_s, sigma_ts^2 = sigma_t^2 - alpha_ts^2 sigma_s^2, at least ``variance_min``. From a clean
+    x_s (alpha 1, sigma 0) it is the schedule's own pair. All coefficients: (B,).
+    """
+    alpha = at_t.alpha / at_s.alpha
+    variance = at_t.sigma**2 - (alpha * at_s.sigma) ** 2
+    return Coefficients(alpha, variance.clamp(min=variance_min).sqrt())
+
+
 def noise_from_x0(x0: Tensor, x_t: Tensor, coefficients: Coefficients) -> Tensor:
     """The noise that turns ``x0`` into ``x_t``: (x_t - alpha * x0) / sigma; (B, ...)."""
     return (x_t - expand(coefficients.alpha, x_t) * x0) * expand(1 / coefficients.sigma, x_t)
@@ -95,33 +101,3 @@ def ode_step(x_t: Tensor, x0: Tensor, now: Coefficients, then: Coefficients) -> 
     ``x_t``, ``x0``: (B, ...); ``now``, ``then``: coefficients at the present and the next time, (B,) each.
     """
     return add_noise(x0, noise_from_x0(x0, x_t, now), then)
-
-
-def heun_step(
-    denoise: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, x_t: Tensor, t: Tensor, then: Tensor
-) -> Tensor:
-    """One Heun step of the probability-flow ODE from ``t`` to ``then`` (B,); x_t and the result: (B, ...).
-
-    :func:`ode_step`, then half the change of the slope on the way (Karras et al. 2022, Alg. 1); nothing of it where the
-    step ends at sigma = 0. EDM's slope is the noise, over sigma; elsewhere it is noise - x0, over
-    sigma / (alpha + sigma), which is finite at pure noise and flow matching's own time.
-
-    Args:
-        denoise: x0 (B, ...) at (x_t, t).
-        schedule: alpha and sigma.
-        x_t: where the step begins.
-        t: its time.
-        then: where it ends.
-    """
-    now, after = schedule.coefficients(t), schedule.coefficients(then)
-    x0 = denoise(x_t, t)
-    x_next = ode_step(x_t, x0, now, after)
-    x0_next = denoise(x_next, then)
-    change = noise_from_x0(x0_next, x_next, after) - noise_from_x0(x0, x_t, now)
-    if isinstance(schedule, EDMSchedule):
-        length = after.sigma - now.sigma
-    else:
-        change = change - (x0_next - x0)
-        length = after.sigma - now.sigma * (after.alpha + after.sigma) / (now.alpha + now.sigma)
-    corrected = x_next + expand(length / 2, x_t) * change
-    return torch.where(expand(after.sigma > _CLEAN, x_t).bool(), corrected, x_next)

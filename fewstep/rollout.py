@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser
+from fewstep.draws import Draws
 from fewstep.prediction import add_noise, ode_step
 from fewstep.ragged import AnyConditioning
 from fewstep.schedule import NoiseSchedule
@@ -36,6 +37,16 @@ class Sampler:
             raise ValueError(f"renoise must be 'fresh' or 'ode', not {self.renoise!r}")
         if not self.grid or any(b >= a for a, b in zip(self.grid, self.grid[1:])) or not self.grid[-1] > 0:
             raise ValueError(f"a grid descends and ends above 0, not {self.grid}")
+
+    def move(self, x_t: Tensor, x0: Tensor, t: Tensor, then: Tensor, fresh: Tensor | None) -> Tensor:
+        """The sample (B, ...) at the time ``then`` (B,) after ``x0`` was said at ``x_t`` and ``t``.
+
+        ``fresh``: unit noise (B, ...), wanted for ``renoise="fresh"``.
+        """
+        there = self.schedule.coefficients(then)
+        if self.renoise == "fresh":
+            return add_noise(x0, fresh, there)
+        return ode_step(x_t, x0, self.schedule.coefficients(t), there)
 
     def times(self, step: int, like: Tensor) -> Tensor:
         """The time of ``step`` for every sample of ``like``: float64 (B,)."""
@@ -79,14 +90,42 @@ def rollout(
             if on_step is not None:
                 on_step(step, x_t)
             x0 = student(x_t, t, conditioning)
-            then = sampler.schedule.coefficients(sampler.times(step + 1, x_t))
-            if sampler.renoise == "fresh":
-                x_t = add_noise(x0, step_noise(step + 1), then)
-            else:
-                x_t = ode_step(x_t, x0, sampler.schedule.coefficients(t), then)
+            fresh = step_noise(step + 1) if sampler.renoise == "fresh" else None
+            x_t = sampler.move(x_t, x0, t, sampler.times(step + 1, x_t), fresh)
     if on_step is not None:
         on_step(last, x_t)
     return student(x_t, sampler.times(last, x_t), conditioning)
+
+
+def draw_sample(
+    student: Denoiser,
+    sampler: Sampler,
+    draws: Draws,
+    shape: Sequence[int],
+    conditioning: AnyConditioning,
+    last: int | None = None,
+    *,
+    prefix: str = "",
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """:func:`rollout` from keyed draws: ``<prefix>noise`` and, on the way, ``<prefix>step_noise_<k>``.
+
+    Args:
+        student: gives x0.
+        sampler: grid and rule between steps.
+        draws: of B samples.
+        shape: of one sample.
+        conditioning: of B samples.
+        last: index of the step to stop at, default the grid's last.
+        prefix: of the draws' names, where a step samples twice.
+        on_step: as in :func:`rollout`.
+    """
+
+    def step_noise(k: int) -> Tensor:
+        return draws.normal(f"{prefix}step_noise_{k}", shape)
+
+    noise = draws.normal(f"{prefix}noise", shape)
+    return rollout(student, sampler, noise, conditioning, step_noise, last, on_step)
 
 
 def ode_sampler(schedule: NoiseSchedule, steps: int) -> Sampler:

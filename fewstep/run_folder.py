@@ -18,6 +18,8 @@ _MAY_CHANGE = frozenset(
     {
         "out",
         "merge",
+        "push_to_hub",
+        "hub_private",
         "max_steps",
         "resume",
         "checkpointing_steps",

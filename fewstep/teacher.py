@@ -38,6 +38,10 @@ def load_teacher(
             path or name, torch_dtype=torch.float32, trust_remote_code=trust_remote_code, **parts
         )
     except Exception as error:  # each library that reads a part of the folder has exceptions of its own
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{flag} {name} holds code of its own, which was not run: read it, then --trust_remote_code runs it"
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{flag} {name} cannot be loaded as a diffusers pipeline: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)

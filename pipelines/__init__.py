@@ -1,4 +1,4 @@
 """What stock diffusers cannot express. Every file here is self-contained: torch and diffusers only.
 
-Empty so far: every student of the methods in ``fewstep.trainers`` is a stock pipeline with a stock scheduler.
+A student that needs one has a copy of it in its folder. All others are stock pipelines with a stock scheduler.
 """

@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+from fewstep.pytest_plugin import add_options
+
 _BESIDE = Path(__file__).resolve().parents[2] / "shared"
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0", "::", ""})
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    for name, content in (("golden", "numbers computed by the methods' authors' code"), ("zoo", "tiny pipelines")):
-        parser.addoption(f"--{name}", metavar="DIR", help=f"folder of {content} (default: ../shared/{name} if there)")
+    add_options(
+        parser
+    )  # for an environment whose install is older than the entry point that does it, or in another folder
 
 
 def pytest_configure(config: pytest.Config) -> None:

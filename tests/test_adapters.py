@@ -4,23 +4,29 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import tiny_pipelines
 import torch
 from torch import Tensor, nn
-from toys import adapter_role
+from toys import adapter_role, make_loop
 
 from fewstep.adapters import AdapterRole, Backbone, attention_linears
+from fewstep.cast import make_roles
 from fewstep.config import RunConfig
 from fewstep.discriminator import make_head
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.features import FeatureTap, find_tap
+from fewstep.guidance import GuidedDenoiser
+from fewstep.method import Real
 from fewstep.optimization import RoleOptimizer
 from fewstep.recording import Recording, record
 from fewstep.recording.shake import shaken
 from fewstep.roles import Role, make_role, update_average
+from fewstep.rollout import Sampler
+from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
 
 RANK, ALPHA = 3, 5
 NAMES = ("teacher", "student", "critic")
@@ -269,16 +275,112 @@ def test_compiled_there_is_one_graph_for_a_role_and_none_after():
 
 
 def test_compiled_and_checkpointed_the_gradients_are_the_same():
+    """Also where features are tapped inside a checkpointed block, and without a new graph after the first round."""
     import torch._dynamo
+    from torch._dynamo.backends.debugging import aot_eager
+
+    graphs = []
+
+    def count(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(module)
+        return aot_eager(module, inputs)
 
     recorded = record(tiny_pipelines.tiny_flow())
     with shaken(recorded.network):
-        expected = gradients(players(recorded, separate=True, dtype=torch.float32), *SHAPES["sid"])
+        shapes = ("sid", "gan")
+        expected = {
+            shape: gradients(players(recorded, separate=True, dtype=torch.float32), *SHAPES[shape]) for shape in shapes
+        }
         p = players(recorded, separate=False, dtype=torch.float32, gradient_checkpointing=True)
+        assert p.tap.module == "transformer_blocks.0"
         torch._dynamo.reset()
-        p.roles["student"].denoiser.network.compile(backend="aot_eager")
-        found = gradients(p, *SHAPES["sid"])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        p.roles["student"].denoiser.network.compile(backend=count)
+        for _ in range(2):
+            for shape in shapes:
+                found = gradients(p, *SHAPES[shape])
+                torch.testing.assert_close(found, expected[shape], rtol=1e-5, atol=1e-6)
+                for parameter in p.roles["student"].parameters():
+                    parameter.grad = None
+            # Student, critic and teacher of SiD, and the teacher without gradient; what is tapped is not compiled.
+            assert len(graphs) == 4
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+class Prompts:
+    """A run's conditions: one of two prompts for each sample."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.each = recording.condition(prompts=["a", "b"])
+
+    def batch(self, seed: int, positions: list[int]):
+        return self.each.select([position % 2 for position in positions])
+
+
+class Noises:
+    """A run's real samples."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.shape, self.prompts = recording.sample_shape, Prompts(recording)
+
+    def batch(self, seed: int, positions: list[int]) -> Real:
+        x0 = Draws(seed, 0, positions).normal("real", self.shape)
+        return Real(x0, self.prompts.batch(seed, positions))
+
+
+def run_dmd2(recording: Recording, out: Path, *, separate: bool, dtype: torch.dtype, checkpointing: bool) -> dict:
+    """Three steps of DMD2 with a GAN, an average and two micro-batches. Returns every role's state."""
+    options = {"dtype": dtype, "gradient_checkpointing": checkpointing}
+    shared = Backbone(recording.network, RANK, ALPHA, **options)
+    roles = {}
+    for name in (*NAMES, "ema"):
+        own = Backbone(recording.network, RANK, ALPHA, **options) if separate else shared
+        roles[name] = adapter_role(name, own, recording, trainable=name in ("student", "critic"))
+        roles[name].denoiser.autocast = None if dtype == torch.float32 else dtype
+    update_average(roles["ema"], roles["student"], 0)
+    config = Dmd2Config(
+        teacher="tiny",
+        out=str(out),
+        max_steps=3,
+        batch_size=2,
+        gradient_accumulation_steps=2,
+        critic_updates=2,
+        gan_weight=0.1,
+        data="noises",
+        ema_decay=0.5,
+        lr=1e-2,
+        report_to="none",
+    )
+    t, conditioning = torch.full((2,), 0.5, dtype=torch.float64), recording.condition(prompts=["a", "b"])
+    x, critic = torch.zeros(2, *recording.sample_shape), roles["critic"].denoiser
+    tap = find_tap(critic.network, lambda x: critic.raw(x, t, conditioning), x)
+    with torch.no_grad():
+        roles["critic"].added["head"] = make_head(critic.features(x, t, conditioning, tap), seed=0)
+    teacher = GuidedDenoiser(roles["teacher"], recording.negative(), 2.0)
+    sampler = Sampler(recording.schedule, (1.0, 0.5), "fresh", recording.schedule.initial_scale())
+    method = Dmd2(config, roles, teacher, sampler, tap)
+    conditions, real = Prompts(recording), Noises(recording)
+    make_loop(method, config, recording.sample_shape, conditions=conditions, real=real).run()
+    return {name: role.state_dict() for name, role in roles.items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "checkpointing"), [(torch.float32, False), (torch.bfloat16, True)], ids=["float32", "bf16, checkpointed"]
+)
+def test_a_run_on_one_backbone_is_the_run_on_separate_networks(
+    recording: Recording, tmp_path: Path, dtype: torch.dtype, checkpointing: bool
+):
+    """Bit for bit: accumulation, average, GAN, bfloat16 base under autocast, checkpointing."""
+    options = {"dtype": dtype, "checkpointing": checkpointing}
+    expected = run_dmd2(recording, tmp_path / "separate", separate=True, **options)
+    found = run_dmd2(recording, tmp_path / "shared", separate=False, **options)
+    assert found["student"].keys() == found["ema"].keys()
+    assert not torch.equal(*(next(iter(found[name].values())) for name in ("student", "ema")))
+    for name in ("student", "critic", "ema"):
+        assert found[name].keys() == expected[name].keys()
+        for key, value in expected[name].items():
+            assert torch.equal(found[name][key], value), f"{name}.{key}"
 
 
 # --- dtypes, states, sizes --------------------------------------------------------------------------------------------
@@ -381,3 +483,24 @@ def test_every_role_starts_as_the_teacher_and_two_are_two(recording: Recording):
     assert type(roles["critic"]) is Role
     assert len(roles["critic"].parameters()) == len(list(recording.network.parameters()))
     assert roles["critic"].denoiser.playing is nullcontext
+
+
+def test_a_base_in_bfloat16_has_adapters_gradients_and_optimizer_in_float32(tmp_path: Path) -> None:
+    recorded = record(tiny_pipelines.tiny_stable_diffusion())
+    config = RunConfig(teacher="t", out=str(tmp_path), lora_rank=2, mixed_precision="bf16", lr=1e-3)
+    roles = make_roles(config, recorded, ("student",), torch.device("cpu"))
+    student = roles["student"]
+    base = [p for name, p in student.backbone.network.named_parameters() if "lora_" not in name]
+    assert {p.dtype for p in base} == {torch.bfloat16} and not any(p.requires_grad for p in base)
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    optimizer = RoleOptimizer(student, config, 1e-3)
+    before = [p.detach().clone() for p in student.parameters()]
+    x, t = torch.randn(2, *recorded.sample_shape), torch.tensor([0.4, 0.9], dtype=torch.float64)
+    x0 = student(x, t, recorded.condition(["a", "b"]))
+    assert x0.dtype == torch.float32
+    x0.square().mean().backward(inputs=optimizer.parameters)
+    assert {p.grad.dtype for p in optimizer.parameters} == {torch.float32}
+    optimizer.update(0)
+    assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+    floating = [v for v in optimizer.state().values() if v.is_floating_point()]
+    assert floating and {v.dtype for v in floating} == {torch.float32}

@@ -279,7 +279,7 @@ def test_a_full_disk_is_one_line(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fewstep.distillation.save_grid", full)
+    monkeypatch.setattr("fewstep.previews.save_grid", full)
     refused(capsys, train(teacher, tmp_path / "out"), "No space left", "--resume")
     assert (tmp_path / "out" / "checkpoints" / "step_00000002").is_dir()
 

@@ -10,9 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 import fewstep
-from fewstep.cli import main
-from fewstep.distillation import Distillation, distill, method_class
+from fewstep.distillation import Distillation, distill
 from fewstep.images import to_uint8
+from fewstep.methods import method_class
 from fewstep.recording.shake import shaken
 from fewstep.rollout import rollout
 from tests import tiny_pipelines
@@ -175,26 +175,3 @@ def test_bf16_and_gradient_checkpointing_train(prompts: str, tmp_path: Path) -> 
     chosen = {**settings("stable_diffusion", prompts), "mixed_precision": "bf16", "gradient_checkpointing": True}
     folder = distill(tiny_pipelines.tiny_stable_diffusion(), "dmd2", out=str(tmp_path / "run"), **chosen)
     assert DiffusionPipeline.from_pretrained(folder).unet.dtype == torch.float32
-
-
-def zoo_settings(folder: Path, prompts: str) -> list[str]:
-    """The flags for one pipeline of the zoo, its call taken from the zoo's manifest."""
-    call = dict(json.loads((folder.parent / "manifest.json").read_text())[folder.name]["call"])
-    conditions = []
-    if call.pop("prompt", None) is not None:
-        conditions = ["--prompts", prompts]
-    if call.pop("class_labels", None) is not None:
-        conditions = ["--classes", "0-2"]
-    call.pop("batch_size", None)
-    return [*conditions, "--call", json.dumps(call)]
-
-
-@pytest.mark.parametrize(
-    "name", ["DDIM", "DiT", "StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "Sana", "Wan"]
-)
-def test_the_command_line_distills_the_zoo(name: str, zoo: Path, prompts: str, tmp_path: Path) -> None:
-    words = ["distill", "dmd2", "--teacher", str(zoo / name), "--steps", "2", "--max_steps", "2", "--batch_size", "1"]
-    words += ["--out", str(tmp_path), "--cpu", "--report_to", "none", *zoo_settings(zoo / name, prompts)]
-    assert main(words) == 0
-    about = json.loads((tmp_path / "student" / "fewstep.json").read_text())
-    assert about["steps"] == 2 and 1 in about["counts"]

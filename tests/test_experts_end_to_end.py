@@ -14,7 +14,8 @@ from tiny_pipelines import WAN_CALL, tiny_wan
 
 from fewstep.checkpoint import load_latest
 from fewstep.cli import main
-from fewstep.distillation import Distillation, distill, method_class
+from fewstep.distillation import Distillation, distill
+from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.export.apply import apply
 from fewstep.export.plan import plan_student, walk_student
@@ -22,6 +23,9 @@ from fewstep.export.trace import with_parts
 from fewstep.export.walk import WalkError
 from fewstep.guidance import GuidedDenoiser
 from fewstep.intervals import TimedScale
+from fewstep.ledger import Ledger
+from fewstep.method import Batch, Calls
+from fewstep.methods import method_class
 from fewstep.recording import record
 from fewstep.recording.shake import shaken
 from fewstep.roles import Role
@@ -31,6 +35,7 @@ EXPERTS = ("transformer", "transformer_2")
 RUN = {"steps": 4, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True}
 RUN |= {"critic_updates": 1, "lr": 1e-2, "sample_steps": 0, "call": {**WAN_CALL, "guidance_scale_2": 3.0}}
 LORA = {"lora_rank": 4, "lora_alpha": 8.0}
+HALF = {"mixed_precision": "bf16", "gradient_checkpointing": True}
 
 # Runs with only stock diffusers; the video's latents, and which networks gave them.
 STOCK = """
@@ -177,7 +182,7 @@ def test_the_teacher_is_guided_as_strongly_as_the_call_says_at_each_time(place: 
     assert one.guidance_scale == 4.0  # where all have the same, it is a number
 
 
-@pytest.mark.parametrize("form", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("form", [{}, {**LORA, **HALF, "full_critic": True}], ids=["full", "lora_in_half_precision"])
 def test_interrupted_and_resumed_is_the_same_as_uninterrupted(place: Path, tmp_path: Path, form: dict) -> None:
     settings = {**RUN, **form, "prompts": str(place / "prompts.txt"), "ema_decay": 0.9, "checkpointing_steps": 2}
     settings |= {"max_steps": 4, "steps": 2, "batch_size": 1}
@@ -193,10 +198,9 @@ def test_interrupted_and_resumed_is_the_same_as_uninterrupted(place: Path, tmp_p
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("form", [{}, {**LORA, "full_critic": True}], ids=["full", "lora_full_critic"])
-def test_bfloat16_under_checkpointing(place: Path, tmp_path: Path, form: dict) -> None:
-    settings = {**RUN, **form, "prompts": str(place / "prompts.txt"), "mixed_precision": "bf16", "steps": 1}
-    folder = distill(place / "base", "dmd2", out=str(tmp_path / "run"), gradient_checkpointing=True, **settings)
+def test_a_student_of_one_step_has_one_expert(place: Path, tmp_path: Path) -> None:
+    settings = {**RUN, **HALF, "prompts": str(place / "prompts.txt"), "steps": 1}
+    folder = distill(place / "base", "dmd2", out=str(tmp_path / "run"), **settings)
     # At one step the second network of the student is never asked: it is the teacher's, and the folder says so.
     about = json.loads((folder / "fewstep.json").read_text())
     assert about["experts"]["transformer_2"]["trained"] is False
@@ -217,6 +221,23 @@ def test_one_head_judges_the_features_of_both(place: Path, tmp_path: Path) -> No
     critic.added["head"](features).sum().backward()
     moved = {name.split(".")[1] for name, p in critic.named_parameters() if p.grad is not None and p.grad.any()}
     assert {"transformer", "transformer_2"} <= moved
+
+
+@pytest.mark.parametrize("form", [{}, LORA], ids=["full", "lora"])
+def test_mixed_batches_cost_no_more_than_the_method_declares(place: Path, tmp_path: Path, form: dict) -> None:
+    run = distillation(place, tmp_path, **form)
+    method = method_class("dmd2").prepare(run.config, run)
+
+    def batch() -> Batch:
+        draws, shape = Draws(0, 1, range(2)), run.recording.sample_shape
+        return Batch(2, shape, run.conditions.select([0, 1]), draws, None, False)
+
+    with Ledger(method) as ledger:
+        for turn in method.turns(1, batch()):
+            tensors, gradients = zip(*turn.backward, strict=True)
+            torch.autograd.backward(tensors, gradients, inputs=method.roles[turn.role].parameters())
+    declared = method.calls(1, batch()).items()
+    assert ledger.calls(1) == {name: calls for name, calls in declared if calls != Calls()}
 
 
 def test_a_lora_is_applied_to_both_and_refused_where_it_does_not_belong(trained: Path) -> None:

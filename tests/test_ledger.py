@@ -16,20 +16,28 @@ from toys import TinyMethod, TinyNetwork, labels, make_loop
 
 from fewstep.conditioning import Conditioning
 from fewstep.config import RunConfig
-from fewstep.distillation import Distillation, method_class, methods
+from fewstep.distillation import Distillation
 from fewstep.draws import Draws
 from fewstep.ledger import Ledger, declared, forward_passes
 from fewstep.method import Batch, Calls, Method, Turn
+from fewstep.methods import method_class, methods
 
 #: What a method must be told to run at all, and further settings under which it costs something else.
 SETTINGS: dict[str, dict] = {
     "dmd2": {"critic_updates": 2},
+    "phased_dmd": {"critic_updates": 2, "phase_steps": 3},
     "rectified_flow": {"num_pairs": 6, "pair_steps": 2},
     "sid": {"critic_updates": 2},
 }
 VARIANTS: dict[str, dict[str, dict]] = {
     "consistency": {"heun": {"variant": "cd"}, "images": {"variant": "ict", "data": True}},
-    "dmd2": {"gan": {"gan_weight": 0.1, "data": True}},
+    "dmd2": {
+        "gan": {"gan_weight": 0.1, "data": True},
+        "decoupled": {"decoupled": "hybrid"},
+        "f-distill": {"f_divergence": "js", "data": True},
+        "swiftbrush": {"swiftbrush": True},
+    },
+    "phased_dmd": {"alternating": {"order": "alternating", "phase_steps": None}},
     "sid": {"zero_gan": {"guidance": "zero", "adversarial": "diffusion_gan", "gan_start_step": 2, "data": True}},
 }
 RUN = {"batch_size": 2, "log_steps": 100, "report_to": "none", "cpu": True}
@@ -197,8 +205,8 @@ def test_the_frozen_teacher_stores_nothing(distil: Callable, lora_rank: int) -> 
 
 def test_a_teacher_that_is_asked_with_a_gradient_is_seen(distil: Callable) -> None:
     run, method = distil("dmd2", max_steps=2, lora_rank=2)
-    method.matching = lambda x0, batch: torch.enable_grad()(type(method).matching.__wrapped__)(
-        method, x0.clone().requires_grad_(), batch
+    method.matching = lambda x0, batch, called_at: torch.enable_grad()(type(method).matching.__wrapped__)(
+        method, x0.clone().requires_grad_(), batch, called_at
     )
     ledger = Ledger(method)
     assert stored_by(method, "teacher", lambda: play(run, method, ledger))[1] > 0

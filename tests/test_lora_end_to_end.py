@@ -1,9 +1,8 @@
-"""From a teacher to a LoRA student that stock diffusers loads: tiny pipelines, and any folder of them."""
+"""From a teacher to a LoRA student that stock diffusers loads, over tiny pipelines."""
 
 import json
-import subprocess
-import sys
-from dataclasses import dataclass
+import re
+import shutil
 from pathlib import Path
 
 import numpy
@@ -14,61 +13,19 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+import fewstep
 from fewstep.adapters import AdapterRole
 from fewstep.checkpoint import load_latest
 from fewstep.cli import main
-from fewstep.distillation import Distillation, distill, method_class
+from fewstep.distillation import Distillation, distill
 from fewstep.errors import UserError
 from fewstep.eval.models import student_model
 from fewstep.export.apply import LORA_FILE, apply
+from fewstep.methods import method_class
 from fewstep.recording.shake import shaken
 
 TINY_RUN = {"steps": 2, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True}
 TINY_RUN |= {"critic_updates": 1, "lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-2, "sample_steps": 0}
-SAMPLE = ("Flux", "PixArtSigma", "StableDiffusionXL")
-
-# Runs with only stock diffusers. What the network says at every step is compared: images are clipped.
-STOCK = """
-import json, sys
-sys.modules["fewstep"] = None
-import diffusers, numpy, torch
-torch.set_num_threads(1)
-
-def first(output):
-    output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-    return (torch.stack(list(output)) if isinstance(output, (list, tuple)) else output).float().clone()
-
-def outputs(pipeline, about, condition, count):
-    pipeline.set_progress_bar_config(disable=True)
-    seen = []
-    network = getattr(pipeline, about["component"])
-    handle = network.register_forward_hook(lambda _m, _a, output: seen.append(first(output)))
-    torch.manual_seed(1)
-    call = {**about["call"], **condition, "num_inference_steps": count, "output_type": "np"}
-    pipeline(**call, generator=torch.Generator().manual_seed(0))
-    handle.remove()
-    return torch.stack(seen).numpy()
-
-def load(form, job, about):
-    if form == "merged":
-        return diffusers.DiffusionPipeline.from_pretrained(job["out"] + "/student", **about["load"])
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(job["base"], **about["load"])
-    folder = job["out"] + "/student_lora"
-    if form == "lora":
-        pipeline.load_lora_weights(folder, weight_name=about["lora"]["file"])
-    scheduler = getattr(diffusers, about["scheduler"])
-    pipeline.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
-    return pipeline
-
-for job in json.load(sys.stdin):
-    saved = {}
-    for form in job["forms"]:
-        about = json.load(open(job["out"] + ("/student/" if form == "merged" else "/student_lora/") + "fewstep.json"))
-        pipeline = load(form, job, about)
-        for count in about["counts"]:
-            saved[f"{form} {count}"] = outputs(pipeline, about, job["condition"], count)
-    numpy.savez(job["out"] + "/seen.npz", **saved)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -76,79 +33,6 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("a cat\na small dog\nb\n", encoding="utf-8")
     return str(path)
-
-
-def folders(config: pytest.Config) -> list[str]:
-    """The pipelines to try: all where ``--zoo`` is given, else a few, as every one takes seconds."""
-    zoo = config.option.zoo
-    names = sorted(path.parent.name for path in zoo.glob("*/model_index.json")) if zoo else []
-    return names if config.option.zoo_given else [name for name in names if name in SAMPLE]
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "family" in metafunc.fixturenames:
-        metafunc.parametrize("family", folders(metafunc.config))
-
-
-@dataclass
-class Tried:
-    out: Path
-    forms: list[str]
-    seen: dict[str, numpy.ndarray]
-
-
-@pytest.fixture(scope="module")
-def tried(
-    zoo: Path, pytestconfig: pytest.Config, prompts: str, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Tried | str]:
-    """Every pipeline, weights shaken, distilled; all students then sampled in one process without fewstep."""
-    results: dict[str, Tried | str] = {}
-    jobs = []
-    for name in folders(pytestconfig):
-        place = tmp_path_factory.mktemp(name)
-        base, out = place / "base", place / "run"
-        pipeline = DiffusionPipeline.from_pretrained(zoo / name)
-        with shaken(pipeline.components.get("unet") or pipeline.components["transformer"]):
-            pipeline.save_pretrained(base)
-        call = dict(json.loads((zoo / "manifest.json").read_text())[name]["call"])
-        condition = {key: call.pop(key) for key in ("prompt", "class_labels") if key in call}
-        call.pop("batch_size", None)
-        chosen = {"prompt": {"prompts": prompts}, "class_labels": {"classes": "0-2"}}
-        more = next((chosen[key] for key in condition), {})
-        try:
-            distill(base, "dmd2", out=str(out), **{**TINY_RUN, "batch_size": 1}, **more, call=call, merge=True)
-        except Exception as error:  # one family's failure is that family's
-            results[name] = repr(error)
-            continue
-        forms = ["base", "lora", "merged"] if (out / "student_lora").is_dir() else ["merged"]
-        results[name] = Tried(out, forms, {})
-        jobs.append({"base": str(base), "out": str(out), "forms": forms, "condition": condition})
-    words = [sys.executable, "-W", "ignore", "-c", STOCK]
-    done = subprocess.run(words, input=json.dumps(jobs), text=True, capture_output=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for result in results.values():
-        if isinstance(result, Tried):
-            with numpy.load(result.out / "seen.npz") as file:
-                result.seen = dict(file)
-    return results
-
-
-def test_any_pipeline_gives_a_lora_that_stock_diffusers_samples_as_the_merged_student(
-    tried: dict[str, Tried | str], family: str
-) -> None:
-    result = tried[family]
-    assert isinstance(result, Tried), result
-    about = json.loads((result.out / "student" / "fewstep.json").read_text())
-    assert {1, 2} <= set(about["counts"])
-    for count in about["counts"]:
-        merged = result.seen[f"merged {count}"]
-        assert merged.shape[0] == count and numpy.isfinite(merged).all() and merged.std() > 0
-        if "lora" not in result.forms:
-            continue
-        loaded, base = (result.seen[f"{form} {count}"] for form in ("lora", "base"))
-        off = numpy.abs(loaded - merged).max() / numpy.abs(merged).max()
-        moved = numpy.abs(loaded - base).max() / numpy.abs(merged).max()
-        assert off < 1e-3 and moved > 10 * off, f"{count} steps: {off:.1e} off, moved by {moved:.1e}"
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -253,14 +137,66 @@ def test_a_second_stage_takes_over_the_adapters(prompts: str, tmp_path: Path) ->
         roles(init=str(base))
 
 
-def test_a_lora_is_sampled_and_evaluated_on_its_base_and_the_command_line_says_so(
-    prompts: str, tmp_path: Path, capsys
+@pytest.mark.parametrize("kind", ["stable_diffusion", "flow"])
+def test_a_lora_is_loaded_sampled_and_evaluated_on_its_base_as_the_merged_student(
+    kind: str, prompts: str, tmp_path: Path, capsys
 ) -> None:
+    base, out = tmp_path / "base", tmp_path / "run"
+    pipeline, settings = tiny(kind, prompts)
+    with shaken(next(pipeline.components[name] for name in ("unet", "transformer") if name in pipeline.components)):
+        pipeline.save_pretrained(base)
+    distill(base, "dmd2", out=str(out), **settings, merge=True, renoise="ode")
+    lora, merged = out / "student_lora", out / "student"
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(lora, elsewhere)
+
+    def picture(folder: Path, *more: str) -> numpy.ndarray:
+        words = ["sample", str(folder), "--prompt", "a", "--num", "2", "--out", str(tmp_path / "a.png"), *more]
+        assert main(words) == 0, capsys.readouterr().err
+        return numpy.asarray(Image.open(tmp_path / "a.png")).astype(int)
+
+    expected = picture(merged)
+    for found in (picture(lora), picture(elsewhere, "--base", str(base))):
+        assert numpy.abs(found - expected).max() <= 1 < numpy.ptp(expected)
+    shutil.move(merged, tmp_path / "merged")
+    assert numpy.abs(picture(out) - expected).max() <= 1  # a run's folder that holds a LoRA alone
+
+    calls = []
+    loaded = fewstep.load(elsewhere, base=base)
+    getattr(loaded, loaded.fewstep["component"]).register_forward_hook(lambda *_: calls.append(1))
+    loaded("a", output_type="np")
+    assert len(calls) == 2
+
+    rows = []
+    for folder in (tmp_path / "merged", lora):
+        report = tmp_path / f"report_{folder.name}"
+        words = ["eval", str(folder), "--steps", "2", "--num", "3", "--prompts", prompts, "--out", str(report)]
+        assert main(words) == 0, capsys.readouterr().err
+        rows += json.loads((report / "report.json").read_text())["rows"]
+    assert [(row["steps"], row["nfe"]) for row in rows] == [(2, 2), (2, 2)]
+    grids = [numpy.asarray(Image.open(tmp_path / f"report_{name}" / "grid.png")) for name in ("merged", "student_lora")]
+    assert numpy.abs(grids[0].astype(int) - grids[1]).max() <= 1 < numpy.ptp(grids[0])
+    assert "| student, 2 steps |" in (lora / "README.md").read_text()
+
+    def refusal(*words: str) -> str:
+        capsys.readouterr()
+        assert main(["sample", *words, "--prompt", "a", "--out", str(tmp_path / "a.png")]) == 2
+        return capsys.readouterr().err
+
+    # "base" is the name of a folder that does not lie here; a relative one that does is taken.
+    assert "is a LoRA of base, which does not lie here under that name: say where (--base DIR)" in refusal(
+        str(elsewhere)
+    )
+    assert "is no folder of a diffusers pipeline" in refusal(str(elsewhere), "--base", str(tmp_path / "nowhere"))
+    assert "is a whole pipeline and has no base model" in refusal(str(tmp_path / "merged"), "--base", str(base))
+    other = tmp_path / "other"
+    tiny_pipelines.tiny_ddim().save_pretrained(other)
+    assert re.search("(does not fit|is for the transformer)", refusal(str(elsewhere), "--base", str(other)))
+
+
+def test_what_apply_gives_is_evaluated_too(prompts: str, tmp_path: Path) -> None:
     pipeline, settings = tiny("stable_diffusion", prompts)
     folder = distill(pipeline, "dmd2", out=str(tmp_path / "run"), **settings)
-    capsys.readouterr()
-    assert main(["sample", str(folder), "--prompt", "a", "--out", str(tmp_path / "a.png")]) == 2
-    assert "is a LoRA, and samples are made with whole pipelines" in capsys.readouterr().err
     model = student_model(apply(pipeline, folder))
     assert (model.steps, model.source, model.kind) == (2, None, "prompt")
 

@@ -106,6 +106,10 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
             "fewstep",
             "=",
             "fewstep.cli:main",
+            "[pytest11]",
+            "fewstep",
+            "=",
+            "fewstep.pytest_plugin",
         ]
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert "\nLicense-Expression: Apache-2.0\n" in metadata

@@ -20,7 +20,7 @@ from fewstep.ragged import RaggedConditioning
 from fewstep.recording import Recording, record
 from fewstep.recording.observe import observe
 from fewstep.recording.shake import shaken
-from tests.recording.synthetic import Denoiser, TraitPipeline, Traits, synthetic
+from tests.recording.synthetic import Denoiser, TraitPipeline, Traits, synthetic, synthetic_experts
 
 PROMPTS = ["a cat", "b", "a dog", "a much longer prompt"]
 
@@ -85,6 +85,22 @@ def test_a_mask_that_does_not_work_is_found_out() -> None:
     conditions = Conditions(recording, prompts=PROMPTS)
     assert conditions.padding is None and len(conditions.select(range(4)).groups) == 3
     assert_answered_as_alone(recording, conditions, PROMPTS)
+
+
+def test_the_mask_has_to_work_in_every_expert() -> None:
+    """Networks that share the time are padded alike, so one that pays no attention to the mask decides."""
+    traits = Traits(text="single_trimmed")
+    found = []
+    for low in (Denoiser, _Deaf):
+        pipeline = synthetic_experts(traits)
+        network = low(traits)
+        network.load_state_dict(pipeline.low.state_dict())
+        pipeline.register_modules(low=network)
+        recording = record(pipeline, prompt="a cat")
+        assert len(recording.experts) == 3
+        items = {prompt: recording.condition_each(prompts=[prompt])[0] for prompt in PROMPTS}
+        found.append(find_padding(recording, items))
+    assert found[0] is not None and found[1] is None
 
 
 def test_a_network_that_does_not_hear_the_text_proves_nothing() -> None:

@@ -7,8 +7,8 @@ from test_schedule import SCHEDULES, SD, every_schedule
 from torch import Tensor
 
 from fewstep.guidance import guide, rescale_last_axis, rescale_norm
-from fewstep.prediction import KINDS, add_noise, convert, from_x0, heun_step, noise_from_x0, ode_step, to_x0, x0_map
-from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, from_scheduler
+from fewstep.prediction import KINDS, add_noise, convert, from_x0, noise_from_x0, ode_step, to_x0, x0_map
+from fewstep.schedule import EDMSchedule, NoiseSchedule, from_scheduler
 
 TIMES = torch.tensor([0.02, 0.25, 0.5, 0.777, 0.98], dtype=torch.float64)
 
@@ -160,40 +160,3 @@ def test_a_step_along_the_true_noise_lands_on_the_same_path(schedule: NoiseSched
     now, then = schedule.coefficients(TIMES), schedule.coefficients(TIMES / 2)
     stepped = ode_step(add_noise(x0, noise, now), x0, now, then)
     torch.testing.assert_close(stepped, add_noise(x0, noise, then), rtol=1e-9, atol=1e-9)
-
-
-# --- a Heun step ------------------------------------------------------------------------------------------------------
-
-
-@every_schedule
-def test_a_heun_step_of_a_gaussian_is_of_second_order(schedule: NoiseSchedule):
-    """Data of deviation s: x0 is s^2 alpha x / S^2 with S^2 = alpha^2 s^2 + sigma^2, and x / S stays the same."""
-    s = 0.6
-
-    def spread(t):
-        alpha, sigma = schedule.coefficients(t)
-        return (alpha**2 * s**2 + sigma**2).sqrt()
-
-    def denoise(x, t):
-        return s**2 * schedule.coefficients(t).alpha[:, None] / spread(t)[:, None] ** 2 * x
-
-    t = torch.tensor([0.45, 0.35], dtype=torch.float64)
-    x = torch.randn(2, 5, dtype=torch.float64)
-    errors = {}
-    for step in (0.02, 0.01):
-        then = t - step
-        exact = x * (spread(then) / spread(t))[:, None]
-        euler = ode_step(x, denoise(x, t), schedule.coefficients(t), schedule.coefficients(then))
-        heun = heun_step(denoise, schedule, x, t, then)
-        errors[step] = [(value - exact).abs().max().item() for value in (euler, heun)]
-    assert errors[0.02][1] < 0.2 * errors[0.02][0]
-    assert errors[0.02][1] / errors[0.01][1] > 6  # 8 for one step of second order
-
-
-def test_a_heun_step_to_the_clean_sample_is_one_of_euler():
-    schedule, x = FlowSchedule(), torch.randn(2, 5, dtype=torch.float64)
-    t = torch.full((2,), 0.3, dtype=torch.float64)
-    end = torch.tensor([0.0, 0.1], dtype=torch.float64)
-    result = heun_step(lambda x, t: 0.5 * x, schedule, x, t, end)
-    assert torch.isfinite(result).all()
-    torch.testing.assert_close(result[0], 0.5 * x[0])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from fewstep.monitor import Monitor
 from fewstep.prediction import add_noise
 from fewstep.recording import Recording
 from fewstep.roles import Role
-from fewstep.schedule import FlowSchedule, NoiseSchedule
+from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 from fewstep.timesteps import uniform_times
 
 
@@ -186,3 +187,22 @@ class TinyMethod:
     def spoiler(self, role: str, step: int) -> float:
         poisoned = self.poison is not None and role == self.poison[0] and step >= self.poison[1]
         return float("nan") if poisoned else 1.0
+
+
+TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
+
+#: A test that is asked for ``schedule`` and ``kind`` of every family.
+every_kind_of_teacher = pytest.mark.parametrize(
+    ("schedule", "kind"),
+    [(TABLE, "epsilon"), (TABLE, "v_prediction"), (TABLE, "sample"), (FlowSchedule(), "flow"), (EDMSchedule(), "edm")],
+    ids=["epsilon", "v", "sample", "flow", "edm"],
+)
+
+
+def roles_that_move(method: Method) -> set[str]:
+    """Run a method of toy networks, and name the roles whose weights it changed, to finite ones."""
+    before = {name: one.state_dict()["network.outer.weight"].clone() for name, one in method.roles.items()}
+    make_loop(method, method.config).run()
+    after = {name: one.state_dict()["network.outer.weight"] for name, one in method.roles.items()}
+    assert all(torch.isfinite(value).all() for value in after.values())
+    return {name for name in before if not torch.equal(before[name], after[name])}

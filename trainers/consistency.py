@@ -37,14 +37,15 @@ from fewstep.losses.consistency import (
     distance,
     hard_boundary,
     lcm_scalings,
-    pseudo_huber_constant,
     weight,
 )
+from fewstep.losses.huber import huber_constant
 from fewstep.method import Batch, Calls, Turn
 from fewstep.neighbours import Discretization, Neighbours, NoiseLevels
-from fewstep.prediction import add_noise, expand, heun_step, ode_step
+from fewstep.ode import solver_step
+from fewstep.prediction import add_noise, expand
 from fewstep.roles import Role
-from fewstep.rollout import Sampler, rollout
+from fewstep.rollout import Sampler, draw_sample
 from fewstep.timesteps import uniform_times
 from fewstep.told_guidance import ToldGuidance
 
@@ -112,7 +113,7 @@ class Consistency:
         sampled = 0
         if self.config.data is None:
             sampled = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid)) + 1
-        of_solver = {"none": 0, "ode": 1, "heun": 2}[self.config.solver]
+        of_solver = {"none": 0, "euler": 1, "heun": 2}[self.config.solver]
         guided = 2 if self._draws_guidance else self.teacher.calls
         own = self.target is self.student
         calls = {"student": Calls(no_grad=sampled + own, to_parameters=1)}
@@ -179,9 +180,7 @@ class Consistency:
         def denoise(x: Tensor, time: Tensor) -> Tensor:
             return self.teacher(x, time, conditioning, scale)
 
-        if self.config.solver == "heun":
-            return heun_step(denoise, self.schedule, x_t, t, r)
-        return ode_step(x_t, denoise(x_t, t), self.schedule.coefficients(t), self.schedule.coefficients(r))
+        return solver_step(denoise, self.schedule, x_t, t, r, self.config.solver)
 
     def function(self, role: Denoiser) -> Denoiser:
         """f of a role: skip * x_t + out * x0, exactly what the scheduler that ships makes of the network's answer."""
@@ -195,7 +194,7 @@ class Consistency:
     def distance(self, seen: Comparison) -> Tensor:
         """How far f and target are apart, for each sample (B,)."""
         c = self.config.huber_c
-        c = pseudo_huber_constant(seen.f[0].numel()) if c is None else c
+        c = huber_constant(seen.f[0].numel()) if c is None else c
         return distance(self.config.distance, seen.f, seen.target, c)
 
     def samples(self, batch: Batch, guidance_scale: Tensor | None) -> tuple[Tensor, Conditioning]:
@@ -207,15 +206,10 @@ class Consistency:
         if real is not None:
             return real.x0, conditioning
         last = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
-        noise = batch.draws.normal("sample_noise", batch.shape)
-
-        def step_noise(k: int) -> Tensor:
-            return batch.draws.normal(f"step_noise_{k}", batch.shape)
-
+        student = self.function(self.student)
         with torch.no_grad():
-            return rollout(
-                self.function(self.student), self.sampler, noise, conditioning, step_noise, last
-            ), conditioning
+            x0 = draw_sample(student, self.sampler, batch.draws, batch.shape, conditioning, last, prefix="sample_")
+        return x0, conditioning
 
     @property
     def _draws_guidance(self) -> bool:

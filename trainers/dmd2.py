@@ -5,72 +5,73 @@ the teacher. The critic follows the student by ordinary denoising, several updat
 
     accelerate launch -m fewstep.trainers.dmd2 --teacher DIR --prompts FILE --steps 4 --out OUT
 
-Departures from the released code: x0 conversions use float64 coefficients on float32 samples instead of float64
-samples; flow and EDM teachers get the critic loss of their own output space; data-free unless ``--data`` is given.
+Methods that differ in the gradient alone are options: ``--decoupled`` (Decoupled DMD, arXiv 2511.22677: what guidance
+adds is looked at elsewhere), ``--f_divergence`` (f-distill, arXiv 2502.15681: the GAN head weighs the samples) and
+``--swiftbrush`` (SwiftBrush, arXiv 2312.05239: no normaliser, and the critic is guided too).
+
+Departures: x0 conversions use float64 coefficients on float32 samples instead of float64 samples; flow and EDM teachers
+get the critic loss of their own output space; data-free unless ``--data`` is given. Decoupled DMD's paper does not say
+how its terms are normalised: ours are DMD2 where both times are one. f-distill's mean is over one micro-batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fewstep.config import RunConfig
+from fewstep.config import ScoreConfig
+from fewstep.decoupled import DecoupledConfig, decoupled
 from fewstep.distillation import Distillation, main
+from fewstep.divergence import DivergenceConfig, DivergenceWeight
 from fewstep.errors import UserError
 from fewstep.features import FeatureTap
 from fewstep.guidance import GuidedDenoiser
 from fewstep.losses.adversarial import discriminator_loss, generator_loss
-from fewstep.losses.score import denoising_loss, distribution_matching, native_weight
-from fewstep.method import Batch, Calls, Turn
-from fewstep.prediction import add_noise
+from fewstep.losses.score import distribution_matching, score_distillation
+from fewstep.method import Batch, Calls, Real, Turn
+from fewstep.optimization import sum_over_processes
+from fewstep.renoising import Renoised, Renoiser, critic_denoising, sample_log
 from fewstep.roles import Role
-from fewstep.rollout import Sampler, rollout
-from fewstep.timesteps import shift_time, uniform_times
+from fewstep.rollout import Sampler, draw_sample
 
 # The critic and the head learn at all times; a flow network's x0 says nothing about its velocity at t = 0 itself.
 _CLEANEST = 1e-3
 
 
 @dataclass(kw_only=True)
-class Dmd2Config(RunConfig):
+class Dmd2Config(DecoupledConfig, DivergenceConfig, ScoreConfig):
     """DMD2 (Yin et al. 2024).
 
     Args:
-        critic_lr: learning rate of the critic; default that of the student.
-        critic_updates: critic updates for each student update (paper: 5 for SDXL and ImageNet, 10 for SD 1.5).
-        time_min: lowest time at which teacher and critic are compared (paper: 0.02).
-        time_max: highest time at which teacher and critic are compared (paper: 0.98).
-        time_shift: shift of those times for flow teachers; default that of the student's grid.
-        normalizer_min: lower bound of the distribution-matching normaliser (paper: none).
         gan_weight: weight of the adversarial term in the student's loss (paper: 1e-3 to 5e-3); needs --data.
         gan_critic_weight: weight of the adversarial term in the critic's loss (paper: 1e-2).
+        swiftbrush: SwiftBrush's gradient and critic: unnormalised, guided like the teacher, at times without condition.
     """
 
-    critic_lr: float | None = None
-    critic_updates: int = 5
-    time_min: float = 0.02
-    time_max: float = 0.98
-    time_shift: float | None = None
-    normalizer_min: float = 0.0
     gan_weight: float = 0.0
     gan_critic_weight: float = 1e-2
+    swiftbrush: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._refuse_negative("critic_lr", "normalizer_min", "gan_weight", "gan_critic_weight")
-        if self.critic_updates < 1:
-            raise UserError(f"--critic_updates must be at least 1, not {self.critic_updates}")
-        if not 0 < self.time_min < self.time_max <= 1:
-            raise UserError(
-                f"--time_min and --time_max must satisfy 0 < min < max <= 1, not {self.time_min}, {self.time_max}"
-            )
-        if self.time_shift is not None and not self.time_shift > 0:
-            raise UserError(f"--time_shift must be positive, not {self.time_shift}")
-        if self.gan_weight > 0 and self.data is None:
-            raise UserError("--gan_weight needs real images: give --data, or leave the GAN out")
+        self._refuse_negative("gan_weight", "gan_critic_weight")
+        if self.has_head and self.data is None:
+            what = "--gan_weight" if self.gan_weight > 0 else "--f_divergence"
+            raise UserError(f"{what} needs real images: give --data, or leave the GAN out")
+        if self.f_divergence != "none" and not self.gan_critic_weight:
+            raise UserError("--f_divergence needs a trained GAN head: leave --gan_critic_weight above 0")
+        if (self.decoupled != "none") + (self.f_divergence != "none") + self.swiftbrush > 1:
+            raise UserError("--decoupled, --f_divergence and --swiftbrush are methods of their own: give one of them")
+        if self.swiftbrush and (self.gan_weight or self.normalizer_min):
+            raise UserError("--swiftbrush knows neither --gan_weight nor --normalizer_min: leave them out")
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the critic has a GAN head."""
+        return self.gan_weight > 0 or self.f_divergence != "none"
 
 
 class Dmd2:
@@ -87,58 +88,63 @@ class Dmd2:
         tap: FeatureTap | None = None,
         shift: float = 1.0,
     ) -> None:
-        self.config, self.roles, self.sampler, self.tap, self.shift = config, roles, sampler, tap, shift
+        self.config, self.roles, self.sampler, self.tap = config, roles, sampler, tap
         self.schedule = sampler.schedule
         self.student, self.critic, self.teacher = roles["student"], roles["critic"], guided_teacher
+        self.follower = guided_teacher.of(self.critic) if config.swiftbrush else self.critic
+        self.compared = Renoiser(sampler.schedule, config.time_min, config.time_max, shift)
+        self.learnt = Renoiser(sampler.schedule, _CLEANEST, 1.0, shift)
+        self.judged = Renoiser(sampler.schedule, _CLEANEST, 1.0)
+        if config.f_divergence != "none":
+            weight = DivergenceWeight(config.f_divergence, config.f_bins, config.f_momentum)
+            self.critic.added["divergence"] = weight.to(self.critic.parameters()[0].device)
 
     @classmethod
     def prepare(cls, config: Dmd2Config, distillation: Distillation) -> Dmd2:
         """Make the roles: student and critic start as the teacher, or as in --init."""
         roles = distillation.make_roles("student", "critic")
-        tap = distillation.add_head(roles["critic"]) if config.gan_weight > 0 else None
-        distillation.initialize(roles)
+        guided = distillation.guided(roles["teacher"])
+        if config.decoupled != "none":
+            distillation.refuse_unguided("Decoupled DMD")
+        tap = distillation.add_head(roles["critic"]) if config.has_head else None
         shift = distillation.shift if config.time_shift is None else config.time_shift
-        return cls(config, roles, distillation.guided(roles["teacher"]), distillation.sampler, tap, shift)
+        method = cls(config, roles, guided, distillation.sampler, tap, shift)
+        distillation.initialize(roles)
+        return method
 
     def learning_rate(self, role: str) -> float:
         """Of the student or the critic."""
-        critic_lr = self.config.lr if self.config.critic_lr is None else self.config.critic_lr
-        return critic_lr if role == "critic" else self.config.lr
+        return self.config.learning_rate(role)
 
     def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
         """What one step costs; the student's own earlier steps count too."""
-        earlier = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
-        if step % self.config.critic_updates:
-            calls = {"student": Calls(no_grad=earlier + 1), "critic": Calls(to_parameters=1)}
-        else:
-            calls = {"student": Calls(no_grad=earlier, to_parameters=1)}
-            calls |= {"teacher": Calls(no_grad=self.teacher.calls), "critic": Calls(no_grad=1, to_parameters=1)}
+        config, earlier = self.config, batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
+        student_turn = step % config.critic_updates == 0
+        calls = {"student": Calls(no_grad=earlier + 1), "critic": Calls(to_parameters=1)}
+        if student_turn:
+            asked = {"none": self.teacher.calls}.get(config.decoupled, 3 + (config.decoupled_normalizer == "guided"))
+            followed = self.teacher.calls if config.swiftbrush else 1
+            calls = {"student": Calls(no_grad=earlier, to_parameters=1), "teacher": Calls(no_grad=asked)}
+            calls["critic"] = Calls(no_grad=followed, to_parameters=1)
         if self.tap is not None:
-            calls["critic/features"] = Calls(to_parameters=2, to_inputs=0 if step % self.config.critic_updates else 1)
+            weighs, pulls = student_turn and config.f_divergence != "none", student_turn and config.gan_weight > 0
+            calls["critic/features"] = Calls(no_grad=int(weighs), to_parameters=2, to_inputs=int(pulls))
         return calls
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
         """Every ``critic_updates`` steps the student, and in every step the critic on the same, pre-update sample."""
         # 1. Sample from the student, through its own earlier steps (backward simulation, §4.5).
         last = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
-        noise = batch.draws.normal("noise", batch.shape)
         student_turn = step % self.config.critic_updates == 0
         with torch.set_grad_enabled(student_turn):
-            x0 = rollout(
-                self.student,
-                self.sampler,
-                noise,
-                batch.conditioning,
-                step_noise=lambda k: batch.draws.normal(f"step_noise_{k}", batch.shape),
-                last=last,
-            )
+            x0 = draw_sample(self.student, self.sampler, batch.draws, batch.shape, batch.conditioning, last)
 
         # 2. The student: distribution matching (§3), and the critic's features must look real (§4.3).
         if student_turn:
-            gradient, log = self.matching(x0.detach(), batch)
+            gradient, log = self.matching(x0.detach(), batch, self.sampler.grid[last])
             pieces: list[tuple[Tensor, Tensor | None]] = [(x0, gradient)]
-            if self.tap is not None:
-                adversarial = generator_loss(self.logits(x0, batch, "student"))
+            if self.config.gan_weight > 0:
+                adversarial = generator_loss(self.logits(self.judged(x0, batch, "student"), batch))
                 pieces.append((self.config.gan_weight * adversarial, None))
                 log["student/adversarial"] = adversarial.detach()
             yield Turn("student", pieces, log)
@@ -149,50 +155,49 @@ class Dmd2:
         loss, log = self.denoising(x0, batch)
         pieces = [(loss, None)]
         if self.tap is not None:
-            fake = self.logits(x0, batch, "fake")
-            real = self.logits(batch.real.x0, batch, "real")
+            fake = self.logits(self.judged(x0, batch, "fake"), batch)
+            real = self.logits(self.judged(batch.real.x0, batch, "real"), batch.real)
             adversarial = discriminator_loss(real, fake)
             pieces.append((self.config.gan_critic_weight * adversarial, None))
             log["critic/adversarial"] = adversarial.detach()
         yield Turn("critic", pieces, log)
 
     @torch.no_grad()
-    def matching(self, x0: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradient of the distribution-matching loss at ``x0`` (B, ...), and what to log."""
-        config = self.config
-        t = uniform_times(batch.draws.uniform("matching_time"), config.time_min, config.time_max)
-        t = self.schedule.snap(shift_time(t, self.shift))
-        x_t = add_noise(x0, batch.draws.normal("matching_noise", batch.shape), self.schedule.coefficients(t))
-        x0_teacher = self.teacher(x_t, t, batch.conditioning)
-        x0_critic = self.critic(x_t, t, batch.conditioning)
-        loss, gradient = distribution_matching(x0, x0_teacher, x0_critic, config.normalizer_min)
-        log = {"student/matching": loss, "student/gradient": (2 * loss).sqrt()}
-        log |= {"student/x0_mean": x0.mean(), "student/x0_std": x0.std()}
-        log |= {"student/teacher_mean": x0_teacher.mean(), "student/teacher_std": x0_teacher.std()}
+    def matching(self, x0: Tensor, batch: Batch, called_at: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradient at ``x0`` (B, ...), which the student gave when it was called at that time, and what to log."""
+        config, conditioning, cleaner = self.config, batch.conditioning, self.compared.below(called_at)
+        here = (cleaner if config.decoupled == "constrained" else self.compared)(x0, batch, "matching")
+        x0_critic = self.follower(here.x_t, here.t, conditioning)
+        if config.decoupled != "none":
+            there = (self.compared if config.decoupled == "full" else cleaner)(x0, batch, "guidance")
+            how = {"normalizer": config.decoupled_normalizer, "normalizer_min": config.normalizer_min}
+            x0_teacher, (loss, gradient) = decoupled(x0, x0_critic, self.teacher, here, there, conditioning, **how)
+        else:
+            x0_teacher = self.teacher(here.x_t, here.t, conditioning)
+            if config.swiftbrush:
+                alpha, sigma = self.schedule.coefficients(here.t)
+                loss, gradient = score_distillation(x0_teacher, x0_critic, alpha * sigma)
+            else:
+                weight = None
+                if config.f_divergence != "none":
+                    weight = self.critic.added["divergence"](self.logits(here, batch), here.t, sum_over_processes)
+                loss, gradient = distribution_matching(x0, x0_teacher, x0_critic, config.normalizer_min, weight)
+        log = {"student/matching": loss, "student/gradient": (2 * loss).sqrt()} | sample_log(x0, x0_teacher)
         return gradient, log
 
     def denoising(self, x0: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critic's loss () on the student's ``x0`` (B, ...), in the space of its own output, and what to log."""
-        t = uniform_times(batch.draws.uniform("critic_time"), _CLEANEST, 1.0)
-        t = self.schedule.snap(shift_time(t, self.shift))
-        x_t = add_noise(x0, batch.draws.normal("critic_noise", batch.shape), self.schedule.coefficients(t))
-        weight = native_weight(self.critic.denoiser.prediction_type, self.schedule, t)
-        loss = denoising_loss(x0, self.critic(x_t, t, batch.conditioning), weight)
-        log = {"critic/denoising": loss.detach()}
-        if batch.logging:
-            # How much better than the teacher the critic knows the student: above 1 it lags behind.
-            with torch.no_grad():
-                teacher = denoising_loss(x0, self.roles["teacher"](x_t, t, batch.conditioning), weight)
-            log["critic/lag"] = loss.detach() / teacher
-        return loss, log
+        """The critic's loss () on the student's ``x0`` (B, ...), and what to log."""
+        emphasis = None
+        if self.config.swiftbrush:  # a critic that is guided has to know the negative too
+            emphasis = lambda _, at_t: at_t.alpha**2  # noqa: E731
+            if self.teacher.negative is not None and batch.draws.shared_integer("critic_drop", 0, 10) == 0:
+                batch = replace(batch, conditioning=self.teacher.negative.select([0] * batch.size))
+        return critic_denoising(self.critic, self.roles["teacher"], x0, batch, self.learnt, emphasis)
 
-    def logits(self, x0: Tensor, batch: Batch, name: str) -> Tensor:
-        """The critic's head (B,) on noised ``x0``, each use with its own time and noise (diffusion GAN)."""
-        conditioning = batch.real.conditioning if name == "real" else batch.conditioning
-        t = self.schedule.snap(uniform_times(batch.draws.uniform(f"{name}_time"), _CLEANEST, 1.0))
-        noise = batch.draws.normal(f"{name}_noise", batch.shape)
-        x_t = add_noise(x0, noise, self.schedule.coefficients(t))
-        return self.critic.added["head"](self.critic.denoiser.features(x_t, t, conditioning, self.tap))
+    def logits(self, seen: Renoised, of: Batch | Real) -> Tensor:
+        """The critic's head (B,) on noised samples, each use at times of its own (diffusion GAN)."""
+        features = self.critic.denoiser.features(seen.x_t, seen.t, of.conditioning, self.tap)
+        return self.critic.added["head"](features)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ from torch import Tensor
 from fewstep.config import RunConfig
 from fewstep.distillation import Distillation, main
 from fewstep.errors import UserError
-from fewstep.losses.flow import huber_constant, pseudo_huber, squared, velocity_error
+from fewstep.losses.flow import squared, velocity_error
+from fewstep.losses.huber import huber_constant, pseudo_huber
 from fewstep.method import Batch, Calls, Pairs, Turn
 from fewstep.ode import SOLVERS
-from fewstep.pairing import RunPairs
 from fewstep.perceptual import lpips_of
 from fewstep.prediction import add_noise, noise_from_x0
 from fewstep.roles import Role
@@ -88,19 +88,14 @@ class RectifiedFlowConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._refuse_negative("huber_factor", "perceptual_weight")
-        for name, allowed in (
-            ("renoise", ("ode",)),
-            ("times", ("u_shaped", "uniform", "logit_normal", "grid")),
-            ("loss", ("huber", "l2")),
-            ("huber_scaling", ("sqrt", "released")),
-            ("time_weight", ("uniform", "1-t")),
-            ("pair_solver", SOLVERS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"--{name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("num_pairs", "pair_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.renoise != "ode":
+            raise UserError(f"--renoise must be ode for a rectified flow, not {self.renoise!r}")
+        self._refuse_unknown("times", "u_shaped", "uniform", "logit_normal", "grid")
+        self._refuse_unknown("loss", "huber", "l2")
+        self._refuse_unknown("huber_scaling", "sqrt", "released")
+        self._refuse_unknown("time_weight", "uniform", "1-t")
+        self._refuse_unknown("pair_solver", *SOLVERS)
+        self._refuse_below_one("num_pairs", "pair_steps")
         for name in ("time_min", "inverted_share"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"--{name} must be between 0 and 1, not {getattr(self, name)}")
@@ -143,7 +138,7 @@ class RectifiedFlow:
     def prepare(cls, config: RectifiedFlowConfig, distillation: Distillation) -> RectifiedFlow:
         """Make the roles, and the pairs where none are given; the student starts as the teacher, or as in --init."""
         perceptual = lpips_of(distillation.recording, distillation.device) if config.perceptual_weight else None
-        pairs = RunPairs(distillation)
+        pairs = distillation.run_pairs()
         roles = distillation.make_roles("student")
         distillation.initialize(roles)
         how = (config.num_pairs, config.pair_steps, config.pair_solver)
@@ -205,8 +200,9 @@ class RectifiedFlow:
         error = velocity_error(x0, x0_student, flow_time)
         mean_square = squared(error)
         if config.loss == "huber":
-            c = huber_constant(x0[0].numel(), config.huber_factor, config.huber_scaling)
-            distance = pseudo_huber(error, c)
+            entries = x0[0].numel()
+            c = huber_constant(entries, config.huber_factor, config.huber_scaling)
+            distance = pseudo_huber(error, c) / entries  # as in 2-rectified flow++, which takes means over a sample
         else:
             distance = mean_square
         if config.time_weight == "1-t":

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.config import CriticConfig
 from fewstep.critic_discriminator import AdversarialConfig, CriticDiscriminator
 from fewstep.critic_guidance import CriticGuidanceConfig, with_dropout
 from fewstep.distillation import Distillation, main
@@ -36,8 +37,9 @@ from fewstep.method import Batch, Calls, Turn
 from fewstep.noise_levels import NoiseLevelConfig, NoiseLevels
 from fewstep.prediction import add_noise
 from fewstep.ragged import AnyConditioning
+from fewstep.renoising import sample_log
 from fewstep.roles import Role
-from fewstep.rollout import Sampler, rollout
+from fewstep.rollout import Sampler, draw_sample
 from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
 
 # An EDM critic learns at these (Karras et al. 2022, Table 1), any other where it is compared with the teacher.
@@ -45,7 +47,7 @@ _EDM_CRITIC = NoiseLevels("log_normal", mean=-1.2, std=1.2)
 
 
 @dataclass(kw_only=True)
-class SidConfig(NoiseLevelConfig, CriticGuidanceConfig, AdversarialConfig):
+class SidConfig(CriticConfig, NoiseLevelConfig, CriticGuidanceConfig, AdversarialConfig):
     """SiD, SiD-LSG, few-step SiD and SiDA (Zhou et al. 2024, 2025).
 
     Args:
@@ -55,17 +57,15 @@ class SidConfig(NoiseLevelConfig, CriticGuidanceConfig, AdversarialConfig):
             divergence's own). Above 1 a student that is much wider than its teacher diverges.
         weighting: sid (1 / mean error of the teacher) or none; for flow teachers also 1_minus_sigma,
             1_minus_sigma_squared, 1_over_sigma, 1_over_sigma2, snr_sqrt, snr. auto: 1_minus_sigma for flow, else sid.
-        normalizer_min: lower bound of the mean error in the weighting sid.
-        critic_lr: learning rate of the critic; default that of the student.
-        critic_updates: critic updates for each student update.
+        normalizer_min: lower bound of the mean error in the weighting sid (default 1e-5).
+        critic_updates: critic updates for each student update (papers: 1).
         critic_warmup_steps: steps before the student's first update.
     """
 
     start: str | None = None
     alpha: float = 1.0
     weighting: str = "auto"
-    normalizer_min: float = 1e-5
-    critic_lr: float | None = None
+    normalizer_min: float | None = None
     critic_updates: int = 1
     critic_warmup_steps: int = 0
 
@@ -75,11 +75,23 @@ class SidConfig(NoiseLevelConfig, CriticGuidanceConfig, AdversarialConfig):
             self.start = "marginal" if below_the_top else "noise"
         super().__post_init__()
         self._refuse_unknown("weighting", "auto", *WEIGHTINGS)
-        self._refuse_negative("normalizer_min", "critic_lr", "critic_warmup_steps")
+        self._refuse_negative("normalizer_min", "critic_warmup_steps")
         if not 0 <= self.alpha <= 1.5:
             raise UserError(f"--alpha must be in [0, 1.5], not {self.alpha}: beyond, the gradient points the wrong way")
-        if self.critic_updates < 1:
-            raise UserError(f"--critic_updates must be at least 1, not {self.critic_updates}")
+
+    def weighting_for(self, schedule: NoiseSchedule) -> str:
+        """The weighting that these settings mean for a teacher.
+
+        Raises:
+            UserError: it belongs to another family of teachers, or a setting to another weighting.
+        """
+        flow = isinstance(schedule, FlowSchedule)
+        weighting = ("1_minus_sigma" if flow else "sid") if self.weighting == "auto" else self.weighting
+        if weighting not in ("sid", "none") and not flow:
+            raise UserError(f"--weighting {weighting} belongs to flow-matching teachers; take sid or none")
+        if weighting != "sid":
+            self._refuse_set(f"belongs to --weighting sid, and here it is {weighting}", "normalizer_min")
+        return weighting
 
 
 class Sid:
@@ -110,12 +122,10 @@ class Sid:
         self.config, self.roles, self.sampler, self.discriminator = config, roles, sampler, discriminator
         self.teacher, self.critic, self.critic_in_training = teacher, critic, critic_in_training
         self.schedule = sampler.schedule
-        flow, edm = isinstance(self.schedule, FlowSchedule), isinstance(self.schedule, EDMSchedule)
-        self.weighting = ("1_minus_sigma" if flow else "sid") if config.weighting == "auto" else config.weighting
-        if self.weighting not in ("sid", "none") and not flow:
-            raise UserError(f"--weighting {self.weighting} belongs to flow-matching teachers; take sid or none")
+        self.weighting = config.weighting_for(self.schedule)
+        self.normalizer_min = 1e-5 if config.normalizer_min is None else config.normalizer_min
         self.levels = config.levels(self.schedule)
-        self.critic_levels = _EDM_CRITIC if edm else self.levels
+        self.critic_levels = _EDM_CRITIC if isinstance(self.schedule, EDMSchedule) else self.levels
 
     @classmethod
     def prepare(cls, config: SidConfig, distillation: Distillation) -> Sid:
@@ -134,8 +144,7 @@ class Sid:
 
     def learning_rate(self, role: str) -> float:
         """Of the student or the critic."""
-        critic_lr = self.config.lr if self.config.critic_lr is None else self.config.critic_lr
-        return critic_lr if role == "critic" else self.config.lr
+        return self.config.learning_rate(role)
 
     def student_moves(self, step: int) -> bool:
         """Whether the student is updated in this step."""
@@ -213,12 +222,11 @@ class Sid:
         x_t = add_noise(x0, batch.draws.normal("student_noise", batch.shape), coefficients)
         x0_teacher = self.teacher(x_t, t, batch.conditioning)
         x0_critic = self.critic(x_t, t, batch.conditioning)
-        weight = score_identity_weight(self.weighting, x0, x0_teacher, coefficients, self.config.normalizer_min)
+        weight = score_identity_weight(self.weighting, x0, x0_teacher, coefficients, self.normalizer_min)
         loss = score_identity(x0, x0_teacher, x0_critic, self.config.alpha, weight).mean()
         log = {"student/identity": loss.detach(), "student/weight": weight.mean()}
         log["student/difference"] = (x0_teacher - x0_critic).detach().abs().mean()
-        for name, value in (("x0", x0.detach()), ("teacher", x0_teacher.detach())):
-            log |= {f"student/{name}_mean": value.mean(), f"student/{name}_std": value.std()}
+        log |= sample_log(x0, x0_teacher)
         if judged:
             logits = self.discriminator.logits(x_t, t, batch.conditioning)
             adversarial = self.discriminator.student_loss(logits, weight)
@@ -228,12 +236,8 @@ class Sid:
 
     def sample(self, name: str, batch: Batch, conditioning: AnyConditioning, last: int) -> Tensor:
         """The student's x0 (B, ...) at step ``last`` of its own walk, with gradient through its last call at most."""
-        noise = batch.draws.normal(f"{name}_start", batch.shape)
-
-        def step_noise(k: int) -> Tensor:
-            return batch.draws.normal(f"{name}_step_noise_{k}", batch.shape)
-
-        return rollout(self.roles["student"], self.sampler, noise, conditioning, step_noise, last)
+        walk = (self.roles["student"], self.sampler, batch.draws, batch.shape, conditioning, last)
+        return draw_sample(*walk, prefix=f"{name}_walk_")
 
 
 def critic_weight(prediction_type: str, schedule: NoiseSchedule, t: Tensor) -> Tensor:

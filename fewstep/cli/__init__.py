@@ -1,4 +1,4 @@
-"""The command line: ``fewstep demo | probe | cache | pairs | distill | sample | eval``, one file for each command.
+"""The command line: ``fewstep demo | probe | plan | cache | pairs | distill | sample | eval``, one file for each.
 
 Exit codes: 0 done, 2 the user can mend it (one line on stderr says how), 130 interrupted after a checkpoint.
 """
@@ -17,6 +17,7 @@ USAGE = """fewstep: few-step distillation of diffusion and flow-matching pipelin
 
   fewstep demo                          distil an embedded teacher and compare both
   fewstep probe TEACHER                 show what is recorded of a pipeline, and prove it
+  fewstep plan TEACHER [METHOD] ...     say what a run would take, without the weights
   fewstep cache --teacher ... --out DIR encode prompts or labels once, for distill --cache
   fewstep pairs --teacher ... --out DIR make noise-sample pairs of a teacher
   fewstep distill METHOD --teacher ...  train a student
@@ -30,6 +31,7 @@ fewstep COMMAND --help lists the flags of a command; fewstep distill METHOD --he
 COMMANDS = {
     "demo": "demo",
     "probe": "probe",
+    "plan": "plan",
     "cache": "cache",
     "pairs": "pairs",
     "distill": "distill",

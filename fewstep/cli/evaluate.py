@@ -18,6 +18,7 @@ def run(words: Sequence[str]) -> None:
     )
     parser.add_argument("students", metavar="DIR", nargs="+", type=str, help="student folders")
     parser.add_argument("--teacher", type=str | None, default=None, help="folder, hub id, fashion-sd or fashion-flow")
+    parser.add_argument("--base", type=str | None, default=None, help="of LoRAs: their base model's folder or hub id")
     parser.add_argument("--teacher_steps", type=str, default="1,4,25", help="comma separated")
     parser.add_argument(
         "--teacher_call", type=dict[str, Any] | None, default=None, help="JSON of arguments for its call"
@@ -33,6 +34,7 @@ def run(words: Sequence[str]) -> None:
     report = evaluate(
         parsed.students,
         teacher=parsed.teacher,
+        base=parsed.base,
         teacher_steps=step_counts("--teacher_steps", parsed.teacher_steps),
         teacher_call=parsed.teacher_call,
         steps=step_counts("--steps", parsed.steps),

@@ -12,6 +12,7 @@ def run(words: Sequence[str]) -> None:
     """Write samples of a student into one PNG file."""
     parser = Parser(prog="fewstep sample", description="Sample from a student, with the call on its card.")
     parser.add_argument("directory", metavar="DIR", type=str, help="a student's folder (or a teacher's, with --steps)")
+    parser.add_argument("--base", type=str | None, default=None, help="of a LoRA: its base model's folder or hub id")
     parser.add_argument("--prompt", type=str | None, default=None)
     parser.add_argument("--class", dest="label", type=int | None, default=None, help="a class label")
     parser.add_argument("--steps", type=int | None, default=None, help="default: the student's own")
@@ -26,6 +27,7 @@ def run(words: Sequence[str]) -> None:
         steps=parsed.steps,
         seed=parsed.seed,
         num=parsed.num,
+        base=parsed.base,
         out=parsed.out,
     )
     print(path)

@@ -2,10 +2,11 @@
 
 from fewstep.export.apply import apply
 from fewstep.export.errors import ExportError
+from fewstep.export.hub import publish
 from fewstep.export.load import load
-from fewstep.export.lora import export_lora, loads_lora
+from fewstep.export.lora import export_lora, loads_lora, why_no_lora
 from fewstep.export.plan import StudentPlan, plan_student
-from fewstep.export.student import export_student, verify_student
+from fewstep.export.student import export_student, refuse_own_code, verify_student
 from fewstep.export.walk import WalkError
 
 __all__ = [
@@ -18,5 +19,8 @@ __all__ = [
     "load",
     "loads_lora",
     "plan_student",
+    "publish",
+    "refuse_own_code",
     "verify_student",
+    "why_no_lora",
 ]

@@ -12,8 +12,8 @@ from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from fewstep.export.about import fetched, read_about, student_class
 from fewstep.export.errors import ExportError
-from fewstep.export.load import fetched, read_about, student_class
 from fewstep.recording.observe import find_scheduler
 
 #: The name that diffusers looks for.

@@ -16,7 +16,8 @@ from fewstep.export.apply import lora_files
 from fewstep.recording.observe import find_scheduler
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
-_PLACEHOLDER = '"path/to/this/folder"'
+#: Stands in a card for the place that its student is loaded from.
+PLACEHOLDER = '"path/to/this/folder"'
 
 
 def teacher_license_of(teacher: str | Path) -> dict[str, str]:
@@ -63,8 +64,8 @@ def write_card(
     parts = [
         _front_matter(about, pipeline, license_fields),
         f"# {base} in {_steps(steps)}",
-        f"A {steps}-step student of `{base}`, distilled with {method} by fewstep. It is {_form(about)} `{stock}`: "
-        f"diffusers alone loads and samples it.{_experts(about)}",
+        f"A {steps}-step student of `{base}`{_with_lora(about)}, distilled with {method} by fewstep. "
+        f"It is {_form(about)} `{stock}`: diffusers alone loads and samples it.{_experts(about)}{_code(about)}",
         f"## Use it\n\n```python\n{snippet(about, pipeline)}\n```\n\n"
         "The arguments matter: without them a stock pipeline runs its own number of steps, and most guide. fewstep "
         "fills them in:\n\n"
@@ -115,13 +116,20 @@ def snippet(about: Mapping[str, Any], pipeline: Any) -> str:
     lines = ["import torch", f"from diffusers import {used}", "", _stock(about)]
     if lora:
         lines += _loaders(about, pipeline)
-        source = f'{_PLACEHOLDER}, subfolder="scheduler"'
+        source = f'{PLACEHOLDER}, subfolder="scheduler"'
         lines.append(f"pipe.{find_scheduler(pipeline)} = {about['scheduler']}.from_pretrained({source})")
     if about["noise_follows"] == "global seed":
         lines.append("torch.manual_seed(1)  # the noise between the steps")
     arguments.append("generator=torch.Generator().manual_seed(0)")
     lines += [f"{name} = pipe(", *(f"    {argument}," for argument in arguments), f"){pick}"]
     return "\n".join(lines)
+
+
+def _with_lora(about: Mapping[str, Any]) -> str:
+    if "teacher_lora" not in about:
+        return ""
+    kept = ", both in one file" if "lora" in about else ""
+    return f" with the LoRA `{about['teacher_lora']}`{kept}"
 
 
 def _experts(about: Mapping[str, Any]) -> str:
@@ -136,13 +144,24 @@ def _experts(about: Mapping[str, Any]) -> str:
     return f" Its networks share the time: {', '.join(parts)}."
 
 
+def _code(about: Mapping[str, Any]) -> str:
+    """What code it brings along."""
+    if "code" not in about:
+        return ""
+    return f" Which network is called when is decided by `{about['code']}` in its folder, hence `trust_remote_code`."
+
+
 def _form(about: Mapping[str, Any]) -> str:
+    if "code" in about:
+        return "a"
     return "a LoRA for a stock" if "lora" in about else "a stock"
 
 
 def _stock(about: Mapping[str, Any]) -> str:
     absent = "".join(f", {name}=None" for name in about["load"])
-    source = json.dumps(about["base_model"]) if "lora" in about else _PLACEHOLDER
+    if "code" in about:
+        absent += ", trust_remote_code=True"
+    source = json.dumps(about["base_model"]) if "lora" in about else PLACEHOLDER
     return f"pipe = DiffusionPipeline.from_pretrained({source}{absent})"
 
 
@@ -151,19 +170,19 @@ def _loaders(about: Mapping[str, Any], pipeline: Any) -> list[str]:
     lines = []
     for name, file in lora_files(about).items():
         if name == about["component"] and hasattr(pipeline, "load_lora_weights"):
-            lines.append(f"pipe.load_lora_weights({_PLACEHOLDER}, weight_name={file!r})")
+            lines.append(f"pipe.load_lora_weights({PLACEHOLDER}, weight_name={file!r})")
         else:
             prefix = f'prefix="{about["component"]}"'
-            lines.append(f"pipe.{name}.load_lora_adapter({_PLACEHOLDER}, {prefix}, weight_name={file!r})")
+            lines.append(f"pipe.{name}.load_lora_adapter({PLACEHOLDER}, {prefix}, weight_name={file!r})")
     return lines
 
 
 def _loading(about: Mapping[str, Any]) -> str:
     if "lora" not in about:
-        return f"import fewstep\n\npipe = fewstep.load({_PLACEHOLDER})"
+        return f"import fewstep\n\npipe = fewstep.load({PLACEHOLDER})"
     return (
         "import fewstep\nfrom diffusers import DiffusionPipeline\n\n"
-        f"pipe = fewstep.apply({_stock(about).removeprefix('pipe = ')}, {_PLACEHOLDER})"
+        f"pipe = fewstep.apply({_stock(about).removeprefix('pipe = ')}, {PLACEHOLDER})"
     )
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fewstep.export.about import FILE
 from fewstep.export.errors import ExportError
-from fewstep.export.load import FILE
 
 
 def refuse_occupied(out: Path) -> None:

@@ -6,129 +6,89 @@ instance of a subclass of the stock class whose ``__call__`` fills in what ``few
 
 from __future__ import annotations
 
-import functools
-import inspect
-import json
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
+import yaml
 from diffusers import DiffusionPipeline
 
+from fewstep.export.about import read_about, student_class
+from fewstep.export.apply import apply
 from fewstep.export.errors import ExportError
-
-FILE = "fewstep.json"
+from fewstep.export.own_code import is_own_code
 
 # The words of from_pretrained that also decide where and how a single file is fetched.
 _FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
-def load(student: str | Path, **from_pretrained: Any) -> DiffusionPipeline:
+def load(student: str | Path, base: str | Path | None = None, **from_pretrained: Any) -> DiffusionPipeline:
     """Load a student's pipeline; its call needs a prompt or labels and nothing else.
 
     Args:
-        student: a folder that fewstep wrote, or a hub id (``"owner/name"``).
+        student: a folder that fewstep wrote, a whole pipeline or a LoRA, or a hub id (``"owner/name"``).
+        base: of a LoRA: where its base model lies; default where :func:`base_of` finds it.
         from_pretrained: passed on to ``DiffusionPipeline.from_pretrained``.
 
     Returns:
         An instance of a subclass of the stock pipeline class. Arguments that are given win over ``fewstep.json``.
 
     Raises:
-        ExportError: no such folder or hub repository, not a pipeline, or not a student.
+        ExportError: no such folder or hub repository, not a pipeline, not a student, a LoRA without its base,
+            or one with code that is not this package's own and that ``trust_remote_code=True`` did not allow.
     """
     about = read_about(student, **{key: value for key, value in from_pretrained.items() if key in _FETCHING})
-    if "lora" in about:
-        raise ExportError(
-            f"{student} is a LoRA: load the pipeline of {about['base_model']} with diffusers, "
-            "then fewstep.apply(pipeline, folder)"
-        )
+    is_lora = "lora" in about
+    if base is not None and not is_lora:
+        raise ExportError(f"{student} is a whole pipeline and has no base model; leave the base out")
+    source = base_of(student, about, base) if is_lora else str(student)
+    # Where and in which state the student itself is fetched says nothing of its base.
+    words = {key: value for key, value in from_pretrained.items() if not (is_lora and key == "revision")}
+    own = {"trust_remote_code": True} if not is_lora and is_own_code(student) else {}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(student), **{**about.get("load", {}), **from_pretrained})
+        pipeline = DiffusionPipeline.from_pretrained(source, **{**about.get("load", {}), **own, **words})
     except (OSError, ValueError) as error:
-        raise ExportError(f"{student} does not load: {' '.join(str(error).split())}") from error
+        raise ExportError(f"{source} does not load: {' '.join(str(error).split())}") from error
+    if is_lora:
+        return apply(pipeline, student)
     pipeline.__class__ = student_class(type(pipeline), about)
     return pipeline
 
 
-def read_about(student: str | Path, **fetching: Any) -> dict[str, Any]:
-    """The content of a student's ``fewstep.json``; ``fetching`` are huggingface_hub's download arguments.
+def base_of(student: str | Path, about: dict[str, Any], base: str | Path | None = None) -> str:
+    """Where the base model of a LoRA student lies: a pipeline's folder, or a hub id.
+
+    Looked for, in this order: what the caller says; the teacher of the run in whose folder the LoRA lies; the name in
+    ``fewstep.json``, which is a hub id, an embedded teacher, or the name of a folder.
+
+    Args:
+        student: its folder, or its hub id.
+        about: the content of its ``fewstep.json``.
+        base: what the caller says: a folder, a hub id, or an embedded teacher.
 
     Raises:
-        ExportError: as :func:`load`.
+        ExportError: there is none of them.
     """
-    path = fetched(student, FILE, **fetching)
+    from fewstep.fashion import TEACHERS, teacher_path
+
+    for name in (str(base),) if base is not None else (_teacher_of_run(Path(student)), about["base_model"]):
+        if name in TEACHERS:
+            return str(teacher_path(name))
+        if name and (Path(name) / "model_index.json").is_file():
+            return name
+        if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists():
+            return name
+    if base is not None:
+        raise ExportError(f"the base {base} is no folder of a diffusers pipeline, and no hub id")
+    raise ExportError(
+        f"{student} is a LoRA of {about['base_model']}, which does not lie here under that name: say where (--base DIR)"
+    )
+
+
+def _teacher_of_run(folder: Path) -> str | None:
+    """What a run was given as its teacher; None where ``folder`` is no part of one."""
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(about["call"], dict):
-            raise TypeError("call is not a table")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{FILE} of {student} is damaged ({error!r}); export the student again") from error
-    return about
-
-
-def fetched(student: str | Path, name: str, **fetching: Any) -> Path:
-    """Where a file of a student lies, downloaded if need be; arguments and errors as :func:`read_about`."""
-    folder = Path(student)
-    if folder.is_dir():
-        path = folder / name
-        if path.is_file():
-            return path
-        if not (folder / FILE).is_file() and not (folder / "model_index.json").is_file():
-            raise ExportError(f"{student} is not a diffusers pipeline: it has no model_index.json")
-        raise ExportError(
-            f"{student} is not a fewstep student: it has no {name}; load it with DiffusionPipeline.from_pretrained"
-        )
-    if isinstance(student, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", student):
-        return _download(student, name, fetching)
-    raise ExportError(f"there is no folder {student}")
-
-
-def _download(repository: str, name: str, fetching: dict[str, Any]) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repository, name, **fetching))
-    except LocalEntryNotFoundError as error:
-        raise ExportError(f"there is no folder {repository}, and the hub cannot be reached for it") from error
-    except EntryNotFoundError as error:
-        raise ExportError(f"{repository} on the hub is not a fewstep student: it has no {name}") from error
-    except HfHubHTTPError as error:
-        reason = type(error).__name__
-        raise ExportError(f"there is no folder {repository}, nor can the hub give it ({reason})") from error
-
-
-def student_class(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type[DiffusionPipeline]:
-    """A subclass of ``stock`` that fills in the call, under its name, so that what it saves names the stock class."""
-    signature = inspect.signature(stock.__call__)
-
-    @functools.wraps(stock.__call__)
-    def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind_partial(self, *args, **kwargs).arguments
-        missing = {name: value for name, value in about["call"].items() if name not in given}
-        count, counts = given.get("num_inference_steps"), about.get("counts")
-        if count is not None and counts and count not in counts:
-            held = ", ".join(map(str, counts))
-            warnings.warn(f"this student samples right at {held} steps, not at {count}", stacklevel=2)
-        return stock.__call__(self, *args, **kwargs, **missing)
-
-    def save_pretrained(self: DiffusionPipeline, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        stock.save_pretrained(self, save_directory, *args, **kwargs)
-        write_about(Path(save_directory), about)
-
-    body = {
-        "__call__": call,
-        "__doc__": stock.__doc__,
-        "__module__": stock.__module__,
-        "__qualname__": stock.__qualname__,
-        "fewstep": about,
-    }
-    if "lora" not in about:  # a pipeline that carries an adapter saves what it always does
-        body["save_pretrained"] = functools.wraps(stock.save_pretrained)(save_pretrained)
-    return type(stock.__name__, (stock,), body)
-
-
-def write_about(folder: Path, about: dict[str, Any]) -> None:
-    """Write ``fewstep.json`` into a student's folder."""
-    (folder / FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        teacher = yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))["teacher"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    return teacher if isinstance(teacher, str) else None

@@ -9,15 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
 import fewstep
+from fewstep.export.about import write_about
 from fewstep.export.card import teacher_license_of, write_card
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
-from fewstep.export.load import write_about
 from fewstep.export.plan import StudentPlan, reference_of, walk_student
 from fewstep.export.trace import with_parts
 from fewstep.export.walk import Reference
@@ -25,6 +26,7 @@ from fewstep.recording.observe import find_scheduler
 
 if TYPE_CHECKING:
     from fewstep.recording import Recording
+    from fewstep.teacher_lora import FusedLora
 
 
 def export_student(
@@ -38,6 +40,7 @@ def export_student(
     teacher_license: str | Mapping[str, str] | None = None,
     metrics: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
+    teacher_lora: FusedLora | None = None,
 ) -> Path:
     """Write ``out`` as a pipeline that stock diffusers loads, and check it: reloaded, it must walk as planned.
 
@@ -54,6 +57,7 @@ def export_student(
         teacher_license: of the teacher; None or empty: read from its own card where that lies beside it.
         metrics: name -> number, or row -> {name -> number}.
         training: what else ``fewstep.json`` shall say of the training; what JSON cannot hold is written as text.
+        teacher_lora: what was fused into the teacher, and so is in ``network``.
 
     Raises:
         ExportError: ``out`` is in use, or the written folder does not sample as planned.
@@ -66,7 +70,7 @@ def export_student(
         scheduler = {find_scheduler(recording.pipeline): copy.deepcopy(plan.scheduler)}
         student = with_parts(recording.pipeline, **saved, **scheduler)
         student.save_pretrained(partial, safe_serialization=True)
-        about = about_student(recording, plan, method, base_model, training)
+        about = about_student(recording, plan, method, base_model, training, teacher_lora)
         _publish_no_paths(partial, about["base_model"])
         write_about(partial, about)
         license_fields = license_of(recording, base_model, teacher_license)
@@ -94,7 +98,9 @@ def verify_student(recording: Recording, networks: dict[str, nn.Module], plan: S
     shared = {name: part for name, part in parts if name not in replaced and part is not None}
     shared |= absent_parts(recording.pipeline)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=recording.dtype, **shared)
+        # What code there is in the folder was put there a moment ago, by this process.
+        trusted = {"trust_remote_code": True} if hasattr(recording.pipeline, "code_file") else {}
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=recording.dtype, **shared, **trusted)
     except (OSError, ValueError, TypeError) as error:
         raise ExportError(f"the exported student does not load: {' '.join(str(error).split())}") from error
     for name, network in networks.items():
@@ -130,8 +136,30 @@ def absent_parts(pipeline: Any) -> dict[str, None]:
     }
 
 
+def refuse_own_code(pipeline: DiffusionPipeline) -> None:
+    """Raise for a pipeline whose class, or whose part's class, diffusers does not have: nobody could load the student.
+
+    Raises:
+        ExportError: it is code from the teacher's own folder, or of the caller.
+    """
+    own = [part for part in pipeline.components.values() if type(part).__module__.startswith("diffusers_modules")]
+    if getattr(diffusers, type(pipeline).__name__, None) is None and not _ours(pipeline):
+        own.append(pipeline)
+    if own:
+        raise ExportError(
+            f"{type(own[0]).__name__} is code of the teacher's own, which stock diffusers does not have: its student "
+            "cannot be written as a whole pipeline"
+        )
+
+
+def _ours(pipeline: DiffusionPipeline) -> bool:
+    """Whether its class is this package's own, a copy of which is written beside the student."""
+    return type(pipeline).__module__.startswith("fewstep.")
+
+
 def _refuse(recording: Recording, networks: dict[str, nn.Module], out: Path) -> None:
     refuse_occupied(out)
+    refuse_own_code(recording.pipeline)
     for name, teacher in recording.networks.items():
         if name not in networks or _shapes(networks[name]) != _shapes(teacher):
             raise ExportError(f"the student's weights do not fit the teacher's {name}")
@@ -153,15 +181,22 @@ def _as_saved(network: nn.Module, teacher: nn.Module) -> nn.Module:
 
 
 def about_student(
-    recording: Recording, plan: StudentPlan, method: str, base_model: str, training: Mapping[str, Any] | None
+    recording: Recording,
+    plan: StudentPlan,
+    method: str,
+    base_model: str,
+    training: Mapping[str, Any] | None,
+    teacher_lora: FusedLora | None = None,
 ) -> dict[str, Any]:
     """The content of ``fewstep.json``; arguments as in :func:`export_student`."""
     return {
         "method": method,
         "base_model": Path(base_model).name if Path(base_model).exists() else base_model,
+        **({} if teacher_lora is None else {"teacher_lora": teacher_lora.name}),
         "conditional": recording.conditional,
         "call": plan.call,
         "load": absent_parts(recording.pipeline),
+        **_about_code(recording.pipeline),
         "steps": plan.steps,
         "counts": list(plan.counts),
         "timesteps": list(plan.timesteps),
@@ -180,6 +215,11 @@ def about_student(
         "training": dict(training or {}),
         "fewstep_version": fewstep.__version__,
     }
+
+
+def _about_code(pipeline: Any) -> dict[str, str]:
+    """The file in the student's folder that it is run with, where it is no stock pipeline."""
+    return {"code": pipeline.code_file} if hasattr(pipeline, "code_file") else {}
 
 
 def _about_experts(recording: Recording, plan: StudentPlan) -> dict[str, Any]:

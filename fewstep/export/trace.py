@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fewstep.recording.observe import find_scheduler, modules_of
+from fewstep.recording.scheduler_watch import watch_scaling
 
 #: (network input, timestep, the network's answer) -> what the scheduler is given as ``model_output``.
 Tell = Callable[[Tensor, float, Tensor], Tensor]
@@ -217,16 +218,7 @@ def _watch_steps(scheduler: Any, seen: Trace, watch: _DrawWatch, tell: Tell, cal
         return result
 
     scheduler.step = step
-    if hasattr(scheduler, "scale_model_input"):
-        scale = scheduler.scale_model_input
-
-        @functools.wraps(scale)
-        def scale_model_input(*args: Any, **kwargs: Any) -> Any:
-            result = scale(*args, **kwargs)
-            scaled.append(result.detach().clone())
-            return result
-
-        scheduler.scale_model_input = scale_model_input
+    watch_scaling(scheduler, lambda result: scaled.append(result.detach().clone()))
 
 
 @contextlib.contextmanager

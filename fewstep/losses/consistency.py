@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from fewstep.losses.huber import pseudo_huber
+
 DISTANCES = ("mse", "l1", "l2_norm", "l2_norm_squared", "pseudo_huber_norm", "pseudo_huber_elementwise")
 WEIGHTINGS = ("uniform", "karras", "1/(t-r)", "1/sqrt(t-r)", "1/c_out", "1/c_out^2", "1/sigma", "1/sigma^2")
 
@@ -55,11 +57,6 @@ def hard_boundary(t: Tensor, lowest: float) -> tuple[Tensor, Tensor]:
 # --- distance and weight ----------------------------------------------------------------------------------------------
 
 
-def pseudo_huber_constant(dimension: int) -> float:
-    """iCT's c = 0.00054 sqrt(d) for samples of d numbers (§3.3)."""
-    return 0.00054 * math.sqrt(dimension)
-
-
 def distance(kind: str, a: Tensor, b: Tensor, c: float = 0.0) -> Tensor:
     """How far apart ``a`` and ``b`` (B, ...) are, for each sample: (B,).
 
@@ -77,17 +74,15 @@ def distance(kind: str, a: Tensor, b: Tensor, c: float = 0.0) -> Tensor:
         return difference.abs().mean(1)
     if kind == "l2_norm_squared":
         return difference.square().sum(1)
-    if kind == "l2_norm" or (kind == "pseudo_huber_norm" and c == 0):
-        return torch.linalg.vector_norm(difference, dim=1)  # whose gradient at 0 is 0, where a root's is not a number
-    # sqrt(s + c^2) - c without the difference of two nearly equal numbers.
+    if kind == "l2_norm":
+        return torch.linalg.vector_norm(difference, dim=1)
     if kind == "pseudo_huber_norm":
-        squared = difference.square().sum(1)
-        return squared / ((squared + c**2).sqrt() + c)
+        return pseudo_huber(difference, c)
     if kind == "pseudo_huber_elementwise":
         if c == 0:
             return difference.abs().mean(1)
         squared = difference.square()
-        return (squared / ((squared + c**2).sqrt() + c)).mean(1)
+        return (squared / ((squared + c**2).sqrt() + c)).mean(1)  # as in fewstep.losses.huber
     raise ValueError(f"unknown distance {kind!r}; known: {', '.join(DISTANCES)}")
 
 

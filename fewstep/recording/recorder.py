@@ -18,6 +18,7 @@ from fewstep.recording.experts import (
     find_visits,
     loop_components,
 )
+from fewstep.recording.few_step import refuse_few_step, refuse_fixed_grid
 from fewstep.recording.fit import fit_output, fit_sample, fit_times
 from fewstep.recording.guided import embedded_paths, record_guided, switch_off, unguided_step
 from fewstep.recording.invocation import Invocation, read_invocation
@@ -33,8 +34,6 @@ from fewstep.schedule import FlowSchedule, NoiseSchedule, TableSchedule, from_sc
 # step of the short run and in a few of the long one, which shows many times, and some near 0, at no cost.
 SHORT, LONG = 4, 101
 _LONGEST = 1000
-# What the classes of schedulers for consistency models and their relatives are called.
-FEW_STEP_SCHEDULERS = ("LCM", "TCD", "CMStochastic")
 _LIVE = frozenset({0, LONG // 2, LONG - 2, LONG - 1})
 
 
@@ -53,7 +52,7 @@ def record(pipeline: Any, **call: Any) -> Recording:
     """
     refuse_offloaded(pipeline)
     invocation = read_invocation(pipeline, call)
-    refuse_few_step(pipeline)
+    refuse_few_step(pipeline, invocation)
     try:
         schedule, prediction_type = from_scheduler(getattr(pipeline, find_scheduler(pipeline)))
     except ValueError as error:
@@ -105,16 +104,6 @@ def record(pipeline: Any, **call: Any) -> Recording:
     )
 
 
-def refuse_few_step(pipeline: Any) -> None:
-    """Raise for pipelines whose scheduler belongs to a few-step student: their network is no teacher."""
-    scheduler = type(getattr(pipeline, find_scheduler(pipeline))).__name__
-    if any(word in scheduler for word in FEW_STEP_SCHEDULERS):
-        raise RecordingError(
-            f"{type(pipeline).__name__} with {scheduler} is a few-step student already; "
-            "record its teacher, or give it the scheduler of a many-step model"
-        )
-
-
 def refuse_offloaded(pipeline: Any) -> None:
     """Raise for pipelines whose networks are moved or replaced while they run."""
     name = type(pipeline).__name__
@@ -137,6 +126,7 @@ def _unguided_runs(
     output = short[0].calls[-1].output
     call = invocation.arguments(item, LONG, **off)
     long = observe(pipeline, call, steps=LONG, stub=Stub(names, output, _LIVE)).steps
+    refuse_fixed_grid(pipeline, len(long), LONG)
     names = loop_components(pipeline, component, short, long)
     experts = find_experts(pipeline, call, names, [short, long], schedule)
     if len(experts) > 1:

@@ -54,16 +54,22 @@ def watch_scheduler(
         return result
 
     scheduler.step = step
-    if hasattr(scheduler, "scale_model_input"):
-        original_scale = scheduler.scale_model_input
+    watch_scaling(scheduler, lambda result: scaled.append(capture(result)))
 
-        @functools.wraps(original_scale)
-        def scale_model_input(*args: Any, **kwargs: Any) -> Any:
-            result = original_scale(*args, **kwargs)
-            scaled.append(capture(result))
-            return result
 
-        scheduler.scale_model_input = scale_model_input
+def watch_scaling(scheduler: Any, seen: Callable[[Any], object]) -> None:
+    """Tell ``seen`` what ``scale_model_input`` gives, where the scheduler has it; its signature stays."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return
+    scale = scheduler.scale_model_input
+
+    @functools.wraps(scale)
+    def scale_model_input(*args: Any, **kwargs: Any) -> Any:
+        result = scale(*args, **kwargs)
+        seen(result)
+        return result
+
+    scheduler.scale_model_input = scale_model_input
 
 
 def feed_times(scheduler: Any, seen: Observation, times: Tensor) -> None:

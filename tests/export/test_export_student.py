@@ -16,7 +16,7 @@ from tiny_pipelines import TINY, tiny_stable_diffusion
 import fewstep
 from fewstep.denoiser import NetworkDenoiser
 from fewstep.export import ExportError, export_student, load, plan_student, student
-from fewstep.export.load import read_about
+from fewstep.export.about import read_about
 from fewstep.recording import record
 from fewstep.rollout import Sampler, rollout
 

@@ -28,12 +28,13 @@ from fewstep.losses.consistency import (
     weight,
 )
 from fewstep.neighbours import EasyTimes, EvenTimes, Neighbours, NoiseLevels
-from fewstep.prediction import heun_step, ode_step, x0_map
+from fewstep.ode import solver_step
+from fewstep.prediction import ode_step, x0_map
 from fewstep.rollout import Sampler, rollout
 from fewstep.schedule import Coefficients, EDMSchedule, FlowSchedule, NoiseSchedule
 from fewstep.trainers.consistency import Boundary, Comparison, Consistency, ConsistencyConfig
 
-SOLVERS = {"none": "none", "euler": "ode", "ddim": "ode", "heun": "heun"}
+SOLVERS = {"none": "none", "euler": "euler", "ddim": "euler", "heun": "heun"}
 
 
 # --- what the cases share ---------------------------------------------------------------------------------------------
@@ -342,7 +343,7 @@ def edm_heun_sampler(golden: GoldenFile) -> None:
             x = x + math.sqrt((sigma + gamma * sigma) ** 2 - sigma**2) * limits[2] * golden["noises"][i]
         t = schedule.time_from_sigma(torch.full((len(x),), sigma + gamma * sigma, dtype=torch.float64))
         if i + 1 < count:
-            x = heun_step(denoise, schedule, x, t, schedule.time_from_sigma(levels[i + 1].expand(len(x))))
+            x = solver_step(denoise, schedule, x, t, schedule.time_from_sigma(levels[i + 1].expand(len(x))), "heun")
         else:
             one = torch.ones_like(t)
             x = ode_step(x, denoise(x, t), schedule.coefficients(t), Coefficients(one, 0 * one))

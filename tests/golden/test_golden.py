@@ -1,4 +1,4 @@
-"""Numbers computed by the methods' own authors' code, met by ours: ``pytest tests -k golden --golden DIR``.
+"""Numbers computed by the methods' own authors' code, met by ours: ``pytest -k golden --golden DIR``.
 
 A new file of a known case needs no code: everything is read from its options and tensors. A new case is a function in
 a ``*_cases.py`` file here and its line in that file's ``CASES``.
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import consistency_cases
 import dmd2_cases
+import matching_cases
 import primitive_cases
 import pytest
 import rectified_flow_cases
@@ -17,6 +18,7 @@ from golden_file import GoldenFile
 CASES = {
     **primitive_cases.CASES,
     **dmd2_cases.CASES,
+    **matching_cases.CASES,
     **sid_cases.CASES,
     **consistency_cases.CASES,
     **rectified_flow_cases.CASES,

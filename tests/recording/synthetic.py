@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor, nn
 
 CHANNELS, SIDE, WIDTH, FRAMES = 3, 4, 8, 5
@@ -17,25 +27,100 @@ CHANNELS, SIDE, WIDTH, FRAMES = 3, 4, 8, 5
 class Traits:
     """How a `TraitPipeline` differs from the plainest one. See the pipeline for what each word means."""
 
-    layout: str = "first"  # first, last, list, five_axes
+    layout: str = "first"  # first, last, list, five_axes, packed
     padded: str = ""  # front, back: a constant beside the sample's channels
     in_place: bool = False
-    time: str = "batch"  # scalar, one, batch, cast, frames, truncated, thousandth, reversed, atan
+    time: str = "batch"  # scalar, one, batch, cast, frames, truncated, thousandth, reversed, atan, own
     next_time: bool = False
     output: str = "same"  # same, half_negated, x0
-    text: str = "fixed"  # fixed, longest, single_trimmed, mask_when_ragged, ragged_list, per_frame
-    tables: str = ""  # tuple, list, complex, batch_ids
+    text: str = "fixed"  # fixed, longest, single_trimmed, mask_when_ragged, ragged_list, per_frame, nested
+    tables: str = ""  # tuple, list, complex, batch_ids, text_ids
     guidance: str = "batched"  # none, batched, sequential
     positive_first: bool = False
     plus_one: bool = False  # pos + w (pos - neg)
     off: str = "one"  # one, zero, only_one, above_one
     negative: str = "empty"  # empty, zeros, stock
     linear: bool = True
-    own_grid: bool = False
+    own_grid: str = ""  # quadratic, linear_quadratic, integers
+    dynamic_shift: bool = False
+    scaled: bool = False  # scale_model_input
     projection: bool = False
 
 
-class TextEncoder(nn.Module):
+#: Every trait that is recorded, proven and trained, as the arguments of `Traits`.
+RECORDABLE: list[dict[str, Any]] = [
+    *({"layout": layout} for layout in ("first", "last", "list", "five_axes", "packed")),
+    *({"padded": padded, "layout": layout} for padded in ("front", "back") for layout in ("first", "last")),
+    {"in_place": True},
+    *({"time": time} for time in ("scalar", "one", "frames", "truncated", "thousandth", "reversed")),
+    {"next_time": True},
+    {"next_time": True, "time": "frames"},
+    {"next_time": True, "own_grid": "quadratic"},
+    {"output": "half_negated"},
+    {"output": "half_negated", "layout": "last"},
+    {"output": "x0"},
+    {"output": "x0", "in_place": True},
+    *(
+        {"text": text, "guidance": guidance, "negative": "stock"}
+        for text in ("fixed", "longest", "single_trimmed", "mask_when_ragged", "ragged_list", "per_frame", "nested")
+        for guidance in ("batched", "sequential")
+    ),
+    *({"tables": tables} for tables in ("tuple", "list", "complex", "batch_ids")),
+    {"tables": "text_ids", "text": "longest"},
+    *({"off": off} for off in ("zero", "only_one", "above_one")),
+    {"guidance": "none"},
+    *(
+        {"guidance": guidance, "positive_first": True, **formula}
+        for guidance in ("batched", "sequential")
+        for formula in ({}, {"plus_one": True, "off": "zero"})
+    ),
+    *({"guidance": guidance, "plus_one": True, "off": "zero"} for guidance in ("batched", "sequential")),
+    {"negative": "zeros"},
+    {"linear": False},
+    {"own_grid": "quadratic"},
+    {"own_grid": "linear_quadratic"},
+    {"dynamic_shift": True},
+    {"projection": True},
+]
+
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_TABLE = {**_BETAS, "clip_sample": False}
+#: Every family of schedulers: what makes one, and the traits of a pipeline that suits it.
+SCHEDULERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "epsilon": (lambda: DDIMScheduler(**_TABLE), {}),
+    "v": (lambda: DDIMScheduler(**_TABLE, prediction_type="v_prediction"), {}),
+    "x0": (lambda: DDIMScheduler(**_TABLE, prediction_type="sample"), {}),
+    "zero_snr": (
+        lambda: DDIMScheduler(**_TABLE, prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        {"time": "scalar"},
+    ),
+    "snr_shift": (
+        lambda: CogVideoXDDIMScheduler(prediction_type="v_prediction", snr_shift_scale=3.0),
+        {},
+    ),
+    "euler": (lambda: EulerDiscreteScheduler(**_BETAS), {"scaled": True}),
+    "edm": (EDMEulerScheduler, {"scaled": True, "time": "own"}),
+    "static_shift": (lambda: FlowMatchEulerDiscreteScheduler(shift=5.0), {}),
+    "integer_flow": (
+        lambda: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        {},
+    ),
+}
+
+
+class _Part:
+    """What diffusers asks of a module that it moves."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+class Projection(_Part, nn.Linear):
+    """A module that runs before the network."""
+
+
+class TextEncoder(_Part, nn.Module):
     """Characters to vectors."""
 
     def __init__(self) -> None:
@@ -46,14 +131,25 @@ class TextEncoder(nn.Module):
         return self.table(ids)
 
 
-class Denoiser(nn.Module):
+class CrossAttention(nn.Module):
+    """What the text says, through one linear layer where adapters can sit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_out = nn.Linear(WIDTH, 32)
+
+    def forward(self, told: Tensor) -> Tensor:
+        return self.to_out(told)
+
+
+class Denoiser(_Part, nn.Module):
     """A small network that reacts to all it is told."""
 
     def __init__(self, traits: Traits) -> None:
         super().__init__()
         self.traits = traits
         n = CHANNELS * SIDE * SIDE
-        self.enter, self.time, self.text = nn.Linear(n, 32), nn.Linear(16, 32), nn.Linear(WIDTH, 32)
+        self.enter, self.time, self.text = nn.Linear(n, 32), nn.Linear(16, 32), CrossAttention()
         self.leave = nn.Linear(32, 2 * n if traits.output == "half_negated" else n)
 
     def forward(
@@ -77,6 +173,8 @@ class Denoiser(nn.Module):
         h = self.enter(x.flatten(1)) + self._moment(timestep, batch)
         if next_timestep is not None:
             h = h + 0.5 * self._moment(next_timestep, batch)
+        if isinstance(text, dict):
+            text = text["rows"]["all"]
         if isinstance(text, list):
             told = torch.stack([one.mean(0) for one in text])
         elif mask is not None:
@@ -97,7 +195,7 @@ class Denoiser(nn.Module):
     def _moment(self, timestep: Any, batch: int) -> Tensor:
         t = torch.as_tensor(timestep).float()
         t = t.reshape(-1).expand(batch) if t.numel() == 1 else t.reshape(batch, -1).mean(1)
-        t = t if self.traits.time in ("thousandth", "reversed", "atan") else t / 1000
+        t = t if self.traits.time in ("thousandth", "reversed", "atan", "own") else t / 1000
         angles = t[:, None] * 3 + torch.arange(16)
         return self.time(torch.sin(angles).to(self.time.weight.dtype)).to(self.enter.weight.dtype)
 
@@ -128,7 +226,7 @@ class TraitPipeline(DiffusionPipeline):
         longest = max(len(row) for row in rows)
         if kind == "ragged_list":
             return [self.text_encoder(torch.tensor([row]))[0] for row in rows], None
-        length = 20 if kind in ("fixed", "per_frame", "single_trimmed") else longest
+        length = 20 if kind in ("fixed", "per_frame", "single_trimmed", "nested") else longest
         if kind == "single_trimmed" and len(prompts) == 1:
             length = longest
         padded = torch.tensor([(row + [0] * length)[:length] for row in rows])
@@ -169,14 +267,13 @@ class TraitPipeline(DiffusionPipeline):
                 told.append(self._told([given] * batch if isinstance(given, str) else given))
         if not traits.positive_first:
             told.reverse()
+        self._set_timesteps(num_inference_steps)
         x = torch.randn(batch, *self._shape(), generator=generator).to(self.network.enter.weight.dtype)
-        if traits.own_grid:
-            scheduler.set_timesteps(sigmas=[1 - (i / num_inference_steps) ** 2 for i in range(num_inference_steps)])
-        else:
-            scheduler.set_timesteps(num_inference_steps)
+        x = x * getattr(scheduler, "init_noise_sigma", 1.0)
         for i, t in enumerate(scheduler.timesteps):
             following = scheduler.timesteps[i + 1] if i + 1 < len(scheduler.timesteps) else torch.zeros(())
-            answers = self._answers(x, t, following, told)
+            given = scheduler.scale_model_input(x, t) if traits.scaled else x
+            answers = self._answers(given, t, following, told)
             answer = answers[0]
             if guided:
                 positive, negative = answers if traits.positive_first else answers[::-1]
@@ -189,13 +286,36 @@ class TraitPipeline(DiffusionPipeline):
                 x[:] = result
             else:
                 x = result
+        if traits.layout == "packed":
+            x = x.movedim(-1, 1).unflatten(-1, (SIDE, SIDE))
         image = ((x.movedim(-1, 1) if traits.layout == "last_all" else x) / 2 + 0.5).clamp(0, 1)
         return ImagePipelineOutput(images=image.squeeze(2) if traits.layout == "five_axes" else image)
+
+    def _set_timesteps(self, count: int) -> None:
+        kind = self.traits.own_grid
+        if kind == "quadratic":
+            self.scheduler.set_timesteps(sigmas=[1 - (i / count) ** 2 for i in range(count)])
+        elif kind == "linear_quadratic":
+            # Half of the steps go evenly through the first fortieth, the others ever faster: no grid of one step.
+            first = count // 2
+            even = [1 - i * 0.025 / first for i in range(first)]
+            falling = [0.975 * (1 - (i / (count - first)) ** 2) for i in range(count - first)]
+            self.scheduler.set_timesteps(sigmas=even + falling if first else [1 / first])
+        elif kind == "integers":
+            # The network is told whole numbers; the noise levels are shifted apart from them.
+            times = torch.linspace(1000, 1, count).long().float()
+            self.scheduler.set_timesteps(sigmas=(times / 1000).tolist(), timesteps=times.tolist(), mu=0.5)
+        elif self.traits.dynamic_shift:
+            self.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / count, count).tolist(), mu=0.7)
+        else:
+            self.scheduler.set_timesteps(count)
 
     def _scale(self, w: float, t: Tensor) -> float:
         return w
 
     def _shape(self) -> tuple[int, ...]:
+        if self.traits.layout == "packed":
+            return (SIDE * SIDE, CHANNELS)
         return (CHANNELS, 1, SIDE, SIDE) if self.traits.layout == "five_axes" else (CHANNELS, SIDE, SIDE)
 
     def _told(self, prompts: list[str]) -> tuple[Any, Tensor | None]:
@@ -220,7 +340,8 @@ class TraitPipeline(DiffusionPipeline):
 
     def _ask(self, x: Tensor, t: Tensor, following: Tensor, text: Any, mask: Tensor | None) -> Tensor:
         traits, batch = self.traits, len(x)
-        arguments: dict[str, Any] = {"text": text, "mask": mask, "timestep": self._time(t, batch), "scale": 2}
+        told = {"rows": {"all": text, "none": None}, "count": 1} if traits.text == "nested" else text
+        arguments: dict[str, Any] = {"text": told, "mask": mask, "timestep": self._time(t, batch), "scale": 2}
         if traits.next_time:
             arguments["next_timestep"] = self._time(following, batch)
         table = torch.linspace(0, 1, 6).view(3, 2)
@@ -231,6 +352,8 @@ class TraitPipeline(DiffusionPipeline):
         }.get(traits.tables)
         if self.embedded is not None:
             arguments["ids"] = torch.full((batch, 1), float(self.embedded))
+        if traits.tables == "text_ids":
+            arguments["ids"] = torch.arange(text.shape[1]).float()[:, None].expand(-1, 3) / 10
         if traits.tables == "batch_ids":
             arguments["ids"] = table[None].repeat(batch, 1, 1)
         sample: Any = x
@@ -291,6 +414,12 @@ class TrueGuidancePipeline(TraitPipeline):
         self.embedded = guidance_scale
         scale = 1.0 if negative_prompt is None else true_cfg_scale
         return super().__call__(prompt, negative_prompt, scale, num_inference_steps, generator)
+
+
+def _scheduler(traits: Traits) -> FlowMatchEulerDiscreteScheduler:
+    if traits.dynamic_shift or traits.own_grid == "integers":
+        return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return FlowMatchEulerDiscreteScheduler(shift=1.0 if traits.own_grid == "linear_quadratic" else 2.0)
 
 
 class ExpertPipeline(TraitPipeline):
@@ -364,8 +493,8 @@ def synthetic(traits: Traits, scheduler: Any = None) -> TraitPipeline:
         pipeline = TraitPipeline(
             Denoiser(traits),
             TextEncoder(),
-            nn.Linear(WIDTH, WIDTH),
-            FlowMatchEulerDiscreteScheduler(shift=2.0) if scheduler is None else scheduler,
+            Projection(WIDTH, WIDTH),
+            _scheduler(traits) if scheduler is None else scheduler,
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

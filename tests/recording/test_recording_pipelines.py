@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
+import pipeline_folder
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -25,16 +25,7 @@ SHAKES = pytest.mark.parametrize("shake", [False, True], ids=["as-is", "shaken"]
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "zoo_name" in metafunc.fixturenames:
-        folder = metafunc.config.getoption("zoo")
-        names = sorted(json.loads((folder / "manifest.json").read_text())) if folder else []
-        absent = pytest.param("none", marks=pytest.mark.skip(reason="no folder of tiny pipelines: give --zoo DIR"))
-        metafunc.parametrize("zoo_name", names or [absent])
-
-
-def load_zoo(zoo: Path, name: str) -> tuple[Any, dict[str, Any]]:
-    """A zoo pipeline and its call."""
-    pipeline = DiffusionPipeline.from_pretrained(zoo / name, local_files_only=True)
-    return pipeline, json.loads((zoo / "manifest.json").read_text())[name]["call"]
+        metafunc.parametrize("zoo_name", pipeline_folder.names(metafunc.config, sample=False))
 
 
 def denoisers(pipeline: Any) -> list[nn.Module]:
@@ -151,7 +142,8 @@ def test_tiny_images_go_in_and_out(tiny: tuple[str, Any, dict[str, Any]]) -> Non
 
 def test_zoo(zoo: Path, zoo_name: str) -> None:
     """As they are and with shaken weights; one test, because loading takes longer than recording."""
-    pipeline, call = load_zoo(zoo, zoo_name)
+    pipeline = DiffusionPipeline.from_pretrained(zoo / zoo_name, local_files_only=True)
+    call = pipeline_folder.call_of(zoo, zoo_name, pipeline)
     assert_encodes(recorded_and_proved(pipeline, call, shake=False))
     recorded_and_proved(pipeline, call, shake=True)
 

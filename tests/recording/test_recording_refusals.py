@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,17 +11,23 @@ import torch
 from diffusers import (
     ControlNetModel,
     DDIMInverseScheduler,
+    DiffusionPipeline,
+    FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
     LCMScheduler,
+    SCMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPAGPipeline,
+    TCDScheduler,
 )
 from synthetic import TraitPipeline, Traits, synthetic
 from tiny_pipelines import tiny_ddim, tiny_dit, tiny_stable_diffusion
 from torch import nn
 
+from fewstep.export import load
 from fewstep.recording import RecordingError, record
 
 
@@ -67,10 +75,50 @@ def test_a_guidance_of_none_is_the_pipelines_own() -> None:
     assert record(tiny_stable_diffusion(), guidance_scale=None).guidance.argument_scale == 7.5
 
 
-def test_few_step_students() -> None:
+@pytest.mark.parametrize("kind", [LCMScheduler, TCDScheduler])
+def test_schedulers_of_few_step_students(kind: type) -> None:
     pipeline = tiny_stable_diffusion()
-    pipeline.scheduler = LCMScheduler()
-    refused(pipeline, "with LCMScheduler is a few-step student already", prompt="the cat")
+    pipeline.scheduler = kind()
+    refused(pipeline, f"with {kind.__name__} is a few-step student already; record its teacher", prompt="the cat")
+
+
+@pytest.mark.parametrize("kind", [FlowMatchLCMScheduler, FlowMapEulerDiscreteScheduler, SCMScheduler])
+def test_schedulers_of_few_step_flow_students(kind: type) -> None:
+    refused(synthetic(Traits(), kind()), f"with {kind.__name__} is a few-step student already", prompt="a cat")
+
+
+def test_students_of_fewstep_itself(tmp_path: Path) -> None:
+    """A table student with an ODE walk has a DDIM scheduler, as its teacher may have."""
+    tiny_ddim().save_pretrained(tmp_path)
+    about = {"call": {"num_inference_steps": 2}, "base_model": "example/teacher"}
+    (tmp_path / "fewstep.json").write_text(json.dumps(about))
+    refused(load(tmp_path), r"\(distilled by fewstep from example/teacher\) is a few-step student already")
+    stock = DiffusionPipeline.from_pretrained(tmp_path)
+    refused(stock, "holds a fewstep.json\\) is a few-step student already")
+
+
+def test_pipelines_that_say_they_make_few_steps() -> None:
+    class Sprint(TraitPipeline):
+        def __call__(self, prompt: str, num_inference_steps: int = 2) -> Any:
+            return super().__call__(prompt, num_inference_steps=num_inference_steps)
+
+    parts = synthetic(Traits(guidance="none")).components
+    refused(Sprint(**parts), r"Sprint \(2 steps by default\) is a few-step student already", prompt="a cat")
+
+    class Marked(TraitPipeline):
+        def __init__(self, network: Any, text_encoder: Any, projection: Any, scheduler: Any, is_distilled: bool = True):
+            super().__init__(network, text_encoder, projection, scheduler)
+            self.register_to_config(is_distilled=is_distilled)
+
+    refused(Marked(**parts), r"\(is_distilled in its model_index.json\) is a few-step student", prompt="a cat")
+
+
+def test_a_fixed_list_of_steps() -> None:
+    class Fixed(TraitPipeline):
+        def _set_timesteps(self, count: int) -> None:
+            self.scheduler.set_timesteps(sigmas=[1.0, 0.9, 0.7, 0.4])
+
+    refused(Fixed(**synthetic(Traits()).components), "makes 4 steps where 101 were asked: a fixed list", prompt="a cat")
 
 
 def test_offloaded_pipelines() -> None:

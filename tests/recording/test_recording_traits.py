@@ -7,41 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
-from synthetic import FRAMES, Traits, TrueGuidancePipeline, synthetic
+from synthetic import FRAMES, RECORDABLE, SCHEDULERS, Traits, TrueGuidancePipeline, synthetic
 from torch import nn
 
 from fewstep.conditioning import Conditioning
 from fewstep.recording import Recording, RecordingError, record
-
-RECORDABLE = [
-    *({"layout": layout} for layout in ("first", "last", "list", "five_axes")),
-    *({"padded": padded, "layout": layout} for padded in ("front", "back") for layout in ("first", "last")),
-    {"in_place": True},
-    *({"time": time} for time in ("scalar", "one", "frames", "truncated", "thousandth", "reversed")),
-    {"next_time": True},
-    {"next_time": True, "time": "frames"},
-    {"next_time": True, "own_grid": True},
-    {"output": "half_negated"},
-    {"output": "half_negated", "layout": "last"},
-    {"output": "x0"},
-    {"output": "x0", "in_place": True},
-    *(
-        {"text": text, "guidance": guidance, "negative": "stock"}
-        for text in ("fixed", "longest", "single_trimmed", "mask_when_ragged", "ragged_list", "per_frame")
-        for guidance in ("batched", "sequential")
-    ),
-    *({"tables": tables} for tables in ("tuple", "list", "complex", "batch_ids")),
-    *({"off": off} for off in ("zero", "only_one", "above_one")),
-    {"guidance": "none"},
-    {"positive_first": True},
-    {"positive_first": True, "guidance": "sequential"},
-    {"plus_one": True, "off": "zero"},
-    {"negative": "zeros"},
-    {"linear": False},
-    {"own_grid": True},
-    {"projection": True},
-]
 
 
 def _name(traits: dict[str, Any]) -> str:
@@ -56,6 +26,16 @@ def _recorded(prompt: str = "a cat", scheduler: Any = None, **traits: Any) -> Re
 def test_every_trait_is_recorded_and_proved(traits: dict[str, Any]) -> None:
     proof = _recorded(**traits).prove()
     assert proof.worst() <= 1e-6 and not proof.shaken
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_family_of_schedulers_is_recorded_and_proved(name: str) -> None:
+    make, traits = SCHEDULERS[name]
+    recording = _recorded(scheduler=make(), **traits)
+    assert recording.prove().worst() <= 1e-5
+    assert recording.prediction_type == {"v": "v_prediction", "x0": "sample", "edm": "edm"}.get(
+        name, "flow" if "flow" in name or "static" in name else "v_prediction" if "snr" in name else "epsilon"
+    )
 
 
 @pytest.mark.parametrize("layout", ["first", "last", "list"])
@@ -80,6 +60,12 @@ def test_the_floor_of_a_velocity_is_found() -> None:
     output = _recorded(output="x0").recipe.output
     assert (output.relation, output.scale) == ("velocity", 1000.0)
     assert output.floor == pytest.approx(0.05)
+
+
+def test_whole_timesteps_beside_shifted_noise_levels_are_refused() -> None:
+    """The network's time does not name its noise level, whatever scheduler a student has."""
+    with pytest.raises(RecordingError, match=r"gives the network the timestep \d+ at the noise level 0\.\d+"):
+        _recorded(own_grid="integers")
 
 
 def test_a_time_that_no_scheduler_feeds_is_refused() -> None:
@@ -150,10 +136,8 @@ def test_rows_repeated_per_frame_stay_together() -> None:
 
 
 def test_integer_timesteps_of_a_flow_scheduler_are_no_sigmas() -> None:
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    recording = _recorded(scheduler=scheduler)
-    assert recording.recipe.times[0].dtype == "float32" and recording.prediction_type == "flow"
-    assert recording.prove().worst() <= 1e-5
+    recording = _recorded(scheduler=SCHEDULERS["integer_flow"][0]())
+    assert recording.recipe.times[0].dtype == "float32"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -195,7 +179,7 @@ def test_a_wrong_recipe_does_not_pass() -> None:
 
 def test_a_network_that_ignores_the_prompt_is_named() -> None:
     pipeline = synthetic(Traits())
-    nn.init.zeros_(pipeline.network.text.weight)
+    nn.init.zeros_(pipeline.network.text.to_out.weight)
     recording = record(pipeline, prompt="a cat")
     before = {name: value.clone() for name, value in pipeline.network.state_dict().items()}
     with pytest.warns(UserWarning, match="does not change with the prompt.*repeated on shaken weights"):

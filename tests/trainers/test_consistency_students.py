@@ -13,8 +13,9 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from fewstep.cli import main
-from fewstep.distillation import Distillation, distill, method_class
+from fewstep.distillation import Distillation, distill
 from fewstep.errors import UserError
+from fewstep.methods import method_class
 from fewstep.recording.shake import shaken
 from fewstep.rollout import Sampler, rollout
 

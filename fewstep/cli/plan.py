@@ -1,0 +1,115 @@
+"""``fewstep plan TEACHER``."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+
+from diffusers.utils.logging import set_verbosity_error
+
+from fewstep.cli.parsing import Parser, parse, with_values
+from fewstep.errors import UserError
+from fewstep.ledger import forward_passes
+from fewstep.method import Calls
+from fewstep.methods import method_class, methods
+from fewstep.planning import LEFT_OUT, PERIOD, Plan, Planner, size
+
+_UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
+
+
+def run(words: Sequence[str]) -> None:
+    """Print what a run would take, and whether it fits."""
+    method = words[1] if len(words) > 1 and not words[1].startswith("-") else "dmd2"
+    config_class = method_class(method).Config
+    parser = Parser(
+        prog="fewstep plan",
+        description="What a run would take: parameters, memory, network calls. No weights are loaded or fetched.",
+    )
+    parser.add_argument("teacher", type=str, help="folder (configuration files are enough), hub id, or embedded name")
+    parser.add_argument("method", nargs="?", type=str, default="dmd2", help=f"one of: {', '.join(methods())}")
+    parser.add_argument("--memory", type=str | None, default=None, help="what there is, such as 24GB")
+    parser.add_argument("--config", action="config", help="YAML file with any of these flags; flags after it win")
+    parser.add_class_arguments(config_class, skip={"teacher", "out"})
+    parsed = parse(parser, with_values(words, config_class))
+    settings = {name: value for name, value in parsed.items() if name not in ("method", "memory", "config")}
+    # What diffusers says of networks is not about these, and what fake tensors refuse is told in one line.
+    set_verbosity_error()
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    memory = None if parsed.memory is None else memory_bytes(parsed.memory)
+    planner = Planner(config_class(out="", **settings), method)
+    plan = planner.plan()
+    print(describe(plan))
+    if memory is not None:
+        print(_row("fits", _verdict(planner, plan, memory)))
+
+
+def memory_bytes(text: str) -> int:
+    """``24GB``, ``80GiB``, ``500MB`` or a plain number of GB, in bytes.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
+        raise UserError(f"--memory takes a size such as 24GB or 80GiB, not {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def describe(plan: Plan) -> str:
+    """A plan as a table for people; every number says how it came about."""
+    roles = plan.roles
+    weights = {"pipeline": plan.kept} | {name: role.weights for name, role in roles.items()}
+    graphs = {f"{name}'s turn": moment.graph for name, moment in plan.moments.items()}
+    moments = {f"{name}'s turn": moment.peak for name, moment in plan.moments.items()}
+    rows = [
+        ("teacher", f"{plan.teacher}: {plan.pipeline}, {plan.component}, {list(plan.sample_shape)} per sample"),
+        ("run", f"{plan.method}, {plan.settings}"),
+        ("parameters", "computed: " + ", ".join(f"{k} {_count(v)}" for k, v in plan.parameters.items())),
+        ("recording", f"computed: {size(plan.recording)}, the whole pipeline in float32, text encoders included"),
+        ("weights", f"computed: {_sizes(weights)}"),
+        ("gradients", f"computed: {_sizes({name: role.gradients for name, role in roles.items()})}, one at a time"),
+        ("optimizer", f"computed: {_sizes({name: role.optimizer for name, role in roles.items()})}"),
+        ("activations", f"estimated: {_sizes(graphs)}, kept for the backward pass"),
+        ("", f"estimated: {_sizes(moments)}, at most, with gradients and working memory"),
+        ("peak", f"estimated: {size(plan.peak)}: weights, optimizer and the larger turn"),
+        ("network calls", f"computed: a step and sample, mean of the last {PERIOD} steps: {_calls(plan.calls)}"),
+        ("", f"{forward_passes(plan.calls):.2f} forward passes, if a tapped pass cost as much as a whole one"),
+        ("not counted", LEFT_OUT),
+        ("assumed", "the call was recorded from networks without weights: shapes are seen, nothing is proven"),
+    ]
+    if plan.device == "cpu" and "bf16" in plan.settings:
+        rows.append(("", "bfloat16 as on a CPU; a GPU's autocast keeps norms in float32, which takes a little more"))
+    return "\n".join(_row(name, text) for name, text in rows)
+
+
+def _verdict(planner: Planner, plan: Plan, memory: int) -> str:
+    if plan.peak <= memory:
+        return f"yes: {size(memory - plan.peak)} of {size(memory)} to spare"
+    return f"no: {size(plan.peak - memory)} more than {size(memory)}; {planner.advice(plan, memory)}"
+
+
+def _row(name: str, text: str) -> str:
+    return f"{name:<15}{text}"
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size(number)}" for name, number in sizes.items() if number) or "none"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:,.1f} M" if number >= 1e6 else f"{number / 1e3:,.1f} K"
+
+
+def _calls(calls: Mapping[str, Calls]) -> str:
+    kinds = {
+        "no_grad": "without gradient",
+        "to_parameters": "trained",
+        "to_inputs": "with the gradient of its input",
+        "jvp": "with a tangent",
+    }
+    parts = []
+    for name, one in calls.items():
+        counts = [f"{count:.2f} {kinds[kind]}" for kind, count in vars(one).items() if count]
+        parts += [f"{name} {' + '.join(counts)}"] if counts else []
+    return ", ".join(parts)

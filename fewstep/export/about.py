@@ -1,0 +1,100 @@
+"""What a student says of itself: ``fewstep.json``, read from a folder or the hub, and the call that it fills in."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from fewstep.export.errors import ExportError
+
+FILE = "fewstep.json"
+
+
+def read_about(student: str | Path, **fetching: Any) -> dict[str, Any]:
+    """The content of a student's ``fewstep.json``; ``fetching`` are huggingface_hub's download arguments.
+
+    Raises:
+        ExportError: no such folder or hub repository, or not a student.
+    """
+    path = fetched(student, FILE, **fetching)
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(about["call"], dict):
+            raise TypeError("call is not a table")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{FILE} of {student} is damaged ({error!r}); export the student again") from error
+    return about
+
+
+def fetched(student: str | Path, name: str, **fetching: Any) -> Path:
+    """Where a file of a student lies, downloaded if need be; arguments and errors as :func:`read_about`."""
+    folder = Path(student)
+    if folder.is_dir():
+        path = folder / name
+        if path.is_file():
+            return path
+        if not (folder / FILE).is_file() and not (folder / "model_index.json").is_file():
+            raise ExportError(f"{student} is not a diffusers pipeline: it has no model_index.json")
+        raise ExportError(
+            f"{student} is not a fewstep student: it has no {name}; load it with DiffusionPipeline.from_pretrained"
+        )
+    if isinstance(student, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", student):
+        return _download(student, name, fetching)
+    raise ExportError(f"there is no folder {student}")
+
+
+def _download(repository: str, name: str, fetching: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, name, **fetching))
+    except LocalEntryNotFoundError as error:
+        raise ExportError(f"there is no folder {repository}, and the hub cannot be reached for it") from error
+    except EntryNotFoundError as error:
+        raise ExportError(f"{repository} on the hub is not a fewstep student: it has no {name}") from error
+    except HfHubHTTPError as error:
+        reason = type(error).__name__
+        raise ExportError(f"there is no folder {repository}, nor can the hub give it ({reason})") from error
+
+
+def student_class(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type[DiffusionPipeline]:
+    """A subclass of ``stock`` that fills in the call, under its name, so that what it saves names the stock class."""
+    signature = inspect.signature(stock.__call__)
+
+    @functools.wraps(stock.__call__)
+    def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        missing = {name: value for name, value in about["call"].items() if name not in given}
+        count, counts = given.get("num_inference_steps"), about.get("counts")
+        if count is not None and counts and count not in counts:
+            held = ", ".join(map(str, counts))
+            warnings.warn(f"this student samples right at {held} steps, not at {count}", stacklevel=2)
+        return stock.__call__(self, *args, **kwargs, **missing)
+
+    def save_pretrained(self: DiffusionPipeline, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        stock.save_pretrained(self, save_directory, *args, **kwargs)
+        write_about(Path(save_directory), about)
+
+    body = {
+        "__call__": call,
+        "__doc__": stock.__doc__,
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "fewstep": about,
+    }
+    if "lora" not in about:  # a pipeline that carries an adapter saves what it always does
+        body["save_pretrained"] = functools.wraps(stock.save_pretrained)(save_pretrained)
+    return type(stock.__name__, (stock,), body)
+
+
+def write_about(folder: Path, about: dict[str, Any]) -> None:
+    """Write ``fewstep.json`` into a student's folder."""
+    (folder / FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

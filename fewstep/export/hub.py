@@ -1,0 +1,47 @@
+"""Publishing a student on the Hugging Face hub: its folder as it is, the card with the repository's name filled in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewstep.errors import UserError
+from fewstep.export.card import PLACEHOLDER
+
+
+def publish(run: Path, repository: str, private: bool = False) -> str:
+    """Upload what a run exported: the whole pipeline where there is one, and a LoRA beside it as ``repository-lora``.
+
+    Args:
+        run: its folder, which holds ``student/`` or ``student_lora/`` or both.
+        repository: ``owner/name``, or a name of the user's own; made where it is not there yet.
+        private: make a new repository a private one.
+
+    Returns:
+        One line that says where everything is.
+
+    Raises:
+        UserError: the hub does not take it: no token, no right, no network. The folders stay as they are.
+    """
+    found = [run / form for form in ("student", "student_lora") if (run / form).is_dir()]
+    places = [_push(folder, f"{repository}{suffix}", private) for folder, suffix in zip(found, ("", "-lora"))]
+    return f"published: {', '.join(places)}"
+
+
+def _push(folder: Path, repository: str, private: bool) -> str:
+    from huggingface_hub import HfApi
+
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8")
+    hub = HfApi()
+    try:
+        made = hub.create_repo(repository, private=private or None, exist_ok=True)
+        card.write_text(text.replace(PLACEHOLDER, f'"{made.repo_id}"'), encoding="utf-8")
+        hub.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="A few-step student by fewstep")
+    except Exception as error:  # the client's own errors, its transport's and the system's have no common class
+        card.write_text(text, encoding="utf-8")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the hub did not take {repository} ({reason}); the student is whole in {folder}: mend that, then --resume "
+            "pushes it again"
+        ) from error
+    return str(made)

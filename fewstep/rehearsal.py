@@ -1,0 +1,188 @@
+"""One training step without a run around it, to weigh on fake tensors (``fewstep plan``) or to measure on real ones.
+
+The method, its roles, its turns and the updates are those of a run. What a run does beside them is left out: prompts,
+files, proofs, and the trial export, so that the student's grid is an even one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from fewstep.asking import guidance_of
+from fewstep.cast import make_roles
+from fewstep.conditioning import Conditioning
+from fewstep.config import RunConfig
+from fewstep.distillation import Distillation
+from fewstep.draws import Draws
+from fewstep.export.phased import phased_recording
+from fewstep.features import FeatureTap, likely_tap
+from fewstep.method import Batch, Method, Pairs, Real, Turn
+from fewstep.methods import method_class
+from fewstep.phases import Phase
+from fewstep.recording import Recording
+from fewstep.roles import Role, update_average
+from fewstep.rollout import Sampler
+from fewstep.timesteps import even_grid
+
+#: Makes the context in which networks are made and run: that of fake tensors, a device, or none.
+World = Callable[[], AbstractContextManager[Any]]
+
+
+class Rehearsal(Distillation):
+    """What a method is prepared with, and batches for its steps.
+
+    Args:
+        config: of the run.
+        method: name of the method.
+        pipeline: the teacher, hollow or real.
+        recording: of that pipeline.
+        device: of the roles.
+        world: that of fake tensors for a plan. What a method works out with numbers of its own, it works out on real
+            ones.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: str,
+        pipeline: DiffusionPipeline,
+        recording: Recording,
+        device: torch.device | str = "cpu",
+        world: World = nullcontext,
+    ) -> None:
+        self.config, self.method, self.pipeline, self.recording = config, method, pipeline, recording
+        self.student_recording, self.pairs, self.real = recording, None, None
+        self.device, self.world = torch.device(device), world
+        schedule = recording.schedule
+        self.shift = config.shift or 1.0
+        renoise = "fresh" if config.renoise == "fresh" else "ode"
+        self.sampler = Sampler(schedule, tuple(even_grid(config.steps).tolist()), renoise, schedule.initial_scale())
+        self.guidance_scale = guidance_of(config, recording)
+        negative = recording.negative()
+        self.negative = None if negative is None else negative.to(device=self.device)
+        self._conditions = self._conditioning(config.batch_size)
+        self._real = None
+        if config.data is not None:
+            x0 = torch.zeros(config.batch_size, *recording.sample_shape, device=self.device)
+            self._real = Real(x0, self._conditions)
+
+    def prepare(self) -> Method:
+        """The method with its roles."""
+        return method_class(self.method).prepare(self.config, self)
+
+    def make_roles(self, *names: str) -> dict[str, Role]:
+        """As in a run."""
+        with self.world():
+            return _first_expert_only(super().make_roles(*names))
+
+    def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
+        """As in a run; how the student is shipped is not looked at."""
+        shipped = phased_recording(self.recording, phases)
+        with self.world():
+            roles = make_roles(self.config, self.recording, ("student", *names), self.device, shipped)
+        return _first_expert_only(roles)
+
+    def add_head(self, role: Role) -> FeatureTap:
+        """As in a run."""
+        with self.world():
+            return super().add_head(role)
+
+    def run_pairs(self) -> _NoPairs:
+        """Pairs are made before the training."""
+        return _NoPairs()
+
+    def initialize(self, roles: dict[str, Role]) -> None:
+        """Nothing: other weights take no other memory."""
+
+    def batch(self, step: int, draws: type[Draws] | None = None) -> Batch:
+        """The micro-batch of a step: the recording's own prompt or label for every sample, grey images where asked.
+
+        Args:
+            step: of the run.
+            draws: the class of its draws; by default they are such that no step costs more.
+        """
+        size, shape = self.config.batch_size, self.recording.sample_shape
+        drawn = (draws or _LongestDraws)(self.config.seed, step, range(size), self.device)
+        pairs = None
+        if self.pairs is not None:
+            noise = torch.zeros(size, *shape, device=self.device)
+            pairs = Pairs(torch.zeros_like(noise), noise, self._conditions)
+        return Batch(size, shape, self._conditions, drawn, self._real, logging=False, pairs=pairs)
+
+    def _tapped(self, role: Role) -> tuple[FeatureTap, Tensor]:
+        """As in a run, but the tap's place alone is looked up: which tokens are the image is not observed."""
+        x = torch.zeros(2, *self.recording.sample_shape, device=self.device)
+        t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
+        denoiser = next(iter(role.experts.values())).denoiser
+        tap = likely_tap(denoiser.network)
+        with self.world(), torch.no_grad():
+            return tap, denoiser.features(x, t, self._conditioning(2), tap)
+
+    def _conditioning(self, size: int) -> Conditioning:
+        return Conditioning(self.recording.marked, 1).select([0] * size).to(device=self.device)
+
+    def _say(self, line: str) -> None:
+        pass
+
+
+class _LongestDraws(Draws):
+    """Draws whose shared integer, the step at which a student's walk ends, is the largest: no walk costs more.
+
+    What the host decides by is drawn for real, also where tensors are fake.
+    """
+
+    def shared_integer(self, name: str, low: int, high: int) -> int:
+        self._claim(name)
+        return high - 1
+
+    def coins(self, name: str, probability: float) -> list[bool]:
+        with unset_fake_temporarily():
+            return super().coins(name, probability)
+
+
+class _NoPairs:
+    """In the place of a run's pairs: nothing is made, and every batch holds zeros."""
+
+    def make(self, *_settings: Any, real: Any = None) -> None:
+        return None
+
+    def stream(self, *_folders: Any) -> _NoPairs:
+        return self
+
+
+def _first_expert_only(roles: dict[str, Role]) -> dict[str, Role]:
+    for role in roles.values():
+        if len(role.experts) > 1:
+            role.denoiser.intervals = _FirstExpert()
+    return roles
+
+
+class _FirstExpert:
+    """Where several networks share the time: all samples go to the first, as only the times' values could tell."""
+
+    def index(self, t: Tensor) -> _FirstExpert:
+        self._rows = len(t)
+        return self
+
+    def tolist(self) -> list[int]:
+        return [0] * self._rows
+
+
+def backward(method: Method, turn: Turn) -> None:
+    """The gradients of a turn's role, as the loop takes them."""
+    tensors = [tensor for tensor, _ in turn.backward]
+    gradients = [torch.ones_like(t) if g is None else g.to(t.dtype) for t, g in turn.backward]
+    torch.autograd.backward(tensors, gradients, inputs=method.roles[turn.role].parameters())
+
+
+def move_averages(method: Method, turn: Turn, decay: float) -> None:
+    """What the loop does after a student's update."""
+    if turn.role == "student" and "ema" in method.roles:
+        update_average(method.roles["ema"], method.roles["student"], decay)

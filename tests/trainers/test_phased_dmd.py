@@ -1,0 +1,336 @@
+"""Phased DMD's own class on small real networks, in the real loop: phases, renewal, routing, resume, and a mixture."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mixture import MixtureTeacher, energy_distance, mixture_sample
+from test_dmd2 import TABLE
+from torch import Tensor
+from toys import Labels, TinyNetwork, make_loop, role, unconditional
+
+from fewstep import checkpoint
+from fewstep.draws import Draws
+from fewstep.errors import UserError
+from fewstep.guidance import GuidedDenoiser
+from fewstep.loop import sampling_role
+from fewstep.method import Batch, Renew, Turn
+from fewstep.phases import make_phases
+from fewstep.roles import Role
+from fewstep.rollout import Sampler, rollout
+from fewstep.routing import RoutedRole
+from fewstep.schedule import EDMSchedule, FlowSchedule
+from fewstep.trainers.phased_dmd import PhasedDmd, PhasedDmdConfig, critic_names
+
+GRID = (1.0, 0.75, 0.5, 0.25)
+KINDS = {
+    "epsilon": (TABLE, "epsilon"),
+    "v": (TABLE, "v_prediction"),
+    "sample": (TABLE, "sample"),
+    "flow": (FlowSchedule(), "flow"),
+    "edm": (EDMSchedule(), "edm"),
+}
+
+
+def config(out: Path, **settings) -> PhasedDmdConfig:
+    defaults = {"max_steps": 8, "batch_size": 4, "log_steps": 1, "report_to": "none", "lr": 1e-2, "sample_steps": 0}
+    return PhasedDmdConfig(teacher="tiny", out=str(out), **{**defaults, **settings})
+
+
+def method(settings: PhasedDmdConfig, kind: str = "flow", network=lambda: TinyNetwork(6), grid=GRID) -> PhasedDmd:
+    """Phased DMD over vectors; all roles start as the teacher."""
+    schedule, prediction = KINDS[kind]
+    torch.manual_seed(0)
+    weights = network().state_dict()
+
+    def make(name: str, trainable: bool) -> Role:
+        one = network()
+        one.load_state_dict(weights)
+        return role(name, one, schedule, prediction, trainable)
+
+    phases = make_phases(grid, settings.phases)
+
+    def experts(name: str, trainable: bool) -> RoutedRole:
+        return RoutedRole(name, {f"phase_{k}": (p.lowest, make(name, trainable)) for k, p in enumerate(phases, 1)})
+
+    roles = {"teacher": make("teacher", False), "student": experts("student", True)}
+    roles |= {name: make(name, True) for name in critic_names(settings, len(phases))}
+    if settings.ema_decay:
+        roles["ema"] = experts("ema", False)
+    sampler = Sampler(schedule, grid, settings.renoise, schedule.initial_scale())
+    return PhasedDmd(settings, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler, phases)
+
+
+def batch(step: int, size: int = 4) -> Batch:
+    return Batch(size, (6,), Labels().batch(0, range(size)), Draws(0, step, range(size)), None, logging=False)
+
+
+def weights(one: Role) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in one.state_dict().items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def of(phase: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if f"phase_{phase}." in name}
+
+
+# --- the order of things ----------------------------------------------------------------------------------------------
+
+
+def test_phases_are_trained_one_after_the_other_noisiest_first(tmp_path: Path):
+    one = method(config(tmp_path, max_steps=12, phases=[1, 2, 1], phase_steps=4, critic_updates=3))
+    played = [[type(t).__name__ + " " + t.role for t in one.turns(step, batch(step))] for step in range(12)]
+    student, critic = ["Turn student", "Turn critic"], ["Turn critic"]
+    renewed = ["Renew critic", "Renew student"]
+    first = [student, critic, critic, student]
+    assert played == [*first, renewed + student, critic, critic, student, renewed + student, critic, critic, student]
+
+
+def test_the_last_phase_takes_what_steps_are_left(tmp_path: Path):
+    one = method(config(tmp_path, max_steps=100, phase_steps=10))
+    assert [one.place(step) for step in (0, 9, 10, 11, 99)] == [(0, 0), (0, 9), (1, 0), (1, 1), (1, 89)]
+    assert config(tmp_path, max_steps=101).phase_steps == 51
+
+
+def test_in_alternating_order_every_phase_has_its_own_critic(tmp_path: Path):
+    one = method(config(tmp_path, order="alternating", critic_updates=2))
+    played = [[t.role for t in one.turns(step, batch(step))] for step in range(6)]
+    both = [["student", "critic"], ["student", "critic_2"]]
+    assert played == [*both, ["critic"], ["critic_2"], *both]
+    before = weights(one.roles["student"])
+    make_loop(one, one.config).run()
+    after = weights(one.roles["student"])
+    assert not any(equal(of(k, before), of(k, after)) for k in (1, 2))
+
+
+# --- routing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("renoise", ["ode", "fresh"])
+def test_a_turn_reaches_the_expert_of_its_phase_and_nothing_else(tmp_path: Path, renoise: str):
+    one = method(config(tmp_path, critic_updates=1, renoise=renoise))
+    for step in (0, 4, 5):
+        turns = [turn for turn in one.turns(step, batch(step)) if isinstance(turn, Turn)]
+        (x0, gradient), (loss, _) = turns[0].backward[0], turns[1].backward[0]
+        assert not gradient.requires_grad
+        found = {}
+        for name, owner in one.roles.items():
+            parameters = [p.requires_grad_() for p in owner.weights.parameters()]
+            for tensor, grad, turn in ((x0, gradient, "student"), (loss, None, "critic")):
+                got = torch.autograd.grad(tensor, parameters, grad, allow_unused=True, retain_graph=True)
+                for (key, _), g in zip(owner.weights.named_parameters(), got, strict=True):
+                    if g is not None:
+                        found.setdefault(turn, set()).add((name, key.partition(".")[0]))
+        assert found["student"] == {("student", f"phase_{1 + (step >= 4)}")}
+        assert {name for name, _ in found["critic"]} == {"critic"}
+
+
+def test_finished_experts_stay_as_they_are(tmp_path: Path):
+    one = method(config(tmp_path, phase_steps=4, adam_weight_decay=0.1))
+    start = weights(one.roles["student"])
+    seen = []
+    loop = make_loop(one, one.config)
+    advance = loop.monitor.advance
+    loop.monitor.advance = lambda step: (seen.append(weights(one.roles["student"])), advance(step))[1]
+    loop.run()
+    assert not equal(of(1, seen[3]), of(1, start))
+    assert all(equal(of(1, state), of(1, seen[3])) for state in seen[4:])
+    assert all(equal(of(2, state), of(2, start)) for state in seen[:4])
+    assert not equal(of(2, seen[-1]), of(2, start))
+
+
+def test_teacher_and_critic_look_at_noisier_samples_than_those_at_the_phases_end(tmp_path: Path):
+    """Nested: up to pure noise also where a phase starts later."""
+    one = method(config(tmp_path, phases=[1, 1, 2], time_margin=0.05))
+    for number, anchor in enumerate([0.75, 0.5, None]):
+        for renoisers, top in ((one.compared, 0.98), (one.learnt, 1.0)):
+            times = torch.cat([renoisers[number].times(Draws(0, s, range(64)), "t") for s in range(10)])
+            low = 0.8 if anchor == 0.75 else 0.55 if anchor else 0.0
+            assert low <= times.min() <= low + 0.05
+            assert top - 0.05 <= times.max() <= top
+
+
+@pytest.mark.parametrize("renoise", ["ode", "fresh"])
+def test_samples_arrive_at_the_end_of_their_phase_from_each_of_its_steps(tmp_path: Path, renoise: str):
+    """What the critic is shown is what the next phase starts from."""
+    one = method(config(tmp_path, renoise=renoise))
+    x0, x_t, given = torch.randn(4, 6), torch.randn(4, 6), batch(0)
+    for last, t in ((0, 1.0), (1, 0.75)):
+        given.draws._names.clear()
+        x_s = one.arrive(x0, x_t, last, one.phases[0], given)
+        given.draws._names.clear()
+        noise = (x_t - (1 - t) * x0) / t if renoise == "ode" else given.draws.normal("arrival_noise", (6,))
+        torch.testing.assert_close(x_s, 0.5 * x0 + 0.5 * noise)
+    assert one.arrive(x0, x_t, 3, one.phases[1], given) is x0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_teacher_trains_every_expert(tmp_path: Path, kind: str):
+    one = method(config(tmp_path, critic_updates=2), kind)
+    before = weights(one.roles["student"])
+    make_loop(one, one.config).run()
+    after = weights(one.roles["student"])
+    assert not any(equal(of(k, before), of(k, after)) for k in (1, 2))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows)
+
+
+# --- renewal ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_phase_has_a_new_critic_and_starts_warming_up_again(tmp_path: Path):
+    one = method(config(tmp_path, phase_steps=4, critic_updates=2, lr_warmup_steps=3, ema_decay=0.5))
+    loop = make_loop(one, one.config)
+    states = []
+    for name, optimizer in loop.optimizers.items():
+
+        def watched(step: int, name=name, optimizer=optimizer, update=optimizer.update) -> Tensor:
+            steps = {int(s["step"]) for s in optimizer.adamw.state.values()}
+            states.append((step, name, equal(weights(one.roles["critic"]), weights(one.roles["teacher"])), steps))
+            norm = update(step)
+            states[-1] += (optimizer.adamw.param_groups[0]["lr"],)
+            return norm
+
+        optimizer.update = watched
+    loop.run()
+    critic = {step: (like_teacher, steps, lr) for step, name, like_teacher, steps, lr in states if name == "critic"}
+    assert [step for step, (like, _, _) in critic.items() if like] == [0, 4]
+    assert critic[4][1] == set()  # no momentum
+    assert critic[3][1] == {3}
+    assert [round(lr / 1e-2, 2) for _, _, lr in critic.values()] == [0.25, 0.5, 0.75, 1.0] * 2
+    student = {step: lr for step, name, _, _, lr in states if name == "student"}
+    assert [round(lr / 1e-2, 2) for lr in student.values()] == [0.25, 0.75, 0.25, 0.75]
+
+
+def test_a_finished_expert_gives_way_to_its_average(tmp_path: Path):
+    one = method(config(tmp_path, phase_steps=4, max_steps=6, ema_decay=0.9, critic_updates=1))
+    loop, kept = make_loop(one, one.config), []
+    advance = loop.monitor.advance
+    loop.monitor.advance = lambda step: (
+        kept.append([weights(one.roles[n]) for n in ("student", "ema")]),
+        advance(step),
+    )
+    loop.run()
+    raw, average = kept[3]
+    assert not equal(of(1, raw), of(1, average))
+    for student, ema in kept[4:]:  # what is walked through is what will be shipped
+        assert equal(of(1, student), of(1, average))
+        assert equal(of(1, ema), of(1, average))
+    assert not equal(of(2, kept[-1][0]), of(2, kept[-1][1]))
+
+
+@pytest.mark.parametrize("stop", [3, 4, 6])  # before a phase ends, when it has ended, and after
+def test_a_resumed_run_is_the_undisturbed_one(tmp_path: Path, stop: int):
+    settings = {"phase_steps": 4, "ema_decay": 0.9, "lr_warmup_steps": 2, "critic_updates": 2, "checkpointing_steps": 1}
+    whole = method(config(tmp_path / "whole", **settings))
+    make_loop(whole, whole.config).run()
+    first = method(config(tmp_path / "parts", **{**settings, "max_steps": max(stop, 5)}))
+    loop = make_loop(first, first.config)
+    first.config.max_steps = stop
+    loop.run()
+    again = method(config(tmp_path / "parts", **settings))
+    loop = make_loop(again, again.config)
+    loop.resume()
+    loop.run()
+    (ours_state, ours), (theirs_state, theirs) = (
+        checkpoint.load_latest(tmp_path / name / "checkpoints") for name in ("parts", "whole")
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert ours_state["renewed_at"] == theirs_state["renewed_at"] == {"student": 4, "critic": 4}
+
+
+def test_micro_batches_add_up_to_their_batch(tmp_path: Path):
+    settings = {"phase_steps": 4, "critic_updates": 2, "max_steps": 6}
+    runs = {"whole": {"batch_size": 4}, "parts": {"batch_size": 2, "gradient_accumulation_steps": 2}}
+    states = []
+    for name, more in runs.items():
+        one = method(config(tmp_path / name, **settings, **more))
+        make_loop(one, one.config).run()
+        states.append(one.roles["student"].state_dict())
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
+
+
+def test_renewal_comes_before_anything_is_computed(tmp_path: Path):
+    one = method(config(tmp_path, phase_steps=4, ema_decay=0.9))
+    calls: list[int] = []
+    for player in (one.roles["teacher"], one.roles["critic"]):
+        player.denoiser.network.register_forward_hook(lambda *_: calls.append(1))
+    turns = one.turns(4, batch(4))
+    assert [next(turns), next(turns)] == [Renew("critic", like="teacher"), Renew("student", like="ema")]
+    assert calls == []
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"phases": [2, 1]}, r"--phases \[2, 1\] do not cover the student's 4 steps"),
+        ({"phases": []}, "do not cover"),
+        ({"steps": 2, "phases": [2, 2]}, "do not cover the student's 2 steps"),
+        ({"phase_steps": 8}, "end before the last of 2 phases of --phase_steps 8 begins"),
+        ({"phase_steps": 0}, "--phase_steps 0"),
+        ({"order": "random"}, "must be one of sequential, alternating"),
+        ({"order": "alternating", "phase_steps": 4}, "belongs to --order sequential"),
+        ({"time_margin": -0.1}, "time_margin must not be negative"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, settings: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        config(tmp_path, **settings)
+
+
+def test_a_phase_without_room_above_its_end_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"a phase that ends at t = 0\.97 leaves no noisier times to compare at"):
+        method(config(tmp_path, steps=2), grid=(1.0, 0.97))
+
+
+def test_options_of_another_method_are_refused(tmp_path: Path):
+    with pytest.raises(TypeError, match="gan_weight"):
+        config(tmp_path, gan_weight=0.1)
+
+
+# --- a problem with a known answer ------------------------------------------------------------------------------------
+
+
+def test_two_experts_of_a_mixture_come_to_draw_from_it(tmp_path: Path):
+    """The first comes to the mixture's noisy marginal, the second from there to the mixture."""
+    settings = config(
+        tmp_path,
+        steps=2,
+        max_steps=900,
+        phase_steps=400,
+        batch_size=64,
+        lr=2e-3,
+        critic_lr=5e-3,
+        critic_updates=3,
+        ema_decay=0.97,
+        log_steps=400,
+        checkpointing_steps=900,
+    )
+    KINDS["mixture"] = (FlowSchedule(), "sample")
+    one = method(settings, "mixture", MixtureTeacher, grid=(1.0, 0.5))
+    target = mixture_sample(3000, 1)
+    noised = 0.5 * mixture_sample(3000, 3) + 0.5 * torch.randn(3000, 2, generator=torch.Generator().manual_seed(4))
+
+    def distances() -> tuple[float, float]:
+        noise = torch.randn(3000, 2, generator=torch.Generator().manual_seed(2))
+        between: list[Tensor] = []
+        with torch.no_grad():
+            student = sampling_role(one.roles)
+            x0 = rollout(student, one.sampler, noise, unconditional(3000), on_step=lambda _, x: between.append(x))
+        return energy_distance(between[1], noised), energy_distance(x0, target)
+
+    before = distances()
+    make_loop(one, settings, (2,), conditions=Labels(None)).run()
+    after = distances()
+    assert before[0] > 0.1
+    assert before[1] > 0.15
+    # 0.011 and 0.023 here; two exact samples of 3000 are 0.003 apart.
+    assert after[0] < 0.03
+    assert after[1] < 0.06
