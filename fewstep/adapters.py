@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ class Backbone:
         _refuse(network, self.targets, rank)
         self._layers: list[LoraLayer] = []
         self._playing: str | None = None
+        #: Of roles that are told more than their adapter's name: what makes the context of the pass that runs now.
+        self.passes: dict[str | None, Callable[[], Callable[[], AbstractContextManager[None]]]] = {}
         if gradient_checkpointing:
             allow_checkpointing(self.network, self._checkpoint)
 
@@ -120,12 +122,13 @@ class Backbone:
 
     def _checkpoint(self, block: Callable[..., Any], *args: Any) -> Any:
         name = self._playing
+        told = self.passes[name]() if name in self.passes else None
 
         def run(*args: Any) -> Any:
             # Always so in the first run, and in a compiled graph, which has the role traced in, forward and backward.
             if self._playing == name:
                 return block(*args)
-            with self.playing(name):
+            with self.playing(name), told() if told is not None else nullcontext():
                 return block(*args)
 
         return checkpoint(run, *args, use_reentrant=False)

@@ -57,6 +57,8 @@ class NetworkDenoiser:
         self.prediction_type = prediction_type
         self.autocast = autocast
         self.playing = playing
+        #: Whether the network is fed float times even where its pipeline rounds them.
+        self.continuous = False
 
     def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """The network's output in its own prediction type; shapes as in :class:`Denoiser`."""
@@ -70,7 +72,8 @@ class NetworkDenoiser:
         # under no_grad would be reused by a later pass that needs the gradient.
         autocast = torch.autocast(x_t.device.type, dtype=self.autocast, enabled=self.autocast is not None)
         with self.playing(), autocast:
-            return self.recipe.call(self.network, network_input, self.schedule.timestep(t), conditioning)
+            how = {"continuous": True} if self.continuous else {}
+            return self.recipe.call(self.network, network_input, self.schedule.timestep(t), conditioning, **how)
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """x0 (B, ...) in the dtype of ``x_t``."""

@@ -24,10 +24,12 @@ from fewstep.draws import Draws
 from fewstep.encoders import Encoders
 from fewstep.errors import UserError
 from fewstep.export import export_lora, export_student, plan_student, publish, refuse_own_code, why_no_lora
+from fewstep.export.flow_map import flow_map_recording, refuse_no_flow_map, whole_network
 from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
 from fewstep.export.student import walk_counts
 from fewstep.export.trace import with_parts
-from fewstep.features import FeatureTap, find_tap
+from fewstep.features import FeatureTap, tapped
+from fewstep.flow_map import SECOND_TIME
 from fewstep.guidance import GuidedDenoiser
 from fewstep.hearing import refuse_deaf
 from fewstep.initialization import initialize
@@ -44,6 +46,7 @@ from fewstep.recording.observe import find_scheduler
 from fewstep.roles import Role
 from fewstep.rollout import Sampler
 from fewstep.run_folder import check_folder, write_config
+from fewstep.second_time import tell_second_time
 from fewstep.teacher import base_model, load_teacher, teacher_license
 from fewstep.teacher_lora import FusedLora, fuse_teacher_lora, with_own_weights
 from fewstep.told_guidance import find_told_guidance, with_told_guidance
@@ -142,9 +145,26 @@ class Distillation:
         self.student_recording = phased_recording(self.recording, phases)
         self.plan = phased_plan(self.plan, phases)
         self._say(describe(phases, self.recording.schedule))
-        scheduler = {find_scheduler(self.pipeline): self.plan.scheduler}
-        walk_counts(self.student_recording, with_parts(self.student_recording.pipeline, **scheduler), self.plan)
+        self._walk_student()
         return make_roles(self.config, self.recording, ("student", *names), self.device, self.student_recording)
+
+    def make_flow_map_roles(self, *, differentiated: bool) -> dict[str, Role]:
+        """The frozen teacher, and a student (and ``ema``) that is told where its steps end: see fewstep.flow_map.
+
+        Args:
+            differentiated: whether the student's derivative by its time is wanted.
+
+        Raises:
+            UserError: nothing in this network could be told it, or no pipeline would, or it has no such derivative.
+        """
+        refuse_no_flow_map(self.recording)
+        roles = self.make_roles("student")
+        x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
+        conditioning = self.as_told(self.conditions.select([0, 0]))
+        tell_second_time(roles, self.recording.component, self.config, x, conditioning, differentiated)
+        self.student_recording = flow_map_recording(self.recording, roles["student"].added[SECOND_TIME])
+        self._walk_student()
+        return roles
 
     def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
         """A role under guidance, by default the run's, which is the teacher's."""
@@ -256,8 +276,12 @@ class Distillation:
             "teacher_lora": self.teacher_lora,
             "training": {k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
         }
+        if role.told_where_steps_end:
+            self.student_recording = flow_map_recording(self.recording, role.added[SECOND_TIME])
         if role.part == AdapterRole.part:
-            if moves_boundary(self.recording, self.student_recording):
+            if role.told_where_steps_end:
+                self._say("no LoRA holds its second time: exported merged, as a pipeline")
+            elif moves_boundary(self.recording, self.student_recording):
                 self._say("its base model has no room for the student's networks: exported merged, as a pipeline")
             elif why_whole := why_no_lora(self.recording, self.teacher_lora):
                 self._say(f"{why_whole}: exported merged")
@@ -266,7 +290,7 @@ class Distillation:
                 if not self.config.merge:
                     return
         self.encoders.restore()  # they are part of what is written
-        export_student(self.student_recording, role.stock_network(), self.plan, self.out / "student", **about)
+        export_student(self.student_recording, whole_network(role), self.plan, self.out / "student", **about)
 
     def save_samples(self, teacher: Role, student: Role, step: int) -> None:
         """``OUT/samples/step_*.png``: the teacher's samples above the student's, same noise and conditions."""
@@ -277,20 +301,12 @@ class Distillation:
         """Where a role's features are tapped, and those of two samples of noise."""
         x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
         t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
-        last = len(self.conditions) - 1
-        seen = []
-        for denoiser in (expert.denoiser for expert in role.experts.values()):
-            for row in dict.fromkeys((0, last // 2, last)):
-                conditioning = self.conditions.select([row, row])
-                tap = find_tap(denoiser.network, partial(denoiser.raw, t=t, conditioning=conditioning), x)
-                with torch.no_grad():
-                    seen.append((tap, denoiser.features(x, t, conditioning, tap)))
-        tap, features = seen[0]
-        if any(other != tap or theirs.shape != features.shape for other, theirs in seen):
-            raise UserError(
-                "the image's features lie elsewhere for every prompt, or in every network; train without a GAN"
-            )
-        return tap, features
+        return tapped([expert.denoiser for expert in role.experts.values()], x, t, self.conditions)
+
+    def _walk_student(self) -> None:
+        """Run the student's pipeline, untrained, at every count that is planned."""
+        scheduler = {find_scheduler(self.pipeline): self.plan.scheduler}
+        walk_counts(self.student_recording, with_parts(self.student_recording.pipeline, **scheduler), self.plan)
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process and line:

@@ -8,9 +8,10 @@ those are is observed: before the two mix, they are the ones that change when th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,6 +152,31 @@ class _Passage:
 
     inputs: dict[str, Tensor]
     outputs: list[Tensor]
+
+
+def tapped(denoisers: Sequence[Any], x: Tensor, t: Tensor, conditions: Any) -> tuple[FeatureTap, Tensor]:
+    """Where the networks of one role are tapped, the same place in each, and the features of two samples there.
+
+    Args:
+        denoisers: see :class:`fewstep.denoiser.NetworkDenoiser`.
+        x: samples (2, ...).
+        t: times (2,).
+        conditions: of a run; the first, the middle and the last of them are tried.
+
+    Raises:
+        UserError: the features lie elsewhere for some prompts, or in some networks, or cannot be tapped.
+    """
+    last, seen = len(conditions) - 1, []
+    for denoiser in denoisers:
+        for row in dict.fromkeys((0, last // 2, last)):
+            conditioning = conditions.select([row, row])
+            tap = find_tap(denoiser.network, partial(denoiser.raw, t=t, conditioning=conditioning), x)
+            with torch.no_grad():
+                seen.append((tap, denoiser.features(x, t, conditioning, tap)))
+    tap, features = seen[0]
+    if any(other != tap or theirs.shape != features.shape for other, theirs in seen):
+        raise UserError("the image's features lie elsewhere for every prompt, or in every network; train without a GAN")
+    return tap, features
 
 
 def _observe(network: nn.Module, names: list[str], run: Callable[[Tensor], Any], x: Tensor) -> dict[str, _Passage]:

@@ -61,7 +61,11 @@ def initialize(
                 "leave one of the two out"
             )
         whole = nn.ModuleDict(networks) if len(networks) > 1 else network
-        roles["student"].load_state_dict({f"network.{k}": v for k, v in whole.state_dict().items()})
+        tensors = {f"network.{k}": v for k, v in whole.state_dict().items()}
+        for part in roles["student"].added:  # a student of two times brings its second one along
+            own = getattr(pipeline, part, None)
+            tensors |= {f"{part}.{k}": v for k, v in own.state_dict().items()} if own is not None else {}
+        _load_run(roles["student"], tensors, say)
         say(f"the student starts from {init}; the critic starts from the teacher")
     follow(roles)
 
@@ -73,7 +77,7 @@ def _load_run(role: Role, tensors: dict[str, Tensor], say: Callable[[str], None]
         fresh = {name: value for name, value in mine.items() if name.startswith(f"{part}.")}
         if fresh and not any(name.startswith(f"{part}.") for name in tensors):
             tensors = {**tensors, **fresh}
-            say(f"the run of --init has no {part} of the {role.name}; it starts afresh")
+            say(f"--init has no {part} of the {role.name}; it starts afresh")
     role.load_state_dict(tensors)
 
 

@@ -60,6 +60,24 @@ def to_x0(raw: Tensor, kind: str, x_t: Tensor, schedule: NoiseSchedule, t: Tenso
     return expand(skip, x_t) * x_t + expand(out, x_t) * raw
 
 
+def velocity_map(kind: str, schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(skip, out), each float64 (B,), of ``velocity = skip * x_t + out * raw`` at ``t`` (B,), which is above 0.
+
+    The velocity is noise - x0, that of x_t / (alpha + sigma) in rectified flow's time sigma / (alpha + sigma): see
+    :meth:`fewstep.schedule.NoiseSchedule.flow_time`. Of a flow network it is the raw output, exactly.
+    """
+    alpha, sigma = schedule.coefficients(t)
+    skip, out = x0_map(kind, schedule, t)
+    flow_time = sigma / (alpha + sigma)
+    return (1 / (alpha + sigma) - skip) / flow_time, -out / flow_time
+
+
+def to_velocity(raw: Tensor, kind: str, x_t: Tensor, schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """The velocity noise - x0 (B, ...) from the raw output, see :func:`velocity_map`; as :func:`to_x0` otherwise."""
+    skip, out = velocity_map(kind, schedule, t)
+    return expand(skip, x_t) * x_t + expand(out, x_t) * raw.to(x_t.dtype)
+
+
 def from_x0(x0: Tensor, kind: str, x_t: Tensor, schedule: NoiseSchedule, t: Tensor) -> Tensor:
     """The raw output of ``kind`` (B, ...) that stands for ``x0`` at ``x_t``: the inverse of :func:`to_x0`."""
     skip, out = x0_map(kind, schedule, t)

@@ -41,9 +41,14 @@ class Role:
         self.denoiser = denoiser
         self.added = dict(added or {})
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
-        """x0 (B, ...), see :class:`fewstep.denoiser.Denoiser`."""
-        return self.denoiser(x_t, t, conditioning)
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, *second_time: Tensor) -> Tensor:
+        """x0 (B, ...), see :class:`fewstep.denoiser.Denoiser`; with r (B,) of a role that is told it."""
+        return self.denoiser(x_t, t, conditioning, *second_time)
+
+    @property
+    def told_where_steps_end(self) -> bool:
+        """Whether it is told a second time: see :mod:`fewstep.flow_map`."""
+        return "second_time" in self.added
 
     @property
     def experts(self) -> dict[str, Role]:
@@ -149,17 +154,21 @@ def allow_checkpointing(network: nn.Module, function: Callable[..., Any] | None 
 
 
 def follow(roles: dict[str, Role]) -> None:
-    """Put the student's followers, ``ema`` and ``target``, where the student is."""
+    """Put the student's followers, ``ema`` and ``target``, where the student is, with what they own beside it."""
     for name in FOLLOWERS:
         if name in roles:
             roles[name].copy_weights(roles["student"])
+            for part, module in roles[name].added.items():
+                module.load_state_dict(roles["student"].added[part].state_dict())
 
 
 @torch.no_grad()
 def update_average(average: Role, role: Role, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * role, over all floating tensors; others are copied."""
-    ours, theirs = average.weights.state_dict(), role.weights.state_dict()
-    pairs = [(ours[name], value) for name, value in theirs.items()]
+    """average <- decay * average + (1 - decay) * role, over all floating tensors that both own; others are copied."""
+    pairs = []
+    for part, module in average.modules.items():
+        ours, theirs = module.state_dict(), role.modules[part].state_dict()
+        pairs += [(ours[name], value) for name, value in theirs.items()]
     floating = [(a, b) for a, b in pairs if a.is_floating_point()]
     torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], 1 - decay)
     _copy((a, b) for a, b in pairs if not a.is_floating_point())

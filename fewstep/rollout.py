@@ -89,12 +89,21 @@ def rollout(
             t = sampler.times(step, x_t)
             if on_step is not None:
                 on_step(step, x_t)
-            x0 = student(x_t, t, conditioning)
+            x0 = _ask(student, sampler, step, x_t, conditioning)
             fresh = step_noise(step + 1) if sampler.renoise == "fresh" else None
             x_t = sampler.move(x_t, x0, t, sampler.times(step + 1, x_t), fresh)
     if on_step is not None:
         on_step(last, x_t)
-    return student(x_t, sampler.times(last, x_t), conditioning)
+    return _ask(student, sampler, last, x_t, conditioning)
+
+
+def _ask(student: Denoiser, sampler: Sampler, step: int, x_t: Tensor, conditioning: AnyConditioning) -> Tensor:
+    """x0 (B, ...) at a step of the grid; a student of two times is told where the step ends."""
+    t = sampler.times(step, x_t)
+    if not getattr(student, "told_where_steps_end", False):
+        return student(x_t, t, conditioning)
+    end = sampler.times(step + 1, x_t) if step + 1 < len(sampler.grid) else torch.zeros_like(t)
+    return student(x_t, t, conditioning, end)
 
 
 def draw_sample(

@@ -102,8 +102,10 @@ class TableSchedule(NoiseSchedule):
         knots = self._angle.to(t.device)
         position = t.double() * self.num_train_timesteps
         # A time that is an entry up to rounding is that entry, so that alpha and sigma are the table's own numbers.
+        # (The difference is detached, or at an entry nothing would change with the time.)
         nearest = position.round()
-        position = torch.where((position - nearest).abs() < 1e-6, nearest, position)
+        entry = position + (nearest - position).detach()
+        position = torch.where((position - nearest).abs() < 1e-6, entry, position)
         left = position.floor().long().clamp(0, self.num_train_timesteps - 1)
         slope = knots[left + 1] - knots[left]
         return torch.lerp(knots[left], knots[left + 1], position - left), slope * self.num_train_timesteps

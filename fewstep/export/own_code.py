@@ -19,10 +19,17 @@ def is_own_code(folder: str | Path) -> bool:
     """Whether a folder's pipeline is run by a copy of a file of ``pipelines/``, and no other code lies in it."""
     folder = Path(folder)
     code = _code_file(folder)
-    if code is None or [path.name for path in folder.rglob("*.py")] != [code.name]:
+    if code is None:
         return False
     own = next((path for path in _pipelines() if path.name == code.name), None)
-    return own is not None and _without_choices(code) == _without_choices(own)
+    # A part of the pipeline whose class is in the same file has a copy of it beside its weights.
+    copies = list(folder.rglob("*.py"))
+    return (
+        own is not None
+        and {path.name for path in copies} == {code.name}
+        and _without_choices(own) is not None
+        and all(_without_choices(path) == _without_choices(own) for path in copies)
+    )
 
 
 def stock_class_of(folder: str | Path) -> type[Any] | None:
@@ -51,11 +58,13 @@ def _pipelines() -> list[Path]:
 
 
 def _without_choices(path: Path) -> str | None:
-    """The text without the two lines that differ from copy to copy; None where they say more than names."""
+    """The text without the one or two lines that differ from copy to copy; None where they say more than names."""
     text = path.read_text(encoding="utf-8")
     stock, experts = _STOCK.findall(text), _EXPERTS.findall(text)
-    if len(stock) != 1 or len(experts) != 1:
+    if len(stock) != 1 or len(experts) != text.count("# <- experts\n"):
         return None
+    if not experts:
+        return _STOCK.sub("", text)
     try:
         names = ast.literal_eval(experts[0])
     except (ValueError, SyntaxError):

@@ -66,7 +66,7 @@ def export_student(
     networks = by_component(recording, network)
     _refuse(recording, networks, out)
     with written(out) as partial:
-        saved = {name: _as_saved(own, recording.networks[name]) for name, own in networks.items()}
+        saved = {name: _as_saved(own, recording.networks.get(name, own)) for name, own in networks.items()}
         scheduler = {find_scheduler(recording.pipeline): copy.deepcopy(plan.scheduler)}
         student = with_parts(recording.pipeline, **saved, **scheduler)
         student.save_pretrained(partial, safe_serialization=True)
@@ -93,7 +93,7 @@ def verify_student(recording: Recording, networks: dict[str, nn.Module], plan: S
     Raises:
         ExportError: it does not load, or a walk differs from the plan.
     """
-    replaced = (find_scheduler(recording.pipeline), *recording.components)
+    replaced = (find_scheduler(recording.pipeline), *networks)
     parts = recording.pipeline.components.items()
     shared = {name: part for name, part in parts if name not in replaced and part is not None}
     shared |= absent_parts(recording.pipeline)

@@ -1,0 +1,89 @@
+"""How a network's answer changes along a direction: forward-mode derivatives (Jacobian-vector products).
+
+Fused attention has no forward derivative, so inside of one all attention is the plain formula. What comes out has no
+graph: methods that learn from a derivative hold it fixed (MeanFlow, Geng et al. 2025, Eq. 11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fewstep.errors import UserError
+
+
+@torch.no_grad()
+def derivative_along(
+    function: Callable[..., Tensor], point: tuple[Tensor, ...], direction: tuple[Tensor, ...], network: nn.Module
+) -> Tensor:
+    """The derivative of ``function(*point)`` in ``direction``, (B, ...) like the answer.
+
+    Args:
+        function: calls ``network``.
+        point: its arguments, floating-point tensors.
+        direction: how each of them changes, of the same shapes.
+        network: whose norms are given what they can differentiate.
+
+    Raises:
+        UserError: the network has an operation without a forward derivative.
+    """
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _contiguous_norms(network):
+        duals = [forward_ad.make_dual(value, change) for value, change in zip(point, direction, strict=True)]
+        try:
+            answer = function(*duals)
+        except (NotImplementedError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{type(network).__name__} has no forward derivative ({reason[:160]}); take --variant alpha_flow"
+            ) from error
+        tangent = forward_ad.unpack_dual(answer).tangent
+    return torch.zeros_like(answer) if tangent is None else tangent
+
+
+def refuse_underivable(function: Callable[[Tensor], Tensor], t: Tensor, network: nn.Module, step: float = 1e-3) -> None:
+    """Raise where a network's answer changes with its time and the derivative says that it does not, or is not finite.
+
+    A time that is rounded on its way has a derivative of zero, without any error.
+
+    Args:
+        function: the answer (B, ...) at times (B,).
+        t: times at which it is tried, float64.
+        network: that is called.
+        step: how much further it is asked again.
+
+    Raises:
+        UserError: it cannot be differentiated.
+    """
+    tangent = derivative_along(function, (t,), (torch.ones_like(t),), network)
+    with torch.no_grad():
+        moves = bool((function(t - step) != function(t)).any())
+    if not bool(torch.isfinite(tangent).all()) or (moves and not bool(tangent.any())):
+        raise UserError(
+            f"{type(network).__name__} changes with its time, and its derivative by the time is lost on the way; "
+            "take --variant alpha_flow"
+        )
+    if not moves:
+        raise UserError(f"{type(network).__name__} does not react to its time; its weights are degenerate")
+
+
+@contextmanager
+def _contiguous_norms(network: nn.Module) -> Iterator[None]:
+    """Inside, group norms get inputs laid out in order: they cannot differentiate what was transposed."""
+
+    def lay_out(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (arguments[0].clone(memory_format=torch.contiguous_format), *arguments[1:])
+
+    handles = [m.register_forward_pre_hook(lay_out) for m in network.modules() if isinstance(m, nn.GroupNorm)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,59 @@
+"""The recording of a student of two times: the teacher's pipeline, of a class that tells its network the second one.
+
+No stock pipeline does, so a copy of ``pipelines/flow_map.py`` is part of every such student.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import diffusers
+from torch import nn
+
+from fewstep.errors import UserError
+from fewstep.flow_map import SECOND_TIME, FlowMapRecipe
+
+if TYPE_CHECKING:
+    from fewstep.recording import Recording
+    from fewstep.roles import Role
+
+
+def flow_map_recording(recording: Recording, second_time: nn.Module) -> Recording:
+    """The recording as if the pipeline told its network where every step ends.
+
+    Args:
+        recording: of the teacher; it and its pipeline stay as they are.
+        second_time: of the student, see :func:`fewstep.flow_map.give_second_time`.
+
+    """
+    stock = type(recording.pipeline)
+    pipeline = copy.copy(recording.pipeline)
+    pipeline.__class__ = importlib.import_module("fewstep.pipelines.flow_map").flow_map(stock)
+    pipeline.register_modules(**{SECOND_TIME: second_time})
+    return replace(
+        recording, pipeline=pipeline, recipe=FlowMapRecipe(recording.recipe, recording.schedule, second_time)
+    )
+
+
+def refuse_no_flow_map(recording: Recording) -> None:
+    """Raise ``UserError`` for a teacher whose pipeline is of no class of diffusers, or has several networks."""
+    stock = type(recording.pipeline)
+    if len(recording.experts) > 1:
+        raise UserError(
+            f"{stock.__name__} has {len(recording.experts)} networks that share the time, and a student of two times "
+            "is one; take dmd2 or phased_dmd"
+        )
+    if getattr(diffusers, stock.__name__, None) is not stock:
+        raise UserError(f"{stock.__name__} is no class of diffusers; a student of two times can be made of those only")
+
+
+def whole_network(role: Role) -> nn.Module:
+    """What a role's pipeline is made of: its stock network, and its second time where it is told one."""
+    network = role.stock_network()
+    if not role.told_where_steps_end:
+        return network
+    second_time = role.added[SECOND_TIME]
+    return nn.ModuleDict({second_time.config.network: network, SECOND_TIME: second_time})

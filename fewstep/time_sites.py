@@ -1,0 +1,98 @@
+"""Where a network makes something of its time: the modules at which a student can be told a second one.
+
+They are observed, so that no family is known by name: the innermost blocks whose output changes with the time and not
+with the sample, and of those the ones that come first. Most networks have one; DiT has one in each of its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+
+Call = Callable[[Tensor, Tensor], Any]
+
+
+@torch.no_grad()
+def time_sites(network: nn.Module, call: Call, x: Tensor, t: Tensor) -> dict[str, int]:
+    """Names of the modules, in the order of their calls, and the width D of their outputs (B, ..., D).
+
+    Args:
+        network: a stock diffusers network.
+        call: calls it on a sample and times of the shapes of ``x`` and ``t``.
+        x: a sample (B, ...).
+        t: times (B,).
+
+    Raises:
+        UserError: there is no such module.
+    """
+    names = [name for name, module in network.named_modules() if name and any(True for _ in module.children())]
+    names = [name for name in names if any(True for _ in network.get_submodule(name).parameters())]
+    plain, widths = _prints(network, names, call, x, t)
+    other_x, _ = _prints(network, names, call, x.flip(0) + 1, t)
+    other_t, _ = _prints(network, names, call, x, t / 2)
+    timed = [n for n in plain if torch.equal(plain[n], other_x[n]) and not torch.equal(plain[n], other_t[n])]
+    inner = [name for name in timed if not any(other.startswith(f"{name}.") for other in timed)]
+    sites: dict[str, int] = {}
+    while inner:
+        first = inner.pop(0)
+        sites[first] = widths[first]
+        with _disturbed(network.get_submodule(first)):
+            disturbed, _ = _prints(network, inner, call, x, t)
+        inner = [name for name in inner if torch.equal(disturbed[name], plain[name])]
+    if not sites:
+        raise UserError(
+            f"{type(network).__name__} has no module that makes something of the time alone, where a student could be "
+            "told a second one"
+        )
+    return sites
+
+
+def likely_time_sites(network: nn.Module) -> dict[str, int]:
+    """What :func:`time_sites` is likely to find, where nothing can be observed: by the names of diffusers' classes."""
+    found = {}
+    for name, module in network.named_modules():
+        linear = [child for child in module.modules() if isinstance(child, nn.Linear)]
+        if type(module).__name__ in ("TimestepEmbedding", "TimestepEmbedder") and linear:
+            found[name] = linear[-1].out_features
+    return found
+
+
+def _prints(
+    network: nn.Module, names: list[str], call: Call, x: Tensor, t: Tensor
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Two numbers that tell a module's first output from another one, and its last axis; in the order of the calls."""
+    prints: dict[str, Tensor] = {}
+    widths: dict[str, int] = {}
+
+    def note(name: str, output: Any) -> None:
+        if name in prints or not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() < 2:
+            return
+        if output.shape[0] % x.shape[0] == 0:
+            values = output.double()
+            prints[name], widths[name] = torch.stack([values.sum(), values.square().sum()]), output.shape[-1]
+
+    handles = [
+        network.get_submodule(name).register_forward_hook(lambda _m, _a, output, name=name: note(name, output))
+        for name in names
+    ]
+    try:
+        call(x, t)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return prints, widths
+
+
+@contextmanager
+def _disturbed(module: nn.Module) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda _module, _arguments, output: output + torch.cos(3 * output) + 1)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,229 @@
+"""MeanFlow: a network that says the average velocity between two times (Geng et al. 2025, arXiv 2505.13447).
+
+Told both ends of a step, the student makes it at once, whatever its length: one checkpoint samples in 1, 2, 4, 8 steps.
+
+    accelerate launch -m fewstep.trainers.mean_flow --teacher DIR --prompts FILE --steps 8 --out OUT
+
+Without ``--data`` the guided teacher's flow is averaged, at noised samples of its own; with it that of real images, the
+student starting as the teacher, guided by itself in training. Options: alpha-Flow (arXiv 2510.20771, no derivatives),
+improved MeanFlow (arXiv 2512.02012: the derivative along the student's own velocity instead of the target's).
+
+Teachers of every kind: times and velocities are rectified flow's, which x_t / (alpha + sigma) has in every schedule, so
+DDPM and EDM teachers stay in their own and stock ODE schedulers carry the student (:mod:`fewstep.flow_map`).
+
+Departures: the second time enters by an added module, zero at first, and as t - r alone. The derivative is asked for
+only where t and r differ. Without an auxiliary head, improved MeanFlow's own velocity is u(x_t, t, t), and its guidance
+is trained in, no input. alpha-Flow's published runs do not say the c of their weight. Times end at ``--time_min``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.distillation import Distillation, main
+from fewstep.errors import UserError
+from fewstep.flow_map import FlowMapDenoiser, gap
+from fewstep.guidance import GuidedDenoiser
+from fewstep.losses.mean_flow import alpha_at, alpha_flow_target, mean_flow_target, weighted_loss
+from fewstep.mean_flow_config import MeanFlowConfig
+from fewstep.method import Batch, Calls, Turn
+from fewstep.prediction import add_noise, expand, to_velocity
+from fewstep.ragged import AnyConditioning, join
+from fewstep.roles import Role
+from fewstep.rollout import Sampler
+from fewstep.timesteps import logit_normal_times, shift_time
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Points of the flow and what is known there.
+
+    Attributes:
+        x_t: (B, ...).
+        t: (B,), float64; r: (B,), at most t, 0 for the clean sample; both in the schedule's own time.
+        r: see t.
+        velocity: the flow's, guided (B, ...).
+        conditioning: of B samples.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    r: Tensor
+    velocity: Tensor
+    conditioning: AnyConditioning
+
+    def select(self, rows: list[int]) -> Flow:
+        """Some of the points."""
+        tensors = (value[rows] for value in (self.x_t, self.t, self.r, self.velocity))
+        return Flow(*tensors, self.conditioning.select(rows))
+
+
+class MeanFlow:
+    """The method; see the module. Roles: student, teacher, ema if asked for; both but the teacher of two times."""
+
+    Config = MeanFlowConfig
+
+    def __init__(
+        self, config: MeanFlowConfig, roles: dict[str, Role], guided_teacher: GuidedDenoiser, sampler: Sampler
+    ) -> None:
+        self.config, self.roles, self.sampler, self.schedule = config, roles, sampler, sampler.schedule
+        teacher, self.negative = roles["teacher"].denoiser, guided_teacher.negative
+        self.student: FlowMapDenoiser = roles["student"].denoiser
+
+        def velocity(x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
+            return to_velocity(teacher.raw(x_t, t, conditioning), teacher.prediction_type, x_t, self.schedule, t)
+
+        self.teacher = guided_teacher.of(velocity)
+        self.omega, self.kappa = 1.0, 0.0
+        if config.velocity == "data":
+            self.omega, self.kappa = config.self_guidance(guided_teacher.guidance_scale)
+            if self.guided and self.negative is None:
+                raise UserError("--omega and --kappa guide away from a negative condition, which this teacher lacks")
+        ends = self.schedule.flow_time(torch.tensor([0.0, sampler.grid[0]], dtype=torch.float64)).tolist()
+        self.lowest, self.highest = max(config.time_min, ends[0]), ends[1]
+
+    @classmethod
+    def prepare(cls, config: MeanFlowConfig, distillation: Distillation) -> MeanFlow:
+        """Make the roles, and the teacher's samples where there are no others; the student starts as the teacher."""
+        pairs = distillation.run_pairs() if config.data is None else None
+        roles = distillation.make_flow_map_roles(differentiated=config.variant != "alpha_flow")
+        distillation.initialize(roles)
+        if pairs is not None:
+            how = (config.num_pairs, config.pair_steps, config.pair_solver)
+            distillation.pairs = pairs.stream(config.pairs or pairs.make(roles["teacher"], *how), None, 0.0)
+        distillation.describe(trained_at_every_count=True)
+        return cls(config, roles, distillation.guided(roles["teacher"]), distillation.sampler)
+
+    @property
+    def guided(self) -> bool:
+        """Whether a flow from data is guided by the student."""
+        return self.omega != 1.0 or self.kappa != 0.0
+
+    def alpha(self, step: int) -> float:
+        """alpha-Flow's share of the flow's own velocity; 0: the derivative is taken."""
+        config = self.config
+        last = config.max_steps if config.alpha_last_step is None else config.alpha_last_step
+        return alpha_at(step, config.alpha_first_step, last) if config.variant == "alpha_flow" else 0.0
+
+    def learning_rate(self, role: str) -> float:
+        """Of the student."""
+        return self.config.lr
+
+    def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
+        """What one step costs: what is only asked for where the two times differ is not asked for elsewhere."""
+        config, alpha = self.config, self.alpha(step)
+        apart = sum(batch.draws.coins("apart", config.apart)) / batch.size
+        own = (1 + (self.kappa > 0)) * self.guided
+        own += apart * ((0 < alpha < 1) + (config.variant == "improved"))
+        calls = {"student": Calls(no_grad=own, to_parameters=1, jvp=apart * (alpha == 0))}
+        return calls | ({"teacher": Calls(no_grad=self.teacher.calls)} if config.velocity == "teacher" else {})
+
+    def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
+        """One update of the student in every step (Alg. 1)."""
+        # 1. Points of the flow at times t, second times r, which differ in some rows, and the velocity there.
+        apart = [row for row, coin in enumerate(batch.draws.coins("apart", self.config.apart)) if coin]
+        flow = self.flow(batch, apart)
+
+        # 2. What the student shall say there: the velocity, and over an interval by the MeanFlow identity (Eq. 6).
+        target, weight, log = flow.velocity, torch.ones(batch.size, device=flow.t.device), {}
+        if apart:
+            rows = torch.tensor(apart, device=flow.t.device)
+            over_interval, alpha, change = self.target(step, flow.select(apart))
+            target = target.index_copy(0, rows, over_interval.to(target))
+            weight = weight.index_fill(0, rows, alpha or 1.0)
+            log["student/derivative"] = change.square().mean().sqrt()
+
+        # 3. The student, and its error by an adaptive weight (§4.2).
+        u = self.student.velocity(flow.x_t, flow.t, flow.r, flow.conditioning)
+        loss = (weight.to(u.dtype) * self.loss(u, target)).mean()
+        log |= {"student/mean_flow": loss.detach(), "student/velocity_error": (u.detach() - target).square().mean()}
+        yield Turn("student", [(loss, None)], log)
+
+    @torch.no_grad()
+    def flow(self, batch: Batch, apart: list[int]) -> Flow:
+        """Noised samples of the batch, which may have lost their condition, and the guided velocity there."""
+        samples = batch.real if self.config.data is not None else batch.pairs
+        x0, noise, conditioning = samples.x0, batch.draws.normal("noise", batch.shape), samples.conditioning
+        t, r = self.times(batch, apart)
+        x_t = add_noise(x0, noise, self.schedule.coefficients(t))
+        if self.config.velocity == "teacher":
+            return Flow(x_t, t, r, self.teacher(x_t, t, conditioning), conditioning)
+        velocity = noise - x0
+        if not self.guided:
+            return Flow(x_t, t, r, velocity, conditioning)
+        # MeanFlow, Eq. 19 and 20. Who has no condition is not guided, so that the student knows that flow too.
+        kept = [not coin for coin in batch.draws.coins("label_drop", self.config.label_drop)]
+        rows = [(conditioning if keep else self.negative).select([i if keep else 0]) for i, keep in enumerate(kept)]
+        conditioning = conditioning if all(kept) else join(rows)
+        inside = self.schedule.flow_time(t)
+        inside = (inside >= self.config.guidance_t_min) & (inside <= self.config.guidance_t_max)
+        inside &= torch.tensor(kept, device=t.device)
+        guided = self.guide(velocity, x_t, t, conditioning)
+        return Flow(x_t, t, r, torch.where(expand(inside, x_t).bool(), guided, velocity), conditioning)
+
+    def guide(self, velocity: Tensor, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
+        """omega v + kappa u(x_t, t, t, c) + (1 - omega - kappa) u(x_t, t, t, null), (B, ...) (MeanFlow, Eq. 20).
+
+        Where u is this, it is the flow guided by omega / (1 - kappa).
+        """
+        negative = self.negative.select([0] * len(x_t))
+        mixed = self.omega * velocity
+        if self.kappa:
+            mixed = mixed + self.kappa * self.student.velocity(x_t, t, t, conditioning)
+        return mixed + (1 - self.omega - self.kappa) * self.student.velocity(x_t, t, t, negative)
+
+    def times(self, batch: Batch, apart: list[int]) -> tuple[Tensor, Tensor]:
+        """t and r (B,), float64; drawn as flow times, and snapped to a table's entries, 0 behind the last."""
+        config = self.config
+        first = logit_normal_times(batch.draws.normal("t", ()), config.time_mean, config.time_std)
+        mean = config.time_mean if config.r_mean is None else config.r_mean
+        second = logit_normal_times(batch.draws.normal("r", ()), mean, config.r_std or config.time_std)
+        first, second = (shift_time(tau, config.time_shift) for tau in (first, second))
+        if config.r_mean is None:
+            first, second = torch.maximum(first, second), torch.minimum(first, second)
+        t, r = (self.time_at(tau.clamp(self.lowest, self.highest)) for tau in (first, second))
+        r = torch.where(second < self.lowest, 0.0, torch.minimum(r, t))
+        rows = torch.tensor(apart, dtype=torch.long, device=t.device)
+        return t, t.index_copy(0, rows, r[rows])
+
+    def time_at(self, flow_time: Tensor) -> Tensor:
+        """The schedule's own time (B,) of a flow time, at an entry of a table."""
+        return self.schedule.snap(self.schedule.time_from_flow_time(flow_time))
+
+    def target(self, step: int, flow: Flow) -> tuple[Tensor, float, Tensor]:
+        """The average velocity (B, ...) that these points shall have, alpha (0: by the derivative), and the change."""
+        alpha, config = self.alpha(step), self.config
+        distance = gap(self.schedule, flow.t, flow.r)
+        if alpha > 0:
+            later = self.later(flow, alpha * distance) if alpha < 1 else flow.velocity
+            return alpha_flow_target(flow.velocity, later, alpha, config.alpha_clamp), alpha, flow.velocity - later
+        direction = flow.velocity
+        if config.variant == "improved":
+            with torch.no_grad():
+                direction = self.student.velocity(flow.x_t, flow.t, flow.t, flow.conditioning)
+        change = self.student.derivative(flow.x_t, flow.t, flow.r, flow.conditioning, direction)
+        share = min(1.0, step / config.tangent_warmup) if config.tangent_warmup else 1.0
+        return mean_flow_target(flow.velocity, change, distance, share), alpha, change
+
+    @torch.no_grad()
+    def later(self, flow: Flow, distance: Tensor) -> Tensor:
+        """u(x_s, r, s) (B, ...), s a flow time ``distance`` (B,) before t, reached along the velocity."""
+        alpha, sigma = self.schedule.coefficients(flow.t)
+        y = flow.x_t / expand(alpha + sigma, flow.x_t) - expand(distance, flow.x_t) * flow.velocity
+        s = self.schedule.time_from_flow_time(self.schedule.flow_time(flow.t) - distance)
+        s = torch.maximum(s, flow.r)
+        alpha, sigma = self.schedule.coefficients(s)
+        return self.student.velocity(y * expand(alpha + sigma, y), s, flow.r, flow.conditioning)
+
+    def loss(self, u: Tensor, target: Tensor) -> Tensor:
+        """The weighted error of each sample (B,)."""
+        config = self.config
+        return weighted_loss(u, target, config.weighting, config.weight_power, config.weight_constant)
+
+
+if __name__ == "__main__":
+    main("mean_flow")
