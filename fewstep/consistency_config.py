@@ -10,7 +10,7 @@ from fewstep import ode
 from fewstep.config import RunConfig
 from fewstep.errors import UserError
 from fewstep.losses.consistency import DISTANCES, WEIGHTINGS, doubling_levels, progressive_levels
-from fewstep.neighbours import Discretization, EasyTimes, EvenTimes, LogNormalBins, NoiseLevels
+from fewstep.neighbours import Discretization, EasyTimes, EvenTimes, LogNormalBins, SigmaRange
 
 SOLVERS = ("none", *ode.SOLVERS)
 
@@ -175,7 +175,7 @@ class ConsistencyConfig(RunConfig):
                 "and this one predicts x0 itself; take --variant lcm or cd"
             )
 
-    def make_discretization(self, levels: NoiseLevels, shift: float, visited: Sequence[float]) -> Discretization:
+    def make_discretization(self, levels: SigmaRange, shift: float, visited: Sequence[float]) -> Discretization:
         """The variant's discretisation; every number that changes with the step is a plain function of it.
 
         Args:
@@ -191,5 +191,6 @@ class ConsistencyConfig(RunConfig):
             numbers = (self.ect_q, self.ect_k, self.ect_b, self.level_mean, self.level_std)
             return EasyTimes(levels, stage_steps, *numbers)
         if self.variant == "ct":
-            return EvenTimes(levels, partial(progressive_levels, **progress), shift)
-        return EvenTimes(levels, lambda _step: self.intervals + 1, shift, visited)
+            counts = range(progressive_levels(0, **progress), self.last_levels + 2)
+            return EvenTimes(levels, counts, shift, count=partial(progressive_levels, **progress))
+        return EvenTimes(levels, [self.intervals + 1], shift, visited)

@@ -50,7 +50,7 @@ class Discretization(Protocol):
         ...
 
 
-class NoiseLevels:
+class SigmaRange:
     """Noise levels of a schedule between its lowest time and ``top``, and the way back to times.
 
     Args:
@@ -100,28 +100,27 @@ class EvenTimes:
 
     Args:
         levels: of the schedule.
-        count: the number of grid times, the lowest included, as a function of the step.
+        counts: how many times a grid may have, the lowest included; all grids are worked out once.
         shift: of a flow grid.
         visited: times that belong to the grid in any case: those at which the student is sampled.
+        count: which of ``counts`` it is, as a function of the step; default the first.
     """
 
     def __init__(
         self,
-        levels: NoiseLevels,
-        count: Callable[[int], int],
+        levels: SigmaRange,
+        counts: Sequence[int],
         shift: float = 1.0,
         visited: Sequence[float] = (),
+        count: Callable[[int], int] | None = None,
     ) -> None:
-        self.levels, self.count, self.shift, self.visited = levels, count, shift, sorted(visited)
+        self.levels, self.shift, self.visited = levels, shift, sorted(visited)
+        self.count = count or (lambda _step: counts[0])
+        self._grids = {n: self._grid(n) for n in counts}
 
     def times(self, step: int) -> Tensor:
         """The grid of a step: float64 (N,), ascending."""
-        even = torch.linspace(0, 1, self.count(step), dtype=torch.float64)
-        even = self.levels.schedule.snap(self.levels.top * shift_time(even, self.shift))
-        even[0] = self.levels.lowest
-        visited = torch.tensor(self.visited, dtype=torch.float64)
-        apart = (even[:, None] - visited).abs().amin(1) > _SAME if len(visited) else torch.ones_like(even).bool()
-        return torch.cat([even[apart], visited]).unique()
+        return torch.tensor(self._grids[self.count(step)], dtype=torch.float64)
 
     def draw(self, step: int, draws: Draws) -> Neighbours:
         times = self.times(step)
@@ -132,6 +131,13 @@ class EvenTimes:
         """The intervals (B,) that begin at the places ``lower`` (B,) of a grid ``times`` (N,)."""
         t, r = times[lower + 1], times[lower]
         return Neighbours(t, r, self.levels.at(t), self.levels.at(r))
+
+    def _grid(self, count: int) -> list[float]:
+        even = torch.linspace(0, 1, count, dtype=torch.float64)
+        even = self.levels.schedule.snap(self.levels.top * shift_time(even, self.shift)).tolist()
+        even[0] = self.levels.lowest
+        apart = [t for t in even if all(abs(t - other) > _SAME for other in self.visited)]
+        return sorted({*apart, *self.visited})
 
 
 class LogNormalBins:
@@ -144,7 +150,7 @@ class LogNormalBins:
         std: of ln sigma.
     """
 
-    def __init__(self, levels: NoiseLevels, count: Callable[[int], int], mean: float = -1.1, std: float = 2.0) -> None:
+    def __init__(self, levels: SigmaRange, count: Callable[[int], int], mean: float = -1.1, std: float = 2.0) -> None:
         self.levels, self.count, self.mean, self.std = levels, count, mean, std
 
     def draw(self, step: int, draws: Draws) -> Neighbours:
@@ -172,7 +178,7 @@ class EasyTimes:
 
     def __init__(
         self,
-        levels: NoiseLevels,
+        levels: SigmaRange,
         stage_steps: int,
         q: float = 2.0,
         k: float = 8.0,

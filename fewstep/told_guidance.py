@@ -80,6 +80,18 @@ def find_told_guidance(recording: Recording, *, heeded: bool) -> ToldGuidance:
     raise _lacking(recording.network)
 
 
+def likely_told_guidance(recording: Recording, default: float) -> ToldGuidance:
+    """The same by the shape of what it was told alone, for the plan of a run: there are no values to compare.
+
+    Args:
+        recording: of a network with an input for it.
+        default: the scale that it is told by default.
+    """
+    argument = min(recording.embedded)
+    told = recording.marked[argument].value
+    return ToldGuidance(argument, _rules(told)[0], told.dtype, default, heeded=True)
+
+
 def with_told_guidance(recording: Recording, guidance_scale: float, *, trained: bool) -> Recording:
     """A recording whose network is told its guidance: this one, or of the same pipeline with room made in its network.
 

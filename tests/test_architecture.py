@@ -21,7 +21,7 @@ ROOMS = ("fewstep", "trainers", "pipelines", "eval")
 UPPER = ("fewstep.trainers", "fewstep.pipelines", "fewstep.eval")
 PROGRAMS = ("fewstep", "fewstep.cli", "fewstep.fashion.build", "fewstep.fashion.rebuild", "fewstep.eval.memory")
 # The two places that find a method by its name, and so need no list of them.
-METHOD_LOOKUP = ("fewstep.distillation", "fewstep.cli")
+METHOD_LOOKUP = {"fewstep.methods"}
 # The two that find a file of pipelines/: one makes a student's pipeline of it, one knows its copies again.
 PIPELINE_LOOKUP = ("fewstep.export.phased", "fewstep.export.own_code")
 LONGEST_FILE = 350

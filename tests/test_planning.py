@@ -110,6 +110,14 @@ def test_every_method_can_be_planned(name: str, teachers: Callable) -> None:
     assert "student" in plan.moments
 
 
+def test_a_network_that_would_be_told_its_guidance_is_planned_without_the_new_input(teachers: Callable) -> None:
+    _, folder, _ = teachers("stable_diffusion")
+    settings = {"batch_size": 1, "guidance_min": 2.0, "guidance_max": 4.0}
+    drawn = fewstep.plan(folder, "consistency", **settings)
+    told = fewstep.plan(folder, "consistency", guidance_embedding=True, **settings)
+    assert (told.calls, told.peak) == (drawn.calls, drawn.peak)
+
+
 def test_the_numbers_of_a_plan_are_those_of_its_parts(teachers: Callable) -> None:
     _, folder, _ = teachers("dit")
     full = fewstep.plan(folder, batch_size=1, ema_decay=0.9)

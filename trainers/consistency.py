@@ -41,7 +41,7 @@ from fewstep.losses.consistency import (
 )
 from fewstep.losses.huber import huber_constant
 from fewstep.method import Batch, Calls, Turn
-from fewstep.neighbours import Discretization, Neighbours, NoiseLevels
+from fewstep.neighbours import Discretization, Neighbours, SigmaRange
 from fewstep.ode import solver_step
 from fewstep.prediction import add_noise, expand
 from fewstep.roles import Role
@@ -90,7 +90,7 @@ class Consistency:
         distillation.initialize(roles)
         teacher, told, plan = distillation.guided(roles["teacher"]), distillation.told_guidance, distillation.plan
         config.refuse_teacher(plan.prediction_type, teacher.negative is not None, told.default if told else None)
-        levels = NoiseLevels(distillation.sampler.schedule, plan.grid[0])
+        levels = SigmaRange(distillation.sampler.schedule, plan.grid[0])
         visited = sorted({t for grid in plan.grids.values() for t in grid})
         discretization = config.make_discretization(levels, plan.shift, visited)
         boundary = make_boundary(config, levels, plan.scheduler.config.get("timestep_scaling"))
@@ -217,7 +217,7 @@ class Consistency:
         return self.config.guidance_min is not None and not (self.told is not None and self.told.heeded)
 
 
-def make_boundary(config: ConsistencyConfig, levels: NoiseLevels, timestep_scaling: float | None) -> Boundary:
+def make_boundary(config: ConsistencyConfig, levels: SigmaRange, timestep_scaling: float | None) -> Boundary:
     """Where f is x_t itself: as LCMScheduler has it (it has a ``timestep_scaling``), else exactly at the lowest time.
 
     ECT needs none: at the clean end its target is the sample.

@@ -27,7 +27,7 @@ from fewstep.losses.consistency import (
     shifted_edm_scalings,
     weight,
 )
-from fewstep.neighbours import EasyTimes, EvenTimes, Neighbours, NoiseLevels
+from fewstep.neighbours import EasyTimes, EvenTimes, Neighbours, SigmaRange
 from fewstep.ode import solver_step
 from fewstep.prediction import ode_step, x0_map
 from fewstep.rollout import Sampler, rollout
@@ -157,7 +157,7 @@ def cm_loss(golden: GoldenFile) -> None:
     schedule = schedule_of(golden)
     own = golden.choice("student_scalings", "boundary", "edm") == "boundary"
     method = trainer(golden, schedule, edm_boundary(golden, schedule) if own else NATURAL, variant="cd")
-    grid = EvenTimes(NoiseLevels(schedule), lambda _step: int(golden["num_scales"]))
+    grid = EvenTimes(SigmaRange(schedule), [int(golden["num_scales"])])
     times = grid.times(0)
     # The source counts from the noisy end.
     pair = grid.neighbours(times, len(times) - 2 - golden["index"])
@@ -208,7 +208,7 @@ def ect_loss(golden: GoldenFile) -> None:
     schedule = schedule_of(golden)
     method = trainer(golden, schedule, NATURAL, variant="ect", huber_c=golden["c"].item())
     times = EasyTimes(
-        NoiseLevels(schedule),
+        SigmaRange(schedule),
         stage_steps=1,
         q=golden["q"].item(),
         k=mapping_k(golden),
@@ -254,7 +254,7 @@ def lcm_loss(golden: GoldenFile) -> None:
     boundary = lcm_boundary(golden, schedule)
     method = trainer(golden, schedule, boundary, variant="lcm", huber_c=golden.number("huber_c"))
 
-    grid = EvenTimes(NoiseLevels(schedule), lambda _step: grid_size + 1)
+    grid = EvenTimes(SigmaRange(schedule), [grid_size + 1])
     pair = grid.neighbours(grid.times(0), golden["index"])
     golden.check("timestep", schedule.timestep(pair.t).round())
     golden.check("timestep_prev", schedule.timestep(pair.r).round())

@@ -15,7 +15,7 @@ from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.guidance import GuidedDenoiser
 from fewstep.method import Batch, Real
-from fewstep.neighbours import EvenTimes, NoiseLevels
+from fewstep.neighbours import EvenTimes, SigmaRange
 from fewstep.rollout import Sampler
 from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, from_scheduler
 from fewstep.trainers.consistency import Consistency, ConsistencyConfig, make_boundary
@@ -51,7 +51,7 @@ def vector_method(
         network = TinyNetwork(6)
         network.load_state_dict(first.state_dict())
         roles[name] = role(name, network, schedule, kind, trainable=name == "student")
-    levels = NoiseLevels(schedule)
+    levels = SigmaRange(schedule)
     return Consistency(
         settings,
         roles,
@@ -168,7 +168,7 @@ def test_f_at_the_boundary_is_the_sample_itself(
     if timestep_scaling and schedule is not TABLE:
         return  # the scalings of a table's scheduler
     method = vector_method(config(tmp_path), schedule, kind, timestep_scaling=timestep_scaling)
-    x, t = torch.randn(3, 6), torch.full((3,), NoiseLevels(schedule).lowest, dtype=torch.float64)
+    x, t = torch.randn(3, 6), torch.full((3,), SigmaRange(schedule).lowest, dtype=torch.float64)
     assert torch.equal(method.function(method.student)(x, t, labels([0, 1, 2])), x)
 
 
@@ -252,7 +252,7 @@ def closed_form(times: Tensor) -> Tensor:
 
 def gaussian_method(settings: ConsistencyConfig, start: Tensor | None = None) -> Consistency:
     schedule = FlowSchedule()
-    discretization = EvenTimes(NoiseLevels(schedule), lambda _step: settings.intervals + 1)
+    discretization = EvenTimes(SigmaRange(schedule), [settings.intervals + 1])
     times = discretization.times(0)
     roles = {"teacher": role("teacher", Gaussian(), schedule, "sample", trainable=False)}
     for name in ("student", "target"):

@@ -11,7 +11,7 @@ from toys import Labels, make_loop, role, unconditional
 
 from fewstep.guidance import GuidedDenoiser
 from fewstep.method import Real
-from fewstep.neighbours import NoiseLevels
+from fewstep.neighbours import SigmaRange
 from fewstep.rollout import Sampler, rollout
 from fewstep.schedule import FlowSchedule
 from fewstep.trainers.consistency import Consistency, ConsistencyConfig, make_boundary
@@ -74,7 +74,7 @@ def consistency(out: Path, student: nn.Module, kind: str, **settings) -> Consist
         roles[name] = role(name, network(), SCHEDULE, "sample" if name == "teacher" else kind, name == "student")
     for name in roles.keys() - {"teacher", "student"}:
         roles[name].copy_weights(roles["student"])
-    levels = NoiseLevels(SCHEDULE)
+    levels = SigmaRange(SCHEDULE)
     return Consistency(
         config,
         roles,
