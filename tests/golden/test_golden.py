@@ -9,6 +9,7 @@ from pathlib import Path
 import consistency_cases
 import dmd2_cases
 import matching_cases
+import mean_flow_cases
 import primitive_cases
 import pytest
 import rectified_flow_cases
@@ -22,6 +23,7 @@ CASES = {
     **sid_cases.CASES,
     **consistency_cases.CASES,
     **rectified_flow_cases.CASES,
+    **mean_flow_cases.CASES,
 }
 
 

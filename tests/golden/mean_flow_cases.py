@@ -1,0 +1,280 @@
+"""The MeanFlow family's golden files, compared with the trainer's own class and the functions it is made of."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from golden_file import GoldenFile
+from torch import Tensor, nn
+from toy_network import ToyNetwork, ToyRecipe, toy_conditioning
+
+from fewstep.denoiser import NetworkDenoiser
+from fewstep.flow_map import FlowMapDenoiser, gap
+from fewstep.guidance import GuidedDenoiser
+from fewstep.losses.mean_flow import mean_flow_target, weighted_loss
+from fewstep.method import Batch, Real
+from fewstep.prediction import add_noise
+from fewstep.roles import Role
+from fewstep.rollout import Sampler
+from fewstep.schedule import FlowSchedule
+from fewstep.trainers.mean_flow import Flow, MeanFlow, MeanFlowConfig
+
+SCHEDULE = FlowSchedule(timestep_scale=1.0)
+WEIGHTINGS = {
+    "s/(s+c)^p": "sum",
+    "s^2/(s^2+c)^p": "sum_squared",
+    "m/(m+c)^p": "mean",
+    "m/(m+c)^(1-gamma)": "mean",
+    "(norm+c)^-p": "norm",
+}
+SELF_GUIDANCE = "w*v+kappa*c+(1-w-kappa)*u"
+
+
+class TwoTimes(ToyNetwork):
+    """A toy network that is told the gap between its times."""
+
+    gap: Tensor
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return super().forward(x, t, cond, t - self.gap)
+
+
+class Telling(nn.Module):
+    """Tells it."""
+
+    @contextmanager
+    def on(self, network: TwoTimes, gap: Callable[[], Tensor]) -> Iterator[None]:
+        network.gap = gap()
+        yield
+
+
+class Given:
+    """The draws of a file."""
+
+    def __init__(self, noise: Tensor, normals: dict[str, Tensor], coins: dict[str, list[bool]]) -> None:
+        self.noise, self.normals, self.flags = noise, normals, coins
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.noise if name == "noise" else self.normals[name]
+
+    def coins(self, name: str, probability: float) -> list[bool]:
+        return self.flags[name]
+
+
+def student(golden: GoldenFile, coefficients: str = "k_student") -> FlowMapDenoiser:
+    """A toy student of two times."""
+    golden.choice("prediction_type", "velocity")
+    golden.choice("schedule", "rf")
+    golden.choice("toy_time", "t")
+    base = NetworkDenoiser(TwoTimes(golden[coefficients]), ToyRecipe(1.0), SCHEDULE, "flow")
+    return FlowMapDenoiser(base, Telling())
+
+
+def teacher(golden: GoldenFile) -> NetworkDenoiser:
+    """The toy teacher, which a file of a flow from data lacks."""
+    k = golden["k_teacher"] if "in.k_teacher" in golden.tensors else torch.zeros(8, dtype=torch.float64)
+    return NetworkDenoiser(ToyNetwork(k), ToyRecipe(1.0), SCHEDULE, "flow")
+
+
+def number(golden: GoldenFile, *names: str) -> float:
+    """A number that is an option or a tensor, under the first of these names that there is."""
+    for name in names:
+        if golden.states(name):
+            return golden.number(name)
+        if f"in.{name}" in golden.tensors:
+            return golden[name].item()
+    raise AssertionError(f"{golden.name}: none of {', '.join(names)} is given")
+
+
+def weighting(golden: GoldenFile) -> dict:
+    """The settings of a file's weight."""
+    golden.choice("reduction", "mean")
+    golden.choice("target_detached", True)
+    golden.choice("derivative", "exact")
+    if golden.choice("weighting", "adaptive", "uniform") == "uniform":
+        return {"weighting": "uniform"}
+    form = golden.choice("weight_form", *WEIGHTINGS)
+    power = 1 - number(golden, "gamma") if "gamma" in form else number(golden, "adaptive_p", "norm_p")
+    constant = number(golden, "weight_eps", "norm_eps", "norm_const", "c_const")
+    return {"weighting": WEIGHTINGS[form], "weight_power": power, "weight_constant": constant}
+
+
+def trainer(golden: GoldenFile, **settings) -> MeanFlow:
+    """The trainer's own class on toy networks."""
+    null = toy_conditioning(torch.zeros(1, dtype=torch.float64))
+    config = MeanFlowConfig(teacher="toy", out="out", data="toy", time_min=1e-9, **settings, **weighting(golden))
+    denoiser = student(golden)
+    roles = {"student": Role("student", denoiser), "teacher": Role("teacher", teacher(golden))}
+    scale = (
+        number(golden, "guidance_scale") if config.velocity == "teacher" and golden.states("guidance_scale") else 1.0
+    )
+    return MeanFlow(config, roles, GuidedDenoiser(roles["teacher"], null, scale), Sampler(SCHEDULE, (1.0,), "ode"))
+
+
+def conditions(golden: GoldenFile) -> Tensor:
+    return golden["cond"] if "in.cond" in golden.tensors else torch.zeros(len(golden["x"]), dtype=torch.float64)
+
+
+def losses(method: MeanFlow, flow: Flow, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The student's average velocity and the loss of each sample."""
+    u = method.student.velocity(flow.x_t, flow.t, flow.r, flow.conditioning)
+    return u, method.loss(u, target)
+
+
+def check_gradient(golden: GoldenFile, loss: Tensor, denoiser: NetworkDenoiser) -> None:
+    loss.backward()
+    golden.check("grad_k_student", denoiser.network.k.grad)
+
+
+# --- ports A and B: everything from the draws -------------------------------------------------------------------------
+
+
+def port_a(golden: GoldenFile) -> None:
+    golden.choice("time_sampler", "logit_normal")
+    settings = {"time_mean": golden.number("p_mean"), "time_std": golden.number("p_std")}
+    if golden.choice("guidance_form", "none", SELF_GUIDANCE) != "none":
+        settings |= {name: number(golden, name) for name in ("omega", "kappa")}
+        settings |= {f"guidance_{name}": number(golden, name) for name in ("t_min", "t_max")}
+    method = trainer(golden, **settings)
+    coins = {"apart": (golden["r_equals_t"] == 0).tolist()}
+    if "in.label_dropped" in golden.tensors:
+        coins["label_drop"] = (golden["label_dropped"] == 1).tolist()
+    normals = dict(zip("tr", golden["normals"].unbind(1), strict=True))
+    flow, target = played(golden, method, Given(golden["noise"], normals, coins))
+    golden.check("t", flow.t)
+    golden.check("r", flow.r)
+    u, each = losses(method, flow, target)
+    golden.check("loss_per_sample", each)
+    golden.check("loss_mean", each.mean())
+    golden.check("mse", (u - target).square().mean())
+    check_gradient(golden, each.mean(), method.student)
+
+
+def port_b(golden: GoldenFile) -> None:
+    golden.choice("guidance_form", "none")
+    share = number(golden, "r_equals_t_fraction")
+    settings = dict(zip(("time_mean", "time_std"), golden["P_t"].tolist(), strict=True))
+    if golden.choice("time_sampler", "v0", "v1") == "v1":
+        settings |= dict(zip(("r_mean", "r_std"), golden["P_r"].tolist(), strict=True))
+    else:
+        torch.testing.assert_close(golden["P_r"], golden["P_t"])
+    method = trainer(golden, apart=1 - share, **settings)
+    normals = {"t": golden["normal_t"], "r": golden["normal_r"]}
+    flow, target = played(
+        golden, method, Given(golden["noise"], normals, {"apart": (golden["uniform"] >= share).tolist()})
+    )
+    golden.check("t", flow.t)
+    golden.check("r", flow.r)
+    loss = losses(method, flow, target)[1].mean()
+    golden.check("loss", loss)
+    check_gradient(golden, loss, method.student)
+
+
+def played(golden: GoldenFile, method: MeanFlow, draws: Given) -> tuple[Flow, Tensor]:
+    """A step of the trainer up to its target."""
+    x, conditioning = golden["x"], toy_conditioning(conditions(golden))
+    batch = Batch(len(x), tuple(x.shape[1:]), conditioning, draws, Real(x, conditioning), logging=False)
+    apart = [row for row, coin in enumerate(draws.flags["apart"]) if coin]
+    flow = method.flow(batch, apart)
+    target = flow.velocity.clone()
+    if apart:
+        target[apart] = method.target(0, flow.select(apart))[0]
+    return flow, target
+
+
+# --- FastGen: at given times ------------------------------------------------------------------------------------------
+
+
+def fastgen(golden: GoldenFile) -> None:
+    source = golden.choice("velocity_source", "teacher", "data")
+    form = golden.choice("guidance_form", "none", "u+w*(c-u)" if source == "teacher" else SELF_GUIDANCE)
+    warmup = golden.number("tangent_warmup")
+    settings: dict = {"velocity": source, "tangent_warmup": warmup}
+    if form == SELF_GUIDANCE:
+        settings |= {"omega": number(golden, "omega", "guidance_scale"), "kappa": number(golden, "kappa")}
+    method = trainer(golden, **settings)
+    t, r, x, noise = (golden[name] for name in ("t", "r", "x", "noise"))
+    conditioning = toy_conditioning(conditions(golden))
+    x_t = add_noise(x, noise, SCHEDULE.coefficients(t))
+    with torch.no_grad():
+        data = noise - x
+        unguided, guided = data, data
+        if source == "teacher":
+            method.teacher.guidance_scale, scale = 1.0, method.teacher.guidance_scale
+            unguided = method.teacher(x_t, t, conditioning)
+            method.teacher.guidance_scale = scale
+            guided = method.teacher(x_t, t, conditioning) if form != "none" else unguided
+        elif form != "none":
+            guided = method.guide(data, x_t, t, conditioning)
+    inside = (t >= golden.number("guidance_t_min")) & (t <= golden.number("guidance_t_max"))
+    velocity = torch.where(inside[:, None, None, None], guided, unguided)
+    golden.check("velocity", velocity)
+    flow = Flow(x_t, t, r, velocity, conditioning)
+    change = method.student.derivative(x_t, t, r, conditioning, velocity)
+    golden.check("jvp", change)
+    share = min(1.0, golden["iteration"].item() / warmup) if warmup else 1.0
+    distance = gap(SCHEDULE, t, r).clamp(max=golden.number("gap_max"))
+    target = mean_flow_target(velocity, change, distance, share)
+    if bool((t - r <= golden.number("gap_max")).all()):  # then the trainer's own target is the same
+        torch.testing.assert_close(method.target(golden["iteration"].item(), flow)[0], target, rtol=1e-12, atol=0)
+    u = method.student.velocity(x_t, t, r, conditioning)
+    kind = golden.choice("loss_type", "l2", "opt_grad")
+    assert (kind == "opt_grad") == (method.config.weighting == "norm")
+    scale = 1.0
+    if not golden.absent("residual_scale"):
+        golden.choice("residual_scale", "1/sqrt(dim)")
+        scale = u[0].numel() ** -0.5
+    config = method.config
+    each = weighted_loss(u, target, config.weighting, config.weight_power, config.weight_constant, scale)
+    golden.check("loss_per_sample", each)
+    golden.check("loss_mean", each.mean())
+    error = scale * (target - u).detach().flatten(1)
+    size = error.norm(dim=1) if kind == "opt_grad" else error.square().sum(1)
+    golden.check("weight", (size + config.weight_constant) ** -config.weight_power)
+    check_gradient(golden, each.mean(), method.student)
+
+
+# --- port C: improved MeanFlow with a head of its own for the velocity ------------------------------------------------
+
+
+def port_c(golden: GoldenFile) -> None:
+    golden.choice("mode", "meanflow", "i_meanflow")
+    golden.choice("v_mse", "u+(t-r)*d-v_hat")
+    golden.choice("guidance_form", "v+(1-1/w)*(c-u)")
+    golden.choice("toy_condition", "cond+factor*(1-1/w)")
+    how = weighting(golden)
+    how = how["weighting"], how["weight_power"], how["weight_constant"]
+    factor = golden.number("toy_condition_factor")
+    u_head, v_head = (
+        student(golden, "k_u"),
+        NetworkDenoiser(ToyNetwork(golden["k_v"]), ToyRecipe(1.0), SCHEDULE, "flow"),
+    )
+    dropped = golden["label_dropped"] == 1
+    w = torch.where(dropped, 1.0, golden["w"])
+    told = toy_conditioning(torch.where(dropped, 0.0, golden["cond"]) + factor * (1 - 1 / w))
+    t, r, x, noise = (golden[name] for name in ("t", "r", "x", "noise"))
+    x_t = add_noise(x, noise, SCHEDULE.coefficients(t))
+    own = v_head.raw(x_t, t, told)
+    with torch.no_grad():
+        null = v_head.raw(x_t, t, toy_conditioning(torch.zeros_like(w)))
+    guided = noise - x + (1 - 1 / w)[:, None, None, None] * (own.detach() - null)
+    change = u_head.derivative(x_t, t, r, told, own.detach())
+    target = mean_flow_target(guided, change, gap(SCHEDULE, t, r))
+    u = u_head.velocity(x_t, t, r, told)
+    flow_matching = weighted_loss(own, guided, *how).mean()
+    mean_flow = weighted_loss(u, target, *how).mean()
+    golden.check("fm_loss", flow_matching)
+    golden.check("mf_loss", mean_flow)
+    golden.check("v_mse", (u - target).square().mean())
+    golden.check("loss", flow_matching + mean_flow)
+    (flow_matching + mean_flow).backward()
+    golden.check("grad_k_u", u_head.network.k.grad)
+    golden.check("grad_k_v", v_head.network.k.grad)
+
+
+CASES = {
+    "meanflow_port_a": port_a,
+    "meanflow_port_b": port_b,
+    "meanflow_port_c": port_c,
+    "meanflow_fastgen_loss": fastgen,
+}
