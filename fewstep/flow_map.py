@@ -62,7 +62,7 @@ class FlowMapDenoiser(NetworkDenoiser):
             ValueError: r > t. (On a GPU this is not looked at, as the host would have to wait.)
         """
         r = t if r is None else r
-        if t.device.type == "cpu" and bool((r > t).any()):
+        if type(t) is Tensor and t.device.type == "cpu" and bool((r > t).any()):
             raise ValueError(f"the second time r is at most t, not {r.tolist()} at {t.tolist()}")
         return in_groups(self._between, x_t, torch.stack([t, r], 1), conditioning)
 

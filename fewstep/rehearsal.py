@@ -21,6 +21,7 @@ from fewstep.conditioning import Conditioning
 from fewstep.config import RunConfig
 from fewstep.distillation import Distillation
 from fewstep.draws import Draws
+from fewstep.export.flow_map import refuse_no_flow_map
 from fewstep.export.phased import phased_recording
 from fewstep.export.plan import StudentPlan
 from fewstep.features import FeatureTap, likely_tap
@@ -31,6 +32,8 @@ from fewstep.recording import Recording
 from fewstep.recording.observe import find_scheduler
 from fewstep.roles import Role, update_average
 from fewstep.rollout import Sampler
+from fewstep.second_time import give_second_time
+from fewstep.time_sites import likely_time_sites
 from fewstep.timesteps import even_grid
 from fewstep.told_guidance import likely_told_guidance
 
@@ -93,6 +96,17 @@ class Rehearsal(Distillation):
         with self.world():
             roles = make_roles(self.config, self.recording, ("student", *names), self.device, shipped)
         return _first_expert_only(roles)
+
+    def make_flow_map_roles(self, *, differentiated: bool) -> dict[str, Role]:
+        """As in a run; where the network is told its second time is not observed, but known by names."""
+        refuse_no_flow_map(self.recording)
+        roles = self.make_roles("student")
+        sites = likely_time_sites(self.recording.network)
+        for name in roles.keys() - {"teacher"}:
+            checkpointing = self.config.gradient_checkpointing and name == "student"
+            with self.world():
+                give_second_time(roles[name], self.recording.component, sites, checkpointing, self.config.seed)
+        return roles
 
     def add_head(self, role: Role) -> FeatureTap:
         """As in a run."""

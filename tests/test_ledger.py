@@ -25,6 +25,7 @@ from fewstep.methods import method_class, methods
 #: What a method must be told to run at all, and further settings under which it costs something else.
 SETTINGS: dict[str, dict] = {
     "dmd2": {"critic_updates": 2},
+    "mean_flow": {"num_pairs": 6, "pair_steps": 2, "apart": 0.5},
     "phased_dmd": {"critic_updates": 2, "phase_steps": 3},
     "rectified_flow": {"num_pairs": 6, "pair_steps": 2},
     "sid": {"critic_updates": 2},
@@ -36,6 +37,11 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "decoupled": {"decoupled": "hybrid"},
         "f-distill": {"f_divergence": "js", "data": True},
         "swiftbrush": {"swiftbrush": True},
+    },
+    "mean_flow": {
+        "images": {"data": True, "guidance_scale": 3.0, "kappa": 0.5},
+        "alpha": {"variant": "alpha_flow"},
+        "improved": {"variant": "improved", "data": True},
     },
     "phased_dmd": {"alternating": {"order": "alternating", "phase_steps": None}},
     "sid": {"zero_gan": {"guidance": "zero", "adversarial": "diffusion_gan", "gan_start_step": 2, "data": True}},
