@@ -23,12 +23,13 @@ from fewstep.fashion import PROMPTS
 from fewstep.hollow import pretending
 from fewstep.planning import Planner
 from fewstep.rehearsal import Rehearsal
+from fewstep.teacher import load_teacher
 
 from .cell_results import Result
 from .cells import Cell, Training, digest
 from .config import EvalConfig
 from .features import FashionExtractor, fashion_reference
-from .generate import Conditions
+from .generate import DENOISER_NAMES, Conditions
 from .judge import Judge
 from .models import Model, student_model, teacher_model
 from .report import write_atomically
@@ -111,7 +112,8 @@ def train(training: Training, seed: int, work: Path) -> tuple[Path, float]:
         raise UserError(f"--out {work} cannot be written: {error.strerror}") from error
     watch = Stopwatch(folder / "seconds.json", out)
     if not watch.finished:
-        config = training.config(seed, out, resume=(out / "config.yaml").exists())
+        init = fresh_pipeline(training.teacher, seed, work) if training.scratch else None
+        config = training.config(seed, out, (out / "config.yaml").exists(), init)
         logger.info("%s, seed %d: %d training steps", training.title, seed, config.max_steps)
         with watch:
             Distillation(config, training.method).run()
@@ -119,6 +121,22 @@ def train(training: Training, seed: int, work: Path) -> tuple[Path, float]:
     if student is None:
         raise UserError(f"{folder} was finished and has lost its student; remove it, and run make methods")
     return student, watch.seconds
+
+
+def fresh_pipeline(teacher: str, seed: int, work: Path) -> Path:
+    """The folder of an embedded teacher whose denoiser has fresh weights instead of its own."""
+    folder = work / f"fresh_{teacher}.seed{seed}"
+    if folder.is_dir():
+        return folder
+    pipeline = load_teacher(teacher)
+    networks = {name: getattr(pipeline, name) for name in DENOISER_NAMES if hasattr(pipeline, name)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline.register_modules(**{name: type(net).from_config(net.config) for name, net in networks.items()})
+    partial_folder = folder.with_name(f"{folder.name}.part")
+    pipeline.save_pretrained(partial_folder)
+    partial_folder.rename(folder)
+    return folder
 
 
 class Stopwatch:

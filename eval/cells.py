@@ -43,7 +43,8 @@ class Training:
         at: the step counts it is evaluated at; default the one it is trained for.
         settings: of the run, over those of the recipe.
         seeds: that are run where none are asked for.
-        gated: False for a run that is shown without a claim, from scratch for example.
+        scratch: the student starts from fresh weights, not from the teacher's.
+        gated: False for a run that is shown without a claim, as those from scratch are.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Training:
     at: tuple[int, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
+    scratch: bool = False
     gated: bool = True
 
     def __post_init__(self) -> None:
@@ -68,8 +70,14 @@ class Training:
         """Tells it from all other trainings."""
         return f"{self.name}_{self.teacher}_{self.steps}"
 
-    def config(self, seed: int, out: Path | str = "", resume: bool = False) -> RunConfig:
+    def config(self, seed: int, out: Path | str = "", resume: bool = False, init: Path | None = None) -> RunConfig:
         """Of the run: the recipe of this method and teacher, the changed settings over it.
+
+        Args:
+            seed: of the run.
+            out: its folder.
+            resume: go on with what is there.
+            init: the fresh weights of a student from scratch.
 
         Raises:
             UserError: there is no such recipe, or a setting does not fit.
@@ -79,6 +87,7 @@ class Training:
             raise UserError(f"{self.name}: there is no recipe {recipe.name}")
         settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) | {"steps": self.steps} | dict(self.settings)
         settings |= {"teacher": self.teacher, "out": str(out), "seed": seed, "resume": resume, "report_to": "none"}
+        settings |= {"init": str(init)} if init is not None else {}
         try:
             return method_class(self.method).Config(**settings)
         except TypeError as error:
@@ -89,6 +98,8 @@ class Training:
         settings = json.loads(json.dumps(resolved(self.config(0)), default=str))
         kept = {k: v for k, v in settings.items() if k not in _MACHINE | _WATCHED}
         content = {"method": self.method, "teacher": _teacher(self.teacher), "settings": kept}
+        if self.scratch:
+            content["scratch"] = True
         if settings["data"] == "fashion":
             content["images"] = _file(TRAINING_IMAGES)
         return content

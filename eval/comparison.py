@@ -74,10 +74,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rows that there are, the teachers' first.
+    """The rows that there are, each teacher's before its students'.
 
     Raises:
-        UserError: two rows were judged by unlike numbers of samples, or a teacher's row is not there.
+        UserError: two rows were judged by unlike numbers of samples.
     """
 
     rows: Sequence[Row]
@@ -86,29 +86,36 @@ class Comparison:
         if len({result.num for row in self.rows for result in row.results}) > 1:
             raise UserError("the results are of unlike numbers of samples, which cannot be compared: run all with one")
 
-    def teacher(self, name: str, steps: int | None = None) -> Row:
-        """A teacher's row, by default that of its most steps."""
+    def teacher(self, name: str, steps: int | None = None) -> Row | None:
+        """A teacher's row, by default that of its most steps; None where it was not measured."""
         found = [row for row in self.rows if row.cell.training is None and row.cell.teacher == name]
         found = [row for row in found if steps is None or row.cell.steps == steps]
-        if not found:
-            raise UserError(f"{TEACHER}_{name} was not measured at {steps or 'any'} steps: run make methods")
-        return max(found, key=lambda row: row.cell.steps)
+        return max(found, key=lambda row: row.cell.steps, default=None)
+
+    @property
+    def most(self) -> str:
+        """The teachers' most steps, in words."""
+        found = {row.cell.steps for name in {row.cell.teacher for row in self.rows} if (row := self.teacher(name))}
+        return " or ".join(map(str, sorted(found)))
 
     def students(self, gated: bool = False) -> list[Row]:
         """The rows with a training; of those something is claimed of, if asked for."""
         return [row for row in self.rows if row.cell.training is not None and (row.gated or not gated)]
 
-    def better(self, row: Row) -> float:
-        """How many times lower the FD is than the teacher's at as many steps."""
-        return self.teacher(row.cell.teacher, row.cell.steps).fd / row.fd
+    def better(self, row: Row) -> float | None:
+        """How many times lower the FD is than the teacher's at as many steps, where that was measured."""
+        teacher = self.teacher(row.cell.teacher, row.cell.steps)
+        return teacher and teacher.fd / row.fd
 
-    def over(self, row: Row) -> float:
-        """The FD over that of the teacher at its most steps."""
-        return row.fd / self.teacher(row.cell.teacher).fd
+    def over(self, row: Row) -> float | None:
+        """The FD over that of the teacher at its most steps, where that was measured."""
+        teacher = self.teacher(row.cell.teacher)
+        return teacher and row.fd / teacher.fd
 
     def falls_short(self, row: Row) -> bool:
         """Whether a student is not as much better than its teacher as is asked of it."""
-        return row.gated and self.better(row) < AT_LEAST.get(row.cell.steps, 1.0)
+        better = self.better(row)
+        return row.gated and better is not None and better < AT_LEAST.get(row.cell.steps, 1.0)
 
     def best(self, steps: int) -> list[Row]:
         """Of each teacher the student with the lowest FD at this step count, if there is any."""
@@ -120,8 +127,7 @@ class Comparison:
 
     def markdown(self) -> str:
         """The table and what is to be said below it."""
-        most = {self.teacher(row.cell.teacher).cell.steps for row in self.rows}
-        titles = [title.format(most=" or ".join(map(str, sorted(most)))) for title in _TITLES]
+        titles = [title.format(most=self.most) for title in _TITLES]
         lines = [titles, ["---", "---", *["---:"] * (len(titles) - 2)], *map(self._cells, self.rows)]
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         return "\n\n".join([table, *self.sentences()])
@@ -140,9 +146,10 @@ class Comparison:
             how += " Rows of one student at several step counts have the whole training in their seconds."
         sentences = [how]
         for row in (row for steps in BEST_AT for row in self.best(steps)):
-            over = self.over(row)
-            verdict = "within" if over <= AT_MOST else "not within"
+            if (over := self.over(row)) is None:
+                continue
             most = self.teacher(row.cell.teacher).cell.steps
+            verdict = "within" if over <= AT_MOST else "not within"
             sentences.append(
                 f"The best student at {in_steps(row.cell.steps)}, `{row.name}` on `{row.cell.teacher}`, has {over:.2f} "
                 f"times the FD of its teacher at {most}: {verdict} the {AT_MOST} that are asked."
@@ -163,13 +170,18 @@ class Comparison:
         fd = f"{row.fd:.3f}" + (f" ({values[0]:.3f} to {values[-1]:.3f})" if len(values) > 1 else "")
         about = [f"`{row.cell.teacher}`", str(row.cell.steps), f"{result.nfe:g}", fd]
         judged = [f"{row.median('agreement'):.3f}", f"{row.median('recall'):.3f}"]
+        over = _number(self.over(row), "{:.2f}")
         if training is None:
-            return [TEACHER, *about, "", f"{self.over(row):.2f}", *judged, "", "", ""]
+            return [TEACHER, *about, "", over, *judged, "", "", ""]
         name = f"`{training.name}`" if training.gated else f"(`{training.name}`)"
-        better = f"{self.better(row):.1f}x" + (f" {SHORT}" if self.falls_short(row) else "")
+        better = _number(self.better(row), "{:.1f}x") + (f" {SHORT}" if self.falls_short(row) else "")
         seconds = statistics.median(sum(one.seconds.values()) for one in row.results)
         steps = str(result.content["settings"]["max_steps"])
-        return [name, *about, better, f"{self.over(row):.2f}", *judged, str(len(row.results)), steps, f"{seconds:.0f}"]
+        return [name, *about, better, over, *judged, str(len(row.results)), steps, f"{seconds:.0f}"]
+
+
+def _number(value: float | None, pattern: str) -> str:
+    return "" if value is None else pattern.format(value)
 
 
 def _label(row: Row) -> str:

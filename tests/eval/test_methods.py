@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from fewstep.eval import methods
 from fewstep.eval.cell_results import read_result, read_strip
-from fewstep.eval.cell_runs import Stopwatch, network_calls, train
+from fewstep.eval.cell_runs import Stopwatch, fresh_pipeline, network_calls, train
 from fewstep.eval.cells import Cell, Plan, Training
+from fewstep.fashion import teacher_path
 from fewstep.monitor import Monitor
 
 SETTINGS = {"gan_weight": 0.0, "max_steps": 4, "batch_size": 2, "critic_updates": 2, "checkpointing_steps": 1}
@@ -84,6 +85,17 @@ def test_calls_of_a_rectified_flow_hold_its_pairs() -> None:
     settings = {"num_pairs": 8, "pair_steps": 3, "pair_solver": "heun", "max_steps": 5, "batch_size": 4}
     calls = network_calls(Training("reflow", "rectified_flow", "fashion-flow", 4, settings=settings))
     assert calls == {"student": {"to_parameters": 20.0}, "pairs": {"no_grad": 8 * 3 * 2 * 2}}
+
+
+def test_a_student_from_scratch_starts_from_fresh_weights(tmp_path: Path) -> None:
+    fresh = load_file(fresh_pipeline("fashion-sd", 3, tmp_path) / WEIGHTS)
+    theirs = load_file(teacher_path("fashion-sd") / WEIGHTS)
+    assert fresh.keys() == theirs.keys()
+    assert not torch.equal(fresh["conv_in.weight"], theirs["conv_in.weight"])
+    few = {**SETTINGS, "max_steps": 1, "lr": 0.0, "ema_decay": 0.0, "adam_weight_decay": 0.0}
+    scratch = Training("scratch", "dmd2", "fashion-sd", 1, settings=few, scratch=True, gated=False)
+    student = load_file(train(scratch, 3, tmp_path)[0] / WEIGHTS)
+    assert all(torch.equal(student[name], fresh[name]) for name in fresh)
 
 
 # --- the command ------------------------------------------------------------------------------------------------
