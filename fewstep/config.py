@@ -143,6 +143,11 @@ class RunConfig(Settings):
         if self.cache is not None and (self.prompts is not None or self.classes is not None):
             raise UserError("give --cache or --prompts and --classes, not both: a cache holds the prompts or labels")
 
+    @property
+    def tells_guidance(self) -> bool:
+        """Whether the student's network is told the guidance by an input of its own; a method may say so."""
+        return False
+
 
 @dataclass(kw_only=True)
 class CriticConfig(RunConfig):
