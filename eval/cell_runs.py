@@ -70,7 +70,7 @@ class Runner:
             model = student_model(student)
         if reason := model.why_not(cell.steps):
             raise UserError(f"{cell.name}: {reason}")
-        started = time.perf_counter()
+        started = time.process_time()
         row, images = self._evaluate(model, cell)
         result = Result(
             cell=cell.name,
@@ -78,7 +78,7 @@ class Runner:
             num=cell.num,
             nfe=row["nfe"],
             metrics={name: row["metrics"][name] for name in METRICS},
-            seconds={name: round(s) for name, s in (trained | {"evaluation": time.perf_counter() - started}).items()},
+            seconds={name: round(s) for name, s in (trained | {"evaluation": time.process_time() - started}).items()},
             calls=calls,
             versions=versions(),
             threads=torch.get_num_threads(),
@@ -97,7 +97,7 @@ class Runner:
 
 
 def train(training: Training, seed: int, work: Path) -> tuple[Path, float]:
-    """The student's folder, and the seconds that its training took in all. A finished training is not run again.
+    """The student's folder, and the CPU seconds that its training took in all. A finished training is not run again.
 
     Args:
         training: of the list.
@@ -140,7 +140,10 @@ def fresh_pipeline(teacher: str, seed: int, work: Path) -> Path:
 
 
 class Stopwatch:
-    """Seconds of a work that may be interrupted, or killed, and goes on later.
+    """CPU seconds of a work that may be interrupted, or killed, and goes on later.
+
+    With one thread they are those of a quiet machine, also where others share it. Of a process that was killed the wall
+    seconds count.
 
     Args:
         file: where they are kept.
@@ -156,12 +159,12 @@ class Stopwatch:
             self.seconds += max(0.0, self._newest() - about["since"])
 
     def __enter__(self) -> Stopwatch:
-        self._since = time.time()
-        self._write(since=self._since)
+        self._begun = time.process_time()
+        self._write(since=time.time())
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        self.seconds += time.time() - self._since
+        self.seconds += time.process_time() - self._begun
         self.finished = kind is None
         self._write(finished=self.finished)
 

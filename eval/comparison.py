@@ -34,7 +34,7 @@ _TITLES = (
     "recall",
     "seeds",
     "training steps",
-    "seconds",
+    "CPU s",
 )
 # Where the table stands in a document.
 _BEGIN, _END = "<!-- methods: make methods writes from here -->", "<!-- methods: to here -->"
@@ -143,7 +143,7 @@ class Comparison:
         if any(not row.gated for row in self.students()):
             how += " Of rows in brackets nothing is asked: they are trained from scratch."
         if any(row.cell.training.at != (row.cell.steps,) for row in self.students()):
-            how += " Rows of one student at several step counts have the whole training in their seconds."
+            how += " Rows of one student at several step counts have the whole training in their CPU seconds (one thread)."
         sentences = [how]
         for row in (row for steps in BEST_AT for row in self.best(steps)):
             if (over := self.over(row)) is None:
