@@ -143,7 +143,7 @@ class Comparison:
         if any(not row.gated for row in self.students()):
             how += " Of rows in brackets nothing is asked: they are trained from scratch."
         if any(row.cell.training.at != (row.cell.steps,) for row in self.students()):
-            how += " Rows of one student at several step counts have the whole training in their CPU seconds (one thread)."
+            how += " Rows of one student at several step counts have the whole training in their seconds (one thread)."
         sentences = [how]
         for row in (row for steps in BEST_AT for row in self.best(steps)):
             if (over := self.over(row)) is None:
