@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("fewstep", "trainers", "pipelines", "eval")
 # Upper rooms stand on the core, never the other way round. What people start stands on top of all, and may use all.
 UPPER = ("fewstep.trainers", "fewstep.pipelines", "fewstep.eval")
-PROGRAMS = ("fewstep", "fewstep.cli", "fewstep.fashion.build", "fewstep.fashion.rebuild", "fewstep.eval.memory")
+PROGRAMS = ("fewstep", "fewstep.cli", "fewstep.fashion.build", "fewstep.fashion.rebuild")
+PROGRAMS += ("fewstep.eval.memory", "fewstep.eval.methods")
 # The two places that find a method by its name, and so need no list of them.
 METHOD_LOOKUP = {"fewstep.methods"}
 # The two that find a file of pipelines/: one makes a student's pipeline of it, one knows its copies again.
