@@ -151,11 +151,9 @@ class Distillation:
     def make_flow_map_roles(self, *, differentiated: bool) -> dict[str, Role]:
         """The frozen teacher, and a student (and ``ema``) that is told where its steps end: see fewstep.flow_map.
 
-        Args:
-            differentiated: whether the student's derivative by its time is wanted.
-
         Raises:
-            UserError: nothing in this network could be told it, or no pipeline would, or it has no such derivative.
+            UserError: nothing in this network could be told it, or no pipeline would, or where it shall be
+                ``differentiated`` by its time it has no such derivative.
         """
         refuse_no_flow_map(self.recording)
         roles = self.make_roles("student")

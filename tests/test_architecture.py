@@ -23,8 +23,13 @@ PROGRAMS = ("fewstep", "fewstep.cli", "fewstep.fashion.build", "fewstep.fashion.
 PROGRAMS += ("fewstep.eval.memory", "fewstep.eval.methods")
 # The two places that find a method by its name, and so need no list of them.
 METHOD_LOOKUP = {"fewstep.methods"}
-# The two that find a file of pipelines/: one makes a student's pipeline of it, one knows its copies again.
-PIPELINE_LOOKUP = ("fewstep.export.phased", "fewstep.export.own_code")
+# Those that find a file of pipelines/: to make a student's pipeline of it, or a part of that, or to know its copies again.
+PIPELINE_LOOKUP = (
+    "fewstep.export.phased",
+    "fewstep.export.flow_map",
+    "fewstep.export.own_code",
+    "fewstep.second_time",
+)
 LONGEST_FILE = 350
 
 

@@ -148,7 +148,10 @@ def _code(about: Mapping[str, Any]) -> str:
     """What code it brings along."""
     if "code" not in about:
         return ""
-    return f" Which network is called when is decided by `{about['code']}` in its folder, hence `trust_remote_code`."
+    told = (
+        "Which network is called when is decided" if "experts" in about else "Where each step ends is told its network"
+    )
+    return f" {told} by `{about['code']}` in its folder, hence `trust_remote_code`."
 
 
 def _form(about: Mapping[str, Any]) -> str:

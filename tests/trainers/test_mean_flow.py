@@ -1,0 +1,391 @@
+"""MeanFlow's own class and runs: times, velocities, targets, refusals, and students without this package."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from test_phased_end_to_end import dense_wan
+from tiny_pipelines import WAN_CALL, tiny_ddim, tiny_dit, tiny_edm, tiny_flow, tiny_stable_diffusion, tiny_wan
+from torch import Tensor, nn
+from toys import TinyNetwork, labels, role
+
+import fewstep
+from fewstep.distillation import Distillation, distill
+from fewstep.draws import Draws
+from fewstep.errors import UserError
+from fewstep.eval.models import student_model
+from fewstep.export.own_code import is_own_code
+from fewstep.flow_map import FlowMapDenoiser, gap
+from fewstep.guidance import GuidedDenoiser
+from fewstep.ledger import Ledger, forward_passes
+from fewstep.method import Batch, Calls, Pairs, Real
+from fewstep.pipelines.flow_map import flow_times
+from fewstep.recording.shake import shaken
+from fewstep.rollout import Sampler, rollout
+from fewstep.schedule import EDMSchedule, FlowSchedule, TableSchedule
+from fewstep.trainers.mean_flow import MeanFlow, MeanFlowConfig
+
+TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
+SCHEDULES = {"flow": FlowSchedule(), "epsilon": TABLE, "edm": EDMSchedule()}
+GRID = (1.0, 0.5)
+
+
+def config(**settings) -> MeanFlowConfig:
+    return MeanFlowConfig(teacher="tiny", out="out", **settings)
+
+
+class Telling(nn.Module):
+    """Adds the gap, times a number, to what the network sees of the label."""
+
+    @contextmanager
+    def on(self, network: nn.Module, gap: Callable[[], Tensor]) -> Iterator[None]:
+        handle = network.register_forward_pre_hook(
+            lambda _module, arguments, named: (arguments, {**named, "label": named["label"] + gap().float()}),
+            with_kwargs=True,
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def method(kind: str = "flow", settings: MeanFlowConfig | None = None, guidance_scale: float = 1.0) -> MeanFlow:
+    """Over vectors of 6 with labels."""
+    schedule = SCHEDULES[kind]
+    torch.manual_seed(0)
+    roles = {name: role(name, TinyNetwork(6), schedule, kind, name == "student") for name in ("teacher", "student")}
+    roles["student"].denoiser = FlowMapDenoiser(roles["student"].denoiser, Telling())
+    guided = GuidedDenoiser(roles["teacher"], labels([0.0]), guidance_scale)
+    return MeanFlow(settings or config(), roles, guided, Sampler(schedule, GRID, "ode", schedule.initial_scale()))
+
+
+def batch(count: int = 8, step: int = 0) -> Batch:
+    draws, x0 = Draws(0, step, range(count)), torch.randn(count, 6, generator=torch.Generator().manual_seed(1))
+    told = labels([1.0] * count)
+    return Batch(count, (6,), told, draws, Real(x0, told), False, Pairs(x0, x0, told))
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("own", [False, True], ids=["sorted", "apart"])
+def test_the_second_time_is_never_behind_the_first_and_differs_where_it_shall(kind: str, own: bool):
+    trained = method(kind, config(r_mean=-3.0 if own else None))
+    apart = list(range(0, 500, 2))
+    t, r = trained.times(batch(500), apart)
+    assert t.dtype == r.dtype == torch.float64
+    assert bool((r <= t).all() and (t <= 1).all() and (r >= 0).all() and (t > 0).all())
+    assert torch.equal(t[1::2], r[1::2])
+    assert float((r[::2] < t[::2]).double().mean()) > 0.9
+    torch.testing.assert_close(t, trained.schedule.snap(t), rtol=0, atol=0)
+    if kind == "flow":
+        expected = torch.sigmoid(torch.randn(100000, 2 if not own else 1) - 0.4).amax(1).median()
+        assert float(t.median()) == pytest.approx(float(expected), abs=0.05)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_where_both_times_are_one_it_is_flow_matching(kind: str):
+    trained = method(kind, config(data="images", weighting="uniform", apart=1e-9))
+    (turn,) = trained.turns(0, batch())
+    ((loss, gradient),) = turn.backward
+    flow = trained.flow(batch(), [])
+    u = trained.student.velocity(flow.x_t, flow.t, flow.t, flow.conditioning)
+    given = batch()
+    expected = (u - (given.draws.normal("noise", (6,)) - given.real.x0)).square().sum(1).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    assert gradient is None
+
+
+def test_the_teachers_velocity_is_guided_in_diffusers_convention():
+    trained = method("flow", guidance_scale=3.0)
+    flow = trained.flow(batch(), [])
+    teacher = trained.roles["teacher"].denoiser
+    positive, negative = (teacher.raw(flow.x_t, flow.t, labels([label] * 8)) for label in (1.0, 0.0))
+    torch.testing.assert_close(flow.velocity, negative + 3 * (positive - negative))
+
+
+@pytest.mark.parametrize(
+    ("settings", "numbers"),
+    [
+        ({}, (3.0, 0.0)),
+        ({"kappa": 0.5}, (1.5, 0.5)),
+        ({"omega": 0.2, "kappa": 0.92}, (0.2, 0.92)),
+        ({"variant": "improved"}, (1.0, 2 / 3)),
+    ],
+)
+def test_guidance_in_training_is_mixed_as_its_papers_say(settings: dict, numbers: tuple[float, float]):
+    """omega v + kappa u_c + (1 - omega - kappa) u_null; samples without condition, or beyond the interval, have v."""
+    trained = method("flow", config(data="images", guidance_t_max=0.6, label_drop=0.4, **settings), 3.0)
+    assert (trained.omega, trained.kappa) == pytest.approx(numbers)
+    flow, given = trained.flow(batch(64), []), batch(64)
+    data = given.draws.normal("noise", (6,)) - given.real.x0
+    dropped = torch.tensor(given.draws.coins("label_drop", 0.4))
+    assert torch.equal(flow.conditioning.arguments()["label"], 1.0 - dropped.float())
+    u_c, u_null = (trained.student.velocity(flow.x_t, flow.t, flow.t, labels([label] * 64)) for label in (1.0, 0.0))
+    guided = numbers[0] * data + numbers[1] * u_c + (1 - sum(numbers)) * u_null
+    on = (~dropped & (flow.t <= 0.6))[:, None]
+    assert 5 < int(on.sum()) < 60
+    torch.testing.assert_close(flow.velocity, torch.where(on, guided, data).detach())
+
+
+def test_the_fixed_point_of_guidance_in_training_is_the_guided_flow():
+    omega, kappa = config(data="x", kappa=0.6).self_guidance(2.5)
+    v, u_null = 1.7, 0.4
+    u = v
+    for _ in range(200):
+        u = omega * v + kappa * u + (1 - omega - kappa) * u_null
+    assert u == pytest.approx(u_null + 2.5 * (v - u_null))
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_target_over_an_interval_is_the_mean_flow_identity(kind: str):
+    trained = method(kind)
+    flow = trained.flow(batch(), list(range(8)))
+    target, alpha, change = trained.target(0, flow)
+    expected = flow.velocity - gap(trained.schedule, flow.t, flow.r).float()[:, None] * change
+    assert alpha == 0
+    torch.testing.assert_close(target, expected, rtol=1e-5, atol=1e-5)
+    assert not target.requires_grad
+    warmed, _, _ = method(kind, config(tangent_warmup=100)).target(0, flow)
+    torch.testing.assert_close(warmed, flow.velocity)
+
+
+def test_alpha_flow_asks_the_student_further_along_the_flow():
+    trained = method("epsilon", config(variant="alpha_flow", max_steps=100))
+    assert [trained.alpha(step) for step in (0, 50, 99)] == [1.0, 0.5, 0.0]
+    flow = trained.flow(batch(), list(range(8)))
+    target, alpha, _ = trained.target(50, flow)
+    later = trained.later(flow, 0.5 * gap(trained.schedule, flow.t, flow.r))
+    torch.testing.assert_close(target, 0.5 * flow.velocity + 0.5 * later)
+    assert alpha == 0.5 and not target.requires_grad
+    assert torch.equal(trained.target(0, flow)[0], flow.velocity)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale", "passes"),
+    [
+        # F 1, backward 2; from data the one without condition; a derivative (2) where the times differ.
+        ({"data": "images"}, 3.0, 1 + 2 + 1),
+        ({"data": "images", "kappa": 0.5}, 3.0, 1 + 2 + 2),
+        ({"data": "images"}, 1.0, 1 + 2),
+        ({}, 3.0, 1 + 2 + 2),
+    ],
+)
+def test_a_step_costs_what_it_declares_and_derivatives_only_where_the_times_differ(
+    settings: dict, scale: float, passes: int
+):
+    trained = method("flow", config(apart=0.25, **settings), scale)
+    ledger, shares = Ledger(trained), []
+    with ledger:
+        for step in range(40):
+            for turn in trained.turns(step, batch(step=step)):
+                torch.autograd.backward(*zip(*turn.backward, strict=True), inputs=trained.roles["student"].parameters())
+    for step in range(40):
+        found = ledger.calls(step)
+        assert {n: c for n, c in trained.calls(step, batch(step=step)).items() if c != Calls()} == found
+        assert ledger.wasted(step) == {}
+        shares.append(found["student"].jvp)
+        assert forward_passes(found) == pytest.approx(passes + 2 * shares[-1])
+    assert sum(shares) / 40 == pytest.approx(0.25, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"variant": "sideways"}, "--variant must be one of mean_flow, alpha_flow, improved"),
+        ({"weighting": "cube"}, "--weighting must be one of"),
+        ({"velocity": "data"}, "--velocity data is that of real images: give --data"),
+        ({"kappa": 0.5}, "a teacher has --guidance_scale"),
+        ({"data": "x", "kappa": 1.0}, r"--kappa must be in \[0, 1\)"),
+        ({"data": "x", "pairs": "y"}, "give --data or --pairs, not both"),
+        ({"renoise": "fresh"}, "--renoise must be ode"),
+        ({"apart": 0.0}, r"--apart must be in \(0, 1\]"),
+        ({"time_std": 0.0}, "--time_std must be positive"),
+        ({"guidance_t_min": 0.8, "guidance_t_max": 0.2}, "must be a range"),
+        ({"variant": "alpha_flow", "alpha_first_step": 5, "alpha_last_step": 5}, "must lie behind"),
+        ({"label_drop": 1.0}, r"--label_drop must be in \[0, 1\)"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(settings: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        config(**settings)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+RUN = {"steps": 4, "max_steps": 3, "batch_size": 4, "num_pairs": 4, "pair_steps": 2, "apart": 0.75, "lr": 1e-2}
+RUN |= {"sample_steps": 0, "report_to": "none", "cpu": True, "log_steps": 1}
+FLOW_CALL = {"height": 16, "width": 16, "max_sequence_length": 8}
+FAMILIES: dict[str, tuple] = {
+    "flow": (tiny_flow, "transformer", {"call": FLOW_CALL, "ema_decay": 0.5, "gradient_accumulation_steps": 2}),
+    "flow adapters": (tiny_flow, "transformer", {"call": FLOW_CALL, "lora_rank": 2, "gradient_checkpointing": True}),
+    "table": (tiny_stable_diffusion, "unet", {}),
+    "v_prediction": (lambda: tiny_stable_diffusion("v_prediction"), "unet", {"variant": "improved"}),
+    "edm": (tiny_edm, "unet", {"variant": "alpha_flow", "alpha_last_step": 2}),
+    "labels": (tiny_dit, "transformer", {"classes": "0-9", "gradient_checkpointing": True}),
+    "video": (dense_wan, "transformer", {"call": WAN_CALL}),
+}
+STOCK = """
+import json, sys
+sys.modules["fewstep"] = None
+import diffusers, numpy, torch
+torch.set_num_threads(1)
+out, *folders = sys.argv[1:]
+saved = {}
+for folder in folders:
+    about = json.load(open(f"{folder}/fewstep.json"))
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **about["load"], trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    told = {"prompt": {"prompt": "a cat"}, "label": {"class_labels": [3]}, None: {}}[about["conditional"]]
+    last, step = [], pipeline.scheduler.step
+    for count in about["counts"]:
+        kept = []
+        type(pipeline.scheduler).step, original = (
+            lambda self, *a, **k: kept.append(original(self, *a, **k)) or kept[-1]), type(pipeline.scheduler).step
+        type(pipeline.scheduler).step.__signature__ = __import__("inspect").signature(original)
+        call = {**about["call"], **told, "num_inference_steps": count}
+        pipeline(**call, generator=torch.Generator().manual_seed(5))
+        type(pipeline.scheduler).step = original
+        found = kept[-1]
+        saved[f"{folder} {count}"] = (found[0] if isinstance(found, tuple) else found.prev_sample).float().numpy()
+numpy.savez(out, **saved)
+"""
+
+
+class Finished:
+    """A run, its student's folder, and what the trained role makes of one noise at every count."""
+
+    def __init__(self, place: Path, name: str) -> None:
+        builder, network, settings = FAMILIES[name]
+        pipeline = builder()
+        (place / "prompts.txt").write_text("a cat\na dog\n")
+        told = {} if "classes" in settings else {"prompts": str(place / "prompts.txt")}
+        with shaken(pipeline.components[network]):
+            settings = MeanFlowConfig(teacher=name, out=str(place / name), **{**RUN, **told, **settings})
+            run = Distillation(settings, "mean_flow", pipeline)
+            exported, export = [], run.export
+            run.export = lambda role: (exported.append(role), export(role))
+            self.folder = run.run()
+            self.about = json.loads((self.folder / "fewstep.json").read_text())
+            conditioning = run.conditions.select([3 if name == "labels" else 0])
+            generator = torch.Generator().manual_seed(5)
+            noise = torch.randn(1, *run.recording.sample_shape, generator=generator)
+            self.expected = {}
+            for count in self.about["counts"]:
+                sampler = Sampler(run.sampler.schedule, run.plan.grids[count], "ode", run.sampler.initial_scale)
+                with torch.no_grad():
+                    self.expected[count] = rollout(exported[0], sampler, noise, conditioning)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    """Every family's student, sampled by one process without this package."""
+    place = tmp_path_factory.mktemp("mean_flow")
+    found = {name: Finished(place, name) for name in FAMILIES}
+    words = [sys.executable, "-W", "ignore", "-c", STOCK, place / "seen.npz", *(one.folder for one in found.values())]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with numpy.load(place / "seen.npz") as file:
+        for one in found.values():
+            one.seen = {count: torch.from_numpy(file[f"{one.folder} {count}"]) for count in one.about["counts"]}
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_student_samples_without_this_package_as_it_was_trained(finished: dict[str, Finished], name: str):
+    student = finished[name]
+    assert {1, 2, 4} <= set(student.about["counts"])
+    assert student.about["code"] == "flow_map.py" and student.about["renoise"] == "ode"
+    assert is_own_code(student.folder)
+    for count, expected in student.expected.items():
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(student.seen[count], expected, rtol=1e-3, atol=2e-3 * scale)
+
+
+def test_fewstep_loads_its_own_flow_maps_unasked_and_no_other(finished: dict[str, Finished], tmp_path: Path):
+    student = Path(shutil.copytree(finished["table"].folder, tmp_path / "student"))
+    pipeline = fewstep.load(student)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a cat", generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert image.shape == (1, 16, 16, 3)
+    pipeline.save_pretrained(tmp_path / "copy")
+    assert is_own_code(tmp_path / "copy")
+    assert student_model(student).pipeline_class().__name__ == "StableDiffusionPipeline"
+    for code in (student / "flow_map.py", student / "second_time" / "flow_map.py"):
+        text = code.read_text()
+        code.write_text(text + "\nimport os\n")
+        assert not is_own_code(student)
+        with pytest.raises(UserError, match="trust_remote_code"):
+            fewstep.load(student)
+        code.write_text(text)
+    assert is_own_code(student)
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path):
+    settings = {**RUN, "ema_decay": 0.5, "checkpointing_steps": 1}
+    pipeline = tiny_ddim()
+    folders = [distill(pipeline, "mean_flow", out=str(tmp_path / "whole"), **settings)]
+    distill(pipeline, "mean_flow", out=str(tmp_path / "cut"), **{**settings, "max_steps": 1})
+    folders.append(distill(pipeline, "mean_flow", out=str(tmp_path / "cut"), resume=True, **settings))
+    from safetensors.torch import load_file
+
+    for part in ("unet", "second_time"):
+        whole, cut = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for folder in folders)
+        assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert any(float(value.abs().max()) > 0 for name, value in whole.items() if name.startswith("heads"))
+    # And another run begins with the second time of this one, from its checkpoint or its folder.
+    for number, init in enumerate((tmp_path / "whole", folders[0])):
+        own = {"out": str(tmp_path / f"next_{number}"), "init": str(init), "trust_remote_code": True, **settings}
+        run = Distillation(MeanFlowConfig(teacher="tiny", **own), "mean_flow", pipeline)
+        again = MeanFlow.prepare(run.config, run).roles["student"].added["second_time"]
+        assert bool((again.heads[0].weight != 0).any())
+
+
+def test_a_student_of_real_images_starts_as_its_teacher_and_is_guided_in_training(tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    for k in range(2):
+        Image.new("RGB", (16, 16), (50, 90 * k, 200)).save(tmp_path / "images" / f"{k}.png")
+    rows = [{"file_name": f"{k}.png", "text": f"a {k}"} for k in range(2)]
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    folder = distill(
+        tiny_stable_diffusion(),
+        "mean_flow",
+        out=str(tmp_path / "run"),
+        data=str(tmp_path / "images"),
+        prompts=str(tmp_path / "prompts.txt"),
+        kappa=0.5,
+        **RUN,
+    )
+    assert (folder / "second_time" / "config.json").is_file()
+
+
+def test_several_networks_that_share_the_time_are_refused_in_one_line(tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    with pytest.raises(UserError, match="WanPipeline has 2 networks that share the time") as caught:
+        distill(
+            tiny_wan(),
+            "mean_flow",
+            out=str(tmp_path / "run"),
+            prompts=str(tmp_path / "prompts.txt"),
+            call=WAN_CALL,
+            **RUN,
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_a_step_towards_noise_is_refused():
+    class Backwards:
+        sigmas = torch.tensor([0.2, 0.9, 0.0])
+
+    with pytest.raises(ValueError, match="may not end at a noisier time"):
+        flow_times(Backwards())
