@@ -23,7 +23,7 @@ PROGRAMS = ("fewstep", "fewstep.cli", "fewstep.fashion.build", "fewstep.fashion.
 PROGRAMS += ("fewstep.eval.memory", "fewstep.eval.methods")
 # The two places that find a method by its name, and so need no list of them.
 METHOD_LOOKUP = {"fewstep.methods"}
-# Those that find a file of pipelines/: to make a student's pipeline of it, or a part of that, or to know its copies again.
+# Those that find a file of pipelines/: to make a student's pipeline of it, or a part of one, or to know its copies.
 PIPELINE_LOOKUP = (
     "fewstep.export.phased",
     "fewstep.export.flow_map",
