@@ -59,7 +59,7 @@ def cache(
     texts = read_prompts(prompts) if isinstance(prompts, str | Path) else prompts
     labels = read_classes(classes) if isinstance(classes, str) else classes
     if isinstance(teacher, DiffusionPipeline):
-        pipeline, name = teacher, teacher.config.get("_name_or_path") or type(teacher).__name__
+        pipeline, name = teacher, str(teacher.config.get("_name_or_path") or type(teacher).__name__)
     else:
         pipeline, name = load_teacher(str(teacher), trust_remote_code), str(teacher)
     pipeline.to(Accelerator(cpu=cpu).device)

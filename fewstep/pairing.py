@@ -116,7 +116,7 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
         UserError: for everything that a user can mend.
     """
     pipeline = teacher if isinstance(teacher, DiffusionPipeline) else None
-    name = str(teacher) if pipeline is None else pipeline.config.get("_name_or_path") or type(pipeline).__name__
+    name = str(teacher) if pipeline is None else str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
     try:
         config = PairsConfig(teacher=name, **settings)
     except TypeError as error:
