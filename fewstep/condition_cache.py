@@ -28,7 +28,7 @@ from fewstep.packing import Pack, from_json, one_of_each_kind, pack, to_json
 from fewstep.quantization import is_quantized
 from fewstep.recording import Recording
 
-FORMAT = "fewstep-cache-1"
+FORMAT = "fewstep-cache-2"
 INDEX = "index.json"
 _NEGATIVE = "negative.safetensors"
 _CLOSE = 1e-2  # relative; another text is off by its own size
@@ -87,14 +87,19 @@ class ConditionCache:
         shards = range(len(self.index["shards"]))
         return one_of_each_kind((self._shard(shard)[0] for shard in shards), self.index["shard_size"])
 
-    def check(self, recording: Recording, teacher: str) -> None:
+    def check(self, recording: Recording, teacher: str, fused: bool = False) -> None:
         """Refuse another teacher, and one that encodes otherwise by now, as another version of diffusers may.
+
+        Args:
+            recording: of the teacher.
+            teacher: its name.
+            fused: a LoRA was fused into it: of a cache of its base, what encodes must still be the same.
 
         Raises:
             UserError: a part that decides the conditioning differs, and is named; or the first item is another one.
         """
-        # What a quantised denoiser was before cannot be seen, and it encodes nothing.
-        unseen = {name for name, network in recording.networks.items() if is_quantized(network)}
+        # What a quantised or a changed denoiser was before cannot be seen, and it encodes nothing.
+        unseen = {name for name, network in recording.networks.items() if fused or is_quantized(network)}
         refuse_other_teacher(self.folder, self.index, fingerprint(recording), teacher, unseen)
         (now,) = recording.condition_each(**{f"{self.kind}s": self._shard(0)[1][:1]})
         if not _close(now, self[0]):
