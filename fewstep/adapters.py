@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fewstep.conditioning import Conditioning
 from fewstep.denoiser import NetworkDenoiser
 from fewstep.errors import UserError
 from fewstep.quantization import is_quantized, is_quantized_layer
+from fewstep.recording import Recording
+from fewstep.recording.observe import evaluating
 from fewstep.roles import Role, allow_checkpointing
 
 
@@ -37,6 +41,7 @@ class Backbone:
         dtype: of the frozen weights; adapters are float32 at least.
         device: where it lives.
         gradient_checkpointing: recompute activations in the backward pass.
+        without: full names of layers that get no adapter.
 
     Raises:
         UserError: there is no layer to adapt, one that is smaller than the rank, or no gradient checkpointing.
@@ -51,11 +56,12 @@ class Backbone:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         gradient_checkpointing: bool = False,
+        without: Collection[str] = (),
     ) -> None:
         self.stock, self.rank, self.alpha = network, rank, alpha
         self.network = _prepared(on_the_same_weights(network), dtype, device)
         self.network.requires_grad_(False)
-        self.targets = attention_linears(self.network)
+        self.targets = tuple(path for path in attention_linears(self.network) if path not in without)
         _refuse(network, self.targets, rank)
         self._layers: list[LoraLayer] = []
         self._playing: str | None = None
@@ -193,6 +199,29 @@ def attention_linears(network: nn.Module) -> tuple[str, ...]:
             prefix = f"{path}." if path else ""
             found |= {f"{prefix}{n}": None for n, m in module.named_modules() if n and isinstance(m, nn.Linear)}
     return tuple(found)
+
+
+@torch.no_grad()
+def called_by_keyword(recording: Recording, device: torch.device | str) -> set[str]:
+    """Full names of the layers whose input has a name (in AnimateDiff), which PEFT's layers cannot take."""
+    network, found = recording.network, set()
+
+    def note(_layer: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any], path: str) -> None:
+        if not args:
+            found.add(path)
+
+    layers = {path: network.get_submodule(path) for path in attention_linears(network)}
+    hooks = [m.register_forward_pre_hook(partial(note, path=p), with_kwargs=True) for p, m in layers.items()]
+    x = torch.zeros(1, *recording.sample_shape, dtype=recording.dtype, device=device)
+    time = recording.schedule.timestep(torch.full((1,), 0.5, dtype=torch.float64))
+    told = Conditioning(recording.marked, 1).select([0]).to(device=device)
+    try:
+        with evaluating(network):
+            recording.recipe.call(network, x, time, told, next_timestep=time / 2)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def _refuse(network: nn.Module, targets: tuple[str, ...], rank: int) -> None:

@@ -137,6 +137,7 @@ class Distillation:
             refuse_deaf(self.recording, self.negative, heard, noise)
         self.pairs: PairSource | None = None
         self.previews = Previews(config, self.recording, self.conditions, self.device)
+        self._say(self.previews.note)
         self.real = None
         if config.data is not None:
             self.real = RealSamples(read_images(config.data), self.recording, self.conditions, self.device)
