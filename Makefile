@@ -7,7 +7,7 @@ INSTALL := $(RUN) -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test soak lint bench clean
+.PHONY: help demo test soak lint bench methods clean
 
 help:
 	@echo "make demo   distil an embedded teacher on this machine and compare both"
@@ -15,6 +15,7 @@ help:
 	@echo "make soak   the long forms of the tests that are cut short in make test"
 	@echo "make lint   ruff and its formatter"
 	@echo "make bench  latency of the embedded teachers, and memory of LoRA roles, full copies and plans"
+	@echo "make methods  every method on the embedded teachers, in cells: one table, one picture (hours; goes on where it stopped)"
 	@echo "make clean  remove the environment and build products"
 
 demo: $(VENV)/.demo
@@ -38,6 +39,10 @@ bench: $(VENV)/.demo
 	$$teacher || exit 1; done
 	$(RUN) -m fewstep.eval.memory roles
 	$(RUN) -m fewstep.eval.memory plans
+
+# A cell that is finished, and whose recipe has not changed since, is not run again.
+methods: $(VENV)/.demo
+	$(RUN) -m fewstep.eval.methods --readme README.md $(METHODS_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

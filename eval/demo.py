@@ -7,9 +7,10 @@ from pathlib import Path
 
 import yaml
 
-from fewstep.distillation import Distillation, method_class
+from fewstep.distillation import Distillation
 from fewstep.errors import UserError
 from fewstep.fashion import TEACHERS
+from fewstep.methods import method_class
 
 from .evaluate import evaluate
 from .report import Report

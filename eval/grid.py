@@ -48,10 +48,13 @@ def tile(rows: Sequence[Tensor]) -> Image.Image:
     return sheet
 
 
-def draw_grid(rows: Sequence[GridRow], column_labels: Sequence[str] = ()) -> Image.Image:
+def draw_grid(
+    rows: Sequence[GridRow], column_labels: Sequence[str] = (), *, smallest: int = SMALLEST_CELL
+) -> Image.Image:
     """Rows of models, columns of the same seed and condition, with labels left and above.
 
-    Small pictures are enlarged by a whole factor without smoothing, large ones reduced; videos show their middle frame.
+    Small pictures are enlarged by a whole factor without smoothing, up to `smallest` pixels, large ones reduced; videos
+    show their middle frame.
     Raises ValueError when there is no row.
     """
     if not rows:
@@ -60,7 +63,7 @@ def draw_grid(rows: Sequence[GridRow], column_labels: Sequence[str] = ()) -> Ima
     line_height = FONT_SIZE + 3
     stills = [row.images[:, row.images.shape[1] // 2] if row.images.ndim == 5 else row.images for row in rows]
     columns = max(len(row) for row in stills)
-    cells = [_cell_size(row.shape[-1], row.shape[-2]) for row in stills]
+    cells = [_cell_size(row.shape[-1], row.shape[-2], smallest) for row in stills]
     width = max(cell[0] for cell in cells)
     headers = [_wrap(label, font, width) for label in column_labels[:columns]]
     left = MARGIN + max(round(font.getlength(row.label)) for row in rows) + MARGIN
@@ -83,12 +86,12 @@ def draw_grid(rows: Sequence[GridRow], column_labels: Sequence[str] = ()) -> Ima
     return sheet
 
 
-def _cell_size(width: int, height: int) -> tuple[int, int]:
+def _cell_size(width: int, height: int, smallest: int) -> tuple[int, int]:
     """Size of a picture in the grid: a whole multiple of a small one, a reduced large one."""
     longest = max(width, height)
     if longest > LARGEST_CELL:
         return round(width * LARGEST_CELL / longest), round(height * LARGEST_CELL / longest)
-    factor = max(1, SMALLEST_CELL // longest)
+    factor = max(1, smallest // longest)
     return width * factor, height * factor
 
 

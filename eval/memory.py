@@ -27,12 +27,12 @@ from typing import Any
 import torch
 
 from fewstep.config import RunConfig
-from fewstep.distillation import method_class
 from fewstep.errors import UserError
 from fewstep.eval.memory_shapes import SHAPES
 from fewstep.footprint import tensor_bytes
 from fewstep.full_precision import load_run_teacher
 from fewstep.method import Turn
+from fewstep.methods import method_class
 from fewstep.optimization import RoleOptimizer
 from fewstep.planning import Planner, costliest_step, size
 from fewstep.quantization import is_quantized

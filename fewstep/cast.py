@@ -11,7 +11,7 @@ from fewstep.adapters import AdapterRole, Backbone, called_by_keyword
 from fewstep.config import RunConfig
 from fewstep.denoiser import NetworkDenoiser
 from fewstep.recording import Recording
-from fewstep.roles import Role, make_role
+from fewstep.roles import FOLLOWERS, Role, follow, make_role
 from fewstep.routing import RoutedRole
 
 
@@ -22,12 +22,14 @@ def make_roles(
     device: torch.device,
     student: Recording | None = None,
 ) -> dict[str, Role]:
-    """The frozen teacher, the trainable roles ``names``, and ``ema`` where the run has one.
+    """The frozen teacher, the roles ``names``, and ``ema`` where the run has one.
+
+    All are trainable but ``target``, a method's own slow copy of the student, which the loop moves.
 
     Args:
         config: of the run.
         recording: of the teacher.
-        names: of the trainable roles.
+        names: of the roles beside teacher and ema.
         device: of all of them.
         student: the recording of the student's own pipeline, where it has other experts than the teacher's.
 
@@ -44,15 +46,15 @@ def make_roles(
         return _copies(config, one, device)
 
     def make(name: str, *, trainable: bool) -> Role:
-        own = student if student is not None and name in ("student", "ema") else recording
+        own = student if student is not None and name in ("student", *FOLLOWERS) else recording
         full = not config.lora_rank or (name.startswith("critic") and config.full_critic)
         return _of_each_expert(own, copies if full else adapters, name, trainable)
 
     roles = {"teacher": make("teacher", trainable=False)}
-    roles |= {name: make(name, trainable=True) for name in names}
+    roles |= {name: make(name, trainable=name != "target") for name in names}
     if config.ema_decay > 0:
         roles["ema"] = make("ema", trainable=False)
-        roles["ema"].copy_weights(roles["student"])
+    follow(roles)
     return roles
 
 

@@ -157,6 +157,11 @@ class RunConfig(Settings):
         if self.teacher_lora is not None:
             raise UserError("--teacher_lora cannot be fused into weights of --quantization; leave one of them out")
 
+    @property
+    def tells_guidance(self) -> bool:
+        """Whether the student's network is told the guidance by an input of its own; a method may say so."""
+        return False
+
 
 @dataclass(kw_only=True)
 class CriticConfig(RunConfig):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import pkgutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,10 +35,12 @@ from fewstep.initialization import initialize
 from fewstep.intervals import TimedScale
 from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.method import PairSource
+from fewstep.methods import method_class
 from fewstep.monitor import Monitor, trackers
 from fewstep.phases import Phase, describe
 from fewstep.previews import Previews
 from fewstep.quantization import is_quantized
+from fewstep.ragged import AnyConditioning
 from fewstep.recording import record
 from fewstep.recording.observe import find_scheduler
 from fewstep.roles import Role
@@ -47,6 +48,7 @@ from fewstep.rollout import Sampler
 from fewstep.run_folder import check_folder, write_config
 from fewstep.teacher import base_model, teacher_license
 from fewstep.teacher_lora import FusedLora, fuse_teacher_lora, with_own_weights
+from fewstep.told_guidance import find_told_guidance, with_told_guidance
 
 if TYPE_CHECKING:
     from fewstep.pairing import RunPairs
@@ -56,24 +58,6 @@ logger = logging.getLogger("fewstep")
 #: Settings that say something of a machine and nothing of a student; they are not published with it.
 _PRIVATE = frozenset({"teacher", "teacher_lora", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init"})
 _PRIVATE |= {"push_to_hub", "hub_private", "resume", "cpu", "report_to"}
-
-
-def methods() -> list[str]:
-    """The names of all methods: the files of ``fewstep.trainers``."""
-    package = importlib.import_module("fewstep.trainers")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-
-
-def method_class(name: str) -> type:
-    """The class of a method, by the name of its file.
-
-    Raises:
-        UserError: there is no such method.
-    """
-    if name not in methods():
-        raise UserError(f"there is no method {name!r}; there are: {', '.join(methods())}")
-    module = importlib.import_module(f"fewstep.trainers.{name}")
-    return next(c for c in vars(module).values() if hasattr(c, "turns") and c.__module__ == module.__name__)
 
 
 class Distillation:
@@ -110,6 +94,11 @@ class Distillation:
         self.recording.prove()
         if self.recording.recipe.needs_next:
             raise UserError("this teacher's network is told the next time too, which no method here can train yet")
+        self.guidance_scale = guidance_of(config, self.recording)
+        teacher, self.told_guidance = self.recording, None
+        if config.tells_guidance:
+            self.recording = with_told_guidance(teacher, self.guidance_scale, trained=not config.lora_rank)
+            self.told_guidance = find_told_guidance(self.recording, heeded=self.recording is teacher)
         #: Of the pipeline that the student will be: the teacher's own, unless it has other experts.
         self.student_recording = self.recording
         self.plan = plan_student(
@@ -125,28 +114,27 @@ class Distillation:
         schedule = self.recording.schedule
         self.sampler = Sampler(schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
         self.shift = self.plan.shift
-        self.guidance_scale = guidance_of(config, self.recording)
         progress = self.accelerator.is_main_process
-        self.conditions, negative = conditions_of(config, self.recording, self.device, progress=progress)
+        self.conditions, negative = conditions_of(config, teacher, self.device, progress=progress)
         self._say(self.conditions.note)
         # Also where the teacher is not guided: a critic may be.
-        self.negative = negative.to(device=self.device) if negative is not None else None
+        self.negative = self.as_told(negative.to(device=self.device)) if negative is not None else None
         if self.negative is not None and self.guidance_scale != 1.0:
             noise = Draws(config.seed, -3, range(2), self.device).normal("listening", self.recording.sample_shape)
-            heard = [self.conditions.select([row]) for row in range(min(2, len(self.conditions)))]
+            heard = [self.as_told(self.conditions.select([row])) for row in range(min(2, len(self.conditions)))]
             refuse_deaf(self.recording, self.negative, heard, noise)
         self.pairs: PairSource | None = None
-        self.previews = Previews(config, self.recording, self.conditions, self.device)
+        self.previews = Previews(config, self.recording, self.conditions, self.device, self.as_told)
         self._say(self.previews.note)
         self.real = None
         if config.data is not None:
-            self.real = RealSamples(read_images(config.data), self.recording, self.conditions, self.device)
+            self.real = RealSamples(read_images(config.data), teacher, self.conditions, self.device)
         self.encoders = Encoders(self.recording, self.plan.call, reload)
 
     # --- what methods ask for -----------------------------------------------------------------------------------
 
     def make_roles(self, *names: str) -> dict[str, Role]:
-        """The frozen teacher, the trainable roles ``names``, and ``ema`` where the run has one."""
+        """The frozen teacher, the roles ``names``, and ``ema`` where the run has one, see :mod:`fewstep.cast`."""
         return make_roles(self.config, self.recording, names, self.device)
 
     def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
@@ -201,6 +189,17 @@ class Distillation:
         if self.accelerator.is_main_process:
             write_config(self.out, self.method, self.config)
         self.accelerator.wait_for_everyone()
+
+    def as_told(self, conditioning: AnyConditioning) -> AnyConditioning:
+        """The same conditioning where the network is told its guidance by default, else as it is."""
+        told = self.told_guidance
+        if told is None:
+            return conditioning
+        return told.tell(conditioning, torch.full((conditioning.batch_size,), told.default, device=self.device))
+
+    def describe(self, **what: Any) -> None:
+        """Put on the student's card what the method knows of it: fields of :class:`fewstep.export.StudentPlan`."""
+        self.plan = replace(self.plan, **what)
 
     def initialize(self, roles: dict[str, Role]) -> None:
         """Take the weights of ``--init`` over, where it is given: see :func:`fewstep.initialization.initialize`."""

@@ -9,6 +9,7 @@ from fewstep.conditioning import Conditioning
 from fewstep.denoiser import Denoiser
 from fewstep.errors import UserError
 from fewstep.intervals import TimedScale
+from fewstep.prediction import expand
 from fewstep.ragged import AnyConditioning, in_groups, join
 
 
@@ -65,8 +66,12 @@ class GuidedDenoiser:
         """Another denoiser under the same guidance."""
         return GuidedDenoiser(denoiser, self.negative, self.guidance_scale)
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
-        """Guided x0 (B, ...)."""
+    def __call__(
+        self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, guidance_scale: Tensor | None = None
+    ) -> Tensor:
+        """Guided x0 (B, ...); by ``guidance_scale`` (B,), a w for each sample, where it is given."""
+        if guidance_scale is not None:
+            return guide(*self.pair(x_t, t, conditioning), expand(guidance_scale, x_t))
         if self.guidance_scale == 1.0:
             return self.denoiser(x_t, t, conditioning)
         if self.guidance_scale == 0.0:

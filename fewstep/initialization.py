@@ -16,7 +16,7 @@ from fewstep.adapters import AdapterRole
 from fewstep.errors import UserError
 from fewstep.recording import Recording
 from fewstep.recording.observe import find_scheduler
-from fewstep.roles import Role
+from fewstep.roles import Role, follow
 from fewstep.schedule import from_scheduler
 from fewstep.teacher import load_teacher
 
@@ -28,7 +28,7 @@ def initialize(
     say: Callable[[str], None],
     trust_remote_code: bool = False,
 ) -> None:
-    """Load ``init`` into the roles; the average, where there is one, starts at the student.
+    """Load ``init`` into the roles; the averages, where there are any, start at the student.
 
     Args:
         roles: of the new run; the student, and of a run's folder the critic with its head, are overwritten.
@@ -63,8 +63,7 @@ def initialize(
         whole = nn.ModuleDict(networks) if len(networks) > 1 else network
         roles["student"].load_state_dict({f"network.{k}": v for k, v in whole.state_dict().items()})
         say(f"the student starts from {init}; the critic starts from the teacher")
-    if "ema" in roles:
-        roles["ema"].copy_weights(roles["student"])
+    follow(roles)
 
 
 def _load_run(role: Role, tensors: dict[str, Tensor], say: Callable[[str], None]) -> None:

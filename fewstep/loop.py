@@ -27,7 +27,7 @@ from fewstep.errors import UserError
 from fewstep.method import Batch, Method, PairSource, Renew, Turn
 from fewstep.monitor import Monitor
 from fewstep.optimization import RoleOptimizer
-from fewstep.roles import Role, update_average
+from fewstep.roles import FOLLOWERS, Role, follow, update_average
 
 
 class Interrupted(Exception):  # noqa: N818 - a wish of the user, not an error
@@ -147,8 +147,8 @@ class Loop:
                 continue
             norm = self.optimizers[turn.role].update(self.step)
             log[f"{turn.role}/gradient_norm"] = norm
-            if turn.role == "student" and "ema" in self.method.roles:
-                update_average(self.method.roles["ema"], self.method.roles["student"], self.config.ema_decay)
+            if turn.role == "student":
+                self._update_averages()
         self._recent.update(log)
         self.step += 1
         if logging:
@@ -195,12 +195,18 @@ class Loop:
             pairs=self.pairs.batch(config.seed, positions) if self.pairs is not None else None,
         )
 
+    def _update_averages(self) -> None:
+        roles = self.method.roles
+        if "ema" in roles:
+            update_average(roles["ema"], roles["student"], self.config.ema_decay)
+        if "target" in roles:
+            update_average(roles["target"], roles["student"], self.method.target_decay(self.step))
+
     def _renew(self, renew: Renew) -> None:
-        role = self.method.roles[renew.role]
-        role.copy_weights(self.method.roles[renew.like])
+        self.method.roles[renew.role].copy_weights(self.method.roles[renew.like])
         self.optimizers[renew.role].renew(self.step)
-        if renew.role == "student" and "ema" in self.method.roles:
-            self.method.roles["ema"].copy_weights(role)
+        if renew.role == "student":
+            follow(self.method.roles)
 
     # --- between steps ------------------------------------------------------------------------------------------
 
@@ -222,7 +228,7 @@ class Loop:
         self.monitor.flush()
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, role in self.method.roles.items():
-            if name in self.optimizers or name in ("ema", "target"):
+            if name in self.optimizers or name in FOLLOWERS:
                 tensors[name] = role.state_dict()
         for name, optimizer in self.optimizers.items():
             tensors[f"{name}_optimizer"] = optimizer.state()

@@ -109,6 +109,9 @@ class Calls:
 class Method(Protocol):
     """What the loop asks of a method.
 
+    A method with a role ``target``, its own slow copy of the student, also has ``target_decay(step)``: after the
+    student's turn of that step the loop sets target <- decay * target + (1 - decay) * student.
+
     Attributes:
         roles: every role by name; those with trainable parameters are optimized and checkpointed.
     """

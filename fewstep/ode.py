@@ -16,6 +16,7 @@ An Euler step is the same in both (and is :func:`fewstep.prediction.ode_step`); 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -30,6 +31,8 @@ from fewstep.timesteps import even_grid
 SOLVERS = ("euler", "heun")
 #: Where a walk from data to noise begins: at t = 0 itself a network says nothing about the noise.
 CLEANEST = 1e-3
+# A position up to here is the clean sample but for rounding.
+_CLEAN = 1e-12
 
 
 class Walker:
@@ -55,7 +58,7 @@ class Walker:
         line: str | None = None,
         anchor: Tensor | None = None,
     ) -> None:
-        line = line or ("edm" if isinstance(schedule, EDMSchedule) else "flow")
+        line = line or default_line(schedule)
         if solver not in SOLVERS or line not in ("flow", "edm"):
             raise ValueError(f"solver is {' or '.join(SOLVERS)} and line is flow or edm, not {solver!r} and {line!r}")
         self.denoiser, self.schedule, self.solver, self.line, self.anchor = denoiser, schedule, solver, line, anchor
@@ -87,21 +90,58 @@ class Walker:
 
     def step(self, x: Tensor, now: float, then: float, conditioning: AnyConditioning) -> Tensor:
         """From time ``now`` to time ``then``, in either direction, neither of them 0; (B, ...)."""
-        scale, start = _coordinates(self.schedule, self.line, now, x)
-        next_scale, end = _coordinates(self.schedule, self.line, then, x)
-        y = x / scale
-        slope = (y - self.denoiser(x, _full(now, x), conditioning)) / start
-        if self.solver == "heun":
-            there = self._move(y, slope, start, end, then) / next_scale
-            again = self.denoiser(there * next_scale, _full(then, x), conditioning)
-            slope = (slope + (there - again) / end) / 2
-        return self._move(y, slope, start, end, then)
+        denoise = partial(self.denoiser, conditioning=conditioning)
+        return solver_step(
+            denoise, self.schedule, x, _full(now, x), _full(then, x), self.solver, line=self.line, anchor=self.anchor
+        )
 
-    def _move(self, y: Tensor, slope: Tensor, start: Tensor, end: Tensor, then: float) -> Tensor:
-        """x at time ``then``, ``slope`` (B, ...) followed from ``start`` to ``end`` (B, 1, ...)."""
-        if self.anchor is not None:
-            return add_noise(y - start * slope, self.anchor, self.schedule.coefficients(_full(then, y)))
-        return (y + (end - start) * slope) * _coordinates(self.schedule, self.line, then, y)[0]
+
+def solver_step(
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    schedule: NoiseSchedule,
+    x_t: Tensor,
+    now: Tensor,
+    then: Tensor,
+    solver: str,
+    *,
+    line: str | None = None,
+    anchor: Tensor | None = None,
+) -> Tensor:
+    """One step of the ODE from ``now`` to ``then``, in either direction; x_t and the result: (B, ...).
+
+    A Heun step that ends at the clean sample is one of Euler: there a network says nothing about the noise.
+
+    Args:
+        denoise: x0 (B, ...) at (x_t, t).
+        schedule: alpha and sigma.
+        x_t: where the step begins.
+        now: its time (B,), above 0.
+        then: where it ends, (B,).
+        solver: see :class:`Walker`, as ``line`` and ``anchor``.
+        line: likewise.
+        anchor: likewise.
+    """
+    line = line or default_line(schedule)
+    scale, start = _coordinates(schedule, line, now, x_t)
+    next_scale, end = _coordinates(schedule, line, then, x_t)
+    y = x_t / scale
+
+    def along(slope: Tensor) -> Tensor:
+        if anchor is not None:
+            return add_noise(y - start * slope, anchor, schedule.coefficients(then))
+        return (y + (end - start) * slope) * next_scale
+
+    slope = (y - denoise(x_t, now)) / start
+    if solver == "heun":
+        there = along(slope)
+        again = (there / next_scale - denoise(there, then)) / end.clamp(min=_CLEAN)
+        slope = torch.where(end > _CLEAN, (slope + again) / 2, slope)
+    return along(slope)
+
+
+def default_line(schedule: NoiseSchedule) -> str:
+    """The coordinates of a schedule's own paper, see the module."""
+    return "edm" if isinstance(schedule, EDMSchedule) else "flow"
 
 
 def teacher_times(schedule: NoiseSchedule, steps: int, shift: float = 1.0) -> list[float]:
@@ -132,7 +172,7 @@ def straightness(
     0) from ``x`` (B, ...) at ``times[0]``; start - end is divided by the flow time between them.
     Source: Liu et al. 2022, §2.2, S(Z).
     """
-    coordinates = [_coordinates(schedule, "flow", t, x) for t in times]
+    coordinates = [_coordinates(schedule, "flow", _full(t, x), x) for t in times]
     ends = [position for _, position in coordinates[1:]] + [torch.zeros_like(coordinates[0][1])]
     y = start = x / coordinates[0][0]
     velocities = []
@@ -145,9 +185,9 @@ def straightness(
     return sum((share * (chord - velocity).square()).mean() for share, velocity in zip(shares, velocities))
 
 
-def _coordinates(schedule: NoiseSchedule, line: str, t: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and position at ``t``, shaped to broadcast over ``like``."""
-    alpha, sigma = schedule.coefficients(_full(t, like))
+def _coordinates(schedule: NoiseSchedule, line: str, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and position at ``t`` (B,), shaped to broadcast over ``like``."""
+    alpha, sigma = schedule.coefficients(t)
     scale = alpha + sigma if line == "flow" else alpha
     return expand(scale, like), expand(sigma / scale, like)
 

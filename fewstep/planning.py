@@ -19,13 +19,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from fewstep.asking import teacher_call
 from fewstep.config import RunConfig
-from fewstep.distillation import method_class
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.footprint import Footprint, tensor_bytes
 from fewstep.hollow import answering, fake_tensors, hollow_teacher, pretend, pretending
 from fewstep.ledger import forward_passes
 from fewstep.method import Calls, Method, Turn
+from fewstep.methods import method_class
 from fewstep.quantization import plan_quantized
 from fewstep.recording import Recording, record
 from fewstep.recording.observe import find_decoder, modules_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from fewstep.config import RunConfig
 from fewstep.denoiser import Denoiser
 from fewstep.draws import Draws
 from fewstep.images import save_grid
+from fewstep.ragged import AnyConditioning
 from fewstep.recording import Recording
 from fewstep.recording.errors import RecordingError
 from fewstep.rollout import Sampler, draw_sample, ode_sampler
@@ -28,10 +30,19 @@ class Previews:
         recording: of the teacher.
         conditions: of the run, of which the first are shown.
         device: of the networks.
+        as_told: adds to a conditioning what the networks are told beside it (their guidance).
     """
 
-    def __init__(self, config: RunConfig, recording: Recording, conditions: Conditions, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        recording: Recording,
+        conditions: Conditions,
+        device: torch.device,
+        as_told: Callable[[AnyConditioning], AnyConditioning],
+    ) -> None:
         self.config, self.recording, self.conditions, self.device = config, recording, conditions, device
+        self.as_told = as_told
         self._teacher: Tensor | None = None
         #: Why no grid is made, though grids were asked for; else empty.
         self.note = ""
@@ -57,7 +68,7 @@ class Previews:
         for first in range(0, _SHOWN, self.config.batch_size):
             indices = range(first, min(first + self.config.batch_size, _SHOWN))
             draws = Draws(self.config.seed, -2, indices, self.device)
-            conditioning = self.conditions.select([index % len(self.conditions) for index in indices])
+            conditioning = self.as_told(self.conditions.select([index % len(self.conditions) for index in indices]))
             x0 = draw_sample(denoiser, sampler, draws, self.recording.sample_shape, conditioning)
             pieces.append(self.recording.decode(x0).float().cpu())
         return torch.cat(pieces)

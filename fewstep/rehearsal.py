@@ -19,16 +19,20 @@ from fewstep.asking import guidance_of
 from fewstep.cast import make_roles
 from fewstep.conditioning import Conditioning
 from fewstep.config import RunConfig
-from fewstep.distillation import Distillation, method_class
+from fewstep.distillation import Distillation
 from fewstep.draws import Draws
 from fewstep.export.phased import phased_recording
+from fewstep.export.plan import StudentPlan
 from fewstep.features import FeatureTap, likely_tap
 from fewstep.method import Batch, Method, Pairs, Real, Turn
+from fewstep.methods import method_class
 from fewstep.phases import Phase
 from fewstep.recording import Recording
+from fewstep.recording.observe import find_scheduler
 from fewstep.roles import Role, update_average
 from fewstep.rollout import Sampler
 from fewstep.timesteps import even_grid
+from fewstep.told_guidance import likely_told_guidance
 
 #: Makes the context in which networks are made and run: that of fake tensors, a device, or none.
 World = Callable[[], AbstractContextManager[Any]]
@@ -59,11 +63,13 @@ class Rehearsal(Distillation):
         self.config, self.method, self.pipeline, self.recording = config, method, pipeline, recording
         self.student_recording, self.pairs, self.real = recording, None, None
         self.device, self.world = torch.device(device), world
-        schedule = recording.schedule
-        self.shift = config.shift or 1.0
-        renoise = "fresh" if config.renoise == "fresh" else "ode"
-        self.sampler = Sampler(schedule, tuple(even_grid(config.steps).tolist()), renoise, schedule.initial_scale())
+        self.plan = _even_plan(config, recording)
+        self.shift = self.plan.shift
+        self.sampler = Sampler(recording.schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
         self.guidance_scale = guidance_of(config, recording)
+        # An input for the guidance that a run would add to the network weighs next to nothing, and is left out.
+        told = config.tells_guidance and recording.embedded
+        self.told_guidance = likely_told_guidance(recording, config.guidance_min) if told else None
         negative = recording.negative()
         self.negative = None if negative is None else negative.to(device=self.device)
         self._conditions = self._conditioning(config.batch_size)
@@ -129,6 +135,26 @@ class Rehearsal(Distillation):
 
     def _say(self, line: str) -> None:
         pass
+
+
+def _even_plan(config: RunConfig, recording: Recording) -> StudentPlan:
+    """A student on an even grid, as the trial export of a run would find it or nearly so."""
+    grid = tuple(even_grid(config.steps).tolist())
+    return StudentPlan(
+        scheduler=getattr(recording.pipeline, find_scheduler(recording.pipeline)),
+        renoise="fresh" if config.renoise == "fresh" else "ode",
+        steps=config.steps,
+        timesteps=grid,
+        grid=grid,
+        counts=(config.steps,),
+        grids={config.steps: grid},
+        call={},
+        initial_scale=recording.schedule.initial_scale(),
+        noise_follows=None,
+        prediction_type=recording.prediction_type,
+        shift=config.shift or 1.0,
+        note="",
+    )
 
 
 class _LongestDraws(Draws):

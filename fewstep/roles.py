@@ -18,6 +18,9 @@ from fewstep.errors import UserError
 from fewstep.ragged import AnyConditioning
 from fewstep.recording import Recording
 
+#: Roles that are averages of the student: for sampling, and a method's own slow copy that the student learns from.
+FOLLOWERS = ("ema", "target")
+
 
 class Role:
     """One player.
@@ -143,6 +146,13 @@ def allow_checkpointing(network: nn.Module, function: Callable[..., Any] | None 
     if not getattr(network, "_supports_gradient_checkpointing", False):
         raise UserError(f"{type(network).__name__} has no gradient checkpointing; leave out --gradient_checkpointing")
     network.enable_gradient_checkpointing(function)
+
+
+def follow(roles: dict[str, Role]) -> None:
+    """Put the student's followers, ``ema`` and ``target``, where the student is."""
+    for name in FOLLOWERS:
+        if name in roles:
+            roles[name].copy_weights(roles["student"])
 
 
 @torch.no_grad()

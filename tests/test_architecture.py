@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("fewstep", "trainers", "pipelines", "eval")
 # Upper rooms stand on the core, never the other way round. What people start stands on top of all, and may use all.
 UPPER = ("fewstep.trainers", "fewstep.pipelines", "fewstep.eval")
-PROGRAMS = ("fewstep", "fewstep.cli", "fewstep.fashion.build", "fewstep.fashion.rebuild", "fewstep.eval.memory")
+PROGRAMS = ("fewstep", "fewstep.cli", "fewstep.fashion.build", "fewstep.fashion.rebuild")
+PROGRAMS += ("fewstep.eval.memory", "fewstep.eval.methods")
 # The two places that find a method by its name, and so need no list of them.
-METHOD_LOOKUP = ("fewstep.distillation", "fewstep.cli")
+METHOD_LOOKUP = {"fewstep.methods"}
 # The two that find a file of pipelines/: one makes a student's pipeline of it, one knows its copies again.
 PIPELINE_LOOKUP = ("fewstep.export.phased", "fewstep.export.own_code")
 LONGEST_FILE = 350
@@ -204,7 +205,7 @@ def test_a_recipe_says_what_the_method_understands(recipe: Path) -> None:
     for word in (f"--config trainers/configs/{recipe.name}", "Source:", "Expected:"):
         assert word in header, f"its header lacks {word}"
     settings = yaml.safe_load(text)
-    config_class = importlib.import_module("fewstep.distillation").method_class(method).Config
+    config_class = importlib.import_module("fewstep.methods").method_class(method).Config
     known = {field.name: field for field in fields(config_class)}
     assert sorted(settings.keys() - known.keys()) == []
     # What a machine's owner chooses does not belong into a recipe.

@@ -20,9 +20,10 @@ from fewstep.cli import main
 from fewstep.condition_cache import INDEX, CacheWriter, ConditionCache
 from fewstep.conditioning import Conditioning, Leaf
 from fewstep.conditions import Conditions, encode_each
-from fewstep.distillation import Distillation, method_class
+from fewstep.distillation import Distillation
 from fewstep.errors import UserError
 from fewstep.loop import Loop
+from fewstep.methods import method_class
 from fewstep.recording import Recording, record
 
 PROMPTS = ["a cat", "a dog", "the tree", "b", "the cat"]

@@ -10,8 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 import fewstep
-from fewstep.distillation import Distillation, distill, method_class
+from fewstep.distillation import Distillation, distill
 from fewstep.images import to_uint8
+from fewstep.methods import method_class
 from fewstep.recording.shake import shaken
 from fewstep.rollout import rollout
 from tests import tiny_pipelines

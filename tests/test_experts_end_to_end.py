@@ -14,7 +14,7 @@ from tiny_pipelines import WAN_CALL, tiny_wan
 
 from fewstep.checkpoint import load_latest
 from fewstep.cli import main
-from fewstep.distillation import Distillation, distill, method_class
+from fewstep.distillation import Distillation, distill
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.export.apply import apply
@@ -25,6 +25,7 @@ from fewstep.guidance import GuidedDenoiser
 from fewstep.intervals import TimedScale
 from fewstep.ledger import Ledger
 from fewstep.method import Batch, Calls
+from fewstep.methods import method_class
 from fewstep.recording import record
 from fewstep.recording.shake import shaken
 from fewstep.roles import Role

@@ -62,6 +62,15 @@ def test_scales_follow_diffusers_convention():
     assert guide(positive, negative, 7.5).item() == 8.5
 
 
+def test_each_sample_may_have_a_scale_of_its_own():
+    scales, negative = torch.tensor([1.0, 3.0, 7.0]), texts(4, value=-1.0)
+    for usual in (1.0, 5.0):
+        each = GuidedDenoiser(Model(), negative, usual)(X, T, texts(4, 4, 4), scales)
+        for k, scale in enumerate(scales.tolist()):
+            alone = GuidedDenoiser(Model(), negative, scale)(X, T, texts(4, 4, 4))
+            torch.testing.assert_close(each[k], alone[k])
+
+
 def test_a_teacher_without_a_negative_cannot_be_guided():
     with pytest.raises(ValueError, match="set guidance_scale to 1"):
         GuidedDenoiser(Model(), None, 4.0)

@@ -16,10 +16,11 @@ from toys import TinyMethod, TinyNetwork, labels, make_loop
 
 from fewstep.conditioning import Conditioning
 from fewstep.config import RunConfig
-from fewstep.distillation import Distillation, method_class, methods
+from fewstep.distillation import Distillation
 from fewstep.draws import Draws
 from fewstep.ledger import Ledger, declared, forward_passes
 from fewstep.method import Batch, Calls, Method, Turn
+from fewstep.methods import method_class, methods
 
 #: What a method must be told to run at all, and further settings under which it costs something else.
 SETTINGS: dict[str, dict] = {
@@ -29,6 +30,7 @@ SETTINGS: dict[str, dict] = {
     "sid": {"critic_updates": 2},
 }
 VARIANTS: dict[str, dict[str, dict]] = {
+    "consistency": {"heun": {"variant": "cd"}, "images": {"variant": "ict", "data": True}},
     "dmd2": {
         "gan": {"gan_weight": 0.1, "data": True},
         "decoupled": {"decoupled": "hybrid"},

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from toys import TinyMethod, make_loop
+from toys import TinyMethod, TinyNetwork, make_loop, role
 
 from fewstep import checkpoint
 from fewstep.config import RunConfig
 from fewstep.errors import UserError
 from fewstep.loop import Interrupted, Loop, Processes, sampling_role
 from fewstep.method import Renew, Turn
-from fewstep.roles import Role
+from fewstep.roles import Role, follow
 
 
 def config(out: Path, **settings) -> RunConfig:
@@ -61,9 +61,9 @@ def test_a_turn_changes_its_own_role_and_no_other(tmp_path: Path):
     run(tmp_path, method)
     after = [before for _, _, before in method.history[1:]] + [{n: weights(r) for n, r in method.roles.items()}]
     assert len(method.history) == 6 + 3
-    for (_, role, before), now in zip(method.history, after):
+    for (_, mover, before), now in zip(method.history, after):
         changed = {name for name in before if not torch.equal(before[name], now[name])}
-        assert changed == {role}
+        assert changed == {mover}
 
 
 def test_no_gradient_is_left_on_any_role(tmp_path: Path):
@@ -102,6 +102,55 @@ def test_a_role_that_gets_no_gradient_at_all_is_an_error(tmp_path: Path):
 
     with pytest.raises(RuntimeError, match=r"critic|not have been used"):
         run(tmp_path, Absent())
+
+
+# --- the student's followers -----------------------------------------------------------------------------------------
+
+
+class Targeted(Watched):
+    """With a target that moves by a function of the step."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        self.roles["target"] = role("target", TinyNetwork(6), self.schedule, "flow", trainable=False)
+        follow(self.roles)
+
+    def target_decay(self, step: int) -> float:
+        return 0.5 + 0.1 * step
+
+
+def test_the_target_follows_the_student_by_the_methods_own_decay(tmp_path: Path):
+    method = Targeted()
+    run(tmp_path, method, max_steps=4)
+    student_turns = [(step, before) for step, name, before in method.history if name == "student"]
+    assert [step for step, _ in student_turns] == [0, 2]
+    after = [before for step, name, before in method.history if name == "critic" and step % 2 == 0]
+    for (step, before), now in zip(student_turns, after):
+        expected = torch.lerp(before["target"], now["student"], 1 - method.target_decay(step))
+        torch.testing.assert_close(now["target"], expected)
+
+
+def test_the_target_is_kept_in_checkpoints(tmp_path: Path):
+    whole, parts, again = Targeted(), Targeted(), Targeted()
+    again.roles["target"].copy_weights(again.roles["critic"])
+    run(tmp_path / "whole", whole, max_steps=5)
+    run(tmp_path / "parts", parts, max_steps=3)
+    loop = make_loop(again, config(tmp_path / "parts", max_steps=5))
+    loop.resume()
+    loop.run()
+    assert torch.equal(weights(again.roles["target"]), weights(whole.roles["target"]))
+    assert not torch.equal(weights(whole.roles["target"]), weights(whole.roles["student"]))
+
+
+def test_a_student_that_starts_over_takes_its_target_along(tmp_path: Path):
+    class Renewing(Targeted):
+        def turns(self, step, batch):
+            if step == 2:
+                yield Renew("student", like="critic")
+                assert torch.equal(weights(self.roles["target"]), weights(self.roles["critic"]))
+            yield from super().turns(step, batch)
+
+    run(tmp_path, Renewing(), max_steps=3)
 
 
 # --- optimization ----------------------------------------------------------------------------------------------------
@@ -145,8 +194,8 @@ def test_the_average_follows_the_student_and_is_what_is_sampled(tmp_path: Path):
     expected = weights(method.roles["student"])
     run(tmp_path, method, ema_decay=0.7)
     # The weights after a student's turn are those before the critic's turn of the same step.
-    for step, role, before in method.history:
-        if role == "critic" and step % 2 == 0:
+    for step, mover, before in method.history:
+        if mover == "critic" and step % 2 == 0:
             expected = 0.7 * expected + 0.3 * before["student"]
     torch.testing.assert_close(weights(method.roles["ema"]), expected, rtol=1e-5, atol=1e-7)
     assert sampling_role(method.roles) is method.roles["ema"]

@@ -17,10 +17,11 @@ import fewstep
 from fewstep.adapters import AdapterRole
 from fewstep.checkpoint import load_latest
 from fewstep.cli import main
-from fewstep.distillation import Distillation, distill, method_class
+from fewstep.distillation import Distillation, distill
 from fewstep.errors import UserError
 from fewstep.eval.models import student_model
 from fewstep.export.apply import LORA_FILE, apply
+from fewstep.methods import method_class
 from fewstep.recording.shake import shaken
 
 TINY_RUN = {"steps": 2, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True}

@@ -1,12 +1,14 @@
 """Walks along the ODE of Gaussian data, whose paths have a closed form, under every family of schedules."""
 
+from functools import partial
+
 import diffusers
 import pytest
 import torch
 from torch import Tensor
 from toys import unconditional
 
-from fewstep.ode import Walker, inversion_times, straightness, teacher_times
+from fewstep.ode import Walker, inversion_times, solver_step, straightness, teacher_times
 from fewstep.prediction import expand, ode_step
 from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 
@@ -123,3 +125,21 @@ def test_paths_to_one_point_are_straight(schedule: NoiseSchedule):
 def test_unknown_solvers_are_refused():
     with pytest.raises(ValueError, match="euler or heun"):
         Walker(lambda x_t, t, c: x_t, FlowSchedule(), "rk45")
+
+
+@every_schedule
+def test_each_sample_may_step_from_and_to_times_of_its_own(schedule: NoiseSchedule):
+    teacher, x = Gaussian(schedule), noise()
+    now, then = torch.tensor([0.9, 0.5, 0.8]).double(), torch.tensor([0.4, 0.6, 0.1]).double()
+    together = solver_step(partial(teacher, conditioning=None), schedule, x, now, then, "heun")
+    walker = Walker(teacher, schedule, "heun")
+    alone = [walker.step(x, float(a), float(b), None)[i] for i, (a, b) in enumerate(zip(now, then))]
+    torch.testing.assert_close(together, torch.stack(alone))
+
+
+def test_a_heun_step_to_the_clean_sample_is_one_of_euler():
+    schedule, x = FlowSchedule(), noise()
+    end = torch.tensor([0.0, 0.1, 0.0], dtype=torch.float64)
+    result = solver_step(lambda x, t: 0.5 * x, schedule, x, at(0.3), end, "heun")
+    assert torch.isfinite(result).all()
+    torch.testing.assert_close(result[0], 0.5 * x[0])

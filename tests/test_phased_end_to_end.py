@@ -16,12 +16,13 @@ from tiny_pipelines import WAN_CALL, tiny_flow, tiny_stable_diffusion, tiny_wan
 
 import fewstep
 from fewstep.cli import main
-from fewstep.distillation import Distillation, method_class
+from fewstep.distillation import Distillation
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.eval.models import student_model
 from fewstep.export.own_code import is_own_code
 from fewstep.method import Batch
+from fewstep.methods import method_class
 from fewstep.recording.shake import shaken
 from fewstep.rollout import rollout
 

@@ -19,9 +19,9 @@ import fewstep
 from fewstep.cli import main
 from fewstep.cli.plan import memory_bytes
 from fewstep.conditioning import Conditioning
-from fewstep.distillation import method_class, methods
 from fewstep.errors import UserError
 from fewstep.hollow import answering, fake_tensors, hollow_teacher
+from fewstep.methods import method_class, methods
 from fewstep.planning import Planner, mean_calls, weigh
 from fewstep.recording import record
 from fewstep.rehearsal import Rehearsal
@@ -108,6 +108,14 @@ def test_every_method_can_be_planned(name: str, teachers: Callable) -> None:
     assert plan.roles["student"].gradients > 0
     assert plan.peak > plan.held >= plan.kept
     assert "student" in plan.moments
+
+
+def test_a_network_that_would_be_told_its_guidance_is_planned_without_the_new_input(teachers: Callable) -> None:
+    _, folder, _ = teachers("stable_diffusion")
+    settings = {"batch_size": 1, "guidance_min": 2.0, "guidance_max": 4.0}
+    drawn = fewstep.plan(folder, "consistency", **settings)
+    told = fewstep.plan(folder, "consistency", guidance_embedding=True, **settings)
+    assert (told.calls, told.peak) == (drawn.calls, drawn.peak)
 
 
 def test_the_numbers_of_a_plan_are_those_of_its_parts(teachers: Callable) -> None:

@@ -17,9 +17,10 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import fewstep
 from fewstep.checkpoint import load_latest
-from fewstep.distillation import Distillation, distill, method_class
+from fewstep.distillation import Distillation, distill
 from fewstep.errors import UserError
 from fewstep.export.apply import LORA_FILE
+from fewstep.methods import method_class
 from fewstep.recording.shake import shaken
 from fewstep.teacher_lora import fuse_teacher_lora, with_own_weights
 

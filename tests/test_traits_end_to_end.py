@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.distillation import Distillation, method_class
+from fewstep.distillation import Distillation
 from fewstep.errors import UserError
 from fewstep.export.plan import reference_of, walk_student
 from fewstep.export.student import walk_counts
 from fewstep.export.trace import with_parts
+from fewstep.methods import method_class
 from fewstep.roles import Role
 from tests.recording.synthetic import RECORDABLE, SCHEDULERS, Traits, synthetic
 

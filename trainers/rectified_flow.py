@@ -31,7 +31,8 @@ from torch import Tensor
 from fewstep.config import RunConfig
 from fewstep.distillation import Distillation, main
 from fewstep.errors import UserError
-from fewstep.losses.flow import huber_constant, pseudo_huber, squared, velocity_error
+from fewstep.losses.flow import squared, velocity_error
+from fewstep.losses.huber import huber_constant, pseudo_huber
 from fewstep.method import Batch, Calls, Pairs, Turn
 from fewstep.ode import SOLVERS
 from fewstep.perceptual import lpips_of
@@ -199,8 +200,9 @@ class RectifiedFlow:
         error = velocity_error(x0, x0_student, flow_time)
         mean_square = squared(error)
         if config.loss == "huber":
-            c = huber_constant(x0[0].numel(), config.huber_factor, config.huber_scaling)
-            distance = pseudo_huber(error, c)
+            entries = x0[0].numel()
+            c = huber_constant(entries, config.huber_factor, config.huber_scaling)
+            distance = pseudo_huber(error, c) / entries  # as in 2-rectified flow++, which takes means over a sample
         else:
             distance = mean_square
         if config.time_weight == "1-t":

@@ -9,8 +9,9 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from fewstep.cli.parsing import Parser, parse, with_values
-from fewstep.distillation import Distillation, method_class, methods
+from fewstep.distillation import Distillation
 from fewstep.errors import UserError
+from fewstep.methods import method_class, methods
 
 
 def distill_parser(method: str) -> ArgumentParser:

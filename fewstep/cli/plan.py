@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from diffusers.utils.logging import set_verbosity_error
 
 from fewstep.cli.parsing import Parser, parse, with_values
-from fewstep.distillation import method_class, methods
 from fewstep.errors import UserError
 from fewstep.ledger import forward_passes
 from fewstep.method import Calls
+from fewstep.methods import method_class, methods
 from fewstep.planning import LEFT_OUT, PERIOD, Plan, Planner, size
 
 _UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}

@@ -74,6 +74,12 @@ def write_card(
         f"## Steps\n\n{_grids(about)}",
         f"## Seeds\n\n{_seeds(about)}",
     ]
+    if about["guidance_range"]:
+        low, high = about["guidance_range"]
+        parts.append(
+            "## Guidance\n\nThe network is told the guidance, and is called once a step whatever it is: "
+            f"`guidance_scale` may be anything from {low:g} to {high:g}, for which it was trained."
+        )
     if metrics:
         parts.append(f"## Numbers\n\n{_table(metrics)}")
     licensed = (
@@ -224,7 +230,7 @@ def _grids(about: Mapping[str, Any]) -> str:
         times = ", ".join(f"{t:.4g}" for t in grid)
         if int(count) == about["steps"]:
             remark = "trained"
-        elif all(round(t, 4) in trained for t in grid):
+        elif about["trained_at_every_count"] or all(round(t, 4) in trained for t in grid):
             remark = "only times it was trained at"
         else:
             remark = "runs right, but visits times it was not trained at"

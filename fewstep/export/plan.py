@@ -46,6 +46,8 @@ class StudentPlan:
         prediction_type: what the network says.
         shift: of a flow grid; 1.0 for other families.
         note: one line that says how renoise and scheduler were decided.
+        trained_at_every_count: whether the student is trained at the times of every count, not only of ``steps``.
+        guidance_range: the guidance scales that the student's network is told in training, None where it is told none.
     """
 
     scheduler: Any
@@ -61,6 +63,8 @@ class StudentPlan:
     prediction_type: str
     shift: float
     note: str
+    trained_at_every_count: bool = False
+    guidance_range: tuple[float, float] | None = None
 
 
 def plan_student(

@@ -210,6 +210,8 @@ def about_student(
         **_about_experts(recording, plan),
         "scheduler": type(plan.scheduler).__name__,
         "note": plan.note,
+        "trained_at_every_count": plan.trained_at_every_count,
+        "guidance_range": list(plan.guidance_range) if plan.guidance_range else None,
         "training": dict(training or {}),
         "fewstep_version": fewstep.__version__,
     }

@@ -7,8 +7,6 @@ its error is one of x0. This holds in every family of schedules: see :meth:`fews
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -29,26 +27,3 @@ def velocity_error(x0: Tensor, x0_student: Tensor, flow_time: Tensor) -> Tensor:
 def squared(error: Tensor) -> Tensor:
     """The mean of the squares of each sample: (B, ...) -> (B,). Source: Liu et al. 2022, Eq. 1."""
     return error.square().flatten(1).mean(1)
-
-
-def pseudo_huber(error: Tensor, c: float) -> Tensor:
-    """(sqrt(|e|^2 + c^2) - c) / d of each sample, norm over its d entries: (B, ...) -> (B,).
-
-    Source: Lee et al. 2024 (2-rectified flow++), whose code divides by d; the distance is that of Song & Dhariwal 2023.
-    """
-    flat = error.flatten(1)
-    return ((flat.square().sum(1) + c**2).sqrt() - c) / flat.shape[1]
-
-
-def huber_constant(dimensions: int, factor: float = 0.00054, scaling: str = "sqrt") -> float:
-    """c of :func:`pseudo_huber`: ``factor`` * sqrt(d), or with ``scaling="released"`` factor * d.
-
-    Source: Song & Dhariwal 2023 (iCT), §3.3: 0.00054 sqrt(d). The released code of 2-rectified flow++ multiplies by d
-    (1.66 instead of 0.03 for 3 x 32 x 32); its author says that the root was meant.
-
-    Raises:
-        ValueError: another ``scaling``.
-    """
-    if scaling not in ("sqrt", "released"):
-        raise ValueError(f"scaling is sqrt or released, not {scaling!r}")
-    return factor * (math.sqrt(dimensions) if scaling == "sqrt" else dimensions)

@@ -6,6 +6,7 @@ a ``*_cases.py`` file here and its line in that file's ``CASES``.
 
 from pathlib import Path
 
+import consistency_cases
 import dmd2_cases
 import matching_cases
 import primitive_cases
@@ -19,6 +20,7 @@ CASES = {
     **dmd2_cases.CASES,
     **matching_cases.CASES,
     **sid_cases.CASES,
+    **consistency_cases.CASES,
     **rectified_flow_cases.CASES,
 }
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.losses.flow import huber_constant, pseudo_huber, squared, velocity_error
+from fewstep.losses.flow import squared, velocity_error
 from fewstep.prediction import add_noise, from_x0, to_x0
 from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 
@@ -48,19 +48,3 @@ def test_gradient_flows_to_the_student_only():
     assert x0.grad is None
     assert student.grad.abs().sum() > 0
     assert velocity_error(x0, student.bfloat16(), torch.tensor([0.5, 1.0])).dtype == torch.float32
-
-
-def test_pseudo_huber_is_a_square_near_zero_and_a_norm_far_from_it():
-    direction = normal(3, 2, 8)
-    norm = direction.flatten(1).norm(dim=1)
-    small = pseudo_huber(1e-6 * direction, c=1.0)
-    torch.testing.assert_close(small, (1e-6 * norm) ** 2 / 2 / 16, rtol=1e-3, atol=0)
-    torch.testing.assert_close(pseudo_huber(1e6 * direction, c=1.0), 1e6 * norm / 16, rtol=1e-5, atol=0)
-
-
-def test_its_constant_is_the_published_one():
-    assert huber_constant(3 * 32 * 32) == pytest.approx(0.0299, abs=5e-5)
-    assert huber_constant(3 * 64 * 64) == pytest.approx(0.0599, abs=5e-5)
-    assert huber_constant(3 * 32 * 32, scaling="released") == pytest.approx(1.66, abs=5e-3)
-    with pytest.raises(ValueError, match="sqrt or released"):
-        huber_constant(8, scaling="none")

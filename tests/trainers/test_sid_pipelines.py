@@ -17,11 +17,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from fewstep.conditioning import Conditioning
-from fewstep.distillation import Distillation, distill, method_class
+from fewstep.distillation import Distillation, distill
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.images import to_uint8
 from fewstep.method import Batch
+from fewstep.methods import method_class
 from fewstep.recording.shake import shaken
 from fewstep.rollout import rollout
 from fewstep.trainers.sid import Sid

@@ -1,0 +1,231 @@
+"""Consistency models: f(x_t, t), the end of a trajectory, learnt as that which is the same at all of its times.
+
+The student at a time t is drawn to a slow copy of itself, or to itself without gradient, at a neighbouring time r < t
+of the same trajectory. ``--variant`` says how the neighbour is found and how the two are compared:
+
+- ``lcm``: latent consistency distillation (Luo et al. 2023, arXiv 2310.04378), one ODE step of the guided teacher on a
+  coarse grid; LCM-LoRA (arXiv 2311.05556) with ``--lora_rank``; tables and flow alike
+- ``cd``, ``ct``: consistency distillation by a Heun step, and training (Song et al. 2023, arXiv 2303.01469)
+- ``ict``: improved consistency training (Song & Dhariwal 2023, arXiv 2310.14189)
+- ``ect``: easy consistency tuning (Geng et al. 2024, arXiv 2406.14548)
+
+    accelerate launch -m fewstep.trainers.consistency --teacher DIR --prompts FILE --data DIR --steps 8 --out OUT
+
+Departures: f is what the shipped stock scheduler computes, so EDM students have EDM's own scalings and a hard boundary
+instead of CM's shifted ones, and flow students x0 itself. The times at which the student is sampled are added to the
+even grids. Distillation without ``--data`` trains on the student's own samples. Noise levels of flow and table teachers
+are read as EDM's. No LPIPS, no dropout, and AdamW in the place of RAdam. LCM-LoRA adapts attention layers only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fewstep.conditioning import Conditioning
+from fewstep.consistency_config import ConsistencyConfig
+from fewstep.denoiser import Denoiser
+from fewstep.distillation import Distillation, main
+from fewstep.guidance import GuidedDenoiser
+from fewstep.losses.consistency import (
+    adaptive_decay,
+    distance,
+    hard_boundary,
+    lcm_scalings,
+    weight,
+)
+from fewstep.losses.huber import huber_constant
+from fewstep.method import Batch, Calls, Turn
+from fewstep.neighbours import Discretization, Neighbours, SigmaRange
+from fewstep.ode import solver_step
+from fewstep.prediction import add_noise, expand
+from fewstep.roles import Role
+from fewstep.rollout import Sampler, draw_sample
+from fewstep.timesteps import uniform_times
+from fewstep.told_guidance import ToldGuidance
+
+#: (skip, out) of f = skip * x_t + out * x0 at times t (B,).
+Boundary = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One trajectory at two times, all (B, ...): the student's f at t, the target's at r, and the sample x_r there."""
+
+    f: Tensor
+    target: Tensor
+    x_r: Tensor
+
+
+class Consistency:
+    """The method; see the module. Roles: student, teacher, target (where it is a copy of its own), ema if asked for."""
+
+    Config = ConsistencyConfig
+
+    def __init__(
+        self,
+        config: ConsistencyConfig,
+        roles: dict[str, Role],
+        guided_teacher: GuidedDenoiser,
+        sampler: Sampler,
+        discretization: Discretization,
+        boundary: Boundary,
+        told: ToldGuidance | None = None,
+    ) -> None:
+        self.config, self.roles, self.sampler, self.schedule = config, roles, sampler, sampler.schedule
+        self.discretization, self.boundary, self.told = discretization, boundary, told
+        self.student, self.teacher = roles["student"], guided_teacher
+        self.target = roles.get("target", self.student)
+        self.sigma_data = getattr(self.schedule, "sigma_data", 0.5)
+
+    @classmethod
+    def prepare(cls, config: ConsistencyConfig, distillation: Distillation) -> Consistency:
+        """Make the roles: the student starts as the teacher, or as in --init, and the target as the student."""
+        roles = distillation.make_roles("student", *(["target"] if config.target_decay != 0 else []))
+        distillation.initialize(roles)
+        teacher, told, plan = distillation.guided(roles["teacher"]), distillation.told_guidance, distillation.plan
+        config.refuse_teacher(plan.prediction_type, teacher.negative is not None, told.default if told else None)
+        levels = SigmaRange(distillation.sampler.schedule, plan.grid[0])
+        visited = sorted({t for grid in plan.grids.values() for t in grid})
+        discretization = config.make_discretization(levels, plan.shift, visited)
+        boundary = make_boundary(config, levels, plan.scheduler.config.get("timestep_scaling"))
+        told_range = (config.guidance_min, config.guidance_max) if told else None
+        distillation.describe(trained_at_every_count=True, guidance_range=told_range)
+        return cls(config, roles, teacher, distillation.sampler, discretization, boundary, told)
+
+    def learning_rate(self, role: str) -> float:
+        """Of the student."""
+        return self.config.lr
+
+    def target_decay(self, step: int) -> float:
+        """How slowly the target follows the student; CT's decay grows with the number of noise levels."""
+        if self.config.target_decay is not None:
+            return self.config.target_decay
+        return adaptive_decay(step, self.config.max_steps, self.config.first_levels, self.config.last_levels)
+
+    def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
+        """What one step costs; without real data the student's own sample counts too."""
+        sampled = 0
+        if self.config.data is None:
+            sampled = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid)) + 1
+        of_solver = {"none": 0, "euler": 1, "heun": 2}[self.config.solver]
+        guided = 2 if self._draws_guidance else self.teacher.calls
+        own = self.target is self.student
+        calls = {"student": Calls(no_grad=sampled + own, to_parameters=1)}
+        calls |= {} if own else {"target": Calls(no_grad=1)}
+        return calls | ({"teacher": Calls(no_grad=of_solver * guided)} if of_solver else {})
+
+    def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
+        """One update of the student in every step."""
+        # 1. A clean sample and what it shows, and the guidance under which the teacher sees it (LCM, Alg. 1).
+        guidance_scale = None
+        if self.config.guidance_min is not None:
+            uniform = batch.draws.uniform("guidance_scale")
+            guidance_scale = uniform_times(uniform, self.config.guidance_min, self.config.guidance_max)
+        x0, conditioning = self.samples(batch, guidance_scale)
+
+        # 2. Two neighbouring times of one trajectory (CM, Alg. 2 and 3; iCT, Eq. 10; ECT, §3.2).
+        pair = self.discretization.draw(step, batch.draws)
+        noise = batch.draws.normal("noise", batch.shape)
+
+        # 3. At both f shall say the same.
+        seen = self.compare(x0, noise, pair, conditioning, guidance_scale)
+        apart = self.distance(seen)
+        weights = weight(self.config.weighting, pair.sigma_t, pair.sigma_r, self.sigma_data)
+        loss = (weights.to(apart.dtype) * apart).mean()
+        log = {"student/consistency": loss.detach(), "student/distance": apart.detach().mean()}
+        log |= {"student/interval": (pair.t - pair.r).mean()}
+        log |= {"student/f_std": seen.f.detach().std(), "student/target_std": seen.target.std()}
+        yield Turn("student", [(loss, None)], log)
+
+    def compare(
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        pair: Neighbours,
+        conditioning: Conditioning,
+        guidance_scale: Tensor | None = None,
+    ) -> Comparison:
+        """The trajectory of ``x0`` and ``noise`` (B, ...) at both times; the gradient goes into f alone."""
+        t, r = pair.t, pair.r
+        x_t = add_noise(x0, noise, self.schedule.coefficients(t))
+        with torch.no_grad():
+            x_r = self.neighbour(x0, noise, x_t, pair, conditioning, guidance_scale)
+            # A trajectory's end is where it ends; the network, which knows no such time, is asked in vain at t.
+            ended = pair.sigma_r == 0
+            target = self.function(self.target)(x_r, torch.where(ended, t, r), conditioning)
+            target = torch.where(expand(ended, x0).bool(), x_r, target)
+        return Comparison(self.function(self.student)(x_t, t, conditioning), target, x_r)
+
+    def neighbour(
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        x_t: Tensor,
+        pair: Neighbours,
+        conditioning: Conditioning,
+        guidance_scale: Tensor | None,
+    ) -> Tensor:
+        """x_r (B, ...): by the same noise (training), or one step of the guided teacher's ODE (distillation)."""
+        t, r = pair.t, pair.r
+        if self.config.solver == "none":
+            return add_noise(x0, noise, self.schedule.coefficients(r))
+        scale = guidance_scale if self._draws_guidance else None
+
+        def denoise(x: Tensor, time: Tensor) -> Tensor:
+            return self.teacher(x, time, conditioning, scale)
+
+        return solver_step(denoise, self.schedule, x_t, t, r, self.config.solver)
+
+    def function(self, role: Denoiser) -> Denoiser:
+        """f of a role: skip * x_t + out * x0, exactly what the scheduler that ships makes of the network's answer."""
+
+        def f(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+            skip, out = self.boundary(t)
+            return expand(skip, x_t) * x_t + expand(out, x_t) * role(x_t, t, conditioning)
+
+        return f
+
+    def distance(self, seen: Comparison) -> Tensor:
+        """How far f and target are apart, for each sample (B,)."""
+        c = self.config.huber_c
+        c = huber_constant(seen.f[0].numel()) if c is None else c
+        return distance(self.config.distance, seen.f, seen.target, c)
+
+    def samples(self, batch: Batch, guidance_scale: Tensor | None) -> tuple[Tensor, Conditioning]:
+        """Clean samples (B, ...) with their conditioning: real ones, else the student's own, ended at a random step."""
+        real = None if self.config.data is None else batch.real
+        conditioning = batch.conditioning if real is None else real.conditioning
+        if self.told is not None:
+            conditioning = self.told.tell(conditioning, guidance_scale)
+        if real is not None:
+            return real.x0, conditioning
+        last = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
+        student = self.function(self.student)
+        with torch.no_grad():
+            x0 = draw_sample(student, self.sampler, batch.draws, batch.shape, conditioning, last, prefix="sample_")
+        return x0, conditioning
+
+    @property
+    def _draws_guidance(self) -> bool:
+        """Whether the teacher is guided by a scale of each sample's own, and not told it."""
+        return self.config.guidance_min is not None and not (self.told is not None and self.told.heeded)
+
+
+def make_boundary(config: ConsistencyConfig, levels: SigmaRange, timestep_scaling: float | None) -> Boundary:
+    """Where f is x_t itself: as LCMScheduler has it (it has a ``timestep_scaling``), else exactly at the lowest time.
+
+    ECT needs none: at the clean end its target is the sample.
+    """
+    if timestep_scaling is not None:
+        return lambda t: lcm_scalings(levels.schedule.timestep(t), timestep_scaling)
+    return partial(hard_boundary, lowest=-math.inf if config.variant == "ect" else levels.lowest)
+
+
+if __name__ == "__main__":
+    main("consistency")
