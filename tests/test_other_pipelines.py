@@ -62,7 +62,7 @@ def test_where_no_way_leads_to_images_a_run_goes_without_grids(tmp_path: Path, m
 
 def test_sound_is_not_drawn(tmp_path: Path, monkeypatch) -> None:
     recording = record(tiny_pipelines.tiny_ddim())
-    previews = Previews(RunConfig(teacher="t", out=""), recording, None, torch.device("cpu"))
+    previews = Previews(RunConfig(teacher="t", out=""), recording, None, torch.device("cpu"), lambda told: told)
     monkeypatch.setattr(previews, "_pictures", lambda *_: torch.zeros(2, 2, 8))
     previews.save(tmp_path / "a.png", None, None, None)
     assert not (tmp_path / "a.png").exists()
