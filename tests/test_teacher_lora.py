@@ -245,7 +245,7 @@ def test_a_cache_and_pairs_of_a_teacher_with_a_lora(text: bool, prompts: str, tm
 
     def run(name: str, cache: Path, pairs: Path) -> Path:
         settings = {key: value for key, value in SETTINGS.items() if key != "critic_updates"}
-        settings |= {"teacher_lora": lora, "cache": str(cache), "lora_rank": 2, "out": str(tmp_path / name)}
+        settings |= {"teacher_lora": lora, "cache": str(cache), "lora_rank": 2, "out": str(tmp_path / f"run_{name}")}
         return distill(base, "rectified_flow", **settings, pairs=str(pairs))
 
     if text:
