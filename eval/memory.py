@@ -2,6 +2,7 @@
 
     python -m fewstep.eval.memory roles            LoRA roles against full copies, on a UNet of 135 M parameters
     python -m fewstep.eval.memory plans            what `fewstep plan` says against what is measured, on four shapes
+    python -m fewstep.eval.memory quantized [NAME] LoRA roles on a quantised network against a bfloat16 one
     python -m fewstep.eval.memory sdxl             a LoRA run of DMD2 on an SDXL-shaped UNet at 1024 px (needs a GPU)
 
 Measured is the most that a process held: on a GPU torch's peak of allocated memory, on a CPU (Linux only) the peak of
@@ -15,7 +16,10 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,25 +29,33 @@ import torch
 from fewstep.config import RunConfig
 from fewstep.errors import UserError
 from fewstep.eval.memory_shapes import SHAPES
+from fewstep.footprint import tensor_bytes
+from fewstep.full_precision import load_run_teacher
 from fewstep.method import Turn
 from fewstep.methods import method_class
 from fewstep.optimization import RoleOptimizer
 from fewstep.planning import Planner, costliest_step, size
+from fewstep.quantization import is_quantized
 from fewstep.recording import record
 from fewstep.rehearsal import Rehearsal, backward, move_averages
 
 COMPARED = ("unet", "sd3", "dit", "wan")
 #: Full copies and LoRA roles, as they are compared.
 SIDES: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_rank": 16}}
+#: LoRA roles on a bfloat16 network.
+BF16: dict[str, Any] = {"lora_rank": 16, "mixed_precision": "bf16"}
+#: The shapes on which a quantised network is compared: convolutions stay what they are, linear layers do not.
+QUANTIZED = ("unet", "sd3")
 #: What an SDXL-shaped run is measured at.
 SDXL: dict[str, Any] = {"lora_rank": 64, "mixed_precision": "bf16", "gradient_checkpointing": True}
 
 
-def measure(shape: str, **settings: Any) -> int:
+def measure(shape: str, folder: str | None = None, **settings: Any) -> int:
     """The bytes that a run of DMD2 on a shape takes at most, measured in a process of its own.
 
     Args:
         shape: of :data:`fewstep.eval.memory_shapes.SHAPES`.
+        folder: where its pipeline lies, to be loaded as a run loads it; by default it is built.
         **settings: of the run.
 
     Raises:
@@ -54,6 +66,7 @@ def measure(shape: str, **settings: Any) -> int:
     # Every larger block is then mapped by itself and given back when it is freed, as far as malloc is concerned.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
     words = [sys.executable, "-W", "ignore", "-m", "fewstep.eval.memory", "child", shape, json.dumps(settings)]
+    words += [] if folder is None else [folder]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"it ended with code {done.returncode}, for want of memory?"]
@@ -66,12 +79,15 @@ def estimate(shape: str, **settings: Any) -> int:
     return Planner(_config(shape, settings), "dmd2", SHAPES[shape].build).plan().peak
 
 
-def run(shape: str, settings: dict[str, Any]) -> int:
+def run(shape: str, settings: dict[str, Any], folder: str | None = None) -> int:
     """Two steps of the run in this process. Returns the peak of its memory, less what it held at the beginning."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = _peak(device)
     config = _config(shape, settings)
-    pipeline = SHAPES[shape].build(partial(torch.device, device))
+    if folder is None:
+        pipeline = SHAPES[shape].build(partial(torch.device, device))
+    else:
+        pipeline = load_run_teacher(replace(config, teacher=folder))
     pipeline.to(device)  # buffers that are made of numbers
     pipeline.set_progress_bar_config(disable=True)
     rehearsal = Rehearsal(config, "dmd2", pipeline, record(pipeline, **(config.call or {})), device)
@@ -110,22 +126,40 @@ def compare_plans(shapes: Sequence[str] = COMPARED) -> dict[tuple[str, str], flo
     return ratios
 
 
+def compare_quantized(name: str = "torchao_int8") -> None:
+    """LoRA roles on a network that is quantised as `name` says against a bfloat16 one, as a table in Markdown."""
+    print("| shape | network | its weights | the run |\n| --- | --- | ---: | ---: |")
+    for shape in QUANTIZED:
+        with tempfile.TemporaryDirectory() as folder:
+            SHAPES[shape].build(nullcontext).to(torch.bfloat16).save_pretrained(folder)
+            for settings in (BF16, {**BF16, "quantization": name}):
+                loaded = load_run_teacher(replace(_config(shape, settings), teacher=folder))
+                component = record(loaded, **SHAPES[shape].call).component
+                network = getattr(loaded, component)
+                held = tensor_bytes(network if is_quantized(network) else network.to(torch.bfloat16))
+                del loaded, network
+                row = (shape, settings.get("quantization", "bfloat16"), size(held))
+                print(f"| {' | '.join(row)} | {size(measure(shape, folder, **settings))} |", flush=True)
+
+
 def main(words: Sequence[str]) -> int:
     """The command line of this file. Returns the exit code."""
     try:
         if words[:1] == ["child"]:
-            print(run(words[1], json.loads(words[2])))
+            print(run(words[1], json.loads(words[2]), *words[3:]))
         elif list(words) == ["roles"]:
             compare_roles()
         elif words[:1] == ["plans"]:
             compare_plans(words[1:] or COMPARED)
+        elif words[:1] == ["quantized"]:
+            compare_quantized(*words[1:])
         elif list(words) == ["sdxl"]:
             if not torch.cuda.is_available():
                 raise UserError("an SDXL-shaped run is measured on a GPU, and there is none")
             name, planned = torch.cuda.get_device_name(), estimate("sdxl", **SDXL)
             print(f"{name}: {size(measure('sdxl', **SDXL))}, planned {size(planned)}")
         else:
-            raise UserError("python -m fewstep.eval.memory roles | plans [SHAPE ...] | sdxl")
+            raise UserError("python -m fewstep.eval.memory roles | plans [SHAPE ...] | quantized [NAME] | sdxl")
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fewstep.conditioning import Conditioning
 from fewstep.denoiser import NetworkDenoiser
 from fewstep.errors import UserError
+from fewstep.quantization import is_quantized, is_quantized_layer
+from fewstep.recording import Recording
+from fewstep.recording.observe import evaluating
 from fewstep.roles import Role, allow_checkpointing
 
 
@@ -29,12 +34,14 @@ class Backbone:
     """One frozen network and its adapters.
 
     Args:
-        network: stock; its weights are shared where the dtype allows and never written, and it stays as it is.
+        network: stock; its weights are shared where the dtype allows and never written, and it stays as it is. It may
+            be quantised; its quantised layers are then shared as they are.
         rank: of every adapter.
         alpha: an adapter's product is scaled by alpha / rank.
         dtype: of the frozen weights; adapters are float32 at least.
         device: where it lives.
         gradient_checkpointing: recompute activations in the backward pass.
+        without: full names of layers that get no adapter.
 
     Raises:
         UserError: there is no layer to adapt, one that is smaller than the rank, or no gradient checkpointing.
@@ -49,13 +56,12 @@ class Backbone:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         gradient_checkpointing: bool = False,
+        without: Collection[str] = (),
     ) -> None:
         self.stock, self.rank, self.alpha = network, rank, alpha
-        self.network = _on_the_same_weights(network).to(device).eval()
-        if any(parameter.dtype != dtype for parameter in self.network.parameters()):
-            self.network.to(dtype)
+        self.network = _prepared(on_the_same_weights(network), dtype, device)
         self.network.requires_grad_(False)
-        self.targets = attention_linears(self.network)
+        self.targets = tuple(path for path in attention_linears(self.network) if path not in without)
         _refuse(network, self.targets, rank)
         self._layers: list[LoraLayer] = []
         self._playing: str | None = None
@@ -104,9 +110,19 @@ class Backbone:
             self._set(before)
 
     @torch.no_grad()
-    def merged(self, adapter: nn.Module) -> nn.Module:
-        """A copy of the stock network with an adapter's product added to its weights, in the stock network's dtype."""
-        network = copy.deepcopy(self.stock)
+    def merged(self, adapter: nn.Module, onto: nn.Module | None = None) -> nn.Module:
+        """A copy of the stock network with an adapter's product added to its weights, in the stock network's dtype.
+
+        Args:
+            adapter: from :meth:`add`.
+            onto: the stock network in full precision, to which it is added in place.
+
+        Raises:
+            ValueError: the stock network is quantised, and ``onto`` is not given.
+        """
+        if onto is None and is_quantized(self.stock):
+            raise ValueError("no product can be added to quantised weights")
+        network = copy.deepcopy(self.stock) if onto is None else onto
         for path in self.targets:
             a, b = (adapter.get_submodule(f"{path}.{name}").weight for name in ("lora_A", "lora_B"))
             weight = network.get_submodule(path).weight
@@ -157,8 +173,9 @@ class AdapterRole(Role):
     def weights(self) -> nn.Module:
         return nn.Module() if self.adapter is None else self.adapter
 
-    def stock_network(self) -> nn.Module:
-        return self.backbone.stock if self.adapter is None else self.backbone.merged(self.adapter)
+    def stock_network(self, onto: nn.Module | None = None) -> nn.Module:
+        """As :meth:`fewstep.roles.Role.stock_network`; an adapter of a quantised network needs it in full precision."""
+        return self.backbone.stock if self.adapter is None else self.backbone.merged(self.adapter, onto)
 
     @torch.no_grad()
     def copy_weights(self, other: Role) -> None:
@@ -187,6 +204,29 @@ def attention_linears(network: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
+@torch.no_grad()
+def called_by_keyword(recording: Recording, device: torch.device | str) -> set[str]:
+    """Full names of the layers whose input has a name (in AnimateDiff), which PEFT's layers cannot take."""
+    network, found = recording.network, set()
+
+    def note(_layer: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any], path: str) -> None:
+        if not args:
+            found.add(path)
+
+    layers = {path: network.get_submodule(path) for path in attention_linears(network)}
+    hooks = [m.register_forward_pre_hook(partial(note, path=p), with_kwargs=True) for p, m in layers.items()]
+    x = torch.zeros(1, *recording.sample_shape, dtype=recording.dtype, device=device)
+    time = recording.schedule.timestep(torch.full((1,), 0.5, dtype=torch.float64))
+    told = Conditioning(recording.marked, 1).select([0]).to(device=device)
+    try:
+        with evaluating(network):
+            recording.recipe.call(network, x, time, told, next_timestep=time / 2)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 def _refuse(network: nn.Module, targets: tuple[str, ...], rank: int) -> None:
     kind = type(network).__name__
     if not targets:
@@ -204,11 +244,33 @@ def _sides(layer: nn.Linear) -> tuple[int, int]:
     return layer.out_features, layer.in_features
 
 
-def _on_the_same_weights(network: nn.Module) -> nn.Module:
-    """A copy whose parameters are new objects on the same memory, so that what is asked of them stays its own."""
-    shared: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
+def on_the_same_weights(network: nn.Module) -> nn.Module:
+    """A copy whose parameters are new objects on the same memory, so that what is asked of them stays its own.
+
+    Quantised layers are the same objects: their libraries keep parts of the weights in attributes, and nothing is ever
+    asked of them.
+    """
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in _plain(network)}
     shared |= {id(buffer): buffer.detach() for buffer in network.buffers()}
+    shared |= {id(layer): layer for layer in network.modules() if is_quantized_layer(layer)}
     return copy.deepcopy(network, shared)
+
+
+def _prepared(network: nn.Module, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """In eval mode, on a device, its ordinary weights in a dtype; a quantised network is where it was loaded."""
+    if not is_quantized(network):
+        network.to(device)
+        return (network.to(dtype) if any(p.dtype != dtype for p in network.parameters()) else network).eval()
+    for parameter in _plain(network):
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    return network.eval()
+
+
+def _plain(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the layers that are not quantised."""
+    layers = [layer for layer in network.modules() if not is_quantized_layer(layer)]
+    return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
 
 
 def _tree(parts: dict[str, nn.Module]) -> nn.Module:

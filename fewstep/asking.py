@@ -24,6 +24,7 @@ class Question(Protocol):
     call: dict[str, Any] | None
     guidance_scale: float | None
     negative_prompt: str | None
+    teacher_lora: str | None
 
 
 def teacher_call(question: Question) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def conditions_of(
     """
     if question.cache is not None:
         cache = ConditionCache(question.cache, progress=progress)
-        cache.check(recording, question.teacher)
+        cache.check(recording, question.teacher, question.teacher_lora is not None)
         conditions = Conditions(recording, device=device, cache=cache, progress=progress)
         return conditions, cache.negative()
     prompts = read_prompts(question.prompts) if question.prompts is not None else None

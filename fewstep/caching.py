@@ -15,6 +15,7 @@ from fewstep.conditions import check_items, encode_each, encoding_bar, read_clas
 from fewstep.errors import UserError
 from fewstep.recording import record
 from fewstep.teacher import load_teacher
+from fewstep.teacher_lora import fuse_teacher_lora, with_own_weights
 
 logger = logging.getLogger("fewstep")
 
@@ -26,6 +27,7 @@ def cache(
     prompts: str | Path | Sequence[str] | None = None,
     classes: str | Sequence[int] | None = None,
     call: dict[str, Any] | None = None,
+    teacher_lora: str | None = None,
     shard_size: int = 1000,
     resume: bool = False,
     cpu: bool = False,
@@ -41,6 +43,7 @@ def cache(
         prompts: for a text-conditioned teacher: a UTF-8 file with one prompt a line, or the prompts themselves.
         classes: for a class-conditional one: labels such as ``"0-9"``, or the labels themselves.
         call: further keyword arguments of the teacher's pipeline, the same as of the runs that shall read the cache.
+        teacher_lora: as of the runs; only one that changes a text encoder makes another cache.
         shard_size: items in one file.
         resume: go on with a cache that is not complete.
         cpu: encode on the CPU even where there is a GPU.
@@ -59,9 +62,12 @@ def cache(
     texts = read_prompts(prompts) if isinstance(prompts, str | Path) else prompts
     labels = read_classes(classes) if isinstance(classes, str) else classes
     if isinstance(teacher, DiffusionPipeline):
-        pipeline, name = teacher, teacher.config.get("_name_or_path") or type(teacher).__name__
+        pipeline, name = teacher, str(teacher.config.get("_name_or_path") or type(teacher).__name__)
     else:
         pipeline, name = load_teacher(str(teacher), trust_remote_code), str(teacher)
+    if teacher_lora is not None:
+        pipeline = with_own_weights(pipeline) if pipeline is teacher else pipeline
+        fuse_teacher_lora(pipeline, teacher_lora)
     pipeline.to(Accelerator(cpu=cpu).device)
     recording = record(pipeline, **(call or {}))
     items = check_items(recording, texts, labels)

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from fewstep.adapters import AdapterRole, Backbone
+from fewstep.adapters import AdapterRole, Backbone, called_by_keyword
 from fewstep.config import RunConfig
 from fewstep.denoiser import NetworkDenoiser
 from fewstep.recording import Recording
@@ -101,6 +101,7 @@ def _adapters(config: RunConfig, recording: Recording, device: torch.device) -> 
         dtype=bf16 or torch.float32,
         device=device,
         gradient_checkpointing=config.gradient_checkpointing,
+        without=called_by_keyword(recording, device),
     )
 
     def make(name: str, *, trainable: bool) -> AdapterRole:

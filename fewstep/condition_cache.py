@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from fewstep.durable import file_sha256, json_sha256, write_durably
 from fewstep.errors import UserError
 from fewstep.fingerprint import fingerprint
 from fewstep.packing import Pack, from_json, one_of_each_kind, pack, to_json
+from fewstep.quantization import is_quantized
 from fewstep.recording import Recording
 
-FORMAT = "fewstep-cache-1"
+FORMAT = "fewstep-cache-2"
 INDEX = "index.json"
 _NEGATIVE = "negative.safetensors"
 _CLOSE = 1e-2  # relative; another text is off by its own size
+_CLOSE_IN_HALF = 5e-2  # between encoders in bfloat16 and in float32
 _OPEN_SHARDS = 64  # at a time; each is a file and its table of contents, not its content
 
 
@@ -57,13 +59,14 @@ class ConditionCache:
             if not intact(self.folder, entry):
                 raise UserError(_damaged(self.folder, entry["file"]))
         self._shard = functools.lru_cache(_OPEN_SHARDS)(self._read)
+        self._dtypes: dict[torch.dtype, torch.dtype] = {}
 
     def __len__(self) -> int:
         return self.index["items"]
 
     def __getitem__(self, number: int) -> Conditioning:
         shard, place = divmod(number, self.index["shard_size"])
-        return self._shard(shard)[0][place]
+        return self._as_encoded(self._shard(shard)[0][place])
 
     @property
     def kind(self) -> str:
@@ -76,23 +79,38 @@ class ConditionCache:
 
     def negative(self) -> Conditioning | None:
         """The teacher's negative; None where it has no classifier-free guidance."""
-        return self._open(self.index["negative"]["file"])[0][0] if self.index["negative"] else None
+        negative = self.index["negative"]
+        return self._as_encoded(self._open(negative["file"])[0][0]) if negative else None
 
     def kinds(self) -> list[int]:
         """The number of one item of each structure and shape."""
         shards = range(len(self.index["shards"]))
         return one_of_each_kind((self._shard(shard)[0] for shard in shards), self.index["shard_size"])
 
-    def check(self, recording: Recording, teacher: str) -> None:
+    def check(self, recording: Recording, teacher: str, fused: bool = False) -> None:
         """Refuse another teacher, and one that encodes otherwise by now, as another version of diffusers may.
+
+        Args:
+            recording: of the teacher.
+            teacher: its name.
+            fused: a LoRA was fused into it: of a cache of its base, what encodes must still be the same.
 
         Raises:
             UserError: a part that decides the conditioning differs, and is named; or the first item is another one.
         """
-        refuse_other_teacher(self.folder, self.index, fingerprint(recording), teacher)
+        # What a quantised or a changed denoiser was before cannot be seen, and it encodes nothing.
+        unseen = {name for name, network in recording.networks.items() if fused or is_quantized(network)}
+        refuse_other_teacher(self.folder, self.index, fingerprint(recording), teacher, unseen)
         (now,) = recording.condition_each(**{f"{self.kind}s": self._shard(0)[1][:1]})
         if not _close(now, self[0]):
             raise UserError(f"{teacher} encodes otherwise than when the cache {self.folder} was made; make it again")
+        pairs = {(a.dtype, b.dtype) for a, b in zip(_tensors(self[0]), _tensors(now)) if a.is_floating_point()}
+        own = [cached for cached, _ in pairs]
+        self._dtypes = {cached: dtype for cached, dtype in pairs if own.count(cached) == 1}
+
+    def _as_encoded(self, item: Conditioning) -> Conditioning:
+        """In the dtypes in which the checked teacher encodes."""
+        return item.map_tensors(lambda tensor: tensor.to(self._dtypes.get(tensor.dtype, tensor.dtype)))
 
     def _read(self, shard: int) -> tuple[Pack, list[Any]]:
         return self._open(self.index["shards"][shard]["file"])
@@ -238,10 +256,16 @@ def intact(folder: Path, entry: dict[str, Any]) -> bool:
         return False
 
 
-def refuse_other_teacher(folder: Path, index: dict[str, Any], mine: dict[str, str], teacher: str) -> None:
-    """Raises :class:`UserError` where a cache's fingerprint is not ``mine``; the parts that differ are named."""
+def refuse_other_teacher(
+    folder: Path, index: dict[str, Any], mine: dict[str, str], teacher: str, unseen: Set[str] = frozenset()
+) -> None:
+    """Raises :class:`UserError` where a cache's fingerprint is not ``mine``; the parts that differ are named.
+
+    Parts that are ``unseen`` are not compared.
+    """
     theirs = index["fingerprint"]
-    if parts := sorted(name for name in theirs.keys() | mine.keys() if theirs.get(name) != mine.get(name)):
+    names = (theirs.keys() | mine.keys()) - unseen
+    if parts := sorted(name for name in names if theirs.get(name) != mine.get(name)):
         what = "with another --call" if parts == ["call"] else f"of another teacher ({index['teacher']})"
         raise UserError(
             f"the cache {folder} was made {what}: its {', '.join(parts)} differs from that of {teacher}; "
@@ -262,15 +286,23 @@ def _make(folder: Path) -> None:
 
 def _close(a: Conditioning, b: Conditioning) -> bool:
     """Whether two encodings agree as closely as those of two machines do."""
-    tensors: list[list[Tensor]] = [[], []]
-    for found, item in zip(tensors, (a, b)):
-        item.map_tensors(lambda tensor, found=found: found.append(tensor.cpu()) or tensor)
+    tensors = _tensors(a), _tensors(b)
     return len(tensors[0]) == len(tensors[1]) and all(
-        one.shape == other.shape and bool(((one - other).abs() <= _CLOSE * one.abs().max()).all())
+        one.shape == other.shape and bool(((one - other).abs() <= _closeness(one, other) * one.abs().max()).all())
         if one.is_floating_point()
         else torch.equal(one, other)
         for one, other in zip(*tensors)
     )
+
+
+def _closeness(one: Tensor, other: Tensor) -> float:
+    return _CLOSE if one.dtype == other.dtype else _CLOSE_IN_HALF
+
+
+def _tensors(item: Conditioning) -> list[Tensor]:
+    found: list[Tensor] = []
+    item.map_tensors(lambda tensor: found.append(tensor.cpu()) or tensor)
+    return found
 
 
 def _damaged(folder: Path, name: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fewstep.errors import UserError
+from fewstep.quantization import QUANTIZATIONS
 from fewstep.settings import Settings
 
 
@@ -31,6 +32,8 @@ class RunConfig(Settings):
         lora_rank: rank of LoRA adapters for student and critic on the frozen teacher; 0 trains full copies instead.
         lora_alpha: an adapter's product is scaled by alpha / rank; default the rank.
         full_critic: with --lora_rank, the critic is a full copy all the same.
+        quantization: with --lora_rank, load the frozen network in fewer bits, by diffusers and the library that is
+            named: bitsandbytes_4bit (NF4), bitsandbytes_8bit, torchao_int8, quanto_int8 or quanto_int4.
         merge: with --lora_rank, also write a whole pipeline with the adapter merged.
         push_to_hub: hub repository (owner/name) that the exported student is uploaded to; with --merge that is the
             whole pipeline, and the LoRA goes to the same name with -lora.
@@ -78,6 +81,7 @@ class RunConfig(Settings):
     lora_rank: int = 0
     lora_alpha: float | None = None
     full_critic: bool = False
+    quantization: str | None = None
     merge: bool = False
     push_to_hub: str | None = None
     hub_private: bool = False
@@ -130,9 +134,10 @@ class RunConfig(Settings):
             raise UserError(f"--shift must be positive, not {self.shift}")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
             raise UserError(f"--lora_alpha must be positive, not {self.lora_alpha}")
-        for name in ("lora_alpha", "full_critic", "merge"):
+        for name in ("lora_alpha", "full_critic", "merge", "quantization"):
             if getattr(self, name) and not self.lora_rank:
                 raise UserError(f"--{name} belongs to adapters: give --lora_rank, or leave it out")
+        self._check_quantization()
         if self.push_to_hub is not None and not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]{1,90}", self.push_to_hub):
             raise UserError(f"--push_to_hub takes owner/name, not {self.push_to_hub!r}")
         if self.hub_private and self.push_to_hub is None:
@@ -142,6 +147,15 @@ class RunConfig(Settings):
             raise UserError("give --prompts or --classes, not both")
         if self.cache is not None and (self.prompts is not None or self.classes is not None):
             raise UserError("give --cache or --prompts and --classes, not both: a cache holds the prompts or labels")
+
+    def _check_quantization(self) -> None:
+        if self.quantization is None:
+            return
+        self._refuse_unknown("quantization", *QUANTIZATIONS)
+        if self.full_critic:
+            raise UserError("--full_critic is a copy to train, which --quantization has not; leave one of them out")
+        if self.teacher_lora is not None:
+            raise UserError("--teacher_lora cannot be fused into weights of --quantization; leave one of them out")
 
     @property
     def tells_guidance(self) -> bool:

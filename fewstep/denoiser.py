@@ -18,6 +18,7 @@ from fewstep.features import FeatureTap
 from fewstep.prediction import expand, to_x0
 from fewstep.ragged import AnyConditioning, in_groups
 from fewstep.recording import Recipe
+from fewstep.recording.recipe import network_dtype
 from fewstep.schedule import NoiseSchedule
 
 
@@ -65,9 +66,8 @@ class NetworkDenoiser:
         return in_groups(self._raw, x_t, t, conditioning)
 
     def _raw(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        # The network was trained on the dtype of its parameters; the sample itself stays in the losses' dtype.
-        parameter = next(self.network.parameters())
-        network_input = (expand(self.schedule.input_scale(t), x_t) * x_t).to(parameter.dtype)
+        # The network was trained on the dtype of its weights; the sample itself stays in the losses' dtype.
+        network_input = (expand(self.schedule.input_scale(t), x_t) * x_t).to(network_dtype(self.network))
         # A context of its own for every call: autocast caches casted weights until the context ends, and a cast made
         # under no_grad would be reused by a later pass that needs the gradient.
         autocast = torch.autocast(x_t.device.type, dtype=self.autocast, enabled=self.autocast is not None)

@@ -30,6 +30,7 @@ from fewstep.export.student import walk_counts
 from fewstep.export.trace import with_parts
 from fewstep.features import FeatureTap, tapped
 from fewstep.flow_map import SECOND_TIME
+from fewstep.full_precision import in_full_precision, load_run_teacher, refuse_quantized
 from fewstep.guidance import GuidedDenoiser
 from fewstep.hearing import refuse_deaf
 from fewstep.initialization import initialize
@@ -40,6 +41,7 @@ from fewstep.methods import method_class
 from fewstep.monitor import Monitor, trackers
 from fewstep.phases import Phase, describe
 from fewstep.previews import Previews
+from fewstep.quantization import is_quantized
 from fewstep.ragged import AnyConditioning
 from fewstep.recording import record
 from fewstep.recording.observe import find_scheduler
@@ -47,7 +49,7 @@ from fewstep.roles import Role
 from fewstep.rollout import Sampler
 from fewstep.run_folder import check_folder, write_config
 from fewstep.second_time import tell_second_time
-from fewstep.teacher import base_model, load_teacher, teacher_license
+from fewstep.teacher import base_model, teacher_license
 from fewstep.teacher_lora import FusedLora, fuse_teacher_lora, with_own_weights
 from fewstep.told_guidance import find_told_guidance, with_told_guidance
 
@@ -81,8 +83,8 @@ class Distillation:
         self.resuming = check_folder(self.out, method, config)
         self.accelerator.wait_for_everyone()
 
-        reload = partial(_load, config) if pipeline is None else None
-        self.pipeline = _load(config) if pipeline is None else pipeline
+        reload = partial(load_run_teacher, config) if pipeline is None else None
+        self.pipeline = load_run_teacher(config) if pipeline is None else pipeline
         self.teacher_lora: FusedLora | None = None
         if config.teacher_lora is not None:
             self.pipeline = self.pipeline if pipeline is None else with_own_weights(pipeline)
@@ -91,6 +93,7 @@ class Distillation:
                 reload = None  # what lies in the teacher's folder is another text encoder
         self.pipeline.to(self.device)
         self.recording = record(self.pipeline, **teacher_call(config))
+        refuse_quantized(config, self.recording, loaded=pipeline is None)
         self.recording.prove()
         if self.recording.recipe.needs_next:
             raise UserError("this teacher's network is told the next time too, which no method here can train yet")
@@ -111,8 +114,7 @@ class Distillation:
             start=config.start,
         )
         self._say(self.plan.note)
-        schedule = self.recording.schedule
-        self.sampler = Sampler(schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
+        self.sampler = Sampler(self.recording.schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
         self.shift = self.plan.shift
         progress = self.accelerator.is_main_process
         self.conditions, negative = conditions_of(config, teacher, self.device, progress=progress)
@@ -125,6 +127,7 @@ class Distillation:
             refuse_deaf(self.recording, self.negative, heard, noise)
         self.pairs: PairSource | None = None
         self.previews = Previews(config, self.recording, self.conditions, self.device, self.as_told)
+        self._say(self.previews.note)
         self.real = None
         if config.data is not None:
             self.real = RealSamples(read_images(config.data), teacher, self.conditions, self.device)
@@ -152,8 +155,7 @@ class Distillation:
         """The frozen teacher, and a student (and ``ema``) that is told where its steps end: see fewstep.flow_map.
 
         Raises:
-            UserError: nothing in this network could be told it, or no pipeline would, or where it shall be
-                ``differentiated`` by its time it has no such derivative.
+            UserError: no network or pipeline could be told it, or ``differentiated`` without such a derivative.
         """
         refuse_no_flow_map(self.recording)
         roles = self.make_roles("student")
@@ -288,7 +290,11 @@ class Distillation:
                 if not self.config.merge:
                     return
         self.encoders.restore()  # they are part of what is written
-        export_student(self.student_recording, whole_network(role), self.plan, self.out / "student", **about)
+        if is_quantized(self.recording.network):
+            recording, network = in_full_precision(self.config, self.recording, self.student_recording, role)
+        else:
+            recording, network = self.student_recording, whole_network(role)
+        export_student(recording, network, self.plan, self.out / "student", **about)
 
     def save_samples(self, teacher: Role, student: Role, step: int) -> None:
         """``OUT/samples/step_*.png``: the teacher's samples above the student's, same noise and conditions."""
@@ -327,7 +333,7 @@ def distill(teacher: str | Path | DiffusionPipeline, method: str = "dmd2", **set
         fewstep.loop.Interrupted: after Ctrl-C, with a checkpoint written.
     """
     pipeline = teacher if isinstance(teacher, DiffusionPipeline) else None
-    name = str(teacher) if pipeline is None else pipeline.config.get("_name_or_path") or type(pipeline).__name__
+    name = str(teacher) if pipeline is None else str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
     try:
         config = method_class(method).Config(teacher=name, **settings)
     except TypeError as error:
@@ -342,8 +348,3 @@ def main(method: str) -> None:
     from fewstep.cli import main as command_line
 
     sys.exit(command_line(["distill", method, *sys.argv[1:]]))
-
-
-def _load(config: RunConfig, parts: dict[str, Any] | None = None) -> DiffusionPipeline:
-    """The teacher of a run, ``parts`` of it given."""
-    return load_teacher(config.teacher, config.trust_remote_code, **(parts or {}))

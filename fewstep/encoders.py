@@ -36,6 +36,9 @@ class Encoders:
         call: the student's call, whose answers are kept too.
         reload: gives a pipeline with the same parts once more, when it is told the parts that are there; None: the
             weights move to this machine's memory instead, which frees that of a GPU.
+
+    Attributes:
+        digests: by name of the parts whose weights are away, as :func:`fewstep.fingerprint.part_digest` has them.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class Encoders:
         reload: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
         self.recording, self.call, self.reload = recording, call, reload
-        self._digests: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
         self._held: dict[str, dict[str, Tensor]] = {}
 
     @contextmanager
@@ -70,10 +73,9 @@ class Encoders:
             before = self._told()
         size = sum(p.numel() * p.element_size() for part in parts.values() for p in part.parameters())
         for name, part in parts.items():
+            self.digests[name] = part_digest(part)
             if self.reload is None:
                 self._held[name] = {key: value.detach().cpu() for key, value in part.named_parameters()}
-            else:
-                self._digests[name] = part_digest(part)
             _empty(part, answers[name])
         try:
             why = "" if equal(before, self._told()) else "they do not repeat their answers"
@@ -94,20 +96,19 @@ class Encoders:
             UserError: the teacher cannot be loaded again, or is another one by now.
         """
         pipeline = self.recording.pipeline
-        names = [*self._digests, *self._held]
-        if self._digests:
-            others = {name: part for name, part in pipeline.components.items() if name not in self._digests}
+        if gone := self.digests.keys() - self._held.keys():
+            others = {name: part for name, part in pipeline.components.items() if name not in gone}
             fresh = self.reload(others)
-            for name, digest in self._digests.items():
-                if part_digest(getattr(fresh, name)) != digest:
+            for name in sorted(gone):
+                if part_digest(getattr(fresh, name)) != self.digests[name]:
                     raise UserError(f"the teacher's {name} has changed since the run began; put it back, then --resume")
                 self._held[name] = dict(getattr(fresh, name).named_parameters())
-        for name in names:
+        for name in self.digests:
             part = getattr(pipeline, name)
             for key, parameter in part.named_parameters():
                 parameter.data = self._held[name][key].detach().to(parameter.device)
             part.__dict__.pop("forward", None)
-        self._digests, self._held = {}, {}
+        self.digests, self._held = {}, {}
 
     def _only_before_the_network(self) -> list[str]:
         """The parts of which a module runs before the network's first call, and none after it."""

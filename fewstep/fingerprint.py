@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.quantization import is_quantized
 from fewstep.recording import Recording
 from fewstep.recording.invocation import SCALES
 from fewstep.recording.observe import find_decoder, find_scheduler
@@ -43,17 +44,20 @@ def part_digest(part: Any, sampled: int | None = None) -> str:
     """The digest of one part of a pipeline.
 
     Args:
-        part: a network, a tokenizer, a processor, or whatever else a pipeline holds.
+        part: a network, a tokenizer, a processor, or whatever else a pipeline holds. Of a quantised network only the
+            configuration counts.
         sampled: of a network, so many evenly spaced entries of each tensor count; None: all of them.
     """
-    if not isinstance(part, nn.Module):
+    if not isinstance(part, nn.Module) or is_quantized(part):
         return _digest(_description(part))
     state = hashlib.sha256(_digest(_description(part)).encode())
     for name, tensor in sorted(part.state_dict().items()):
         if not isinstance(tensor, Tensor):
             continue
-        state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
+        if flat.is_floating_point():
+            flat = flat.to(torch.bfloat16)  # in which a teacher may be loaded: the same checkpoint has the same digest
+        state.update(f"{name} {flat.dtype} {list(tensor.shape)}".encode())
         if sampled is not None and len(flat) > sampled:
             flat = flat[:: len(flat) // sampled]
         state.update(flat.cpu().contiguous().view(torch.uint8).numpy())

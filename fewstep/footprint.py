@@ -8,7 +8,7 @@ seen, nor what an allocator keeps.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -64,7 +64,16 @@ def tensor_bytes(*owners: nn.Module | Iterable[Tensor]) -> int:
     sizes: dict[int, int] = {}
     for owner in owners:
         tensors = [*owner.parameters(), *owner.buffers()] if isinstance(owner, nn.Module) else owner
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
+        for inner in (inner for tensor in tensors for inner in _held(tensor)):
+            storage = inner.untyped_storage()
             sizes[storage._cdata] = storage.nbytes()
     return sum(sizes.values())
+
+
+def _held(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor itself; of one that is made of others (a quantised weight and its scales) these."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _held(getattr(tensor, name))

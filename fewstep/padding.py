@@ -233,7 +233,7 @@ def _answer(recording: Recording, told: Conditioning, seed: int) -> Tensor:
     """The network's answers to the first of the samples, all with one random x, at some times: (times, ...)."""
     parameter = next(recording.network.parameters())
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, *recording.sample_shape, generator=generator).to(parameter)
+    x = torch.randn(1, *recording.sample_shape, generator=generator).to(parameter.device, recording.dtype)
     x = x.expand(told.batch_size, *recording.sample_shape)
     told = told.to(parameter.device)
     answers = []

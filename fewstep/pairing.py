@@ -26,6 +26,7 @@ from fewstep.roles import Role
 from fewstep.schedule import FlowSchedule
 from fewstep.settings import Settings
 from fewstep.teacher import load_teacher
+from fewstep.teacher_lora import fuse_teacher_lora, with_own_weights
 
 if TYPE_CHECKING:
     from fewstep.distillation import Distillation
@@ -49,6 +50,7 @@ class PairsConfig(Settings):
         negative_prompt: what guidance leads away from; default the pipeline's own.
         teacher_steps: steps of the teacher's ODE for each pair.
         solver: euler (DDIM for tables) or heun (twice the network calls).
+        teacher_lora: the teacher is its pipeline with this LoRA: a safetensors file, a folder of one, or a hub id.
         data: real images; the ODE is followed from them to their noise. What they show must be among the prompts.
         batch_size: samples in one call of the network.
         shard_size: pairs in one file, which is also what is lost when a process is killed.
@@ -73,6 +75,7 @@ class PairsConfig(Settings):
     negative_prompt: str | None = None
     teacher_steps: int = 25
     solver: str = "euler"
+    teacher_lora: str | None = None
     data: str | None = None
     batch_size: int = 16
     shard_size: int = 256
@@ -116,7 +119,7 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
         UserError: for everything that a user can mend.
     """
     pipeline = teacher if isinstance(teacher, DiffusionPipeline) else None
-    name = str(teacher) if pipeline is None else pipeline.config.get("_name_or_path") or type(pipeline).__name__
+    name = str(teacher) if pipeline is None else str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
     try:
         config = PairsConfig(teacher=name, **settings)
     except TypeError as error:
@@ -124,7 +127,11 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
         raise UserError(f"pairs have no such setting: {error}; there are: {known}") from error
     accelerator = Accelerator(cpu=config.cpu)
     device = accelerator.device
+    given = pipeline is not None
     pipeline = load_teacher(config.teacher, config.trust_remote_code) if pipeline is None else pipeline
+    if config.teacher_lora is not None:
+        pipeline = with_own_weights(pipeline) if given else pipeline
+        fuse_teacher_lora(pipeline, config.teacher_lora)
     pipeline.to(device)
     recording = record(pipeline, **teacher_call(config))
     recording.prove()
@@ -167,15 +174,13 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
 class RunPairs:
     """The pairs of a run: opened where they are given, else made by its own teacher.
 
-    Begun before the run makes its roles, because LoRA puts adapters into the recorded network.
-
     Args:
         distillation: the run.
     """
 
     def __init__(self, distillation: Distillation) -> None:
         self.distillation = distillation
-        self.identity = teacher_digest(distillation.recording)
+        self.identity = teacher_digest(distillation.recording, distillation.encoders.digests)
 
     def make(self, teacher: Role, num: int, steps: int, solver: str, real: RealSamples | None = None) -> Path:
         """``OUT/pairs``, made by all processes of the run under its guidance; a killed run goes on with them.

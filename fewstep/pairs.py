@@ -9,7 +9,7 @@ A batch is a run of rows inside one shard, whoever makes it, so the pairs do not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +27,10 @@ from fewstep.method import Pairs
 from fewstep.ode import Walker, inversion_times, teacher_times
 from fewstep.prediction import add_noise
 from fewstep.recording import Recording
+from fewstep.recording.observe import find_decoder, find_scheduler
 from fewstep.shards import Shards
 
-FORMAT = "fewstep-pairs-1"
+FORMAT = "fewstep-pairs-2"
 MAKER = "fewstep pairs"
 _STEP = -3  # no step of a training run, and none of the draws that are made before one
 
@@ -230,16 +231,22 @@ def pair_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: 
     return Draws(seed, _STEP, indices, device).normal("pair_noise", shape)
 
 
-def teacher_digest(recording: Recording) -> dict[str, str]:
-    """What decides where a teacher's ODE leads, conditions and guidance apart: a digest for each part of it.
+def teacher_digest(recording: Recording, away: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What decides where a teacher's ODE leads, items and guidance apart: a digest for each part of it.
 
-    Taken before a run makes its roles, because LoRA puts adapters into the recorded network itself.
+    Args:
+        recording: of the teacher.
+        away: the digests of what encodes and is freed by now.
     """
+    pipeline = recording.pipeline
+    others = {find_decoder(pipeline), find_scheduler(pipeline), *recording.components}
+    encoding = {name: part for name, part in pipeline.components.items() if part is not None and name not in others}
     quarters = torch.linspace(0, 1, 5, dtype=torch.float64)
     coefficients = [[f"{value:.6g}" for value in part.tolist()] for part in recording.schedule.coefficients(quarters)]
     networks = {name: part_digest(network, SAMPLED) for name, network in recording.networks.items()}
     schedule = json_sha256([recording.prediction_type, coefficients])
-    return {**networks, "schedule": schedule, "call": call_digest(recording)}
+    encoders = {name: (away or {}).get(name) or part_digest(part) for name, part in encoding.items()}
+    return {**networks, **encoders, "schedule": schedule, "call": call_digest(recording)}
 
 
 def conditions_digest(conditions: Conditions) -> dict[str, str]:

@@ -6,6 +6,7 @@ costly of its steps is played on fake tensors while their bytes are counted (:mo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +26,8 @@ from fewstep.hollow import answering, fake_tensors, hollow_teacher, pretend, pre
 from fewstep.ledger import forward_passes
 from fewstep.method import Calls, Method, Turn
 from fewstep.methods import method_class
-from fewstep.recording import record
+from fewstep.quantization import plan_quantized
+from fewstep.recording import Recording, record
 from fewstep.recording.observe import find_decoder, modules_of
 from fewstep.rehearsal import Rehearsal, World, backward
 from fewstep.roles import Role
@@ -159,7 +161,9 @@ class Planner:
         """
         config = replace(self.config, **changes)
         world = partial(pretending, self.mode)
-        rehearsal = Rehearsal(config, self.method, self.pipeline, self.recording, self.device, world)
+        recording = self._quantized(config) if config.quantization is not None else self.recording
+        pipeline = recording.pipeline
+        rehearsal = Rehearsal(config, self.method, pipeline, recording, self.device, world)
         try:
             method = rehearsal.prepare()
             for role in method.roles.values():
@@ -172,9 +176,9 @@ class Planner:
             raise UserError(
                 f"{self.method} cannot be planned: its step depends on values of tensors: {error}"
             ) from error
-        networks = modules_of(self.pipeline)
+        networks = modules_of(pipeline)
         # Those that only encode are freed once everything is encoded (fewstep.encoders).
-        stay = {expert.component for expert in self.recording.experts} | {find_decoder(self.pipeline)}
+        stay = {expert.component for expert in recording.experts} | {find_decoder(pipeline)}
         kept = [network for name, network in networks.items() if name in stay]
         return Plan(
             teacher=config.teacher,
@@ -184,13 +188,29 @@ class Planner:
             settings=_words(config),
             device=self.device.type,
             sample_shape=self.recording.sample_shape,
-            parameters={name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
+            parameters={
+                name: sum(p.numel() for p in network.parameters())
+                for name, network in modules_of(self.pipeline).items()
+            },
             recording=tensor_bytes(*networks.values()),
             kept=tensor_bytes(*kept),
             roles=_roles(method, kept),
             moments=moments,
             calls=mean_calls(method, rehearsal),
         )
+
+    def _quantized(self, config: RunConfig) -> Recording:
+        """The recording on networks whose linear layers have the sizes of quantised ones.
+
+        The whole pipeline is in the dtype in which a run loads it.
+        """
+        with pretending(self.mode):
+            networks = {name: copy.deepcopy(network) for name, network in modules_of(self.pipeline).items()}
+            for name in self.recording.components:
+                plan_quantized(networks[name], config.quantization)
+            if config.mixed_precision == "bf16":
+                networks = {name: nn.Module.to(network, torch.bfloat16) for name, network in networks.items()}
+        return self.recording.on(networks)
 
     def advice(self, plan: Plan, memory: int) -> str:
         """What would make ``plan`` fit ``memory`` bytes, in one line: of a few changes those that help, in order."""
@@ -217,6 +237,7 @@ _CHANGES: dict[str, tuple[Any, Any]] = {
     "mixed_precision": ("no", "bf16"),
     "gradient_checkpointing": (False, True),
     "lora_rank": (0, 64),
+    "quantization": (None, "bitsandbytes_8bit"),
     "batch_size": (None, 1),
 }
 
@@ -293,6 +314,8 @@ def _words(config: RunConfig) -> str:
     roles = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "full copies"
     if config.full_critic:
         roles += " and a full critic"
+    if config.quantization is not None:
+        roles += f" on {config.quantization}"
     words = [roles, f"batch {config.batch_size}", "bf16" if config.mixed_precision == "bf16" else "float32"]
     words += ["gradient checkpointing"] if config.gradient_checkpointing else []
     words += [f"average {config.ema_decay:g}"] if config.ema_decay else []

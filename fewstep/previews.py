@@ -15,6 +15,7 @@ from fewstep.draws import Draws
 from fewstep.images import save_grid
 from fewstep.ragged import AnyConditioning
 from fewstep.recording import Recording
+from fewstep.recording.errors import RecordingError
 from fewstep.rollout import Sampler, draw_sample, ode_sampler
 
 _SHOWN = 8  # samples in a grid
@@ -43,12 +44,22 @@ class Previews:
         self.config, self.recording, self.conditions, self.device = config, recording, conditions, device
         self.as_told = as_told
         self._teacher: Tensor | None = None
+        #: Why no grid is made, though grids were asked for; else empty.
+        self.note = ""
+        if config.sample_steps:
+            try:
+                _ = recording.codec
+            except RecordingError as error:
+                self.note = f"no sample grids: {error}"
 
     def save(self, path: Path, teacher: Denoiser, student: Denoiser, sampler: Sampler) -> None:
-        """Write the grid; ``teacher`` under its guidance, ``student`` walked by ``sampler``."""
+        """Write the grid, where one can be made; ``teacher`` under its guidance, ``student`` walked by ``sampler``."""
+        if self.note:
+            return
         if self._teacher is None:
             self._teacher = self._pictures(teacher, ode_sampler(self.recording.schedule, _TEACHER_STEPS))
-        save_grid([self._teacher, self._pictures(student, sampler)], path)
+        if self._teacher.dim() in (4, 5):  # images or videos; sound is not shown
+            save_grid([self._teacher, self._pictures(student, sampler)], path)
 
     @torch.no_grad()
     def _pictures(self, denoiser: Denoiser, sampler: Sampler) -> Tensor:

@@ -13,30 +13,43 @@ from yaml import YAMLError
 
 from fewstep.errors import UserError
 from fewstep.export.card import license_fields, teacher_license_of
+from fewstep.quantization import pipeline_quantization, without_hooks
 
 
 def load_teacher(
-    name: str, trust_remote_code: bool = False, flag: str = "--teacher", **parts: Any
+    name: str,
+    trust_remote_code: bool = False,
+    flag: str = "--teacher",
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization: str | None = None,
+    **parts: Any,
 ) -> DiffusionPipeline:
-    """The float32 pipeline of a folder, a hub id, or an embedded teacher (``fashion-sd``, ``fashion-flow``).
+    """The pipeline of a folder, a hub id, or an embedded teacher (``fashion-sd``, ``fashion-flow``).
 
     Args:
         name: of these.
         trust_remote_code: let it run code from its own folder.
         flag: which setting named it, for messages.
+        dtype: of its weights.
+        quantization: of its denoisers, one of :data:`fewstep.quantization.QUANTIZATIONS`.
         parts: of the pipeline that are there already; the others are loaded.
 
     Raises:
-        UserError: there is no such thing, it is not a pipeline, or it needs code that the user did not allow.
+        UserError: there is no such thing, it is not a pipeline, it needs code that the user did not allow, or
+            a library of its quantisation is missing.
     """
     path = teacher_folder(name)
     if path is not None and not (path / "model_index.json").is_file():
         what = "does not exist" if not path.exists() else "is not a diffusers pipeline: it has no model_index.json"
         raise UserError(f"{flag} {name} {what}")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            path or name, torch_dtype=torch.float32, trust_remote_code=trust_remote_code, **parts
-        )
+        how: dict[str, Any] = {"torch_dtype": dtype, "trust_remote_code": trust_remote_code}
+        if quantization is not None:
+            how["quantization_config"] = pipeline_quantization(quantization, str(path or name), dtype)
+        pipeline = DiffusionPipeline.from_pretrained(path or name, **how, **parts)
+    except UserError:
+        raise
     except Exception as error:  # each library that reads a part of the folder has exceptions of its own
         if "trust_remote_code" in str(error):
             raise UserError(
@@ -45,7 +58,7 @@ def load_teacher(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{flag} {name} cannot be loaded as a diffusers pipeline: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return without_hooks(pipeline) if quantization is not None else pipeline
 
 
 def teacher_folder(name: str) -> Path | None:

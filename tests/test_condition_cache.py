@@ -214,7 +214,7 @@ def test_damage_and_other_versions_are_one_line(recording: Recording, tmp_path: 
         ("negative.safetensors", lambda content: b"", "damaged: negative"),
         (INDEX, lambda content: content[:-9], "damaged: index.json"),
         (INDEX, lambda content: content.replace(b'"items": 5', b'"items": 4'), "damaged: index.json"),
-        (INDEX, lambda content: content.replace(b"fewstep-cache-1", b"fewstep-cache-9"), "of another version"),
+        (INDEX, lambda content: content.replace(b"fewstep-cache-2", b"fewstep-cache-9"), "of another version"),
         (INDEX, lambda content: b"[]", "damaged: index.json"),
     ):
         folder = write(tmp_path / f"c{len(list(tmp_path.iterdir()))}", recording, PROMPTS)

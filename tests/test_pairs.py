@@ -15,6 +15,7 @@ from fewstep.caching import cache
 from fewstep.cli import main
 from fewstep.conditions import Conditions
 from fewstep.data import RealSamples, read_images
+from fewstep.distillation import distill
 from fewstep.errors import UserError
 from fewstep.guidance import GuidedDenoiser
 from fewstep.ode import Walker, teacher_times
@@ -22,6 +23,7 @@ from fewstep.pairing import make_pairs
 from fewstep.pairs import PairMaker, PairSettings, PairStream, StoredPairs, pair_noise, teacher_digest
 from fewstep.prediction import add_noise, expand
 from fewstep.recording import Recording, record
+from fewstep.recording.shake import shaken
 from fewstep.roles import make_role
 
 SETTINGS = {"num": 5, "teacher_steps": 3, "batch_size": 2, "shard_size": 4, "cpu": True}
@@ -166,8 +168,21 @@ def test_pairs_of_another_teacher_are_refused_by_name(dit_pairs: Path):
         next(other.transformer.parameters()).add_(1e-3)
     with pytest.raises(UserError, match="of another teacher: its transformer differs"):
         stored(dit_pairs, record(other), labels=[0, 1, 2])
-    with pytest.raises(UserError, match="of another teacher: its schedule, transformer, unet differs"):
+    with pytest.raises(
+        UserError, match="of another teacher: its schedule, text_encoder, tokenizer, transformer, unet differs"
+    ):
         stored(dit_pairs, record(tiny_stable_diffusion()), prompts=["a"])
+
+
+def test_pairs_of_another_text_encoder_are_refused_by_name(prompts: str, tmp_path: Path):
+    pipeline = tiny_stable_diffusion()
+    folder = make_pairs(pipeline, out=str(tmp_path / "pairs"), prompts=prompts, **SETTINGS)
+    settings = {"prompts": prompts, "steps": 1, "max_steps": 1, "batch_size": 2, "cpu": True, "report_to": "none"}
+    settings |= {"pairs": str(folder), "sample_steps": 0, "lora_rank": 2}
+    with shaken(pipeline.text_encoder), pytest.raises(UserError, match="of another teacher: its text_encoder differs"):
+        distill(pipeline, "rectified_flow", out=str(tmp_path / "other"), **settings)
+    pipeline.save_pretrained(tmp_path / "teacher")  # whose encoder is freed before the pairs are opened
+    assert distill(tmp_path / "teacher", "rectified_flow", out=str(tmp_path / "run"), **settings).is_dir()
 
 
 def test_pairs_for_other_conditions_are_refused(dit_pairs: Path):

@@ -229,6 +229,36 @@ def refused(pipeline: DiffusionPipeline, lora: Path | str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("text", [False, True], ids=["network", "text_too"])
+def test_a_cache_and_pairs_of_a_teacher_with_a_lora(text: bool, prompts: str, tmp_path: Path) -> None:
+    if text:
+        needs_peft_for_text()
+    pipeline = tiny_stable_diffusion()
+    with shaken(pipeline.unet):
+        pipeline.save_pretrained(tmp_path / "base")
+        lora = str(write_lora(pipeline, tmp_path / "mine", ATTENTION, text=text))
+    base, words = str(tmp_path / "base"), {"prompts": prompts, "cpu": True}
+    bare = fewstep.cache(base, tmp_path / "bare", **words)
+    own = fewstep.cache(base, tmp_path / "own", teacher_lora=lora, **words)
+    made = {"num": 4, "teacher_steps": 2, "cpu": True}
+    pairs = fewstep.make_pairs(base, out=str(tmp_path / "pairs"), teacher_lora=lora, cache=str(own), **made)
+
+    def run(name: str, cache: Path, pairs: Path) -> Path:
+        settings = {key: value for key, value in SETTINGS.items() if key != "critic_updates"}
+        settings |= {"teacher_lora": lora, "cache": str(cache), "lora_rank": 2, "out": str(tmp_path / f"run_{name}")}
+        return distill(base, "rectified_flow", **settings, pairs=str(pairs))
+
+    if text:
+        assert run("own", own, pairs).is_dir()
+        with pytest.raises(UserError, match=r"of another teacher \(.*\): its text_encoder differs"):
+            run("bare", bare, pairs)
+    else:  # it encodes as its base does
+        assert run("bare", bare, pairs).is_dir()
+        other = fewstep.make_pairs(base, out=str(tmp_path / "other"), cache=str(bare), **made)
+        with pytest.raises(UserError, match="of another teacher: its unet differs"):
+            run("other", bare, other)
+
+
 def test_a_lora_of_another_model_is_refused(tmp_path: Path) -> None:
     lora = write_lora(tiny_stable_diffusion(), tmp_path / "sd", ATTENTION)
     assert "is not for this teacher" in refused(tiny_flow(), lora)

@@ -16,6 +16,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--call", type=dict[str, Any] | None, default=None, help="JSON for its call, as in the run")
     parser.add_argument("--prompts", type=str | None, default=None, help="UTF-8 file, one a line")
     parser.add_argument("--classes", type=str | None, default=None, help="labels such as 0-9")
+    parser.add_argument("--teacher_lora", type=str | None, default=None, help="the teacher's LoRA, as in the run")
     parser.add_argument("--out", type=str, required=True, help="folder of the cache")
     parser.add_argument("--shard_size", type=int, default=1000, help="items in one file")
     parser.add_argument("--resume", type=bool, default=False, help="go on with a cache that is not complete")

@@ -96,7 +96,9 @@ def _misfit(network: nn.Module, component: str, weights: Path) -> str | None:
         layer = modules.get(path)
         if layer is None:
             return f"it has no {path}"
-        wanted = layer.weight.shape[1] if factor == "lora_A" else layer.weight.shape[0]
+        # A quantised weight has a shape of its own.
+        features = "in_features" if factor == "lora_A" else "out_features"
+        wanted = getattr(layer, features, layer.weight.shape[1 if factor == "lora_A" else 0])
         if (shape[1] if factor == "lora_A" else shape[0]) != wanted:
             return f"{path} is {tuple(layer.weight.shape)} here"
     return None

@@ -15,6 +15,7 @@ from torch import nn
 
 from fewstep.errors import UserError
 from fewstep.flow_map import SECOND_TIME, FlowMapRecipe
+from fewstep.quantization import is_quantized
 
 if TYPE_CHECKING:
     from fewstep.recording import Recording
@@ -39,8 +40,13 @@ def flow_map_recording(recording: Recording, second_time: nn.Module) -> Recordin
 
 
 def refuse_no_flow_map(recording: Recording) -> None:
-    """Raise ``UserError`` for a teacher whose pipeline is of no class of diffusers, or has several networks."""
+    """Raise ``UserError`` for a teacher of no class of diffusers, of several networks, or a quantised one.
+
+    Quantised layers have no forward derivative, and no LoRA holds a second time.
+    """
     stock = type(recording.pipeline)
+    if is_quantized(recording.network):
+        raise UserError(f"the {recording.component} is quantised; a student of two times needs it in full precision")
     if len(recording.experts) > 1:
         raise UserError(
             f"{stock.__name__} has {len(recording.experts)} networks that share the time, and a student of two times "

@@ -6,7 +6,6 @@ always written, and the folder is loaded again by stock diffusers and compared, 
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep.adapters import AdapterRole
+from fewstep.adapters import AdapterRole, on_the_same_weights
 from fewstep.export.about import write_about
 from fewstep.export.apply import LORA_FILE, lora_files, ship
 from fewstep.export.card import write_card
@@ -188,7 +187,7 @@ def verify_lora(
     Raises:
         ExportError: a layer is missing, scaled otherwise, switched off or of other weights, or a walk fails.
     """
-    networks = {name: copy.deepcopy(network) for name, network in base.items()}
+    networks = {name: on_the_same_weights(network) for name, network in base.items()}
     pipeline = with_parts(recording.pipeline, **networks)
     ship(pipeline, about, folder)
     for component, network in networks.items():

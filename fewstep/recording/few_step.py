@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from fewstep.recording.invocation import Invocation
 from fewstep.recording.observe import find_scheduler
 
 # What the classes of schedulers of consistency models, flow maps and other distilled networks are called.
-_SCHEDULERS = ("LCM", "TCD", "SCM", "CMStochastic", "FlowMap", "Piflow", "DMD")
+_SCHEDULERS = re.compile("LCM|TCD|SCM|CMStochastic|FlowMap|Piflow|(?<!E)DMD")  # EDMDPMSolver is a teacher's
 # No pipeline of a many-step model makes so few steps when nobody states a number.
 _FEW = 4
 
@@ -32,7 +33,7 @@ def _reason(pipeline: Any, invocation: Invocation) -> str | None:
     if source and (Path(source) / "fewstep.json").is_file():
         return f"({source} holds a fewstep.json)"
     scheduler = type(getattr(pipeline, find_scheduler(pipeline))).__name__
-    if any(word in scheduler for word in _SCHEDULERS):
+    if _SCHEDULERS.search(scheduler):
         return f"with {scheduler}"
     if pipeline.config.get("is_distilled") is True:
         return "(is_distilled in its model_index.json)"

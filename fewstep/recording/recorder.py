@@ -202,6 +202,11 @@ def _check_loop(pipeline: Any, experts: tuple[Expert, ...], steps: list[Step]) -
         raise RecordingError(f"{kind} made {len(steps)} steps; a pipeline without a loop cannot be distilled")
     for step in steps:
         component = expert_at(experts, step.timestep).component
+        if not step.calls:
+            raise RecordingError(
+                f"{kind} calls scheduler.step more often than {component}, so what it hands to it is no answer of the "
+                "network alone; it cannot be recorded"
+            )
         if not unguided_step(step, component):
             raise RecordingError(
                 f"{kind} does not call {component} exactly once in every step with guidance off; it cannot be recorded"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,6 +117,13 @@ class Recording:
             visits=None,
         )
 
+    def on(self, networks: Mapping[str, nn.Module]) -> Recording:
+        """This recording with other networks in a copy of its pipeline, those of all experts among them."""
+        pipeline = copy.copy(self.pipeline)
+        pipeline.register_modules(**networks)
+        experts = tuple(replace(expert, network=networks[expert.component]) for expert in self.experts)
+        return replace(self, pipeline=pipeline, network=networks[self.component], experts=experts)
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the network's weights."""
@@ -193,8 +201,8 @@ class Recording:
                 tables.append(table.num_embeddings)
 
         hooks = [m.register_forward_pre_hook(note) for m in self.network.modules() if isinstance(m, nn.Embedding)]
-        parameter = next(self.network.parameters())
-        x = torch.zeros(1, *self.sample_shape, dtype=parameter.dtype, device=parameter.device)
+        device = next(self.network.parameters()).device
+        x = torch.zeros(1, *self.sample_shape, dtype=self.dtype, device=device)
         time = self.schedule.timestep(torch.full((1,), 0.5, dtype=torch.float64))
         try:
             with torch.no_grad(), evaluating(self.network):

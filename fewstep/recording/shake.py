@@ -8,16 +8,18 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from fewstep.quantization import is_plain
+
 
 @contextlib.contextmanager
 def shaken(*networks: nn.Module, relative: float = 0.3, least: float = 0.05, seed: int = 0) -> Iterator[None]:
-    """Add noise to all weights of the networks inside the context.
+    """Add noise to all weights of the networks inside the context, quantised ones apart.
 
     It is `relative` times each parameter's standard deviation, at least `least`. The parameters' own storage is set
     aside, not written to, so that afterwards it is back bit for bit.
     """
     generator = torch.Generator().manual_seed(seed)
-    parameters = [p for network in networks for p in network.parameters() if p.is_floating_point()]
+    parameters = [p for network in networks for p in network.parameters() if p.is_floating_point() and is_plain(p)]
     kept = [(parameter, parameter.data) for parameter in parameters]
     try:
         for parameter, data in kept:
