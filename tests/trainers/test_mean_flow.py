@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from test_phased_end_to_end import dense_wan
 from tiny_pipelines import WAN_CALL, tiny_ddim, tiny_dit, tiny_edm, tiny_flow, tiny_stable_diffusion, tiny_wan
@@ -264,8 +265,8 @@ numpy.savez(out, **saved)
 class Finished:
     """A run, its student's folder, and what the trained role makes of one noise at every count."""
 
-    def __init__(self, place: Path, name: str) -> None:
-        builder, network, settings = FAMILIES[name]
+    def __init__(self, place: Path, name: str, family: tuple) -> None:
+        builder, network, settings = family
         pipeline = builder()
         (place / "prompts.txt").write_text("a cat\na dog\n")
         told = {} if "classes" in settings else {"prompts": str(place / "prompts.txt")}
@@ -289,8 +290,12 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
     """Every family's student, sampled by one process without this package."""
-    place = tmp_path_factory.mktemp("mean_flow")
-    found = {name: Finished(place, name) for name in FAMILIES}
+    return sampled_elsewhere(tmp_path_factory.mktemp("mean_flow"), FAMILIES)
+
+
+def sampled_elsewhere(place: Path, families: dict[str, tuple]) -> dict[str, Finished]:
+    """A student of each family, and what one process without this package samples from it."""
+    found = {name: Finished(place, name, family) for name, family in families.items()}
     words = [sys.executable, "-W", "ignore", "-c", STOCK, place / "seen.npz", *(one.folder for one in found.values())]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -302,7 +307,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_student_samples_without_this_package_as_it_was_trained(finished: dict[str, Finished], name: str):
-    student = finished[name]
+    check_sampled(finished[name])
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3", "Sana", "Wan"])
+def test_so_do_students_of_the_zoo(name: str, zoo: Path, tmp_path: Path, pytestconfig: pytest.Config):
+    if not pytestconfig.option.zoo_given:
+        pytest.skip("one of them takes seconds: give --zoo")
+    call = dict(json.loads((zoo / "manifest.json").read_text())[name]["call"])
+    call.pop("prompt")
+    family = (lambda: DiffusionPipeline.from_pretrained(zoo / name), "transformer", {"call": call})
+    check_sampled(sampled_elsewhere(tmp_path, {name: family})[name])
+
+
+def check_sampled(student: Finished) -> None:
+    """At every count the folder samples what the role does."""
     assert {1, 2, 4} <= set(student.about["counts"])
     assert student.about["code"] == "flow_map.py" and student.about["renoise"] == "ode"
     assert is_own_code(student.folder)
