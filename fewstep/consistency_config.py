@@ -97,23 +97,20 @@ class ConsistencyConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in PAPERS:
-            raise UserError(f"--variant must be one of {', '.join(PAPERS)}, not {self.variant!r}")
+        self._refuse_unknown("variant", *PAPERS)
         paper = PAPERS[self.variant] | ({"target_decay": 0.0} if self.lora_rank else {})
         for name, value in paper.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name, known in (("solver", SOLVERS), ("distance", DISTANCES), ("weighting", WEIGHTINGS)):
-            if getattr(self, name) not in known:
-                raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        self._refuse_unknown("solver", *SOLVERS)
+        self._refuse_unknown("distance", *DISTANCES)
+        self._refuse_unknown("weighting", *WEIGHTINGS)
         if self.huber_c is None and self.distance == "pseudo_huber_elementwise":
             self.huber_c = PAPERS["lcm"]["huber_c"]
         self._refuse_negative("huber_c", "ect_k")
         if self.target_decay is not None and not 0 <= self.target_decay < 1:
             raise UserError(f"--target_decay must be in [0, 1), not {self.target_decay}")
-        for name, least in (("intervals", 1), ("first_levels", 1), ("last_levels", 1), ("ect_stage_steps", 1)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UserError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        self._refuse_below_one("intervals", "first_levels", "last_levels", "ect_stage_steps")
         if (self.first_levels or 0) > (self.last_levels or 0):
             raise UserError(f"--first_levels {self.first_levels} is more than --last_levels {self.last_levels}")
         if not self.level_std > 0 or not self.ect_q > 1:
