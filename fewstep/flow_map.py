@@ -74,14 +74,19 @@ class FlowMapDenoiser(NetworkDenoiser):
         """The average velocity (B, ...) between r and t."""
         return to_velocity(self.raw(x_t, t, conditioning, r), self.prediction_type, x_t, self.schedule, t)
 
-    def derivative(self, x_t: Tensor, t: Tensor, r: Tensor, conditioning: AnyConditioning, velocity: Tensor) -> Tensor:
-        """d u / d tau (B, ...) along ``velocity`` (B, ...), r held: the total derivative of MeanFlow, Eq. 8."""
+    def velocity_and_derivative(
+        self, x_t: Tensor, t: Tensor, r: Tensor, conditioning: AnyConditioning, direction: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """u (B, ...), and d u / d tau (B, ...) along the velocity ``direction`` (B, ...), r held: MeanFlow, Eq. 8.
+
+        Both in one pass; only u has a graph (:func:`fewstep.derivative.derivative_along`).
+        """
 
         def average_velocity(x_t: Tensor, t: Tensor) -> Tensor:
             return self.velocity(x_t, t, r, conditioning)
 
-        direction = flow_direction(x_t, velocity, t, self.schedule)
-        return derivative_along(average_velocity, (x_t, t), direction, self.network)
+        change = flow_direction(x_t, direction, t, self.schedule)
+        return derivative_along(average_velocity, (x_t, t), change, self.network)
 
     def pass_of_now(self) -> Callable[[], AbstractContextManager[None]]:
         """Makes the context of the pass that runs now, for a block that is run again in the backward pass."""

@@ -123,11 +123,11 @@ class Ledger:
         return [one for one in self._passes if one.step == step]
 
     def _kind(self, one: _Pass) -> str:
-        if one.tangent:
-            return "jvp"
         if not one.backwards:
-            return "no_grad"
-        return "to_parameters" if self._updates[one.role].intersection(one.backwards) else "to_inputs"
+            return "jvp" if one.tangent else "no_grad"
+        if not self._updates[one.role].intersection(one.backwards):
+            return "to_inputs"
+        return "jvp_to_parameters" if one.tangent else "to_parameters"
 
     # --- where it is counted ------------------------------------------------------------------------------------
 
@@ -191,8 +191,8 @@ def declared(method: Method, step: int, batch: Batch) -> dict[str, Calls]:
 def forward_passes(calls: Mapping[str, Calls], feature_share: float = 1.0) -> float:
     """The cost of calls in forward passes of one sample.
 
-    A backward pass costs two forward passes, one where it only goes to the inputs; a JVP costs two. With adapters the
-    way to the parameters is nearly as cheap as that to the inputs.
+    A backward pass costs two forward passes, one where it only goes to the inputs; a tangent costs one. With adapters
+    the way to the parameters is nearly as cheap as that to the inputs.
 
     Args:
         calls: by role.
@@ -200,13 +200,13 @@ def forward_passes(calls: Mapping[str, Calls], feature_share: float = 1.0) -> fl
     """
     total = 0.0
     for name, one in calls.items():
-        passes = one.no_grad + 3 * one.to_parameters + 2 * one.to_inputs + 2 * one.jvp
+        passes = one.no_grad + 3 * one.to_parameters + 2 * one.to_inputs + 2 * one.jvp + 4 * one.jvp_to_parameters
         total += passes * (feature_share if name.endswith("/features") else 1.0)
     return total
 
 
 def _watch(one: _Pass, output: Tensor) -> None:
-    if output.requires_grad and not one.tangent:
+    if output.requires_grad:
         one.graph = True
         output.register_hook(lambda _gradient: _note(one))
 

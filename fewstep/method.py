@@ -97,13 +97,15 @@ class Calls:
         no_grad: nothing.
         to_parameters: the gradient of the role's own parameters.
         to_inputs: only the gradient of the sample; the role's parameters get none.
-        jvp: passes that carry a tangent (forward-mode derivative), which are no part of the others.
+        jvp: nothing; passes that carry a tangent (forward-mode derivative), which are no part of the others.
+        jvp_to_parameters: as ``to_parameters``, from the answer of a pass that carries a tangent, too.
     """
 
     no_grad: float = 0
     to_parameters: float = 0
     to_inputs: float = 0
     jvp: float = 0
+    jvp_to_parameters: float = 0
 
 
 class Method(Protocol):

@@ -91,6 +91,18 @@ def differences(student: FlowMapDenoiser, at: Told, velocity: Tensor, step: floa
     return near.to(at.x_t)
 
 
+def same_gradient(one: Tensor, other: Tensor, parameters: list[nn.Parameter]) -> None:
+    """Of a pass with a tangent and a plain one, whose attention is the fused kernel's."""
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    weights = torch.randn(one.shape, generator=torch.Generator().manual_seed(3), dtype=one.dtype)
+    found, expected = (torch.autograd.grad(u, parameters, weights, allow_unused=True) for u in (one, other))
+    size = max(float(gradient.abs().max()) for gradient in expected if gradient is not None)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9 * size)
+
+
 def check(pipeline: Any, call: dict[str, Any], network: nn.Module) -> None:
     with shaken(network):
         recording = record(pipeline, **call)
@@ -108,8 +120,9 @@ def check(pipeline: Any, call: dict[str, Any], network: nn.Module) -> None:
             ours = student.raw(at.x_t, at.t, at.conditioning, at.r)
         assert bool((ours != expected).flatten(1).any(1).all())
         velocity = torch.randn(at.x_t.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-        change = student.derivative(at.x_t, at.t, at.r, at.conditioning, velocity)
+        u, change = student.velocity_and_derivative(at.x_t, at.t, at.r, at.conditioning, velocity)
         assert not change.requires_grad
+        same_gradient(u, student.velocity(at.x_t, at.t, at.r, at.conditioning), at.student.parameters())
         # Steps of 2^-6 and 2^-8 on a scale of 1000 timesteps; a kink of Sana's attention may lie within the first.
         unit = 1e-3 if not isinstance(student.schedule, EDMSchedule) else 1e-3 * 2**-2
         off = []
@@ -221,7 +234,7 @@ def test_a_network_whose_derivative_is_lost_is_refused_in_one_line(network: nn.M
 def test_a_table_changes_with_time_at_its_entries_too():
     t = TABLE.snap(torch.tensor([0.3, 0.8], dtype=torch.float64))
     _, rate = TABLE.derivatives(t)
-    found = derivative_along(lambda t: TABLE.coefficients(t).sigma, (t,), (torch.ones_like(t),), nn.Identity())
+    _, found = derivative_along(lambda t: TABLE.coefficients(t).sigma, (t,), (torch.ones_like(t),), nn.Identity())
     torch.testing.assert_close(found, rate)
 
 
@@ -308,7 +321,7 @@ def test_the_mean_flow_identity_holds_on_a_gaussian(name: str, kind: str):
     nothing = Conditioning({}, 3)
     x_t = torch.randn(3, 4, dtype=torch.float64)
     velocity = student.velocity(x_t, t, t, nothing).detach()
-    change = student.derivative(x_t, t, r, nothing, velocity)
+    _, change = student.velocity_and_derivative(x_t, t, r, nothing, velocity)
     u = student.velocity(x_t, t, r, nothing)
     torch.testing.assert_close(u, velocity - gap(schedule, t, r)[:, None] * change, rtol=1e-5, atol=1e-8)
 

@@ -128,7 +128,7 @@ def test_a_method_costs_what_it_declares_and_encodes_no_text(name: str, settings
     assert len(compared) == 4
     for step in compared:
         assert same(ledger.calls(step), declared(method, step, batch_of(run, step))), step
-        back = {n: c.to_parameters + c.to_inputs for n, c in ledger.calls(step).items()}
+        back = {n: c.to_parameters + c.to_inputs + c.jvp_to_parameters for n, c in ledger.calls(step).items()}
         assert ledger.backwards(step) == {n: count for n, count in back.items() if count}
         assert ledger.wasted(step) == {}
     for step in ledger.steps:

@@ -11,9 +11,10 @@ improved MeanFlow (arXiv 2512.02012: the derivative along the student's own velo
 Teachers of every kind: times and velocities are rectified flow's, which x_t / (alpha + sigma) has in every schedule, so
 DDPM and EDM teachers stay in their own and stock ODE schedulers carry the student (:mod:`fewstep.flow_map`).
 
-Departures: the second time enters by an added module, zero at first, and as t - r alone. The derivative is asked for
-only where t and r differ. Without an auxiliary head, improved MeanFlow's own velocity is u(x_t, t, t), and its guidance
-is trained in, no input. alpha-Flow's published runs do not say the c of their weight. Times end at ``--time_min``.
+Departures: the second time enters by an added module, zero at first, and as t - r alone. The derivative comes of the
+trained pass itself, only where t and r differ; with ``--gradient_checkpointing`` of a pass of its own. Without an
+auxiliary head, improved MeanFlow's own velocity is u(x_t, t, t), and its guidance is trained in, no input.
+alpha-Flow's published runs do not say the c of their weight. Times end at ``--time_min``.
 """
 
 from __future__ import annotations
@@ -62,6 +63,23 @@ class Flow:
         return Flow(*tensors, self.conditioning.select(rows))
 
 
+@dataclass(frozen=True)
+class Answers:
+    """The student's velocities at some points, and what they shall be.
+
+    Attributes:
+        u: the student's (B, ...), with its graph.
+        target: (B, ...), held fixed.
+        change: the derivative, or alpha-Flow's difference (B, ...), None where both times are one.
+        weight: of their losses.
+    """
+
+    u: Tensor
+    target: Tensor
+    change: Tensor | None = None
+    weight: float = 1.0
+
+
 class MeanFlow:
     """The method; see the module. Roles: student, teacher, ema if asked for; both but the teacher of two times."""
 
@@ -83,6 +101,8 @@ class MeanFlow:
             self.omega, self.kappa = config.self_guidance(guided_teacher.guidance_scale)
             if self.guided and self.negative is None:
                 raise UserError("--omega and --kappa guide away from a negative condition, which this teacher lacks")
+        # A pass that is run again in the backward pass has no tangents there.
+        self.one_pass = not config.gradient_checkpointing
         ends = self.schedule.flow_time(torch.tensor([0.0, sampler.grid[0]], dtype=torch.float64)).tolist()
         self.lowest, self.highest = max(config.time_min, ends[0]), ends[1]
 
@@ -119,28 +139,34 @@ class MeanFlow:
         apart = sum(batch.draws.coins("apart", config.apart)) / batch.size
         own = (1 + (self.kappa > 0)) * self.guided
         own += apart * ((0 < alpha < 1) + (config.variant == "improved"))
-        calls = {"student": Calls(no_grad=own, to_parameters=1, jvp=apart * (alpha == 0))}
+        derived = apart * (alpha == 0)
+        if self.one_pass:
+            calls = {"student": Calls(no_grad=own, to_parameters=1 - derived, jvp_to_parameters=derived)}
+        else:
+            calls = {"student": Calls(no_grad=own, to_parameters=1, jvp=derived)}
         return calls | ({"teacher": Calls(no_grad=self.teacher.calls)} if config.velocity == "teacher" else {})
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
         """One update of the student in every step (Alg. 1)."""
         # 1. Points of the flow at times t, second times r, which differ in some rows, and the velocity there.
-        apart = [row for row, coin in enumerate(batch.draws.coins("apart", self.config.apart)) if coin]
+        coins = batch.draws.coins("apart", self.config.apart)
+        apart, equal = ([row for row, coin in enumerate(coins) if coin == differs] for differs in (True, False))
         flow = self.flow(batch, apart)
 
-        # 2. What the student shall say there: the velocity, and over an interval by the MeanFlow identity (Eq. 6).
-        target, weight, log = flow.velocity, torch.ones(batch.size, device=flow.t.device), {}
+        # 2. Over an interval the student learns by the MeanFlow identity (Eq. 6), elsewhere the velocity itself.
+        parts, log = [], {}
         if apart:
-            rows = torch.tensor(apart, device=flow.t.device)
-            over_interval, alpha, change = self.target(step, flow.select(apart))
-            target = target.index_copy(0, rows, over_interval.to(target))
-            weight = weight.index_fill(0, rows, alpha or 1.0)
-            log["student/derivative"] = change.square().mean().sqrt()
+            interval = self.interval(step, flow.select(apart))
+            parts.append(interval)
+            log["student/derivative"] = interval.change.square().mean().sqrt()
+        if equal:
+            at = flow.select(equal)
+            parts.append(Answers(self.student.velocity(at.x_t, at.t, at.r, at.conditioning), at.velocity))
 
-        # 3. The student, and its error by an adaptive weight (§4.2).
-        u = self.student.velocity(flow.x_t, flow.t, flow.r, flow.conditioning)
-        loss = (weight.to(u.dtype) * self.loss(u, target)).mean()
-        log |= {"student/mean_flow": loss.detach(), "student/velocity_error": (u.detach() - target).square().mean()}
+        # 3. Each sample's error, by an adaptive weight (§4.2).
+        loss = torch.cat([part.weight * self.loss(part.u, part.target) for part in parts]).mean()
+        errors = torch.cat([part.u.detach() - part.target for part in parts])
+        log |= {"student/mean_flow": loss.detach(), "student/velocity_error": errors.square().mean()}
         yield Turn("student", [(loss, None)], log)
 
     @torch.no_grad()
@@ -194,20 +220,24 @@ class MeanFlow:
         """The schedule's own time (B,) of a flow time, at an entry of a table."""
         return self.schedule.snap(self.schedule.time_from_flow_time(flow_time))
 
-    def target(self, step: int, flow: Flow) -> tuple[Tensor, float, Tensor]:
-        """The average velocity (B, ...) that these points shall have, alpha (0: by the derivative), and the change."""
-        alpha, config = self.alpha(step), self.config
+    def interval(self, step: int, flow: Flow) -> Answers:
+        """What the student says at these points, and the average velocity that it shall say (Eq. 6)."""
+        alpha, config, student = self.alpha(step), self.config, self.student
         distance = gap(self.schedule, flow.t, flow.r)
+        at = flow.x_t, flow.t, flow.r, flow.conditioning
         if alpha > 0:
             later = self.later(flow, alpha * distance) if alpha < 1 else flow.velocity
-            return alpha_flow_target(flow.velocity, later, alpha, config.alpha_clamp), alpha, flow.velocity - later
+            target = alpha_flow_target(flow.velocity, later, alpha, config.alpha_clamp)
+            return Answers(student.velocity(*at), target, flow.velocity - later, alpha)
         direction = flow.velocity
         if config.variant == "improved":
             with torch.no_grad():
-                direction = self.student.velocity(flow.x_t, flow.t, flow.t, flow.conditioning)
-        change = self.student.derivative(flow.x_t, flow.t, flow.r, flow.conditioning, direction)
+                direction = student.velocity(flow.x_t, flow.t, flow.t, flow.conditioning)
+        with torch.set_grad_enabled(self.one_pass):
+            u, change = student.velocity_and_derivative(*at, direction)
         share = min(1.0, step / config.tangent_warmup) if config.tangent_warmup else 1.0
-        return mean_flow_target(flow.velocity, change, distance, share), alpha, change
+        target = mean_flow_target(flow.velocity, change, distance, share)
+        return Answers(u if self.one_pass else student.velocity(*at), target, change)
 
     @torch.no_grad()
     def later(self, flow: Flow, distance: Tensor) -> Tensor:

@@ -107,6 +107,7 @@ def _calls(calls: Mapping[str, Calls]) -> str:
         "to_parameters": "trained",
         "to_inputs": "with the gradient of its input",
         "jvp": "with a tangent",
+        "jvp_to_parameters": "trained, with a tangent",
     }
     parts = []
     for name, one in calls.items():

@@ -178,7 +178,7 @@ def played(golden: GoldenFile, method: MeanFlow, draws: Given) -> tuple[Flow, Te
     flow = method.flow(batch, apart)
     target = flow.velocity.clone()
     if apart:
-        target[apart] = method.target(0, flow.select(apart))[0]
+        target[apart] = method.interval(0, flow.select(apart)).target
     return flow, target
 
 
@@ -210,13 +210,13 @@ def fastgen(golden: GoldenFile) -> None:
     velocity = torch.where(inside[:, None, None, None], guided, unguided)
     golden.check("velocity", velocity)
     flow = Flow(x_t, t, r, velocity, conditioning)
-    change = method.student.derivative(x_t, t, r, conditioning, velocity)
+    _, change = method.student.velocity_and_derivative(x_t, t, r, conditioning, velocity)
     golden.check("jvp", change)
     share = min(1.0, golden["iteration"].item() / warmup) if warmup else 1.0
     distance = gap(SCHEDULE, t, r).clamp(max=golden.number("gap_max"))
     target = mean_flow_target(velocity, change, distance, share)
     if bool((t - r <= golden.number("gap_max")).all()):  # then the trainer's own target is the same
-        torch.testing.assert_close(method.target(golden["iteration"].item(), flow)[0], target, rtol=1e-12, atol=0)
+        torch.testing.assert_close(method.interval(golden["iteration"].item(), flow).target, target, rtol=1e-12, atol=0)
     u = method.student.velocity(x_t, t, r, conditioning)
     kind = golden.choice("loss_type", "l2", "opt_grad")
     assert (kind == "opt_grad") == (method.config.weighting == "norm")
@@ -258,7 +258,7 @@ def port_c(golden: GoldenFile) -> None:
     with torch.no_grad():
         null = v_head.raw(x_t, t, toy_conditioning(torch.zeros_like(w)))
     guided = noise - x + (1 - 1 / w)[:, None, None, None] * (own.detach() - null)
-    change = u_head.derivative(x_t, t, r, told, own.detach())
+    _, change = u_head.velocity_and_derivative(x_t, t, r, told, own.detach())
     target = mean_flow_target(guided, change, gap(SCHEDULE, t, r))
     u = u_head.velocity(x_t, t, r, told)
     flow_matching = weighted_loss(own, guided, *how).mean()
