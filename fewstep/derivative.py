@@ -17,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.errors import UserError
 
+_ADVICE = "take --variant alpha_flow --alpha_min 0.1"
+
 
 def derivative_along(
     function: Callable[..., Tensor], point: tuple[Tensor, ...], direction: tuple[Tensor, ...], network: nn.Module
@@ -39,13 +41,9 @@ def derivative_along(
         duals = [forward_ad.make_dual(value, change) for value, change in zip(point, direction, strict=True)]
         try:
             answer = function(*duals)
-        except (NotImplementedError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{type(network).__name__} has no forward derivative ({reason[:160]}); take --variant alpha_flow"
-            ) from error
+        except NotImplementedError as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"{type(network).__name__} has no forward derivative ({reason}); {_ADVICE}") from error
         value, tangent = forward_ad.unpack_dual(answer)
     return value, torch.zeros_like(value).detach() if tangent is None else tangent.detach()
 
@@ -68,10 +66,8 @@ def refuse_underivable(function: Callable[[Tensor], Tensor], t: Tensor, network:
     _, tangent = derivative_along(function, (t,), (torch.ones_like(t),), network)
     moves = bool((function(t - step) != function(t)).any())
     if not bool(torch.isfinite(tangent).all()) or (moves and not bool(tangent.any())):
-        raise UserError(
-            f"{type(network).__name__} changes with its time, and its derivative by the time is lost on the way; "
-            "take --variant alpha_flow"
-        )
+        lost = "changes with its time, and its derivative by the time is lost on the way"
+        raise UserError(f"{type(network).__name__} {lost}; {_ADVICE}")
     if not moves:
         raise UserError(f"{type(network).__name__} does not react to its time; its weights are degenerate")
 

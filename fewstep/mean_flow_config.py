@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fewstep.config import RunConfig
 from fewstep.errors import UserError
-from fewstep.losses.mean_flow import WEIGHTINGS
+from fewstep.losses.mean_flow import WEIGHTINGS, alpha_at
 from fewstep.ode import SOLVERS
 
 VARIANTS = ("mean_flow", "alpha_flow", "improved")
@@ -48,6 +48,8 @@ class MeanFlowConfig(RunConfig):
         tangent_warmup: steps until the derivative counts in full.
         alpha_first_step: alpha_flow: where alpha begins to fall from 1.
         alpha_last_step: and where it is 0; default the last step.
+        alpha_min: alpha_flow: where alpha stays instead of falling to 0, so that no step takes a derivative; that of a
+            network which was trained at the times of a table alone is mostly noise.
         alpha_clamp: alpha_flow: its targets are clipped to this (with guidance: 4).
     """
 
@@ -77,6 +79,7 @@ class MeanFlowConfig(RunConfig):
     tangent_warmup: int = 0
     alpha_first_step: int = 0
     alpha_last_step: int | None = None
+    alpha_min: float = 0.0
     alpha_clamp: float | None = None
 
     def __post_init__(self) -> None:
@@ -98,6 +101,8 @@ class MeanFlowConfig(RunConfig):
             raise UserError(f"--apart must be in (0, 1], not {self.apart}: without it nothing but the flow is learnt")
         if not 0 < self.time_min < 1:
             raise UserError(f"--time_min must be between 0 and 1, not {self.time_min}")
+        if not 0 <= self.alpha_min <= 1:
+            raise UserError(f"--alpha_min must be in [0, 1], not {self.alpha_min}")
         if not 0 <= self.label_drop < 1:
             raise UserError(f"--label_drop must be in [0, 1), not {self.label_drop}")
         if self.kappa is not None and not 0 <= self.kappa < 1:
@@ -116,6 +121,18 @@ class MeanFlowConfig(RunConfig):
             raise UserError("--kappa and --omega are the guidance of a flow from data; a teacher has --guidance_scale")
         if self.data is not None and self.pairs is not None:
             raise UserError("give --data or --pairs, not both: one of them is what is trained on")
+
+    def alpha(self, step: int) -> float:
+        """alpha-Flow's share of the flow's own velocity; 0: the derivative is taken."""
+        if self.variant != "alpha_flow":
+            return 0.0
+        last = self.max_steps if self.alpha_last_step is None else self.alpha_last_step
+        return max(self.alpha_min, alpha_at(step, self.alpha_first_step, last))
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether any step takes the derivative."""
+        return self.alpha(self.max_steps - 1) == 0
 
     def self_guidance(self, guidance_scale: float) -> tuple[float, float]:
         """(omega, kappa) of a flow from data; the student comes out guided by omega / (1 - kappa)."""

@@ -258,6 +258,14 @@ def test_what_a_quantised_network_cannot_do_is_refused(
         assert "on a GPU only" in refusal(teacher, quantization="bitsandbytes_4bit")
 
 
+def test_a_quantised_network_is_told_no_second_time(prompts: str, tmp_path: Path) -> None:
+    pipeline = tiny_pipelines.tiny_stable_diffusion()
+    pipeline.unet = stand_in(pipeline.unet)
+    settings = {name: value for name, value in RUN.items() if name != "critic_updates"}
+    with pytest.raises(UserError, match="the unet is quantised; a student of two times needs it in full precision"):
+        distill(pipeline, "mean_flow", out=str(tmp_path / "run"), prompts=prompts, **settings)
+
+
 def test_the_denoisers_of_a_pipeline_are_known_by_its_index(teacher: Path, tmp_path: Path) -> None:
     index = json.loads((teacher / "model_index.json").read_text(encoding="utf-8"))
     assert list(denoiser_classes(index)) == ["unet"]

@@ -29,7 +29,7 @@ from fewstep.distillation import Distillation, main
 from fewstep.errors import UserError
 from fewstep.flow_map import FlowMapDenoiser, gap
 from fewstep.guidance import GuidedDenoiser
-from fewstep.losses.mean_flow import alpha_at, alpha_flow_target, mean_flow_target, weighted_loss
+from fewstep.losses.mean_flow import alpha_flow_target, mean_flow_target, weighted_loss
 from fewstep.mean_flow_config import MeanFlowConfig
 from fewstep.method import Batch, Calls, Turn
 from fewstep.prediction import add_noise, expand, to_velocity
@@ -110,7 +110,7 @@ class MeanFlow:
     def prepare(cls, config: MeanFlowConfig, distillation: Distillation) -> MeanFlow:
         """Make the roles, and the teacher's samples where there are no others; the student starts as the teacher."""
         pairs = distillation.run_pairs() if config.data is None else None
-        roles = distillation.make_flow_map_roles(differentiated=config.variant != "alpha_flow")
+        roles = distillation.make_flow_map_roles(differentiated=config.differentiates)
         distillation.initialize(roles)
         if pairs is not None:
             how = (config.num_pairs, config.pair_steps, config.pair_solver)
@@ -123,19 +123,13 @@ class MeanFlow:
         """Whether a flow from data is guided by the student."""
         return self.omega != 1.0 or self.kappa != 0.0
 
-    def alpha(self, step: int) -> float:
-        """alpha-Flow's share of the flow's own velocity; 0: the derivative is taken."""
-        config = self.config
-        last = config.max_steps if config.alpha_last_step is None else config.alpha_last_step
-        return alpha_at(step, config.alpha_first_step, last) if config.variant == "alpha_flow" else 0.0
-
     def learning_rate(self, role: str) -> float:
         """Of the student."""
         return self.config.lr
 
     def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
         """What one step costs: what is only asked for where the two times differ is not asked for elsewhere."""
-        config, alpha = self.config, self.alpha(step)
+        config, alpha = self.config, self.config.alpha(step)
         apart = sum(batch.draws.coins("apart", config.apart)) / batch.size
         own = (1 + (self.kappa > 0)) * self.guided
         own += apart * ((0 < alpha < 1) + (config.variant == "improved"))
@@ -222,7 +216,8 @@ class MeanFlow:
 
     def interval(self, step: int, flow: Flow) -> Answers:
         """What the student says at these points, and the average velocity that it shall say (Eq. 6)."""
-        alpha, config, student = self.alpha(step), self.config, self.student
+        config, student = self.config, self.student
+        alpha = config.alpha(step)
         distance = gap(self.schedule, flow.t, flow.r)
         at = flow.x_t, flow.t, flow.r, flow.conditioning
         if alpha > 0:

@@ -173,7 +173,9 @@ def test_one_pass_teaches_what_two_do(kind: str):
 
 def test_alpha_flow_asks_the_student_further_along_the_flow():
     trained = method("epsilon", config(variant="alpha_flow", max_steps=100))
-    assert [trained.alpha(step) for step in (0, 50, 99)] == [1.0, 0.5, 0.0]
+    assert [trained.config.alpha(step) for step in (0, 50, 99)] == [1.0, 0.5, 0.0] and trained.config.differentiates
+    kept = config(variant="alpha_flow", max_steps=100, alpha_min=0.1)
+    assert [kept.alpha(step) for step in (0, 50, 99)] == [1.0, 0.5, 0.1] and not kept.differentiates
     flow = trained.flow(batch(), list(range(8)))
     asked = trained.interval(50, flow)
     later = trained.later(flow, 0.5 * gap(trained.schedule, flow.t, flow.r))
@@ -228,6 +230,7 @@ def test_a_step_costs_what_it_declares_and_derivatives_only_where_the_times_diff
         ({"time_std": 0.0}, "--time_std must be positive"),
         ({"guidance_t_min": 0.8, "guidance_t_max": 0.2}, "must be a range"),
         ({"variant": "alpha_flow", "alpha_first_step": 5, "alpha_last_step": 5}, "must lie behind"),
+        ({"variant": "alpha_flow", "alpha_min": 1.5}, r"--alpha_min must be in \[0, 1\]"),
         ({"label_drop": 1.0}, r"--label_drop must be in \[0, 1\)"),
     ],
 )
