@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 import fewstep
-from fewstep.config import RunConfig
 from fewstep.distillation import Distillation
 from fewstep.draws import Draws
 from fewstep.errors import UserError
@@ -189,20 +188,13 @@ def network_calls(training: Training, seed: int = 0) -> dict[str, dict[str, floa
     for step in range(config.max_steps):
         for name, calls in method.calls(step, rehearsal.batch(step, Draws)).items():
             sums.setdefault(name, Counter()).update({k: v * config.batch_size for k, v in vars(calls).items() if v})
-    if pairs := _pair_calls(config, guided=rehearsal.guidance_scale != 1.0):
+    if pairs := rehearsal.pair_evaluations * (2 if rehearsal.guidance_scale != 1.0 else 1):
         sums.setdefault("pairs", Counter())["no_grad"] += pairs
     return {name: dict(calls) for name, calls in sums.items() if calls}
 
 
-def _pair_calls(config: RunConfig, guided: bool) -> float:
-    """Of the teacher, to make the pairs of a method that has none given."""
-    if getattr(config, "num_pairs", None) is None or config.pairs is not None:
-        return 0
-    evaluations = 2 if config.pair_solver == "heun" else 1
-    return config.num_pairs * config.pair_steps * evaluations * (2 if guided else 1)
-
-
 def versions() -> dict[str, str]:
-    """Of all that computes."""
+    """Of all that computes, and the instructions that the CPU has for it."""
     known = {"fewstep": fewstep.__version__, "python": platform.python_version()}
+    known["cpu"] = torch.backends.cpu.get_cpu_capability()
     return known | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "numpy")}

@@ -10,6 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from fewstep.errors import UserError
+from fewstep.ledger import forward_passes
+from fewstep.method import Calls
 
 from .cell_results import Result, read_result, read_strip, why_stale
 from .cells import TEACHER, Cell
@@ -34,6 +36,7 @@ _TITLES = (
     "recall",
     "seeds",
     "training steps",
+    "passes",
     "CPU s",
 )
 # Where the table stands in a document.
@@ -142,8 +145,12 @@ class Comparison:
         )
         if any(not row.gated for row in self.students()):
             how += " Of rows in brackets nothing is asked: they are trained from scratch."
+        how += (
+            " Passes: what the training costs in forward passes of one sample, of which a backward pass is two. CPU s: "
+            "of training and evaluation by one thread, for the first seed."
+        )
         if any(row.cell.training.at != (row.cell.steps,) for row in self.students()):
-            how += " Rows of one student at several step counts have the whole training in their seconds (one thread)."
+            how += " Rows of one student at several step counts have its whole training in both."
         sentences = [how]
         for row in (row for steps in BEST_AT for row in self.best(steps)):
             if (over := self.over(row)) is None:
@@ -172,12 +179,13 @@ class Comparison:
         judged = [f"{row.median('agreement'):.3f}", f"{row.median('recall'):.3f}"]
         over = _number(self.over(row), "{:.2f}")
         if training is None:
-            return [TEACHER, *about, "", over, *judged, "", "", ""]
+            return [TEACHER, *about, "", over, *judged, "", "", "", ""]
         name = f"`{training.name}`" if training.gated else f"(`{training.name}`)"
         better = _number(self.better(row), "{:.1f}x") + (f" {SHORT}" if self.falls_short(row) else "")
-        seconds = statistics.median(sum(one.seconds.values()) for one in row.results)
         steps = str(result.content["settings"]["max_steps"])
-        return [name, *about, better, over, *judged, str(len(row.results)), steps, f"{seconds:.0f}"]
+        passes = forward_passes({role: Calls(**calls) for role, calls in result.calls.items()})
+        seconds = f"{sum(result.seconds.values())} {result.versions.get('cpu', '')}".strip()
+        return [name, *about, better, over, *judged, str(len(row.results)), steps, f"{passes / 1000:,.0f} k", seconds]
 
 
 def _number(value: float | None, pattern: str) -> str:

@@ -66,6 +66,8 @@ class Rehearsal(Distillation):
         self.config, self.method, self.pipeline, self.recording = config, method, pipeline, recording
         self.student_recording, self.pairs, self.real = recording, None, None
         self.device, self.world = torch.device(device), world
+        #: How often the (guided) teacher is evaluated, in samples, for pairs that the run makes.
+        self.pair_evaluations = 0
         self.plan = _even_plan(config, recording)
         self.shift = self.plan.shift
         self.sampler = Sampler(recording.schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
@@ -114,8 +116,8 @@ class Rehearsal(Distillation):
             return super().add_head(role)
 
     def run_pairs(self) -> _NoPairs:
-        """Pairs are made before the training."""
-        return _NoPairs()
+        """Pairs are made before the training; what they would cost is kept as ``pair_evaluations``."""
+        return _NoPairs(self)
 
     def initialize(self, roles: dict[str, Role]) -> None:
         """Nothing: other weights take no other memory."""
@@ -187,10 +189,13 @@ class _LongestDraws(Draws):
 
 
 class _NoPairs:
-    """In the place of a run's pairs: nothing is made, and every batch holds zeros."""
+    """In the place of a run's pairs: nothing is made but noted, and every batch holds zeros."""
 
-    def make(self, *_settings: Any, real: Any = None) -> None:
-        return None
+    def __init__(self, rehearsal: Rehearsal) -> None:
+        self._rehearsal = rehearsal
+
+    def make(self, _teacher: Role, num: int, steps: int, solver: str, real: Any = None) -> None:
+        self._rehearsal.pair_evaluations += num * steps * (2 if solver == "heun" else 1)
 
     def stream(self, *_folders: Any) -> _NoPairs:
         return self

@@ -81,10 +81,12 @@ def test_calls_are_those_that_the_method_declares() -> None:
     assert calls["critic"] == {"no_grad": 2 * 2, "to_parameters": 4 * 2}
 
 
-def test_calls_of_a_rectified_flow_hold_its_pairs() -> None:
+def test_calls_hold_the_pairs_that_a_run_makes() -> None:
     settings = {"num_pairs": 8, "pair_steps": 3, "pair_solver": "heun", "max_steps": 5, "batch_size": 4}
     calls = network_calls(Training("reflow", "rectified_flow", "fashion-flow", 4, settings=settings))
     assert calls == {"student": {"to_parameters": 20.0}, "pairs": {"no_grad": 8 * 3 * 2 * 2}}
+    images = {"data": "fashion", "variant": "alpha_flow", "max_steps": 5, "batch_size": 4}
+    assert "pairs" not in network_calls(Training("mean", "mean_flow", "fashion-flow", 4, settings=images))
 
 
 def test_a_student_from_scratch_starts_from_fresh_weights(tmp_path: Path) -> None:
