@@ -70,7 +70,7 @@ def read_result(results: Path, cell: Cell) -> Result | None:
     """What is kept of a cell, or None.
 
     Raises:
-        UserError: the file is damaged, or was changed by hand.
+        UserError: the file is damaged, or what its numbers depend on does not fit its hash.
     """
     path = results / f"{cell.file}.json"
     if not path.is_file():

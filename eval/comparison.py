@@ -147,7 +147,7 @@ class Comparison:
             how += " Of rows in brackets nothing is asked: they are trained from scratch."
         how += (
             " Passes: what the training costs in forward passes of one sample, of which a backward pass is two. CPU s: "
-            "of training and evaluation by one thread, for the first seed."
+            "of training and evaluation, all threads together, for the first seed."
         )
         if any(row.cell.training.at != (row.cell.steps,) for row in self.students()):
             how += " Rows of one student at several step counts have its whole training in both."

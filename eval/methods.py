@@ -104,7 +104,7 @@ def parser() -> Parser:
     made.add_argument("--only", type=str, nargs="+", default=[], metavar="CELL", help="names, or patterns as 'sid*'")
     made.add_argument("--seeds", type=int, nargs="+", default=None, help="of the trainings; default those of the list")
     made.add_argument("--num", type=int | None, default=None, help="samples in every row; default the list's")
-    made.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads to compute with")
+    made.add_argument("--threads", type=int, default=1, help="to compute with; times are compared of one")
     made.add_argument("--out", type=Path, default=Path("runs/methods"), help="folder of the trainings")
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of what is kept of finished cells")
     made.add_argument("--readme", type=Path | None, default=None, help="document whose table is written anew")
@@ -123,6 +123,8 @@ def main(words: Sequence[str] | None = None) -> int:
             raise UserError("--threads and --num must be at least 1, and --seeds at least 0")
         torch.set_num_threads(asked.threads)
         plan = read_plan()
+        if asked.num not in (None, plan.num) and asked.results == RESULTS:
+            raise UserError(f"{RESULTS} holds cells of {plan.num} samples: with another --num give --results DIR, too")
         cells = chosen(plan.cells(asked.seeds, asked.num), asked.only)
         if asked.list:
             show(cells, asked.results)

@@ -8,6 +8,7 @@ from typing import Any
 
 from fewstep.errors import UserError
 from fewstep.quantization import QUANTIZATIONS
+from fewstep.schedule import FlowSchedule, NoiseSchedule
 from fewstep.settings import Settings
 
 
@@ -28,7 +29,7 @@ class RunConfig(Settings):
         negative_prompt: what guidance leads away from; default the pipeline's own.
         data: real images: a folder with class sub-folders or a metadata.jsonl, a folder of idx files, or "fashion".
         teacher_lora: the teacher is its pipeline with this LoRA: a safetensors file, a folder of one, or a hub id.
-        init: another run's folder (its last student, critic and head) or a pipeline folder (student only).
+        init: another run's folder (its last student, critics and heads) or a pipeline folder (student only).
         lora_rank: rank of LoRA adapters for student and critic on the frozen teacher; 0 trains full copies instead.
         lora_alpha: an adapter's product is scaled by alpha / rank; default the rank.
         full_critic: with --lora_rank, the critic is a full copy all the same.
@@ -210,6 +211,16 @@ class ScoreConfig(CriticConfig):
             )
         if self.time_shift is not None and not self.time_shift > 0:
             raise UserError(f"--time_shift must be positive, not {self.time_shift}")
+
+    def shift_of_times(self, schedule: NoiseSchedule, of_grid: float) -> float:
+        """The shift of the times at which teacher and critic are compared; ``of_grid``: that of the student's grid.
+
+        Raises:
+            UserError: one is given for a teacher that is no flow.
+        """
+        if not isinstance(schedule, FlowSchedule):
+            self._refuse_set("belongs to flow-matching teachers", "time_shift")
+        return of_grid if self.time_shift is None else self.time_shift
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

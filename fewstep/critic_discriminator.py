@@ -37,7 +37,7 @@ class AdversarialConfig(RunConfig):
         names = ("gan_weight", "gan_critic_weight", "gan_start_step")
         self._refuse_negative(*names)
         if self.adversarial == "none":
-            self._refuse_set("belongs to --adversarial diffusion_gan or sida", *names)
+            self._refuse_set("belongs to --adversarial diffusion_gan or sida", *names, "data")
         elif self.data is None:
             raise UserError(f"--adversarial {self.adversarial} needs real images: give --data, or leave it out")
 

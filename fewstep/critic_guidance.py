@@ -58,6 +58,12 @@ class CriticGuidanceConfig(RunConfig):
             scales = ("guidance_scale", "critic_guidance", "critic_training_guidance")
             self._refuse_set(f"is fixed by --guidance {self.guidance}", *scales)
 
+    def refuse_guided_critic(self) -> None:
+        """Raise ``UserError`` where something but the teacher's own scale asks for guidance."""
+        given = ("guidance",) if self.guidance in FIXED else ("critic_guidance", "critic_training_guidance")
+        if asked := [f"--{name}" for name in given if getattr(self, name) not in (None, 1.0)]:
+            raise UserError(f"this teacher has no negative to guide away from: leave out {' and '.join(asked)}")
+
     def kappas(self, guidance_scale: float | TimedScale) -> Kappas:
         """The scales of a run whose teacher would have this one."""
         if self.guidance in FIXED:

@@ -45,6 +45,8 @@ class DivergenceConfig(RunConfig):
             raise UserError(f"--f_momentum must be in [0, 1), not {self.f_momentum}")
         if self.f_divergence == "none" and (self.f_bins or self.f_momentum):
             raise UserError("--f_bins and --f_momentum belong to f-distill: give --f_divergence, or leave them out")
+        if self.f_momentum and not self.f_bins:
+            raise UserError("--f_momentum is that of bins: give --f_bins, or leave it out")
 
 
 class DivergenceWeight(nn.Module):

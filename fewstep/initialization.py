@@ -31,7 +31,7 @@ def initialize(
     """Load ``init`` into the roles; the averages, where there are any, start at the student.
 
     Args:
-        roles: of the new run; the student, and of a run's folder the critic with its head, are overwritten.
+        roles: of the new run; the student, and of a run's folder the critics with their heads, are overwritten.
         init: another run's folder (its newest checkpoint), or a pipeline (its network becomes the student's).
         recording: of the teacher.
         say: told in one line what does not come from ``init``.
@@ -44,10 +44,12 @@ def initialize(
     if (source / "checkpoints").is_dir():
         _refuse_other_prediction(init, _prediction_of_run(source), recording)
         _, tensors = checkpoint.load_latest(source / "checkpoints")
-        for name in ("student", "critic"):
-            if name in roles and name in tensors:
+        for name in (name for name in roles if name == "student" or name.startswith("critic")):
+            if name in tensors:
                 _refuse_other_form(init, source, roles[name], tensors[name])
                 _load_run(roles[name], tensors[name], say)
+            else:
+                say(f"--init has no {name}; it starts as the teacher")
     else:
         pipeline = load_teacher(init, trust_remote_code, flag="--init")
         networks = {name: getattr(pipeline, name, None) for name in recording.components}

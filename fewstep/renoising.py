@@ -66,10 +66,18 @@ class Renoiser:
             )
         return replace(self, low=low, anchor=anchor)
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest time that is drawn."""
+        low, high = shift_time(torch.tensor([self.low, self.high], dtype=torch.float64), self.shift).tolist()
+        return low, high
+
     def times(self, draws: Draws, name: str) -> Tensor:
         """The times (B,), float64, from the draw ``<name>_time``."""
         t = shift_time(uniform_times(draws.uniform(f"{name}_time"), self.low, self.high), self.shift)
-        return self.schedule.snap(t)
+        t = self.schedule.snap(t)
+        # A sample that is noised to where it is already gets no noise, and has no target.
+        return t if self.anchor is None else t.clamp(min=self.schedule.after(self.anchor))
 
     def __call__(self, x: Tensor, batch: Batch, name: str) -> Renoised:
         """``x`` (B, ...) at a noisier time, from the draws ``<name>_time`` and ``<name>_noise``."""

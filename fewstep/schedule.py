@@ -73,6 +73,10 @@ class NoiseSchedule(ABC):
         """The nearest time at which the network was trained; (B,). ``t`` itself unless the family has a table."""
         return t
 
+    def after(self, t: float) -> float:
+        """The nearest noisier time that may be asked for: the next entry of a table, elsewhere a thousandth further."""
+        return t + 1e-3
+
     def input_scale(self, t: Tensor) -> Tensor:
         """What x_t (as the schedule defines it) is multiplied with before the network sees it; (B,)."""
         return torch.ones_like(t, dtype=torch.float64)
@@ -134,6 +138,9 @@ class TableSchedule(NoiseSchedule):
     def snap(self, t: Tensor) -> Tensor:
         k = (t.double() * self.num_train_timesteps).round().clamp(1, self.num_train_timesteps)
         return k / self.num_train_timesteps
+
+    def after(self, t: float) -> float:
+        return (math.floor(t * self.num_train_timesteps + 1e-6) + 1) / self.num_train_timesteps
 
 
 class FlowSchedule(NoiseSchedule):

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import fewstep
+from fewstep.checkpoint import load_latest
 from fewstep.distillation import Distillation, distill
 from fewstep.images import to_uint8
 from fewstep.methods import method_class
@@ -151,14 +152,28 @@ def test_a_second_stage_takes_over_student_and_critic(prompts: str, tmp_path: Pa
     distill(pipeline, "dmd2", out=str(first), **common, steps=2, lr=1e-2)
     config = method_class("dmd2").Config(teacher="t", out=str(tmp_path / "second"), init=str(first), steps=2, **common)
     roles = method_class("dmd2").prepare(config, Distillation(config, "dmd2", pipeline)).roles
-    from fewstep.checkpoint import load_latest
-
     _, tensors = load_latest(first / "checkpoints")
     for name in ("student", "critic"):
         state = roles[name].state_dict()
         assert all(torch.equal(state[key], value) for key, value in tensors[name].items())
         teacher = roles["teacher"].state_dict()
         assert any(not torch.equal(state[key], teacher[key]) for key in teacher)
+
+
+def test_a_second_stage_takes_over_the_critic_of_every_phase(tmp_path: Path) -> None:
+    pipeline = tiny_pipelines.tiny_ddim()
+    common = {**TINY_RUN, "order": "alternating", "steps": 2, "max_steps": 4, "critic_updates": 1, "lr": 1e-2}
+    distill(pipeline, "phased_dmd", out=str(tmp_path / "first"), **common)
+    config = method_class("phased_dmd").Config(
+        teacher="t", out=str(tmp_path / "second"), init=str(tmp_path / "first"), **common
+    )
+    roles = method_class("phased_dmd").prepare(config, Distillation(config, "phased_dmd", pipeline)).roles
+    _, tensors = load_latest(tmp_path / "first" / "checkpoints")
+    teacher = roles["teacher"].state_dict()
+    for name in ("student", "critic", "critic_2"):
+        state = roles[name].state_dict()
+        assert all(torch.equal(state[key], value) for key, value in tensors[name].items())
+    assert any(not torch.equal(roles["critic_2"].state_dict()[key], value) for key, value in teacher.items())
 
 
 def test_interrupted_and_resumed_is_the_same_as_uninterrupted(prompts: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.noise_levels import NoiseLevelConfig, NoiseLevels
 from fewstep.schedule import EDMSchedule, FlowSchedule, TableSchedule
+from fewstep.trainers.dmd2 import Dmd2Config
 
 TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
 UNIFORM = torch.linspace(0, 1, 5, dtype=torch.float64)
@@ -56,6 +57,14 @@ def test_the_defaults_are_the_familys():
     assert config().levels(FlowSchedule()) == NoiseLevels("logit_normal", mean=math.log(2), std=1.6)
     assert config(times="uniform", time_shift=5.0).levels(FlowSchedule()) == NoiseLevels("uniform", 0.02, 0.98, 5.0)
     assert config(time_mean=0.0, time_std=1.0).levels(FlowSchedule()) == NoiseLevels("logit_normal")
+
+
+def test_score_methods_shift_the_times_of_flow_teachers_only() -> None:
+    compared = Dmd2Config(teacher="t", out="o", time_shift=5.0)
+    assert compared.shift_of_times(FlowSchedule(), 3.0) == 5.0
+    assert Dmd2Config(teacher="t", out="o").shift_of_times(TABLE, 1.0) == 1.0
+    with pytest.raises(UserError, match="leave out --time_shift: it belongs to flow-matching teachers"):
+        compared.shift_of_times(TABLE, 1.0)
 
 
 @pytest.mark.parametrize(

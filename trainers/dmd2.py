@@ -10,7 +10,7 @@ adds is looked at elsewhere), ``--f_divergence`` (f-distill, arXiv 2502.15681: t
 ``--swiftbrush`` (SwiftBrush, arXiv 2312.05239: no normaliser, and the critic is guided too).
 
 Departures: x0 conversions use float64 coefficients on float32 samples instead of float64 samples; flow and EDM teachers
-get the critic loss of their own output space; data-free unless ``--data`` is given. Decoupled DMD's paper does not say
+get the critic loss of their own output space; data-free but for the GAN. Decoupled DMD's paper does not say
 how its terms are normalised: ours are DMD2 where both times are one. f-distill's mean is over one micro-batch.
 """
 
@@ -61,6 +61,8 @@ class Dmd2Config(DecoupledConfig, DivergenceConfig, ScoreConfig):
         if self.has_head and self.data is None:
             what = "--gan_weight" if self.gan_weight > 0 else "--f_divergence"
             raise UserError(f"{what} needs real images: give --data, or leave the GAN out")
+        if self.data is not None and not self.has_head:
+            raise UserError("--data is used by the GAN alone: give --gan_weight or --f_divergence, or leave it out")
         if self.f_divergence != "none" and not self.gan_critic_weight:
             raise UserError("--f_divergence needs a trained GAN head: leave --gan_critic_weight above 0")
         if (self.decoupled != "none") + (self.f_divergence != "none") + self.swiftbrush > 1:
@@ -96,7 +98,8 @@ class Dmd2:
         self.learnt = Renoiser(sampler.schedule, _CLEANEST, 1.0, shift)
         self.judged = Renoiser(sampler.schedule, _CLEANEST, 1.0)
         if config.f_divergence != "none":
-            weight = DivergenceWeight(config.f_divergence, config.f_bins, config.f_momentum)
+            low, high = self.compared.ends
+            weight = DivergenceWeight(config.f_divergence, config.f_bins, config.f_momentum, t_min=low, t_max=high)
             self.critic.added["divergence"] = weight.to(self.critic.parameters()[0].device)
 
     @classmethod
@@ -107,7 +110,7 @@ class Dmd2:
         if config.decoupled != "none":
             distillation.refuse_unguided("Decoupled DMD")
         tap = distillation.add_head(roles["critic"]) if config.has_head else None
-        shift = distillation.shift if config.time_shift is None else config.time_shift
+        shift = config.shift_of_times(distillation.sampler.schedule, distillation.shift)
         method = cls(config, roles, guided, distillation.sampler, tap, shift)
         distillation.initialize(roles)
         return method

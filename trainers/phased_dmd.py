@@ -16,7 +16,6 @@ the critic.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +60,7 @@ class PhasedDmdConfig(ScoreConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._refuse_set("is used by no part of Phased DMD", "data")
         self._refuse_negative("time_margin", "weight_cap")
         self._refuse_unknown("order", "sequential", "alternating")
         if self.phases is None:
@@ -71,8 +71,8 @@ class PhasedDmdConfig(ScoreConfig):
                 raise UserError("--phase_steps belongs to --order sequential: leave it out")
             return
         if self.phase_steps is None:
-            # Kept in the configuration, so that a run that goes on with more steps keeps the phases it had.
-            self.phase_steps = math.ceil(self.max_steps / len(self.phases))
+            # Kept in the configuration: a run that is to go on with more steps is told the phases that it had.
+            self.phase_steps = max(1, self.max_steps // len(self.phases))
         if self.phase_steps < 1 or self.phase_steps * (len(self.phases) - 1) >= self.max_steps:
             raise UserError(
                 f"--max_steps {self.max_steps} end before the last of {len(self.phases)} phases of --phase_steps "
@@ -113,7 +113,7 @@ class PhasedDmd:
         phases = make_phases(distillation.sampler.grid, config.phases)
         roles = distillation.make_phased_roles(phases, *critic_names(config, len(phases)))
         distillation.initialize(roles)
-        shift = distillation.shift if config.time_shift is None else config.time_shift
+        shift = config.shift_of_times(distillation.sampler.schedule, distillation.shift)
         return cls(config, roles, distillation.guided(roles["teacher"]), distillation.sampler, phases, shift)
 
     def learning_rate(self, role: str) -> float:

@@ -134,6 +134,8 @@ class Sid:
         distillation.initialize(roles)
         teacher, critic = roles["teacher"], roles["critic"]
         kappas = config.kappas(distillation.guidance_scale)
+        if distillation.negative is None:
+            config.refuse_guided_critic()
         guided = [distillation.guided(teacher, kappas.teacher), distillation.guided(critic, kappas.critic)]
         guided += [distillation.guided(critic, kappas.critic_training)]
         discriminator = None

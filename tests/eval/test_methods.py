@@ -134,6 +134,11 @@ def test_cells_are_run_once_and_make_table_and_picture(command: Any, tmp_path: P
     assert states == {"teacher_fashion-sd_1": "done", "teacher_fashion-sd_2": "done", **expected}
 
 
+def test_committed_cells_are_not_overwritten_by_cells_of_fewer_samples(capsys: Any) -> None:
+    assert methods.main(["--num", "500", "--only", "sid*"]) == 2
+    assert "with another --num give --results DIR, too" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -93,7 +93,8 @@ def test_phases_are_trained_one_after_the_other_noisiest_first(tmp_path: Path):
 def test_the_last_phase_takes_what_steps_are_left(tmp_path: Path):
     one = method(config(tmp_path, max_steps=100, phase_steps=10))
     assert [one.place(step) for step in (0, 9, 10, 11, 99)] == [(0, 0), (0, 9), (1, 0), (1, 1), (1, 89)]
-    assert config(tmp_path, max_steps=101).phase_steps == 51
+    assert config(tmp_path, max_steps=101).phase_steps == 50
+    assert config(tmp_path, phases=[1, 1, 1, 1], max_steps=6).phase_steps == 1
 
 
 def test_in_alternating_order_every_phase_has_its_own_critic(tmp_path: Path):
@@ -152,6 +153,15 @@ def test_teacher_and_critic_look_at_noisier_samples_than_those_at_the_phases_end
             low = 0.8 if anchor == 0.75 else 0.55 if anchor else 0.0
             assert low <= times.min() <= low + 0.05
             assert top - 0.05 <= times.max() <= top
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_margin_every_sample_still_gets_noise(tmp_path: Path, kind: str):
+    """The paper's own range, (s, 1); a table has few entries, and none may be drawn that is the anchor itself."""
+    one = method(config(tmp_path, time_margin=0.0, weight_cap=0.0), kind)
+    times = one.learnt[0].times(Draws(0, 0, range(20000)), "t")
+    assert one.phases[0].anchor < float(times.min()) <= one.phases[0].anchor + 2e-3
+    make_loop(one, one.config).run()
 
 
 @pytest.mark.parametrize("renoise", ["ode", "fresh"])
@@ -277,6 +287,7 @@ def test_renewal_comes_before_anything_is_computed(tmp_path: Path):
         ({"phase_steps": 0}, "--phase_steps 0"),
         ({"order": "random"}, "must be one of sequential, alternating"),
         ({"order": "alternating", "phase_steps": 4}, "belongs to --order sequential"),
+        ({"data": "images"}, "leave out --data: it is used by no part of Phased DMD"),
         ({"time_margin": -0.1}, "time_margin must not be negative"),
     ],
 )

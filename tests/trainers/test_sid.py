@@ -320,6 +320,7 @@ def test_without_guidance_no_prompt_is_dropped(tmp_path: Path):
         ({"critic_warmup_steps": -1}, "critic_warmup_steps"),
         ({"adversarial": "gan"}, "--adversarial must be one of none, diffusion_gan, sida"),
         ({"adversarial": "sida"}, "needs real images"),
+        ({"data": "images"}, "leave out --data: it belongs to --adversarial diffusion_gan or sida"),
         ({"gan_weight": 1e-3}, "leave out --gan_weight: it belongs to --adversarial diffusion_gan or sida"),
         ({"gan_start_step": 5}, "leave out --gan_start_step"),
     ],
