@@ -159,6 +159,11 @@ class RunConfig(Settings):
             raise UserError("--teacher_lora cannot be fused into weights of --quantization; leave one of them out")
 
     @property
+    def follows_max_steps(self) -> bool:
+        """Whether what a step teaches depends on ``max_steps``; a method's curriculum may say so."""
+        return False
+
+    @property
     def tells_guidance(self) -> bool:
         """Whether the student's network is told the guidance by an input of its own; a method may say so."""
         return False

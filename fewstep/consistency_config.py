@@ -172,6 +172,11 @@ class ConsistencyConfig(RunConfig):
                 "and this one predicts x0 itself; take --variant lcm or cd"
             )
 
+    @property
+    def follows_max_steps(self) -> bool:
+        """The curricula of CT and iCT, and ECT's where the length of its stages is not given."""
+        return self.variant in ("ct", "ict") or (self.variant == "ect" and self.ect_stage_steps is None)
+
     def make_discretization(self, levels: SigmaRange, shift: float, visited: Sequence[float]) -> Discretization:
         """The variant's discretisation; every number that changes with the step is a plain function of it.
 

@@ -241,11 +241,13 @@ class Loop:
         checkpoint.save(self.checkpoints, self.step, tensors, state, self.config.checkpoints_total_limit)
 
     def _mean_over_processes(self, log: dict[str, Tensor]) -> dict[str, float]:
-        values = torch.stack([value.detach().float().to(self.device) for value in log.values()])
+        names = sorted(log)  # methods may fill their logs in another order on each process
+        values = torch.stack([log[name].detach().float().to(self.device) for name in names])
         if self.processes.count > 1:
             dist.all_reduce(values)
             values /= self.processes.count
-        return dict(zip(log, values.tolist()))
+        means = dict(zip(names, values.tolist(), strict=True))
+        return {name: means[name] for name in log}
 
     def _main_process_only(self, action: Callable[[], None]) -> None:
         if self.processes.rank == 0:

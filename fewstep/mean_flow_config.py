@@ -18,8 +18,8 @@ class MeanFlowConfig(RunConfig):
 
     Args:
         steps: the largest number of steps; one student makes all smaller numbers too.
-        variant: mean_flow, alpha_flow (towards it by finite steps, without derivatives until the last), or improved
-            (the derivative along the student's own velocity).
+        variant: mean_flow, alpha_flow (towards it by finite steps, whose share alpha falls from 1 to 0, where it is
+            mean_flow), or improved (the derivative along the student's own velocity).
         velocity: of the flow that is averaged: data (noise minus real image), teacher (guided), or auto: data where
             there is --data.
         pairs: without --data: folder that fewstep pairs made, whose samples are trained on; default: --num_pairs are
@@ -46,8 +46,8 @@ class MeanFlowConfig(RunConfig):
         weight_power: p of it (paper: 1).
         weight_constant: c of it (paper: 1e-3; with weighting sum it is compared with a sum over all entries).
         tangent_warmup: steps until the derivative counts in full.
-        alpha_first_step: alpha_flow: where alpha begins to fall from 1.
-        alpha_last_step: and where it is 0; default the last step.
+        alpha_first_step: alpha_flow: beginning of the sigmoid by which alpha falls; it leaves 1 at 29 % of the way.
+        alpha_last_step: and its end; default the last step. alpha is 0 from 72 % of the way on.
         alpha_min: alpha_flow: where alpha stays instead of falling to 0, so that no step takes a derivative; that of a
             network which was trained at the times of a table alone is mostly noise.
         alpha_clamp: alpha_flow: its targets are clipped to this (with guidance: 4).
@@ -128,6 +128,11 @@ class MeanFlowConfig(RunConfig):
             return 0.0
         last = self.max_steps if self.alpha_last_step is None else self.alpha_last_step
         return max(self.alpha_min, alpha_at(step, self.alpha_first_step, last))
+
+    @property
+    def follows_max_steps(self) -> bool:
+        """alpha-Flow's alpha, where its last step is not given."""
+        return self.variant == "alpha_flow" and self.alpha_last_step is None
 
     @property
     def differentiates(self) -> bool:

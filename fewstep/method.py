@@ -25,7 +25,7 @@ class Turn:
         role: whose parameters are updated; no other parameter gets a gradient.
         backward: pairs (tensor, gradient of the loss with respect to it); None stands for 1, for a scalar loss. Means
             are over the micro-batch: the loop divides by the number of micro-batches and processes.
-        log: scalar tensors () for the log, without gradient.
+        log: scalar tensors () for the log, without gradient; the same names on every process.
     """
 
     role: str

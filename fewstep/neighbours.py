@@ -21,6 +21,8 @@ from fewstep.timesteps import shift_time
 # Where a schedule has no least or no largest noise level, EDM's ends stand for them.
 _SIGMA_MIN, _SIGMA_MAX = 0.002, 80.0
 _PURE_NOISE = 1e6
+# Nearer than this, float32 samples at two noise levels differ by little but rounding (ECT's q = 256 from stage 2 on).
+_LEAST_GAP = 1e-5
 # Times closer than this are one: schedulers keep theirs in float32.
 _SAME = 1e-4
 
@@ -85,7 +87,9 @@ class SigmaRange:
             below = sigma_r < self.sigma_min * (1 - 1e-9)
             t = t.clamp(min=2 * self.lowest)
             r = torch.where(below, 0.0, torch.minimum(r, t - self.lowest))
-            sigma_t, sigma_r = self.at(t), self.at(r)
+            # Pure noise counts as the largest level: weights fall with sigma, and it is where sampling starts.
+            sigma_t, least = self.at(t).clamp(max=self.sigma_max), sigma_r
+            sigma_r = torch.where(self.at(r) < sigma_t, self.at(r), least)
         return Neighbours(t, r, sigma_t, sigma_r)
 
     def _raw(self, t: Tensor) -> Tensor:
@@ -198,4 +202,5 @@ class EasyTimes:
         if not isinstance(self.levels.schedule, EDMSchedule):
             # Above the lowest time, so that there is a neighbour; at the top, which a student starts from, and no more.
             sigma = sigma.clamp(1.1 * self.levels.sigma_min, self.levels.sigma_max)
-        return self.levels.between(sigma, ect_mapping(sigma, ect_gap(stage, self.q), self.k, self.b))
+        gap = max(ect_gap(stage, self.q), _LEAST_GAP)
+        return self.levels.between(sigma, ect_mapping(sigma, gap, self.k, self.b))

@@ -156,7 +156,7 @@ def teacher_times(schedule: NoiseSchedule, steps: int, shift: float = 1.0) -> li
 
 
 def inversion_times(schedule: NoiseSchedule, steps: int, shift: float = 1.0) -> list[float]:
-    """The way back: ascending from :data:`CLEANEST` to the top, ``steps`` steps."""
+    """The way back, ascending from :data:`CLEANEST` to the top: ``steps`` steps, one less under EDM."""
     cleanest = float(schedule.snap(torch.tensor([CLEANEST], dtype=torch.float64)))
     upwards = [t for t in reversed(teacher_times(schedule, steps, shift)) if t > cleanest]
     return [cleanest, *upwards]

@@ -215,22 +215,36 @@ class RunPairs:
         _make_together(run.accelerator, begin)
         return out
 
-    def stream(self, folder: str | Path, inverted: str | Path | None, share: float) -> PairStream:
+    def stream(self, folder: str | Path, inverted: str | Path | None, share: float, guided: bool = False) -> PairStream:
         """The pairs in these folders, in the run's keyed order.
+
+        Args:
+            folder: of pairs.
+            inverted: folder of real images with their noise.
+            share: of the latter in a batch.
+            guided: whether the run guides its teacher beside them, by a scale that then has to be theirs.
 
         Raises:
             UserError: they do not fit the run, or are not complete, or damaged.
         """
         run = self.distillation
-        stored = StoredPairs(folder, self.identity, run.conditions)
-        made = stored.about["guidance_scale"]
-        if run.config.guidance_scale is not None and plain_scale(run.guidance_scale) != made:
-            raise UserError(
-                f"the pairs in {folder} were made at guidance {made}, and --guidance_scale is "
-                f"{run.config.guidance_scale}; leave it out, or make others"
-            )
-        real = StoredPairs(inverted, self.identity, run.conditions) if inverted is not None else None
+        mine = plain_scale(run.guidance_scale) if guided or run.config.guidance_scale is not None else None
+        stored = self._stored(folder, "noise", mine)
+        scale = stored.about["guidance_scale"] if mine is None else mine
+        real = self._stored(inverted, "images", scale) if inverted is not None else None
         return PairStream(stored, run.conditions, run.device, real, share)
+
+    def _stored(self, folder: str | Path, source: str, scale: float | list[float] | None) -> StoredPairs:
+        stored = StoredPairs(folder, self.identity, self.distillation.conditions)
+        if stored.about["source"] != source:
+            raise UserError(f"the pairs in {folder} were made from {stored.about['source']}, and {source} is asked for")
+        made = stored.about["guidance_scale"]
+        if scale is not None and made != scale:
+            raise UserError(
+                f"the pairs in {folder} were made at guidance {made}, and here it is {scale}; "
+                f"give --guidance_scale {made}, or make others"
+            )
+        return stored
 
 
 def _make_together(

@@ -30,7 +30,7 @@ from fewstep.recording import Recording
 from fewstep.recording.observe import find_decoder, find_scheduler
 from fewstep.shards import Shards
 
-FORMAT = "fewstep-pairs-2"
+FORMAT = "fewstep-pairs-3"
 MAKER = "fewstep pairs"
 _STEP = -3  # no step of a training run, and none of the draws that are made before one
 
@@ -141,8 +141,10 @@ class PairMaker:
             times = teacher_times(self.schedule, settings.steps, settings.shift)
             x0 = self.walker.to_data(self.schedule.initial_scale() * noise, times, self.conditions.select(items))
             return {"x0": x0.to("cpu", dtype), "item": torch.tensor(items)}
-        items = [self.rows[index] for index in indices]
-        x0 = self.real.x0(indices)
+        # Folders are sorted by class: the first images would be those of a few.
+        images = [keyed_order(settings.seed, "images", len(self.real.images), index) for index in indices]
+        items = [self.rows[image] for image in images]
+        x0 = self.real.x0(images)
         times = inversion_times(self.schedule, settings.steps, settings.shift)
         # A little noise to begin with: of a clean sample no network can say where it came from.
         cleanest = torch.full((len(indices),), times[0], dtype=torch.float64, device=x0.device)

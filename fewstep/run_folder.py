@@ -13,7 +13,8 @@ from fewstep.config import RunConfig, resolved
 from fewstep.errors import UserError
 
 _CONFIG = "config.yaml"
-#: Settings that a resumed run may change, because the weights do not depend on them.
+#: Settings that a resumed run may change, because the weights do not depend on them (on max_steps where a curriculum
+#: follows it).
 _MAY_CHANGE = frozenset(
     {
         "out",
@@ -56,7 +57,8 @@ def check_folder(out: Path, method: str, config: RunConfig) -> bool:
         theirs = dict(yaml.safe_load(file.read_text()))
     except (OSError, yaml.YAMLError, TypeError, ValueError) as error:  # unreadable, or YAML that is no table
         raise UserError(f"{file} cannot be read; choose another --out") from error
-    if changed := _differences(theirs, _described(method, config)):
+    may_change = _MAY_CHANGE - {"max_steps"} if config.follows_max_steps else _MAY_CHANGE
+    if changed := _differences(theirs, _described(method, config), may_change):
         raise UserError(
             f"--resume: {', '.join(changed)} differ from {file}; give the run its old settings or another --out"
         )
@@ -75,6 +77,6 @@ def _described(method: str, config: RunConfig) -> dict[str, Any]:
     return {"method": method, **resolved(config)}
 
 
-def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
-    names = sorted((theirs.keys() | mine.keys()) - _MAY_CHANGE)
+def _differences(theirs: dict[str, Any], mine: dict[str, Any], may_change: frozenset[str]) -> list[str]:
+    names = sorted((theirs.keys() | mine.keys()) - may_change)
     return [name for name in names if theirs.get(name) != mine.get(name)]

@@ -111,7 +111,7 @@ def flow_times(scheduler: Any) -> list[float]:
         noise = (1 - signal).sqrt()
         times = [*(noise / (signal.sqrt() + noise)).tolist(), 0.0]
     else:
-        sigmas = scheduler.sigmas.double()
+        sigmas = scheduler.sigmas.cpu().double()
         times = (sigmas / (1 + sigmas) if hasattr(scheduler, "precondition_outputs") else sigmas).tolist()
     if any(after > before for before, after in itertools.pairwise(times)):
         listed = ", ".join(f"{time:.4g}" for time in times)
@@ -145,7 +145,7 @@ def _telling(pipeline: Any) -> Iterator[None]:
         return result
 
     def gap() -> Tensor:
-        return torch.tensor([times[done] - times[done + 1]], dtype=torch.float64)
+        return torch.tensor([times[done] - times[done + 1]], dtype=torch.float32)
 
     scheduler.set_timesteps, scheduler.step = reading, counting
     try:

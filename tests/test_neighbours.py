@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fewstep.draws import Draws
-from fewstep.losses.consistency import karras_levels, lognormal_bins
+from fewstep.losses.consistency import karras_levels, lognormal_bins, weight
 from fewstep.neighbours import EasyTimes, EvenTimes, LogNormalBins, Neighbours, SigmaRange
 from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 
@@ -42,6 +42,24 @@ def test_a_table_that_ends_in_pure_noise_has_a_finite_top():
     levels = SigmaRange(TableSchedule(ended))
     assert levels.sigma_max == 80
     assert levels.time(torch.tensor([80.0], dtype=torch.float64)).item() == 1
+
+
+def test_pure_noise_counts_as_the_largest_level():
+    """Its own is infinite, and a weight such as 1 / (t - r) would be nothing at the time that sampling starts from."""
+    ended = TABLE.alphas_cumprod.clone()
+    ended[-1] = 0
+    levels = SigmaRange(TableSchedule(ended))
+    pair = levels.between(torch.tensor([80.0, 79.0]).double(), torch.tensor([70.0, 1.0]).double())
+    assert pair.t.tolist() == [1.0, 1.0] and pair.sigma_t.tolist() == [80.0, 80.0]
+    assert bool((pair.sigma_r < pair.sigma_t).all() and (weight("1/(t-r)", pair.sigma_t, pair.sigma_r) > 0.01).all())
+
+
+def test_a_gap_that_shrinks_fast_stops_before_rounding():
+    for schedule in SCHEDULES.values():
+        times = EasyTimes(SigmaRange(schedule), 1, q=256.0)
+        pair = times.neighbours(torch.linspace(-2, 2, 41), 7)
+        assert bool((pair.sigma_r < pair.sigma_t).all())
+        assert bool(torch.isfinite(weight("1/(t-r)", pair.sigma_t, pair.sigma_r)).all())
 
 
 # --- even grids -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from fewstep.cli import main
 from fewstep.conditions import Conditions
 from fewstep.data import RealSamples, read_images
 from fewstep.distillation import distill
+from fewstep.draws import keyed_order
 from fewstep.errors import UserError
 from fewstep.guidance import GuidedDenoiser
 from fewstep.ode import Walker, teacher_times
@@ -113,8 +114,8 @@ def test_a_stream_goes_through_all_pairs_and_mixes_inverted_ones_in(dit_pairs: P
 def test_real_images_are_paired_with_the_noise_that_leads_to_them(tmp_path: Path):
     pipeline, data = tiny_ddim(), tmp_path / "data"
     data.mkdir()
-    for number in range(3):
-        Image.new("RGB", (8, 8), (60 * number, 90, 200 - 50 * number)).save(data / f"{number}.png")
+    for number in range(8):
+        Image.new("RGB", (8, 8), (30 * number, 90, 200 - 20 * number)).save(data / f"{number}.png")
     recording = record(pipeline)
     conditions = Conditions(recording)
     real = RealSamples(read_images(str(data)), recording, conditions)
@@ -129,7 +130,10 @@ def test_real_images_are_paired_with_the_noise_that_leads_to_them(tmp_path: Path
     PairMaker(tmp_path / "pairs", recording, identity, denoiser, conditions, settings, "cpu", real).run()
     pairs = StoredPairs(tmp_path / "pairs", identity, conditions)
     x0, noise = (torch.stack([pairs.row(index)[part] for index in range(3)]) for part in (0, 1))
-    expected = torch.tensor([[60.0 * n, 90, 200 - 50 * n] for n in range(3)]) / 127.5 - 1
+    # Three of eight, and not the first three: in a folder those would be of one class.
+    chosen = [keyed_order(0, "images", 8, index) for index in range(3)]
+    assert sorted(chosen) != [0, 1, 2]
+    expected = torch.tensor([[30.0 * n, 90, 200 - 20 * n] for n in chosen]) / 127.5 - 1
     torch.testing.assert_close(x0.mean((2, 3)), expected, rtol=0, atol=1e-5)
     # The way up begins with a little noise, at the table's first entry.
     little = pair_noise(0, range(3), recording.sample_shape)
@@ -156,7 +160,7 @@ def test_what_an_image_shows_must_be_among_the_conditions(tmp_path: Path):
     with pytest.raises(UserError, match="--data shows 7, which is not among"):
         make_pairs(tiny_dit(), classes="0-5", **settings)
     pairs = stored(make_pairs(tiny_dit(), classes="7,3,1", **settings), record(tiny_dit()), labels=[7, 3, 1])
-    assert [pairs.row(index)[2] for index in range(2)] == [2, 0]
+    assert [pairs.row(index)[2] for index in range(2)] == [0, 2]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from fewstep.config import RunConfig
+from fewstep.consistency_config import ConsistencyConfig
 from fewstep.errors import UserError
 from fewstep.run_folder import check_folder, write_config
 
@@ -54,6 +55,16 @@ def test_any_other_setting_is_named_and_refused(tmp_path: Path, name: str, value
     out = claimed(tmp_path)
     with pytest.raises(UserError, match=f"--resume: {name} differ"):
         check_folder(out, "dmd2", config(out, resume=True, **{name: value}))
+
+
+def test_a_curriculum_that_follows_the_number_of_steps_keeps_it(tmp_path: Path):
+    """iCT would fall back from its finest grid to one that it left long ago."""
+    settings = {"teacher": "t", "out": str(tmp_path / "run"), "data": "d", "variant": "ict", "ema_decay": 0.5}
+    first = ConsistencyConfig(**settings, max_steps=400)
+    check_folder(tmp_path / "run", "consistency", first)
+    write_config(tmp_path / "run", "consistency", first)
+    with pytest.raises(UserError, match="--resume: max_steps differ"):
+        check_folder(tmp_path / "run", "consistency", ConsistencyConfig(**settings, max_steps=500, resume=True))
 
 
 def test_another_method_is_refused(tmp_path: Path):

@@ -119,7 +119,7 @@ class MeanFlow:
         distillation.initialize(roles)
         if pairs is not None:
             how = (config.num_pairs, config.pair_steps, config.pair_solver)
-            distillation.pairs = pairs.stream(config.pairs or pairs.make(roles["teacher"], *how), None, 0.0)
+            distillation.pairs = pairs.stream(config.pairs or pairs.make(roles["teacher"], *how), None, 0.0, True)
         distillation.describe(trained_at_every_count=True)
         return cls(config, roles, distillation.guided(roles["teacher"]), distillation.sampler)
 
@@ -153,7 +153,7 @@ class MeanFlow:
         flow = self.flow(batch, apart)
 
         # 2. Over an interval the student learns by the MeanFlow identity (Eq. 6), elsewhere the velocity itself.
-        parts, log = [], {}
+        parts, log = [], {"student/derivative": torch.zeros((), device=flow.t.device)}
         if apart:
             interval = self.interval(step, flow.select(apart))
             parts.append(interval)

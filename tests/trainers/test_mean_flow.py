@@ -160,6 +160,18 @@ def test_a_target_over_an_interval_is_the_mean_flow_identity(kind: str):
     torch.testing.assert_close(warmed.target, flow.velocity)
 
 
+def test_a_log_has_the_same_names_whether_times_differ_or_not():
+    """Processes add theirs up, and each has coins of its own."""
+    logs = [next(method("flow", config(apart=apart)).turns(0, batch())).log for apart in (1e-9, 1.0)]
+    assert list(logs[0]) == list(logs[1])
+
+
+def test_an_alpha_that_falls_until_the_last_step_holds_on_to_it():
+    alpha = config(variant="alpha_flow")
+    assert alpha.follows_max_steps and not config().follows_max_steps
+    assert not config(variant="alpha_flow", alpha_last_step=500).follows_max_steps
+
+
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_one_pass_teaches_what_two_do(kind: str):
     gradients = []

@@ -334,6 +334,8 @@ def test_pairs_of_another_guidance_are_refused(tmp_path: Path, prompts: str):
         cpu=True,
     )
     common = {**TINY, "out": str(tmp_path / "run"), "prompts": prompts, "pairs": str(pairs)}
-    with pytest.raises(UserError, match=r"made at guidance 2\.0, and --guidance_scale is 3\.0"):
+    with pytest.raises(UserError, match=r"made at guidance 2\.0, and here it is 3\.0; give --guidance_scale 2\.0"):
         distill(tiny_stable_diffusion(), "rectified_flow", **common, guidance_scale=3.0)
+    with pytest.raises(UserError, match="were made from noise, and images is asked for"):
+        distill(tiny_stable_diffusion(), "rectified_flow", **common, inverted_pairs=str(pairs), inverted_share=0.5)
     distill(tiny_stable_diffusion(), "rectified_flow", **common)
