@@ -53,7 +53,7 @@ def demo(
         settings["max_steps"] = max_steps
     config = method_class(METHOD).Config(**settings, resume=(out / "config.yaml").exists())
     student = Distillation(config, METHOD).run()
-    counts = tuple(count for count in (1, 2, 4, 8) if count <= steps)
+    counts = sorted({steps, *(count for count in (1, 2, 4, 8) if count < steps)})
     return evaluate(
         [student],
         teacher=teacher,

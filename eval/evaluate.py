@@ -89,13 +89,13 @@ def evaluate(
         raise UserError("nothing could be evaluated: " + " ".join(skipped))
     report = _report(rows, list(dict.fromkeys(skipped)), plans, config, judge)
     report.save(config.out)
-    _put_on_cards(models, report)
     shown = {conditions for _, conditions in plans}
     # Column labels only where every row shows the same conditions.
     labels = plans[0][1].take(range(config.columns)) if len(shown) == 1 and plans[0][1].kind else []
     grid = draw_grid(pictures, [str(label) for label in labels])
     grid.save(config.out / "grid.png.part", format="PNG")
     os.replace(config.out / "grid.png.part", config.out / "grid.png")
+    _put_on_cards(models, report)
     return report
 
 
@@ -114,7 +114,10 @@ def _put_on_cards(models: Sequence[Model], report: Report) -> None:
             }
             for row in [*teacher, *own]
         }
-        write_numbers(folder, rows, " ".join(report.provenance()))
+        try:
+            write_numbers(folder, rows, " ".join(report.provenance()))
+        except OSError as error:
+            logger.warning("the card of %s is left as it is: %s", folder, error.strerror)
 
 
 def _models(students: Sequence[str | Path | Model | Any], config: EvalConfig) -> list[Model]:

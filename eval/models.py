@@ -100,8 +100,8 @@ class Model:
         return None
 
     def fingerprint(self) -> str | None:
-        """A hash of what the model is loaded from, or None when only the loaded object is known."""
-        if self.source is None:
+        """A hash of the files that the model is loaded from, or None where it has none: a loaded object, a hub id."""
+        if self.source is None or not all(Path(source).is_dir() for source in filter(None, (self.source, self.base))):
             return None
         digest = hashlib.sha256()
         for source in filter(None, (self.source, self.base)):

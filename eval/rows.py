@@ -4,10 +4,13 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,13 +39,15 @@ def measure(
     device = torch.device(pipeline.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    # Without a judge the samples are for the grid and the clock alone.
+    num = config.num if judge else min(config.num, max(config.columns, 2 * config.batch_size))
     shown: list[Tensor] = []
     features: list[Features] = []
     evaluations: list[float] = []
     seconds: list[tuple[int, float]] = []
     title = f"{model.name}, {in_steps(steps)}"
     for batch in generate(
-        pipeline, call, conditions, range(config.num), seed=config.seed, batch_size=config.batch_size, description=title
+        pipeline, call, conditions, range(num), seed=config.seed, batch_size=config.batch_size, description=title
     ):
         if sum(map(len, shown)) < config.columns:
             shown.append(batch.images)
@@ -55,7 +60,7 @@ def measure(
         "model": model.name,
         "role": model.role,
         "steps": steps,
-        "nfe": sum(evaluations) / config.num,
+        "nfe": sum(evaluations) / num,
         "metrics": numbers,
         "floor": judge.reference.floor if judge and "fd_test" in numbers else None,
         "call": call,
@@ -70,8 +75,8 @@ def measure(
             budget=config.latency_budget,
         )
         numbers |= {"latency_ms": timing.median * 1e3, "latency_p90_ms": timing.p90 * 1e3}
-        size = min(config.batch_size, config.num)
-        if config.num < 2 * size:
+        size = min(config.batch_size, num)
+        if num < 2 * size:
             # The only full batch was the warm-up.
             seconds.append((size, run_pipeline(pipeline, call, conditions, range(size), seed=config.seed).seconds))
         numbers["images_per_second"] = speed.throughput(seconds, size)
@@ -87,13 +92,13 @@ def row_key(model: Model, conditions: Conditions, steps: int, config: EvalConfig
     if identity is None:
         return None
     content = {
-        "version": [ROW_VERSION, fewstep.__version__, torch.__version__],
+        "version": [ROW_VERSION, fewstep.__version__, torch.__version__, diffusers.__version__],
         "model": [identity, model.role, model.call, steps],
         "conditions": dataclasses.asdict(conditions),
         "samples": [config.num, config.seed, config.batch_size, config.columns],
         "metrics": [sorted(config.metrics), config.latency_calls, config.latency_budget],
         "judge": judge and [judge.extractor.sha256, judge.extractor.resize, judge.reference.name],
-        "machine": [str(config.torch_device), config.dtype, torch.get_num_threads()],
+        "machine": [speed.device_name(config.torch_device), config.dtype, torch.get_num_threads()],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
@@ -107,7 +112,7 @@ def read_row(out: Path, key: str | None) -> tuple[dict[str, Any], Tensor] | None
         with np.load(path.with_suffix(".npz")) as stored:
             images = torch.from_numpy(stored["images"])
         return json.loads(path.read_text(encoding="utf-8")), images
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         logger.warning("%s is damaged: the row is measured again", path)
         return None
 
@@ -118,5 +123,7 @@ def write_row(out: Path, key: str | None, row: dict[str, Any], images: Tensor) -
         return
     path = out / "rows" / f"{key}.json"
     # The JSON comes last and by renaming: where it stands, the row is complete.
-    np.savez_compressed(path.with_suffix(".npz"), images=images.numpy())
+    partial = path.with_suffix(".part.npz")
+    np.savez_compressed(partial, images=images.numpy())
+    os.replace(partial, path.with_suffix(".npz"))
     write_atomically(path, json.dumps(row, indent=2, default=str) + "\n")

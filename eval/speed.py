@@ -58,12 +58,15 @@ def throughput(batch_seconds: Sequence[tuple[int, float]], batch_size: int) -> f
     return batch_size / statistics.median(full[1:])
 
 
+def device_name(device: torch.device) -> str:
+    """The model of a GPU, or the kind of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+
+
 def conditions(pipeline: Any) -> dict[str, Any]:
     """What a timing depends on beside the model: device, dtype, threads, torch."""
-    device = torch.device(pipeline.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
     return {
-        "device": name,
+        "device": device_name(torch.device(pipeline.device)),
         "dtype": str(pipeline.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
+from pathlib import PurePath
 from typing import Any
 
 from fewstep.errors import UserError
@@ -115,8 +116,11 @@ class RunConfig(Settings):
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if getattr(self, field.name) is None and "None" not in str(field.type):
+            value = getattr(self, field.name)
+            if value is None and "None" not in str(field.type):
                 raise UserError(f"--{field.name} must have a value, and it is null")
+            if isinstance(value, PurePath):
+                setattr(self, field.name, str(value))
         self._refuse_below_one("steps", "max_steps", "batch_size", "gradient_accumulation_steps")
         self._refuse_below_one("checkpointing_steps", "log_steps", "checkpoints_total_limit")
         self._refuse_negative("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed")

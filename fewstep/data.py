@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from fewstep.conditions import Conditions
@@ -56,7 +56,7 @@ class RealImages:
                 raise UserError(
                     f"{self.files[index]} is not an image that can be read; remove it from --data"
                 ) from error
-        picture = picture.convert("L" if channels == 1 else "RGB")
+        picture = upright(picture).convert("L" if channels == 1 else "RGB")
         if picture.size != (width, height):
             scale = max(width / picture.width, height / picture.height)
             size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
@@ -65,6 +65,18 @@ class RealImages:
             picture = picture.crop((left, top, left + width, top + height))
         array = torch.from_numpy(np.array(picture)).float() / 255
         return array.reshape(height, width, channels).permute(2, 0, 1)
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """A picture as it is meant to be seen: turned as its camera says, transparency on white, 16 bits of grey as 8."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture).astype(np.uint16) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture)
+    return picture
 
 
 def read_images(source: str) -> RealImages:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -35,6 +34,7 @@ from fewstep.guidance import GuidedDenoiser
 from fewstep.hearing import refuse_deaf
 from fewstep.initialization import initialize
 from fewstep.intervals import TimedScale
+from fewstep.launch import join_launch
 from fewstep.loop import Loop, Processes, sampling_role
 from fewstep.method import PairSource
 from fewstep.methods import method_class
@@ -78,7 +78,7 @@ class Distillation:
     def __init__(self, config: RunConfig, method: str, pipeline: DiffusionPipeline | None = None) -> None:
         self.config, self.method = config, method
         self.out = Path(config.out)
-        self.accelerator = Accelerator(cpu=config.cpu, log_with=trackers(config.report_to), project_dir=config.out)
+        self.accelerator = join_launch(config.cpu, log_with=trackers(config.report_to), project_dir=config.out)
         self.device = self.accelerator.device
         self.resuming = check_folder(self.out, method, config)
         self.accelerator.wait_for_everyone()

@@ -19,6 +19,7 @@ from fewstep.errors import UserError
 from fewstep.export.plan import teacher_shift
 from fewstep.guidance import GuidedDenoiser
 from fewstep.intervals import TimedScale
+from fewstep.launch import join_launch
 from fewstep.ode import SOLVERS
 from fewstep.pairs import PairMaker, PairSettings, PairStream, StoredPairs, teacher_digest
 from fewstep.recording import Recording, record
@@ -125,7 +126,7 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
     except TypeError as error:
         known = ", ".join(field.name for field in fields(PairsConfig))
         raise UserError(f"pairs have no such setting: {error}; there are: {known}") from error
-    accelerator = Accelerator(cpu=config.cpu)
+    accelerator = join_launch(config.cpu)
     device = accelerator.device
     given = pipeline is not None
     pipeline = load_teacher(config.teacher, config.trust_remote_code) if pipeline is None else pipeline

@@ -12,7 +12,7 @@ from fewstep import checkpoint
 from fewstep.config import RunConfig, resolved
 from fewstep.errors import UserError
 
-_CONFIG = "config.yaml"
+_CONFIG, _PARTIAL = "config.yaml", ".config.yaml.partial"
 #: Settings that a resumed run may change, because the weights do not depend on them (on max_steps where a curriculum
 #: follows it).
 _MAY_CHANGE = frozenset(
@@ -48,7 +48,7 @@ def check_folder(out: Path, method: str, config: RunConfig) -> bool:
     if not file.exists():
         if config.resume:
             raise UserError(f"--resume: {out} holds no run; leave out --resume to start one")
-        if any(out.iterdir()):
+        if any(path.name != _PARTIAL for path in out.iterdir()):
             raise UserError(f"--out {out} is not empty and holds no run of fewstep; choose another folder")
         return False
     if not config.resume:
@@ -68,7 +68,7 @@ def check_folder(out: Path, method: str, config: RunConfig) -> bool:
 def write_config(out: Path, method: str, config: RunConfig) -> None:
     """Make ``out`` this run's folder."""
     text = yaml.safe_dump(_described(method, config), sort_keys=False, allow_unicode=True)
-    partial = out / f".{_CONFIG}.partial"
+    partial = out / _PARTIAL
     partial.write_text(text)
     os.replace(partial, out / _CONFIG)
 

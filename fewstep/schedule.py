@@ -101,9 +101,10 @@ class TableSchedule(NoiseSchedule):
         self.num_train_timesteps = len(self.alphas_cumprod)
         angle = torch.atan2((1 - self.alphas_cumprod).sqrt(), self.alphas_cumprod.sqrt())
         self._angle = torch.cat([torch.zeros(1, dtype=torch.float64), angle])
+        self._on = {self._angle.device: self._angle}  # a copy at each call would let a GPU's queue run dry
 
     def _angle_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        knots = self._angle.to(t.device)
+        knots = self._knots(t.device)
         position = t.double() * self.num_train_timesteps
         # A time that is an entry up to rounding is that entry, so that alpha and sigma are the table's own numbers.
         # (The difference is detached, or at an entry nothing would change with the time.)
@@ -113,6 +114,11 @@ class TableSchedule(NoiseSchedule):
         left = position.floor().long().clamp(0, self.num_train_timesteps - 1)
         slope = knots[left + 1] - knots[left]
         return torch.lerp(knots[left], knots[left + 1], position - left), slope * self.num_train_timesteps
+
+    def _knots(self, device: torch.device) -> Tensor:
+        if device not in self._on:
+            self._on[device] = self._angle.to(device)
+        return self._on[device]
 
     def coefficients(self, t: Tensor) -> Coefficients:
         angle, _ = self._angle_and_slope(t)
@@ -124,7 +130,7 @@ class TableSchedule(NoiseSchedule):
 
     def time_from_log_snr(self, log_snr: Tensor) -> Tensor:
         angle = torch.atan(torch.exp(-log_snr.double() / 2))
-        knots = self._angle.to(angle.device)
+        knots = self._knots(angle.device)
         right = torch.searchsorted(knots, angle).clamp(1, self.num_train_timesteps)
         fraction = (angle - knots[right - 1]) / (knots[right] - knots[right - 1])
         return (right - 1 + fraction.clamp(0, 1)) / self.num_train_timesteps

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fewstep.cli import main
@@ -83,6 +84,7 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
         (["eval", "/nowhere", "--out", "OUT"], ["/nowhere"]),
         (["eval", "/nowhere", "--out", "OUT", "--steps", "a"], ["--steps"]),
         (["probe", "/nowhere"], ["/nowhere"]),
+        (["plan", "--memory", "24GB", "fashion-sd"], ["the teacher comes first"]),
         (["demo", "--teacher", "cat"], ["cat", "fashion-sd"]),
         (["demo", "--num", "0"], ["--num"]),
         (["sample", "fashion-sd", "--prompt", "a photo of a bag", "--steps", "0", "--out", "OUT.png"], ["steps", "0"]),
@@ -226,12 +228,15 @@ def test_an_unwritable_folder(teacher: str, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_real_data_that_cannot_be_used(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, train(teacher, tmp_path / "a", "--data", str(tmp_path / "gone")), "gone")
+    def given(name: str) -> int:
+        return train(teacher, tmp_path / "out", "--gan_weight", "1e-3", "--data", str(tmp_path / name))
+
+    refused(capsys, given("gone"), "gone")
     (tmp_path / "empty").mkdir()
-    refused(capsys, train(teacher, tmp_path / "b", "--data", str(tmp_path / "empty")), "no images")
+    refused(capsys, given("empty"), "no images")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.png").write_text("not an image")
-    refused(capsys, train(teacher, tmp_path / "c", "--data", str(tmp_path / "bad"), "--gan_weight", "1e-3"), "x.png")
+    refused(capsys, given("bad"), "x.png")
 
 
 def test_a_loss_that_explodes_stops_with_step_role_and_checkpoint(
@@ -282,6 +287,16 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setattr("fewstep.previews.save_grid", full)
     refused(capsys, train(teacher, tmp_path / "out"), "No space left", "--resume")
     assert (tmp_path / "out" / "checkpoints" / "step_00000002").is_dir()
+
+
+def test_a_full_memory_is_one_line(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore of this.")
+
+    monkeypatch.setattr("fewstep.loop.Loop.run", full)
+    refused(capsys, train(teacher, tmp_path / "out"), "Tried to allocate 20 GiB. Lower --batch_size", "--lora_rank")
 
 
 def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_exits_130(teacher: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_pipelines
 import torch
@@ -173,6 +174,21 @@ def test_images_cover_the_wanted_size_and_are_cropped_at_the_centre(tmp_path: Pa
     image = RealImages([tmp_path / "wide.png"], None).image(0, 3, 8, 8)
     assert image.shape == (3, 8, 8)
     assert image.min() == 1  # the white middle third
+
+
+def test_images_are_seen_as_they_are_meant_to_be(tmp_path: Path):
+    """A phone's portrait lies on its side in the file, 16 bits are no clipped 8, and what is transparent is white."""
+    standing = Image.new("L", (8, 8))
+    standing.paste(255, (0, 0, 8, 4))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # turn it a quarter to the right
+    standing.rotate(90).save(tmp_path / "turned.png", exif=turned)
+    Image.fromarray(np.full((8, 8), 65535 // 4, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    images = RealImages([tmp_path / f"{name}.png" for name in ("turned", "deep", "clear")], None)
+    assert torch.equal(images.image(0, 1, 8, 8), torch.tensor([1.0] * 4 + [0.0] * 4).reshape(1, 8, 1).expand(1, 8, 8))
+    assert float(images.image(1, 1, 8, 8).mean()) == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(images.image(2, 3, 8, 8), torch.ones(3, 8, 8))
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path: Path):

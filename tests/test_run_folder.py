@@ -73,6 +73,14 @@ def test_another_method_is_refused(tmp_path: Path):
         check_folder(out, "sid", config(out, resume=True))
 
 
+def test_a_run_that_could_not_be_begun_leaves_a_folder_that_can(tmp_path: Path):
+    """The disk was full while the configuration was written."""
+    (tmp_path / ".config.yaml.partial").write_text("teach")
+    assert not check_folder(tmp_path, "dmd2", config(tmp_path))
+    write_config(tmp_path, "dmd2", config(Path(tmp_path)))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["out"] == str(tmp_path)
+
+
 def test_folders_that_cannot_be_claimed_are_refused(tmp_path: Path):
     claimed(tmp_path / "run")
     with pytest.raises(UserError, match="already holds a run"):

@@ -27,6 +27,8 @@ USAGE = """fewstep: few-step distillation of diffusion and flow-matching pipelin
 fewstep COMMAND --help lists the flags of a command; fewstep distill METHOD --help those of a method.
 """
 
+_LESS_MEMORY = "a training also takes --mixed_precision bf16, --gradient_checkpointing and --lora_rank"
+
 #: The file of each command; it is imported when the command is given, because most of them need seconds of imports.
 COMMANDS = {
     "demo": "demo",
@@ -63,6 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno is None:
             raise
         print(f"fewstep: {error}; mend that and start again, with --resume where a run was going on", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for every command
+            raise
+        line = str(error).splitlines()[0]
+        print(f"fewstep: {line} Lower --batch_size; {_LESS_MEMORY}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fewstep: interrupted", file=sys.stderr)

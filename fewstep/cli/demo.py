@@ -15,14 +15,16 @@ def run(words: Sequence[str]) -> None:
     parser = Parser(prog="fewstep demo", description="Distil an embedded teacher with DMD2 and compare both.")
     parser.add_argument("--teacher", type=str, default="fashion-sd", help="fashion-sd or fashion-flow")
     parser.add_argument("--steps", type=int, default=4, help="the student's step count")
-    parser.add_argument("--out", type=str | None, default=None, help="default: runs/demo-TEACHER")
+    parser.add_argument("--out", type=str | None, default=None, help="default: runs/demo-TEACHER[-STEPS][-seedN]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_steps", type=int | None, default=None, help="default: the shipped recipe's")
     parser.add_argument("--num", type=int | None, default=None, help="samples in every row of the report")
     parsed = parse(parser, words)
     if parsed.num is not None and parsed.num < 1:  # said now, and not after the training
         raise UserError(f"--num must be at least 1, not {parsed.num}")
-    out = Path(parsed.out or f"runs/demo-{parsed.teacher}")
+    steps = f"-{parsed.steps}step{'s' * (parsed.steps > 1)}" if parsed.steps != 4 else ""
+    seed = f"-seed{parsed.seed}" if parsed.seed else ""
+    out = Path(parsed.out or f"runs/demo-{parsed.teacher}{steps}{seed}")
     report = demo(parsed.teacher, out, steps=parsed.steps, seed=parsed.seed, max_steps=parsed.max_steps, num=parsed.num)
     print(report.table())
     print(

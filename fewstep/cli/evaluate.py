@@ -9,6 +9,7 @@ from typing import Any
 from fewstep.cli.parsing import Parser, parse, step_counts
 from fewstep.conditions import read_classes, read_prompts
 from fewstep.eval.evaluate import evaluate
+from fewstep.eval.models import is_embedded
 
 
 def run(words: Sequence[str]) -> None:
@@ -27,7 +28,10 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--num", type=int, default=5000, help="samples in every row")
     parser.add_argument("--prompts", type=str | None, default=None, help="UTF-8 file, one a line")
     parser.add_argument("--classes", type=str | None, default=None, help="labels such as 0-9")
-    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument(
+        "--batch_size", type=int | None, default=None, help="default: 100 for embedded teachers, else 8"
+    )
+    parser.add_argument("--dtype", type=str, default="float32", help="float32, float16 or bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=str, required=True, help="folder for the report")
     parsed = parse(parser, words)
@@ -41,7 +45,8 @@ def run(words: Sequence[str]) -> None:
         num=parsed.num,
         prompts=read_prompts(parsed.prompts) if parsed.prompts else None,
         classes=read_classes(parsed.classes) if parsed.classes else None,
-        batch_size=parsed.batch_size,
+        batch_size=parsed.batch_size or (100 if is_embedded(parsed.teacher) else 8),
+        dtype=parsed.dtype,
         seed=parsed.seed,
         out=Path(parsed.out),
     )

@@ -20,6 +20,8 @@ _UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 
 def run(words: Sequence[str]) -> None:
     """Print what a run would take, and whether it fits."""
+    if words and words[0].startswith("-") and not {"-h", "--help"} & set(words):
+        raise UserError("the teacher comes first, then the method: fewstep plan TEACHER METHOD --memory 24GB")
     method = words[1] if len(words) > 1 and not words[1].startswith("-") else "dmd2"
     config_class = method_class(method).Config
     parser = Parser(

@@ -98,11 +98,13 @@ def write_numbers(folder: Path, rows: Mapping[str, Mapping[str, Any]], note: str
         note: how they were measured, a sentence or more.
     """
     path = folder / "README.md"
-    text = re.sub(r"## Numbers\n.*?(?=\n## )", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-    before, title, after = text.rpartition("## Made with")
+    text = re.sub(r"## Numbers\n.*?(?=\n## |\Z)", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    # Before the last heading of a card as it was written; an edited one may have lost that, and its head stays first.
+    place = text.rfind("## Made with")
+    before, after = (text, "") if place < 0 else (text[:place], text[place:])
     numbers = f"## Numbers\n\n{_table(rows)}\n\n{note}\n\n"
     partial = path.with_suffix(".partial")
-    partial.write_text(f"{before.rstrip()}\n\n{numbers}{title}{after}", encoding="utf-8")
+    partial.write_text(f"{before.rstrip()}\n\n{numbers}{after}".rstrip() + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -12,6 +12,7 @@ import fewstep
 from fewstep.errors import UserError
 from fewstep.eval import Model, Report, evaluate, rows, sample
 from fewstep.eval.judge import Judge
+from fewstep.export.card import write_numbers
 from fewstep.fashion import TEACHERS
 
 OPTIONS = {
@@ -113,6 +114,33 @@ def test_without_an_extractor_there_is_still_a_report(tmp_path):
     assert row["floor"] is None and report.reference is None
     assert "fd_test is skipped: no embedded extractor knows these images." in report.skipped
     assert (tmp_path / "grid.png").is_file() and "fd_test is skipped" in (tmp_path / "report.md").read_text()
+
+
+def test_what_nobody_judges_is_not_sampled_by_the_thousand(tmp_path, monkeypatch):
+    made = []
+    inner = rows.generate
+
+    def generate(pipeline, call, conditions, indices, **rest):
+        made.append(len(indices))
+        return inner(pipeline, call, conditions, indices, **rest)
+
+    monkeypatch.setattr(rows, "generate", generate)
+    model = Model("mine", "student", {}, pipeline=tiny_ddim())
+    evaluate([model], out=tmp_path, num=5000, batch_size=3, latency_calls=1, columns=4, steps=(1,))
+    assert made == [6]
+
+
+def test_a_hub_id_identifies_nothing_that_could_be_reused(saved_dit):
+    assert Model("mine", "student", {}, source=str(saved_dit)).fingerprint() is not None
+    assert Model("mine", "student", {}, source="owner/name").fingerprint() is None
+
+
+def test_a_card_that_was_edited_keeps_its_head(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
+    for number in (1.0, 2.0):
+        write_numbers(tmp_path, {"student, 1 step": {"NFE": number}}, "Measured so.")
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n") and card.count("## Numbers") == 1 and "2" in card
 
 
 def test_videos_are_shown_by_their_middle_and_not_judged(judge, tmp_path):
