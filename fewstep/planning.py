@@ -254,21 +254,30 @@ def costliest_step(method: Method, rehearsal: Rehearsal) -> int:
 
 
 def weigh(method: Method, rehearsal: Rehearsal, step: int) -> dict[str, Moment]:
-    """By role: what its turn of a step needs beside all weights."""
+    """By role: what its turn of a step needs beside all weights.
+
+    Micro-batches after the first need it beside the gradients of those before; the second stands for all of them.
+    """
     moments: dict[str, Moment] = {}
     weights = [tensor for role in method.roles.values() for tensor in _tensors(role)]
+    micro_batches = min(2, rehearsal.config.gradient_accumulation_steps)
     with Footprint(known=weights) as footprint:
-        for turn in method.turns(step, rehearsal.batch(step)):
-            if not isinstance(turn, Turn):
-                continue
-            graph = footprint.alive
-            backward(method, turn)
-            moments[turn.role] = Moment(graph, footprint.peak)
-            for parameter in method.roles[turn.role].parameters():
-                parameter.grad = None
-            del turn
+        runs = [method.turns(step, rehearsal.batch(step)) for _ in range(micro_batches)]
+        while True:
+            role, graph = None, 0
+            for run in runs:
+                turn = next(run, None)
+                if turn is None:
+                    return moments
+                if isinstance(turn, Turn):
+                    role, graph = turn.role, footprint.alive
+                    backward(method, turn)
+                del turn
+            if role is not None:
+                moments[role] = Moment(graph, footprint.peak)
+                for parameter in method.roles[role].parameters():
+                    parameter.grad = None
             footprint.restart()
-    return moments
 
 
 def mean_calls(method: Method, rehearsal: Rehearsal) -> dict[str, Calls]:
@@ -317,6 +326,7 @@ def _words(config: RunConfig) -> str:
     if config.quantization is not None:
         roles += f" on {config.quantization}"
     words = [roles, f"batch {config.batch_size}", "bf16" if config.mixed_precision == "bf16" else "float32"]
+    words += ["accumulated"] if config.gradient_accumulation_steps > 1 else []
     words += ["gradient checkpointing"] if config.gradient_checkpointing else []
     words += [f"average {config.ema_decay:g}"] if config.ema_decay else []
     return ", ".join(words)

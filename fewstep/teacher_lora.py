@@ -117,7 +117,9 @@ def _find(name: str) -> Path:
     try:
         files = [file for file in list_repo_files(name) if file.endswith(".safetensors")]
         return _only(name, files, lambda chosen: Path(hf_hub_download(name, chosen)))
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the hub's library has errors of its own, and those of the network below it
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"there is no folder --teacher_lora {name}, nor can the hub give it: {reason}") from error
 

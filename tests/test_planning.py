@@ -133,6 +133,9 @@ def test_the_numbers_of_a_plan_are_those_of_its_parts(teachers: Callable) -> Non
     checkpointed = fewstep.plan(folder, batch_size=8, gradient_checkpointing=True, mixed_precision="bf16")
     assert checkpointed.roles["teacher"].weights == pytest.approx(network / 2, rel=0.1)
     assert checkpointed.moments["critic"].graph < 0.8 * fewstep.plan(folder, batch_size=8).moments["critic"].graph
+    accumulated = fewstep.plan(folder, batch_size=1, ema_decay=0.9, gradient_accumulation_steps=8)
+    more = accumulated.moments["critic"].peak - full.moments["critic"].peak
+    assert 0.2 * network < more <= network  # the first micro-batch's gradients beside the second's graph
     assert full.calls["critic"].to_parameters == pytest.approx(1)
     assert full.calls["student"].no_grad + full.calls["student"].to_parameters == pytest.approx(2.5, abs=0.1)
 

@@ -296,10 +296,20 @@ def test_formats_that_diffusers_mixes_up_are_refused(tmp_path: Path) -> None:
     assert "it holds 40 layers, and 8 of them belong here" in refused(pipeline, mixed)
 
 
-def test_what_is_no_lora_is_refused(prompts: str, tmp_path: Path) -> None:
+class ConnectError(Exception):
+    """As the network library below the hub's has them: neither an OSError nor a ValueError."""
+
+
+def test_what_is_no_lora_is_refused(prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = tiny_stable_diffusion()
     assert "does not exist" in refused(pipeline, tmp_path / "nowhere")
     assert "nor can the hub give it" in refused(pipeline, "owner/name")  # offline
+
+    def unplugged(*_: object) -> None:
+        raise ConnectError("no route")
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", unplugged)
+    assert "nor can the hub give it: no route" in refused(pipeline, "owner/name")
     (tmp_path / "old.bin").write_bytes(b"x")
     assert "is no safetensors file" in refused(pipeline, tmp_path / "old.bin")
     assert "holds no safetensors file" in refused(pipeline, tmp_path)

@@ -68,7 +68,7 @@ def describe(plan: Plan) -> str:
         ("teacher", f"{plan.teacher}: {plan.pipeline}, {plan.component}, {list(plan.sample_shape)} per sample"),
         ("run", f"{plan.method}, {plan.settings}"),
         ("parameters", "computed: " + ", ".join(f"{k} {_count(v)}" for k, v in plan.parameters.items())),
-        ("recording", f"computed: {size(plan.recording)}, the whole pipeline in float32, text encoders included"),
+        ("recording", f"computed: {size(plan.recording)}, the whole pipeline as it is loaded, text encoders included"),
         ("weights", f"computed: {_sizes(weights)}"),
         ("gradients", f"computed: {_sizes({name: role.gradients for name, role in roles.items()})}, one at a time"),
         ("optimizer", f"computed: {_sizes({name: role.optimizer for name, role in roles.items()})}"),

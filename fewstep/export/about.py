@@ -45,17 +45,19 @@ def fetched(student: str | Path, name: str, **fetching: Any) -> Path:
         raise ExportError(
             f"{student} is not a fewstep student: it has no {name}; load it with DiffusionPipeline.from_pretrained"
         )
-    if isinstance(student, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", student):
+    if isinstance(student, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", student):
         return _download(student, name, fetching)
     raise ExportError(f"there is no folder {student}")
 
 
 def _download(repository: str, name: str, fetching: dict[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(repository, name, **fetching))
+    except HFValidationError as error:
+        raise ExportError(f"there is no folder {repository}") from error
     except LocalEntryNotFoundError as error:
         raise ExportError(f"there is no folder {repository}, and the hub cannot be reached for it") from error
     except EntryNotFoundError as error:

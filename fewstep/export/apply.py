@@ -20,12 +20,13 @@ from fewstep.recording.observe import find_scheduler
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def apply(pipeline: DiffusionPipeline, lora: str | Path) -> DiffusionPipeline:
+def apply(pipeline: DiffusionPipeline, lora: str | Path, **fetching: Any) -> DiffusionPipeline:
     """Make a pipeline of the base model the student: its call needs a prompt or labels and nothing else.
 
     Args:
         pipeline: of the base model, as stock diffusers loads it; it is changed in place.
         lora: a ``student_lora`` folder that fewstep wrote, or its hub id.
+        **fetching: huggingface_hub's download arguments (revision, token, ...) for a hub id.
 
     Returns:
         The same object, now of a subclass of its class. Arguments that are given win over ``fewstep.json``.
@@ -33,7 +34,7 @@ def apply(pipeline: DiffusionPipeline, lora: str | Path) -> DiffusionPipeline:
     Raises:
         ExportError: not a LoRA student, or one of another model; the pipeline is then as it was.
     """
-    about = read_about(lora)
+    about = read_about(lora, **fetching)
     if "lora" not in about:
         raise ExportError(f"{lora} is a whole pipeline, no LoRA; load it with fewstep.load")
     if hasattr(pipeline, "fewstep"):
@@ -46,10 +47,10 @@ def apply(pipeline: DiffusionPipeline, lora: str | Path) -> DiffusionPipeline:
         network = pipeline.components.get(component)
         if network is None:
             raise ExportError(f"{lora} is for the {component} of {base}, and {type(pipeline).__name__} has none")
-        weights = fetched(lora, file)
+        weights = fetched(lora, file, **fetching)
         if (reason := _misfit(network, about["component"], weights)) is not None:
             raise ExportError(f"{lora} is for {base} and does not fit this {component}: {reason}")
-    fetched(lora, "scheduler/scheduler_config.json")
+    fetched(lora, "scheduler/scheduler_config.json", **fetching)
     ship(pipeline, about, weights.parent)
     pipeline.__class__ = student_class(type(pipeline), about)
     return pipeline

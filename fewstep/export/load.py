@@ -37,7 +37,8 @@ def load(student: str | Path, base: str | Path | None = None, **from_pretrained:
         ExportError: no such folder or hub repository, not a pipeline, not a student, a LoRA without its base,
             or one with code that is not this package's own and that ``trust_remote_code=True`` did not allow.
     """
-    about = read_about(student, **{key: value for key, value in from_pretrained.items() if key in _FETCHING})
+    fetching = {key: value for key, value in from_pretrained.items() if key in _FETCHING}
+    about = read_about(student, **fetching)
     is_lora = "lora" in about
     if base is not None and not is_lora:
         raise ExportError(f"{student} is a whole pipeline and has no base model; leave the base out")
@@ -50,7 +51,7 @@ def load(student: str | Path, base: str | Path | None = None, **from_pretrained:
     except (OSError, ValueError) as error:
         raise ExportError(f"{source} does not load: {' '.join(str(error).split())}") from error
     if is_lora:
-        return apply(pipeline, student)
+        return apply(pipeline, student, **fetching)
     pipeline.__class__ = student_class(type(pipeline), about)
     return pipeline
 

@@ -254,9 +254,10 @@ class Recipe:
             value = rule.numbers(at.to(x.device), continuous=continuous)
             dtype = getattr(torch, rule.dtype)
             if dtype.is_floating_point:
-                value = value.to(followed(dtype))
+                # Not narrowed: in bfloat16 the timestep 750 is 752.
+                value = value.to(torch.promote_types(dtype, followed(dtype)))
             elif continuous:
-                value = value.to(x.dtype)
+                value = value.to(torch.promote_types(x.dtype, torch.float32))
             value = value.repeat_interleave(rule.rows) if rule.rows > 1 else value
             for size in rule.shape:
                 value = value.unsqueeze(-1).expand(*value.shape, size)
@@ -295,10 +296,10 @@ class Recipe:
 
 
 def network_dtype(network: nn.Module) -> torch.dtype:
-    """The dtype of most of the network's floating-point weights: some networks keep a few in float32."""
+    """The dtype of most of the network's own floating-point weights: some networks keep a few in float32."""
     sizes: dict[torch.dtype, int] = {}
-    for parameter in network.parameters():
-        if parameter.is_floating_point():
+    for name, parameter in network.named_parameters():
+        if parameter.is_floating_point() and ".lora_" not in name:
             sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 

@@ -293,6 +293,24 @@ def test_a_hub_id_fetches_one_file(tmp_path, monkeypatch):
     assert asked == {"repository": "owner/name", "name": "fewstep.json", "revision": "v1"}
 
 
+def test_every_file_of_a_lora_is_fetched_in_the_same_state(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(repository, name, **more):
+        asked.append((name, more))
+        (tmp_path / name).write_text(
+            '{"call": {}, "component": "unet", "base_model": "me/base", "lora": {"file": "a"}}'
+        )
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    words = {"revision": "v1", "token": "secret", "cache_dir": "elsewhere"}
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: tiny_stable_diffusion())
+    with pytest.raises(ExportError, match="cannot be read"):  # the file that stands for the adapter is none
+        load("me/lora", **words)
+    assert asked == [("fewstep.json", words), ("fewstep.json", words), ("a", words)]
+
+
 def test_load_errors_are_one_line(tmp_path):
     def message(what):
         with pytest.raises(ExportError) as caught:
@@ -301,7 +319,8 @@ def test_load_errors_are_one_line(tmp_path):
         return str(caught.value)
 
     assert "no folder" in message(tmp_path / "nowhere")
-    assert "no folder" in message("some/where/else")
+    for name in ("some/where/else", "./missing", "../missing", "a/b-"):
+        assert "no folder" in message(name)
     assert "hub" in message("owner/name")  # offline
     assert "model_index.json" in message(tmp_path)
     tiny_stable_diffusion().save_pretrained(tmp_path)

@@ -151,6 +151,22 @@ def test_a_student_of_another_dtype_is_called_too(dtype: torch.dtype) -> None:
     assert torch.allclose(answer.float(), wanted, atol=0.1 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("time", ["thousandth", "batch"])
+def test_a_narrower_network_is_told_the_exact_time(time: str, continuous: bool) -> None:
+    """In bfloat16 the timestep 750 is 752, which no stock pipeline would feed."""
+    recording = _recorded(time=time)
+    told, seen = recording.condition(["a", "b"]), []
+    network = recording.network.to(torch.bfloat16)
+    handle = network.register_forward_pre_hook(lambda _m, _a, named: seen.append(named["timestep"]), with_kwargs=True)
+    timestep = torch.tensor([750.0, 999.0], dtype=torch.float64)
+    recording.recipe.call(
+        network, torch.randn(2, *recording.sample_shape), timestep, told.to(dtype=torch.bfloat16), continuous=continuous
+    )
+    handle.remove()
+    torch.testing.assert_close(seen[0].double(), timestep / (1000 if time == "thousandth" else 1), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("time", ["thousandth", "cast", "batch", "truncated"])
 def test_a_bfloat16_pipeline_is_proved(time: str) -> None:
     pipeline = synthetic(Traits(time=time))
