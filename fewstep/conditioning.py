@@ -98,8 +98,11 @@ class Conditioning:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         """Move every tensor to `device`; cast the real floating-point ones to `dtype`."""
 
+        # Towards a GPU the host need not wait; on the way back it has to.
+        ahead = device is not None and torch.device(device).type == "cuda"
+
         def move(value: Tensor) -> Tensor:
-            return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+            return value.to(device=device, dtype=dtype if value.is_floating_point() else None, non_blocking=ahead)
 
         return self.map_tensors(move)
 

@@ -215,7 +215,7 @@ class RealSamples:
             encoded.update(zip(missing, self._encode(pixels).cpu()))
             if (len(self._cache) + len(missing)) * self._bytes <= _CACHE_LIMIT:
                 self._cache = encoded
-        return torch.stack([encoded[row] for row in rows]).to(self._device)
+        return torch.stack([encoded[row] for row in rows]).to(self._device, non_blocking=True)
 
     def rows_among(self, conditions: Conditions) -> list[int]:
         """For each image the number of its condition among those of a run.

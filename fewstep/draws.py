@@ -46,16 +46,20 @@ class Draws:
 
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
         """Standard normal float32 (B, *shape)."""
-        return torch.stack([torch.randn(tuple(shape), generator=g) for g in self._generators(name)]).to(self.device)
+        return torch.stack([torch.randn(tuple(shape), generator=g) for g in self._generators(name)]).to(
+            self.device, non_blocking=True
+        )
 
     def uniform(self, name: str) -> Tensor:
         """Uniform on [0, 1), float64 (B,)."""
         values = [torch.rand((), generator=g, dtype=torch.float64) for g in self._generators(name)]
-        return torch.stack(values).to(self.device)
+        return torch.stack(values).to(self.device, non_blocking=True)
 
     def integers(self, name: str, low: int, high: int) -> Tensor:
         """Uniform integers from low to high - 1, int64 (B,)."""
-        return torch.stack([torch.randint(low, high, (), generator=g) for g in self._generators(name)]).to(self.device)
+        return torch.stack([torch.randint(low, high, (), generator=g) for g in self._generators(name)]).to(
+            self.device, non_blocking=True
+        )
 
     def coins(self, name: str, probability: float) -> list[bool]:
         """For every sample whether its draw fell below ``probability``; the host knows without asking a device."""
