@@ -260,7 +260,6 @@ class Distillation:
             loop.run()
         finally:
             monitor.close()
-            self.accelerator.end_training()
         if self.accelerator.is_main_process:
             self.export(role)
             if self.config.push_to_hub is not None:

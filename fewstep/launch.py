@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
@@ -20,3 +21,9 @@ def join_launch(cpu: bool, **options: Any) -> Accelerator:
         **options: of :class:`accelerate.Accelerator`.
     """
     return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)], **options)
+
+
+def leave_launch() -> None:
+    """Leave the process group: the last thing that a process does, for nothing can be waited for afterwards."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -105,7 +105,10 @@ class Monitor:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """End the log."""
+        """End the log and the trackers, but not the process group, as accelerate's ``end_training`` would."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+        self._accelerator.trackers = []
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from fewstep.cli.parsing import Parser, parse, with_values
 from fewstep.distillation import Distillation
 from fewstep.errors import UserError
+from fewstep.launch import leave_launch
 from fewstep.methods import method_class, methods
 
 
@@ -36,6 +37,7 @@ def run(words: Sequence[str]) -> None:
     method = words[0]
     config = distill_config(method, words[1:])
     _announce(Distillation(config, method).run())
+    leave_launch()
 
 
 def _announce(student: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fewstep.cli.parsing import Parser, parse, with_values
+from fewstep.launch import leave_launch
 from fewstep.pairing import PairsConfig, make_pairs
 
 
@@ -18,3 +19,4 @@ def run(words: Sequence[str]) -> None:
     folder = make_pairs(settings.pop("teacher"), **settings)
     if PartialState().is_main_process:
         print(f"the pairs are in {folder}; fewstep distill rectified_flow --pairs {folder} trains on them")
+    leave_launch()
