@@ -1,10 +1,10 @@
 """Evaluation of few-step students beside their teachers: generation, metrics, speed, report and pictures."""
 
-from .config import METRICS, EvalConfig
-from .evaluate import evaluate
-from .judge import Judge
-from .models import Model, student_model, teacher_model
-from .report import Report
-from .sample import sample
+from fewstep.eval.config import METRICS, EvalConfig
+from fewstep.eval.evaluate import evaluate
+from fewstep.eval.judge import Judge
+from fewstep.eval.models import Model, student_model, teacher_model
+from fewstep.eval.report import Report
+from fewstep.eval.sample import sample
 
 __all__ = ["METRICS", "EvalConfig", "Judge", "Model", "Report", "evaluate", "sample", "student_model", "teacher_model"]

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import yaml
 
-from fewstep.distillation import Distillation
 from fewstep.errors import UserError
+from fewstep.eval.evaluate import evaluate
+from fewstep.eval.report import Report
 from fewstep.fashion import TEACHERS
-from fewstep.methods import method_class
-
-from .evaluate import evaluate
-from .report import Report
+from fewstep.programs.distillation import Distillation
+from fewstep.programs.methods import method_class
 
 METHOD = "dmd2"
 #: Samples in every row. Quoted reports have 5,000; the demo has to end while somebody waits.

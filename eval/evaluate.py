@@ -12,19 +12,18 @@ from typing import Any
 
 import torch
 
-import fewstep
-from fewstep.conditions import read_classes
+from fewstep.data.conditions import read_classes
 from fewstep.errors import UserError
+from fewstep.eval.config import QUOTABLE, EvalConfig
+from fewstep.eval.features import FashionExtractor, fashion_reference
+from fewstep.eval.generate import Conditions, NonFiniteImagesError
+from fewstep.eval.grid import GridRow, draw_grid
+from fewstep.eval.judge import Judge
+from fewstep.eval.models import Model, in_steps, is_embedded, student_model, teacher_model
+from fewstep.eval.report import Report
+from fewstep.eval.rows import measure, read_row, row_key, write_row
 from fewstep.export.card import write_numbers
-
-from .config import QUOTABLE, EvalConfig
-from .features import FashionExtractor, fashion_reference
-from .generate import Conditions, NonFiniteImagesError
-from .grid import GridRow, draw_grid
-from .judge import Judge
-from .models import Model, in_steps, is_embedded, student_model, teacher_model
-from .report import Report
-from .rows import measure, read_row, row_key, write_row
+from fewstep.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +202,6 @@ def _report(
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     settings["students"] = [model.source for model, _ in plans if model.role == "student"]
     notes += [note for model, _ in plans if (note := model.guidance_note())]
-    versions = {"fewstep": fewstep.__version__, "python": platform.python_version()}
+    versions = {"fewstep": __version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
     return Report(rows, config.num, config.seed, reference, skipped, notes, settings, versions)

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import metrics
-from .config import METRICS
-from .features import Extractor, Features, Reference
-from .generate import Conditions
+from fewstep.eval.config import METRICS
+from fewstep.eval.features import Extractor, Features, Reference
+from fewstep.eval.generate import Conditions
+from fewstep.eval.metrics.agreement import agreement
+from fewstep.eval.metrics.diversity import diversity
+from fewstep.eval.metrics.frechet import frechet
+from fewstep.eval.metrics.precision_recall import manifold_radii, precision_recall
 
 IMAGE_METRICS = tuple(name for name in METRICS if name != "speed")
 
@@ -30,7 +33,7 @@ class Judge:
     @cached_property
     def radii(self) -> Tensor:
         """Neighbour radii of the reference, for precision."""
-        return metrics.manifold_radii(self.reference.features)
+        return manifold_radii(self.reference.features)
 
     def fields(self, num: int) -> dict[str, Any]:
         """What has to travel with every number this judge gives, for `num` generated images."""
@@ -66,17 +69,17 @@ def image_metrics(
     for name in names:
         try:
             if name == "fd_test":
-                numbers[name] = metrics.frechet(features, judge.reference)
+                numbers[name] = frechet(features, judge.reference)
             elif name in ("agreement", "diversity") and labels is None:
                 skipped.append(f"{name} is skipped: the classes of these samples are not known.")
             elif name == "agreement" and logits is None:
                 skipped.append(f"{name} is skipped: {judge.extractor.name} does not classify.")
             elif name == "agreement":
-                numbers[name] = metrics.agreement(logits, labels)
+                numbers[name] = agreement(logits, labels)
             elif name == "diversity":
-                numbers[name] = metrics.diversity(features, labels, judge.reference)
+                numbers[name] = diversity(features, labels, judge.reference)
             elif name not in numbers:
-                found = metrics.precision_recall(features, judge.reference.features, reference_radii=judge.radii)
+                found = precision_recall(features, judge.reference.features, reference_radii=judge.radii)
                 numbers |= {metric: value for metric, value in zip(("precision", "recall"), found) if metric in names}
         except ValueError as error:
             skipped.append(f"{name} is skipped: {error}.")

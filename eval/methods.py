@@ -23,14 +23,14 @@ from pathlib import Path
 
 import torch
 
-from fewstep.cli.parsing import Parser, parse, with_values
+from fewstep.config.parsing import Parser, parse, with_values
 from fewstep.errors import UserError
-from fewstep.eval.cell_results import RESULTS, read_result, state, why_stale, write_result
-from fewstep.eval.cell_runs import Runner, network_calls
-from fewstep.eval.cells import Cell, Plan, read_plan
-from fewstep.eval.comparison import compare, insert
+from fewstep.eval.benchmark.cell_results import RESULTS, read_result, state, why_stale, write_result
+from fewstep.eval.benchmark.cell_runs import Runner, network_calls
+from fewstep.eval.benchmark.cells import Cell, Plan, read_plan
+from fewstep.eval.benchmark.comparison import compare, insert
 from fewstep.eval.report import write_atomically
-from fewstep.loop import Interrupted
+from fewstep.training.loop import Interrupted
 
 PICTURE = "methods.png"
 

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 
 from fewstep.errors import UserError
-
-from .generate import condition_kind
+from fewstep.eval.generate import condition_kind
 
 CARD_NAME = "fewstep.json"
 
@@ -169,7 +168,7 @@ def teacher_model(teacher: str | Path, call: Mapping[str, Any] | None = None, st
     was distilled from; any other one with its pipeline's defaults. Raises UserError with one line when there is none.
     """
     from fewstep import fashion
-    from fewstep.teacher import base_model, teacher_folder
+    from fewstep.teachers.loading import base_model, teacher_folder
 
     text = str(teacher)
     given = _without_steps(call or {})

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError
-
-from .models import in_steps
+from fewstep.eval.models import in_steps
 
 SCHEMA = 1
 # metric -> (column title, how a value is printed)

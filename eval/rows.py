@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import fewstep
-
-from . import speed
-from .config import EvalConfig
-from .features import Features
-from .generate import Conditions, generate, run_pipeline
-from .judge import Judge, image_metrics
-from .models import Model, in_steps
-from .report import write_atomically
+from fewstep.eval import speed
+from fewstep.eval.config import EvalConfig
+from fewstep.eval.features import Features
+from fewstep.eval.generate import Conditions, generate, run_pipeline
+from fewstep.eval.judge import Judge, image_metrics
+from fewstep.eval.models import Model, in_steps
+from fewstep.eval.report import write_atomically
+from fewstep.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def row_key(model: Model, conditions: Conditions, steps: int, config: EvalConfig
     if identity is None:
         return None
     content = {
-        "version": [ROW_VERSION, fewstep.__version__, torch.__version__, diffusers.__version__],
+        "version": [ROW_VERSION, __version__, torch.__version__, diffusers.__version__],
         "model": [identity, model.role, model.call, steps],
         "conditions": dataclasses.asdict(conditions),
         "samples": [config.num, config.seed, config.batch_size, config.columns],

@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 
 from fewstep.errors import UserError
-
-from .generate import Conditions, generate
-from .grid import contact_sheet, tile, to_pil
-from .models import CARD_NAME, Model, is_embedded, student_model, teacher_model
+from fewstep.eval.generate import Conditions, generate
+from fewstep.eval.grid import contact_sheet, tile, to_pil
+from fewstep.eval.models import CARD_NAME, Model, is_embedded, student_model, teacher_model
 
 
 def sample(

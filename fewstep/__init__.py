@@ -16,33 +16,34 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.version import __version__
+
 # In a checkout, trainers/, pipelines/ and eval/ stand beside this package; in a wheel they are inside it.
 if not (Path(__file__).parent / "trainers").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
-    from fewstep.caching import cache
-    from fewstep.distillation import distill
     from fewstep.errors import UserError
     from fewstep.eval.evaluate import evaluate
     from fewstep.export import apply, load
-    from fewstep.pairing import make_pairs
-    from fewstep.planning import plan
+    from fewstep.programs.cache import cache
+    from fewstep.programs.distillation import distill
+    from fewstep.programs.pairs import make_pairs
+    from fewstep.programs.planning.plan import plan
     from fewstep.recording import record
 
-__version__ = "0.1.0"
-__all__ = ["UserError", "apply", "cache", "distill", "evaluate", "load", "make_pairs", "plan", "record"]
+__all__ = ["UserError", "__version__", "apply", "cache", "distill", "evaluate", "load", "make_pairs", "plan", "record"]
 
 # Importing torch and diffusers takes seconds, so the public names are imported when they are first used.
 _HOMES = {
     "UserError": "fewstep.errors",
     "apply": "fewstep.export",
-    "cache": "fewstep.caching",
-    "distill": "fewstep.distillation",
+    "cache": "fewstep.programs.cache",
+    "distill": "fewstep.programs.distillation",
     "evaluate": "fewstep.eval.evaluate",
     "load": "fewstep.export",
-    "make_pairs": "fewstep.pairing",
-    "plan": "fewstep.planning",
+    "make_pairs": "fewstep.programs.pairs",
+    "plan": "fewstep.programs.planning.plan",
     "record": "fewstep.recording",
 }
 

@@ -10,8 +10,8 @@ import pytest
 import fewstep.losses
 
 MODULES = (
-    "fewstep.schedule",
-    "fewstep.prediction",
+    "fewstep.diffusion.schedule",
+    "fewstep.diffusion.prediction",
     *(f"fewstep.losses.{module.name}" for module in pkgutil.iter_modules(fewstep.losses.__path__)),
 )
 

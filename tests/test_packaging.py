@@ -96,7 +96,7 @@ def test_the_wheel_holds_exactly_the_files_of_the_tree(wheel: Path) -> None:
 
 def version() -> str:
     """The version, as the package states it."""
-    match = re.search(r'^__version__ = "(.+)"$', (ROOT / "fewstep" / "__init__.py").read_text(encoding="utf-8"), re.M)
+    match = re.search(r'^__version__ = "(.+)"$', (ROOT / "fewstep" / "version.py").read_text(encoding="utf-8"), re.M)
     assert match is not None
     return match[1]
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from tiny_pipelines import tiny_dit
 
-from fewstep.pairing import make_pairs
+from fewstep.programs.pairs import make_pairs
 
 SETTINGS = {"num": 42, "teacher_steps": 6, "batch_size": 2, "shard_size": 4, "classes": "0-4", "cpu": True}
 

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from toys import TinyMethod, make_loop
 
-from fewstep import checkpoint, optimization
-from fewstep.config import RunConfig
+from fewstep.config.run import RunConfig
+from fewstep.training import checkpoint, optimization
 
 
 def train(out: Path, settings: dict) -> None:

@@ -14,20 +14,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fewstep.adapters import AdapterRole, Backbone
-from fewstep.conditioning import Conditioning, Leaf
-from fewstep.config import RunConfig
-from fewstep.denoiser import NetworkDenoiser
-from fewstep.draws import keyed_order
-from fewstep.loop import Loop, Processes
+from fewstep.conditioning.conditioning import Conditioning, Leaf
+from fewstep.config.run import RunConfig
+from fewstep.diffusion.draws import keyed_order
+from fewstep.diffusion.prediction import add_noise
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
+from fewstep.diffusion.timesteps import uniform_times
 from fewstep.losses.score import denoising_loss, distribution_matching, native_weight
-from fewstep.method import Batch, Method, Renew, Turn
-from fewstep.monitor import Monitor
-from fewstep.prediction import add_noise
+from fewstep.networks.adapters import AdapterRole, Backbone
+from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.networks.roles import Role
 from fewstep.recording import Recording
-from fewstep.roles import Role
-from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
-from fewstep.timesteps import uniform_times
+from fewstep.training.loop import Loop, Processes
+from fewstep.training.method import Batch, Method, Renew, Turn
+from fewstep.training.monitor import Monitor
 
 
 class PlainRecipe:

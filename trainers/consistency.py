@@ -27,11 +27,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fewstep.conditioning import Conditioning
-from fewstep.consistency_config import ConsistencyConfig
-from fewstep.denoiser import Denoiser
-from fewstep.distillation import Distillation, main
-from fewstep.guidance import GuidedDenoiser
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.diffusion.discretization import Discretization, Neighbours, SigmaRange
+from fewstep.diffusion.ode import solver_step
+from fewstep.diffusion.prediction import add_noise, expand
+from fewstep.diffusion.rollout import Sampler, draw_sample
+from fewstep.diffusion.timesteps import uniform_times
 from fewstep.losses.consistency import (
     adaptive_decay,
     distance,
@@ -40,14 +41,13 @@ from fewstep.losses.consistency import (
     weight,
 )
 from fewstep.losses.huber import huber_constant
-from fewstep.method import Batch, Calls, Turn
-from fewstep.neighbours import Discretization, Neighbours, SigmaRange
-from fewstep.ode import solver_step
-from fewstep.prediction import add_noise, expand
-from fewstep.roles import Role
-from fewstep.rollout import Sampler, draw_sample
-from fewstep.timesteps import uniform_times
-from fewstep.told_guidance import ToldGuidance
+from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.guidance import GuidedDenoiser
+from fewstep.networks.guidance_embedding import ToldGuidance
+from fewstep.networks.roles import Role
+from fewstep.programs.distillation import Distillation, main
+from fewstep.trainers._consistency_config import ConsistencyConfig
+from fewstep.training.method import Batch, Calls, Turn
 
 #: (skip, out) of f = skip * x_t + out * x0 at times t (B,).
 Boundary = Callable[[Tensor], tuple[Tensor, Tensor]]

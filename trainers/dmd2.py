@@ -22,20 +22,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fewstep.config import ScoreConfig
-from fewstep.decoupled import DecoupledConfig, decoupled
-from fewstep.distillation import Distillation, main
-from fewstep.divergence import DivergenceConfig, DivergenceWeight
+from fewstep.config.run import ScoreConfig
+from fewstep.critic.decoupled import DecoupledConfig, decoupled
+from fewstep.critic.denoising import Renoised, Renoiser, critic_denoising, sample_log
+from fewstep.diffusion.rollout import Sampler, draw_sample
 from fewstep.errors import UserError
-from fewstep.features import FeatureTap
-from fewstep.guidance import GuidedDenoiser
 from fewstep.losses.adversarial import discriminator_loss, generator_loss
+from fewstep.losses.divergence import DivergenceConfig, DivergenceWeight
 from fewstep.losses.score import distribution_matching, score_distillation
-from fewstep.method import Batch, Calls, Real, Turn
-from fewstep.optimization import sum_over_processes
-from fewstep.renoising import Renoised, Renoiser, critic_denoising, sample_log
-from fewstep.roles import Role
-from fewstep.rollout import Sampler, draw_sample
+from fewstep.networks.features import FeatureTap
+from fewstep.networks.guidance import GuidedDenoiser
+from fewstep.networks.roles import Role
+from fewstep.programs.distillation import Distillation, main
+from fewstep.training.method import Batch, Calls, Real, Turn
+from fewstep.training.optimization import sum_over_processes
 
 # The critic and the head learn at all times; a flow network's x0 says nothing about its velocity at t = 0 itself.
 _CLEANEST = 1e-3

@@ -9,7 +9,7 @@ student starting as the teacher, guided by itself in training. Options: alpha-Fl
 improved MeanFlow (arXiv 2512.02012: the derivative along the student's own velocity instead of the target's).
 
 Teachers of every kind: times and velocities are rectified flow's, which x_t / (alpha + sigma) has in every schedule, so
-DDPM and EDM teachers stay in their own and stock ODE schedulers carry the student (:mod:`fewstep.flow_map`).
+DDPM and EDM teachers stay in their own and stock ODE schedulers carry the student (:mod:`fewstep.networks.flow_map`).
 
 Departures: the second time enters by an added module, zero at first, and as t - r alone. The derivative comes of the
 trained pass itself, only where t and r differ; of a pass of its own with ``--gradient_checkpointing``, or where they
@@ -26,18 +26,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.distillation import Distillation, main
+from fewstep.conditioning.ragged import AnyConditioning, join
+from fewstep.diffusion.prediction import add_noise, expand, to_velocity
+from fewstep.diffusion.rollout import Sampler
+from fewstep.diffusion.timesteps import logit_normal_times, shift_time
 from fewstep.errors import UserError
-from fewstep.flow_map import FlowMapDenoiser, gap
-from fewstep.guidance import GuidedDenoiser
 from fewstep.losses.mean_flow import alpha_flow_target, mean_flow_target, weighted_loss
-from fewstep.mean_flow_config import MeanFlowConfig
-from fewstep.method import Batch, Calls, Turn
-from fewstep.prediction import add_noise, expand, to_velocity
-from fewstep.ragged import AnyConditioning, join
-from fewstep.roles import Role
-from fewstep.rollout import Sampler
-from fewstep.timesteps import logit_normal_times, shift_time
+from fewstep.networks.flow_map import FlowMapDenoiser, gap
+from fewstep.networks.guidance import GuidedDenoiser
+from fewstep.networks.roles import Role
+from fewstep.programs.distillation import Distillation, main
+from fewstep.trainers._mean_flow_config import MeanFlowConfig
+from fewstep.training.method import Batch, Calls, Turn
 
 # A trained pass with tangents keeps 2.7 times the activations until it ends. For a third of the batch that is less than
 # the whole batch keeps in the end; for three quarters it is twice as much, and no faster.

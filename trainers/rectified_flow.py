@@ -28,18 +28,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.config import RunConfig
-from fewstep.distillation import Distillation, main
+from fewstep.config.run import RunConfig
+from fewstep.diffusion.ode import SOLVERS
+from fewstep.diffusion.prediction import add_noise, noise_from_x0
+from fewstep.diffusion.rollout import Sampler
+from fewstep.diffusion.timesteps import logit_normal_times, u_shaped_times, uniform_times
 from fewstep.errors import UserError
 from fewstep.losses.flow import squared, velocity_error
 from fewstep.losses.huber import huber_constant, pseudo_huber
-from fewstep.method import Batch, Calls, Pairs, Turn
-from fewstep.ode import SOLVERS
-from fewstep.perceptual import lpips_of
-from fewstep.prediction import add_noise, noise_from_x0
-from fewstep.roles import Role
-from fewstep.rollout import Sampler
-from fewstep.timesteps import logit_normal_times, u_shaped_times, uniform_times
+from fewstep.networks.perceptual import lpips_of
+from fewstep.networks.roles import Role
+from fewstep.programs.distillation import Distillation, main
+from fewstep.training.method import Batch, Calls, Pairs, Turn
 
 
 @dataclass(kw_only=True)

@@ -25,22 +25,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.config import CriticConfig
-from fewstep.critic_discriminator import AdversarialConfig, CriticDiscriminator
-from fewstep.critic_guidance import CriticGuidanceConfig, with_dropout
-from fewstep.distillation import Distillation, main
+from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.config.run import CriticConfig
+from fewstep.critic.denoising import sample_log
+from fewstep.critic.discriminator import AdversarialConfig, CriticDiscriminator
+from fewstep.critic.guidance import CriticGuidanceConfig, with_dropout
+from fewstep.diffusion.noise_levels import NoiseLevelConfig, NoiseLevels
+from fewstep.diffusion.prediction import add_noise
+from fewstep.diffusion.rollout import Sampler, draw_sample
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
 from fewstep.errors import UserError
-from fewstep.guidance import GuidedDenoiser
 from fewstep.losses.score import denoising_loss, native_weight
 from fewstep.losses.score_identity import WEIGHTINGS, score_identity, score_identity_weight
-from fewstep.method import Batch, Calls, Turn
-from fewstep.noise_levels import NoiseLevelConfig, NoiseLevels
-from fewstep.prediction import add_noise
-from fewstep.ragged import AnyConditioning
-from fewstep.renoising import sample_log
-from fewstep.roles import Role
-from fewstep.rollout import Sampler, draw_sample
-from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
+from fewstep.networks.guidance import GuidedDenoiser
+from fewstep.networks.roles import Role
+from fewstep.programs.distillation import Distillation, main
+from fewstep.training.method import Batch, Calls, Turn
 
 # An EDM critic learns at these (Karras et al. 2022, Table 1), any other where it is compared with the teacher.
 _EDM_CRITIC = NoiseLevels("log_normal", mean=-1.2, std=1.2)

@@ -10,8 +10,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from fewstep import __version__
 from fewstep.errors import UserError
+from fewstep.version import __version__
 
 USAGE = """fewstep: few-step distillation of diffusion and flow-matching pipelines
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, words: Sequence[str]) -> int:
-    from fewstep.loop import Interrupted
+    from fewstep.training.loop import Interrupted
 
     try:
         importlib.import_module(f"fewstep.cli.{COMMANDS[command]}").run(words)

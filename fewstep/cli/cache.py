@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fewstep.caching import cache
-from fewstep.cli.parsing import Parser, parse, with_values
+from fewstep.config.parsing import Parser, parse, with_values
+from fewstep.programs.cache import cache
 
 
 def run(words: Sequence[str]) -> None:

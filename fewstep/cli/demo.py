@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.cli.parsing import Parser, parse
+from fewstep.config.parsing import Parser, parse
 from fewstep.errors import UserError
 from fewstep.eval.demo import demo
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from fewstep.cli.parsing import Parser, parse, with_values
-from fewstep.distillation import Distillation
+from fewstep.config.parsing import Parser, parse, with_values
 from fewstep.errors import UserError
-from fewstep.launch import leave_launch
-from fewstep.methods import method_class, methods
+from fewstep.programs.distillation import Distillation
+from fewstep.programs.methods import method_class, methods
+from fewstep.training.distributed import leave_launch
 
 
 def distill_parser(method: str) -> ArgumentParser:

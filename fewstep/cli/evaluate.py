@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.parsing import Parser, parse, step_counts
-from fewstep.conditions import read_classes, read_prompts
+from fewstep.config.parsing import Parser, parse, step_counts
+from fewstep.data.conditions import read_classes, read_prompts
 from fewstep.eval.evaluate import evaluate
 from fewstep.eval.models import is_embedded
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fewstep.cli.parsing import Parser, parse, with_values
-from fewstep.launch import leave_launch
-from fewstep.pairing import PairsConfig, make_pairs
+from fewstep.config.parsing import Parser, parse, with_values
+from fewstep.programs.pairs import PairsConfig, make_pairs
+from fewstep.training.distributed import leave_launch
 
 
 def run(words: Sequence[str]) -> None:

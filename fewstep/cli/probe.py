@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fewstep.cli.parsing import Parser, parse, with_values
+from fewstep.config.parsing import Parser, parse, with_values
 from fewstep.recording import record
-from fewstep.teacher import load_teacher
+from fewstep.teachers.loading import load_teacher
 
 
 def run(words: Sequence[str]) -> None:

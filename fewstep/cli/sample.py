@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fewstep.cli.parsing import Parser, parse
+from fewstep.config.parsing import Parser, parse
 from fewstep.eval.sample import sample
 
 

@@ -1,13 +1,13 @@
 """Export: plan which stock scheduler carries a student, prove it, write it as a stock pipeline, load it again."""
 
 from fewstep.export.apply import apply
+from fewstep.export.check import WalkError
 from fewstep.export.errors import ExportError
 from fewstep.export.hub import publish
 from fewstep.export.load import load
 from fewstep.export.lora import export_lora, loads_lora, why_no_lora
 from fewstep.export.plan import StudentPlan, plan_student
-from fewstep.export.student import export_student, refuse_own_code, verify_student
-from fewstep.export.walk import WalkError
+from fewstep.export.whole import export_student, refuse_own_code, verify_student
 
 __all__ = [
     "ExportError",

@@ -14,12 +14,12 @@ import diffusers
 from torch import nn
 
 from fewstep.errors import UserError
-from fewstep.flow_map import SECOND_TIME, FlowMapRecipe
-from fewstep.quantization import is_quantized
+from fewstep.networks.flow_map import SECOND_TIME, FlowMapRecipe
+from fewstep.teachers.quantization import is_quantized
 
 if TYPE_CHECKING:
+    from fewstep.networks.roles import Role
     from fewstep.recording import Recording
-    from fewstep.roles import Role
 
 
 def flow_map_recording(recording: Recording, second_time: nn.Module) -> Recording:
@@ -27,7 +27,7 @@ def flow_map_recording(recording: Recording, second_time: nn.Module) -> Recordin
 
     Args:
         recording: of the teacher; it and its pipeline stay as they are.
-        second_time: of the student, see :func:`fewstep.flow_map.give_second_time`.
+        second_time: of the student, see :func:`fewstep.networks.flow_map.give_second_time`.
 
     """
     stock = type(recording.pipeline)

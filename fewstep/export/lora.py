@@ -18,20 +18,20 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep.adapters import AdapterRole, on_the_same_weights
 from fewstep.export.about import write_about
 from fewstep.export.apply import LORA_FILE, lora_files, ship
 from fewstep.export.card import write_card
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
 from fewstep.export.plan import StudentPlan
-from fewstep.export.student import about_student, license_of, walk_counts
 from fewstep.export.trace import with_parts
+from fewstep.export.whole import about_student, license_of, walk_counts
+from fewstep.networks.adapters import AdapterRole, on_the_same_weights
 
 if TYPE_CHECKING:
+    from fewstep.networks.roles import Role
     from fewstep.recording import Recording
-    from fewstep.roles import Role
-    from fewstep.teacher_lora import FusedLora
+    from fewstep.teachers.lora import FusedLora
 
 
 def loads_lora(network: nn.Module) -> bool:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 
+from fewstep.diffusion.phases import Phase
 from fewstep.errors import UserError
-from fewstep.phases import Phase
 from fewstep.recording.experts import Expert
 from fewstep.recording.observe import find_scheduler
 

@@ -1,6 +1,6 @@
 """Planning a student before it is trained: its scheduler, its grid, its call, and the proof that they go together.
 
-Everything is found by running the teacher's own pipeline with candidate schedulers (:mod:`fewstep.export.walk`); the
+Everything is found by running the teacher's own pipeline with candidate schedulers (:mod:`fewstep.export.check`); the
 first whose walk holds wins. The trainer then trains on the grid that the shipped scheduler was seen to visit.
 """
 
@@ -12,12 +12,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule, TrigFlowSchedule
+from fewstep.export.check import Reference, Walk, WalkError, walk
 from fewstep.export.errors import ExportError
 from fewstep.export.scheduler import Wish, candidates, wanted_grid
 from fewstep.export.trace import trace, with_parts
-from fewstep.export.walk import Reference, Walk, WalkError, walk
 from fewstep.recording.observe import find_scheduler
-from fewstep.schedule import EDMSchedule, FlowSchedule, TableSchedule, TrigFlowSchedule
 
 if TYPE_CHECKING:
     from torch import nn

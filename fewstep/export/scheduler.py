@@ -21,9 +21,9 @@ from diffusers import (
     LCMScheduler,
 )
 
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
+from fewstep.diffusion.timesteps import even_grid, shift_time
 from fewstep.export.errors import ExportError
-from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
-from fewstep.timesteps import even_grid, shift_time
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The embedded teachers and the metric's files: Fashion-MNIST at 32x32, offline, small enough for a CPU.
 
-``python -m fewstep.fashion.build all`` rebuilds everything here from the data set's idx files.
+``python -m fewstep.eval.fashion.build all`` rebuilds everything here from the data set's idx files.
 """
 
 from dataclasses import dataclass

@@ -33,7 +33,7 @@ def verified(name: str) -> Path:
     """
     path = DATA / name
     if not path.is_file():
-        raise UserError(f"{path} is missing: install fewstep again, or run python -m fewstep.fashion.build all")
+        raise UserError(f"{path} is missing: install fewstep again, or run python -m fewstep.eval.fashion.build all")
     if sha256(path) != manifest()["files"][name]["sha256"]:
         raise UserError(f"{path} is not the file that the manifest names: install fewstep again")
     return path

@@ -2,7 +2,8 @@
 
 The line from a sample to its noise has the constant velocity noise - x0. At the point (1 - tau) x0 + tau noise of
 it, which is x_t / (alpha + sigma), a student that speaks of x0 has the velocity (point - x0_student) / tau, so that
-its error is one of x0. This holds in every family of schedules: see :meth:`fewstep.schedule.NoiseSchedule.flow_time`.
+its error is one of x0. This holds in every family of schedules: see
+:meth:`fewstep.diffusion.schedule.NoiseSchedule.flow_time`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.prediction import expand
+from fewstep.diffusion.prediction import expand
 
 
 def velocity_error(x0: Tensor, x0_student: Tensor, flow_time: Tensor) -> Tensor:

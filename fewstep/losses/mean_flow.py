@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.prediction import expand
+from fewstep.diffusion.prediction import expand
 
 WEIGHTINGS = ("uniform", "sum", "sum_squared", "mean", "norm")
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.prediction import expand, transition, x0_map
-from fewstep.schedule import Coefficients, NoiseSchedule
+from fewstep.diffusion.prediction import expand, transition, x0_map
+from fewstep.diffusion.schedule import Coefficients, NoiseSchedule
 
 
 class Matching(NamedTuple):
@@ -119,7 +119,7 @@ def subinterval_target(
     are ``x_s`` and ``noise``.
 
     Shapes: ``x_s``, ``noise``: (B, ...); coefficients: (B,) each; ``variance_min``: as in
-        :func:`fewstep.prediction.transition`.
+        :func:`fewstep.diffusion.prediction.transition`.
     """
     sigma_ts = transition(at_s, at_t, variance_min).sigma
     share = at_t.alpha * at_s.sigma**2 / (at_s.alpha**2 * sigma_ts)

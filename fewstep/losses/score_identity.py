@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.schedule import Coefficients
+from fewstep.diffusion.schedule import Coefficients
 
 #: ``sid`` divides by the mean of |x0 - x0_teacher| over a sample (SiD); ``none`` is 1; the others are functions of a
 #: flow's sigma, with snr = ((1 - sigma) / sigma)^2 (few-step SiD).

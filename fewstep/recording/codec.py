@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.observation import Observation, Stub
 from fewstep.recording.observe import evaluating, find_decoder, observe
-from fewstep.recording.seen import Observation, Stub
 
 if TYPE_CHECKING:
     from fewstep.recording.recording import Recording

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.diffusion.schedule import NoiseSchedule, TableSchedule
+from fewstep.recording.call_parts import equal, without_sample
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.invocation import Invocation
+from fewstep.recording.observation import Step, Stub
 from fewstep.recording.observe import modules_of, observe
-from fewstep.recording.pieces import equal, without_sample
 from fewstep.recording.recipe import Recipe
-from fewstep.recording.seen import Step, Stub
-from fewstep.schedule import NoiseSchedule, TableSchedule
 
 # Times in one run through times of our choice. The first run finds every interval longer than its share of [0, 1].
 _FED = 256

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.observation import Step
 from fewstep.recording.recipe import OutputRule, SampleRule, TimeRule, dtype_name
-from fewstep.recording.seen import Step
 
 
 def fit_sample(component: str, steps: list[Step]) -> SampleRule:

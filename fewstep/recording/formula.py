@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.conditioning import Conditioning
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.recording.call_parts import answers, network_calls, same_conditioning, split_pieces
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.experts import Expert, Visits, components_of, expert_at
 from fewstep.recording.invocation import SCALES, Invocation
+from fewstep.recording.observation import Step, Stub
 from fewstep.recording.observe import observe
-from fewstep.recording.pieces import answers, network_calls, same_conditioning, split_pieces
 from fewstep.recording.recipe import Recipe
-from fewstep.recording.seen import Step, Stub
 
 # Below this relative difference two answers count as the same: a formula cannot be read off them.
 _SAME = 1e-4

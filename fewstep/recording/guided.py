@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.conditioning import Conditioning
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.recording.call_parts import equal, network_calls, same_conditioning, split_pieces, without_sample
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.experts import Expert, Visits, components_of
 from fewstep.recording.fit import fit_sample
 from fewstep.recording.formula import DEAF, FormulaFit, expert_guidance
 from fewstep.recording.invocation import SCALES, Invocation
+from fewstep.recording.observation import Step, Stub
 from fewstep.recording.observe import observe
-from fewstep.recording.pieces import equal, network_calls, same_conditioning, split_pieces, without_sample
 from fewstep.recording.recipe import Recipe
-from fewstep.recording.seen import Step, Stub
 from fewstep.recording.shake import shaken
 
 _STEPS = 4

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fewstep.recording.capture import capture, capture_changes, scrambled
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.observation import NetworkCall, Observation, Stop, Stub
 from fewstep.recording.scheduler_watch import feed_times, watch_scheduler
-from fewstep.recording.seen import NetworkCall, Observation, Stop, Stub
 
 
 def find_scheduler(pipeline: Any) -> str:

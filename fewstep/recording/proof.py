@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.conditioning import Conditioning, Leaf, mark, remark
-from fewstep.prediction import to_x0
+from fewstep.conditioning.conditioning import Conditioning, Leaf, mark, remark
+from fewstep.diffusion.prediction import to_x0
+from fewstep.diffusion.schedule import FlowSchedule, TableSchedule
+from fewstep.recording.call_parts import answers, network_calls, repeated, without_sample
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.guided import another_item
+from fewstep.recording.observation import NetworkCall, Observation, Step
 from fewstep.recording.observe import evaluating, observe
-from fewstep.recording.pieces import answers, network_calls, repeated, without_sample
 from fewstep.recording.proof_runs import STEPS, each, own_calls, own_conditioning, relative_error, run, times
-from fewstep.recording.seen import NetworkCall, Observation, Step
 from fewstep.recording.shake import shaken
-from fewstep.schedule import FlowSchedule, TableSchedule
 
 if TYPE_CHECKING:
     from fewstep.recording.recording import Recording

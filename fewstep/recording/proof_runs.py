@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fewstep.conditioning import Conditioning
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.recording.observation import Observation, Step
 from fewstep.recording.observe import observe
-from fewstep.recording.seen import Observation, Step
 
 if TYPE_CHECKING:
     from fewstep.recording.recording import Recording

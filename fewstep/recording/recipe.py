@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.conditioning import Conditioning
+from fewstep.conditioning.conditioning import Conditioning
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from fewstep.conditioning import Conditioning
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule, TableSchedule, from_scheduler
+from fewstep.recording.call_parts import mark_arguments, without_sample
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.experts import (
     Expert,
@@ -22,13 +24,11 @@ from fewstep.recording.few_step import refuse_few_step, refuse_fixed_grid
 from fewstep.recording.fit import fit_output, fit_sample, fit_times
 from fewstep.recording.guided import embedded_paths, record_guided, switch_off, unguided_step
 from fewstep.recording.invocation import Invocation, read_invocation
+from fewstep.recording.observation import Step, Stub
 from fewstep.recording.observe import find_scheduler, modules_of, observe
-from fewstep.recording.pieces import mark_arguments, without_sample
 from fewstep.recording.recipe import Recipe, TimeRule, dtype_name, network_dtype
 from fewstep.recording.recording import Recording
-from fewstep.recording.seen import Step, Stub
 from fewstep.recording.shake import shaken
-from fewstep.schedule import FlowSchedule, NoiseSchedule, TableSchedule, from_scheduler
 
 # Two step counts, because on an even grid one count cannot tell the time from the next time. The network runs in every
 # step of the short run and in a few of the long one, which shows many times, and some near 0, at no cost.

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.conditioning import Conditioning, remark
-from fewstep.intervals import TimeIntervals
+from fewstep.conditioning.conditioning import Conditioning, remark
+from fewstep.diffusion.intervals import TimeIntervals
+from fewstep.diffusion.schedule import NoiseSchedule
+from fewstep.recording.call_parts import mark_arguments, without_sample
 from fewstep.recording.codec import Codec, read_codec
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.experts import Expert, Visits, components_of, expert_at
 from fewstep.recording.guided import GuidanceReport, GuidedCall
 from fewstep.recording.invocation import Invocation
 from fewstep.recording.observe import evaluating, find_scheduler, observe
-from fewstep.recording.pieces import mark_arguments, without_sample
 from fewstep.recording.proof import Proof, prove
 from fewstep.recording.recipe import Recipe, dtype_name, network_dtype
-from fewstep.schedule import NoiseSchedule
 
 # Any count will do for a run that ends before the network's first call.
 CONDITION_STEPS = 4

@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fewstep.recording.capture import capture
-from fewstep.recording.seen import NetworkCall, Observation, Step, Stop
+from fewstep.recording.observation import NetworkCall, Observation, Step, Stop
 
 
 def watch_scheduler(

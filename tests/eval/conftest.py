@@ -10,8 +10,8 @@ from diffusers import LCMScheduler
 from toy_models import ToyExtractor, tiny_dit
 
 from fewstep.eval.features import Reference
-from fewstep.eval.frechet import feature_statistics
 from fewstep.eval.judge import Judge
+from fewstep.eval.metrics.frechet import feature_statistics
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from fewstep.errors import UserError
-from fewstep.eval import cells as cells_module
-from fewstep.eval.cell_results import Result, read_result, read_strip, state, why_stale, write_result
-from fewstep.eval.cells import Cell, Training, digest, read_plan
+from fewstep.eval.benchmark import cells as cells_module
+from fewstep.eval.benchmark.cell_results import Result, read_result, read_strip, state, why_stale, write_result
+from fewstep.eval.benchmark.cells import Cell, Training, digest, read_plan
 
 TRAINING = Training("dmd2", "dmd2", "fashion-sd", 4, settings={"gan_weight": 0.0, "max_steps": 2})
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cells import cell, result
 
 from fewstep.errors import UserError
-from fewstep.eval.cell_results import RESULTS, read_result, strip_path, why_stale, write_result
-from fewstep.eval.cells import Cell, Training, read_plan
-from fewstep.eval.comparison import compare, insert
+from fewstep.eval.benchmark.cell_results import RESULTS, read_result, strip_path, why_stale, write_result
+from fewstep.eval.benchmark.cells import Cell, Training, read_plan
+from fewstep.eval.benchmark.comparison import compare, insert
 from fewstep.eval.methods import publish, seeds_kept
+from tests.eval.test_cells import cell, result
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHARED = Training("shared", "sid", "fashion-flow", 4, at=(1, 4), gated=False)

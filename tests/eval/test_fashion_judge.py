@@ -5,9 +5,9 @@ import torch
 
 from fewstep import fashion
 from fewstep.eval.features import FashionExtractor, fashion_reference
-from fewstep.eval.frechet import feature_statistics
 from fewstep.eval.judge import Judge
-from fewstep.eval.metrics import agreement, frechet
+from fewstep.eval.metrics.agreement import agreement
+from fewstep.eval.metrics.frechet import feature_statistics, frechet
 from fewstep.fashion.files import manifest
 
 pytestmark = pytest.mark.skipif("floors" not in manifest(), reason="the embedded files are not built")

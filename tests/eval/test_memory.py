@@ -7,10 +7,10 @@ import tiny_pipelines
 import torch
 
 from fewstep.errors import UserError
-from fewstep.eval import memory
-from fewstep.eval.memory import COMPARED, SDXL, SIDES, compare_plans, compare_roles, estimate, measure, run
-from fewstep.eval.memory_shapes import SHAPES, Shape, unet
-from fewstep.hollow import fake_tensors, pretending
+from fewstep.eval.memory import __main__ as memory
+from fewstep.eval.memory.__main__ import COMPARED, SDXL, SIDES, compare_plans, compare_roles, estimate, measure, run
+from fewstep.eval.memory.shapes import SHAPES, Shape, unet
+from fewstep.programs.planning.weightless import fake_tensors, pretending
 
 AT_MOST = 0.35  # what LoRA roles may take of what full copies take
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

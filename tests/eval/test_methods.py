@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from fewstep.eval import methods
-from fewstep.eval.cell_results import read_result, read_strip
-from fewstep.eval.cell_runs import Stopwatch, fresh_pipeline, network_calls, train
-from fewstep.eval.cells import Cell, Plan, Training
+from fewstep.eval.benchmark.cell_results import read_result, read_strip
+from fewstep.eval.benchmark.cell_runs import Stopwatch, fresh_pipeline, network_calls, train
+from fewstep.eval.benchmark.cells import Cell, Plan, Training
 from fewstep.fashion import teacher_path
-from fewstep.monitor import Monitor
+from fewstep.training.monitor import Monitor
 
 SETTINGS = {"gan_weight": 0.0, "max_steps": 4, "batch_size": 2, "critic_updates": 2, "checkpointing_steps": 1}
 SETTINGS |= {"sample_steps": 0}
@@ -57,7 +57,7 @@ def test_a_stopped_training_goes_on_to_the_same_student(
 
 
 def test_a_finished_training_is_not_run_again(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewstep.eval.cell_runs.Distillation", None)
+    monkeypatch.setattr("fewstep.eval.benchmark.cell_runs.Distillation", None)
     work = undisturbed.parent.parent.parent
     assert train(TINY, 0, work)[0] == undisturbed
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from fewstep.eval.features import Reference, to_grey
-from fewstep.eval.frechet import feature_statistics, frechet_distance
-from fewstep.eval.metrics import agreement, diversity, frechet, manifold_radii, precision_recall, within_class_spread
+from fewstep.eval.metrics.agreement import agreement
+from fewstep.eval.metrics.diversity import diversity, within_class_spread
+from fewstep.eval.metrics.frechet import feature_statistics, frechet, frechet_distance
+from fewstep.eval.metrics.precision_recall import manifold_radii, precision_recall
 
 
 def reference(features: torch.Tensor, labels: torch.Tensor | None = None) -> Reference:

@@ -42,7 +42,7 @@ def test_manifest_states_licence_floors_and_measured_rows():
     for name, teacher in TEACHERS.items():
         table = manifest["teachers"][name]
         assert table["guidance_scale"] == teacher.guidance_scale
-        assert table["command"].startswith("python -m fewstep.fashion.build table")
+        assert table["command"].startswith("python -m fewstep.eval.fashion.build table")
         rows = {(row["steps"], row["guidance_scale"]): row for row in table["rows"] if not row["even_grid"]}
         shipped = rows[teacher.steps, teacher.guidance_scale]
         assert shipped["agreement"] > 0.9

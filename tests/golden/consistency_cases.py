@@ -10,9 +10,12 @@ from golden_file import GoldenFile
 from torch import Tensor
 from toy_network import toy_conditioning, toy_denoiser
 
-from fewstep.conditioning import Conditioning
-from fewstep.denoiser import NetworkDenoiser
-from fewstep.guidance import GuidedDenoiser
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.diffusion.discretization import EasyTimes, EvenTimes, Neighbours, SigmaRange
+from fewstep.diffusion.ode import solver_step
+from fewstep.diffusion.prediction import ode_step, x0_map
+from fewstep.diffusion.rollout import Sampler, rollout
+from fewstep.diffusion.schedule import Coefficients, EDMSchedule, FlowSchedule, NoiseSchedule
 from fewstep.losses.consistency import (
     DISTANCES,
     WEIGHTINGS,
@@ -27,11 +30,8 @@ from fewstep.losses.consistency import (
     shifted_edm_scalings,
     weight,
 )
-from fewstep.neighbours import EasyTimes, EvenTimes, Neighbours, SigmaRange
-from fewstep.ode import solver_step
-from fewstep.prediction import ode_step, x0_map
-from fewstep.rollout import Sampler, rollout
-from fewstep.schedule import Coefficients, EDMSchedule, FlowSchedule, NoiseSchedule
+from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.consistency import Boundary, Comparison, Consistency, ConsistencyConfig
 
 SOLVERS = {"none": "none", "euler": "euler", "ddim": "euler", "heun": "heun"}

@@ -6,12 +6,12 @@ from golden_file import GoldenFile
 from torch import Tensor
 from toy_network import toy_conditioning
 
-from fewstep.guidance import GuidedDenoiser, guide, rescale_last_axis, rescale_norm
+from fewstep.diffusion.prediction import add_noise
+from fewstep.diffusion.rollout import Sampler, rollout
+from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.losses.adversarial import discriminator_loss, generator_loss
 from fewstep.losses.score import denoising_loss, distribution_matching, native_weight
-from fewstep.prediction import add_noise
-from fewstep.rollout import Sampler, rollout
-from fewstep.schedule import NoiseSchedule
+from fewstep.networks.guidance import GuidedDenoiser, guide, rescale_last_axis, rescale_norm
 
 
 def generator_edm(golden: GoldenFile) -> None:

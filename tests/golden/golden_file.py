@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from toy_network import toy_conditioning, toy_denoiser
 
-from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule, from_scheduler
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule, from_scheduler
 
 
 class GoldenFile:

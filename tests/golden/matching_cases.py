@@ -4,9 +4,10 @@ import torch
 from golden_file import GoldenFile
 from toy_network import toy_conditioning
 
-from fewstep.denoiser import Denoiser
-from fewstep.divergence import DIVERGENCES, DivergenceWeight
-from fewstep.guidance import GuidedDenoiser
+from fewstep.diffusion.prediction import add_noise, from_x0, transition
+from fewstep.diffusion.rollout import Sampler, rollout
+from fewstep.diffusion.schedule import Coefficients, EDMSchedule, FlowSchedule, NoiseSchedule, TrigFlowSchedule
+from fewstep.losses.divergence import DIVERGENCES, DivergenceWeight
 from fewstep.losses.score import (
     denoising_loss,
     distribution_matching,
@@ -14,9 +15,8 @@ from fewstep.losses.score import (
     score_distillation,
     subinterval_target,
 )
-from fewstep.prediction import add_noise, from_x0, transition
-from fewstep.rollout import Sampler, rollout
-from fewstep.schedule import Coefficients, EDMSchedule, FlowSchedule, NoiseSchedule, TrigFlowSchedule
+from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.guidance import GuidedDenoiser
 
 
 def f_distill(golden: GoldenFile) -> None:

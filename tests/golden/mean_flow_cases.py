@@ -8,16 +8,16 @@ from golden_file import GoldenFile
 from torch import Tensor, nn
 from toy_network import ToyNetwork, ToyRecipe, toy_conditioning
 
-from fewstep.denoiser import NetworkDenoiser
-from fewstep.flow_map import FlowMapDenoiser, gap
-from fewstep.guidance import GuidedDenoiser
+from fewstep.diffusion.prediction import add_noise
+from fewstep.diffusion.rollout import Sampler
+from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.losses.mean_flow import mean_flow_target, weighted_loss
-from fewstep.method import Batch, Real
-from fewstep.prediction import add_noise
-from fewstep.roles import Role
-from fewstep.rollout import Sampler
-from fewstep.schedule import FlowSchedule
+from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.networks.flow_map import FlowMapDenoiser, gap
+from fewstep.networks.guidance import GuidedDenoiser
+from fewstep.networks.roles import Role
 from fewstep.trainers.mean_flow import Flow, MeanFlow, MeanFlowConfig
+from fewstep.training.method import Batch, Real
 
 SCHEDULE = FlowSchedule(timestep_scale=1.0)
 WEIGHTINGS = {

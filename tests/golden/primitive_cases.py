@@ -3,8 +3,8 @@
 from golden_file import GoldenFile
 from torch import Tensor
 
-from fewstep.prediction import convert
-from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TrigFlowSchedule
+from fewstep.diffusion.prediction import convert
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TrigFlowSchedule
 
 
 def prediction_conversions(golden: GoldenFile) -> None:

@@ -7,16 +7,16 @@ from golden_file import GoldenFile
 from torch import Tensor
 from toy_network import ToyNetwork, ToyRecipe, toy_conditioning
 
-from fewstep.conditioning import Conditioning
-from fewstep.denoiser import NetworkDenoiser
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.diffusion.ode import Walker
+from fewstep.diffusion.prediction import add_noise
+from fewstep.diffusion.rollout import Sampler
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
+from fewstep.diffusion.timesteps import even_grid, exponential_times, u_shaped_times, uniform_times
 from fewstep.losses.flow import velocity_error
-from fewstep.ode import Walker
-from fewstep.perceptual import PerceptualDistance
-from fewstep.prediction import add_noise
-from fewstep.roles import Role
-from fewstep.rollout import Sampler
-from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
-from fewstep.timesteps import even_grid, exponential_times, u_shaped_times, uniform_times
+from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.networks.perceptual import PerceptualDistance
+from fewstep.networks.roles import Role
 from fewstep.trainers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 
 

@@ -7,16 +7,16 @@ from golden_file import GoldenFile
 from torch import Tensor
 from toy_network import toy_conditioning
 
-from fewstep.denoiser import Denoiser
-from fewstep.guidance import GuidedDenoiser
+from fewstep.diffusion.noise_levels import NoiseLevels
+from fewstep.diffusion.prediction import add_noise
+from fewstep.diffusion.rollout import Sampler, rollout
+from fewstep.diffusion.schedule import NoiseSchedule
+from fewstep.diffusion.timesteps import even_grid
 from fewstep.losses.adversarial import clamped_cross_entropy, weighted_mean
 from fewstep.losses.score import denoising_loss
 from fewstep.losses.score_identity import score_identity, score_identity_weight
-from fewstep.noise_levels import NoiseLevels
-from fewstep.prediction import add_noise
-from fewstep.rollout import Sampler, rollout
-from fewstep.schedule import NoiseSchedule
-from fewstep.timesteps import even_grid
+from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.sid import critic_weight
 
 # --- SiD on EDM -------------------------------------------------------------------------------------------------------

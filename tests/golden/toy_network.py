@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from fewstep.conditioning import Conditioning, Leaf
-from fewstep.denoiser import NetworkDenoiser
-from fewstep.schedule import NoiseSchedule
+from fewstep.conditioning.conditioning import Conditioning, Leaf
+from fewstep.diffusion.schedule import NoiseSchedule
+from fewstep.networks.denoiser import NetworkDenoiser
 
 
 class ToyNetwork(nn.Module):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.prediction import add_noise, from_x0, to_x0
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 from fewstep.losses.flow import squared, velocity_error
-from fewstep.prediction import add_noise, from_x0, to_x0
-from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 
 TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.prediction import KINDS, add_noise, from_x0
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
+from fewstep.diffusion.timesteps import uniform_times
 from fewstep.losses.score import denoising_loss, distribution_matching, native_weight
-from fewstep.prediction import KINDS, add_noise, from_x0
-from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
-from fewstep.timesteps import uniform_times
 
 
 def triple(shape: tuple[int, ...] = (4, 3, 5, 5)) -> tuple[Tensor, Tensor, Tensor]:

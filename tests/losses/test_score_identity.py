@@ -7,9 +7,9 @@ import torch
 from numpy.polynomial.hermite_e import hermegauss
 from torch import Tensor
 
+from fewstep.diffusion.prediction import add_noise, from_x0
+from fewstep.diffusion.schedule import Coefficients, EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 from fewstep.losses.score_identity import WEIGHTINGS, score_identity, score_identity_weight
-from fewstep.prediction import add_noise, from_x0
-from fewstep.schedule import Coefficients, EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 
 
 def triple(shape: tuple[int, ...] = (4, 3, 5, 5)) -> tuple[Tensor, Tensor, Tensor]:

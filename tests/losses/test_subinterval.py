@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.prediction import KINDS, add_noise, from_x0, transition
+from fewstep.diffusion.schedule import Coefficients, EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 from fewstep.losses.score import subinterval_target, subinterval_weight
-from fewstep.prediction import KINDS, add_noise, from_x0, transition
-from fewstep.schedule import Coefficients, EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 
 MEANS, STD = torch.tensor([-2.0, 0.5, 1.5], dtype=torch.float64), 0.2
 TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_dmd2_mixture import MixtureTeacher, energy_distance, mixture_sample
 from torch import Tensor, nn
 from toys import Labels, make_loop, role, unconditional
 
-from fewstep.guidance import GuidedDenoiser
-from fewstep.method import Real
-from fewstep.neighbours import SigmaRange
-from fewstep.rollout import Sampler, rollout
-from fewstep.schedule import FlowSchedule
+from fewstep.diffusion.discretization import SigmaRange
+from fewstep.diffusion.rollout import Sampler, rollout
+from fewstep.diffusion.schedule import FlowSchedule
+from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.consistency import Consistency, ConsistencyConfig, make_boundary
+from fewstep.training.method import Real
+from tests.trainers.test_dmd2_mixture import MixtureTeacher, energy_distance, mixture_sample
 
 SCHEDULE = FlowSchedule()
 GRID = (1.0, 0.75, 0.5, 0.25)

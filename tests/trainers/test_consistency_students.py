@@ -13,11 +13,11 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from fewstep.cli import main
-from fewstep.distillation import Distillation, distill
+from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.errors import UserError
-from fewstep.methods import method_class
+from fewstep.programs.distillation import Distillation, distill
+from fewstep.programs.methods import method_class
 from fewstep.recording.shake import shaken
-from fewstep.rollout import Sampler, rollout
 
 TINY_RUN = {"max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True, "sample_steps": 0}
 FLOW_CALL = {"max_sequence_length": 8}

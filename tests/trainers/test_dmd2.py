@@ -10,16 +10,16 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 from toys import TABLE, Labels, TinyNetwork, every_kind_of_teacher, make_loop, role, roles_that_move, unconditional
 
-from fewstep.conditioning import Conditioning
-from fewstep.discriminator import make_head
-from fewstep.draws import Draws
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.rollout import Sampler
+from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule
 from fewstep.errors import UserError
-from fewstep.features import FeatureTap
-from fewstep.guidance import GuidedDenoiser
-from fewstep.method import Batch, Real
-from fewstep.rollout import Sampler
-from fewstep.schedule import FlowSchedule, NoiseSchedule
+from fewstep.networks.features import FeatureTap
+from fewstep.networks.guidance import GuidedDenoiser
+from fewstep.networks.heads import make_head
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
+from fewstep.training.method import Batch, Real
 
 GRID = (1.0, 0.75, 0.5, 0.25)
 

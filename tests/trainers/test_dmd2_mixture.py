@@ -7,9 +7,9 @@ import torch
 from mixture import MixtureTeacher, energy_distance, mixture_sample
 from toys import Labels, make_loop, role, unconditional
 
-from fewstep.guidance import GuidedDenoiser
-from fewstep.rollout import Sampler, rollout
-from fewstep.schedule import FlowSchedule
+from fewstep.diffusion.rollout import Sampler, rollout
+from fewstep.diffusion.schedule import FlowSchedule
+from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
 
 

@@ -7,23 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_dmd2 import GRID, TABLE, Pictures, config, gan_method
 from tiny_pipelines import tiny_ddim
 from torch import Tensor
 from toys import Labels, TinyNetwork, labels, make_loop, role
 
-from fewstep import checkpoint
-from fewstep.distillation import distill
-from fewstep.divergence import DIVERGENCES, DivergenceWeight
-from fewstep.draws import Draws
+from fewstep.critic.denoising import Renoiser
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.rollout import Sampler
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule
 from fewstep.errors import UserError
-from fewstep.guidance import GuidedDenoiser
+from fewstep.losses.divergence import DIVERGENCES, DivergenceWeight
 from fewstep.losses.score import decoupled_matching, distribution_matching
-from fewstep.method import Batch, Calls
-from fewstep.renoising import Renoiser
-from fewstep.rollout import Sampler
-from fewstep.schedule import EDMSchedule, FlowSchedule
+from fewstep.networks.guidance import GuidedDenoiser
+from fewstep.programs.distillation import distill
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
+from fewstep.training import checkpoint
+from fewstep.training.method import Batch, Calls
+from tests.trainers.test_dmd2 import GRID, TABLE, Pictures, config, gan_method
 
 SCHEDULES = {"table": (TABLE, "epsilon"), "flow": (FlowSchedule(), "flow"), "edm": (EDMSchedule(), "edm")}
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)

@@ -13,26 +13,26 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from test_phased_end_to_end import dense_wan
 from tiny_pipelines import WAN_CALL, tiny_ddim, tiny_dit, tiny_edm, tiny_flow, tiny_stable_diffusion, tiny_wan
 from torch import Tensor, nn
 from toys import TinyNetwork, labels, role
 
 import fewstep
-from fewstep.distillation import Distillation, distill
-from fewstep.draws import Draws
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.rollout import Sampler, rollout
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule
 from fewstep.errors import UserError
 from fewstep.eval.models import student_model
 from fewstep.export.own_code import is_own_code
-from fewstep.flow_map import FlowMapDenoiser, gap
-from fewstep.guidance import GuidedDenoiser
-from fewstep.ledger import Ledger, forward_passes
-from fewstep.method import Batch, Calls, Pairs, Real
+from fewstep.networks.flow_map import FlowMapDenoiser, gap
+from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.pipelines.flow_map import flow_times
+from fewstep.programs.distillation import Distillation, distill
+from fewstep.programs.planning.call_counts import Ledger, forward_passes
 from fewstep.recording.shake import shaken
-from fewstep.rollout import Sampler, rollout
-from fewstep.schedule import EDMSchedule, FlowSchedule, TableSchedule
 from fewstep.trainers.mean_flow import MeanFlow, MeanFlowConfig
+from fewstep.training.method import Batch, Calls, Pairs, Real
+from tests.end_to_end.test_phased import dense_wan
 
 TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
 SCHEDULES = {"flow": FlowSchedule(), "epsilon": TABLE, "edm": EDMSchedule()}

@@ -6,22 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 from mixture import MixtureTeacher, energy_distance, mixture_sample
-from test_dmd2 import TABLE
 from torch import Tensor
 from toys import Labels, TinyNetwork, make_loop, role, unconditional
 
-from fewstep import checkpoint
-from fewstep.draws import Draws
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.phases import make_phases
+from fewstep.diffusion.rollout import Sampler, rollout
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule
 from fewstep.errors import UserError
-from fewstep.guidance import GuidedDenoiser
-from fewstep.loop import sampling_role
-from fewstep.method import Batch, Renew, Turn
-from fewstep.phases import make_phases
-from fewstep.roles import Role
-from fewstep.rollout import Sampler, rollout
-from fewstep.routing import RoutedRole
-from fewstep.schedule import EDMSchedule, FlowSchedule
+from fewstep.networks.experts import RoutedRole
+from fewstep.networks.guidance import GuidedDenoiser
+from fewstep.networks.roles import Role
 from fewstep.trainers.phased_dmd import PhasedDmd, PhasedDmdConfig, critic_names
+from fewstep.training import checkpoint
+from fewstep.training.loop import sampling_role
+from fewstep.training.method import Batch, Renew, Turn
+from tests.trainers.test_dmd2 import TABLE
 
 GRID = (1.0, 0.75, 0.5, 0.25)
 KINDS = {

@@ -14,17 +14,17 @@ from tiny_pipelines import tiny_ddim, tiny_edm, tiny_flow, tiny_stable_diffusion
 from torch import Tensor, nn
 from toys import Labels, TinyNetwork, labels, make_loop, role
 
-from fewstep.distillation import Distillation, distill
-from fewstep.draws import Draws
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.prediction import add_noise
+from fewstep.diffusion.rollout import Sampler, rollout
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule
 from fewstep.errors import UserError
-from fewstep.method import Batch, Calls, Pairs
-from fewstep.perceptual import PerceptualDistance, images_of, lpips_of
-from fewstep.prediction import add_noise
+from fewstep.networks.perceptual import PerceptualDistance, images_of, lpips_of
+from fewstep.programs.distillation import Distillation, distill
 from fewstep.recording import record
 from fewstep.recording.shake import shaken
-from fewstep.rollout import Sampler, rollout
-from fewstep.schedule import EDMSchedule, FlowSchedule, TableSchedule
 from fewstep.trainers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
+from fewstep.training.method import Batch, Calls, Pairs
 
 TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
 SCHEDULES = {"flow": FlowSchedule(), "epsilon": TABLE, "edm": EDMSchedule()}
@@ -208,7 +208,7 @@ def test_a_lora_run_with_an_average_and_accumulation_resumes(prompts: str, tmp_p
 
 
 def test_a_run_that_is_stopped_while_it_makes_its_pairs_goes_on_with_them(tmp_path: Path, monkeypatch):
-    from fewstep import pairs
+    from fewstep.data import pairs
 
     made, write = [], pairs.Shards.write
 
@@ -292,7 +292,7 @@ def test_a_run_with_lpips_trains(lpips: None, tmp_path: Path):
 
 def test_without_the_package_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(UserError, match=r"pip install .fewstep.perceptual"):
+    with pytest.raises(UserError, match=r"pip install .fewstep.networks.perceptual"):
         distill(tiny_ddim(), "rectified_flow", out=str(tmp_path), **TINY, perceptual_weight=1.0)
 
 
@@ -322,7 +322,7 @@ def test_bad_settings_are_refused_in_one_line(settings: dict, said: str):
 
 
 def test_pairs_of_another_guidance_are_refused(tmp_path: Path, prompts: str):
-    from fewstep.pairing import make_pairs
+    from fewstep.programs.pairs import make_pairs
 
     pairs = make_pairs(
         tiny_stable_diffusion(),

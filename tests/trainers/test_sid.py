@@ -21,19 +21,19 @@ from toys import (
     unconditional,
 )
 
-from fewstep.conditioning import Conditioning
-from fewstep.critic_discriminator import CriticDiscriminator, pooled_logits
-from fewstep.draws import Draws
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.critic.discriminator import CriticDiscriminator, pooled_logits
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.prediction import add_noise
+from fewstep.diffusion.rollout import Sampler, rollout
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
 from fewstep.errors import UserError
-from fewstep.features import FeatureTap
-from fewstep.guidance import GuidedDenoiser
-from fewstep.ledger import Ledger, declared
 from fewstep.losses.score import native_weight
-from fewstep.method import Batch, Calls, Real, Turn
-from fewstep.prediction import add_noise
-from fewstep.rollout import Sampler, rollout
-from fewstep.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
+from fewstep.networks.features import FeatureTap
+from fewstep.networks.guidance import GuidedDenoiser
+from fewstep.programs.planning.call_counts import Ledger, declared
 from fewstep.trainers.sid import Sid, SidConfig, critic_weight
+from fewstep.training.method import Batch, Calls, Real, Turn
 
 GRID = (1.0, 0.75, 0.5, 0.25)
 ROLES = ("teacher", "student", "critic")

@@ -16,16 +16,16 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from fewstep.conditioning import Conditioning
-from fewstep.distillation import Distillation, distill
-from fewstep.draws import Draws
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.rollout import rollout
 from fewstep.errors import UserError
-from fewstep.images import to_uint8
-from fewstep.method import Batch
-from fewstep.methods import method_class
+from fewstep.programs.distillation import Distillation, distill
+from fewstep.programs.methods import method_class
 from fewstep.recording.shake import shaken
-from fewstep.rollout import rollout
 from fewstep.trainers.sid import Sid
+from fewstep.training.method import Batch
+from fewstep.training.pictures import to_uint8
 
 TINY_RUN = {"max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True, "sample_steps": 0}
 FLOW = {"call": {"max_sequence_length": 8}, "renoise": "fresh", "steps": 4}

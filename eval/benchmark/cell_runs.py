@@ -1,0 +1,199 @@
+"""One cell run: its training, which goes on where it was stopped, and the evaluation of its student."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.draws import Draws
+from fewstep.errors import UserError
+from fewstep.eval.benchmark.cell_results import Result
+from fewstep.eval.benchmark.cells import Cell, Training, digest
+from fewstep.eval.config import EvalConfig
+from fewstep.eval.features import FashionExtractor, fashion_reference
+from fewstep.eval.generate import DENOISER_NAMES, Conditions
+from fewstep.eval.judge import Judge
+from fewstep.eval.models import Model, student_model, teacher_model
+from fewstep.eval.report import write_atomically
+from fewstep.eval.rows import measure
+from fewstep.fashion import PROMPTS
+from fewstep.programs.distillation import Distillation
+from fewstep.programs.planning.dry_run import Rehearsal
+from fewstep.programs.planning.plan import Planner
+from fewstep.programs.planning.weightless import pretending
+from fewstep.teachers.loading import load_teacher
+from fewstep.version import __version__
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("fd_test", "agreement", "recall")
+#: Samples in a cell's strip: one of each class.
+COLUMNS = len(PROMPTS)
+
+
+class Runner:
+    """Runs cells; what several of them need is made once.
+
+    Args:
+        work: folder of the trainings.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self._judge: Judge | None = None
+
+    def run(self, cell: Cell) -> tuple[Result, Tensor]:
+        """Train where that is not done yet, then evaluate. Returns the numbers and the first samples.
+
+        Raises:
+            UserError: the recipe cannot be run, or its student not at this step count.
+        """
+        content = cell.content()
+        trained: dict[str, float] = {}
+        calls: dict[str, dict[str, float]] = {}
+        if cell.training is None:
+            model = teacher_model(cell.teacher)
+        else:
+            student, trained["training"] = train(cell.training, cell.seed, self.work)
+            calls = network_calls(cell.training, cell.seed)
+            model = student_model(student)
+        if reason := model.why_not(cell.steps):
+            raise UserError(f"{cell.name}: {reason}")
+        started = time.process_time()
+        row, images = self._evaluate(model, cell)
+        result = Result(
+            cell=cell.name,
+            seed=cell.seed,
+            num=cell.num,
+            nfe=row["nfe"],
+            metrics={name: row["metrics"][name] for name in METRICS},
+            seconds={name: round(s) for name, s in (trained | {"evaluation": time.process_time() - started}).items()},
+            calls=calls,
+            versions=versions(),
+            threads=torch.get_num_threads(),
+            content=content,
+            hash=digest(content),
+        )
+        return result, images
+
+    def _evaluate(self, model: Model, cell: Cell) -> tuple[dict, Tensor]:
+        config = EvalConfig(num=cell.num, metrics=METRICS, columns=COLUMNS)
+        if self._judge is None:
+            self._judge = Judge(FashionExtractor(config.torch_device), fashion_reference())
+        conditions = Conditions("prompt", tuple(PROMPTS), tuple(range(len(PROMPTS))))
+        pipeline = model.load(config.torch_device, torch.float32)
+        return measure(pipeline, model, conditions, cell.steps, config, self._judge)
+
+
+def train(training: Training, seed: int, work: Path) -> tuple[Path, float]:
+    """The student's folder, and the CPU seconds that its training took in all. A finished training is not run again.
+
+    Args:
+        training: of the list.
+        seed: of the run.
+        work: its folder lies there, under a name that says what the student depends on.
+    """
+    folder = work / f"{training.title}.seed{seed}.{digest(training.content())}"
+    out = folder / "run"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {work} cannot be written: {error.strerror}") from error
+    watch = Stopwatch(folder / "seconds.json", out)
+    if not watch.finished:
+        init = fresh_pipeline(training.teacher, seed, work) if training.scratch else None
+        config = training.config(seed, out, (out / "config.yaml").exists(), init)
+        logger.info("%s, seed %d: %d training steps", training.title, seed, config.max_steps)
+        with watch:
+            Distillation(config, training.method).run()
+    student = next((out / form for form in ("student", "student_lora") if (out / form).is_dir()), None)
+    if student is None:
+        raise UserError(f"{folder} was finished and has lost its student; remove it, and run make methods")
+    return student, watch.seconds
+
+
+def fresh_pipeline(teacher: str, seed: int, work: Path) -> Path:
+    """The folder of an embedded teacher whose denoiser has fresh weights instead of its own."""
+    folder = work / f"fresh_{teacher}.seed{seed}"
+    if folder.is_dir():
+        return folder
+    pipeline = load_teacher(teacher)
+    networks = {name: getattr(pipeline, name) for name in DENOISER_NAMES if hasattr(pipeline, name)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline.register_modules(**{name: type(net).from_config(net.config) for name, net in networks.items()})
+    partial_folder = folder.with_name(f"{folder.name}.part")
+    pipeline.save_pretrained(partial_folder)
+    partial_folder.rename(folder)
+    return folder
+
+
+class Stopwatch:
+    """CPU seconds of a work that may be interrupted, or killed, and goes on later.
+
+    With one thread they are those of a quiet machine, also where others share it. Of a process that was killed the wall
+    seconds count.
+
+    Args:
+        file: where they are kept.
+        work: folder whose newest file tells how long a killed process lived.
+    """
+
+    def __init__(self, file: Path, work: Path) -> None:
+        self.file, self.work = file, work
+        about = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.finished: bool = about.get("finished", False)
+        self.seconds: float = about.get("seconds", 0.0)
+        if about.get("since") is not None:  # nobody has stopped it
+            self.seconds += max(0.0, self._newest() - about["since"])
+
+    def __enter__(self) -> Stopwatch:
+        self._begun = time.process_time()
+        self._write(since=time.time())
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.seconds += time.process_time() - self._begun
+        self.finished = kind is None
+        self._write(finished=self.finished)
+
+    def _write(self, **about: object) -> None:
+        write_atomically(self.file, json.dumps({"seconds": self.seconds, **about}) + "\n")
+
+    def _newest(self) -> float:
+        return max((path.stat().st_mtime for path in self.work.rglob("*") if path.is_file()), default=0.0)
+
+
+def network_calls(training: Training, seed: int = 0) -> dict[str, dict[str, float]]:
+    """What a training costs by its method's declaration, which the ledger holds it to: calls in samples.
+
+    Pairs that a run makes of its teacher at the start are calls, too; previews and exports are not counted.
+    """
+    config = training.config(seed)
+    planner = Planner(config, training.method)
+    world = partial(pretending, planner.mode)
+    rehearsal = Rehearsal(config, training.method, planner.pipeline, planner.recording, "cpu", world)
+    method = rehearsal.prepare()
+    sums: dict[str, Counter[str]] = {}
+    for step in range(config.max_steps):
+        for name, calls in method.calls(step, rehearsal.batch(step, Draws)).items():
+            sums.setdefault(name, Counter()).update({k: v * config.batch_size for k, v in vars(calls).items() if v})
+    if pairs := rehearsal.pair_evaluations * (2 if rehearsal.guidance_scale != 1.0 else 1):
+        sums.setdefault("pairs", Counter())["no_grad"] += pairs
+    return {name: dict(calls) for name, calls in sums.items() if calls}
+
+
+def versions() -> dict[str, str]:
+    """Of all that computes, and the instructions that the CPU has for it."""
+    known = {"fewstep": __version__, "python": platform.python_version()}
+    known["cpu"] = torch.backends.cpu.get_cpu_capability()
+    return known | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "numpy")}

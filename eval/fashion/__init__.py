@@ -1,0 +1,1 @@
+"""How the embedded teachers and the metric were made: ``python -m fewstep.eval.fashion.build all``."""

@@ -1,0 +1,1 @@
+"""What training takes in memory, measured and beside its plan."""

@@ -1,0 +1,110 @@
+"""Samples that cannot form one batch: groups of equal shape, each called by itself, the answers put in order again.
+
+Some pipelines make the text as long as the prompt and pass no mask. Padding would then change what the network says of
+a prompt, so prompts of several lengths share a step of training, and not a call of the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fewstep.conditioning.conditioning import Conditioning
+
+#: The places (in 0..B-1) of a group's samples in the batch, and their conditioning.
+Group = tuple[tuple[int, ...], Conditioning]
+
+
+class RaggedConditioning:
+    """The conditioning of B samples in groups; in the place of a :class:`Conditioning` wherever samples are denoised.
+
+    Args:
+        groups: together their places are 0..B-1.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = tuple(groups)
+        places = [place for rows, _ in self.groups for place in rows]
+        self.batch_size = len(places)
+        if sorted(places) != list(range(self.batch_size)) or any(len(r) != c.batch_size for r, c in self.groups):
+            raise ValueError(f"the groups of a ragged conditioning hold every place once, not {places}")
+        self._order = [places.index(place) for place in range(self.batch_size)]
+
+    def __repr__(self) -> str:
+        return f"RaggedConditioning({', '.join(repr(part) for _, part in self.groups)})"
+
+    def select(self, index: Tensor | Sequence[int]) -> Conditioning | RaggedConditioning:
+        """The samples of `index` (B',), as :meth:`Conditioning.select`; one plain batch where their shapes agree."""
+        home = {row: (part, k) for rows, part in self.groups for k, row in enumerate(rows)}
+        positions = [int(i) for i in (index.tolist() if isinstance(index, Tensor) else index)]
+        if not positions or not set(positions) <= home.keys():
+            raise IndexError(f"select wants indices in 0..{self.batch_size - 1}, at least one; got {positions}")
+        return join([part.select([k]) for part, k in (home[position] for position in positions)])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RaggedConditioning:
+        """As :meth:`Conditioning.to`."""
+        return RaggedConditioning([(rows, part.to(device, dtype)) for rows, part in self.groups])
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> RaggedConditioning:
+        """As :meth:`Conditioning.map_tensors`."""
+        return RaggedConditioning([(rows, part.map_tensors(change)) for rows, part in self.groups])
+
+    def in_order(self, answers: Sequence[Tensor]) -> Tensor:
+        """The groups' answers (n, ...) as one tensor (B, ...), each sample at its place."""
+        return _rows(torch.cat(list(answers)), self._order)
+
+
+#: What a denoiser is told of B samples.
+AnyConditioning = Conditioning | RaggedConditioning
+
+
+def join(items: Sequence[AnyConditioning]) -> AnyConditioning:
+    """All samples of `items`, in order: one batch where they can form one, groups of equal shape elsewhere.
+
+    The groups stand in the order of their first samples, so the result depends on the items alone.
+    """
+    found: list[tuple[list[int], list[Conditioning]]] = []
+    done = 0
+    for item in items:
+        for rows, part in _groups(item):
+            home = next((group for group in found if Conditioning.compatible(group[1][0], part)), None)
+            if home is None:
+                home = ([], [])
+                found.append(home)
+            home[0].extend(row + done for row in rows)
+            home[1].append(part)
+        done += item.batch_size
+    if len(found) == 1 and found[0][0] == list(range(done)):
+        return Conditioning.cat(found[0][1])
+    return RaggedConditioning([(tuple(rows), Conditioning.cat(parts)) for rows, parts in found])
+
+
+def in_groups(
+    call: Callable[[Tensor, Tensor, Conditioning], Tensor], x_t: Tensor, t: Tensor, conditioning: AnyConditioning
+) -> Tensor:
+    """`call(x_t, t, conditioning)`, made once for each group where the conditioning is ragged; gradients pass through.
+
+    Args:
+        call: answers one batch of samples of equal shape with a tensor (n, ...).
+        x_t: (B, ...).
+        t: (B,).
+        conditioning: of B samples.
+
+    Raises:
+        ValueError: the conditioning is ragged, and of another number of samples.
+    """
+    if not isinstance(conditioning, RaggedConditioning):
+        return call(x_t, t, conditioning)
+    if len(x_t) != conditioning.batch_size:
+        raise ValueError(f"conditioning for {conditioning.batch_size} samples, x for {len(x_t)}; select() expands it")
+    return conditioning.in_order([call(_rows(x_t, r), _rows(t, r), part) for r, part in conditioning.groups])
+
+
+def _groups(item: AnyConditioning) -> Sequence[Group]:
+    return item.groups if isinstance(item, RaggedConditioning) else [(tuple(range(item.batch_size)), item)]
+
+
+def _rows(value: Tensor, rows: Sequence[int]) -> Tensor:
+    return value.index_select(0, torch.tensor(rows, device=value.device))

@@ -1,0 +1,1 @@
+"""Every group of settings that several commands or methods share, and how words become settings."""

@@ -1,0 +1,237 @@
+"""What every distillation run is told. Each method adds its own fields in ``trainers/<method>.py``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import PurePath
+from typing import Any
+
+from fewstep.config.checks import Settings
+from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule
+from fewstep.errors import UserError
+from fewstep.teachers.quantization import QUANTIZATIONS
+
+
+@dataclass(kw_only=True)
+class RunConfig(Settings):
+    """A run of any method.
+
+    Args:
+        teacher: folder or hub id of a diffusers pipeline, or an embedded teacher (fashion-sd, fashion-flow).
+        out: folder for the student, checkpoints, samples and logs.
+        steps: number of network calls the student makes per sample.
+        prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers.
+        classes: class labels such as 0-9 or 1,5,7, for class-conditional teachers.
+        cache: a folder of ``fewstep cache``, in the place of prompts or classes.
+        call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
+        guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own. A network
+            with embedded guidance is told this value instead, teacher and student alike.
+        negative_prompt: what guidance leads away from; default the pipeline's own.
+        data: real images: a folder with class sub-folders or a metadata.jsonl, a folder of idx files, or "fashion".
+        teacher_lora: the teacher is its pipeline with this LoRA: a safetensors file, a folder of one, or a hub id.
+        init: another run's folder (its last student, critics and heads) or a pipeline folder (student only).
+        lora_rank: rank of LoRA adapters for student and critic on the frozen teacher; 0 trains full copies instead.
+        lora_alpha: an adapter's product is scaled by alpha / rank; default the rank.
+        full_critic: with --lora_rank, the critic is a full copy all the same.
+        quantization: with --lora_rank, load the frozen network in fewer bits, by diffusers and the library that is
+            named: bitsandbytes_4bit (NF4), bitsandbytes_8bit, torchao_int8, quanto_int8 or quanto_int4.
+        merge: with --lora_rank, also write a whole pipeline with the adapter merged.
+        push_to_hub: hub repository (owner/name) that the exported student is uploaded to; with --merge that is the
+            whole pipeline, and the LoRA goes to the same name with -lora.
+        hub_private: make a new repository a private one.
+        max_steps: number of steps to train.
+        batch_size: samples per process and micro-batch.
+        gradient_accumulation_steps: micro-batches per update.
+        lr: learning rate of the student.
+        lr_warmup_steps: steps of linear warm-up.
+        adam_beta1: of AdamW, every role.
+        adam_beta2: of AdamW, every role.
+        adam_weight_decay: of AdamW, every role.
+        max_grad_norm: gradients are clipped to this norm, each role by itself; 0 turns clipping off.
+        ema_decay: decay of the student's average, which then is what is sampled and exported; 0 turns it off.
+        renoise: how the student moves between steps: fresh noise, ode, or auto for what its scheduler carries best.
+        shift: time shift of a flow student's grid; default the teacher's own.
+        first_timestep: the timestep of a table teacher's student at its first step (DMD2's one-step SDXL: 399).
+        first_sigma: the noise level of an EDM teacher's student at its first step (SiD: 2.5); default the top.
+        start: what a table teacher's student starts from: noise, or marginal for noise times the first step's sigma.
+        mixed_precision: no (float32) or bf16 (autocast, and a bfloat16 teacher).
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        checkpointing_steps: steps between checkpoints.
+        checkpoints_total_limit: how many checkpoints are kept.
+        log_steps: steps between lines in metrics.jsonl.
+        sample_steps: steps between sample grids; 0 turns them off.
+        report_to: trackers of accelerate, comma separated, or "auto" for TensorBoard where it is installed, or "none".
+        seed: of every random draw.
+        resume: go on from the last checkpoint in out.
+        cpu: train on the CPU even where there is a GPU.
+        trust_remote_code: let a pipeline run code from its own folder.
+    """
+
+    teacher: str
+    out: str
+    steps: int = 4
+    prompts: str | None = None
+    classes: str | None = None
+    cache: str | None = None
+    call: dict[str, Any] | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    data: str | None = None
+    teacher_lora: str | None = None
+    init: str | None = None
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    full_critic: bool = False
+    quantization: str | None = None
+    merge: bool = False
+    push_to_hub: str | None = None
+    hub_private: bool = False
+    max_steps: int = 1000
+    batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    lr: float = 1e-5
+    lr_warmup_steps: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 0.01
+    max_grad_norm: float = 10.0
+    ema_decay: float = 0.0
+    renoise: str = "auto"
+    shift: float | None = None
+    first_timestep: int | None = None
+    first_sigma: float | None = None
+    start: str = "noise"
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    log_steps: int = 10
+    sample_steps: int = 500
+    report_to: str = "auto"
+    seed: int = 0
+    resume: bool = False
+    cpu: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and "None" not in str(field.type):
+                raise UserError(f"--{field.name} must have a value, and it is null")
+            if isinstance(value, PurePath):
+                setattr(self, field.name, str(value))
+        self._refuse_below_one("steps", "max_steps", "batch_size", "gradient_accumulation_steps")
+        self._refuse_below_one("checkpointing_steps", "log_steps", "checkpoints_total_limit")
+        self._refuse_negative("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed")
+        self._refuse_negative("lora_rank")
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
+        if self.mixed_precision == "fp16":
+            raise UserError(
+                "--mixed_precision must be one of no, bf16, not 'fp16'; fp16 training is not offered, its scaling "
+                "cannot follow split backward passes"
+            )
+        self._refuse_unknown("mixed_precision", "no", "bf16")
+        self._refuse_unknown("renoise", "auto", "ode", "fresh")
+        if self.shift is not None and not self.shift > 0:
+            raise UserError(f"--shift must be positive, not {self.shift}")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise UserError(f"--lora_alpha must be positive, not {self.lora_alpha}")
+        for name in ("lora_alpha", "full_critic", "merge", "quantization"):
+            if getattr(self, name) and not self.lora_rank:
+                raise UserError(f"--{name} belongs to adapters: give --lora_rank, or leave it out")
+        self._check_quantization()
+        if self.push_to_hub is not None and not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]{1,90}", self.push_to_hub):
+            raise UserError(f"--push_to_hub takes owner/name, not {self.push_to_hub!r}")
+        if self.hub_private and self.push_to_hub is None:
+            raise UserError("--hub_private belongs to --push_to_hub: give a repository, or leave it out")
+        self._refuse_not_finite("guidance_scale")
+        if self.prompts is not None and self.classes is not None:
+            raise UserError("give --prompts or --classes, not both")
+        if self.cache is not None and (self.prompts is not None or self.classes is not None):
+            raise UserError("give --cache or --prompts and --classes, not both: a cache holds the prompts or labels")
+
+    def _check_quantization(self) -> None:
+        if self.quantization is None:
+            return
+        self._refuse_unknown("quantization", *QUANTIZATIONS)
+        if self.full_critic:
+            raise UserError("--full_critic is a copy to train, which --quantization has not; leave one of them out")
+        if self.teacher_lora is not None:
+            raise UserError("--teacher_lora cannot be fused into weights of --quantization; leave one of them out")
+
+    @property
+    def follows_max_steps(self) -> bool:
+        """Whether what a step teaches depends on ``max_steps``; a method's curriculum may say so."""
+        return False
+
+    @property
+    def tells_guidance(self) -> bool:
+        """Whether the student's network is told the guidance by an input of its own; a method may say so."""
+        return False
+
+
+@dataclass(kw_only=True)
+class CriticConfig(RunConfig):
+    """A run of a method whose critic follows the student.
+
+    Args:
+        critic_lr: learning rate of the critic; default that of the student.
+        critic_updates: critic updates for each student update (DMD2: 5 for SDXL and ImageNet, 10 for SD 1.5).
+    """
+
+    critic_lr: float | None = None
+    critic_updates: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_negative("critic_lr")
+        self._refuse_below_one("critic_updates")
+
+    def learning_rate(self, role: str) -> float:
+        """Of the student or a critic."""
+        return self.lr if role == "student" or self.critic_lr is None else self.critic_lr
+
+
+@dataclass(kw_only=True)
+class ScoreConfig(CriticConfig):
+    """A run of a method that compares critic and teacher on noised samples.
+
+    Args:
+        time_min: lowest time at which teacher and critic are compared (DMD2: 0.02).
+        time_max: highest time at which teacher and critic are compared (DMD2: 0.98).
+        time_shift: shift of those times for flow teachers; default that of the student's grid.
+        normalizer_min: lower bound of the distribution-matching normaliser (DMD2: none).
+    """
+
+    time_min: float = 0.02
+    time_max: float = 0.98
+    time_shift: float | None = None
+    normalizer_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_negative("normalizer_min")
+        if not 0 < self.time_min < self.time_max <= 1:
+            raise UserError(
+                f"--time_min and --time_max must satisfy 0 < min < max <= 1, not {self.time_min}, {self.time_max}"
+            )
+        if self.time_shift is not None and not self.time_shift > 0:
+            raise UserError(f"--time_shift must be positive, not {self.time_shift}")
+
+    def shift_of_times(self, schedule: NoiseSchedule, of_grid: float) -> float:
+        """The shift of the times at which teacher and critic are compared; ``of_grid``: that of the student's grid.
+
+        Raises:
+            UserError: one is given for a teacher that is no flow.
+        """
+        if not isinstance(schedule, FlowSchedule):
+            self._refuse_set("belongs to flow-matching teachers", "time_shift")
+        return of_grid if self.time_shift is None else self.time_shift
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """Every setting by name, in the order of the dataclass."""
+    return {field.name: getattr(config, field.name) for field in fields(config)}

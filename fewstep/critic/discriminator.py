@@ -1,0 +1,82 @@
+"""A discriminator without parameters of its own: means of the critic's features are its logits (SiDA; few-step SiD)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.config.run import RunConfig
+from fewstep.errors import UserError
+from fewstep.losses.adversarial import clamped_cross_entropy, weighted_mean
+from fewstep.networks.features import FeatureTap
+from fewstep.networks.roles import Role
+
+
+@dataclass(kw_only=True)
+class AdversarialConfig(RunConfig):
+    """Settings of a method whose critic may also be a discriminator.
+
+    Args:
+        adversarial: none, diffusion_gan (few-step SiD) or sida; needs --data.
+        gan_weight: weight of that term in the student's loss; default the papers', for means 1e-2 and 1e-4.
+        gan_critic_weight: weight of that term in the critic's loss; default the papers', 1 and 1 / a sample's elements.
+        gan_start_step: the step at which the student's term begins.
+    """
+
+    adversarial: str = "none"
+    gan_weight: float | None = None
+    gan_critic_weight: float | None = None
+    gan_start_step: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_unknown("adversarial", "none", "diffusion_gan", "sida")
+        names = ("gan_weight", "gan_critic_weight", "gan_start_step")
+        self._refuse_negative(*names)
+        if self.adversarial == "none":
+            self._refuse_set("belongs to --adversarial diffusion_gan or sida", *names, "data")
+        elif self.data is None:
+            raise UserError(f"--adversarial {self.adversarial} needs real images: give --data, or leave it out")
+
+
+class CriticDiscriminator:
+    """The critic, asked whether noised samples are real; its unguided features answer.
+
+    Args:
+        config: of the run.
+        critic: trained to tell the two apart beside its denoising.
+        tap: where its features are taken.
+        shape: of one sample.
+    """
+
+    def __init__(self, config: AdversarialConfig, critic: Role, tap: FeatureTap, shape: tuple[int, ...]) -> None:
+        self.critic, self.tap, self.start_step = critic, tap, config.gan_start_step or 0
+        #: SiDA averages over the batch before the samples' weights come in: micro-batches do not add up to their batch.
+        self.over_batch = config.adversarial == "sida"
+        # Both papers sum the main losses over a sample, and multiply the student's by 100. Of their adversarial losses
+        # all but that of SiDA's critic are multiplied by the elements of a sample, which is a sum as well.
+        student, critic_own = (0.01 / 100, 1 / math.prod(shape)) if self.over_batch else (1 / 100, 1.0)
+        self.student_weight = student if config.gan_weight is None else config.gan_weight
+        self.critic_weight = critic_own if config.gan_critic_weight is None else config.gan_critic_weight
+
+    def logits(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
+        """(B, n) logits for ``x_t`` (B, ...) at ``t`` (B,)."""
+        return pooled_logits(self.critic.denoiser.features(x_t, t, conditioning, self.tap))
+
+    def critic_loss(self, logits_real: Tensor, logits_fake: Tensor, weight: Tensor) -> Tensor:
+        """Half the cross entropies of real and fake; logits (B, n), ``weight``: (B,), which SiDA has. Returns ()."""
+        real, fake = clamped_cross_entropy(logits_real, real=True), clamped_cross_entropy(logits_fake, real=False)
+        each = (real + fake) / 2
+        return weighted_mean(each, weight, over_batch=True) if self.over_batch else each.mean()
+
+    def student_loss(self, logits_fake: Tensor, weight: Tensor) -> Tensor:
+        """The cross entropy of fake samples with the label "real"; logits (B, n), ``weight``: (B,). Returns ()."""
+        return weighted_mean(clamped_cross_entropy(logits_fake, real=True), weight, self.over_batch)
+
+
+def pooled_logits(features: Tensor) -> Tensor:
+    """Logits (B, n) from features: means of maps (B, C, H, W) or (B, C, F, H, W) over C, of tokens (B, N, C) over N."""
+    return features.mean(1).flatten(1)

@@ -1,0 +1,309 @@
+"""Conditioning on the disk: encoded once, each item alone, in shards that training reads row by row.
+
+A cache's folder holds ``shard_00000.safetensors`` and so on (:mod:`fewstep.conditioning.stacking`), the teacher's
+negative in ``negative.safetensors``, and ``index.json``: the teacher's fingerprint, the number of items, and the size
+and SHA-256 of every file. A shard is named in the index only when it is complete and on the disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Callable, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.stacking import Pack, from_json, one_of_each_kind, pack, to_json
+from fewstep.data.durable import file_sha256, json_sha256, write_durably
+from fewstep.data.fingerprint import fingerprint
+from fewstep.errors import UserError
+from fewstep.recording import Recording
+from fewstep.teachers.quantization import is_quantized
+
+FORMAT = "fewstep-cache-2"
+INDEX = "index.json"
+_NEGATIVE = "negative.safetensors"
+_CLOSE = 1e-2  # relative; another text is off by its own size
+_CLOSE_IN_HALF = 5e-2  # between encoders in bfloat16 and in float32
+_OPEN_SHARDS = 64  # at a time; each is a file and its table of contents, not its content
+
+
+class ConditionCache:
+    """The items of a complete cache, by their number; a :class:`Sequence` of conditionings of one sample.
+
+    Args:
+        folder: that :func:`fewstep.cache` wrote.
+        progress: show how far the check of its files is, where that takes a while.
+
+    Raises:
+        UserError: there is no cache, it is of another version, not complete, or damaged.
+    """
+
+    def __init__(self, folder: str | Path, *, progress: bool = False) -> None:
+        self.folder = Path(folder)
+        self.index = read_index(self.folder)
+        if self.index is None:
+            raise UserError(f"--cache {folder} holds no cache; make one with fewstep cache --out {folder}")
+        if sum(shard["items"] for shard in self.index["shards"]) < self.index["items"]:
+            raise UserError(f"the cache {folder} is not complete; go on with it by fewstep cache ... --resume")
+        negative = [self.index["negative"]] if self.index["negative"] else []
+        for entry in tqdm([*negative, *self.index["shards"]], desc="check the cache", delay=2, disable=not progress):
+            if not intact(self.folder, entry):
+                raise UserError(_damaged(self.folder, entry["file"]))
+        self._shard = functools.lru_cache(_OPEN_SHARDS)(self._read)
+        self._dtypes: dict[torch.dtype, torch.dtype] = {}
+
+    def __len__(self) -> int:
+        return self.index["items"]
+
+    def __getitem__(self, number: int) -> Conditioning:
+        shard, place = divmod(number, self.index["shard_size"])
+        return self._as_encoded(self._shard(shard)[0][place])
+
+    @property
+    def kind(self) -> str:
+        """ "prompt" or "label"."""
+        return self.index["kind"]
+
+    def items(self) -> list[str] | list[int]:
+        """The prompts or labels, in order."""
+        return [item for shard in range(len(self.index["shards"])) for item in self._shard(shard)[1]]
+
+    def negative(self) -> Conditioning | None:
+        """The teacher's negative; None where it has no classifier-free guidance."""
+        negative = self.index["negative"]
+        return self._as_encoded(self._open(negative["file"])[0][0]) if negative else None
+
+    def kinds(self) -> list[int]:
+        """The number of one item of each structure and shape."""
+        shards = range(len(self.index["shards"]))
+        return one_of_each_kind((self._shard(shard)[0] for shard in shards), self.index["shard_size"])
+
+    def check(self, recording: Recording, teacher: str, fused: bool = False) -> None:
+        """Refuse another teacher, and one that encodes otherwise by now, as another version of diffusers may.
+
+        Args:
+            recording: of the teacher.
+            teacher: its name.
+            fused: a LoRA was fused into it: of a cache of its base, what encodes must still be the same.
+
+        Raises:
+            UserError: a part that decides the conditioning differs, and is named; or the first item is another one.
+        """
+        # What a quantised or a changed denoiser was before cannot be seen, and it encodes nothing.
+        unseen = {name for name, network in recording.networks.items() if fused or is_quantized(network)}
+        refuse_other_teacher(self.folder, self.index, fingerprint(recording), teacher, unseen)
+        (now,) = recording.condition_each(**{f"{self.kind}s": self._shard(0)[1][:1]})
+        if not _close(now, self[0]):
+            raise UserError(f"{teacher} encodes otherwise than when the cache {self.folder} was made; make it again")
+        pairs = {(a.dtype, b.dtype) for a, b in zip(_tensors(self[0]), _tensors(now)) if a.is_floating_point()}
+        own = [cached for cached, _ in pairs]
+        self._dtypes = {cached: dtype for cached, dtype in pairs if own.count(cached) == 1}
+
+    def _as_encoded(self, item: Conditioning) -> Conditioning:
+        """In the dtypes in which the checked teacher encodes."""
+        return item.map_tensors(lambda tensor: tensor.to(self._dtypes.get(tensor.dtype, tensor.dtype)))
+
+    def _read(self, shard: int) -> tuple[Pack, list[Any]]:
+        return self._open(self.index["shards"][shard]["file"])
+
+    def _open(self, name: str) -> tuple[Pack, list[Any]]:
+        path = self.folder / name
+        try:
+            # Memory-mapped: a row that is asked for is read, and nothing else.
+            file = safe_open(str(path), framework="pt")
+            content = json.loads(file.metadata()[FORMAT])
+            groups, items = from_json(content["groups"]), content["items"]
+            return Pack(groups, file.get_tensor, lambda name, row: file.get_slice(name)[row : row + 1][0]), items
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(_damaged(self.folder, path.name)) from error
+
+
+class CacheWriter:
+    """Writes a cache, shard after shard; killed at any moment, it goes on where it was.
+
+    Args:
+        folder: of the cache.
+        recording: of the teacher.
+        teacher: its name, for people.
+        items: all prompts or all labels.
+        shard_size: items in one shard.
+        resume: go on with what is there.
+
+    Raises:
+        UserError: the folder is in use, or holds a cache of something else.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        recording: Recording,
+        teacher: str,
+        items: Sequence[Any],
+        shard_size: int,
+        resume: bool,
+    ) -> None:
+        self.folder, self.items, self.size = Path(folder), list(items), shard_size
+        digests = fingerprint(recording)
+        wanted = {
+            "format": FORMAT,
+            "kind": recording.conditional,
+            "items": len(self.items),
+            "items_sha256": json_sha256(self.items),
+            "shard_size": shard_size,
+        }
+        found = read_index(self.folder)
+        if found is None:
+            _make(self.folder)
+            self.index = {**wanted, "teacher": teacher, "fingerprint": digests, "negative": None, "shards": []}
+        elif not resume:
+            raise UserError(f"--out {folder} already holds a cache; add --resume to go on with it, or choose another")
+        else:
+            refuse_other_teacher(self.folder, found, digests, teacher)
+            if changed := [name for name in wanted if found[name] != wanted[name]]:
+                names = ", ".join(
+                    "--shard_size" if name == "shard_size" else "the prompts or classes" for name in changed
+                )
+                raise UserError(f"--resume: {names} differ from those of {folder}; choose another --out")
+            self.index = found
+            # From the first damaged shard on, they are written again.
+            whole = itertools.takewhile(functools.partial(intact, self.folder), found["shards"])
+            self.index["shards"] = list(whole)
+        negative = recording.negative()
+        if negative is not None:
+            self.index["negative"] = self._write_pack(_NEGATIVE, [negative], [])
+        self._save_index()
+
+    @property
+    def missing(self) -> range:
+        """The numbers of the shards that are still to be written."""
+        return range(len(self.index["shards"]), -(-len(self.items) // self.size))
+
+    def of(self, shard: int) -> list[Any]:
+        """The prompts or labels of one shard."""
+        return self.items[shard * self.size : (shard + 1) * self.size]
+
+    def add(self, encoded: Sequence[Conditioning]) -> None:
+        """Write the next shard.
+
+        Raises:
+            UserError: the disk is full or does not take it; what was written before is untouched.
+        """
+        number = len(self.index["shards"])
+        items = self.of(number)
+        entry = self._write_pack(f"shard_{number:05d}.safetensors", encoded, items)
+        self.index["shards"].append({**entry, "items": len(items)})
+        self._save_index()
+
+    def _write_pack(self, name: str, encoded: Sequence[Conditioning], items: list[Any]) -> dict[str, Any]:
+        groups, tensors = pack(encoded)
+        # One entry: safetensors writes several in an order of its own, and the same items shall be the same bytes.
+        metadata = {FORMAT: json.dumps({"groups": to_json(groups), "items": items})}
+        return self._write(name, lambda path: save_file(tensors, path, metadata))
+
+    def _write(self, name: str, save: Callable[[Path], None]) -> dict[str, Any]:
+        """A file, complete or absent, and on the disk before anything names it."""
+        path = self.folder / name
+        try:
+            write_durably(path, save)
+            size, digest = path.stat().st_size, file_sha256(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} could not be written ({error}); make room on the disk, then --resume") from error
+        return {"file": name, "bytes": size, "sha256": digest}
+
+    def _save_index(self) -> None:
+        text = json.dumps({**self.index, "sha256": json_sha256(self.index)}, indent=1, ensure_ascii=False)
+        self._write(INDEX, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """The index of a cache; None where the folder holds none.
+
+    Raises:
+        UserError: it is damaged, or of another version.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        known, digest = index["format"] == FORMAT, index.pop("sha256", None)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(_damaged(folder, INDEX)) from error
+    if not known:
+        theirs = index["format"]
+        raise UserError(
+            f"the cache {folder} is of another version of fewstep ({theirs!r}, not {FORMAT!r}); make it again"
+        )
+    if digest != json_sha256(index):
+        raise UserError(_damaged(folder, INDEX))
+    return index
+
+
+def intact(folder: Path, entry: dict[str, Any]) -> bool:
+    """Whether a file of a cache is what was written."""
+    path = folder / entry["file"]
+    try:
+        return path.stat().st_size == entry["bytes"] and file_sha256(path) == entry["sha256"]
+    except OSError:
+        return False
+
+
+def refuse_other_teacher(
+    folder: Path, index: dict[str, Any], mine: dict[str, str], teacher: str, unseen: Set[str] = frozenset()
+) -> None:
+    """Raises :class:`UserError` where a cache's fingerprint is not ``mine``; the parts that differ are named.
+
+    Parts that are ``unseen`` are not compared.
+    """
+    theirs = index["fingerprint"]
+    names = (theirs.keys() | mine.keys()) - unseen
+    if parts := sorted(name for name in names if theirs.get(name) != mine.get(name)):
+        what = "with another --call" if parts == ["call"] else f"of another teacher ({index['teacher']})"
+        raise UserError(
+            f"the cache {folder} was made {what}: its {', '.join(parts)} differs from that of {teacher}; "
+            f"make one with fewstep cache --teacher {teacher}"
+        )
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # What a kill before the first index left behind is ours.
+        others = [path for path in folder.iterdir() if not (path.name.startswith(".") or path.name == _NEGATIVE)]
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be made: {error.strerror}") from error
+    if others:
+        raise UserError(f"--out {folder} is not empty and holds no cache; choose another folder")
+
+
+def _close(a: Conditioning, b: Conditioning) -> bool:
+    """Whether two encodings agree as closely as those of two machines do."""
+    tensors = _tensors(a), _tensors(b)
+    return len(tensors[0]) == len(tensors[1]) and all(
+        one.shape == other.shape and bool(((one - other).abs() <= _closeness(one, other) * one.abs().max()).all())
+        if one.is_floating_point()
+        else torch.equal(one, other)
+        for one, other in zip(*tensors)
+    )
+
+
+def _closeness(one: Tensor, other: Tensor) -> float:
+    return _CLOSE if one.dtype == other.dtype else _CLOSE_IN_HALF
+
+
+def _tensors(item: Conditioning) -> list[Tensor]:
+    found: list[Tensor] = []
+    item.map_tensors(lambda tensor: found.append(tensor.cpu()) or tensor)
+    return found
+
+
+def _damaged(folder: Path, name: str) -> str:
+    return f"the cache {folder} is damaged: {name} is not what was written; make the cache again"

@@ -1,0 +1,188 @@
+"""What a run generates for: prompts or class labels, encoded once or read from a cache, in a keyed order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.ragged import AnyConditioning, RaggedConditioning, join
+from fewstep.conditioning.stacking import Pack, in_memory, one_of_each_kind
+from fewstep.data.condition_cache import ConditionCache
+from fewstep.data.padding import Padding, find_padding
+from fewstep.diffusion.draws import keyed_order
+from fewstep.errors import UserError
+from fewstep.recording import Recording
+
+_MOST_CLASSES = 10**6  # a longer range is a slip of the keyboard, and its list would fill the memory
+_LOOKED_AT = 64  # items, each of a shape of its own, that decide whether padding serves
+_PACKED = 1000  # items that are encoded before they are stacked
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The non-empty lines of a UTF-8 file.
+
+    Raises:
+        UserError: the file is missing, not UTF-8, or holds no prompt.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except OSError as error:
+        raise UserError(f"cannot read --prompts {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {path} is not UTF-8 text") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UserError(f"--prompts {path} holds no prompt; write one on each line")
+    return prompts
+
+
+def read_classes(text: str) -> list[int]:
+    """Labels from ``0-9`` or ``1,5,7-8``.
+
+    Raises:
+        UserError: it is neither.
+    """
+    labels: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdecimal() or (dash and not high.isdecimal()) or int(high or low) < int(low):
+            raise UserError(f"--classes takes labels such as 0-9 or 1,5,7, not {text!r}")
+        if int(high or low) - int(low) >= _MOST_CLASSES:
+            raise UserError(f"--classes {text} are more than {_MOST_CLASSES:,} labels")
+        labels += range(int(low), int(high or low) + 1)
+    return labels
+
+
+def check_items(recording: Recording, prompts: Sequence[str] | None, labels: Sequence[int] | None) -> list[Any] | None:
+    """The prompts or labels, of the kind that the teacher takes; None for an unconditional teacher.
+
+    Raises:
+        UserError: the teacher asks for conditions of the other kind, or for any at all, or does not know a label.
+    """
+    kind = recording.conditional
+    given = "prompt" if prompts is not None else "label" if labels is not None else None
+    refuse_other_kind(kind, given)
+    if kind is None:
+        return None
+    if kind == "label":
+        # Beyond its table a network stops in the middle of a run, on a GPU with the whole process.
+        count = recording.label_count()
+        if beyond := [label for label in labels if label < 0 or (count is not None and label >= count)]:
+            known = "at least 0" if count is None else f"in 0..{count - 1}"
+            raise UserError(f"this teacher's class labels are {known}, and {beyond[0]} is not")
+    return list(prompts if kind == "prompt" else labels)
+
+
+def refuse_other_kind(kind: str | None, given: str | None) -> None:
+    """Raises :class:`UserError` where conditions of another kind are given than a teacher takes."""
+    if kind != given:
+        wanted = {"prompt": "--prompts FILE", "label": "--classes 0-9", None: "neither --prompts nor --classes"}
+        raise UserError(f"this teacher is conditioned on {kind or 'nothing'}: it takes {wanted[kind]}")
+
+
+def encode_each(recording: Recording, items: Sequence[Any], bar: tqdm | None = None) -> Iterator[Conditioning]:
+    """The conditioning of each prompt or label, encoded alone, on the CPU; the bar moves with them."""
+    for item in items:
+        (encoded,) = recording.condition_each(**{f"{recording.conditional}s": [item]})
+        yield encoded.to("cpu")
+        if bar is not None:
+            bar.update()
+
+
+def encoding_bar(recording: Recording, count: int, *, done: int = 0, disable: bool = False) -> tqdm:
+    """The progress bar of encoding; short work shows none."""
+    return tqdm(total=count, initial=done, desc="encode", unit=recording.conditional, delay=2, disable=disable)
+
+
+class Conditions:
+    """The conditions of a run, and the keyed order in which they are used.
+
+    They are encoded once, each alone, as users sample, and kept in this machine's memory; or they stay on the disk, in
+    a cache, and each batch reads what it needs. Items of several shapes are padded where the network has a mask and
+    padding is proven harmless, and form a ragged batch elsewhere: each sample is conditioned as if it were alone.
+
+    Args:
+        recording: of the teacher.
+        prompts: for a text-conditioned teacher.
+        labels: for a class-conditional one.
+        device: where batches are put.
+        cache: of this teacher, in the place of prompts and labels.
+        progress: show how far encoding is.
+
+    Raises:
+        UserError: the teacher asks for conditions of the other kind, or for any at all, or does not know a label.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        prompts: Sequence[str] | None = None,
+        labels: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        cache: ConditionCache | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.kind = recording.conditional
+        self._device = device
+        self._items: list[Any] | None = None
+        self._rows: dict[Any, int] | None = None
+        self._cache = cache
+        self._packs: list[Pack] = []
+        if cache is not None:
+            refuse_other_kind(self.kind, cache.kind)
+            self.count, kinds = len(cache), cache.kinds()
+        elif (items := check_items(recording, prompts, labels)) is not None:
+            self._items = items
+            with encoding_bar(recording, len(items), disable=not progress) as bar:
+                for first in range(0, len(items), _PACKED):
+                    some = encode_each(recording, items[first : first + _PACKED], bar)
+                    self._packs.append(in_memory(list(some)))
+            self.count, kinds = len(items), one_of_each_kind(self._packs, _PACKED)
+        else:
+            self._unconditional = recording.condition().to("cpu")
+            self.count, kinds = 1, []
+        self.padding: Padding | None = None
+        self.note = ""
+        if len(kinds) > 1:
+            some = {self.items()[row]: self._item(row) for row in kinds[:: -(-len(kinds) // _LOOKED_AT)]}
+            self.padding = find_padding(recording, some)
+            if self.padding is not None:
+                self.note = f"{self.kind}s of several lengths are padded; the mask was proven to hide that"
+            elif isinstance(join(list(some.values())), RaggedConditioning):
+                self.note = f"{self.kind}s of several lengths: each batch is called in groups of equal length"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def items(self) -> list[Any]:
+        """The prompts or labels in order; none for an unconditional teacher."""
+        if self._items is None:
+            self._items = self._cache.items() if self._cache is not None else []
+        return self._items
+
+    def rows(self, items: Sequence[Any]) -> list[int] | None:
+        """The numbers of these prompts or labels among the conditions; None where one of them is not there."""
+        if self._rows is None:
+            self._rows = {item: row for row, item in reversed(list(enumerate(self.items())))}
+        found = [self._rows.get(item) for item in items]
+        return None if None in found else found
+
+    def select(self, rows: Sequence[int]) -> AnyConditioning:
+        """The conditioning of these items, on the device."""
+        items = [self._item(row) for row in rows]
+        return join(self.padding.padded(items) if self.padding is not None else items).to(device=self._device)
+
+    def batch(self, seed: int, positions: Sequence[int], stream: str = "conditions") -> AnyConditioning:
+        """The conditioning at these places of the run's endless, keyed stream."""
+        return self.select([keyed_order(seed, stream, len(self), position) for position in positions])
+
+    def _item(self, row: int) -> Conditioning:
+        if self._cache is not None:
+            return self._cache[row]
+        return self._packs[row // _PACKED][row % _PACKED] if self._packs else self._unconditional

@@ -1,0 +1,256 @@
+"""Pairs of noise and sample on the disk: both ends of a teacher's ODE, made once and read by any number of runs.
+
+A folder of pairs is one of :mod:`fewstep.data.shards`: row i holds ``x0`` and ``item``, the number of the prompt or
+label that it was made for. Its noise is not stored, but drawn again from (seed, i). Where the ODE was followed up from
+real images, ``noise`` is stored too, because no seed gives it.
+
+A batch is a run of rows inside one shard, whoever makes it, so the pairs do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.data.conditions import Conditions
+from fewstep.data.durable import json_sha256
+from fewstep.data.fingerprint import SAMPLED, call_digest, part_digest
+from fewstep.data.images import RealSamples
+from fewstep.data.shards import Shards
+from fewstep.diffusion.draws import Draws, keyed_generator, keyed_order
+from fewstep.diffusion.ode import Walker, inversion_times, teacher_times
+from fewstep.diffusion.prediction import add_noise
+from fewstep.errors import UserError
+from fewstep.networks.denoiser import Denoiser
+from fewstep.recording import Recording
+from fewstep.recording.observe import find_decoder, find_scheduler
+from fewstep.training.method import Pairs
+
+FORMAT = "fewstep-pairs-3"
+MAKER = "fewstep pairs"
+_STEP = -3  # no step of a training run, and none of the draws that are made before one
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """How pairs are made.
+
+    Attributes:
+        num: how many.
+        steps: of the teacher's ODE.
+        solver: of :data:`fewstep.diffusion.ode.SOLVERS`.
+        shift: of a flow teacher's time grid, else 1.
+        guidance_scale: that the denoiser is under, a list where it changes with the time; for the record.
+        seed: of the noise.
+        batch_size: samples in one call; part of the result, which follows it by rounding errors.
+        shard_size: rows of a file, which is also what is lost when a process is killed.
+        dtype: of the stored x0: float32, float16 or bfloat16.
+        mixed_precision: of the teacher: no or bf16; for the record.
+    """
+
+    num: int
+    steps: int = 25
+    solver: str = "euler"
+    shift: float = 1.0
+    guidance_scale: float | list[float] = 1.0
+    seed: int = 0
+    batch_size: int = 16
+    shard_size: int = 256
+    dtype: str = "float32"
+    mixed_precision: str = "no"
+
+
+class PairMaker:
+    """Makes a folder of pairs, alone or with other processes.
+
+    Args:
+        folder: of the pairs.
+        recording: of the teacher.
+        identity: its :func:`teacher_digest`, taken before adapters were put into its network.
+        denoiser: the teacher, under guidance where it is to be.
+        conditions: what to generate for; every item is used as often as any other, in a keyed order.
+        settings: how.
+        device: where the network is.
+        real: real samples, from which the ODE is followed to their noise instead.
+        resume: go on with what is there.
+
+    Raises:
+        UserError: the folder is in use or holds other pairs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recording: Recording,
+        identity: dict[str, str],
+        denoiser: Denoiser,
+        conditions: Conditions,
+        settings: PairSettings,
+        device: torch.device | str,
+        real: RealSamples | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.conditions, self.settings, self.device, self.real = conditions, settings, device, real
+        self.schedule, self.shape = recording.schedule, recording.sample_shape
+        self.walker = Walker(denoiser, self.schedule, settings.solver)
+        self.rows = real.rows_among(conditions) if real is not None else None
+        about = {
+            "format": FORMAT,
+            "source": "noise" if real is None else "images",
+            "teacher": identity,
+            "conditions": conditions_digest(conditions),
+            "shape": list(self.shape),
+            **vars(settings),
+        }
+        self.shards = Shards.begin(folder, about, MAKER, resume=resume)
+
+    def run(self, rank: int = 0, world: int = 1, on_rows: Callable[[int], object] = lambda count: None) -> None:
+        """Make this process's shards, every ``world``-th; what is whole already is left as it is.
+
+        Args:
+            rank: of this process, from 0.
+            world: how many processes share the work.
+            on_rows: called with the number of rows whenever some are done.
+
+        Raises:
+            UserError: the disk is full; complete shards are untouched.
+        """
+        for number in self.shards.numbers[rank::world]:
+            rows = self.shards.rows(number)
+            if self.shards.is_whole(number):
+                on_rows(len(rows))
+                continue
+            parts: list[dict[str, Tensor]] = []
+            for first in range(rows.start, rows.stop, self.settings.batch_size):
+                batch = range(first, min(first + self.settings.batch_size, rows.stop))
+                parts.append(self.pairs(batch))
+                on_rows(len(batch))
+            self.shards.write(number, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    @torch.no_grad()
+    def pairs(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """What is stored of these pairs: ``x0``, ``item``, and ``noise`` of real samples; on the CPU."""
+        settings, dtype = self.settings, getattr(torch, self.settings.dtype)
+        noise = pair_noise(settings.seed, indices, self.shape, self.device)
+        if self.real is None:
+            items = [keyed_order(settings.seed, "pairs", len(self.conditions), index) for index in indices]
+            times = teacher_times(self.schedule, settings.steps, settings.shift)
+            x0 = self.walker.to_data(self.schedule.initial_scale() * noise, times, self.conditions.select(items))
+            return {"x0": x0.to("cpu", dtype), "item": torch.tensor(items)}
+        # Folders are sorted by class: the first images would be those of a few.
+        images = [keyed_order(settings.seed, "images", len(self.real.images), index) for index in indices]
+        items = [self.rows[image] for image in images]
+        x0 = self.real.x0(images)
+        times = inversion_times(self.schedule, settings.steps, settings.shift)
+        # A little noise to begin with: of a clean sample no network can say where it came from.
+        cleanest = torch.full((len(indices),), times[0], dtype=torch.float64, device=x0.device)
+        x_t = add_noise(x0, noise, self.schedule.coefficients(cleanest))
+        x_t = self.walker.to_noise(x_t, times, self.conditions.select(items))
+        noise = x_t / self.schedule.initial_scale()
+        return {"x0": x0.to("cpu", dtype), "item": torch.tensor(items), "noise": noise.float().cpu()}
+
+
+class StoredPairs:
+    """A complete folder of pairs of a certain teacher.
+
+    Args:
+        folder: that ``fewstep pairs`` made.
+        identity: the teacher's :func:`teacher_digest`.
+        conditions: the run's; the pairs' items count in them.
+
+    Raises:
+        UserError: there are none, they are of another teacher or for other conditions, not complete, or damaged.
+    """
+
+    def __init__(self, folder: str | Path, identity: dict[str, str], conditions: Conditions) -> None:
+        self.shards = Shards.find(Path(folder), FORMAT, MAKER)
+        self.about = self.shards.about
+        for name, mine in (("teacher", identity), ("conditions", conditions_digest(conditions))):
+            theirs = self.about[name]
+            differing = sorted(p for p in mine.keys() | theirs.keys() if mine.get(p) != theirs.get(p))
+            if differing and name == "teacher":
+                raise UserError(
+                    f"the pairs in {folder} are of another teacher: its {', '.join(differing)} differs; "
+                    f"make pairs of this one with {MAKER}"
+                )
+            if differing:
+                raise UserError(
+                    f"the pairs in {folder} were made for other prompts or classes; give those that they were made for"
+                )
+
+    def __len__(self) -> int:
+        return self.about["num"]
+
+    def row(self, index: int) -> tuple[Tensor, Tensor, int]:
+        """x0 (...) and noise (...) of one pair, float32 on the CPU, and the number of its item."""
+        row = self.shards.row(index)
+        noise = row["noise"] if "noise" in row else pair_noise(self.about["seed"], [index], self.about["shape"])[0]
+        return row["x0"].float(), noise, int(row["item"])
+
+
+class PairStream:
+    """The pairs of a run, in a keyed order: a :class:`fewstep.training.method.PairSource`.
+
+    Args:
+        pairs: made from noise.
+        conditions: the run's.
+        device: where batches are put.
+        inverted: real samples with the noise that the ODE leads them to.
+        share: of the samples that are drawn from ``inverted``.
+    """
+
+    def __init__(
+        self,
+        pairs: StoredPairs,
+        conditions: Conditions,
+        device: torch.device | str,
+        inverted: StoredPairs | None = None,
+        share: float = 0.0,
+    ) -> None:
+        self.pairs, self.conditions, self.device, self.inverted, self.share = pairs, conditions, device, inverted, share
+
+    def batch(self, seed: int, positions: Sequence[int]) -> Pairs:
+        """The pairs at these places of the run's endless stream."""
+        rows = [self._row(seed, position) for position in positions]
+        x0, noise = (torch.stack([row[part] for row in rows]).to(self.device) for part in (0, 1))
+        return Pairs(x0, noise, self.conditions.select([item for _, _, item in rows]))
+
+    def _row(self, seed: int, position: int) -> tuple[Tensor, Tensor, int]:
+        store, name = self.pairs, "pairs"
+        if self.inverted is not None:
+            draw = torch.rand((), generator=keyed_generator(seed, "inverted", position))
+            if float(draw) < self.share:
+                store, name = self.inverted, "inverted pairs"
+        return store.row(keyed_order(seed, name, len(store), position))
+
+
+def pair_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """The unit noise (B, *shape), float32, of the pairs with these numbers, drawn anew."""
+    return Draws(seed, _STEP, indices, device).normal("pair_noise", shape)
+
+
+def teacher_digest(recording: Recording, away: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What decides where a teacher's ODE leads, items and guidance apart: a digest for each part of it.
+
+    Args:
+        recording: of the teacher.
+        away: the digests of what encodes and is freed by now.
+    """
+    pipeline = recording.pipeline
+    others = {find_decoder(pipeline), find_scheduler(pipeline), *recording.components}
+    encoding = {name: part for name, part in pipeline.components.items() if part is not None and name not in others}
+    quarters = torch.linspace(0, 1, 5, dtype=torch.float64)
+    coefficients = [[f"{value:.6g}" for value in part.tolist()] for part in recording.schedule.coefficients(quarters)]
+    networks = {name: part_digest(network, SAMPLED) for name, network in recording.networks.items()}
+    schedule = json_sha256([recording.prediction_type, coefficients])
+    encoders = {name: (away or {}).get(name) or part_digest(part) for name, part in encoding.items()}
+    return {**networks, **encoders, "schedule": schedule, "call": call_digest(recording)}
+
+
+def conditions_digest(conditions: Conditions) -> dict[str, str]:
+    """Of the prompts or labels, in their order."""
+    return {"items": json_sha256([conditions.kind, conditions.items()])}

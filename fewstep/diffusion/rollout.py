@@ -1,0 +1,142 @@
+"""The student's trajectory: the one loop that training, sample grids and tests share with the exported pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.prediction import add_noise, ode_step
+from fewstep.diffusion.schedule import NoiseSchedule
+from fewstep.diffusion.timesteps import even_grid
+from fewstep.networks.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a student moves: its schedule, its grid and what happens between two steps.
+
+    Attributes:
+        schedule: alpha and sigma.
+        grid: times in (0, 1], descending, without the final 0.
+        renoise: ``"fresh"`` (x0 is noised anew) or ``"ode"`` (the implied noise is kept).
+        initial_scale: the first x_t is this times unit noise.
+    """
+
+    schedule: NoiseSchedule
+    grid: tuple[float, ...]
+    renoise: str
+    initial_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.renoise not in ("fresh", "ode"):
+            raise ValueError(f"renoise must be 'fresh' or 'ode', not {self.renoise!r}")
+        if not self.grid or any(b >= a for a, b in zip(self.grid, self.grid[1:])) or not self.grid[-1] > 0:
+            raise ValueError(f"a grid descends and ends above 0, not {self.grid}")
+
+    def move(self, x_t: Tensor, x0: Tensor, t: Tensor, then: Tensor, fresh: Tensor | None) -> Tensor:
+        """The sample (B, ...) at the time ``then`` (B,) after ``x0`` was said at ``x_t`` and ``t``.
+
+        ``fresh``: unit noise (B, ...), wanted for ``renoise="fresh"``.
+        """
+        there = self.schedule.coefficients(then)
+        if self.renoise == "fresh":
+            return add_noise(x0, fresh, there)
+        return ode_step(x_t, x0, self.schedule.coefficients(t), there)
+
+    def times(self, step: int, like: Tensor) -> Tensor:
+        """The time of ``step`` for every sample of ``like``: float64 (B,)."""
+        return torch.full((like.shape[0],), self.grid[step], dtype=torch.float64, device=like.device)
+
+
+def rollout(
+    student: Denoiser,
+    sampler: Sampler,
+    noise: Tensor,
+    conditioning: AnyConditioning,
+    step_noise: Callable[[int], Tensor] | None = None,
+    last: int | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Sample x0 (B, ...) from unit ``noise`` (B, ...), with gradient through the last call of the student only.
+
+    With ``last=k`` the loop ends at step k of the grid, whose x0 is returned: DMD2's backward simulation, in which the
+    student meets its own inputs and every step learns to give a clean sample (Yin et al. 2024, §4.5). Steps before
+    the last run without gradient; the last one follows the caller's gradient mode.
+
+    Args:
+        student: gives x0.
+        sampler: grid and rule between steps.
+        noise: unit normal.
+        conditioning: of B samples.
+        step_noise: fresh unit noise (B, ...) for entering step k, needed for ``renoise="fresh"``.
+        last: index of the step to stop at, default the grid's last.
+        on_step: called with (k, x_t) before each call of the student.
+
+    Raises:
+        ValueError: ``last`` is no step of the grid.
+    """
+    last = len(sampler.grid) - 1 if last is None else last
+    if not 0 <= last < len(sampler.grid):
+        raise ValueError(f"last must be a step of the grid of {len(sampler.grid)}, not {last}")
+    x_t = sampler.initial_scale * noise
+    with torch.no_grad():
+        for step in range(last):
+            t = sampler.times(step, x_t)
+            if on_step is not None:
+                on_step(step, x_t)
+            x0 = _ask(student, sampler, step, x_t, conditioning)
+            fresh = step_noise(step + 1) if sampler.renoise == "fresh" else None
+            x_t = sampler.move(x_t, x0, t, sampler.times(step + 1, x_t), fresh)
+    if on_step is not None:
+        on_step(last, x_t)
+    return _ask(student, sampler, last, x_t, conditioning)
+
+
+def _ask(student: Denoiser, sampler: Sampler, step: int, x_t: Tensor, conditioning: AnyConditioning) -> Tensor:
+    """x0 (B, ...) at a step of the grid; a student of two times is told where the step ends."""
+    t = sampler.times(step, x_t)
+    if not getattr(student, "told_where_steps_end", False):
+        return student(x_t, t, conditioning)
+    end = sampler.times(step + 1, x_t) if step + 1 < len(sampler.grid) else torch.zeros_like(t)
+    return student(x_t, t, conditioning, end)
+
+
+def draw_sample(
+    student: Denoiser,
+    sampler: Sampler,
+    draws: Draws,
+    shape: Sequence[int],
+    conditioning: AnyConditioning,
+    last: int | None = None,
+    *,
+    prefix: str = "",
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """:func:`rollout` from keyed draws: ``<prefix>noise`` and, on the way, ``<prefix>step_noise_<k>``.
+
+    Args:
+        student: gives x0.
+        sampler: grid and rule between steps.
+        draws: of B samples.
+        shape: of one sample.
+        conditioning: of B samples.
+        last: index of the step to stop at, default the grid's last.
+        prefix: of the draws' names, where a step samples twice.
+        on_step: as in :func:`rollout`.
+    """
+
+    def step_noise(k: int) -> Tensor:
+        return draws.normal(f"{prefix}step_noise_{k}", shape)
+
+    noise = draws.normal(f"{prefix}noise", shape)
+    return rollout(student, sampler, noise, conditioning, step_noise, last, on_step)
+
+
+def ode_sampler(schedule: NoiseSchedule, steps: int) -> Sampler:
+    """An Euler walk of ``steps`` even steps, for looking at a teacher."""
+    return Sampler(schedule, tuple(even_grid(steps).tolist()), "ode", schedule.initial_scale())

@@ -1,0 +1,258 @@
+"""Writing a student: a stock pipeline folder with the student's weights, its scheduler, fewstep.json and a card."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from fewstep.export.about import write_about
+from fewstep.export.card import teacher_license_of, write_card
+from fewstep.export.check import Reference
+from fewstep.export.errors import ExportError
+from fewstep.export.folder import refuse_occupied, written
+from fewstep.export.plan import StudentPlan, reference_of, walk_student
+from fewstep.export.trace import with_parts
+from fewstep.recording.observe import find_scheduler
+from fewstep.version import __version__
+
+if TYPE_CHECKING:
+    from fewstep.recording import Recording
+    from fewstep.teachers.lora import FusedLora
+
+
+def export_student(
+    recording: Recording,
+    network: nn.Module,
+    plan: StudentPlan,
+    out: str | Path,
+    *,
+    method: str,
+    base_model: str,
+    teacher_license: str | Mapping[str, str] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    teacher_lora: FusedLora | None = None,
+) -> Path:
+    """Write ``out`` as a pipeline that stock diffusers loads, and check it: reloaded, it must walk as planned.
+
+    The recording's pipeline is left as it is. The folder appears complete or not at all; an older student in its place
+    is replaced, anything else there is refused.
+
+    Args:
+        recording: of the teacher.
+        network: the trained student network, of the teacher network's class; an ``nn.ModuleDict`` of several experts.
+        plan: what it was trained for.
+        out: the folder.
+        method: the method's name, for the card.
+        base_model: the teacher's hub id or folder; of a folder only the name is published.
+        teacher_license: of the teacher; None or empty: read from its own card where that lies beside it.
+        metrics: name -> number, or row -> {name -> number}.
+        training: what else ``fewstep.json`` shall say of the training; what JSON cannot hold is written as text.
+        teacher_lora: what was fused into the teacher, and so is in ``network``.
+
+    Raises:
+        ExportError: ``out`` is in use, or the written folder does not sample as planned.
+    """
+    out = Path(out)
+    networks = by_component(recording, network)
+    _refuse(recording, networks, out)
+    with written(out) as partial:
+        saved = {name: _as_saved(own, recording.networks.get(name, own)) for name, own in networks.items()}
+        scheduler = {find_scheduler(recording.pipeline): copy.deepcopy(plan.scheduler)}
+        student = with_parts(recording.pipeline, **saved, **scheduler)
+        student.save_pretrained(partial, safe_serialization=True)
+        about = about_student(recording, plan, method, base_model, training, teacher_lora)
+        _publish_no_paths(partial, about["base_model"])
+        write_about(partial, about)
+        license_fields = license_of(recording, base_model, teacher_license)
+        card = write_card(about, student, license_fields=license_fields, metrics=metrics, note=plan.note)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        verify_student(recording, saved, plan, partial)
+    return out
+
+
+def by_component(recording: Recording, network: nn.Module) -> dict[str, nn.Module]:
+    """The networks of :meth:`fewstep.networks.roles.Role.stock_network` by their names in the pipeline."""
+    return dict(network.items()) if isinstance(network, nn.ModuleDict) else {recording.component: network}
+
+
+def verify_student(recording: Recording, networks: dict[str, nn.Module], plan: StudentPlan, folder: str | Path) -> None:
+    """Load ``folder`` with stock diffusers and walk it at every count of the plan.
+
+    Its networks' answers are compared with those of ``networks``, so that the weights are proved as well.
+
+    Raises:
+        ExportError: it does not load, or a walk differs from the plan.
+    """
+    replaced = (find_scheduler(recording.pipeline), *networks)
+    parts = recording.pipeline.components.items()
+    shared = {name: part for name, part in parts if name not in replaced and part is not None}
+    shared |= absent_parts(recording.pipeline)
+    try:
+        # What code there is in the folder was put there a moment ago, by this process.
+        trusted = {"trust_remote_code": True} if hasattr(recording.pipeline, "code_file") else {}
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=recording.dtype, **shared, **trusted)
+    except (OSError, ValueError, TypeError) as error:
+        raise ExportError(f"the exported student does not load: {' '.join(str(error).split())}") from error
+    for name, network in networks.items():
+        getattr(pipeline, name).to(next(network.parameters()).device)
+    walk_counts(recording, pipeline, plan, reference_of(recording, networks))
+
+
+def walk_counts(
+    recording: Recording, pipeline: DiffusionPipeline, plan: StudentPlan, reference: Reference | None = None
+) -> None:
+    """Walk a loaded student at every count of its plan; at the planned one its answers are the reference's, if given.
+
+    Raises:
+        ExportError: a walk differs from the plan.
+    """
+    for count in plan.counts:
+        # Every count's scheduler is walked; the weights are the same at all of them and are compared at one.
+        compared = reference if count == plan.steps else None
+        walk = walk_student(recording, pipeline, plan.call, plan.renoise, count, compared)
+        if walk.grid != plan.grids[count]:
+            raise ExportError(
+                f"the exported student visits {walk.grid} at {count} steps and was planned for {plan.grids[count]}"
+            )
+
+
+def absent_parts(pipeline: Any) -> dict[str, None]:
+    """The parts that this pipeline does without though its class asks for them (Stable Diffusion 3 without its T5).
+
+    Stock diffusers loads such a folder only when it is told so: ``from_pretrained(folder, text_encoder_3=None, ...)``.
+    """
+    return {
+        n: None for n, part in pipeline.components.items() if part is None and n not in pipeline._optional_components
+    }
+
+
+def refuse_own_code(pipeline: DiffusionPipeline) -> None:
+    """Raise for a pipeline whose class, or whose part's class, diffusers does not have: nobody could load the student.
+
+    Raises:
+        ExportError: it is code from the teacher's own folder, or of the caller.
+    """
+    own = [part for part in pipeline.components.values() if type(part).__module__.startswith("diffusers_modules")]
+    if getattr(diffusers, type(pipeline).__name__, None) is None and not _ours(pipeline):
+        own.append(pipeline)
+    if own:
+        raise ExportError(
+            f"{type(own[0]).__name__} is code of the teacher's own, which stock diffusers does not have: its student "
+            "cannot be written as a whole pipeline"
+        )
+
+
+def _ours(pipeline: DiffusionPipeline) -> bool:
+    """Whether its class is this package's own, a copy of which is written beside the student."""
+    return type(pipeline).__module__.startswith("fewstep.")
+
+
+def _refuse(recording: Recording, networks: dict[str, nn.Module], out: Path) -> None:
+    refuse_occupied(out)
+    refuse_own_code(recording.pipeline)
+    for name, teacher in recording.networks.items():
+        if name not in networks or _shapes(networks[name]) != _shapes(teacher):
+            raise ExportError(f"the student's weights do not fit the teacher's {name}")
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
+def _as_saved(network: nn.Module, teacher: nn.Module) -> nn.Module:
+    """The student in the teacher's dtypes: a pipeline of mixed ones does not run."""
+    dtypes = {name: tensor.dtype for name, tensor in teacher.state_dict().items()}
+    if all(tensor.dtype == dtypes[name] for name, tensor in network.state_dict().items()):
+        return network
+    saved = copy.deepcopy(network)
+    for name, tensor in [*saved.named_parameters(), *saved.named_buffers()]:
+        tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+    return saved
+
+
+def about_student(
+    recording: Recording,
+    plan: StudentPlan,
+    method: str,
+    base_model: str,
+    training: Mapping[str, Any] | None,
+    teacher_lora: FusedLora | None = None,
+) -> dict[str, Any]:
+    """The content of ``fewstep.json``; arguments as in :func:`export_student`."""
+    return {
+        "method": method,
+        "base_model": Path(base_model).name if Path(base_model).exists() else base_model,
+        **({} if teacher_lora is None else {"teacher_lora": teacher_lora.name}),
+        "conditional": recording.conditional,
+        "call": plan.call,
+        "load": absent_parts(recording.pipeline),
+        **_about_code(recording.pipeline),
+        "steps": plan.steps,
+        "counts": list(plan.counts),
+        "timesteps": list(plan.timesteps),
+        "grid": list(plan.grid),
+        "grids": {str(count): list(grid) for count, grid in plan.grids.items()},
+        "renoise": plan.renoise,
+        "noise_follows": plan.noise_follows,
+        "initial_scale": plan.initial_scale,
+        "prediction_type": plan.prediction_type,
+        "component": recording.component,
+        **_about_experts(recording, plan),
+        "scheduler": type(plan.scheduler).__name__,
+        "note": plan.note,
+        "trained_at_every_count": plan.trained_at_every_count,
+        "guidance_range": list(plan.guidance_range) if plan.guidance_range else None,
+        "training": dict(training or {}),
+        "fewstep_version": __version__,
+    }
+
+
+def _about_code(pipeline: Any) -> dict[str, str]:
+    """The file in the student's folder that it is run with, where it is no stock pipeline."""
+    return {"code": pipeline.code_file} if hasattr(pipeline, "code_file") else {}
+
+
+def _about_experts(recording: Recording, plan: StudentPlan) -> dict[str, Any]:
+    """Where several networks share the time: the lowest timestep of each, and what of the config may decide it."""
+    if len(recording.experts) == 1:
+        return {}
+    visited = {recording.expert_at(timestep) for timestep in plan.timesteps}
+    experts = {
+        e.component: {"lowest_timestep": e.lowest if math.isfinite(e.lowest) else None, "trained": e in visited}
+        for e in recording.experts
+    }
+    # The numbers, words and switches of the pipeline's own config: one of them may say where the networks change.
+    config = {
+        name: value
+        for name, value in recording.pipeline.config.items()
+        if not name.startswith("_") and (value is None or isinstance(value, bool | int | float | str))
+    }
+    return {"experts": experts, "config": config}
+
+
+def _publish_no_paths(folder: Path, base_model: str) -> None:
+    """diffusers writes where a part was loaded from into its config; a path of this machine means nothing elsewhere."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        source = content.get("_name_or_path") if isinstance(content, dict) else None
+        if source and (Path(source).is_absolute() or Path(source).exists()):
+            content["_name_or_path"] = base_model
+            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def license_of(recording: Recording, base_model: str, given: str | Mapping[str, str] | None) -> dict[str, str]:
+    """The licence fields of a card: the given ones, or those of the teacher's own card where that can be found."""
+    if given:
+        return {"license": given} if isinstance(given, str) else dict(given)
+    source = recording.pipeline.config.get("_name_or_path") or ""
+    return teacher_license_of(base_model) or teacher_license_of(source)

@@ -1,1 +1,0 @@
-"""What python -m fewstep.fashion.build does, one idea a file."""

@@ -1,0 +1,90 @@
+"""The denoiser: one network, seen as a function from (x_t, t, conditioning) to x0.
+
+Losses and rollouts ask only for the :class:`Denoiser` protocol, which a plain function satisfies, so the same code runs
+closed-form oracles and stock diffusers networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.ragged import AnyConditioning, in_groups
+from fewstep.diffusion.prediction import expand, to_x0
+from fewstep.diffusion.schedule import NoiseSchedule
+from fewstep.networks.features import FeatureTap
+from fewstep.recording import Recipe
+from fewstep.recording.recipe import network_dtype
+
+
+class Denoiser(Protocol):
+    """Anything that says what the clean sample is.
+
+    ``x_t``: (B, ...), ``t``: (B,) in [0, 1], ``conditioning``: of B samples; returns x0 (B, ...).
+    """
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor: ...
+
+
+class NetworkDenoiser:
+    """A stock diffusers network as a :class:`Denoiser`.
+
+    Args:
+        network: the teacher's network or a copy of it.
+        recipe: how the teacher's pipeline calls its network.
+        schedule: alpha and sigma of ``x_t``.
+        prediction_type: what the network's output is, see :data:`fewstep.diffusion.prediction.KINDS`.
+        autocast: dtype of the forward pass, None for the parameters' own.
+        playing: makes the context in which the network is this denoiser's, where several share it.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        recipe: Recipe,
+        schedule: NoiseSchedule,
+        prediction_type: str,
+        autocast: torch.dtype | None = None,
+        playing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.network = network
+        self.recipe = recipe
+        self.schedule = schedule
+        self.prediction_type = prediction_type
+        self.autocast = autocast
+        self.playing = playing
+        #: Whether the network is fed float times even where its pipeline rounds them.
+        self.continuous = False
+
+    def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
+        """The network's output in its own prediction type; shapes as in :class:`Denoiser`."""
+        return in_groups(self._raw, x_t, t, conditioning)
+
+    def _raw(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        # The network was trained on the dtype of its weights; the sample itself stays in the losses' dtype.
+        network_input = (expand(self.schedule.input_scale(t), x_t) * x_t).to(network_dtype(self.network))
+        # A context of its own for every call: autocast caches casted weights until the context ends, and a cast made
+        # under no_grad would be reused by a later pass that needs the gradient.
+        autocast = torch.autocast(x_t.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+        with self.playing(), autocast:
+            how = {"continuous": True} if self.continuous else {}
+            return self.recipe.call(self.network, network_input, self.schedule.timestep(t), conditioning, **how)
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
+        """x0 (B, ...) in the dtype of ``x_t``."""
+        return to_x0(self.raw(x_t, t, conditioning), self.prediction_type, x_t, self.schedule, t)
+
+    def features(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, tap: FeatureTap) -> Tensor:
+        """What ``tap`` sees on the way: (B, C, ...) maps or (B, N, C) image tokens, float32; the rest does not run."""
+
+        def tapped(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+            with tap.on(self.network) as seen:
+                self._raw(x_t, t, conditioning)
+            return seen.features
+
+        return in_groups(tapped, x_t, t, conditioning)

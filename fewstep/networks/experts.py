@@ -1,0 +1,100 @@
+"""Several networks that share the time, seen as one denoiser and played as one role.
+
+Each sample of a batch goes to the expert of its own t. The experts may be networks of a pipeline that splits its loop
+by time (Wan 2.2's two), or several adapters of one backbone, one for each phase: what is routed here are denoisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.diffusion.intervals import TimeIntervals
+from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.networks.features import FeatureTap
+from fewstep.networks.roles import Role
+
+
+class RoutedDenoiser:
+    """Denoisers split by time, itself a :class:`fewstep.networks.denoiser.Denoiser`.
+
+    A batch whose times lie in one interval makes one call. Any other is split, and put together again in its order.
+    Which sample goes where is read from the device: the one wait that the host makes for it.
+
+    Args:
+        experts: pairs of the lowest t in [0, 1] at which a denoiser is asked and the denoiser, from noise to data; the
+            last one's is 0. They have one schedule and one prediction type.
+    """
+
+    def __init__(self, experts: Sequence[tuple[float, NetworkDenoiser]]) -> None:
+        self.experts = [denoiser for _, denoiser in experts]
+        self.schedule = self.experts[0].schedule
+        self.prediction_type = self.experts[0].prediction_type
+        self.intervals = TimeIntervals(self.schedule, tuple(lowest for lowest, _ in experts))
+
+    def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
+        """As :meth:`fewstep.networks.denoiser.NetworkDenoiser.raw`."""
+        return self._routed(lambda expert, *inputs: expert.raw(*inputs), x_t, t, conditioning)
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
+        """x0 (B, ...) in the dtype of ``x_t``."""
+        return self._routed(lambda expert, *inputs: expert(*inputs), x_t, t, conditioning)
+
+    def features(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, tap: FeatureTap) -> Tensor:
+        """As :meth:`fewstep.networks.denoiser.NetworkDenoiser.features`: every expert is tapped at the same place."""
+        return self._routed(lambda expert, *inputs: expert.features(*inputs, tap), x_t, t, conditioning)
+
+    def _routed(self, ask: Callable[..., Tensor], x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
+        index = self.intervals.index(t).tolist()
+        called = sorted(set(index))
+        if len(called) == 1:
+            return ask(self.experts[called[0]], x_t, t, conditioning)
+        rows = {k: [row for row, of in enumerate(index) if of == k] for k in called}
+        answers = [ask(self.experts[k], x_t[own], t[own], conditioning.select(own)) for k, own in rows.items()]
+        order = torch.tensor([row for own in rows.values() for row in own]).argsort()
+        return torch.cat(answers)[order.to(x_t.device)]
+
+
+class RoutedRole(Role):
+    """A role of several experts, each a role of its own: full copies, or adapters on their backbones or on one.
+
+    Args:
+        name: of the role.
+        experts: key -> (lowest t, the expert's role), from noise to data; the keys name their parts of the state.
+    """
+
+    #: A turn may reach one expert on this process and another one elsewhere.
+    gradients_vary = True
+
+    def __init__(self, name: str, experts: Mapping[str, tuple[float, Role]]) -> None:
+        roles = {key: role for key, (_, role) in experts.items()}
+        super().__init__(name, RoutedDenoiser([(lowest, role.denoiser) for lowest, role in experts.values()]))
+        self._experts = roles
+        self._weights = nn.ModuleDict({key: role.weights for key, role in roles.items()})
+        self.part = next(iter(roles.values())).part
+
+    @property
+    def experts(self) -> dict[str, Role]:
+        return self._experts
+
+    @property
+    def weights(self) -> nn.Module:
+        return self._weights
+
+    def stock_network(self) -> nn.ModuleDict:
+        return nn.ModuleDict({key: role.stock_network() for key, role in self.experts.items()})
+
+    def copy_weights(self, other: Role) -> None:
+        """Take over the weights of every expert of ``other``; a role without several gives its own to each.
+
+        Raises:
+            ValueError: ``other`` has several experts, but not these.
+        """
+        theirs = other.experts
+        if len(theirs) > 1 and theirs.keys() != self.experts.keys():
+            raise ValueError(f"{self.name} has the experts {', '.join(self.experts)}, {other.name} {', '.join(theirs)}")
+        for key, role in self.experts.items():
+            role.copy_weights(theirs[key] if len(theirs) > 1 else other)

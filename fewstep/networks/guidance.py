@@ -1,0 +1,93 @@
+"""Classifier-free guidance (Ho & Salimans 2022) in diffusers' convention: neg + w (pos - neg), w = 1 is off."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.ragged import AnyConditioning, in_groups, join
+from fewstep.diffusion.intervals import TimedScale
+from fewstep.diffusion.prediction import expand
+from fewstep.errors import UserError
+from fewstep.networks.denoiser import Denoiser
+
+
+def guide(positive: Tensor, negative: Tensor, guidance_scale: float | Tensor) -> Tensor:
+    """neg + w (pos - neg); all (B, ...). It commutes with every conversion at one x_t, so x0 may be guided directly.
+
+    Papers that write c + w' (c - u) mean w' = w - 1.
+    """
+    return negative + guidance_scale * (positive - negative)
+
+
+def rescale_last_axis(guided: Tensor, positive: Tensor) -> Tensor:
+    """``guided`` with the norm of ``positive`` along the last axis (per token); both (B, ..., C)."""
+    return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+
+def rescale_norm(guided: Tensor, positive: Tensor) -> Tensor:
+    """``guided`` shrunk, never grown, to the norm of ``positive`` over the whole tensor; both (B, ...)."""
+    return guided * (positive.norm() / guided.norm()).clamp(max=1.0)
+
+
+class GuidedDenoiser:
+    """A denoiser under classifier-free guidance; itself a :class:`fewstep.networks.denoiser.Denoiser`.
+
+    One network call of 2B rows where the conditionings can be joined, else one for each group of equal shape; of B rows
+    at scale 1 (the positive alone) and at scale 0 (the negative alone).
+
+    Args:
+        denoiser: the unguided one.
+        negative: conditioning of one sample, used for every sample of a batch; None where the scale is 1.
+        guidance_scale: w; or one for each interval of the time.
+
+    Raises:
+        UserError: a scale other than 1 without a negative conditioning.
+    """
+
+    def __init__(self, denoiser: Denoiser, negative: Conditioning | None, guidance_scale: float | TimedScale) -> None:
+        if guidance_scale != 1.0 and negative is None:
+            wish = guidance_scale.scales if isinstance(guidance_scale, TimedScale) else guidance_scale
+            raise UserError(
+                f"guidance_scale={wish} needs classifier-free guidance, which this teacher lacks; "
+                "set guidance_scale to 1"
+            )
+        self.denoiser = denoiser
+        self.negative = negative
+        self.guidance_scale = guidance_scale
+
+    @property
+    def calls(self) -> int:
+        """Network calls per sample: 2, or 1 where one of the two has no weight."""
+        return 1 if self.guidance_scale in (0.0, 1.0) else 2
+
+    def of(self, denoiser: Denoiser) -> GuidedDenoiser:
+        """Another denoiser under the same guidance."""
+        return GuidedDenoiser(denoiser, self.negative, self.guidance_scale)
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, guidance_scale: Tensor | None = None
+    ) -> Tensor:
+        """Guided x0 (B, ...); by ``guidance_scale`` (B,), a w for each sample, where it is given."""
+        if guidance_scale is not None:
+            return guide(*self.pair(x_t, t, conditioning), expand(guidance_scale, x_t))
+        if self.guidance_scale == 1.0:
+            return self.denoiser(x_t, t, conditioning)
+        if self.guidance_scale == 0.0:
+            return self.denoiser(x_t, t, self.negative.select([0] * len(x_t)))
+        return guide(*self.pair(x_t, t, conditioning), self.scale_at(t, x_t))
+
+    def scale_at(self, t: Tensor, like: Tensor) -> float | Tensor:
+        """w at ``t`` (B,), as a number or shaped to multiply ``like`` (B, ...)."""
+        scale = self.guidance_scale
+        return scale.at(t, like) if isinstance(scale, TimedScale) else scale
+
+    def pair(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor]:
+        """The two that are guided, x0_positive and x0_negative, (B, ...) each; there must be a negative."""
+        batch = x_t.shape[0]
+        negative = self.negative.select([0] * batch)
+        both = join([negative, conditioning])
+        x0 = in_groups(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        x0_negative, x0_positive = x0.chunk(2)
+        return x0_positive, x0_negative

@@ -1,0 +1,54 @@
+"""Whether a teacher hears what it is told: guidance moves only one that answers a condition and its negative apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.diffusion.prediction import add_noise
+from fewstep.errors import UserError
+from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.recording import Recording
+from fewstep.recording.experts import expert_at
+from fewstep.recording.observe import evaluating
+
+# Two answers that differ by less, relative to their size, are the same up to rounding.
+_DEAF = 1e-5
+_LISTENING_TIMES = (0.25, 0.5, 0.75, 1.0)
+
+
+@torch.no_grad()
+def refuse_deaf(
+    recording: Recording, negative: Conditioning, conditions: Sequence[Conditioning], noise: Tensor
+) -> None:
+    """Raise where the teacher answers its conditions and its negative alike.
+
+    Guidance-distilled teachers may do so. A network that answers nothing but zeros is untrained, and passes: the proof
+    of its recording has warned of it.
+
+    Args:
+        recording: of the teacher.
+        negative: of one sample.
+        conditions: of one sample each.
+        noise: (2, ...) unit normal; noise and a clean sample are made of it.
+
+    Raises:
+        UserError: no condition changes the answer at any time.
+    """
+    schedule = recording.schedule
+    for t in _LISTENING_TIMES:
+        time = schedule.snap(torch.full((1,), t, dtype=torch.float64, device=noise.device))
+        network = expert_at(recording.experts, float(schedule.timestep(time))).network
+        denoiser = NetworkDenoiser(network, recording.recipe, schedule, recording.prediction_type)
+        x_t = add_noise(noise[:1], noise[1:], schedule.coefficients(time))
+        with evaluating(network):
+            without, *answers = (denoiser.raw(x_t, time, told) for told in (negative, *conditions))
+        if any(a.abs().max() == 0 or (a - without).abs().max() > _DEAF * a.abs().max() for a in answers):
+            return
+    raise UserError(
+        "this teacher answers the same with and without its condition, as guidance-distilled models may: guidance "
+        "would change nothing; use --guidance_scale 1"
+    )

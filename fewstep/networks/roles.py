@@ -1,0 +1,180 @@
+"""Who plays in a training run: student, teacher, critic, ema, each a denoiser with the parameters it owns.
+
+Here every role is a full copy of the teacher's network. A role is used only through its denoiser, its parameters and
+its state, so adapters on one backbone (:mod:`fewstep.networks.adapters`) take the place of copies without any trainer
+noticing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.errors import UserError
+from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.recording import Recording
+
+#: Roles that are averages of the student: for sampling, and a method's own slow copy that the student learns from.
+FOLLOWERS = ("ema", "target")
+
+
+class Role:
+    """One player.
+
+    Args:
+        name: "student", "teacher", "critic", "ema", ...
+        denoiser: what it says about x0.
+        added: modules it owns beside its network (a GAN head, say); trained and saved with it.
+    """
+
+    #: What its own share of the network is called in its state.
+    part = "network"
+    #: Whether the parameters that get a gradient in a turn may differ from one process to another.
+    gradients_vary = False
+
+    def __init__(self, name: str, denoiser: NetworkDenoiser, added: dict[str, nn.Module] | None = None) -> None:
+        self.name = name
+        self.denoiser = denoiser
+        self.added = dict(added or {})
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, *second_time: Tensor) -> Tensor:
+        """x0 (B, ...), see :class:`fewstep.networks.denoiser.Denoiser`; with r (B,) of a role that is told it."""
+        return self.denoiser(x_t, t, conditioning, *second_time)
+
+    @property
+    def told_where_steps_end(self) -> bool:
+        """Whether it is told a second time: see :mod:`fewstep.networks.flow_map`."""
+        return "second_time" in self.added
+
+    @property
+    def experts(self) -> dict[str, Role]:
+        """The roles of its single networks: this role itself, unless several share the time (:mod:`.experts`)."""
+        return {self.denoiser.recipe.component: self}
+
+    @property
+    def weights(self) -> nn.Module:
+        """What of its network is the role's own: all of it, or an adapter."""
+        return self.denoiser.network
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything that the role owns, by name."""
+        return {self.part: self.weights, **self.added}
+
+    def stock_network(self) -> nn.Module:
+        """A network of the teacher's class that does alone what this role does; adapters are merged into a copy.
+
+        Of several experts it is an ``nn.ModuleDict`` of such networks.
+        """
+        return self.denoiser.network
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trainable parameters with names such as ``network.conv_in.weight``, in a fixed order."""
+        for prefix, module in self.modules.items():
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    yield f"{prefix}.{name}", parameter
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Trainable parameters in the order of :meth:`named_parameters`."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights and buffers by prefixed name."""
+        states = ((prefix, module.state_dict()) for prefix, module in self.modules.items())
+        return {f"{prefix}.{name}": value for prefix, state in states for name, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load what :meth:`state_dict` gave.
+
+        Raises:
+            UserError: names or shapes do not agree.
+        """
+        for prefix, module in self.modules.items():
+            part = {name.removeprefix(f"{prefix}."): v for name, v in state.items() if name.startswith(f"{prefix}.")}
+            try:
+                module.load_state_dict(part)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise UserError(f"the weights of {self.name}.{prefix} do not fit this teacher: {reason}") from error
+
+    def copy_weights(self, other: Role) -> None:
+        """Take over the network weights of ``other``; added modules are this role's own and stay."""
+        self.weights.load_state_dict(other.stock_network().state_dict())
+
+
+def make_role(
+    name: str,
+    recording: Recording,
+    *,
+    trainable: bool,
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+    gradient_checkpointing: bool = False,
+    device: torch.device | str = "cpu",
+) -> Role:
+    """A role that starts as a copy of the recorded teacher.
+
+    Args:
+        name: of the role.
+        recording: of the teacher's pipeline.
+        trainable: whether its parameters ask for gradients; fixed for the whole run.
+        dtype: of its parameters.
+        autocast: dtype of its forward passes, None for ``dtype``.
+        gradient_checkpointing: recompute activations in the backward pass.
+        device: where it lives.
+
+    Raises:
+        UserError: gradient checkpointing is asked of a network that cannot do it.
+    """
+    # eval() for good: in train mode some networks draw from the global RNG (DiT drops labels).
+    network = copy.deepcopy(recording.network).to(device).eval()
+    if any(parameter.dtype != dtype for parameter in network.parameters()):
+        network = network.to(dtype)
+    network.requires_grad_(trainable)
+    if gradient_checkpointing:
+        allow_checkpointing(network)
+    denoiser = NetworkDenoiser(network, recording.recipe, recording.schedule, recording.prediction_type, autocast)
+    return Role(name, denoiser)
+
+
+def allow_checkpointing(network: nn.Module, function: Callable[..., Any] | None = None) -> None:
+    """Let ``network`` recompute its activations, by ``function(block, *args)`` or as diffusers does.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise UserError(f"{type(network).__name__} has no gradient checkpointing; leave out --gradient_checkpointing")
+    network.enable_gradient_checkpointing(function)
+
+
+def follow(roles: dict[str, Role]) -> None:
+    """Put the student's followers, ``ema`` and ``target``, where the student is, with what they own beside it."""
+    for name in FOLLOWERS:
+        if name in roles:
+            roles[name].copy_weights(roles["student"])
+            for part, module in roles[name].added.items():
+                module.load_state_dict(roles["student"].added[part].state_dict())
+
+
+@torch.no_grad()
+def update_average(average: Role, role: Role, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * role, over all floating tensors that both own; others are copied."""
+    pairs = []
+    for part, module in average.modules.items():
+        ours, theirs = module.state_dict(), role.modules[part].state_dict()
+        pairs += [(ours[name], value) for name, value in theirs.items()]
+    floating = [(a, b) for a, b in pairs if a.is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], 1 - decay)
+    _copy((a, b) for a, b in pairs if not a.is_floating_point())
+
+
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for ours, theirs in pairs:
+        ours.copy_(theirs)

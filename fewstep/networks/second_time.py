@@ -1,0 +1,98 @@
+"""Giving roles a second time: a module of their own that tells their network where its step ends."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.config.run import RunConfig
+from fewstep.errors import UserError
+from fewstep.networks.adapters import AdapterRole
+from fewstep.networks.derivative import refuse_underivable
+from fewstep.networks.flow_map import SECOND_TIME, FlowMapDenoiser
+from fewstep.networks.roles import Role
+from fewstep.networks.time_embedders import time_sites
+
+# Relative; another kernel for another dtype of the time, where the network runs in half precision.
+_EQUAL = {torch.float64: 1e-6, torch.float32: 1e-4}
+
+
+@torch.no_grad()
+def tell_second_time(
+    roles: dict[str, Role],
+    component: str,
+    config: RunConfig,
+    x: Tensor,
+    conditioning: AnyConditioning,
+    differentiated: bool,
+) -> None:
+    """Give every role but the teacher a second time, and prove that it changes nothing yet.
+
+    Args:
+        roles: of a run, on one network each.
+        component: its name in the pipeline.
+        config: of the run.
+        x: a sample (2, ...).
+        conditioning: of two samples.
+        differentiated: whether the student's derivative by its time is wanted.
+
+    Raises:
+        UserError: the network has no place for it, or takes no times between those of its table, or has no derivative.
+    """
+    teacher, schedule = roles["teacher"].denoiser, roles["teacher"].denoiser.schedule
+    t = schedule.snap(torch.full((2,), 0.5, dtype=torch.float64, device=x.device))
+    sites = time_sites(teacher.network, partial(teacher.raw, conditioning=conditioning), x, t)
+    for name, role in roles.items():
+        if name != "teacher":
+            give_second_time(role, component, sites, config.gradient_checkpointing and name == "student", config.seed)
+    student: FlowMapDenoiser = roles["student"].denoiser
+    theirs, ours = teacher.raw(x, t, conditioning), student.raw(x, t, conditioning, 0.3 * t)
+    kind = type(teacher.network).__name__
+    if not float((ours - theirs).abs().max()) <= _EQUAL.get(theirs.dtype, 3e-2) * float(theirs.abs().max()):
+        raise UserError(f"{kind} answers otherwise when its time is no integer; a mean flow needs all times")
+    if differentiated:
+        refuse_underivable(lambda t: student.raw(x, t, conditioning, 0.3 * t.detach()), t, student.network)
+
+
+def give_second_time(role: Role, component: str, sites: dict[str, int], checkpointing: bool, seed: int) -> None:
+    """Let a role be told a second time: it owns a new module, which changes nothing yet.
+
+    Args:
+        role: on one network; its denoiser becomes a :class:`FlowMapDenoiser`.
+        component: the network's name in its pipeline.
+        sites: from :func:`fewstep.networks.time_embedders.time_sites`.
+        checkpointing: whether blocks of the network run again in the backward pass.
+        seed: of the module's first weights, the same on every process.
+    """
+    own = importlib.import_module("fewstep.pipelines.flow_map").SecondTime
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = own(component, sites)
+    parameter = next(role.denoiser.network.parameters())
+    trained = any(p.requires_grad for p in role.weights.parameters())
+    module = module.to(parameter.device).eval().requires_grad_(trained)
+    role.added[SECOND_TIME] = module
+    role.denoiser = denoiser = FlowMapDenoiser(role.denoiser, module)
+    if not checkpointing:
+        return
+    if isinstance(role, AdapterRole):
+        role.backbone.passes[role.name] = denoiser.pass_of_now
+        return
+
+    def again(block: Callable[..., Any], *args: Any) -> Any:
+        entered = denoiser.pass_of_now()
+
+        def run(*args: Any) -> Any:
+            with entered():
+                return block(*args)
+
+        return checkpoint(run, *args, use_reentrant=False)
+
+    denoiser.network.enable_gradient_checkpointing(again)

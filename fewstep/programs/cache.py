@@ -1,0 +1,83 @@
+"""Encoding a teacher's prompts or labels once, into a folder that any number of runs read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+
+from fewstep.data.condition_cache import CacheWriter
+from fewstep.data.conditions import check_items, encode_each, encoding_bar, read_classes, read_prompts
+from fewstep.errors import UserError
+from fewstep.recording import record
+from fewstep.teachers.loading import load_teacher
+from fewstep.teachers.lora import fuse_teacher_lora, with_own_weights
+
+logger = logging.getLogger("fewstep")
+
+
+def cache(
+    teacher: str | Path | DiffusionPipeline,
+    out: str | Path,
+    *,
+    prompts: str | Path | Sequence[str] | None = None,
+    classes: str | Sequence[int] | None = None,
+    call: dict[str, Any] | None = None,
+    teacher_lora: str | None = None,
+    shard_size: int = 1000,
+    resume: bool = False,
+    cpu: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Encode prompts or class labels, each alone, for ``fewstep distill --cache``: ``fewstep cache`` as a function.
+
+    Killed at any moment, it goes on with ``resume``: what a finished shard holds is not encoded again.
+
+    Args:
+        teacher: folder, hub id, embedded name, or a loaded pipeline.
+        out: folder of the cache.
+        prompts: for a text-conditioned teacher: a UTF-8 file with one prompt a line, or the prompts themselves.
+        classes: for a class-conditional one: labels such as ``"0-9"``, or the labels themselves.
+        call: further keyword arguments of the teacher's pipeline, the same as of the runs that shall read the cache.
+        teacher_lora: as of the runs; only one that changes a text encoder makes another cache.
+        shard_size: items in one file.
+        resume: go on with a cache that is not complete.
+        cpu: encode on the CPU even where there is a GPU.
+        trust_remote_code: let a pipeline run code from its own folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: for everything that a user can mend.
+    """
+    if shard_size < 1:
+        raise UserError(f"--shard_size must be at least 1, not {shard_size}")
+    if prompts is not None and classes is not None:
+        raise UserError("give --prompts or --classes, not both")
+    texts = read_prompts(prompts) if isinstance(prompts, str | Path) else prompts
+    labels = read_classes(classes) if isinstance(classes, str) else classes
+    if isinstance(teacher, DiffusionPipeline):
+        pipeline, name = teacher, str(teacher.config.get("_name_or_path") or type(teacher).__name__)
+    else:
+        pipeline, name = load_teacher(str(teacher), trust_remote_code), str(teacher)
+    if teacher_lora is not None:
+        pipeline = with_own_weights(pipeline) if pipeline is teacher else pipeline
+        fuse_teacher_lora(pipeline, teacher_lora)
+    pipeline.to(Accelerator(cpu=cpu).device)
+    recording = record(pipeline, **(call or {}))
+    items = check_items(recording, texts, labels)
+    if not items:
+        raise UserError(f"{name} is conditioned on nothing, so there is nothing to encode; train without --cache")
+    writer = CacheWriter(out, recording, name, items, shard_size, resume)
+    done = len(items) - sum(len(writer.of(shard)) for shard in writer.missing)
+    if done:
+        logger.info(f"{done} of {len(items)} are there already")
+    with encoding_bar(recording, len(items), done=done) as bar:
+        for shard in writer.missing:
+            writer.add(list(encode_each(recording, writer.of(shard), bar)))
+    return writer.folder

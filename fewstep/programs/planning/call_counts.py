@@ -1,0 +1,235 @@
+"""What a method's steps really cost: network calls by role, counted while they run, in the terms of ``Method.calls``.
+
+A call is one pass through a network as a role, counted in samples: a guided pair that goes through in one batch of 2B
+is two. What flows back is seen when it does: by a hook on what the pass gave, and one on every parameter of the role.
+Blocks that a checkpoint runs again in the backward pass belong to the call that they repeat.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fewstep.training.method import Batch, Calls, Method, Renew, Turn
+
+
+@dataclass(eq=False)
+class _Pass:
+    """One call of a network: how many rows it had, and in which backward passes something flowed through it."""
+
+    step: int | None
+    role: str
+    rows: int
+    tangent: bool
+    graph: bool = False
+    early: bool = False
+    backwards: list[int] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}/features" if self.early else self.role
+
+
+class Ledger:
+    """Counts network calls while it is open; what is counted can be read then and after.
+
+    >>> with Ledger(method) as ledger:
+    ...     loop.run()
+    >>> ledger.calls(7)
+    {'student': Calls(no_grad=2.0, ...), 'critic': Calls(..., to_parameters=1.0, ...)}
+
+    Args:
+        method: its ``turns`` are the steps; calls that are made between them (sample grids) belong to the step None.
+        beside: other networks that are watched, text encoders above all, by name.
+    """
+
+    def __init__(self, method: Method, beside: Mapping[str, nn.Module] | None = None) -> None:
+        self.method, self.beside = method, dict(beside or {})
+        #: The steps whose batch was to be logged: they may cost more than the method declares.
+        self.logged: set[int] = set()
+        self._passes: list[_Pass] = []
+        self._samples: Counter[int] = Counter()
+        self._updates: defaultdict[str, set[int]] = defaultdict(set)
+        self._beside: Counter[tuple[int | None, str]] = Counter()
+        self._step: int | None = None
+        self._open = ExitStack()
+
+    def __enter__(self) -> Ledger:
+        with ExitStack() as stack:
+            _replace(stack, self.method, "turns", partial(self._turns, self.method.turns))
+            for name, role in self.method.roles.items():
+                for denoiser in (expert.denoiser for expert in role.experts.values()):
+                    _replace(stack, denoiser, "recipe", _WatchedRecipe(denoiser.recipe, partial(self._call, name)))
+                    _replace(stack, denoiser, "features", partial(self._features, denoiser.features))
+                for parameter in role.parameters():
+                    stack.callback(parameter.register_hook(partial(self._reached, name)).remove)
+            for name, module in self.beside.items():
+                stack.callback(module.register_forward_pre_hook(partial(self._called, name)).remove)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    # --- what was counted ---------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that were played, in order."""
+        return sorted(self._samples)
+
+    def calls(self, step: int) -> dict[str, Calls]:
+        """What a step cost, per sample, as ``Method.calls`` declares it; nothing that is zero."""
+        found: dict[str, Counter[str]] = defaultdict(Counter)
+        for one in self._of(step):
+            found[one.name][self._kind(one)] += one.rows
+        samples = self._samples[step]
+        return {name: Calls(**{kind: rows / samples for kind, rows in rows.items()}) for name, rows in found.items()}
+
+    def backwards(self, step: int) -> dict[str, float]:
+        """How often something flowed back through a role's calls, per sample."""
+        rows: Counter[str] = Counter()
+        for one in self._of(step):
+            rows[one.name] += one.rows * len(one.backwards)
+        return {name: count / self._samples[step] for name, count in rows.items() if count}
+
+    def wasted(self, step: int) -> dict[str, float]:
+        """Calls that built a graph which nothing flowed back through, per sample: they should have built none."""
+        rows: Counter[str] = Counter()
+        for one in self._of(step):
+            rows[one.name] += one.rows * (one.graph and not one.backwards)
+        return {name: count / self._samples[step] for name, count in rows.items() if count}
+
+    def beside_calls(self, step: int | None) -> dict[str, int]:
+        """How often each network of ``beside`` was called in a step, whatever its batch."""
+        return {name: self._beside[step, name] for name in self.beside}
+
+    def outside(self) -> dict[str, int]:
+        """Rows that went through each role between steps."""
+        rows: Counter[str] = Counter()
+        for one in self._of(None):
+            rows[one.name] += one.rows
+        return dict(rows)
+
+    def _of(self, step: int | None) -> list[_Pass]:
+        return [one for one in self._passes if one.step == step]
+
+    def _kind(self, one: _Pass) -> str:
+        if not one.backwards:
+            return "jvp" if one.tangent else "no_grad"
+        if not self._updates[one.role].intersection(one.backwards):
+            return "to_inputs"
+        return "jvp_to_parameters" if one.tangent else "to_parameters"
+
+    # --- where it is counted ------------------------------------------------------------------------------------
+
+    def _turns(self, turns: Any, step: int, batch: Batch) -> Iterator[Turn | Renew]:
+        self._samples[step] += batch.size
+        if batch.logging:
+            self.logged.add(step)
+        generator = turns(step, batch)
+        while True:
+            self._step = step
+            try:
+                turn = next(generator)
+            except StopIteration:
+                return
+            finally:
+                self._step = None
+            yield turn
+
+    def _call(self, role: str, recipe: Any, network: nn.Module, x: Tensor, timestep: Tensor, *more: Any, **named: Any):
+        one = _Pass(self._step, role, x.shape[0], tangent=_has_tangent(x) or _has_tangent(timestep))
+        self._passes.append(one)
+        one.early = True  # until it gives an answer
+        output = recipe.call(network, x, timestep, *more, **named)
+        one.early = False
+        _watch(one, output)
+        return output
+
+    def _features(self, features: Any, *arguments: Any, **named: Any) -> Any:
+        before = len(self._passes)
+        seen = features(*arguments, **named)
+        for one in self._passes[before:]:
+            for tensor in [seen] if isinstance(seen, Tensor) else seen:
+                _watch(one, tensor)
+        return seen
+
+    def _reached(self, role: str, _gradient: Tensor) -> None:
+        self._updates[role].add(_backward_pass())
+
+    def _called(self, name: str, _module: nn.Module, _arguments: Any) -> None:
+        self._beside[self._step, name] += 1
+
+
+class _WatchedRecipe:
+    """A recipe whose calls are noted; every call of a network goes through its denoiser's recipe."""
+
+    def __init__(self, recipe: Any, call: Any) -> None:
+        self._recipe, self._call = recipe, call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._recipe, name)
+
+    def call(self, *arguments: Any, **named: Any) -> Tensor:
+        return self._call(self._recipe, *arguments, **named)
+
+
+def declared(method: Method, step: int, batch: Batch) -> dict[str, Calls]:
+    """What a method says of a step, without what is zero, so that it compares with :meth:`Ledger.calls`."""
+    return {name: calls for name, calls in method.calls(step, batch).items() if calls != Calls()}
+
+
+def forward_passes(calls: Mapping[str, Calls], feature_share: float = 1.0) -> float:
+    """The cost of calls in forward passes of one sample.
+
+    A backward pass costs two forward passes, one where it only goes to the inputs; a tangent costs one. With adapters
+    the way to the parameters is nearly as cheap as that to the inputs.
+
+    Args:
+        calls: by role.
+        feature_share: how much of the network runs until a GAN head's tap.
+    """
+    total = 0.0
+    for name, one in calls.items():
+        passes = one.no_grad + 3 * one.to_parameters + 2 * one.to_inputs + 2 * one.jvp + 4 * one.jvp_to_parameters
+        total += passes * (feature_share if name.endswith("/features") else 1.0)
+    return total
+
+
+def _watch(one: _Pass, output: Tensor) -> None:
+    if output.requires_grad:
+        one.graph = True
+        output.register_hook(lambda _gradient: _note(one))
+
+
+def _note(one: _Pass) -> None:
+    if (number := _backward_pass()) not in one.backwards:
+        one.backwards.append(number)
+
+
+def _backward_pass() -> int:
+    """The number of the backward pass that runs now."""
+    return torch._C._current_graph_task_id()
+
+
+def _has_tangent(value: Tensor) -> bool:
+    return forward_ad.unpack_dual(value).tangent is not None
+
+
+def _replace(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute of an object until the stack closes; what it takes from its class comes back by itself."""
+    own = vars(owner)
+    if name in own:
+        stack.callback(setattr, owner, name, own[name])
+    else:
+        stack.callback(delattr, owner, name)
+    setattr(owner, name, value)

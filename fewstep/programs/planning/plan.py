@@ -1,0 +1,333 @@
+"""What a run would take, before anything is downloaded or trained: parameters, memory, and network calls.
+
+The teacher is built hollow (:mod:`fewstep.programs.planning.weightless`), its call is recorded, the method gets its
+real roles, and the most costly of its steps is played on fake tensors while their bytes are counted
+(:mod:`fewstep.programs.planning.memory`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from fewstep.config.run import RunConfig
+from fewstep.diffusion.draws import Draws
+from fewstep.errors import UserError
+from fewstep.networks.roles import Role
+from fewstep.programs.methods import method_class
+from fewstep.programs.planning.call_counts import forward_passes
+from fewstep.programs.planning.dry_run import Rehearsal, World, backward
+from fewstep.programs.planning.memory import Footprint, tensor_bytes
+from fewstep.programs.planning.weightless import answering, fake_tensors, hollow_teacher, pretend, pretending
+from fewstep.programs.teacher import teacher_call
+from fewstep.recording import Recording, record
+from fewstep.recording.observe import find_decoder, modules_of
+from fewstep.teachers.quantization import plan_quantized
+from fewstep.training.method import Calls, Method, Turn
+
+#: Over how many steps the network calls are averaged.
+PERIOD = 1000
+_SEARCHED = 100  # steps among which the most costly one is looked for
+#: What no number here holds.
+LEFT_OUT = (
+    "what the allocator keeps beyond live tensors (fragmentation, caches), workspaces of cuDNN, cuBLAS and attention "
+    "kernels, the CUDA context, images, prompts and sample grids"
+)
+
+
+@dataclass(frozen=True)
+class RoleBytes:
+    """Bytes of one role: what it holds beyond what others hold already, and what its training adds."""
+
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes in one turn of a step, beside weights and optimizer.
+
+    Attributes:
+        graph: what is alive when the backward pass begins: activations above all.
+        peak: the most that is alive at once, gradients and what operations need for a moment included.
+    """
+
+    graph: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes; all sizes in bytes.
+
+    Attributes:
+        teacher: as it was named.
+        pipeline: its class.
+        component: the denoiser's name.
+        method: of the run.
+        settings: what of the run's settings matters here, in words.
+        device: the kind of device whose rules the step was played by.
+        sample_shape: of one sample.
+        parameters: by component of the pipeline.
+        recording: weights of the whole pipeline, which is recorded and encodes before the training.
+        kept: weights of the pipeline that stay beside the training: denoiser and decoder.
+        roles: by name.
+        moments: by role, its turn in the most costly step.
+        calls: network calls of a step, per sample, mean over the last PERIOD steps.
+    """
+
+    teacher: str
+    pipeline: str
+    component: str
+    method: str
+    settings: str
+    device: str
+    sample_shape: tuple[int, ...]
+    parameters: dict[str, int]
+    recording: int
+    kept: int
+    roles: dict[str, RoleBytes]
+    moments: dict[str, Moment]
+    calls: dict[str, Calls]
+
+    @property
+    def held(self) -> int:
+        """Weights and optimizer, which are there all the time."""
+        return self.kept + sum(role.weights + role.optimizer for role in self.roles.values())
+
+    @property
+    def peak(self) -> int:
+        """Estimate of the most that is in use at once."""
+        return max(self.recording, self.held + max(moment.peak for moment in self.moments.values()))
+
+
+def plan(teacher: str, method: str = "dmd2", **settings: Any) -> Plan:
+    """What a run of ``fewstep.distill(teacher, method, **settings)`` takes; only configuration files are downloaded.
+
+    Args:
+        teacher: folder (configuration files are enough), hub id, or embedded name.
+        method: a file name of ``fewstep.trainers``.
+        **settings: fields of the method's configuration; ``out`` is not needed.
+
+    Raises:
+        UserError: for everything that a user can mend.
+    """
+    try:
+        config = method_class(method).Config(teacher=teacher, **{"out": "", **settings})
+    except TypeError as error:
+        raise UserError(f"{method} has no such setting: {error}") from error
+    return Planner(config, method).plan()
+
+
+class Planner:
+    """A teacher without weights, recorded, and what runs on it would take.
+
+    Args:
+        config: of the run.
+        method: its name.
+        build: makes the teacher's pipeline where no folder or hub id does; it is given the context in which networks,
+            and networks only, are to be made.
+
+    Raises:
+        UserError: the teacher cannot be built, or cannot be recorded.
+    """
+
+    def __init__(
+        self, config: RunConfig, method: str, build: Callable[[World], DiffusionPipeline] | None = None
+    ) -> None:
+        self.config, self.method = config, method
+        self.mode = fake_tensors()
+        if build is None:
+            self.pipeline = hollow_teacher(config.teacher, self.mode)
+        else:
+            self.pipeline = build(partial(pretending, self.mode))
+        with answering(self.pipeline, self.mode):
+            self.recording = record(self.pipeline, **teacher_call(config))
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
+
+    def plan(self, **changes: Any) -> Plan:
+        """Of the run, with some settings changed.
+
+        Raises:
+            UserError: the method's step cannot be played without values, or a setting does not fit the teacher.
+        """
+        config = replace(self.config, **changes)
+        world = partial(pretending, self.mode)
+        recording = self._quantized(config) if config.quantization is not None else self.recording
+        pipeline = recording.pipeline
+        rehearsal = Rehearsal(config, self.method, pipeline, recording, self.device, world)
+        try:
+            method = rehearsal.prepare()
+            for role in method.roles.values():
+                for module in role.added.values():
+                    pretend(module, self.mode)
+            step = costliest_step(method, rehearsal)
+            with world():
+                moments = weigh(method, rehearsal, step)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise UserError(
+                f"{self.method} cannot be planned: its step depends on values of tensors: {error}"
+            ) from error
+        networks = modules_of(pipeline)
+        # Those that only encode are freed once everything is encoded (fewstep.data.encoders).
+        stay = {expert.component for expert in recording.experts} | {find_decoder(pipeline)}
+        kept = [network for name, network in networks.items() if name in stay]
+        return Plan(
+            teacher=config.teacher,
+            pipeline=type(self.pipeline).__name__,
+            component=self.recording.component,
+            method=self.method,
+            settings=_words(config),
+            device=self.device.type,
+            sample_shape=self.recording.sample_shape,
+            parameters={
+                name: sum(p.numel() for p in network.parameters())
+                for name, network in modules_of(self.pipeline).items()
+            },
+            recording=tensor_bytes(*networks.values()),
+            kept=tensor_bytes(*kept),
+            roles=_roles(method, kept),
+            moments=moments,
+            calls=mean_calls(method, rehearsal),
+        )
+
+    def _quantized(self, config: RunConfig) -> Recording:
+        """The recording on networks whose linear layers have the sizes of quantised ones.
+
+        The whole pipeline is in the dtype in which a run loads it.
+        """
+        with pretending(self.mode):
+            networks = {name: copy.deepcopy(network) for name, network in modules_of(self.pipeline).items()}
+            for name in self.recording.components:
+                plan_quantized(networks[name], config.quantization)
+            if config.mixed_precision == "bf16":
+                networks = {name: nn.Module.to(network, torch.bfloat16) for name, network in networks.items()}
+        return self.recording.on(networks)
+
+    def advice(self, plan: Plan, memory: int) -> str:
+        """What would make ``plan`` fit ``memory`` bytes, in one line: of a few changes those that help, in order."""
+        changes: dict[str, Any] = {}
+        for name, (default, value) in _CHANGES.items():
+            if default is not None and getattr(self.config, name) != default:
+                continue
+            try:
+                smaller = self.plan(**changes, **{name: value})
+            except UserError:  # this network has no layers for it
+                continue
+            if smaller.peak >= plan.peak:
+                continue
+            plan, changes = smaller, {**changes, name: value}
+            if plan.peak <= memory:
+                return f"it would fit with {_flags(changes)}: {size(plan.peak)}"
+        if not changes:
+            return "nothing that fewstep offers would make it smaller: choose a smaller teacher or resolution"
+        return f"even with {_flags(changes)} it would take {size(plan.peak)}: choose a smaller teacher or resolution"
+
+
+#: What is tried where a run does not fit, from the harmless to the costly: where it has this default, another value.
+_CHANGES: dict[str, tuple[Any, Any]] = {
+    "mixed_precision": ("no", "bf16"),
+    "gradient_checkpointing": (False, True),
+    "lora_rank": (0, 64),
+    "quantization": (None, "bitsandbytes_8bit"),
+    "batch_size": (None, 1),
+}
+
+
+def _flags(changes: dict[str, Any]) -> str:
+    return " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in changes.items())
+
+
+def costliest_step(method: Method, rehearsal: Rehearsal) -> int:
+    """The step with most network calls, of the first and the last hundred."""
+    last = rehearsal.config.max_steps
+    steps = [*range(min(_SEARCHED, last)), *range(max(0, last - _SEARCHED), last)]
+    return max(steps, key=lambda step: forward_passes(method.calls(step, rehearsal.batch(step))))
+
+
+def weigh(method: Method, rehearsal: Rehearsal, step: int) -> dict[str, Moment]:
+    """By role: what its turn of a step needs beside all weights.
+
+    Micro-batches after the first need it beside the gradients of those before; the second stands for all of them.
+    """
+    moments: dict[str, Moment] = {}
+    weights = [tensor for role in method.roles.values() for tensor in _tensors(role)]
+    micro_batches = min(2, rehearsal.config.gradient_accumulation_steps)
+    with Footprint(known=weights) as footprint:
+        runs = [method.turns(step, rehearsal.batch(step)) for _ in range(micro_batches)]
+        while True:
+            role, graph = None, 0
+            for run in runs:
+                turn = next(run, None)
+                if turn is None:
+                    return moments
+                if isinstance(turn, Turn):
+                    role, graph = turn.role, footprint.alive
+                    backward(method, turn)
+                del turn
+            if role is not None:
+                moments[role] = Moment(graph, footprint.peak)
+                for parameter in method.roles[role].parameters():
+                    parameter.grad = None
+            footprint.restart()
+
+
+def mean_calls(method: Method, rehearsal: Rehearsal) -> dict[str, Calls]:
+    """Network calls of a step, per sample, in the mean over the run's last :data:`PERIOD` steps."""
+    last = rehearsal.config.max_steps
+    steps = range(max(0, last - PERIOD), last)
+    sums: dict[str, dict[str, float]] = {}
+    for step in steps:
+        for name, calls in method.calls(step, rehearsal.batch(step, Draws)).items():
+            for kind, count in vars(calls).items():
+                sums.setdefault(name, {}).setdefault(kind, 0.0)
+                sums[name][kind] += count / len(steps)
+    return {name: Calls(**kinds) for name, kinds in sums.items()}
+
+
+def size(number: int) -> str:
+    """Bytes for people: GB of 10^9, or MB where that is clearer."""
+    return f"{number / 1e9:,.2f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"
+
+
+def _roles(method: Method, holders: list[nn.Module]) -> dict[str, RoleBytes]:
+    """What each role adds to what the pipeline and the roles before it hold."""
+    held: list[nn.Module | list[Tensor]] = list(holders)
+    before = tensor_bytes(*held)
+    found: dict[str, RoleBytes] = {}
+    for name, role in method.roles.items():
+        held.append(_tensors(role))
+        trained = sum(parameter.nbytes for parameter in role.parameters())
+        now = tensor_bytes(*held)
+        # AdamW has two numbers for every parameter, in its dtype.
+        found[name] = RoleBytes(now - before, trained, 2 * trained)
+        before = now
+    return found
+
+
+def _tensors(role: Role) -> list[Tensor]:
+    networks = [expert.denoiser.network for expert in role.experts.values()]
+    modules = [*networks, *role.modules.values()]
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def _words(config: RunConfig) -> str:
+    roles = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "full copies"
+    if config.full_critic:
+        roles += " and a full critic"
+    if config.quantization is not None:
+        roles += f" on {config.quantization}"
+    words = [roles, f"batch {config.batch_size}", "bf16" if config.mixed_precision == "bf16" else "float32"]
+    words += ["accumulated"] if config.gradient_accumulation_steps > 1 else []
+    words += ["gradient checkpointing"] if config.gradient_checkpointing else []
+    words += [f"average {config.ema_decay:g}"] if config.ema_decay else []
+    return ", ".join(words)

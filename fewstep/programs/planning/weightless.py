@@ -1,0 +1,208 @@
+"""Hollow pipelines: a teacher built from its configuration files alone, with networks that hold no weights.
+
+Their weights are fake tensors, which have a shape and a dtype and take no memory. What such a network answers is drawn,
+in the shapes that it would have: a function of its inputs that follows all of them. So the pipeline's own call runs,
+on real tokens, latents and times, and the recorder learns from it how the network is called. It can prove nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from fewstep.errors import UserError
+from fewstep.teachers.loading import teacher_folder
+
+#: What is fetched of a hub id: everything that a pipeline is built from, tokenizers included, except weights.
+_CONFIGURATION = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+class _FakeTensors(FakeTensorMode):
+    """What is worked out from numbers alone, masks and lengths, stays real: networks and pipelines decide by it."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        real = tensors and not any(isinstance(value, FakeTensor) for value in tensors)
+        if real and (function in _READS or not any(value.is_floating_point() for value in tensors)):
+            return function(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+#: Operations by which the host reads a tensor.
+_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+
+
+def fake_tensors() -> FakeTensorMode:
+    """The mode in which tensors have no storage; real ones that meet them (tables of a schedule) count as fake."""
+    return _FakeTensors(allow_non_fake_inputs=True)
+
+
+def hollow_teacher(name: str, mode: FakeTensorMode) -> DiffusionPipeline:
+    """The float32 pipeline of a teacher without its weights; of a hub id, only configuration files are fetched.
+
+    Args:
+        name: a folder, which needs no weights in it, a hub id, or an embedded teacher.
+        mode: of the networks' weights.
+
+    Raises:
+        UserError: there is no such thing, it is not a pipeline, or it cannot be built from configuration files.
+    """
+    folder = _configuration_folder(name)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    try:
+        parts = {
+            part: None if entry[0] is None else _part(_class_of(*entry), folder / part, mode)
+            for part, entry in index.items()
+            if isinstance(entry, list)
+        }
+        settings = {key: value for key, value in index.items() if key not in parts and not key.startswith("_")}
+        pipeline = _class_of("diffusers", index["_class_name"])(**parts, **settings)
+    except Exception as error:  # each library that reads a part of the folder has exceptions of its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{name} cannot be built from its configuration files: {reason}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextmanager
+def pretending(mode: FakeTensorMode) -> Iterator[None]:
+    """Inside, every new tensor is fake, and modules of fake ones can be copied, moved and cast."""
+    before = nn.Module._apply, vars(FakeTensor).get("__deepcopy__", Tensor.__deepcopy__)
+    nn.Module._apply, FakeTensor.__deepcopy__ = _converted, _copied
+    try:
+        # oneDNN's kernels have formats of their own, which no fake tensor can take.
+        with mode, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "TF32 acceleration")
+            with torch.backends.mkldnn.flags(enabled=False):
+                yield
+    finally:
+        nn.Module._apply, FakeTensor.__deepcopy__ = before
+
+
+def pretend(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Make the weights of a module fake that was made outside."""
+    _converted(module, lambda tensor: tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor))
+
+
+def _copied(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
+    """As ``Tensor.__deepcopy__``, which reads the storage that a fake tensor does not have."""
+    if id(tensor) not in memo:
+        copied = tensor.detach().clone()
+        parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if parameter else copied
+    return memo[id(tensor)]
+
+
+def _converted(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """As ``nn.Module._apply``, which swaps fake parameters in place and cannot, because their mode refers to them."""
+    for child in module.children() if recurse else ():
+        _converted(child, change)
+    for name, parameter in module._parameters.items():
+        if parameter is not None and (changed := change(weights := parameter.detach())) is not weights:
+            module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = change(buffer)
+    return module
+
+
+@contextmanager
+def answering(pipeline: DiffusionPipeline, mode: FakeTensorMode) -> Iterator[None]:
+    """Inside, the pipeline's fake networks take real tensors, and give drawn ones in the shapes of their answers."""
+    networks = [module for module in pipeline.components.values() if isinstance(module, nn.Module)]
+    for network in networks:
+        network.forward = _drawn(network.forward, mode)
+    try:
+        yield
+    finally:
+        for network in networks:
+            del network.forward
+
+
+def _configuration_folder(name: str) -> Path:
+    folder = teacher_folder(name)
+    if folder is None:
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=_CONFIGURATION))
+        except Exception as error:  # of the hub, of its client, or of the connection
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"the configuration of {name} cannot be fetched: {reason}") from error
+    if not (folder / "model_index.json").is_file():
+        what = "does not exist" if not folder.exists() else "is not a diffusers pipeline: it has no model_index.json"
+        raise UserError(f"{name} {what}")
+    return folder
+
+
+def _class_of(library: str, name: str) -> type:
+    """The class of a part, as model_index.json names it; some stand in a pipeline's own module."""
+    pipelines = importlib.import_module("diffusers.pipelines")
+    module = getattr(pipelines, library) if hasattr(pipelines, library) else importlib.import_module(library)
+    return getattr(module, name)
+
+
+def _part(kind: type, folder: Path, mode: FakeTensorMode) -> Any:
+    """A network of fake weights, or whatever else a pipeline consists of, from its own files."""
+    if not issubclass(kind, nn.Module):
+        return kind.from_pretrained(folder)
+    with pretending(mode):
+        if issubclass(kind, ConfigMixin):
+            return kind.from_config(kind.load_config(folder)).eval()
+        return kind(kind.config_class.from_pretrained(folder)).eval()
+
+
+def _drawn(forward: Callable[..., Any], mode: FakeTensorMode) -> Callable[..., Any]:
+    """`forward` on fake tensors for the shapes; it is run once for each shape of its inputs."""
+    answers: dict[str, Any] = {}
+
+    def shaped(value: Any) -> Any:
+        given = isinstance(value, Tensor) and value.is_floating_point() and not isinstance(value, FakeTensor)
+        return mode.from_tensor(value) if given else value
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        key = str(tree_map(lambda v: (v.shape, v.dtype) if isinstance(v, Tensor) else v, (args, kwargs)))
+        if key not in answers:
+            with mode, torch.no_grad():
+                answers[key] = forward(*tree_map(shaped, args), **tree_map(shaped, kwargs))
+        leaves, structure = tree_flatten(answers[key])
+        return tree_unflatten([_draw(given, leaf, place) for place, leaf in enumerate(leaves)], structure)
+
+    # The signature stays visible: pipelines and the recorder ask for it.
+    stand_in.__wrapped__ = forward
+    return stand_in
+
+
+def _draw(given: list[Tensor], like: Any, place: int) -> Any:
+    """A real tensor like a fake one; each of its rows follows the same row of every input that has as many.
+
+    `place`: of the tensor among those of the answer, so that no two of them are equal.
+    """
+    if not isinstance(like, Tensor):
+        return like
+    if not like.is_floating_point():
+        return torch.zeros(like.shape, dtype=like.dtype)
+    rows = like.shape[0] if like.dim() else 1
+    seed = hashlib.blake2b(str((place, *like.shape[1:])).encode(), digest_size=4).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
+    answer = torch.randn(like.shape[1:], generator=generator).expand(like.shape).clone()
+    for value in given:
+        shared = value.dim() == 0 or value.shape[0] != rows
+        seen = value.reshape(1 if shared else rows, -1).double()
+        direction = torch.randn(seen.shape[1], generator=generator, dtype=torch.float64) / max(seen.shape[1], 1) ** 0.5
+        pattern = torch.randn(like.shape[1:], generator=generator)
+        weight = torch.sin(seen @ direction).float()
+        answer += pattern * weight.reshape(-1, *[1] * (like.dim() - 1))
+    return answer.to(like.dtype)

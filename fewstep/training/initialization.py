@@ -1,0 +1,129 @@
+"""Weights that a run starts with when they are not the teacher's: those of another run, or of a pipeline folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor, nn
+
+from fewstep.diffusion.schedule import from_scheduler
+from fewstep.errors import UserError
+from fewstep.networks.adapters import AdapterRole
+from fewstep.networks.roles import Role, follow
+from fewstep.recording import Recording
+from fewstep.recording.observe import find_scheduler
+from fewstep.teachers.loading import load_teacher
+from fewstep.training import checkpoint
+
+
+def initialize(
+    roles: dict[str, Role],
+    init: str,
+    recording: Recording,
+    say: Callable[[str], None],
+    trust_remote_code: bool = False,
+) -> None:
+    """Load ``init`` into the roles; the averages, where there are any, start at the student.
+
+    Args:
+        roles: of the new run; the student, and of a run's folder the critics with their heads, are overwritten.
+        init: another run's folder (its newest checkpoint), or a pipeline (its network becomes the student's).
+        recording: of the teacher.
+        say: told in one line what does not come from ``init``.
+        trust_remote_code: let a pipeline run code from its own folder.
+
+    Raises:
+        UserError: there is no such thing, or its weights are not those of a student of this teacher.
+    """
+    source = Path(init)
+    if (source / "checkpoints").is_dir():
+        _refuse_other_prediction(init, _prediction_of_run(source), recording)
+        _, tensors = checkpoint.load_latest(source / "checkpoints")
+        for name in (name for name in roles if name == "student" or name.startswith("critic")):
+            if name in tensors:
+                _refuse_other_form(init, source, roles[name], tensors[name])
+                _load_run(roles[name], tensors[name], say)
+            else:
+                say(f"--init has no {name}; it starts as the teacher")
+    else:
+        pipeline = load_teacher(init, trust_remote_code, flag="--init")
+        networks = {name: getattr(pipeline, name, None) for name in recording.components}
+        for name, network in networks.items():
+            if network is None:
+                raise UserError(f"--init {init} has no {name}; it is of another family than the teacher")
+        _refuse_other_prediction(init, _prediction_of_pipeline(pipeline), recording)
+        if roles["student"].part == AdapterRole.part:
+            raise UserError(
+                f"--init {init} is a whole network, and with --lora_rank the student is an adapter of the teacher; "
+                "leave one of the two out"
+            )
+        whole = nn.ModuleDict(networks) if len(networks) > 1 else network
+        tensors = {f"network.{k}": v for k, v in whole.state_dict().items()}
+        for part in roles["student"].added:  # a student of two times brings its second one along
+            own = getattr(pipeline, part, None)
+            tensors |= {f"{part}.{k}": v for k, v in own.state_dict().items()} if own is not None else {}
+        _load_run(roles["student"], tensors, say)
+        say(f"the student starts from {init}; the critic starts from the teacher")
+    follow(roles)
+
+
+def _load_run(role: Role, tensors: dict[str, Tensor], say: Callable[[str], None]) -> None:
+    """Load a role of another run; added modules that the other run did not have keep their fresh weights."""
+    mine = role.state_dict()
+    for part in role.added:
+        fresh = {name: value for name, value in mine.items() if name.startswith(f"{part}.")}
+        if fresh and not any(name.startswith(f"{part}.") for name in tensors):
+            tensors = {**tensors, **fresh}
+            say(f"--init has no {part} of the {role.name}; it starts afresh")
+    role.load_state_dict(tensors)
+
+
+def _refuse_other_form(init: str, source: Path, role: Role, tensors: dict[str, Tensor]) -> None:
+    """An adapter is no network, and one that was trained under another alpha means something else."""
+    if not any(name.startswith(f"{role.part}.") for name in tensors):
+        has, wanted = ("a network", "an adapter") if role.part == "adapter" else ("an adapter", "a network")
+        raise UserError(
+            f"--init {init} holds {has} for the {role.name} where this run has {wanted}; "
+            "give both runs the same --lora_rank and --full_critic"
+        )
+    own = next(iter(role.experts.values()))
+    if isinstance(own, AdapterRole) and (theirs := _alpha_of_run(source)) not in (None, own.backbone.alpha):
+        raise UserError(f"--init {init} was trained with --lora_alpha {theirs:g}; give this run the same")
+
+
+def _refuse_other_prediction(init: str, theirs: str | None, recording: Recording) -> None:
+    """Weights of one shape may mean different things: Stable Diffusion 2 exists with epsilon and with velocity."""
+    if theirs is not None and theirs != recording.prediction_type:
+        raise UserError(
+            f"--init {init} predicts {theirs!r} and the teacher {recording.prediction_type!r}; "
+            "start from a student of this teacher"
+        )
+
+
+def _prediction_of_run(source: Path) -> str | None:
+    """What the exported student of a run says; None where it was not exported yet."""
+    for form in ("student", "student_lora"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return json.loads((source / form / "fewstep.json").read_text(encoding="utf-8"))["prediction_type"]
+    return None
+
+
+def _alpha_of_run(source: Path) -> float | None:
+    """The alpha of a run's adapters; None where its configuration does not say."""
+    try:
+        settings = yaml.safe_load((source / "config.yaml").read_text(encoding="utf-8"))
+        return settings["lora_alpha"] or settings["lora_rank"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+
+
+def _prediction_of_pipeline(pipeline: Any) -> str | None:
+    try:
+        return from_scheduler(getattr(pipeline, find_scheduler(pipeline)))[1]
+    except ValueError:  # no schedule that can be read off: the shapes of the weights have to do
+        return None

@@ -1,0 +1,287 @@
+"""The training loop that every method shares: backward, reduction, clipping, update, average, log, checkpoint, resume.
+
+There is no DDP wrapper: the turns of one step touch different parameters, which DDP rejects. The loop sums a turn's
+gradients over processes itself. Between two logged steps the host reads nothing from the device.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fewstep.config.run import RunConfig
+from fewstep.data.conditions import Conditions
+from fewstep.data.images import RealSamples
+from fewstep.diffusion.draws import Draws
+from fewstep.errors import UserError
+from fewstep.networks.roles import FOLLOWERS, Role, follow, update_average
+from fewstep.training import checkpoint
+from fewstep.training.method import Batch, Method, PairSource, Renew, Turn
+from fewstep.training.monitor import Monitor
+from fewstep.training.optimization import RoleOptimizer
+
+
+class Interrupted(Exception):  # noqa: N818 - a wish of the user, not an error
+    """Ctrl-C or a termination signal was obeyed: the step was finished and a checkpoint written."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all."""
+
+    rank: int = 0
+    count: int = 1
+
+
+class Loop:
+    """Runs a method from its last checkpoint (or from step 0) to ``config.max_steps``.
+
+    Args:
+        method: whose turns are played.
+        method_name: kept in checkpoints, so that no other method goes on from them.
+        config: of the run.
+        conditions: to generate for.
+        real: real samples, None in a data-free run.
+        shape: of one sample in the network's space.
+        device: of the roles.
+        processes: this process among all.
+        monitor: log, progress bar and trackers; it acts on the main process only.
+        on_samples: called with the number of steps done, on the main process, when a sample grid is due.
+        pairs: noise-sample pairs, None where the method asks for none.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        method_name: str,
+        config: RunConfig,
+        *,
+        conditions: Conditions,
+        real: RealSamples | None,
+        shape: tuple[int, ...],
+        device: torch.device,
+        processes: Processes,
+        monitor: Monitor,
+        on_samples: Callable[[int], None],
+        pairs: PairSource | None = None,
+    ) -> None:
+        self.method, self.method_name, self.config = method, method_name, config
+        self.conditions, self.real, self.pairs, self.shape = conditions, real, pairs, shape
+        self.device, self.processes, self.monitor, self.on_samples = device, processes, monitor, on_samples
+        self.checkpoints = Path(config.out) / "checkpoints"
+        trainable = (role for role in method.roles.values() if role.parameters())
+        self.optimizers = {
+            role.name: RoleOptimizer(role, config, method.learning_rate(role.name)) for role in trainable
+        }
+        self.step = 0
+        self._interrupted = False
+        self._recent: dict[str, Tensor] = {}
+
+    def run(self) -> None:
+        """Train. Raises :class:`Interrupted` after a signal, ``UserError`` when a gradient was not finite."""
+        if self.step == 0:
+            self._save()
+        with self._signals():
+            while self.step < self.config.max_steps:
+                self._one_step()
+                done = self.step
+                last = done == self.config.max_steps
+                if last or done % self.config.checkpointing_steps == 0:
+                    self._save()
+                if self.config.sample_steps and (last or done % self.config.sample_steps == 0):
+                    self._main_process_only(partial(self.on_samples, done))
+                if self._stop_wanted():
+                    self._save()
+                    raise Interrupted
+        self.monitor.close()
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint.
+
+        Raises:
+            UserError: it is missing, damaged, or of another method.
+        """
+        state, tensors = checkpoint.load_latest(self.checkpoints)
+        if state["method"] != self.method_name:
+            raise UserError(
+                f"{self.checkpoints} was written by {state['method']}, not {self.method_name}; choose another --out"
+            )
+        if state["processes"] != self.processes.count:
+            raise UserError(
+                f"{self.checkpoints} was written by {state['processes']} processes, not {self.processes.count}; "
+                "start as many, or the batch is another one"
+            )
+        for name, role in self.method.roles.items():
+            if name in tensors:
+                role.load_state_dict(tensors[name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state(tensors[f"{name}_optimizer"])
+            optimizer.renewed_at = state["renewed_at"][name]
+        self._recent = {name: value.to(self.device) for name, value in tensors["unlogged"].items()}
+        self.step = state["step"]
+        self.monitor.resume(self.step)
+
+    # --- one step -----------------------------------------------------------------------------------------------
+
+    def _one_step(self) -> None:
+        logging = (
+            (self.step + 1) % self.config.log_steps == 0 or self.step + 1 == self.config.max_steps or self.step == 0
+        )
+        accumulation = self.config.gradient_accumulation_steps
+        turns = [self.method.turns(self.step, self._batch(micro, logging)) for micro in range(accumulation)]
+        share = 1 / (accumulation * self.processes.count)
+        # What a turn reports stays until the next logged step: a student that moves every fifth step is logged too.
+        log: dict[str, Tensor] = {}
+        while (turn := self._advance(turns, share, log)) is not None:
+            if isinstance(turn, Renew):
+                self._renew(turn)
+                continue
+            norm = self.optimizers[turn.role].update(self.step)
+            log[f"{turn.role}/gradient_norm"] = norm
+            if turn.role == "student":
+                self._update_averages()
+        self._recent.update(log)
+        self.step += 1
+        if logging:
+            self._check_finite()
+            self.monitor.log(self.step, self._mean_over_processes(self._recent))
+            self._recent = {}
+        self.monitor.advance(self.step)
+
+    def _advance(
+        self, turns: list[Iterator[Turn | Renew]], share: float, log: dict[str, Tensor]
+    ) -> Turn | Renew | None:
+        """Play the next turn of every micro-batch; their gradients add up in the parameters."""
+        played: Turn | Renew | None = None
+        for micro, generator in enumerate(turns):
+            turn = next(generator, None)
+            if micro and (type(turn), getattr(turn, "role", None)) != (type(played), getattr(played, "role", None)):
+                raise RuntimeError(f"micro-batches left their lockstep: {turn} after {played}")
+            if isinstance(turn, Turn):
+                self._backward(turn, share)
+                for name, value in turn.log.items():
+                    log[name] = log.get(name, 0) + value.detach() / len(turns)
+            played = turn
+        return played
+
+    def _backward(self, turn: Turn, share: float) -> None:
+        tensors = [tensor for tensor, _ in turn.backward]
+        gradients = [torch.ones_like(t) * share if g is None else g.to(t.dtype) * share for t, g in turn.backward]
+        # inputs= keeps the gradients of the other roles None, and skips the work of computing them.
+        torch.autograd.backward(tensors, gradients, inputs=self.optimizers[turn.role].parameters)
+
+    def _batch(self, micro: int, logging: bool) -> Batch:
+        config = self.config
+        per_step = config.batch_size * config.gradient_accumulation_steps * self.processes.count
+        first = (self.processes.rank * config.gradient_accumulation_steps + micro) * config.batch_size
+        indices = range(first, first + config.batch_size)
+        positions = [self.step * per_step + index for index in indices]
+        return Batch(
+            size=config.batch_size,
+            shape=self.shape,
+            conditioning=self.conditions.batch(config.seed, positions),
+            draws=Draws(config.seed, self.step, indices, self.device),
+            real=self.real.batch(config.seed, positions) if self.real is not None else None,
+            logging=logging,
+            pairs=self.pairs.batch(config.seed, positions) if self.pairs is not None else None,
+        )
+
+    def _update_averages(self) -> None:
+        roles = self.method.roles
+        if "ema" in roles:
+            update_average(roles["ema"], roles["student"], self.config.ema_decay)
+        if "target" in roles:
+            update_average(roles["target"], roles["student"], self.method.target_decay(self.step))
+
+    def _renew(self, renew: Renew) -> None:
+        self.method.roles[renew.role].copy_weights(self.method.roles[renew.like])
+        self.optimizers[renew.role].renew(self.step)
+        if renew.role == "student":
+            follow(self.method.roles)
+
+    # --- between steps ------------------------------------------------------------------------------------------
+
+    def _check_finite(self) -> None:
+        for name, optimizer in self.optimizers.items():
+            bad = int(optimizer.first_bad_step)
+            if bad >= 0:
+                kept = checkpoint.steps_in(self.checkpoints)
+                raise UserError(
+                    f"the gradient of the {name} was not finite in step {bad}; stopped with the checkpoint of step "
+                    f"{kept[-1] if kept else 0} kept: lower the learning rate or --mixed_precision no, then --resume"
+                )
+
+    def _save(self) -> None:
+        self._check_finite()
+        self._main_process_only(self._write_checkpoint)
+
+    def _write_checkpoint(self) -> None:
+        self.monitor.flush()
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name, role in self.method.roles.items():
+            if name in self.optimizers or name in FOLLOWERS:
+                tensors[name] = role.state_dict()
+        for name, optimizer in self.optimizers.items():
+            tensors[f"{name}_optimizer"] = optimizer.state()
+        tensors["unlogged"] = self._recent  # a resumed run's next line says what an undisturbed run's would
+        state = {
+            "method": self.method_name,
+            "processes": self.processes.count,
+            "renewed_at": {name: optimizer.renewed_at for name, optimizer in self.optimizers.items()},
+        }
+        checkpoint.save(self.checkpoints, self.step, tensors, state, self.config.checkpoints_total_limit)
+
+    def _mean_over_processes(self, log: dict[str, Tensor]) -> dict[str, float]:
+        names = sorted(log)  # methods may fill their logs in another order on each process
+        values = torch.stack([log[name].detach().float().to(self.device) for name in names])
+        if self.processes.count > 1:
+            dist.all_reduce(values)
+            values /= self.processes.count
+        means = dict(zip(names, values.tolist(), strict=True))
+        return {name: means[name] for name in log}
+
+    def _main_process_only(self, action: Callable[[], None]) -> None:
+        if self.processes.rank == 0:
+            action()
+        if self.processes.count > 1:
+            dist.barrier()
+
+    # --- signals ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def note(_signal: int, _frame: FrameType | None) -> None:
+            self._interrupted = True
+
+        try:
+            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: whoever runs the loop there handles signals
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop_wanted(self) -> bool:
+        if self.processes.count == 1:
+            return self._interrupted
+        if self.step % self.config.log_steps:  # processes agree where they wait for each other anyway
+            return False
+        wanted = torch.tensor(float(self._interrupted), device=self.device)
+        dist.all_reduce(wanted)
+        return bool(wanted > 0)
+
+
+def sampling_role(roles: dict[str, Role]) -> Role:
+    """The role that is sampled, evaluated and exported: the student's average where there is one."""
+    return roles.get("ema", roles["student"])

@@ -1,0 +1,118 @@
+"""One role's update: sum the gradients over processes, clip, and step, without the host ever waiting for a number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fewstep.config.run import RunConfig
+from fewstep.networks.roles import Role
+
+_BUCKET = 2**24  # elements in one all-reduce: 64 MB of float32
+
+
+class RoleOptimizer:
+    """AdamW for one role, which skips an update whose gradient is not finite and remembers the first such step.
+
+    Args:
+        role: whose trainable parameters are updated.
+        config: of the run.
+        lr: peak learning rate.
+    """
+
+    def __init__(self, role: Role, config: RunConfig, lr: float) -> None:
+        self.role = role
+        self.lr = lr
+        self.max_grad_norm = config.max_grad_norm
+        self.warmup = config.lr_warmup_steps
+        self.parameters = role.parameters()
+        self._settings = {
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "weight_decay": config.adam_weight_decay,
+        }
+        self.renew(0)
+        device = self.parameters[0].device
+        #: The first step whose gradient was not finite, -1 while there is none. Read it only when a wait is fine.
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def renew(self, step: int) -> None:
+        """Forget all momentum and warm up again from ``step``."""
+        # fused is the implementation that can be told, on the device, to leave everything as it is (found_inf).
+        self.adamw = torch.optim.AdamW(self.parameters, lr=self.lr, fused=True, **self._settings)
+        self.renewed_at = step
+
+    def update(self, step: int) -> Tensor:
+        """Reduce, clip and apply the gradients that the parameters hold, and drop them. Returns their norm, ().
+
+        A parameter without a gradient on every process stays as it is, and so do its momenta.
+        """
+        if self.role.gradients_vary:
+            fill_absent(self.parameters)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if not gradients:
+            raise RuntimeError(f"no parameter of the {self.role.name} got a gradient in step {step}")
+        sum_over_processes(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.max_grad_norm > 0:
+            torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        bad = ~torch.isfinite(norm)
+        self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), step, self.first_bad_step)
+        self.adamw.found_inf = (self.first_bad_step >= 0).float()
+        for group in self.adamw.param_groups:
+            group["lr"] = self.lr * min(1.0, (step - self.renewed_at + 1) / (self.warmup + 1))
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """Momenta and step counters as a flat dict of tensors."""
+        names = [name for name, _ in self.role.named_parameters()]
+        states = self.adamw.state_dict()["state"]
+        return {f"{names[k]}/{key}": value for k, entry in states.items() for key, value in entry.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Load what :meth:`state` gave; the parameters must be those it was made with."""
+        full = self.adamw.state_dict()
+        full["state"] = {}
+        for k, (name, _) in enumerate(self.role.named_parameters()):
+            entry = {key.rpartition("/")[2]: v for key, v in state.items() if key.rpartition("/")[0] == name}
+            if entry:
+                full["state"][k] = entry
+        self.adamw.load_state_dict(full)
+
+
+def fill_absent(parameters: Sequence[Tensor]) -> None:
+    """Give a zero gradient to every parameter that has none here but has one on another process.
+
+    Afterwards all processes hold gradients of the same parameters. Which those are, each has to read.
+    """
+    if not _several_processes():
+        return
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(present)
+    for parameter, count in zip(parameters, present.tolist(), strict=True):
+        if count and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def sum_over_processes(tensors: Iterable[Tensor]) -> None:
+    """Sum each tensor over all processes, in place, in buckets. Every process must hold the same list."""
+    if not _several_processes():
+        return
+    bucket: list[Tensor] = []
+    for tensor in [*tensors, None]:
+        if bucket and (tensor is None or tensor.dtype != bucket[0].dtype or sum(b.numel() for b in bucket) > _BUCKET):
+            flat = torch.cat([b.flatten() for b in bucket])
+            dist.all_reduce(flat)
+            for part, target in zip(flat.split([b.numel() for b in bucket]), bucket):
+                target.copy_(part.view_as(target))
+            bucket = []
+        if tensor is not None:
+            bucket.append(tensor)
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,74 @@
+"""Sample grids of a run: the teacher's samples above the student's, of the same noise and conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.config.run import RunConfig
+from fewstep.data.conditions import Conditions
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.rollout import Sampler, draw_sample, ode_sampler
+from fewstep.networks.denoiser import Denoiser
+from fewstep.recording import Recording
+from fewstep.recording.errors import RecordingError
+from fewstep.training.pictures import save_grid
+
+_SHOWN = 8  # samples in a grid
+_TEACHER_STEPS = 25  # of the teacher's row in it
+
+
+class Previews:
+    """Makes the grids of one run; the teacher's row is made once.
+
+    Args:
+        config: of the run.
+        recording: of the teacher.
+        conditions: of the run, of which the first are shown.
+        device: of the networks.
+        as_told: adds to a conditioning what the networks are told beside it (their guidance).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        recording: Recording,
+        conditions: Conditions,
+        device: torch.device,
+        as_told: Callable[[AnyConditioning], AnyConditioning],
+    ) -> None:
+        self.config, self.recording, self.conditions, self.device = config, recording, conditions, device
+        self.as_told = as_told
+        self._teacher: Tensor | None = None
+        #: Why no grid is made, though grids were asked for; else empty.
+        self.note = ""
+        if config.sample_steps:
+            try:
+                _ = recording.codec
+            except RecordingError as error:
+                self.note = f"no sample grids: {error}"
+
+    def save(self, path: Path, teacher: Denoiser, student: Denoiser, sampler: Sampler) -> None:
+        """Write the grid, where one can be made; ``teacher`` under its guidance, ``student`` walked by ``sampler``."""
+        if self.note:
+            return
+        if self._teacher is None:
+            self._teacher = self._pictures(teacher, ode_sampler(self.recording.schedule, _TEACHER_STEPS))
+        if self._teacher.dim() in (4, 5):  # images or videos; sound is not shown
+            save_grid([self._teacher, self._pictures(student, sampler)], path)
+
+    @torch.no_grad()
+    def _pictures(self, denoiser: Denoiser, sampler: Sampler) -> Tensor:
+        """Images or videos in [0, 1], made in batches of the size that training fits."""
+        pieces = []
+        for first in range(0, _SHOWN, self.config.batch_size):
+            indices = range(first, min(first + self.config.batch_size, _SHOWN))
+            draws = Draws(self.config.seed, -2, indices, self.device)
+            conditioning = self.as_told(self.conditions.select([index % len(self.conditions) for index in indices]))
+            x0 = draw_sample(denoiser, sampler, draws, self.recording.sample_shape, conditioning)
+            pieces.append(self.recording.decode(x0).float().cpu())
+        return torch.cat(pieces)

@@ -1,0 +1,82 @@
+"""A run's folder: whose it is, and whether a run may start or go on in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fewstep.config.run import RunConfig, resolved
+from fewstep.errors import UserError
+from fewstep.training import checkpoint
+
+_CONFIG, _PARTIAL = "config.yaml", ".config.yaml.partial"
+#: Settings that a resumed run may change, because the weights do not depend on them (on max_steps where a curriculum
+#: follows it).
+_MAY_CHANGE = frozenset(
+    {
+        "out",
+        "merge",
+        "push_to_hub",
+        "hub_private",
+        "max_steps",
+        "resume",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "log_steps",
+        "sample_steps",
+        "report_to",
+    }
+)
+
+
+def check_folder(out: Path, method: str, config: RunConfig) -> bool:
+    """Whether there is a checkpoint to go on from; nothing is written but an empty folder.
+
+    Raises:
+        UserError: the folder cannot be written, holds another run, or ``--resume`` does not fit what is there.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out} cannot be written; choose another folder")
+    file = out / _CONFIG
+    if not file.exists():
+        if config.resume:
+            raise UserError(f"--resume: {out} holds no run; leave out --resume to start one")
+        if any(path.name != _PARTIAL for path in out.iterdir()):
+            raise UserError(f"--out {out} is not empty and holds no run of fewstep; choose another folder")
+        return False
+    if not config.resume:
+        raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or choose another folder")
+    try:
+        theirs = dict(yaml.safe_load(file.read_text()))
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:  # unreadable, or YAML that is no table
+        raise UserError(f"{file} cannot be read; choose another --out") from error
+    may_change = _MAY_CHANGE - {"max_steps"} if config.follows_max_steps else _MAY_CHANGE
+    if changed := _differences(theirs, _described(method, config), may_change):
+        raise UserError(
+            f"--resume: {', '.join(changed)} differ from {file}; give the run its old settings or another --out"
+        )
+    return bool(checkpoint.steps_in(out / "checkpoints"))
+
+
+def write_config(out: Path, method: str, config: RunConfig) -> None:
+    """Make ``out`` this run's folder."""
+    text = yaml.safe_dump(_described(method, config), sort_keys=False, allow_unicode=True)
+    partial = out / _PARTIAL
+    partial.write_text(text)
+    os.replace(partial, out / _CONFIG)
+
+
+def _described(method: str, config: RunConfig) -> dict[str, Any]:
+    return {"method": method, **resolved(config)}
+
+
+def _differences(theirs: dict[str, Any], mine: dict[str, Any], may_change: frozenset[str]) -> list[str]:
+    names = sorted((theirs.keys() | mine.keys()) - may_change)
+    return [name for name in names if theirs.get(name) != mine.get(name)]

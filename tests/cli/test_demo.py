@@ -1,0 +1,49 @@
+"""The README's main path in short: the demo, and the Python that follows it, word for word but for sizes and paths."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fewstep.cli import main
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "demo-fashion-sd"
+    assert main(["demo", "--out", str(out), "--max_steps", "1", "--num", "20"]) == 0
+    return out
+
+
+def test_the_demo_ends_in_a_student_a_report_and_pictures(demo: Path) -> None:
+    report = json.loads((demo / "report" / "report.json").read_text())
+    shown = [(row["model"], row["steps"], row["nfe"]) for row in report["rows"]]
+    teacher = [("teacher fashion-sd", steps, 2 * steps) for steps in (1, 2, 4, 25)]
+    assert shown == [*teacher, ("student", 1, 1), ("student", 2, 2), ("student", 4, 4)]
+    for row in report["rows"]:
+        assert {"fd_test", "agreement", "recall"} <= row["metrics"].keys()
+        assert row["floor"] > 0
+    for picture in ("report/grid.png", "samples/step_00000001.png"):
+        assert (demo / picture).read_bytes()[:4] == b"\x89PNG"
+    assert "teacher" in (demo / "report" / "report.md").read_text()
+
+
+def test_a_finished_demo_trains_no_further(demo: Path) -> None:
+    before = (demo / "metrics.jsonl").read_text()
+    assert main(["demo", "--out", str(demo), "--max_steps", "1", "--num", "20"]) == 0
+    assert (demo / "metrics.jsonl").read_text() == before
+
+
+def test_the_readmes_python_runs(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo-fashion-sd").symlink_to(demo)
+    for block in blocks:
+        short = re.sub(r"max_steps=\d+", "max_steps=1", re.sub(r"num=\d+", "num=20", block))
+        short = re.sub(r"batch_size=\d+", "batch_size=2", short)
+        exec(compile(short, str(README), "exec"), {})

@@ -1,0 +1,343 @@
+"""The cache: written in shards that survive a kill, read row by row, and refused where it does not belong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import tiny_dit, tiny_stable_diffusion
+
+import fewstep
+from fewstep.cli import main
+from fewstep.conditioning.conditioning import Conditioning, Leaf
+from fewstep.data import condition_cache
+from fewstep.data.condition_cache import INDEX, CacheWriter, ConditionCache
+from fewstep.data.conditions import Conditions, encode_each
+from fewstep.errors import UserError
+from fewstep.programs.distillation import Distillation
+from fewstep.programs.methods import method_class
+from fewstep.recording import Recording, record
+from fewstep.training.loop import Loop
+
+PROMPTS = ["a cat", "a dog", "the tree", "b", "the cat"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("teacher") / "sd"
+    tiny_stable_diffusion().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def recording() -> Recording:
+    return record(tiny_stable_diffusion(), prompt="a")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    return str(tmp_path / "p.txt")
+
+
+def write(folder: Path, recording: Recording, items: list[Any], size: int = 2, stop: int | None = None, **more) -> Path:
+    writer = CacheWriter(folder, recording, "tiny", items, size, more.get("resume", False))
+    for shard in list(writer.missing)[:stop]:
+        writer.add(list(encode_each(recording, writer.of(shard))))
+    return folder
+
+
+def text(conditioning: Conditioning) -> torch.Tensor:
+    return conditioning.arguments()["encoder_hidden_states"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_it_holds_what_each_prompt_is_encoded_to(recording: Recording, tmp_path: Path) -> None:
+    cache = ConditionCache(write(tmp_path / "c", recording, PROMPTS))
+    assert len(cache) == 5 and cache.kind == "prompt" and cache.items() == PROMPTS
+    for number, alone in enumerate(recording.condition_each(prompts=PROMPTS)):
+        assert torch.equal(text(cache[number]), text(alone))
+        assert cache[number].describe() == alone.describe()
+    assert torch.equal(text(cache.negative()), text(recording.negative()))
+    assert sorted(files(tmp_path / "c")) == [
+        INDEX,
+        "negative.safetensors",
+        *(f"shard_0000{k}.safetensors" for k in (0, 1, 2)),
+    ]
+
+
+def test_a_run_draws_the_same_conditions_from_it(recording: Recording, tmp_path: Path) -> None:
+    cached = Conditions(recording, cache=ConditionCache(write(tmp_path / "c", recording, PROMPTS)))
+    encoded = Conditions(recording, prompts=PROMPTS)
+    assert len(cached) == len(encoded) == 5
+    for positions in ([0, 1, 2, 3], [7, 4], range(20, 25)):
+        assert torch.equal(text(cached.batch(3, positions)), text(encoded.batch(3, positions)))
+    assert cached.rows(["b", "a cat"]) == encoded.rows(["b", "a cat"]) == [3, 0]
+    assert cached.rows(["b", "unheard of"]) is None
+
+
+def test_only_rows_that_are_asked_for_are_read(
+    recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred thousand prompts cost what a batch costs: no shard is loaded as a whole."""
+    big = [Conditioning({"text": Leaf(torch.full((1, 2000), float(n)), 1)}, 1) for n in range(40)]
+    writer = CacheWriter(tmp_path / "c", recording, "tiny", list(map(str, range(40))), 20, False)
+    for shard in writer.missing:
+        writer.add(big[shard * 20 : shard * 20 + 20])
+    read: list[int] = []
+
+    class Counted:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.file = condition_cache_safe_open(*args, **kwargs)
+
+        def metadata(self) -> Any:
+            return self.file.metadata()
+
+        def get_tensor(self, name: str) -> Any:
+            read.append(self.file.get_tensor(name).numel())
+            return self.file.get_tensor(name)
+
+        def get_slice(self, name: str) -> Any:
+            whole = self.file.get_slice(name)
+
+            class Slice:
+                def __getitem__(self, key: Any) -> Any:
+                    read.append(whole[key].numel())
+                    return whole[key]
+
+            return Slice()
+
+    condition_cache_safe_open = condition_cache.safe_open
+    monkeypatch.setattr(condition_cache, "safe_open", Counted)
+    cache = ConditionCache(tmp_path / "c")
+    assert cache.kinds() == [0] and read == []
+    assert [float(cache[n].arguments()["text"][0, 0]) for n in (0, 19, 20, 39)] == [0.0, 19.0, 20.0, 39.0]
+    assert read == [2000] * 4
+
+
+def test_labels_are_cached_too(tmp_path: Path) -> None:
+    recording = record(tiny_dit(), class_labels=[1])
+    cache = ConditionCache(write(tmp_path / "c", recording, [3, 1, 4, 1, 5]))
+    conditions = Conditions(recording, cache=cache)
+    assert conditions.select([0, 2, 4]).arguments()["class_labels"].tolist() == [3, 4, 5]
+    assert cache.negative().arguments()["class_labels"].tolist() == [1000]
+
+
+# --- killed and resumed -----------------------------------------------------------------------------------------
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_files(recording: Recording, tmp_path: Path) -> None:
+    """SIGKILL at random moments, in a forked process each; finished shards are not written again."""
+    items = [f"{word} {number}" for number in range(8) for word in ("a", "the")]
+    began = time.monotonic()
+    write(tmp_path / "whole", recording, items, 2)
+    longest = (time.monotonic() - began) / 5
+    moments, hits = random.Random(0), 0
+    for _ in range(8):
+        process = os.fork()
+        if process == 0:
+            write(tmp_path / "killed", recording, items, 2, resume=True)
+            os._exit(0)
+        time.sleep(moments.uniform(0, longest))
+        os.kill(process, signal.SIGKILL)
+        hits += os.WIFSIGNALED(os.waitpid(process, 0)[1])
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("shard_*")}
+    write(tmp_path / "killed", recording, items, 2, resume=True)
+    listed = json.loads((tmp_path / "killed" / INDEX).read_text())["shards"]
+    assert hits >= 4 and len(listed) == 8
+    unlisted = sum(path.stat().st_mtime_ns != before for path, before in kept.items())
+    assert unlisted <= 1  # the one that was on the disk and not in the index yet
+    whole, killed = files(tmp_path / "whole"), files(tmp_path / "killed")
+    assert all(killed[name] == content for name, content in whole.items())
+
+
+def test_a_damaged_shard_is_written_again_on_resume(recording: Recording, tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", recording, PROMPTS)
+    before = files(folder)
+    (folder / "shard_00001.safetensors").write_bytes(b"xx")
+    write(folder, recording, PROMPTS, resume=True)
+    assert files(folder) == before
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "c", recording, PROMPTS, stop=1)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="make room on the disk, then --resume"):
+        patch.setattr(condition_cache, "save_file", full)
+        write(folder, recording, PROMPTS, resume=True)
+    with pytest.raises(UserError, match="not complete"):
+        ConditionCache(folder)
+    assert len(ConditionCache(write(folder, recording, PROMPTS, resume=True))) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"resume": False}, "already holds a cache; add --resume"),
+        ({"items": ["a cat"]}, "the prompts or classes differ"),
+        ({"size": 3}, "--shard_size differ"),
+    ],
+)
+def test_what_does_not_go_on_is_refused(
+    changes: dict[str, Any], words: str, recording: Recording, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "c", recording, PROMPTS, stop=1)
+    chosen = {"items": PROMPTS, "size": 2, "resume": True, **changes}
+    with pytest.raises(UserError, match=words):
+        write(folder, recording, chosen["items"], chosen["size"], resume=chosen["resume"])
+
+
+# --- refused where it does not belong ---------------------------------------------------------------------------
+
+
+def test_damage_and_other_versions_are_one_line(recording: Recording, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no cache"):
+        ConditionCache(tmp_path / "nothing")
+    for name, damage, words in (
+        ("shard_00001.safetensors", lambda content: content[:-8], "damaged: shard_00001"),
+        ("shard_00000.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1]), "damaged: shard_00000"),
+        ("negative.safetensors", lambda content: b"", "damaged: negative"),
+        (INDEX, lambda content: content[:-9], "damaged: index.json"),
+        (INDEX, lambda content: content.replace(b'"items": 5', b'"items": 4'), "damaged: index.json"),
+        (INDEX, lambda content: content.replace(b"fewstep-cache-2", b"fewstep-cache-9"), "of another version"),
+        (INDEX, lambda content: b"[]", "damaged: index.json"),
+    ):
+        folder = write(tmp_path / f"c{len(list(tmp_path.iterdir()))}", recording, PROMPTS)
+        (folder / name).write_bytes(damage((folder / name).read_bytes()))
+        with pytest.raises(UserError, match=words) as caught:
+            ConditionCache(folder)
+        assert "\n" not in str(caught.value)
+    folder = write(tmp_path / "gone", recording, PROMPTS)
+    (folder / "shard_00002.safetensors").unlink()
+    with pytest.raises(UserError, match="damaged: shard_00002"):
+        ConditionCache(folder)
+
+
+def test_another_teacher_is_refused_by_name_of_what_differs(recording: Recording, tmp_path: Path) -> None:
+    cache = ConditionCache(write(tmp_path / "c", recording, PROMPTS))
+    cache.check(recording, "tiny")
+    other = tiny_stable_diffusion()
+    with torch.no_grad():
+        next(other.text_encoder.parameters())[0, 0] += 1
+    with pytest.raises(UserError, match=r"of another teacher \(tiny\): its text_encoder differs from that of other"):
+        cache.check(record(other, prompt="a"), "other")
+    with pytest.raises(UserError, match="made with another --call"):
+        cache.check(record(tiny_stable_diffusion(), prompt="a", negative_prompt="b"), "tiny")
+    with pytest.raises(UserError, match="of another teacher"):
+        cache.check(record(tiny_dit(), class_labels=[1]), "dit")
+
+
+def test_a_pipeline_that_encodes_otherwise_by_now_is_refused(
+    recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same parts under other code, as after an update of diffusers."""
+    cache = ConditionCache(write(tmp_path / "c", recording, PROMPTS))
+    kind = type(recording.pipeline)
+    encode = kind.encode_prompt
+    monkeypatch.setattr(
+        kind, "encode_prompt", lambda self, *a, **k: tuple(v if v is None else 1.1 * v for v in encode(self, *a, **k))
+    )
+    with pytest.raises(UserError, match="encodes otherwise"):
+        cache.check(recording, "tiny")
+
+
+# --- the whole way ----------------------------------------------------------------------------------------------
+
+
+def settings(teacher: str, out: Path, **more: Any) -> Any:
+    chosen = {"steps": 2, "max_steps": 2, "batch_size": 2, "cpu": True, "report_to": "none", "critic_updates": 1}
+    return method_class("dmd2").Config(teacher=teacher, out=str(out), **{**chosen, **more})
+
+
+def test_training_from_a_cache_never_calls_a_text_encoder(
+    teacher: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the student is the one that is trained without a cache, text encoder and all."""
+    words = [
+        "cache",
+        "--teacher",
+        teacher,
+        "--prompts",
+        prompts,
+        "--out",
+        str(tmp_path / "c"),
+        "--shard_size",
+        "2",
+        "--cpu",
+    ]
+    assert main(words) == 0
+    assert main([*words, "--resume"]) == 0
+    assert main(words) == 2
+    assert "already holds a cache" in capsys.readouterr().err.splitlines()[-1]
+    calls: list[str] = []
+    in_loop: list[int] = []
+    train = Loop.run
+
+    def run(self: Loop) -> None:
+        before = len(calls)
+        train(self)
+        in_loop.append(len(calls) - before)
+
+    monkeypatch.setattr(Loop, "run", run)
+    students = []
+    for name, source in (("cached", {"cache": str(tmp_path / "c")}), ("encoded", {"prompts": prompts})):
+        run_ = Distillation(settings(teacher, tmp_path / name, sample_steps=0, **source), "dmd2")
+        run_.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append("text_encoder"))
+        students.append(run_.run())
+        assert run_.encoders.restore() is None
+    assert in_loop == [0, 0] and calls
+    cached, encoded = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")} for folder in students
+    )
+    assert len(cached) == 3 and cached == encoded
+
+
+def test_sample_grids_and_lora_students_do_without_text_encoders(teacher: str, prompts: str, tmp_path: Path) -> None:
+    folder = fewstep.cache(teacher, tmp_path / "c", prompts=PROMPTS, cpu=True)
+    config = settings(teacher, tmp_path / "run", cache=str(folder), sample_steps=1, lora_rank=4)
+    run = Distillation(config, "dmd2")
+    out = run.run()
+    assert (tmp_path / "run" / "samples" / "step_00000002.png").is_file()
+    assert (out / "pytorch_lora_weights.safetensors").is_file()
+    assert sum(parameter.numel() for parameter in run.pipeline.text_encoder.parameters()) == 0
+
+
+def test_bad_input_is_one_line(teacher: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = fewstep.cache(teacher, tmp_path / "c", prompts=prompts, cpu=True)
+    tiny_stable_diffusion("v_prediction").save_pretrained(tmp_path / "other")
+    dit = tmp_path / "dit"
+    tiny_dit().save_pretrained(dit)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("precious")
+    train = ["distill", "dmd2", "--out", str(tmp_path / "o"), "--cpu", "--report_to", "none", "--teacher"]
+    make = ["cache", "--cpu", "--teacher"]
+    for words, expected in (
+        ([*train, str(tmp_path / "other"), "--cache", str(folder)], "its scheduler differs"),
+        ([*train, str(dit), "--cache", str(folder)], "of another teacher"),
+        ([*train, teacher, "--cache", str(folder), "--call", '{"negative_prompt": "b"}'], "another --call"),
+        ([*train, teacher, "--cache", str(folder), "--prompts", prompts], "give --cache or"),
+        ([*train, teacher, "--cache", str(tmp_path / "none")], "holds no cache"),
+        ([*make, teacher, "--prompts", prompts, "--out", str(tmp_path / "full")], "not empty"),
+        ([*make, teacher, "--out", str(tmp_path / "n")], "takes --prompts FILE"),
+        ([*make, teacher, "--prompts", prompts, "--out", str(tmp_path / "n"), "--shard_size", "0"], "--shard_size"),
+        ([*make, str(dit), "--classes", "0-1000", "--out", str(tmp_path / "n")], "1000 is not"),
+        ([*make, "fashion-none", "--prompts", prompts, "--out", str(tmp_path / "n")], "fashion-none"),
+    ):
+        assert main(words) == 2, words
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fewstep: ")]
+        assert len(lines) == 1 and expected in lines[0], lines

@@ -1,0 +1,233 @@
+"""Students of several experts, from a stock teacher to a folder that stock diffusers samples without this package."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from tiny_pipelines import WAN_CALL, tiny_flow, tiny_stable_diffusion, tiny_wan
+
+import fewstep
+from fewstep.cli import main
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.rollout import rollout
+from fewstep.errors import UserError
+from fewstep.eval.models import student_model
+from fewstep.export.own_code import is_own_code
+from fewstep.programs.distillation import Distillation
+from fewstep.programs.methods import method_class
+from fewstep.recording.shake import shaken
+from fewstep.training.method import Batch
+
+RUN = {"steps": 4, "max_steps": 4, "phase_steps": 2, "critic_updates": 1, "batch_size": 2, "log_steps": 1, "lr": 1e-2}
+RUN |= {"report_to": "none", "cpu": True, "sample_steps": 0}
+FLOW_CALL = {"height": 16, "width": 16, "max_sequence_length": 8}
+# Runs with only stock diffusers; latents at every count, and which networks gave them.
+STOCK = """
+import json, sys
+sys.modules["fewstep"] = None
+import diffusers, numpy, torch
+torch.set_num_threads(1)
+out, *folders = sys.argv[1:]
+saved = {}
+for folder in folders:
+    about = json.load(open(f"{folder}/fewstep.json"))
+    trust = {"trust_remote_code": True} if "code" in about else {}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **about["load"], **trust)
+    pipeline.set_progress_bar_config(disable=True)
+    calls = []
+    for name in about["experts"]:
+        getattr(pipeline, name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    for count in about["counts"]:
+        calls.clear()
+        call = {**about["call"], "prompt": "a cat", "num_inference_steps": count, "output_type": "latent"}
+        result = pipeline(**call, generator=torch.Generator().manual_seed(5))
+        saved[f"{folder} {count}"] = (result.frames if hasattr(result, "frames") else result.images).float().numpy()
+        saved[f"{folder} {count} calls"] = numpy.array(calls)
+numpy.savez(out, **saved)
+"""
+
+
+def save(pipeline: Any, folder: Path, *networks: str) -> Path:
+    """A teacher whose networks react to everything, and prompts beside it."""
+    with shaken(*(getattr(pipeline, name) for name in networks)):
+        pipeline.save_pretrained(folder)
+    (folder.parent / "prompts.txt").write_text("a cat\na small dog\n", encoding="utf-8")
+    return folder
+
+
+def dense_wan() -> Any:
+    """Wan with one network, as before 2.2."""
+    pipeline = tiny_wan()
+    pipeline.register_modules(transformer_2=None)
+    pipeline.register_to_config(boundary_ratio=None)
+    return pipeline
+
+
+def distillation(teacher: Path, out: Path, **settings: Any) -> Distillation:
+    settings = {**RUN, "prompts": str(teacher.parent / "prompts.txt"), **settings}
+    return Distillation(method_class("phased_dmd").Config(teacher=str(teacher), out=str(out), **settings), "phased_dmd")
+
+
+@dataclass
+class Student:
+    """A finished run: its folder and ``fewstep.json``, and what training and stock diffusers make of one noise."""
+
+    folder: Path
+    about: dict[str, Any]
+    expected: torch.Tensor
+    seen: dict[str, numpy.ndarray] = field(default_factory=dict)
+
+
+def finished(place: Path, name: str, pipeline: Any, networks: tuple[str, ...], **settings: Any) -> Student:
+    run = distillation(save(pipeline, place / name / "teacher", *networks), place / name / "run", **settings)
+    exported, export = [], run.export
+    run.export = lambda role: (exported.append(role), export(role))
+    folder = run.run()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        noise = torch.randn(1, *run.recording.sample_shape, generator=generator)
+        expected = rollout(exported[0], run.sampler, noise, run.conditions.select([0]))
+    return Student(folder, json.loads((folder / "fewstep.json").read_text()), expected)
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Student]:
+    """Trained, exported, and sampled by one process without fewstep."""
+    place = tmp_path_factory.mktemp("phased")
+    lora = {"lora_rank": 4, "ema_decay": 0.5}
+    both = ("transformer", "transformer_2")
+    found = {
+        "epsilon": finished(place, "epsilon", tiny_stable_diffusion(), ("unet",)),
+        "flow": finished(place, "flow", tiny_flow(), ("transformer",), call=FLOW_CALL, **lora),
+        "dense wan": finished(place, "dense", dense_wan(), ("transformer",), call=WAN_CALL, shift=7.0),
+        # A step lies on the boundary itself, where the stock pipeline still calls the first network: it moves.
+        "moved wan": finished(place, "moved", tiny_wan(), both, call=WAN_CALL, shift=7.0, **lora),
+    }
+    sample_stock(place / "seen.npz", *found.values())
+    return found
+
+
+def sample_stock(out: Path, *students: Student) -> None:
+    """Sample students in one process without fewstep."""
+    command = [sys.executable, "-W", "ignore", "-c", STOCK, out, *(student.folder for student in students)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with numpy.load(out) as file:
+        for student in students:
+            prefix = f"{student.folder} "
+            student.seen = {key.removeprefix(prefix): file[key] for key in file if key.startswith(prefix)}
+
+
+@pytest.mark.parametrize("name", ["epsilon", "flow", "dense wan", "moved wan"])
+def test_stock_diffusers_samples_what_was_trained(students: dict[str, Student], name: str) -> None:
+    student = students[name]
+    ours, theirs = student.expected, torch.from_numpy(student.seen["4"])
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4 * float(ours.abs().max()))
+    assert student.about["counts"] == [2, 4]  # one step would leap over the end of the first phase
+
+
+@pytest.mark.parametrize(("name", "network"), [("epsilon", "unet"), ("flow", "transformer")])
+def test_any_pipeline_gets_room_for_a_second_network(students: dict[str, Student], name: str, network: str) -> None:
+    student = students[name]
+    assert student.about["code"] == "phased.py"
+    assert student.seen["2 calls"].tolist() == [network, f"{network}_2"]
+    assert student.seen["4 calls"].tolist() == [network] * 2 + [f"{network}_2"] * 2
+    assert "trust_remote_code=True" in (student.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["dense wan", "moved wan"])
+def test_wans_own_pipeline_has_room_already(students: dict[str, Student], name: str) -> None:
+    student = students[name]
+    loaded = DiffusionPipeline.load_config(student.folder)
+    assert (loaded["_class_name"], "code" in student.about) == ("WanPipeline", False)
+    assert loaded["boundary_ratio"] == pytest.approx((0.875 + 21 / 22) / 2)  # between a step at 0.9545 and one at 0.875
+    assert student.seen["4 calls"].tolist() == ["transformer"] * 2 + ["transformer_2"] * 2
+
+
+@pytest.mark.parametrize(("family", "network"), [("StableDiffusion", "unet"), ("Sana", "transformer")])
+def test_pipelines_of_the_folder_become_students_of_two_experts(
+    zoo: Path, tmp_path: Path, family: str, network: str
+) -> None:
+    if not (zoo / family).is_dir():
+        pytest.skip(f"no {family} in {zoo}")
+    told = json.loads((zoo / "manifest.json").read_text())[family]["call"]
+    call = {name: value for name, value in told.items() if name not in ("prompt", "guidance_scale")}
+    pipeline = DiffusionPipeline.from_pretrained(zoo / family)
+    student = finished(tmp_path, family, pipeline, (network,), call=call, guidance_scale=told["guidance_scale"])
+    sample_stock(tmp_path / "seen.npz", student)
+    ours, theirs = student.expected, torch.from_numpy(student.seen["4"])
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4 * float(ours.abs().max()))
+
+
+def test_where_the_boundary_stays_a_lora_of_each_network_is_enough(tmp_path: Path) -> None:
+    teacher = save(tiny_wan(), tmp_path / "teacher", "transformer", "transformer_2")
+    folder = distillation(teacher, tmp_path / "run", call=WAN_CALL, shift=5.0, lora_rank=4).run()
+    assert folder.name == "student_lora"
+    assert len(list(folder.glob("*.safetensors"))) == 2
+
+
+def test_fewstep_loads_its_own_code_unasked_and_no_other(students: dict[str, Student], tmp_path: Path) -> None:
+    student = Path(shutil.copytree(students["epsilon"].folder, tmp_path / "student"))
+    assert is_own_code(student)
+    pipeline = fewstep.load(student)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a cat", generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert image.shape == (1, 16, 16, 3)
+    pipeline.save_pretrained(tmp_path / "copy")
+    assert is_own_code(tmp_path / "copy")
+    assert student_model(student).pipeline_class().__name__ == "StableDiffusionPipeline"
+    out = str(tmp_path / "sample.png")
+    assert main(["sample", str(student), "--prompt", "a cat", "--out", out]) == 0
+    code = (student / "phased.py").read_text()
+    for other in (code + "\nimport os\n", code.replace("('unet', 'unet_2')", "(print('x'), 'unet_2')")):
+        assert other != code
+        (student / "phased.py").write_text(other)
+        assert not is_own_code(student)
+        with pytest.raises(UserError, match="trust_remote_code"):
+            fewstep.load(student)
+    (student / "phased.py").write_text(code)
+    (student / "unet" / "more.py").write_text("")
+    assert not is_own_code(student)
+
+
+# --- a teacher of two networks ----------------------------------------------------------------------------------------
+
+
+def test_the_low_phase_of_two_experts_has_a_critic_at_all_times(tmp_path: Path) -> None:
+    """The teacher of the last phase is two networks, so its critic is: at high times another one than in phase 1."""
+    teacher = save(tiny_wan(), tmp_path / "teacher", "transformer", "transformer_2")
+    run = distillation(teacher, tmp_path / "run", call=WAN_CALL, shift=7.0, batch_size=8)
+    method = method_class("phased_dmd").prepare(run.config, run)
+    assert list(method.critics[1].experts) == ["transformer", "transformer_2"]
+    called: set[str] = set()
+    for name, expert in method.critics[1].experts.items():
+        expert.denoiser.network.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    found = []
+    for step in (0, 2):
+        called.clear()
+        conditioning, draws = run.conditions.select([0] * 8), Draws(0, step, range(8))
+        given = Batch(8, run.recording.sample_shape, conditioning, draws, None, False)
+        for turn in method.turns(step, given):
+            if getattr(turn, "backward", None) and turn.role == "critic":
+                found.append(set(called))
+    assert found == [{"transformer"}, {"transformer", "transformer_2"}]
+
+
+def test_phases_that_do_not_fit_the_teachers_networks_are_refused(tmp_path: Path) -> None:
+    teacher = save(tiny_wan(), tmp_path / "teacher", "transformer", "transformer_2")
+    run = distillation(teacher, tmp_path / "run", call=WAN_CALL, shift=5.0)
+    for phases, message in (
+        ([1, 3], r"phase 1 ends at timestep 937\.5, and the teacher's networks change at 875"),
+        ([1, 1, 2], "has 2 networks, which change at timestep 875; give as many phases"),
+    ):
+        run.config.phases = phases
+        with pytest.raises(UserError, match=message):
+            method_class("phased_dmd").prepare(run.config, run)

@@ -1,0 +1,118 @@
+"""The commands that rebuild the data: clear errors, one and the same split, training that continues as if unstopped."""
+
+import gzip
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep.errors import UserError
+from fewstep.eval.fashion import idx, loop, text
+
+PLAN = loop.Plan(steps=6, batch_size=4, learning_rate=1e-2, ema_decay=0.9)
+
+
+def _write_idx(path, values):
+    header = struct.pack(f">{1 + values.ndim}I", 0x0800 | values.ndim, *values.shape)
+    path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny data set: 600 training and 20 test images a class."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 6000), ("test", 200)):
+        images, labels = idx.FILES[part]
+        _write_idx(tmp_path / f"{images}.gz", generator.integers(0, 256, (count, 28, 28)))
+        _write_idx(tmp_path / f"{labels}.gz", np.arange(count) % 10)
+    return tmp_path
+
+
+def test_split_is_stratified_and_always_the_same(folder):
+    first, second = idx.load(folder), idx.load(folder)
+    assert len(first.train) == 1000 and len(first.held_back) == 5000 and len(first.test) == 200
+    assert first.held_back.labels.bincount().tolist() == [500] * 10
+    assert torch.equal(first.held_back.images, second.held_back.images)
+    assert first.train.images.shape[1:] == (1, 32, 32) and first.train.images[..., :2].max() == 0
+
+
+def test_missing_files_are_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "fewstep.eval.fashion.build", "classifier", "--data", str(tmp_path)]
+    done = subprocess.run([*command, "--work", str(tmp_path / "work")], capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "dataset-fashion-mnist" in line and "--data" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_broken_files_are_refused(folder):
+    images, labels = idx.FILES["test"]
+    whole = (folder / f"{images}.gz").read_bytes()
+    (folder / f"{images}.gz").write_bytes(whole[:1000])
+    with pytest.raises(UserError, match="cannot be read"):
+        idx.load(folder)
+    (folder / f"{images}.gz").write_bytes(gzip.compress(gzip.decompress(whole)[:1000]))
+    with pytest.raises(UserError, match="cut short"):
+        idx.load(folder)
+    (folder / f"{images}.gz").write_bytes((folder / f"{labels}.gz").read_bytes())
+    with pytest.raises(UserError, match="not the idx file"):
+        idx.load(folder)
+
+
+def _train(work, stop_at=None):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    data = torch.linspace(-1, 1, 30).view(10, 3)
+    calls = 0
+
+    def loss(indices, generator):
+        nonlocal calls
+        if calls == stop_at:
+            raise KeyboardInterrupt
+        calls += 1
+        noise = torch.randn(len(indices), 3, generator=generator)
+        return (model(data[indices] + 0.1 * noise) - data[indices].sum(dim=1, keepdim=True)).square().mean()
+
+    return loop.train("line", model, loss, len(data), PLAN, work).state_dict()
+
+
+def test_stopped_training_continues_as_if_it_had_not_been(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
+    straight = _train(tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        _train(tmp_path / "stopped", stop_at=4)
+    resumed = _train(tmp_path / "stopped")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_broken_or_foreign_checkpoint_is_refused(tmp_path):
+    _train(tmp_path)
+    model = torch.nn.Linear(3, 1)
+    other = loop.Plan(steps=7, batch_size=4, learning_rate=1e-2)
+    with pytest.raises(UserError, match="another plan"):
+        loop.train("line", model, lambda *_: model.weight.sum(), 10, other, tmp_path)
+    (tmp_path / "line.checkpoint.safetensors").write_bytes(b"half a file")
+    with pytest.raises(UserError, match="broken"):
+        loop.train("line", model, lambda *_: model.weight.sum(), 10, PLAN, tmp_path)
+
+
+def test_prompts_are_dropped_and_shortened_at_the_stated_rates():
+    labels = torch.arange(10_000) % 10
+    chosen = text.draw_prompts(labels, torch.Generator().manual_seed(0))
+    assert abs((chosen == text.EMPTY).double().mean() - 0.1) < 0.01
+    bare = (chosen >= 10) & (chosen < text.EMPTY)
+    assert abs(bare.double().mean() - 0.15) < 0.015
+    assert torch.equal(chosen[bare] - 10, labels[bare])
+    assert torch.equal(chosen[chosen < 10], labels[chosen < 10])
+
+
+def test_the_silent_encoder_says_one_zero_token():
+    tokenizer = text.make_tokenizer()
+    encoder = text.make_silent_encoder(tokenizer, 64)
+    tokens = encoder(
+        tokenizer(["a photo of a bag"], padding="max_length", max_length=256, return_tensors="pt").input_ids
+    )[0]
+    assert tokens.shape == (1, 1, 64) and tokens.abs().max() == 0

@@ -1,0 +1,120 @@
+"""Classifier-free guidance of a denoiser: one call where conditions can be joined, two where not, nothing where off."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_pipelines import tiny_dit, tiny_stable_diffusion
+from torch import Tensor, nn
+
+from fewstep.conditioning.conditioning import Conditioning, Leaf
+from fewstep.config.run import RunConfig
+from fewstep.errors import UserError
+from fewstep.networks.guidance import GuidedDenoiser, guide
+from fewstep.programs.distillation import Distillation
+from fewstep.recording.shake import shaken
+
+
+class Model:
+    """x0 = x_t + t + the sum of a sample's text; it notes the batch of every call."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        self.batches.append(len(x_t))
+        assert conditioning.batch_size == len(x_t) == len(t)
+        text = conditioning.arguments()["text"].sum(1, keepdim=True)
+        return x_t + t.reshape(-1, 1).float() + text
+
+
+def texts(*lengths: int, value: float = 1.0) -> Conditioning:
+    rows = [torch.full((length,), value) for length in lengths]
+    return Conditioning({"text": Leaf(torch.stack(rows), rows=1)}, len(rows))
+
+
+X = torch.arange(6.0).reshape(3, 2)
+T = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("negative", "batches"), [(texts(4, value=-1.0), [6]), (texts(2, value=-1.0), [3, 3])])
+def test_guidance_is_the_same_in_one_call_and_in_two(negative: Conditioning, batches: list[int]):
+    model = Model()
+    guided = GuidedDenoiser(model, negative, 3.0)(X, T, texts(4, 4, 4))
+    assert model.batches == batches
+    positive = X + T.reshape(-1, 1).float() + 4.0
+    expected = guide(positive, positive - 4.0 - negative.arguments()["text"].numel(), 3.0)
+    torch.testing.assert_close(guided, expected)
+
+
+def test_a_scale_of_one_costs_one_call_and_changes_nothing():
+    model = Model()
+    plain = Model()(X, T, texts(4, 4, 4))
+    for negative in (None, texts(4, value=-1.0)):
+        assert torch.equal(GuidedDenoiser(model, negative, 1.0)(X, T, texts(4, 4, 4)), plain)
+    assert model.batches == [3, 3]
+
+
+def test_scales_follow_diffusers_convention():
+    positive, negative = torch.tensor([2.0]), torch.tensor([1.0])
+    assert guide(positive, negative, 0.0).item() == 1.0
+    assert guide(positive, negative, 1.0).item() == 2.0
+    assert guide(positive, negative, 7.5).item() == 8.5
+
+
+def test_each_sample_may_have_a_scale_of_its_own():
+    scales, negative = torch.tensor([1.0, 3.0, 7.0]), texts(4, value=-1.0)
+    for usual in (1.0, 5.0):
+        each = GuidedDenoiser(Model(), negative, usual)(X, T, texts(4, 4, 4), scales)
+        for k, scale in enumerate(scales.tolist()):
+            alone = GuidedDenoiser(Model(), negative, scale)(X, T, texts(4, 4, 4))
+            torch.testing.assert_close(each[k], alone[k])
+
+
+def test_a_teacher_without_a_negative_cannot_be_guided():
+    with pytest.raises(ValueError, match="set guidance_scale to 1"):
+        GuidedDenoiser(Model(), None, 4.0)
+
+
+def test_a_scale_of_zero_costs_one_call_of_the_negative_alone():
+    model, negative = Model(), texts(4, value=-1.0)
+    guided = GuidedDenoiser(model, negative, 0.0)
+    assert torch.equal(guided(X, T, texts(4, 4, 4)), Model()(X, T, negative.select([0, 0, 0])))
+    assert model.batches == [3]
+    assert [GuidedDenoiser(model, negative, scale).calls for scale in (0.0, 1.0, -1.0, 4.5)] == [1, 1, 2, 2]
+
+
+def test_a_negative_scale_leads_away_from_the_condition():
+    positive = Model()(X, T, texts(4, 4, 4))
+    negative = Model()(X, T, texts(4, 4, 4, value=-1.0))
+    guided = GuidedDenoiser(Model(), texts(4, value=-1.0), -1.0)(X, T, texts(4, 4, 4))
+    torch.testing.assert_close(guided, 2 * negative - positive)
+
+
+def distillation(pipeline, out: Path, **settings) -> Distillation:
+    (out / "prompts.txt").write_text("a cat\na dog\n")
+    prompts = {"prompts": str(out / "prompts.txt")} if hasattr(pipeline, "text_encoder") else {"classes": "0-3"}
+    config = RunConfig(teacher="t", out=str(out / "run"), steps=1, cpu=True, report_to="none", **prompts, **settings)
+    return Distillation(config, "dmd2", pipeline)
+
+
+def test_a_teacher_that_does_not_hear_its_condition_is_not_guided(tmp_path: Path):
+    """It reacts to the sample and to the time, so that only its answers to prompt and negative tell."""
+    pipeline = tiny_stable_diffusion()
+    with shaken(pipeline.unet):
+        assert distillation(pipeline, tmp_path, guidance_scale=3.0).guidance_scale == 3.0
+        for name, module in pipeline.unet.named_modules():
+            if name.endswith("attn2.to_v"):
+                module.weight.data = torch.zeros_like(module.weight)
+        for settings in ({}, {"guidance_scale": 3.0}):
+            with pytest.raises(UserError, match="guidance would change nothing; use --guidance_scale 1"):
+                distillation(pipeline, tmp_path, **settings)
+        assert distillation(pipeline, tmp_path, guidance_scale=1.0).guidance_scale == 1.0
+
+
+def test_an_untrained_teacher_is_not_taken_for_a_deaf_one(tmp_path: Path):
+    pipeline = tiny_dit()
+    nn.init.zeros_(pipeline.transformer.proj_out_2.weight)
+    nn.init.zeros_(pipeline.transformer.proj_out_2.bias)
+    with pytest.warns(UserWarning, match="are its weights untrained"):
+        assert distillation(pipeline, tmp_path).guidance_scale == 4.0

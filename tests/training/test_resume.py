@@ -1,0 +1,81 @@
+"""A run that is killed, or shared out over processes, is the run that was not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import train
+
+from fewstep.training import checkpoint
+
+SCRIPT = Path(__file__).parents[1] / "tiny_run.py"
+
+
+def run(*arguments: object, launcher: tuple[str, ...] = ()) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["seconds"]
+    return rows
+
+
+def files(out: Path) -> dict:
+    state, _ = checkpoint.load_latest(out / "checkpoints")
+    return state["files"]
+
+
+def kill_and_compare(tmp_path: Path, kills: int, max_steps: int) -> int:
+    hits = int(run(tmp_path, "--kills", kills, "--max_steps", max_steps, "--log_steps", 4, "--seed", 1))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert checkpoint.steps_in(killed / "checkpoints")[-1] == max_steps
+    assert files(killed) == files(whole)  # sizes and SHA-256 of all weights and optimizer states
+    steps = [row["step"] for row in metrics(killed)]
+    assert len(steps) == len(set(steps))
+    assert metrics(killed) == metrics(whole)
+    return hits
+
+
+def test_killed_runs_go_on_and_end_bit_for_bit_like_the_undisturbed_one(tmp_path: Path):
+    assert kill_and_compare(tmp_path, kills=3, max_steps=90) >= 2
+
+
+@pytest.mark.soak
+def test_twenty_kills_change_nothing(tmp_path: Path):
+    assert kill_and_compare(tmp_path, kills=20, max_steps=2500) >= 15
+
+
+@pytest.fixture(scope="module")
+def one_big_batch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("batch8")
+    train(out, {"batch_size": 8, "max_steps": 8, "log_steps": 1})
+    return out
+
+
+def assert_same_run(out: Path, other: Path) -> None:
+    for row, other_row in zip(metrics(out), metrics(other), strict=True):
+        assert row == pytest.approx(other_row, rel=1e-6, abs=1e-6)
+    ours, theirs = (checkpoint.load_latest(folder / "checkpoints")[1] for folder in (out, other))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_two_micro_batches_of_four_are_one_batch_of_eight(tmp_path: Path, one_big_batch: Path):
+    train(tmp_path, {"batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 8, "log_steps": 1})
+    assert_same_run(tmp_path, one_big_batch)
+
+
+def test_two_processes_of_four_are_one_batch_of_eight(tmp_path: Path, one_big_batch: Path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    # The bucket holds some of a role's tensors and not others.
+    run(tmp_path, "--batch_size", 4, "--max_steps", 8, "--bucket", 100, launcher=torchrun)
+    assert_same_run(tmp_path, one_big_batch)

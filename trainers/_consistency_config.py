@@ -1,0 +1,198 @@
+"""What a consistency run is told (:mod:`fewstep.trainers.consistency`), and what each variant's paper says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from fewstep.config.run import RunConfig
+from fewstep.diffusion import ode
+from fewstep.diffusion.discretization import Discretization, EasyTimes, EvenTimes, LogNormalBins, SigmaRange
+from fewstep.errors import UserError
+from fewstep.losses.consistency import DISTANCES, WEIGHTINGS, doubling_levels, progressive_levels
+
+SOLVERS = ("none", *ode.SOLVERS)
+
+#: The papers' choices by variant. A target_decay of None is CT's function of the step.
+PAPERS = {
+    "lcm": {
+        "solver": "euler",
+        "distance": "pseudo_huber_elementwise",
+        "huber_c": 1e-3,
+        "weighting": "uniform",
+        "target_decay": 0.95,
+        "intervals": 50,
+    },
+    "cd": {"solver": "heun", "distance": "mse", "weighting": "uniform", "target_decay": 0.95, "intervals": 39},
+    "ct": {"solver": "none", "distance": "mse", "weighting": "uniform", "first_levels": 2, "last_levels": 150},
+    "ict": {
+        "solver": "none",
+        "distance": "pseudo_huber_norm",
+        "weighting": "1/(t-r)",
+        "target_decay": 0.0,
+        "first_levels": 10,
+        "last_levels": 1280,
+    },
+    "ect": {
+        "solver": "none",
+        "distance": "pseudo_huber_norm",
+        "huber_c": 0.0,
+        "weighting": "1/(t-r)",
+        "target_decay": 0.0,
+    },
+}
+
+
+@dataclass(kw_only=True)
+class ConsistencyConfig(RunConfig):
+    """Consistency distillation and training.
+
+    Args:
+        variant: lcm or cd (distillation), ct, ict or ect (training from --data); what is not given is as in its paper.
+        solver: how the neighbour is reached: euler or heun (a step of the guided teacher's ODE), none (the same noise).
+        distance: mse, l1, l2_norm, l2_norm_squared, pseudo_huber_norm or pseudo_huber_elementwise.
+        huber_c: c of pseudo-Huber distances (lcm: 0.001, ict: 0.00054 times the root of a sample's size, ect: 0).
+        weighting: uniform, karras, 1/(t-r), 1/sqrt(t-r), 1/c_out, 1/c_out^2, 1/sigma or 1/sigma^2, of noise levels.
+        target_decay: decay of the slow copy that is the target (lcm, cd: 0.95; ct: a function of the step); 0 takes the
+            student itself (ict, ect, and with --lora_rank).
+        intervals: of the grid of lcm (50) or cd (39, which is 40 times).
+        first_levels: number of noise levels at the start of ct (2) or ict (10).
+        last_levels: and at the end (150, 1280).
+        level_mean: mean of the logarithm of the noise levels of ict and ect.
+        level_std: standard deviation of the same.
+        ect_q: the gap between ect's two times shrinks by this factor with every stage.
+        ect_stage_steps: steps of a stage of ect; default an eighth of the run.
+        ect_k: k of ect's mapping n(t) = 1 + k sigmoid(-b t).
+        ect_b: b of the same.
+        guidance_min: with guidance_max: the teacher's guidance is drawn for each sample (lcm, in diffusers' convention:
+            from 6 to 16) in the place of guidance_scale.
+        guidance_max: see guidance_min.
+        guidance_embedding: the network is told the drawn guidance; the student is sampled at any of that range.
+    """
+
+    steps: int = 8
+    variant: str = "lcm"
+    solver: str | None = None
+    distance: str | None = None
+    huber_c: float | None = None
+    weighting: str | None = None
+    target_decay: float | None = None
+    intervals: int | None = None
+    first_levels: int | None = None
+    last_levels: int | None = None
+    level_mean: float = -1.1
+    level_std: float = 2.0
+    ect_q: float = 2.0
+    ect_stage_steps: int | None = None
+    ect_k: float = 8.0
+    ect_b: float = 1.0
+    guidance_min: float | None = None
+    guidance_max: float | None = None
+    guidance_embedding: bool = False
+
+    @property
+    def tells_guidance(self) -> bool:
+        return self.guidance_embedding
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_unknown("variant", *PAPERS)
+        paper = PAPERS[self.variant] | ({"target_decay": 0.0} if self.lora_rank else {})
+        for name, value in paper.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self._refuse_unknown("solver", *SOLVERS)
+        self._refuse_unknown("distance", *DISTANCES)
+        self._refuse_unknown("weighting", *WEIGHTINGS)
+        if self.huber_c is None and self.distance == "pseudo_huber_elementwise":
+            self.huber_c = PAPERS["lcm"]["huber_c"]
+        self._refuse_negative("huber_c", "ect_k")
+        if self.target_decay is not None and not 0 <= self.target_decay < 1:
+            raise UserError(f"--target_decay must be in [0, 1), not {self.target_decay}")
+        self._refuse_below_one("intervals", "first_levels", "last_levels", "ect_stage_steps")
+        if (self.first_levels or 0) > (self.last_levels or 0):
+            raise UserError(f"--first_levels {self.first_levels} is more than --last_levels {self.last_levels}")
+        if not self.level_std > 0 or not self.ect_q > 1:
+            raise UserError(f"--level_std must be positive and --ect_q above 1, not {self.level_std}, {self.ect_q}")
+        self._refuse_without_data_or_guidance()
+        self._refuse_kept_noise()
+
+    def _refuse_without_data_or_guidance(self) -> None:
+        if self.solver == "none" and self.data is None:
+            raise UserError(
+                f"--variant {self.variant} trains on real images, without a teacher's step: give --data, "
+                "or --solver euler for a teacher"
+            )
+        low, high = self.guidance_min, self.guidance_max
+        if (low is None) != (high is None) or (low is not None and not low <= high):
+            raise UserError(f"--guidance_min and --guidance_max must be a range, not {low}, {high}")
+        if self.guidance_embedding and low is None:
+            raise UserError("--guidance_embedding needs the range to train in: give --guidance_min and --guidance_max")
+        if low is not None and self.solver == "none":
+            raise UserError("--guidance_min is the teacher's guidance, and without --solver no teacher is asked")
+        if self.guidance_embedding and self.guidance_scale is not None and not low <= self.guidance_scale <= high:
+            raise UserError(
+                f"--guidance_scale {self.guidance_scale:g} is what the student is sampled at; "
+                f"choose it from {low:g} to {high:g}"
+            )
+
+    def _refuse_kept_noise(self) -> None:
+        """Between its steps a consistency model needs fresh noise: x_t made of x0 and its own noise is none of its."""
+        if self.steps == 1:
+            return
+        if self.renoise == "ode":
+            raise UserError(
+                "--renoise ode does not sample a consistency model in several steps: the noise it keeps belongs to x0, "
+                "and x_t comes out too wide; take --renoise fresh, or --steps 1"
+            )
+        self.renoise = "fresh"
+
+    def refuse_teacher(self, prediction_type: str, guided: bool, told: float | None) -> None:
+        """Refuse a teacher that these settings do not fit.
+
+        Args:
+            prediction_type: of its network.
+            guided: whether it has a negative conditioning to be guided away from.
+            told: the guidance_scale that the student's network is told by default, None where it is told none.
+
+        Raises:
+            UserError: it does not fit.
+        """
+        if self.guidance_min is not None and not guided and told is None:
+            raise UserError("--guidance_min needs a teacher with classifier-free guidance, which this one lacks")
+        if told is not None and not self.guidance_min <= told <= self.guidance_max:
+            raise UserError(
+                f"the student would be sampled at guidance_scale={told:g}, beyond --guidance_min and --guidance_max; "
+                "give it a --guidance_scale between them"
+            )
+        if self.variant in ("ict", "ect") and prediction_type == "sample":
+            raise UserError(
+                f"--variant {self.variant} needs a network whose x0 comes close to x_t where there is little noise, "
+                "and this one predicts x0 itself; take --variant lcm or cd"
+            )
+
+    @property
+    def follows_max_steps(self) -> bool:
+        """The curricula of CT and iCT, and ECT's where the length of its stages is not given."""
+        return self.variant in ("ct", "ict") or (self.variant == "ect" and self.ect_stage_steps is None)
+
+    def make_discretization(self, levels: SigmaRange, shift: float, visited: Sequence[float]) -> Discretization:
+        """The variant's discretisation; every number that changes with the step is a plain function of it.
+
+        Args:
+            levels: of the schedule.
+            shift: of the student's grid.
+            visited: every time at which the student is sampled, at any of its step counts.
+        """
+        progress = {"steps": self.max_steps, "first": self.first_levels, "last": self.last_levels}
+        if self.variant == "ict":
+            return LogNormalBins(levels, partial(doubling_levels, **progress), self.level_mean, self.level_std)
+        if self.variant == "ect":
+            stage_steps = self.ect_stage_steps or max(1, self.max_steps // 8)
+            numbers = (self.ect_q, self.ect_k, self.ect_b, self.level_mean, self.level_std)
+            return EasyTimes(levels, stage_steps, *numbers)
+        if self.variant == "ct":
+            counts = range(progressive_levels(0, **progress), self.last_levels + 2)
+            return EvenTimes(levels, counts, shift, count=partial(progressive_levels, **progress))
+        return EvenTimes(levels, [self.intervals + 1], shift, visited)

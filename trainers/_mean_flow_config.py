@@ -1,0 +1,147 @@
+"""What a MeanFlow run is told (:mod:`fewstep.trainers.mean_flow`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fewstep.config.run import RunConfig
+from fewstep.diffusion.ode import SOLVERS
+from fewstep.errors import UserError
+from fewstep.losses.mean_flow import WEIGHTINGS, alpha_at
+
+VARIANTS = ("mean_flow", "alpha_flow", "improved")
+
+
+@dataclass(kw_only=True)
+class MeanFlowConfig(RunConfig):
+    """MeanFlow (Geng et al. 2025) and its relatives.
+
+    Args:
+        steps: the largest number of steps; one student makes all smaller numbers too.
+        variant: mean_flow, alpha_flow (towards it by finite steps, whose share alpha falls from 1 to 0, where it is
+            mean_flow), or improved (the derivative along the student's own velocity).
+        velocity: of the flow that is averaged: data (noise minus real image), teacher (guided), or auto: data where
+            there is --data.
+        pairs: without --data: folder that fewstep pairs made, whose samples are trained on; default: --num_pairs are
+            made at the start, into out/pairs.
+        num_pairs: how many samples of the teacher to make.
+        pair_steps: steps of the teacher's ODE for each.
+        pair_solver: euler (DDIM for tables) or heun (two network calls a step).
+        renoise: a mean flow is an ODE; there is no other choice.
+        kappa: how much of the guidance of a flow from data is the student's own, in [0, 1) (paper: 0, 0.5, 0.92;
+            improved: 1 - 1/guidance_scale).
+        omega: weight of the data's velocity in it; default guidance_scale * (1 - kappa), so that the student comes out
+            guided by guidance_scale, in diffusers' convention.
+        guidance_t_min: below this time a flow from data is not guided.
+        guidance_t_max: and above this one (paper: 0.75 or 0.8).
+        label_drop: share of samples without condition, where a flow from data is guided (paper: 0.1).
+        apart: share of samples whose two times differ (paper: 0.25); the others are flow matching.
+        time_mean: mean of the logit-normal times (paper: -0.4).
+        time_std: standard deviation of the same.
+        r_mean: mean of the second times where they are drawn by themselves (CIFAR-10: -4), else both are sorted.
+        r_std: standard deviation of the same; default time_std.
+        time_shift: flow-matching shift of all times; default none.
+        time_min: the cleanest time that is trained.
+        weighting: of a sample's squared error: sum (the paper's), sum_squared, mean, norm (sCM's) or uniform.
+        weight_power: p of it (paper: 1).
+        weight_constant: c of it (paper: 1e-3; with weighting sum it is compared with a sum over all entries).
+        tangent_warmup: steps until the derivative counts in full.
+        alpha_first_step: alpha_flow: beginning of the sigmoid by which alpha falls; it leaves 1 at 29 % of the way.
+        alpha_last_step: and its end; default the last step. alpha is 0 from 72 % of the way on.
+        alpha_min: alpha_flow: where alpha stays instead of falling to 0, so that no step takes a derivative; that of a
+            network which was trained at the times of a table alone is mostly noise.
+        alpha_clamp: alpha_flow: its targets are clipped to this (with guidance: 4).
+    """
+
+    steps: int = 8
+    variant: str = "mean_flow"
+    velocity: str = "auto"
+    pairs: str | None = None
+    num_pairs: int = 8192
+    pair_steps: int = 25
+    pair_solver: str = "euler"
+    renoise: str = "ode"
+    kappa: float | None = None
+    omega: float | None = None
+    guidance_t_min: float = 0.0
+    guidance_t_max: float = 1.0
+    label_drop: float = 0.1
+    apart: float = 0.25
+    time_mean: float = -0.4
+    time_std: float = 1.0
+    r_mean: float | None = None
+    r_std: float | None = None
+    time_shift: float = 1.0
+    time_min: float = 1e-3
+    weighting: str = "sum"
+    weight_power: float = 1.0
+    weight_constant: float = 1e-3
+    tangent_warmup: int = 0
+    alpha_first_step: int = 0
+    alpha_last_step: int | None = None
+    alpha_min: float = 0.0
+    alpha_clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_unknown("variant", *VARIANTS)
+        self._refuse_unknown("velocity", "auto", "data", "teacher")
+        self._refuse_unknown("weighting", *WEIGHTINGS)
+        self._refuse_unknown("pair_solver", *SOLVERS)
+        if self.renoise != "ode":
+            raise UserError(f"--renoise must be ode for a mean flow, not {self.renoise!r}")
+        self._refuse_below_one("num_pairs", "pair_steps")
+        self._refuse_negative("weight_power", "weight_constant", "omega", "tangent_warmup", "alpha_first_step")
+        self._refuse_not_finite("time_mean", "r_mean")
+        for name in ("time_std", "r_std", "time_shift", "alpha_clamp"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name} must be positive, not {value}")
+        if not 0 < self.apart <= 1:
+            raise UserError(f"--apart must be in (0, 1], not {self.apart}: without it nothing but the flow is learnt")
+        if not 0 < self.time_min < 1:
+            raise UserError(f"--time_min must be between 0 and 1, not {self.time_min}")
+        if not 0 <= self.alpha_min <= 1:
+            raise UserError(f"--alpha_min must be in [0, 1], not {self.alpha_min}")
+        if not 0 <= self.label_drop < 1:
+            raise UserError(f"--label_drop must be in [0, 1), not {self.label_drop}")
+        if self.kappa is not None and not 0 <= self.kappa < 1:
+            raise UserError(f"--kappa must be in [0, 1), not {self.kappa}")
+        if not 0 <= self.guidance_t_min < self.guidance_t_max <= 1:
+            low, high = self.guidance_t_min, self.guidance_t_max
+            raise UserError(f"--guidance_t_min and --guidance_t_max must be a range in [0, 1], not {low}, {high}")
+        last = self.max_steps if self.alpha_last_step is None else self.alpha_last_step
+        if self.variant == "alpha_flow" and last <= self.alpha_first_step:
+            raise UserError(f"--alpha_last_step {last} must lie behind --alpha_first_step {self.alpha_first_step}")
+        if self.velocity == "auto":
+            self.velocity = "teacher" if self.data is None else "data"
+        if self.velocity == "data" and self.data is None:
+            raise UserError("--velocity data is that of real images: give --data, or take --velocity teacher")
+        if self.velocity == "teacher" and (self.kappa is not None or self.omega is not None):
+            raise UserError("--kappa and --omega are the guidance of a flow from data; a teacher has --guidance_scale")
+        if self.data is not None and self.pairs is not None:
+            raise UserError("give --data or --pairs, not both: one of them is what is trained on")
+
+    def alpha(self, step: int) -> float:
+        """alpha-Flow's share of the flow's own velocity; 0: the derivative is taken."""
+        if self.variant != "alpha_flow":
+            return 0.0
+        last = self.max_steps if self.alpha_last_step is None else self.alpha_last_step
+        return max(self.alpha_min, alpha_at(step, self.alpha_first_step, last))
+
+    @property
+    def follows_max_steps(self) -> bool:
+        """alpha-Flow's alpha, where its last step is not given."""
+        return self.variant == "alpha_flow" and self.alpha_last_step is None
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether any step takes the derivative."""
+        return self.alpha(self.max_steps - 1) == 0
+
+    def self_guidance(self, guidance_scale: float) -> tuple[float, float]:
+        """(omega, kappa) of a flow from data; the student comes out guided by omega / (1 - kappa)."""
+        kappa = self.kappa
+        if kappa is None:
+            kappa = 1 - 1 / guidance_scale if self.variant == "improved" and guidance_scale > 1 else 0.0
+        return guidance_scale * (1 - kappa) if self.omega is None else self.omega, kappa
