@@ -22,7 +22,7 @@ import torch.distributed as dist
 from toys import TinyMethod, make_loop
 
 from fewstep.config.run import RunConfig
-from fewstep.training import checkpoint, optimization
+from fewstep.training import checkpoint, distributed
 
 
 def train(out: Path, settings: dict) -> None:
@@ -76,10 +76,10 @@ if __name__ == "__main__":
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--checkpointing_steps", type=int, default=3)
     parser.add_argument("--log_steps", type=int, default=1)
-    parser.add_argument("--bucket", type=int, default=optimization._BUCKET, help="elements in one all-reduce")
+    parser.add_argument("--bucket", type=int, default=distributed._BUCKET, help="elements in one all-reduce")
     settings = vars(parser.parse_args())
     torch.set_num_threads(1)
-    out, kills, optimization._BUCKET = settings.pop("out"), settings.pop("kills"), settings.pop("bucket")
+    out, kills, distributed._BUCKET = settings.pop("out"), settings.pop("kills"), settings.pop("bucket")
     if kills:
         print(kill_and_resume(out, settings, kills, settings["seed"]))
     else:

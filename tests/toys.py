@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning, Leaf
 from fewstep.config.run import RunConfig
+from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import keyed_order
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
@@ -25,8 +26,9 @@ from fewstep.networks.adapters import AdapterRole, Backbone
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.roles import Role
 from fewstep.recording import Recording
-from fewstep.training.loop import Loop, Processes
-from fewstep.training.method import Batch, Method, Renew, Turn
+from fewstep.training.distributed import Processes
+from fewstep.training.loop import Loop
+from fewstep.training.method import Method, Renew, Turn
 from fewstep.training.monitor import Monitor
 
 

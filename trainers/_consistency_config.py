@@ -8,9 +8,17 @@ from functools import partial
 
 from fewstep.config.run import RunConfig
 from fewstep.diffusion import ode
-from fewstep.diffusion.discretization import Discretization, EasyTimes, EvenTimes, LogNormalBins, SigmaRange
+from fewstep.diffusion.discretization import (
+    Discretization,
+    EasyTimes,
+    EvenTimes,
+    LogNormalBins,
+    SigmaRange,
+    doubling_levels,
+    progressive_levels,
+)
 from fewstep.errors import UserError
-from fewstep.losses.consistency import DISTANCES, WEIGHTINGS, doubling_levels, progressive_levels
+from fewstep.losses.consistency import DISTANCES, WEIGHTINGS
 
 SOLVERS = ("none", *ode.SOLVERS)
 

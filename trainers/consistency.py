@@ -28,26 +28,21 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.diffusion.discretization import Discretization, Neighbours, SigmaRange
+from fewstep.data.batch import Batch
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.discretization import Discretization, Neighbours, SigmaRange, adaptive_decay
 from fewstep.diffusion.ode import solver_step
 from fewstep.diffusion.prediction import add_noise, expand
 from fewstep.diffusion.rollout import Sampler, draw_sample
 from fewstep.diffusion.timesteps import uniform_times
-from fewstep.losses.consistency import (
-    adaptive_decay,
-    distance,
-    hard_boundary,
-    lcm_scalings,
-    weight,
-)
+from fewstep.losses.consistency import distance, hard_boundary, lcm_scalings, weight
 from fewstep.losses.huber import huber_constant
-from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.guidance_embedding import ToldGuidance
 from fewstep.networks.roles import Role
 from fewstep.programs.distillation import Distillation, main
 from fewstep.trainers._consistency_config import ConsistencyConfig
-from fewstep.training.method import Batch, Calls, Turn
+from fewstep.training.method import Calls, Turn
 
 #: (skip, out) of f = skip * x_t + out * x0 at times t (B,).
 Boundary = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -22,9 +22,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fewstep.config.run import ScoreConfig
+from fewstep.config.critic import ScoreConfig
 from fewstep.critic.decoupled import DecoupledConfig, decoupled
-from fewstep.critic.denoising import Renoised, Renoiser, critic_denoising, sample_log
+from fewstep.critic.denoising import critic_denoising, sample_log
+from fewstep.data.batch import Batch, Real
+from fewstep.diffusion.renoising import Renoised, Renoiser
 from fewstep.diffusion.rollout import Sampler, draw_sample
 from fewstep.errors import UserError
 from fewstep.losses.adversarial import discriminator_loss, generator_loss
@@ -34,8 +36,8 @@ from fewstep.networks.features import FeatureTap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.programs.distillation import Distillation, main
-from fewstep.training.method import Batch, Calls, Real, Turn
-from fewstep.training.optimization import sum_over_processes
+from fewstep.training.distributed import sum_over_processes
+from fewstep.training.method import Calls, Turn
 
 # The critic and the head learn at all times; a flow network's x0 says nothing about its velocity at t = 0 itself.
 _CLEANEST = 1e-3

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning.ragged import AnyConditioning, join
+from fewstep.data.batch import Batch
 from fewstep.diffusion.prediction import add_noise, expand, to_velocity
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.timesteps import logit_normal_times, shift_time
@@ -37,7 +38,7 @@ from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.programs.distillation import Distillation, main
 from fewstep.trainers._mean_flow_config import MeanFlowConfig
-from fewstep.training.method import Batch, Calls, Turn
+from fewstep.training.method import Calls, Turn
 
 # A trained pass with tangents keeps 2.7 times the activations until it ends. For a third of the batch that is less than
 # the whole batch keeps in the end; for three quarters it is twice as much, and no faster.

@@ -23,16 +23,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fewstep.config.run import ScoreConfig
-from fewstep.critic.denoising import Renoiser, critic_denoising, sample_log
+from fewstep.config.critic import ScoreConfig
+from fewstep.critic.denoising import critic_denoising, sample_log
+from fewstep.data.batch import Batch
 from fewstep.diffusion.phases import Phase, default_lengths, make_phases
+from fewstep.diffusion.renoising import Renoiser
 from fewstep.diffusion.rollout import Sampler, draw_sample
 from fewstep.errors import UserError
 from fewstep.losses.score import distribution_matching, subinterval_weight
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.programs.distillation import Distillation, main
-from fewstep.training.method import Batch, Calls, Renew, Turn
+from fewstep.training.method import Calls, Renew, Turn
 
 # As in DMD2: a flow network's x0 says nothing about its velocity at t = 0 itself.
 _CLEANEST = 1e-3

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fewstep.config.run import RunConfig
+from fewstep.data.batch import Batch, Pairs
 from fewstep.diffusion.ode import SOLVERS
 from fewstep.diffusion.prediction import add_noise, noise_from_x0
 from fewstep.diffusion.rollout import Sampler
@@ -39,7 +40,7 @@ from fewstep.losses.huber import huber_constant, pseudo_huber
 from fewstep.networks.perceptual import lpips_of
 from fewstep.networks.roles import Role
 from fewstep.programs.distillation import Distillation, main
-from fewstep.training.method import Batch, Calls, Pairs, Turn
+from fewstep.training.method import Calls, Turn
 
 
 @dataclass(kw_only=True)

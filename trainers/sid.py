@@ -26,11 +26,13 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning.ragged import AnyConditioning
-from fewstep.config.run import CriticConfig
+from fewstep.config.critic import AdversarialConfig, CriticConfig, CriticGuidanceConfig
+from fewstep.config.times import NoiseLevelConfig
 from fewstep.critic.denoising import sample_log
-from fewstep.critic.discriminator import AdversarialConfig, CriticDiscriminator
-from fewstep.critic.guidance import CriticGuidanceConfig, with_dropout
-from fewstep.diffusion.noise_levels import NoiseLevelConfig, NoiseLevels
+from fewstep.critic.discriminator import CriticDiscriminator
+from fewstep.critic.guidance import with_dropout
+from fewstep.data.batch import Batch
+from fewstep.diffusion.noise_levels import NoiseLevels
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler, draw_sample
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
@@ -40,7 +42,7 @@ from fewstep.losses.score_identity import WEIGHTINGS, score_identity, score_iden
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.programs.distillation import Distillation, main
-from fewstep.training.method import Batch, Calls, Turn
+from fewstep.training.method import Calls, Turn
 
 # An EDM critic learns at these (Karras et al. 2022, Table 1), any other where it is compared with the teacher.
 _EDM_CRITIC = NoiseLevels("log_normal", mean=-1.2, std=1.2)

@@ -29,13 +29,13 @@ import torch
 from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.eval.memory.shapes import SHAPES
-from fewstep.export.full_precision import load_run_teacher
 from fewstep.programs.methods import method_class
 from fewstep.programs.planning.dry_run import Rehearsal, backward, move_averages
 from fewstep.programs.planning.memory import tensor_bytes
 from fewstep.programs.planning.plan import Planner, costliest_step, size
 from fewstep.recording import record
-from fewstep.teachers.quantization import is_quantized
+from fewstep.recording.pipeline import is_quantized
+from fewstep.teachers.loading import load_run_teacher
 from fewstep.training.method import Turn
 from fewstep.training.optimization import RoleOptimizer
 

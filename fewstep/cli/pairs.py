@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fewstep.config.pairs import PairsConfig
 from fewstep.config.parsing import Parser, parse, with_values
-from fewstep.programs.pairs import PairsConfig, make_pairs
+from fewstep.programs.pairs import make_pairs
 from fewstep.training.distributed import leave_launch
 
 

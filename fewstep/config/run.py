@@ -8,9 +8,10 @@ from pathlib import PurePath
 from typing import Any
 
 from fewstep.config.checks import Settings
-from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule
 from fewstep.errors import UserError
-from fewstep.teachers.quantization import QUANTIZATIONS
+
+#: What ``--quantization`` takes; :mod:`fewstep.teachers.quantization` says what each is.
+QUANTIZATIONS = ("bitsandbytes_4bit", "bitsandbytes_8bit", "torchao_int8", "quanto_int8", "quanto_int4")
 
 
 @dataclass(kw_only=True)
@@ -171,65 +172,6 @@ class RunConfig(Settings):
     def tells_guidance(self) -> bool:
         """Whether the student's network is told the guidance by an input of its own; a method may say so."""
         return False
-
-
-@dataclass(kw_only=True)
-class CriticConfig(RunConfig):
-    """A run of a method whose critic follows the student.
-
-    Args:
-        critic_lr: learning rate of the critic; default that of the student.
-        critic_updates: critic updates for each student update (DMD2: 5 for SDXL and ImageNet, 10 for SD 1.5).
-    """
-
-    critic_lr: float | None = None
-    critic_updates: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._refuse_negative("critic_lr")
-        self._refuse_below_one("critic_updates")
-
-    def learning_rate(self, role: str) -> float:
-        """Of the student or a critic."""
-        return self.lr if role == "student" or self.critic_lr is None else self.critic_lr
-
-
-@dataclass(kw_only=True)
-class ScoreConfig(CriticConfig):
-    """A run of a method that compares critic and teacher on noised samples.
-
-    Args:
-        time_min: lowest time at which teacher and critic are compared (DMD2: 0.02).
-        time_max: highest time at which teacher and critic are compared (DMD2: 0.98).
-        time_shift: shift of those times for flow teachers; default that of the student's grid.
-        normalizer_min: lower bound of the distribution-matching normaliser (DMD2: none).
-    """
-
-    time_min: float = 0.02
-    time_max: float = 0.98
-    time_shift: float | None = None
-    normalizer_min: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._refuse_negative("normalizer_min")
-        if not 0 < self.time_min < self.time_max <= 1:
-            raise UserError(
-                f"--time_min and --time_max must satisfy 0 < min < max <= 1, not {self.time_min}, {self.time_max}"
-            )
-        if self.time_shift is not None and not self.time_shift > 0:
-            raise UserError(f"--time_shift must be positive, not {self.time_shift}")
-
-    def shift_of_times(self, schedule: NoiseSchedule, of_grid: float) -> float:
-        """The shift of the times at which teacher and critic are compared; ``of_grid``: that of the student's grid.
-
-        Raises:
-            UserError: one is given for a teacher that is no flow.
-        """
-        if not isinstance(schedule, FlowSchedule):
-            self._refuse_set("belongs to flow-matching teachers", "time_shift")
-        return of_grid if self.time_shift is None else self.time_shift
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.config.run import RunConfig
-from fewstep.critic.denoising import Renoised
+from fewstep.diffusion.renoising import Renoised
 from fewstep.errors import UserError
 from fewstep.losses.score import Matching, decoupled_matching
 from fewstep.networks.guidance import GuidedDenoiser, guide

@@ -3,95 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.prediction import add_noise, transition
-from fewstep.diffusion.schedule import Coefficients, NoiseSchedule
-from fewstep.diffusion.timesteps import shift_time, uniform_times, unshift_time
-from fewstep.errors import UserError
+from fewstep.data.batch import Batch
+from fewstep.diffusion.renoising import Renoiser
+from fewstep.diffusion.schedule import Coefficients
 from fewstep.losses.score import denoising_loss, native_weight, subinterval_target
 from fewstep.networks.roles import Role
-from fewstep.training.method import Batch
-
-
-class Renoised(NamedTuple):
-    """A noised sample (B, ...), its time (B,) and the unit noise (B, ...) that was added last."""
-
-    x_t: Tensor
-    t: Tensor
-    noise: Tensor
-
-
-@dataclass(frozen=True)
-class Renoiser:
-    """Draws a time and noises a sample up to it.
-
-    Attributes:
-        schedule: of the networks that will look at it.
-        low: lowest time before the shift.
-        high: highest time before the shift.
-        shift: of the times, as in :func:`fewstep.diffusion.timesteps.shift_time`.
-        anchor: the time at which the given samples are, below every time drawn; None for clean ones.
-    """
-
-    schedule: NoiseSchedule
-    low: float
-    high: float
-    shift: float = 1.0
-    anchor: float | None = None
-
-    def below(self, t: float) -> Renoiser:
-        """The same one, drawing no time that is noisier than ``t``."""
-        highest = min(self.high, self._unshifted(t))
-        return replace(self, low=min(self.low, highest), high=highest)
-
-    def above(self, anchor: float | None, margin: float) -> Renoiser:
-        """The same one for samples at ``anchor``, drawing times at least ``margin`` noisier before the shift.
-
-        Raises:
-            UserError: no times are left.
-        """
-        if anchor is None:
-            return self
-        low = max(self.low, self._unshifted(anchor) + margin)
-        if low >= self.high:
-            raise UserError(
-                f"a phase that ends at t = {anchor:.4g} leaves no noisier times to compare at, below --time_max; give "
-                "the noisiest phase more steps, or a smaller --time_margin"
-            )
-        return replace(self, low=low, anchor=anchor)
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The lowest and the highest time that is drawn."""
-        low, high = shift_time(torch.tensor([self.low, self.high], dtype=torch.float64), self.shift).tolist()
-        return low, high
-
-    def times(self, draws: Draws, name: str) -> Tensor:
-        """The times (B,), float64, from the draw ``<name>_time``."""
-        t = shift_time(uniform_times(draws.uniform(f"{name}_time"), self.low, self.high), self.shift)
-        t = self.schedule.snap(t)
-        # A sample that is noised to where it is already gets no noise, and has no target.
-        return t if self.anchor is None else t.clamp(min=self.schedule.after(self.anchor))
-
-    def __call__(self, x: Tensor, batch: Batch, name: str) -> Renoised:
-        """``x`` (B, ...) at a noisier time, from the draws ``<name>_time`` and ``<name>_noise``."""
-        t, noise = self.times(batch.draws, name), batch.draws.normal(f"{name}_noise", batch.shape)
-        return Renoised(add_noise(x, noise, transition(self.origin(t), self.schedule.coefficients(t))), t, noise)
-
-    def origin(self, t: Tensor) -> Coefficients:
-        """The coefficients of the given samples, as many as ``t`` (B,)."""
-        if self.anchor is None:
-            return Coefficients(torch.ones_like(t), torch.zeros_like(t))
-        return self.schedule.coefficients(torch.full_like(t, self.anchor))
-
-    def _unshifted(self, t: float) -> float:
-        return float(unshift_time(torch.tensor(t, dtype=torch.float64), self.shift))
 
 
 def sample_log(x0: Tensor, x0_teacher: Tensor) -> dict[str, Tensor]:

@@ -3,43 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from fewstep.conditioning.ragged import AnyConditioning
-from fewstep.config.run import RunConfig
-from fewstep.errors import UserError
+from fewstep.config.critic import AdversarialConfig
 from fewstep.losses.adversarial import clamped_cross_entropy, weighted_mean
 from fewstep.networks.features import FeatureTap
 from fewstep.networks.roles import Role
-
-
-@dataclass(kw_only=True)
-class AdversarialConfig(RunConfig):
-    """Settings of a method whose critic may also be a discriminator.
-
-    Args:
-        adversarial: none, diffusion_gan (few-step SiD) or sida; needs --data.
-        gan_weight: weight of that term in the student's loss; default the papers', for means 1e-2 and 1e-4.
-        gan_critic_weight: weight of that term in the critic's loss; default the papers', 1 and 1 / a sample's elements.
-        gan_start_step: the step at which the student's term begins.
-    """
-
-    adversarial: str = "none"
-    gan_weight: float | None = None
-    gan_critic_weight: float | None = None
-    gan_start_step: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._refuse_unknown("adversarial", "none", "diffusion_gan", "sida")
-        names = ("gan_weight", "gan_critic_weight", "gan_start_step")
-        self._refuse_negative(*names)
-        if self.adversarial == "none":
-            self._refuse_set("belongs to --adversarial diffusion_gan or sida", *names, "data")
-        elif self.data is None:
-            raise UserError(f"--adversarial {self.adversarial} needs real images: give --data, or leave it out")
 
 
 class CriticDiscriminator:

@@ -26,7 +26,7 @@ from fewstep.data.durable import file_sha256, json_sha256, write_durably
 from fewstep.data.fingerprint import fingerprint
 from fewstep.errors import UserError
 from fewstep.recording import Recording
-from fewstep.teachers.quantization import is_quantized
+from fewstep.recording.pipeline import is_quantized
 
 FORMAT = "fewstep-cache-2"
 INDEX = "index.json"

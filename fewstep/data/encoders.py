@@ -23,7 +23,8 @@ from fewstep.recording import Recording
 from fewstep.recording.call_parts import equal
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.observation import Stub
-from fewstep.recording.observe import find_decoder, modules_of, observe
+from fewstep.recording.observe import observe
+from fewstep.recording.pipeline import find_decoder, modules_of
 
 _STEPS = 2
 

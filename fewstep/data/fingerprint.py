@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.data.durable import json_sha256
 from fewstep.recording import Recording
 from fewstep.recording.invocation import SCALES
-from fewstep.recording.observe import find_decoder, find_scheduler
-from fewstep.teachers.quantization import is_quantized
+from fewstep.recording.pipeline import find_decoder, find_scheduler, is_quantized
 
 #: Entries of a configuration that say where something came from or how it was saved, and not what it does.
 _ORIGIN = frozenset({"name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
@@ -132,3 +132,21 @@ def _plain(value: Any) -> Any:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def teacher_digest(recording: Recording, away: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What decides where a teacher's ODE leads, items and guidance apart: a digest for each part of it.
+
+    Args:
+        recording: of the teacher.
+        away: the digests of what encodes and is freed by now.
+    """
+    pipeline = recording.pipeline
+    others = {find_decoder(pipeline), find_scheduler(pipeline), *recording.components}
+    encoding = {name: part for name, part in pipeline.components.items() if part is not None and name not in others}
+    quarters = torch.linspace(0, 1, 5, dtype=torch.float64)
+    coefficients = [[f"{value:.6g}" for value in part.tolist()] for part in recording.schedule.coefficients(quarters)]
+    networks = {name: part_digest(network, SAMPLED) for name, network in recording.networks.items()}
+    schedule = json_sha256([recording.prediction_type, coefficients])
+    encoders = {name: (away or {}).get(name) or part_digest(part) for name, part in encoding.items()}
+    return {**networks, **encoders, "schedule": schedule, "call": call_digest(recording)}

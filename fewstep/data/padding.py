@@ -18,7 +18,8 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.tree import Leaf, SampleList, leaves, map_paths
 from fewstep.recording import Recording
 from fewstep.recording.call_parts import without_sample
-from fewstep.recording.observe import evaluating, observe
+from fewstep.recording.observe import observe
+from fewstep.recording.pipeline import evaluating
 from fewstep.recording.proof import relative_error, tolerance
 from fewstep.recording.recording import CONDITION_STEPS
 from fewstep.recording.shake import shaken

@@ -9,26 +9,24 @@ A batch is a run of rows inside one shard, whoever makes it, so the pairs do not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fewstep.data.batch import Pairs
 from fewstep.data.conditions import Conditions
 from fewstep.data.durable import json_sha256
-from fewstep.data.fingerprint import SAMPLED, call_digest, part_digest
-from fewstep.data.images import RealSamples
+from fewstep.data.real import RealSamples
 from fewstep.data.shards import Shards
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws, keyed_generator, keyed_order
 from fewstep.diffusion.ode import Walker, inversion_times, teacher_times
 from fewstep.diffusion.prediction import add_noise
 from fewstep.errors import UserError
-from fewstep.networks.denoiser import Denoiser
 from fewstep.recording import Recording
-from fewstep.recording.observe import find_decoder, find_scheduler
-from fewstep.training.method import Pairs
 
 FORMAT = "fewstep-pairs-3"
 MAKER = "fewstep pairs"
@@ -193,7 +191,7 @@ class StoredPairs:
 
 
 class PairStream:
-    """The pairs of a run, in a keyed order: a :class:`fewstep.training.method.PairSource`.
+    """The pairs of a run, in a keyed order: a :class:`fewstep.data.batch.PairSource`.
 
     Args:
         pairs: made from noise.
@@ -231,24 +229,6 @@ class PairStream:
 def pair_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """The unit noise (B, *shape), float32, of the pairs with these numbers, drawn anew."""
     return Draws(seed, _STEP, indices, device).normal("pair_noise", shape)
-
-
-def teacher_digest(recording: Recording, away: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What decides where a teacher's ODE leads, items and guidance apart: a digest for each part of it.
-
-    Args:
-        recording: of the teacher.
-        away: the digests of what encodes and is freed by now.
-    """
-    pipeline = recording.pipeline
-    others = {find_decoder(pipeline), find_scheduler(pipeline), *recording.components}
-    encoding = {name: part for name, part in pipeline.components.items() if part is not None and name not in others}
-    quarters = torch.linspace(0, 1, 5, dtype=torch.float64)
-    coefficients = [[f"{value:.6g}" for value in part.tolist()] for part in recording.schedule.coefficients(quarters)]
-    networks = {name: part_digest(network, SAMPLED) for name, network in recording.networks.items()}
-    schedule = json_sha256([recording.prediction_type, coefficients])
-    encoders = {name: (away or {}).get(name) or part_digest(part) for name, part in encoding.items()}
-    return {**networks, **encoders, "schedule": schedule, "call": call_digest(recording)}
 
 
 def conditions_digest(conditions: Conditions) -> dict[str, str]:

@@ -6,6 +6,7 @@ there; it gives times that the schedule's network knows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +17,6 @@ from torch import Tensor
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
 from fewstep.diffusion.timesteps import shift_time
-from fewstep.losses.consistency import ect_gap, ect_mapping, karras_levels, lognormal_bins
 
 # Where a schedule has no least or no largest noise level, EDM's ends stand for them.
 _SIGMA_MIN, _SIGMA_MAX = 0.002, 80.0
@@ -174,7 +174,7 @@ class EasyTimes:
         levels: of the schedule.
         stage_steps: steps of a stage.
         q: the gap shrinks by this factor with every stage.
-        k: see :func:`fewstep.losses.consistency.ect_mapping`.
+        k: see :func:`fewstep.diffusion.discretization.ect_mapping`.
         b: likewise.
         mean: of ln sigma.
         std: of ln sigma.
@@ -204,3 +204,55 @@ class EasyTimes:
             sigma = sigma.clamp(1.1 * self.levels.sigma_min, self.levels.sigma_max)
         gap = max(ect_gap(stage, self.q), _LEAST_GAP)
         return self.levels.between(sigma, ect_mapping(sigma, gap, self.k, self.b))
+
+
+def karras_levels(count: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """``count`` noise levels from sigma_min to sigma_max, ascending: float64 (N,) (Karras et al. 2022, Eq. 5)."""
+    ramp = torch.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), count, dtype=torch.float64)
+    levels = ramp**rho
+    levels[0], levels[-1] = sigma_min, sigma_max  # the ends themselves, not but for rounding
+    return levels
+
+
+def lognormal_bins(levels: Tensor, mean: float = -1.1, std: float = 2.0) -> Tensor:
+    """iCT's probability (N - 1,) of each interval of ``levels`` (N,), ascending: P(i) of Eq. 10.
+
+    P(i) ~ erf((ln sigma_{i+1} - mean) / (sqrt(2) std)) - erf((ln sigma_i - mean) / (sqrt(2) std)).
+    """
+    edges = torch.erf((levels.double().log() - mean) / (math.sqrt(2) * std))
+    share = edges.diff()
+    return share / share.sum()
+
+
+def doubling_levels(step: int, steps: int, first: int = 10, last: int = 1280) -> int:
+    """iCT's number of levels N(k) = min(s0 2^floor(k / K'), s1) + 1 with K' = floor(K / (log2 floor(s1 / s0) + 1)).
+
+    ``step`` is k of K ``steps``, ``first`` s0 and ``last`` s1 (§3.4).
+    """
+    stage_steps = max(1, int(steps / (math.log2(last // first) + 1)))
+    return min(first * 2 ** (step // stage_steps), last) + 1
+
+
+def progressive_levels(step: int, steps: int, first: int = 2, last: int = 150) -> int:
+    """CT's number of levels N(k) = ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 (App. C)."""
+    squared = step / steps * ((last + 1) ** 2 - first**2) + first**2
+    return max(1, math.ceil(math.sqrt(squared) - 1)) + 1
+
+
+def adaptive_decay(step: int, steps: int, first: int = 2, last: int = 150, decay: float = 0.95) -> float:
+    """CT's decay of the target network, mu(k) = exp(s0 ln(mu0) / (N(k) - 1)) (App. C)."""
+    return math.exp(first * math.log(decay) / (progressive_levels(step, steps, first, last) - 1))
+
+
+def ect_gap(stage: int, q: float = 2.0) -> float:
+    """How far apart ECT's two times are in a stage: q^-(stage + 1), which shrinks to 0."""
+    return q ** -(stage + 1)
+
+
+def ect_mapping(sigma: Tensor, gap: float, k: float = 8.0, b: float = 1.0) -> Tensor:
+    """ECT's lower noise level r = max(0, sigma (1 - gap n)), n = 1 + k sigmoid(-b sigma); (B,) both (§3.2).
+
+    With k = 0 the share n is constant. Where r is 0 the target is the clean sample.
+    """
+    sigma = sigma.double()
+    return (sigma * (1 - gap * (1 + k * torch.sigmoid(-b * sigma)))).clamp(min=0)

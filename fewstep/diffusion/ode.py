@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.prediction import add_noise, expand
 from fewstep.diffusion.schedule import EDMSchedule, NoiseSchedule
 from fewstep.diffusion.timesteps import even_grid
-from fewstep.networks.denoiser import Denoiser
 
 SOLVERS = ("euler", "heun")
 #: Where a walk from data to noise begins: at t = 0 itself a network says nothing about the noise.

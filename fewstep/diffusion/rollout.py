@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.prediction import add_noise, ode_step
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.diffusion.timesteps import even_grid
-from fewstep.networks.denoiser import Denoiser
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from fewstep.export.about import fetched, read_about, student_class
 from fewstep.export.errors import ExportError
-from fewstep.recording.observe import find_scheduler
+from fewstep.recording.pipeline import find_scheduler
 
 #: The name that diffusers looks for.
 LORA_FILE = "pytorch_lora_weights.safetensors"

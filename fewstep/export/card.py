@@ -10,36 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from yaml import YAMLError
-
 from fewstep.export.apply import lora_files
-from fewstep.recording.observe import find_scheduler
+from fewstep.recording.pipeline import find_scheduler
 
-_LICENSE_KEYS = ("license", "license_name", "license_link")
 #: Stands in a card for the place that its student is loaded from.
 PLACEHOLDER = '"path/to/this/folder"'
-
-
-def teacher_license_of(teacher: str | Path) -> dict[str, str]:
-    """The licence fields of the front matter of a teacher's own card; empty where it has none that can be read.
-
-    Args:
-        teacher: the teacher's folder. A hub id that is no folder gives nothing: cards are not fetched.
-    """
-    card = Path(teacher) / "README.md"
-    if not card.is_file():
-        return {}
-    from huggingface_hub.repocard import metadata_load
-
-    try:
-        return license_fields(metadata_load(card) or {})
-    except (OSError, ValueError, YAMLError):  # a student that is trained is not lost for its teacher's card
-        return {}
-
-
-def license_fields(front_matter: Mapping[str, Any]) -> dict[str, str]:
-    """What a card's front matter says of the licence: one called "other" has its name and link beside it."""
-    return {key: front_matter[key] for key in _LICENSE_KEYS if isinstance(front_matter.get(key), str)}
 
 
 def write_card(

@@ -21,7 +21,7 @@ from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.export.errors import ExportError
 from fewstep.export.trace import Trace, TracedStep, replay, trace
 from fewstep.recording import Recipe
-from fewstep.recording.observe import find_scheduler
+from fewstep.recording.pipeline import find_scheduler
 
 # Relative to values of size one; float32 leaves 1e-6 here, one table entry amiss about 1e-3.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}

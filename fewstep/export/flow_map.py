@@ -15,7 +15,7 @@ from torch import nn
 
 from fewstep.errors import UserError
 from fewstep.networks.flow_map import SECOND_TIME, FlowMapRecipe
-from fewstep.teachers.quantization import is_quantized
+from fewstep.recording.pipeline import is_quantized
 
 if TYPE_CHECKING:
     from fewstep.networks.roles import Role

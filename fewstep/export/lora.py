@@ -24,9 +24,9 @@ from fewstep.export.card import write_card
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
 from fewstep.export.plan import StudentPlan
-from fewstep.export.trace import with_parts
 from fewstep.export.whole import about_student, license_of, walk_counts
 from fewstep.networks.adapters import AdapterRole, on_the_same_weights
+from fewstep.recording.pipeline import with_parts
 
 if TYPE_CHECKING:
     from fewstep.networks.roles import Role

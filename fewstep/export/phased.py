@@ -20,7 +20,7 @@ import torch
 from fewstep.diffusion.phases import Phase
 from fewstep.errors import UserError
 from fewstep.recording.experts import Expert
-from fewstep.recording.observe import find_scheduler
+from fewstep.recording.pipeline import find_scheduler
 
 if TYPE_CHECKING:
     from fewstep.export.plan import StudentPlan

@@ -16,8 +16,8 @@ from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule,
 from fewstep.export.check import Reference, Walk, WalkError, walk
 from fewstep.export.errors import ExportError
 from fewstep.export.scheduler import Wish, candidates, wanted_grid
-from fewstep.export.trace import trace, with_parts
-from fewstep.recording.observe import find_scheduler
+from fewstep.export.trace import trace
+from fewstep.recording.pipeline import find_scheduler, with_parts
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fewstep.recording.observe import find_scheduler, modules_of
+from fewstep.recording.pipeline import evaluating, find_scheduler, modules_of, with_parts
 from fewstep.recording.scheduler_watch import watch_scaling
 
 #: (network input, timestep, the network's answer) -> what the scheduler is given as ``model_output``.
@@ -97,13 +97,6 @@ class _DrawWatch(TorchFunctionMode):
         return taken
 
 
-def with_parts(pipeline: Any, **parts: Any) -> Any:
-    """A copy of the pipeline object with other components; all else is shared, the pipeline itself stays as it is."""
-    other = copy.copy(pipeline)
-    other.register_modules(**parts)
-    return other
-
-
 def trace(pipeline: Any, arguments: dict[str, Any], tell: Tell | None) -> Trace:
     """Run ``pipeline(**arguments)`` up to its last ``scheduler.step`` and keep what was seen.
 
@@ -124,7 +117,14 @@ def trace(pipeline: Any, arguments: dict[str, Any], tell: Tell | None) -> Trace:
     called: list[str] = []
     if tell is not None:
         _watch_steps(scheduler, seen, watch, tell, called)
-    with _trial(), torch.no_grad(), _evaluating(run), _noting(run, called), watch, contextlib.suppress(_Finished):
+    with (
+        _trial(),
+        torch.no_grad(),
+        evaluating(*modules_of(run).values()),
+        _noting(run, called),
+        watch,
+        contextlib.suppress(_Finished),
+    ):
         run(**arguments)
     return seen
 
@@ -242,18 +242,3 @@ def _noting(pipeline: Any, called: list[str]) -> Iterator[None]:
             handle = module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
             stack.callback(handle.remove)
         yield
-
-
-@contextlib.contextmanager
-def _evaluating(pipeline: Any) -> Iterator[None]:
-    """Every network in eval mode: in train mode a label embedding drops labels at random."""
-    modes: list[tuple[nn.Module, bool]] = [
-        (module, module.training) for network in modules_of(pipeline).values() for module in network.modules()
-    ]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -15,13 +15,13 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from fewstep.export.about import write_about
-from fewstep.export.card import teacher_license_of, write_card
+from fewstep.export.card import write_card
 from fewstep.export.check import Reference
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
 from fewstep.export.plan import StudentPlan, reference_of, walk_student
-from fewstep.export.trace import with_parts
-from fewstep.recording.observe import find_scheduler
+from fewstep.recording.pipeline import find_scheduler, with_parts
+from fewstep.teachers.license import teacher_license_of
 from fewstep.version import __version__
 
 if TYPE_CHECKING:

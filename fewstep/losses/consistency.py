@@ -11,8 +11,6 @@ EDM hold under every schedule. Everything about times is float64.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -118,67 +116,4 @@ def weight(kind: str, sigma_t: Tensor, sigma_r: Tensor, sigma_data: float = 0.5)
 # --- discretisations --------------------------------------------------------------------------------------------------
 
 
-def karras_levels(count: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
-    """``count`` noise levels from sigma_min to sigma_max, ascending: float64 (N,) (Karras et al. 2022, Eq. 5)."""
-    ramp = torch.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), count, dtype=torch.float64)
-    levels = ramp**rho
-    levels[0], levels[-1] = sigma_min, sigma_max  # the ends themselves, not but for rounding
-    return levels
-
-
-def lognormal_bins(levels: Tensor, mean: float = -1.1, std: float = 2.0) -> Tensor:
-    """iCT's probability (N - 1,) of each interval of ``levels`` (N,), ascending: P(i) of Eq. 10.
-
-    P(i) ~ erf((ln sigma_{i+1} - mean) / (sqrt(2) std)) - erf((ln sigma_i - mean) / (sqrt(2) std)).
-    """
-    edges = torch.erf((levels.double().log() - mean) / (math.sqrt(2) * std))
-    share = edges.diff()
-    return share / share.sum()
-
-
-def doubling_levels(step: int, steps: int, first: int = 10, last: int = 1280) -> int:
-    """iCT's number of levels N(k) = min(s0 2^floor(k / K'), s1) + 1 with K' = floor(K / (log2 floor(s1 / s0) + 1)).
-
-    ``step`` is k of K ``steps``, ``first`` s0 and ``last`` s1 (§3.4).
-    """
-    stage_steps = max(1, int(steps / (math.log2(last // first) + 1)))
-    return min(first * 2 ** (step // stage_steps), last) + 1
-
-
-def progressive_levels(step: int, steps: int, first: int = 2, last: int = 150) -> int:
-    """CT's number of levels N(k) = ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 (App. C)."""
-    squared = step / steps * ((last + 1) ** 2 - first**2) + first**2
-    return max(1, math.ceil(math.sqrt(squared) - 1)) + 1
-
-
-def adaptive_decay(step: int, steps: int, first: int = 2, last: int = 150, decay: float = 0.95) -> float:
-    """CT's decay of the target network, mu(k) = exp(s0 ln(mu0) / (N(k) - 1)) (App. C)."""
-    return math.exp(first * math.log(decay) / (progressive_levels(step, steps, first, last) - 1))
-
-
-def ect_gap(stage: int, q: float = 2.0) -> float:
-    """How far apart ECT's two times are in a stage: q^-(stage + 1), which shrinks to 0."""
-    return q ** -(stage + 1)
-
-
-def ect_mapping(sigma: Tensor, gap: float, k: float = 8.0, b: float = 1.0) -> Tensor:
-    """ECT's lower noise level r = max(0, sigma (1 - gap n)), n = 1 + k sigmoid(-b sigma); (B,) both (§3.2).
-
-    With k = 0 the share n is constant. Where r is 0 the target is the clean sample.
-    """
-    sigma = sigma.double()
-    return (sigma * (1 - gap * (1 + k * torch.sigmoid(-b * sigma)))).clamp(min=0)
-
-
 # --- guidance as an input ---------------------------------------------------------------------------------------------
-
-
-def guidance_embedding(guidance_scale: Tensor, size: int = 256, period: float = 1e4, scale: float = 1e3) -> Tensor:
-    """LCM's embedding (B, size) of ``guidance_scale`` (B,): sines, then cosines, of scale * (w - 1) at many rates.
-
-    LCM writes guidance as c + w' (c - u); diffusers' w is w' + 1, and pipelines embed w' likewise.
-    """
-    half = size // 2
-    rates = torch.exp(-math.log(period) / (half - 1) * torch.arange(half, dtype=torch.float64))
-    phase = scale * (guidance_scale.double() - 1)[:, None] * rates.to(guidance_scale.device)
-    return torch.cat([phase.sin(), phase.cos()], 1)

@@ -26,8 +26,7 @@ from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.roles import Role, allow_checkpointing
 from fewstep.recording import Recording
-from fewstep.recording.observe import evaluating
-from fewstep.teachers.quantization import is_quantized, is_quantized_layer
+from fewstep.recording.pipeline import evaluating, is_quantized, is_quantized_layer
 
 
 class Backbone:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +19,6 @@ from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.networks.features import FeatureTap
 from fewstep.recording import Recipe
 from fewstep.recording.recipe import network_dtype
-
-
-class Denoiser(Protocol):
-    """Anything that says what the clean sample is.
-
-    ``x_t``: (B, ...), ``t``: (B,) in [0, 1], ``conditioning``: of B samples; returns x0 (B, ...).
-    """
-
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor: ...
 
 
 class NetworkDenoiser:

@@ -19,7 +19,7 @@ from fewstep.networks.roles import Role
 
 
 class RoutedDenoiser:
-    """Denoisers split by time, itself a :class:`fewstep.networks.denoiser.Denoiser`.
+    """Denoisers split by time, itself a :class:`fewstep.diffusion.denoiser.Denoiser`.
 
     A batch whose times lie in one interval makes one call. Any other is split, and put together again in its order.
     Which sample goes where is read from the device: the one wait that the host makes for it.

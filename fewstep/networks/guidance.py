@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning, in_groups, join
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.prediction import expand
 from fewstep.errors import UserError
-from fewstep.networks.denoiser import Denoiser
 
 
 def guide(positive: Tensor, negative: Tensor, guidance_scale: float | Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def rescale_norm(guided: Tensor, positive: Tensor) -> Tensor:
 
 
 class GuidedDenoiser:
-    """A denoiser under classifier-free guidance; itself a :class:`fewstep.networks.denoiser.Denoiser`.
+    """A denoiser under classifier-free guidance; itself a :class:`fewstep.diffusion.denoiser.Denoiser`.
 
     One network call of 2B rows where the conditionings can be joined, else one for each group of equal shape; of B rows
     at scale 1 (the positive alone) and at scale 0 (the negative alone).

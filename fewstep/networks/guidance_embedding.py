@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,10 +20,9 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning, RaggedConditioning
 from fewstep.conditioning.tree import Leaf
 from fewstep.errors import UserError
-from fewstep.export.trace import with_parts
-from fewstep.losses.consistency import guidance_embedding
 from fewstep.recording import Recording, record
 from fewstep.recording.guided import scale_arguments
+from fewstep.recording.pipeline import with_parts
 
 #: Size of the embedding where a network gets one, as in LCM.
 _SIZE = 256
@@ -157,3 +157,14 @@ def _lacking(network: nn.Module) -> UserError:
         f"{type(network).__name__} has no guidance embedding, nor room for one that its pipeline would fill; "
         "leave out --guidance_embedding, and the guidance is trained in"
     )
+
+
+def guidance_embedding(guidance_scale: Tensor, size: int = 256, period: float = 1e4, scale: float = 1e3) -> Tensor:
+    """LCM's embedding (B, size) of ``guidance_scale`` (B,): sines, then cosines, of scale * (w - 1) at many rates.
+
+    LCM writes guidance as c + w' (c - u); diffusers' w is w' + 1, and pipelines embed w' likewise.
+    """
+    half = size // 2
+    rates = torch.exp(-math.log(period) / (half - 1) * torch.arange(half, dtype=torch.float64))
+    phase = scale * (guidance_scale.double() - 1)[:, None] * rates.to(guidance_scale.device)
+    return torch.cat([phase.sin(), phase.cos()], 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.recording import Recording
-from fewstep.recording.observe import evaluating
+from fewstep.recording.pipeline import evaluating
 
 #: What LPIPS is asked at; smaller and larger images are resized to it (Song et al. 2023; Lee et al. 2024).
 _SIDE = 224

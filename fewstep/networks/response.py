@@ -13,7 +13,7 @@ from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.recording import Recording
 from fewstep.recording.experts import expert_at
-from fewstep.recording.observe import evaluating
+from fewstep.recording.pipeline import evaluating
 
 # Two answers that differ by less, relative to their size, are the same up to rounding.
 _DEAF = 1e-5

@@ -43,7 +43,7 @@ class Role:
         self.added = dict(added or {})
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, *second_time: Tensor) -> Tensor:
-        """x0 (B, ...), see :class:`fewstep.networks.denoiser.Denoiser`; with r (B,) of a role that is told it."""
+        """x0 (B, ...), see :class:`fewstep.diffusion.denoiser.Denoiser`; with r (B,) of a role that is told it."""
         return self.denoiser(x_t, t, conditioning, *second_time)
 
     @property

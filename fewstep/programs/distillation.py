@@ -15,8 +15,10 @@ from torch import Tensor
 
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.config.run import RunConfig, resolved
+from fewstep.data.batch import PairSource
 from fewstep.data.encoders import Encoders
-from fewstep.data.images import RealSamples, read_images
+from fewstep.data.images import read_images
+from fewstep.data.real import RealSamples
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.phases import Phase, describe
@@ -24,9 +26,8 @@ from fewstep.diffusion.rollout import Sampler
 from fewstep.errors import UserError
 from fewstep.export import export_lora, export_student, plan_student, publish, refuse_own_code, why_no_lora
 from fewstep.export.flow_map import flow_map_recording, refuse_no_flow_map, whole_network
-from fewstep.export.full_precision import in_full_precision, load_run_teacher, refuse_quantized
+from fewstep.export.full_precision import in_full_precision
 from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
-from fewstep.export.trace import with_parts
 from fewstep.export.whole import walk_counts
 from fewstep.networks.adapters import AdapterRole
 from fewstep.networks.features import FeatureTap, tapped
@@ -39,16 +40,15 @@ from fewstep.networks.response import refuse_deaf
 from fewstep.networks.roles import Role
 from fewstep.networks.second_time import tell_second_time
 from fewstep.programs.methods import method_class
-from fewstep.programs.teacher import conditions_of, guidance_of, teacher_call
+from fewstep.programs.teacher import conditions_of, guidance_of, refuse_quantized, teacher_call
 from fewstep.recording import record
-from fewstep.recording.observe import find_scheduler
-from fewstep.teachers.loading import base_model, teacher_license
+from fewstep.recording.pipeline import find_scheduler, is_quantized, with_parts
+from fewstep.teachers.license import teacher_license
+from fewstep.teachers.loading import base_model, load_run_teacher
 from fewstep.teachers.lora import FusedLora, fuse_teacher_lora, with_own_weights
-from fewstep.teachers.quantization import is_quantized
-from fewstep.training.distributed import join_launch
+from fewstep.training.distributed import Processes, join_launch
 from fewstep.training.initialization import initialize
-from fewstep.training.loop import Loop, Processes, sampling_role
-from fewstep.training.method import PairSource
+from fewstep.training.loop import Loop, sampling_role
 from fewstep.training.monitor import Monitor, trackers
 from fewstep.training.previews import Previews
 from fewstep.training.run_folder import check_folder, write_config

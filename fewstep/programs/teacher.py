@@ -7,10 +7,14 @@ from typing import Any, Protocol
 import torch
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.config.run import RunConfig
 from fewstep.data.condition_cache import ConditionCache
 from fewstep.data.conditions import Conditions, read_classes, read_prompts
 from fewstep.diffusion.intervals import TimedScale
+from fewstep.errors import UserError
+from fewstep.export import why_no_lora
 from fewstep.recording import Recording
+from fewstep.recording.pipeline import is_quantized
 from fewstep.teachers.loading import embedded_name
 
 
@@ -79,3 +83,32 @@ def conditions_of(
         prompts = list(PROMPTS)
     labels = read_classes(question.classes) if question.classes is not None else None
     return Conditions(recording, prompts, labels, device, progress=progress), recording.negative()
+
+
+def refuse_quantized(config: RunConfig, recording: Recording, loaded: bool) -> None:
+    """Refuse what a quantised teacher cannot do, and a teacher that was to be quantised and is not.
+
+    Args:
+        config: of the run.
+        recording: of the teacher.
+        loaded: whether this run loaded it, and so can load it once more.
+
+    Raises:
+        UserError: one of these.
+    """
+    quantized = {name: is_quantized(network) for name, network in recording.networks.items()}
+    if config.quantization is not None and not all(quantized.values()):
+        name = next(name for name, whether in quantized.items() if not whether)
+        why = "has no layer that can be quantised" if loaded else "is loaded already"
+        raise UserError(f"--quantization {config.quantization}: the {name} {why}; leave it out")
+    if not any(quantized.values()):
+        return
+    name = next(name for name, whether in quantized.items() if whether)
+    if not config.lora_rank or config.full_critic:
+        raise UserError(f"the {name} is quantised, so that only adapters can be trained: give --lora_rank alone")
+    whole = config.merge or why_no_lora(recording) is not None
+    if whole and config.quantization is None:
+        raise UserError(
+            f"the {name} is quantised and its weights in full precision are not at hand, so that no whole pipeline can "
+            "be written; give the teacher unquantised, with --quantization"
+        )

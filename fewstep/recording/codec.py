@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.observation import Observation, Stub
-from fewstep.recording.observe import evaluating, find_decoder, observe
-
-if TYPE_CHECKING:
-    from fewstep.recording.recording import Recording
+from fewstep.recording.observe import observe
+from fewstep.recording.pipeline import evaluating, find_decoder
+from fewstep.recording.recorded import Recorded
 
 # Ramps count in digits of this base, which every dtype holds with room for the map's scale and offset.
 _BASE = 16
@@ -41,7 +40,7 @@ class Codec:
         stub: what the network returned once; stands in for it while the pipeline is run for its tail only.
     """
 
-    recording: Recording
+    recording: Recorded
     decoder: str | None
     shape: tuple[int, ...]
     index: Tensor
@@ -113,7 +112,7 @@ class Codec:
             )
 
 
-def read_codec(recording: Recording) -> Codec:
+def read_codec(recording: Recorded) -> Codec:
     """Read the map off.
 
     Raises:
@@ -155,11 +154,11 @@ def read_codec(recording: Recording) -> Codec:
     return Codec(recording, decoder, tuple(zero.shape[1:]), index, scale, offset, call.output)
 
 
-def _call(recording: Recording) -> dict[str, Any]:
+def _call(recording: Recorded) -> dict[str, Any]:
     return recording.invocation.arguments([recording.invocation.item], _STEPS, **recording.off)
 
 
-def _tail(recording: Recording, stub: Any, x0: Tensor, *, stop_at_decode: bool = False) -> Observation:
+def _tail(recording: Recorded, stub: Any, x0: Tensor, *, stop_at_decode: bool = False) -> Observation:
     """Run the pipeline with every step's result replaced by `x0` and the network skipped."""
     return observe(
         recording.pipeline,

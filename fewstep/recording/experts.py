@@ -20,7 +20,8 @@ from fewstep.recording.call_parts import equal, without_sample
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.invocation import Invocation
 from fewstep.recording.observation import Step, Stub
-from fewstep.recording.observe import modules_of, observe
+from fewstep.recording.observe import observe
+from fewstep.recording.pipeline import modules_of
 from fewstep.recording.recipe import Recipe
 
 # Times in one run through times of our choice. The first run finds every interval longer than its share of [0, 1].

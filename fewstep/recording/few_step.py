@@ -8,7 +8,7 @@ from typing import Any
 
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.invocation import Invocation
-from fewstep.recording.observe import find_scheduler
+from fewstep.recording.pipeline import find_scheduler
 
 # What the classes of schedulers of consistency models, flow maps and other distilled networks are called.
 _SCHEDULERS = re.compile("LCM|TCD|SCM|CMStochastic|FlowMap|Piflow|(?<!E)DMD")  # EDMDPMSolver is a teacher's

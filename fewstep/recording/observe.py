@@ -19,28 +19,8 @@ from torch import Tensor, nn
 from fewstep.recording.capture import capture, capture_changes, scrambled
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.observation import NetworkCall, Observation, Stop, Stub
+from fewstep.recording.pipeline import evaluating, find_decoder, find_scheduler, modules_of
 from fewstep.recording.scheduler_watch import feed_times, watch_scheduler
-
-
-def find_scheduler(pipeline: Any) -> str:
-    """The name of the pipeline's scheduler component."""
-    found = [n for n, c in pipeline.components.items() if hasattr(c, "step") and hasattr(c, "set_timesteps")]
-    if not found:
-        raise RecordingError(f"{type(pipeline).__name__} has no scheduler with step and set_timesteps to record")
-    return "scheduler" if "scheduler" in found else found[0]
-
-
-def modules_of(pipeline: Any) -> dict[str, nn.Module]:
-    """The pipeline's components that are networks, by name."""
-    return {name: c for name, c in pipeline.components.items() if isinstance(c, nn.Module)}
-
-
-def find_decoder(pipeline: Any) -> str | None:
-    """The name of the component that turns latents into images (it has `encode` and `decode`); None: there is none."""
-    for name, module in modules_of(pipeline).items():
-        if callable(getattr(module, "encode", None)) and callable(getattr(module, "decode", None)):
-            return name
-    return None
 
 
 def observe(
@@ -122,19 +102,6 @@ def _kept(pipeline: Any) -> Iterator[None]:
         finally:
             pipeline.__dict__.clear()
             pipeline.__dict__.update(attributes)
-
-
-@contextlib.contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """The networks in eval mode: in train mode a label embedding drops labels at random, which no recipe reproduces."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    try:
-        for network in networks:
-            network.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextlib.contextmanager

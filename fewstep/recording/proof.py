@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,11 @@ from fewstep.recording.call_parts import answers, network_calls, repeated, witho
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.guided import another_item
 from fewstep.recording.observation import NetworkCall, Observation, Step
-from fewstep.recording.observe import evaluating, observe
+from fewstep.recording.observe import observe
+from fewstep.recording.pipeline import evaluating
 from fewstep.recording.proof_runs import STEPS, each, own_calls, own_conditioning, relative_error, run, times
+from fewstep.recording.recorded import Recorded
 from fewstep.recording.shake import shaken
-
-if TYPE_CHECKING:
-    from fewstep.recording.recording import Recording
 
 # Relative changes below this count as none: rounding alone makes 1e-7.
 _NO_REACTION = 1e-4
@@ -69,13 +68,13 @@ class Proof:
         return lines + [f"warning: {text}" for text in self.warnings]
 
 
-def prove(recording: Recording, seed: int = 0) -> Proof:
+def prove(recording: Recorded, seed: int = 0) -> Proof:
     """Run the proof; see `Recording.prove`."""
     with evaluating(*_networks(recording)):
         return _prove(recording, seed)
 
 
-def _prove(recording: Recording, seed: int) -> Proof:
+def _prove(recording: Recorded, seed: int) -> Proof:
     notes: list[str] = []
     checks = _checks(recording, seed, notes, "")
     deaf = _deaf_to(recording, seed)
@@ -101,14 +100,14 @@ def _prove(recording: Recording, seed: int) -> Proof:
     return Proof(tuple(checks), tuple(dict.fromkeys(notes)), bool(deaf))
 
 
-def tolerance(recording: Recording) -> float:
+def tolerance(recording: Recorded) -> float:
     """What design allows for one call at the same batch shape: by dtype and device, relative."""
     if recording.dtype in (torch.bfloat16, torch.float16):
         return 2e-2
     return 1e-6 if next(recording.network.parameters()).device.type == "cpu" else 1e-3
 
 
-def _checks(recording: Recording, seed: int, notes: list[str], prefix: str) -> list[Check]:
+def _checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> list[Check]:
     item, other = recording.invocation.item, another_item(recording.invocation)
     allowed = tolerance(recording)
     single = run(recording, [item], recording.off, seed, x0=True)
@@ -151,12 +150,12 @@ def _checks(recording: Recording, seed: int, notes: list[str], prefix: str) -> l
     return checks
 
 
-def _call_conditioning(recording: Recording, step: Step, rows: int) -> Conditioning:
+def _call_conditioning(recording: Recorded, step: Step, rows: int) -> Conditioning:
     call = step.calls[-1]
     return remark(without_sample(call, recording.recipe), recording.marked, rows)
 
 
-def _pair_conditioning(recording: Recording, pair: Observation, items: list[Any]) -> Conditioning:
+def _pair_conditioning(recording: Recorded, pair: Observation, items: list[Any]) -> Conditioning:
     """The conditioning of the pipeline's own call with two prompts, taken apart and put together again.
 
     It is not compared with each prompt's own: pipelines pad to the longest prompt of a batch.
@@ -173,14 +172,14 @@ def _pair_conditioning(recording: Recording, pair: Observation, items: list[Any]
     return Conditioning.cat([whole.select([i]) for i in range(len(items))])
 
 
-def _unguided_error(recording: Recording, seen: Observation, conditioning: Conditioning) -> float:
+def _unguided_error(recording: Recorded, seen: Observation, conditioning: Conditioning) -> float:
     return max(
         relative_error(own(step.network_input, conditioning), step.model_output)
         for step, own in own_calls(recording, seen)
     )
 
 
-def _mixed_error(recording: Recording, seen: Observation) -> float:
+def _mixed_error(recording: Recorded, seen: Observation) -> float:
     """Two samples at two times in one batch against the same batch at either time; for each expert."""
     steps = seen.steps
     pairs = {recording.component: (1, 2)}
@@ -195,7 +194,7 @@ def _mixed_error(recording: Recording, seen: Observation) -> float:
     )
 
 
-def _mixed_pair_error(recording: Recording, steps: list[Step], i: int, k: int, network: nn.Module) -> float:
+def _mixed_pair_error(recording: Recorded, steps: list[Step], i: int, k: int, network: nn.Module) -> float:
     early, late = steps[i], steps[k]
     x = torch.cat([early.network_input, late.network_input])
     conditioning = _call_conditioning(recording, early, 1).select([0, 0])
@@ -212,7 +211,7 @@ def _mixed_pair_error(recording: Recording, steps: list[Step], i: int, k: int, n
     return relative_error(mixed, unmixed)
 
 
-def _x0_error(recording: Recording, seen: Observation) -> float | None:
+def _x0_error(recording: Recorded, seen: Observation) -> float | None:
     """x0 by the schedule and prediction type against the scheduler's own, over the steps where it has one."""
     errors = []
     compared = [step for step in seen.steps if step.x0 is not None]
@@ -231,7 +230,7 @@ def _x0_error(recording: Recording, seen: Observation) -> float | None:
     return max(errors) if errors else None
 
 
-def _guided_errors(recording: Recording, seen: Observation, batch: int, notes: list[str]) -> dict[str, float]:
+def _guided_errors(recording: Recorded, seen: Observation, batch: int, notes: list[str]) -> dict[str, float]:
     """Errors of the guided run's separate answers, and of their linear combination."""
     recipe, guided, report = recording.recipe, recording.guided, recording.guidance
     parts: dict[str, float] = {}
@@ -265,7 +264,7 @@ def _guided_errors(recording: Recording, seen: Observation, batch: int, notes: l
 
 
 def _guided_conditioning(
-    recording: Recording, call: NetworkCall, index: int, rows: int, batch: int, notes: list[str]
+    recording: Recorded, call: NetworkCall, index: int, rows: int, batch: int, notes: list[str]
 ) -> Conditioning:
     """What the guided call's own pieces were told; for one prompt: this recording's own positive and negative."""
     # Passed on whole, not taken apart: beside longer prompts it may hold other arguments (a mask) than alone.
@@ -283,7 +282,7 @@ def _guided_conditioning(
         return whole
 
 
-def _deaf_to(recording: Recording, seed: int) -> dict[str, list[str]]:
+def _deaf_to(recording: Recorded, seed: int) -> dict[str, list[str]]:
     """Component -> what it does not react to, where there is such: the sample, the time and the prompt (or label)."""
     seen = run(recording, [recording.invocation.item], recording.off, seed)
     found = {}
@@ -297,7 +296,7 @@ def _any_of(deaf: dict[str, list[str]]) -> str:
     return " or ".join(dict.fromkeys(word for words in deaf.values() for word in words))
 
 
-def _network_deaf_to(recording: Recording, first: Step, second: Step, network: nn.Module) -> list[str]:
+def _network_deaf_to(recording: Recorded, first: Step, second: Step, network: nn.Module) -> list[str]:
     x, conditioning = first.network_input, _call_conditioning(recording, first, 1)
     # A velocity made of x and an x0 follows the sample and the time by itself; what counts is the network's part.
     recipe = replace(recording.recipe, output=replace(recording.recipe.output, relation="same"))
@@ -318,5 +317,5 @@ def _network_deaf_to(recording: Recording, first: Step, second: Step, network: n
     return [name for name, value in reactions.items() if relative_error(value, base) < _NO_REACTION]
 
 
-def _networks(recording: Recording) -> list[nn.Module]:
+def _networks(recording: Recorded) -> list[nn.Module]:
     return [expert.network for expert in recording.experts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +11,12 @@ from torch import Tensor
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.recording.observation import Observation, Step
 from fewstep.recording.observe import observe
-
-if TYPE_CHECKING:
-    from fewstep.recording.recording import Recording
+from fewstep.recording.recorded import Recorded
 
 STEPS = 5
 
 
-def run(recording: Recording, items: list[Any], changes: dict[str, Any], seed: int, *, x0: bool = False) -> Observation:
+def run(recording: Recorded, items: list[Any], changes: dict[str, Any], seed: int, *, x0: bool = False) -> Observation:
     """The pipeline's own run with a fresh sample after every step.
 
     Args:
@@ -46,19 +44,19 @@ def run(recording: Recording, items: list[Any], changes: dict[str, Any], seed: i
     return observe(recording.pipeline, call, steps=count, replace=fresh, x0=x0, set_up=unclipped, stub=stub)
 
 
-def own_conditioning(recording: Recording) -> Conditioning:
+def own_conditioning(recording: Recorded) -> Conditioning:
     """That of the recording's own prompt or label."""
     return each(recording, [recording.invocation.item])[0]
 
 
-def each(recording: Recording, items: list[Any]) -> list[Conditioning]:
+def each(recording: Recorded, items: list[Any]) -> list[Conditioning]:
     """The conditioning of each prompt or label."""
     if recording.conditional is None:
         return recording.condition_each() * len(items)
     return recording.condition_each(**{f"{recording.conditional}s": items})
 
 
-def own_calls(recording: Recording, seen: Observation) -> list[tuple[Step, Callable[[Tensor, Conditioning], Tensor]]]:
+def own_calls(recording: Recorded, seen: Observation) -> list[tuple[Step, Callable[[Tensor, Conditioning], Tensor]]]:
     """Each step after the first with the recipe's call at its time (without the last where a next time is needed).
 
     Of several experts the one of that time is called, and steps in which they did not run are left out.

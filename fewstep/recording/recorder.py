@@ -25,7 +25,8 @@ from fewstep.recording.fit import fit_output, fit_sample, fit_times
 from fewstep.recording.guided import embedded_paths, record_guided, switch_off, unguided_step
 from fewstep.recording.invocation import Invocation, read_invocation
 from fewstep.recording.observation import Step, Stub
-from fewstep.recording.observe import find_scheduler, modules_of, observe
+from fewstep.recording.observe import observe
+from fewstep.recording.pipeline import find_scheduler, modules_of
 from fewstep.recording.recipe import Recipe, TimeRule, dtype_name, network_dtype
 from fewstep.recording.recording import Recording
 from fewstep.recording.shake import shaken

@@ -1,175 +1,36 @@
-"""A recording: what was learnt of a pipeline, and what can be done with it without running its loop."""
+"""A recording: what was learnt of a pipeline, with the way to its images and the proof that it holds."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewstep.conditioning.conditioning import Conditioning, remark
-from fewstep.diffusion.intervals import TimeIntervals
-from fewstep.diffusion.schedule import NoiseSchedule
-from fewstep.recording.call_parts import mark_arguments, without_sample
+from fewstep.conditioning.conditioning import Conditioning
 from fewstep.recording.codec import Codec, read_codec
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.experts import Expert, Visits, components_of, expert_at
-from fewstep.recording.guided import GuidanceReport, GuidedCall
-from fewstep.recording.invocation import Invocation
-from fewstep.recording.observe import evaluating, find_scheduler, observe
+from fewstep.recording.pipeline import find_scheduler
 from fewstep.recording.proof import Proof, prove
-from fewstep.recording.recipe import Recipe, dtype_name, network_dtype
-
-# Any count will do for a run that ends before the network's first call.
-CONDITION_STEPS = 4
+from fewstep.recording.recipe import dtype_name
+from fewstep.recording.recorded import Recorded
 
 
-@dataclass(eq=False, repr=False)
-class Recording:
-    """How a pipeline calls its denoiser, learnt from the pipeline itself.
+@dataclass(frozen=True, eq=False, repr=False)
+class Recording(Recorded):
+    """What a pipeline's recorder returns: :class:`Recorded`, able to encode, to decode and to prove itself.
 
     Attributes:
-        pipeline: the recorded pipeline, as it was.
-        component: the denoiser's name in the pipeline; of several experts that of the noisiest times.
-        network: the denoiser of that name.
-        invocation: how the pipeline is called.
-        recipe: how the network is called.
-        schedule: alpha and sigma of the network's input.
-        prediction_type: what the recipe's answer is ("epsilon", "v_prediction", "sample", "flow", "edm").
-        guidance: what was seen of the pipeline's guidance.
-        initial_noise_scale: what the pipeline multiplies unit noise with at its first step, in the network's input.
-        off: the changes to the call that switch guidance off.
-        guided: how the guided call is made, None without classifier-free guidance.
-        marked: the conditioning of one sample, its leaves marked; the pattern of every other one.
-        embedded: the arguments that follow an embedded guidance.
-        experts: the networks that share the loop by time, from noise to data; usually one. The recipe holds for each.
-        visits: a run of the pipeline that meets each of several experts; None for one.
+        proof: the last one, None before :meth:`prove`.
     """
 
-    pipeline: Any
-    component: str
-    network: nn.Module
-    invocation: Invocation
-    recipe: Recipe
-    schedule: NoiseSchedule
-    prediction_type: str
-    guidance: GuidanceReport
-    initial_noise_scale: float
-    off: dict[str, Any]
-    guided: GuidedCall | None
-    marked: dict[str, Any]
-    embedded: set[str]
-    experts: tuple[Expert, ...]
-    visits: Visits | None = None
-    _negative: Conditioning | None = None
-    _codec: Codec | None = None
     proof: Proof | None = None
 
-    def __repr__(self) -> str:
-        return f"Recording({type(self.pipeline).__name__}, {self.component}, sample_shape={self.sample_shape})"
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """The per-sample shape of x in the scheduler's space."""
-        return self.recipe.sample_shape
-
-    @property
-    def call(self) -> dict[str, Any]:
-        """The pipeline's keyword arguments that the recording holds for, prompts and labels apart."""
-        return dict(self.invocation.call)
-
-    @property
-    def conditional(self) -> str | None:
-        """ "prompt", "label" or None."""
-        return self.invocation.conditional
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        """The names of all experts in the pipeline, from noise to data."""
-        return components_of(self.experts)
-
-    def expert_at(self, timestep: float) -> Expert:
-        """Which expert the pipeline calls at a scheduler's timestep."""
-        return expert_at(self.experts, timestep)
-
-    @property
-    def intervals(self) -> TimeIntervals:
-        """Where in [0, 1] each expert is called."""
-        bounds = [torch.tensor([expert.lowest], dtype=torch.float64) for expert in self.experts[:-1]]
-        return TimeIntervals(self.schedule, (*(float(self.schedule.time(bound)) for bound in bounds), 0.0))
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """The networks of all experts by component."""
-        return {expert.component: expert.network for expert in self.experts}
-
-    def of(self, expert: Expert) -> Recording:
-        """This recording as if the pipeline had only this expert: how one network is called, at all times."""
-        return replace(
-            self,
-            component=expert.component,
-            network=expert.network,
-            recipe=replace(self.recipe, component=expert.component),
-            experts=(replace(expert, lowest=-torch.inf),),
-            visits=None,
-        )
-
-    def on(self, networks: Mapping[str, nn.Module]) -> Recording:
-        """This recording with other networks in a copy of its pipeline, those of all experts among them."""
-        pipeline = copy.copy(self.pipeline)
-        pipeline.register_modules(**networks)
-        experts = tuple(replace(expert, network=networks[expert.component]) for expert in self.experts)
-        return replace(self, pipeline=pipeline, network=networks[self.component], experts=experts)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the network's weights."""
-        return network_dtype(self.network)
-
-    def condition_each(
-        self, prompts: Sequence[str] | None = None, labels: Sequence[int] | None = None
-    ) -> list[Conditioning]:
-        """The conditioning of each prompt or label, each encoded alone, as users sample; runs the text encoders only.
-
-        Raises:
-            RecordingError: prompts for a pipeline that takes labels or nothing, and the like.
-        """
-        items = self._items(prompts, labels)
-        if self.conditional is None:
-            return [Conditioning(self.marked, 1)] * len(items)
-        return [self._encode_text(item) for item in items]
-
-    def condition(self, prompts: Sequence[str] | None = None, labels: Sequence[int] | None = None) -> Conditioning:
-        """`condition_each` as one batch.
-
-        Raises:
-            RecordingError: as there, or the items' shapes differ; the message lists which.
-        """
-        items = self._items(prompts, labels)
-        each = self.condition_each(prompts, labels)
-        odd = [i for i, c in enumerate(each) if not Conditioning.compatible(each[0], c)]
-        if odd:
-            reason = Conditioning.mismatch(each[0], each[odd[0]])
-            listed = ", ".join(repr(items[i]) for i in odd[:5]) + (", ..." if len(odd) > 5 else "")
-            raise RecordingError(
-                f"these cannot form one batch with {items[0]!r}: {listed} ({reason}); batch items of equal shapes "
-                "(condition_each)"
-            )
-        return Conditioning.cat(each)
-
-    def negative(self) -> Conditioning | None:
-        """The negative conditioning that the pipeline itself uses (batch 1); None without classifier-free guidance."""
-        return self._negative
-
-    @property
+    @cached_property
     def codec(self) -> Codec:
         """The way between images and the network's space, read off from the pipeline when it is first wanted."""
-        if self._codec is None:
-            self._codec = read_codec(self)
-        return self._codec
+        return read_codec(self)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), or videos (B, C, F, H, W), in [0, 1] -> x0 (B, *sample_shape).
@@ -183,46 +44,15 @@ class Recording:
         """x0 (B, *sample_shape) -> images (B, C, H, W) or videos (B, C, F, H, W) in [0, 1], by its own tail."""
         return self.codec.decode(x0)
 
-    def label_count(self) -> int | None:
-        """How many class labels the network knows, the null label of its guidance apart; None where nothing shows it.
-
-        Labels are rows of an embedding table, which is found as the one that is asked for the recorded label.
-        """
-        if self.conditional != "label":
-            return None
-        tables: list[int] = []
-
-        def note(table: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if (
-                arguments
-                and not arguments[0].is_floating_point()
-                and bool((arguments[0] == self.invocation.item).all())
-            ):
-                tables.append(table.num_embeddings)
-
-        hooks = [m.register_forward_pre_hook(note) for m in self.network.modules() if isinstance(m, nn.Embedding)]
-        device = next(self.network.parameters()).device
-        x = torch.zeros(1, *self.sample_shape, dtype=self.dtype, device=device)
-        time = self.schedule.timestep(torch.full((1,), 0.5, dtype=torch.float64))
-        try:
-            with torch.no_grad(), evaluating(self.network):
-                self.recipe.call(self.network, x, time, Conditioning(self.marked, 1), next_timestep=time / 2)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not tables:
-            return None
-        null = [] if self._negative is None else [v for v in self._negative.arguments().values() if _is_label(v)]
-        return min(tables) - any(int(v.max()) == min(tables) - 1 for v in null)
-
     def prove(self, seed: int = 0) -> Proof:
         """Compare own calls of the network with the pipeline's on fresh samples.
 
         Raises:
             RecordingError: they differ; the message says what was compared and by how much.
         """
-        self.proof = prove(self, seed)
-        return self.proof
+        proof = prove(self, seed)
+        object.__setattr__(self, "proof", proof)  # remembered; everything else is frozen
+        return proof
 
     def summary(self) -> str:
         """What was found out, as a table for people."""
@@ -258,38 +88,3 @@ class Recording:
             return texts
         bounds = [f" from timestep {e.lowest:g} up" if e.lowest > -torch.inf else " below" for e in self.experts]
         return [text + bound for text, bound in zip(texts, bounds, strict=True)]
-
-    def _items(self, prompts: Sequence[str] | None, labels: Sequence[int] | None) -> list[Any]:
-        kind = type(self.pipeline).__name__
-        if prompts is not None and labels is not None:
-            raise RecordingError("prompts and labels were given; a pipeline is conditioned on one of them")
-        items = prompts if prompts is not None else labels
-        if isinstance(items, str):
-            raise RecordingError("prompts must be a list of strings, not one string")
-        items = [] if items is None else list(items)
-        if not items:
-            if self.conditional is None:
-                return [None]
-            raise RecordingError(f"{kind} is conditioned on a {self.conditional}; give at least one")
-        if self.conditional is None:
-            raise RecordingError(f"{kind} is conditioned on nothing: it takes neither prompts nor labels")
-        if prompts is not None and self.conditional == "label":
-            raise RecordingError(f"{kind} takes class labels, not prompts")
-        if labels is not None and self.conditional == "prompt":
-            raise RecordingError(f"{kind} takes prompts, not class labels")
-        return items
-
-    def _encode_text(self, item: Any) -> Conditioning:
-        call = self.invocation.arguments([item], CONDITION_STEPS, **self.off)
-        arguments = without_sample(observe(self.pipeline, call, before=self.component).pending[-1], self.recipe)
-        try:
-            return remark(arguments, self.marked, 1)
-        except ValueError:
-            # This item has other arguments than the recorded one (a mask where that had None): mark it by itself.
-            call = self.invocation.arguments([item, item], CONDITION_STEPS, **self.off)
-            two = without_sample(observe(self.pipeline, call, before=self.component).pending[-1], self.recipe)
-            return Conditioning(mark_arguments(self.component, arguments, two), 1)
-
-
-def _is_label(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() > 0 and not value.is_floating_point()

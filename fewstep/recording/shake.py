@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fewstep.teachers.quantization import is_plain
+from fewstep.recording.pipeline import is_plain
 
 
 @contextlib.contextmanager

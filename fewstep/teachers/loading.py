@@ -7,12 +7,9 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError
-from yaml import YAMLError
 
+from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
-from fewstep.export.card import license_fields, teacher_license_of
 from fewstep.teachers.quantization import pipeline_quantization, without_hooks
 
 
@@ -89,14 +86,23 @@ def base_model(name: str) -> str:
     return name if name in TEACHERS or teacher_folder(name) is None else Path(name).resolve().name
 
 
-def teacher_license(name: str) -> dict[str, str]:
-    """The licence fields of the teacher's model card; empty where there is no card, or it names no licence."""
-    if embedded_name(name) is not None:
-        return {"license": "apache-2.0"}  # they are part of this package
-    folder = teacher_folder(name)
-    if folder is not None:
-        return teacher_license_of(folder)
-    try:
-        return license_fields(ModelCard.load(name).data.to_dict())
-    except (OSError, ValueError, YAMLError, EntryNotFoundError):
-        return {}
+def load_run_teacher(
+    config: RunConfig, parts: dict[str, Any] | None = None, *, quantized: bool = True
+) -> DiffusionPipeline:
+    """The teacher of a run.
+
+    A quantised one is loaded in the dtype that it computes in: text encoders in float32 would take more than is saved.
+
+    Args:
+        config: of the run.
+        parts: of its pipeline that are there already.
+        quantized: as the run says; else its denoisers are loaded in full precision.
+    """
+    half = config.quantization is not None and config.mixed_precision == "bf16"
+    return load_teacher(
+        config.teacher,
+        config.trust_remote_code,
+        dtype=torch.bfloat16 if half else torch.float32,
+        quantization=config.quantization if quantized else None,
+        **(parts or {}),
+    )

@@ -16,9 +16,9 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
 from torch import nn
-from torch._subclasses import FakeTensor
 
 from fewstep.errors import UserError
+from fewstep.recording.pipeline import is_quantized
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _quanto_int4(dtype: torch.dtype) -> Any:
     return diffusers.QuantoConfig(weights_dtype="int4")
 
 
-#: Every way that ``--quantization`` knows, by name.
+#: Every way that ``--quantization`` knows, by name: those of :data:`fewstep.config.run.QUANTIZATIONS`.
 QUANTIZATIONS = {
     "bitsandbytes_4bit": Quantization(4, "bitsandbytes", "bitsandbytes", _bitsandbytes_4bit),
     "bitsandbytes_8bit": Quantization(8, "bitsandbytes", "bitsandbytes", _bitsandbytes_8bit),
@@ -108,79 +108,6 @@ def without_hooks(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         if isinstance(part, nn.Module) and is_quantized(part) and len(set(_device_map(part).values())) <= 1:
             remove_hook_from_submodules(part)
     return pipeline
-
-
-def is_quantized(network: nn.Module) -> bool:
-    """Whether any layer of a network holds other than ordinary weights."""
-    return any(is_quantized_layer(module) for module in network.modules())
-
-
-def is_quantized_layer(layer: nn.Module) -> bool:
-    """Whether one of a layer's own weights is no ordinary one, or the layer stands for such a one in a plan."""
-    return isinstance(layer, PlannedLinear) or any(
-        not is_plain(parameter) for parameter in layer.parameters(recurse=False)
-    )
-
-
-def is_plain(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is an ordinary one: its data are its numbers, which may be read, moved and cast."""
-    return type(parameter) is nn.Parameter or isinstance(parameter, FakeTensor)
-
-
-class PlannedLinear(nn.Linear):
-    """A linear layer in the sizes of a quantised one, for plans: it has the bytes and no values.
-
-    Args:
-        layer: in whose place it stands.
-        bits: of a weight.
-    """
-
-    _GROUP = 64  # weights that share a float32 scale where there are 4 bits to each; else a row does
-
-    def __init__(self, layer: nn.Linear, bits: int) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        count, weight = layer.weight.numel(), layer.weight
-        packed = torch.empty(count * bits // 8, dtype=torch.uint8, device=weight.device)
-        scales = layer.out_features if bits == 8 else -(-count // self._GROUP)
-        self.register_buffer("packed", packed)
-        self.register_buffer("scale", torch.empty(scales, dtype=torch.int32, device=weight.device))  # no cast halves it
-        self.bias = layer.bias
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """In shape what others ask for, without its memory: one number, seen as many."""
-        return self.scale[:1].expand(self.out_features, self.in_features)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Dequantized.apply(x, self.scale, self.weight.shape, self.bias)
-
-
-class _Dequantized(torch.autograd.Function):
-    """A product with a weight that is unpacked for the moment of a pass, forward and backward, and not kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, scale: torch.Tensor, shape: torch.Size, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(scale)
-        ctx.shape = shape
-        weight = scale.new_empty(shape, dtype=x.dtype)
-        return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (scale,) = ctx.saved_tensors
-        return gradient @ scale.new_empty(ctx.shape, dtype=gradient.dtype), None, None, None
-
-
-def plan_quantized(network: nn.Module, name: str) -> None:
-    """Put :class:`PlannedLinear` in the place of every linear layer of a network that has no weights."""
-    bits = QUANTIZATIONS[name].bits
-    for module in list(network.modules()):
-        for child, layer in list(module.named_children()):
-            if type(layer) is nn.Linear:
-                setattr(module, child, PlannedLinear(layer, bits))
 
 
 def _installed(module: str) -> bool:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
+
+_BUCKET = 2**24  # elements in one all-reduce: 64 MB of float32
 
 # While one process exports or uploads a student, the others wait for it; NCCL's own patience is ten minutes.
 _PATIENCE = timedelta(hours=6)
@@ -27,3 +33,45 @@ def leave_launch() -> None:
     """Leave the process group: the last thing that a process does, for nothing can be waited for afterwards."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def fill_absent(parameters: Sequence[Tensor]) -> None:
+    """Give a zero gradient to every parameter that has none here but has one on another process.
+
+    Afterwards all processes hold gradients of the same parameters. Which those are, each has to read.
+    """
+    if not _several_processes():
+        return
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(present)
+    for parameter, count in zip(parameters, present.tolist(), strict=True):
+        if count and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def sum_over_processes(tensors: Iterable[Tensor]) -> None:
+    """Sum each tensor over all processes, in place, in buckets. Every process must hold the same list."""
+    if not _several_processes():
+        return
+    bucket: list[Tensor] = []
+    for tensor in [*tensors, None]:
+        if bucket and (tensor is None or tensor.dtype != bucket[0].dtype or sum(b.numel() for b in bucket) > _BUCKET):
+            flat = torch.cat([b.flatten() for b in bucket])
+            dist.all_reduce(flat)
+            for part, target in zip(flat.split([b.numel() for b in bucket]), bucket):
+                target.copy_(part.view_as(target))
+            bucket = []
+        if tensor is not None:
+            bucket.append(tensor)
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all."""
+
+    rank: int = 0
+    count: int = 1

@@ -16,7 +16,7 @@ from fewstep.errors import UserError
 from fewstep.networks.adapters import AdapterRole
 from fewstep.networks.roles import Role, follow
 from fewstep.recording import Recording
-from fewstep.recording.observe import find_scheduler
+from fewstep.recording.pipeline import find_scheduler
 from fewstep.teachers.loading import load_teacher
 from fewstep.training import checkpoint
 

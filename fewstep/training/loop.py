@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -19,27 +18,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.config.run import RunConfig
+from fewstep.data.batch import Batch, PairSource
 from fewstep.data.conditions import Conditions
-from fewstep.data.images import RealSamples
+from fewstep.data.real import RealSamples
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.networks.roles import FOLLOWERS, Role, follow, update_average
 from fewstep.training import checkpoint
-from fewstep.training.method import Batch, Method, PairSource, Renew, Turn
+from fewstep.training.distributed import Processes
+from fewstep.training.method import Method, Renew, Turn
 from fewstep.training.monitor import Monitor
 from fewstep.training.optimization import RoleOptimizer
 
 
 class Interrupted(Exception):  # noqa: N818 - a wish of the user, not an error
     """Ctrl-C or a termination signal was obeyed: the step was finished and a checkpoint written."""
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among all."""
-
-    rank: int = 0
-    count: int = 1
 
 
 class Loop:

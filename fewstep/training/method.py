@@ -6,14 +6,13 @@ paper's order; the loop does everything else (:mod:`fewstep.training.loop`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
-from fewstep.conditioning.ragged import AnyConditioning
-from fewstep.diffusion.draws import Draws
+from fewstep.data.batch import Batch
 from fewstep.networks.roles import Role
 
 
@@ -39,54 +38,6 @@ class Renew:
 
     role: str
     like: str
-
-
-@dataclass
-class Real:
-    """Real samples: ``x0`` (B, ...) in the network's space and their own conditioning."""
-
-    x0: Tensor
-    conditioning: AnyConditioning
-
-
-@dataclass
-class Pairs:
-    """Both ends of a teacher's ODE: ``x0`` (B, ...), the unit ``noise`` (B, ...) it was made of, and what for."""
-
-    x0: Tensor
-    noise: Tensor
-    conditioning: AnyConditioning
-
-
-class PairSource(Protocol):
-    """Where a run's pairs come from: :mod:`fewstep.data.pairs`."""
-
-    def batch(self, seed: int, positions: Sequence[int]) -> Pairs:
-        """The pairs at these places of the run's endless, keyed stream."""
-        ...
-
-
-@dataclass
-class Batch:
-    """One micro-batch of one step.
-
-    Attributes:
-        size: B.
-        shape: of one sample in the network's space.
-        conditioning: of the B samples to generate.
-        draws: every random number of the step.
-        real: B real samples with conditioning of their own, None in a data-free run.
-        logging: whether this step is logged; what is only looked at may cost network calls only then.
-        pairs: B pairs with conditioning of their own, None where the method asked for none.
-    """
-
-    size: int
-    shape: tuple[int, ...]
-    conditioning: AnyConditioning
-    draws: Draws
-    real: Real | None
-    logging: bool
-    pairs: Pairs | None = None
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.config.run import RunConfig
 from fewstep.networks.roles import Role
-
-_BUCKET = 2**24  # elements in one all-reduce: 64 MB of float32
+from fewstep.training.distributed import fill_absent, sum_over_processes
 
 
 class RoleOptimizer:
@@ -82,37 +78,3 @@ class RoleOptimizer:
             if entry:
                 full["state"][k] = entry
         self.adamw.load_state_dict(full)
-
-
-def fill_absent(parameters: Sequence[Tensor]) -> None:
-    """Give a zero gradient to every parameter that has none here but has one on another process.
-
-    Afterwards all processes hold gradients of the same parameters. Which those are, each has to read.
-    """
-    if not _several_processes():
-        return
-    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
-    dist.all_reduce(present)
-    for parameter, count in zip(parameters, present.tolist(), strict=True):
-        if count and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-
-
-def sum_over_processes(tensors: Iterable[Tensor]) -> None:
-    """Sum each tensor over all processes, in place, in buckets. Every process must hold the same list."""
-    if not _several_processes():
-        return
-    bucket: list[Tensor] = []
-    for tensor in [*tensors, None]:
-        if bucket and (tensor is None or tensor.dtype != bucket[0].dtype or sum(b.numel() for b in bucket) > _BUCKET):
-            flat = torch.cat([b.flatten() for b in bucket])
-            dist.all_reduce(flat)
-            for part, target in zip(flat.split([b.numel() for b in bucket]), bucket):
-                target.copy_(part.view_as(target))
-            bucket = []
-        if tensor is not None:
-            bucket.append(tensor)
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -11,9 +11,9 @@ from torch import Tensor
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.config.run import RunConfig
 from fewstep.data.conditions import Conditions
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.rollout import Sampler, draw_sample, ode_sampler
-from fewstep.networks.denoiser import Denoiser
 from fewstep.recording import Recording
 from fewstep.recording.errors import RecordingError
 from fewstep.training.pictures import save_grid

@@ -5,7 +5,8 @@ import torch
 
 from fewstep.conditioning.conditioning import Conditioning, Leaf
 from fewstep.conditioning.ragged import RaggedConditioning, in_groups
-from fewstep.critic.guidance import CriticGuidanceConfig, Kappas, with_dropout
+from fewstep.config.critic import CriticGuidanceConfig, Kappas
+from fewstep.critic.guidance import with_dropout
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.intervals import TimedScale, TimeIntervals
 from fewstep.diffusion.schedule import FlowSchedule

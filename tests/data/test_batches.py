@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from fewstep.data.conditions import Conditions, read_classes, read_prompts
-from fewstep.data.images import RealImages, RealSamples, read_idx, read_images
+from fewstep.data.images import RealImages, read_idx, read_images
+from fewstep.data.real import RealSamples
 from fewstep.errors import UserError
 from fewstep.recording import Recording, record
 

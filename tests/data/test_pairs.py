@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fewstep.cli import main
 from fewstep.data.conditions import Conditions
-from fewstep.data.images import RealSamples, read_images
-from fewstep.data.pairs import PairMaker, PairSettings, PairStream, StoredPairs, pair_noise, teacher_digest
+from fewstep.data.fingerprint import teacher_digest
+from fewstep.data.images import read_images
+from fewstep.data.pairs import PairMaker, PairSettings, PairStream, StoredPairs, pair_noise
+from fewstep.data.real import RealSamples
 from fewstep.diffusion.draws import keyed_order
 from fewstep.diffusion.ode import Walker, teacher_times
 from fewstep.diffusion.prediction import add_noise, expand

@@ -3,10 +3,18 @@
 import pytest
 import torch
 
-from fewstep.diffusion.discretization import EasyTimes, EvenTimes, LogNormalBins, Neighbours, SigmaRange
+from fewstep.diffusion.discretization import (
+    EasyTimes,
+    EvenTimes,
+    LogNormalBins,
+    Neighbours,
+    SigmaRange,
+    karras_levels,
+    lognormal_bins,
+)
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
-from fewstep.losses.consistency import karras_levels, lognormal_bins, weight
+from fewstep.losses.consistency import weight
 
 TABLE = TableSchedule(
     torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square().neg().add(1).cumprod(0)

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from fewstep.config.times import NoiseLevelConfig
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.noise_levels import NoiseLevelConfig, NoiseLevels
+from fewstep.diffusion.noise_levels import NoiseLevels
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule
 from fewstep.errors import UserError
 from fewstep.trainers.dmd2 import Dmd2Config

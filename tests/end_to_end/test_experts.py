@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import WAN_CALL, tiny_wan
 
 from fewstep.cli import main
+from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.rollout import rollout
@@ -20,16 +21,16 @@ from fewstep.errors import UserError
 from fewstep.export.apply import apply
 from fewstep.export.check import WalkError
 from fewstep.export.plan import plan_student, walk_student
-from fewstep.export.trace import with_parts
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.programs.distillation import Distillation, distill
 from fewstep.programs.methods import method_class
 from fewstep.programs.planning.call_counts import Ledger
 from fewstep.recording import record
+from fewstep.recording.pipeline import with_parts
 from fewstep.recording.shake import shaken
 from fewstep.training.checkpoint import load_latest
-from fewstep.training.method import Batch, Calls
+from fewstep.training.method import Calls
 
 EXPERTS = ("transformer", "transformer_2")
 RUN = {"steps": 4, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True}

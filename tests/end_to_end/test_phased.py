@@ -16,6 +16,7 @@ from tiny_pipelines import WAN_CALL, tiny_flow, tiny_stable_diffusion, tiny_wan
 
 import fewstep
 from fewstep.cli import main
+from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.rollout import rollout
 from fewstep.errors import UserError
@@ -24,7 +25,6 @@ from fewstep.export.own_code import is_own_code
 from fewstep.programs.distillation import Distillation
 from fewstep.programs.methods import method_class
 from fewstep.recording.shake import shaken
-from fewstep.training.method import Batch
 
 RUN = {"steps": 4, "max_steps": 4, "phase_steps": 2, "critic_updates": 1, "batch_size": 2, "log_steps": 1, "lr": 1e-2}
 RUN |= {"report_to": "none", "cpu": True, "sample_steps": 0}

@@ -13,11 +13,11 @@ import torch
 
 from fewstep.errors import UserError
 from fewstep.export.plan import reference_of, walk_student
-from fewstep.export.trace import with_parts
 from fewstep.export.whole import walk_counts
 from fewstep.networks.roles import Role
 from fewstep.programs.distillation import Distillation
 from fewstep.programs.methods import method_class
+from fewstep.recording.pipeline import with_parts
 from tests.recording.synthetic import RECORDABLE, SCHEDULERS, Traits, synthetic
 
 Dmd2Config = method_class("dmd2").Config

@@ -14,7 +14,7 @@ from diffusers import (
 
 from fewstep.export import WalkError, plan_student
 from fewstep.export.plan import reference_of, walk_student
-from fewstep.export.trace import with_parts
+from fewstep.recording.pipeline import with_parts
 from fewstep.recording.shake import shaken
 
 

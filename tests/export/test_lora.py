@@ -27,7 +27,7 @@ def export(recording, out, steps=2, rank=4, alpha=8, renoise="auto", **more):
 
 def fresh(recording):
     """The base model as a user loads it."""
-    from fewstep.export.trace import with_parts
+    from fewstep.recording.pipeline import with_parts
 
     network = type(recording.network).from_config(recording.network.config)
     network.load_state_dict(recording.network.state_dict())

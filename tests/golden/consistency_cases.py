@@ -11,27 +11,25 @@ from torch import Tensor
 from toy_network import toy_conditioning, toy_denoiser
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.diffusion.discretization import EasyTimes, EvenTimes, Neighbours, SigmaRange
+from fewstep.diffusion.discretization import (
+    EasyTimes,
+    EvenTimes,
+    Neighbours,
+    SigmaRange,
+    adaptive_decay,
+    ect_gap,
+    ect_mapping,
+    karras_levels,
+    progressive_levels,
+)
 from fewstep.diffusion.ode import solver_step
 from fewstep.diffusion.prediction import ode_step, x0_map
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import Coefficients, EDMSchedule, FlowSchedule, NoiseSchedule
-from fewstep.losses.consistency import (
-    DISTANCES,
-    WEIGHTINGS,
-    adaptive_decay,
-    ect_gap,
-    ect_mapping,
-    guidance_embedding,
-    hard_boundary,
-    karras_levels,
-    lcm_scalings,
-    progressive_levels,
-    shifted_edm_scalings,
-    weight,
-)
+from fewstep.losses.consistency import DISTANCES, WEIGHTINGS, hard_boundary, lcm_scalings, shifted_edm_scalings, weight
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.guidance import GuidedDenoiser
+from fewstep.networks.guidance_embedding import guidance_embedding
 from fewstep.trainers.consistency import Boundary, Comparison, Consistency, ConsistencyConfig
 
 SOLVERS = {"none": "none", "euler": "euler", "ddim": "euler", "heun": "heun"}

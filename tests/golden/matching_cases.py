@@ -4,6 +4,7 @@ import torch
 from golden_file import GoldenFile
 from toy_network import toy_conditioning
 
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.prediction import add_noise, from_x0, transition
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import Coefficients, EDMSchedule, FlowSchedule, NoiseSchedule, TrigFlowSchedule
@@ -15,7 +16,6 @@ from fewstep.losses.score import (
     score_distillation,
     subinterval_target,
 )
-from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.guidance import GuidedDenoiser
 
 

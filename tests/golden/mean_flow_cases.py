@@ -8,6 +8,7 @@ from golden_file import GoldenFile
 from torch import Tensor, nn
 from toy_network import ToyNetwork, ToyRecipe, toy_conditioning
 
+from fewstep.data.batch import Batch, Real
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import FlowSchedule
@@ -17,7 +18,6 @@ from fewstep.networks.flow_map import FlowMapDenoiser, gap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.trainers.mean_flow import Flow, MeanFlow, MeanFlowConfig
-from fewstep.training.method import Batch, Real
 
 SCHEDULE = FlowSchedule(timestep_scale=1.0)
 WEIGHTINGS = {

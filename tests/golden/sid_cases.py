@@ -7,6 +7,7 @@ from golden_file import GoldenFile
 from torch import Tensor
 from toy_network import toy_conditioning
 
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.noise_levels import NoiseLevels
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler, rollout
@@ -15,7 +16,6 @@ from fewstep.diffusion.timesteps import even_grid
 from fewstep.losses.adversarial import clamped_cross_entropy, weighted_mean
 from fewstep.losses.score import denoising_loss
 from fewstep.losses.score_identity import score_identity, score_identity_weight
-from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.sid import critic_weight
 

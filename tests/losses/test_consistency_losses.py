@@ -6,23 +6,25 @@ import pytest
 import torch
 from diffusers import LCMScheduler
 
-from fewstep.losses.consistency import (
-    DISTANCES,
-    WEIGHTINGS,
+from fewstep.diffusion.discretization import (
     adaptive_decay,
-    distance,
     doubling_levels,
     ect_gap,
     ect_mapping,
-    guidance_embedding,
-    hard_boundary,
     karras_levels,
-    lcm_scalings,
     lognormal_bins,
     progressive_levels,
+)
+from fewstep.losses.consistency import (
+    DISTANCES,
+    WEIGHTINGS,
+    distance,
+    hard_boundary,
+    lcm_scalings,
     shifted_edm_scalings,
     weight,
 )
+from fewstep.networks.guidance_embedding import guidance_embedding
 
 
 def f64(*values: float) -> torch.Tensor:

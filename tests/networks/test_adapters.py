@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from toys import adapter_role, make_loop
 
 from fewstep.config.run import RunConfig
+from fewstep.data.batch import Real
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.rollout import Sampler
 from fewstep.errors import UserError
@@ -25,7 +26,6 @@ from fewstep.networks.roles import Role, make_role, update_average
 from fewstep.recording import Recording, record
 from fewstep.recording.shake import shaken
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
-from fewstep.training.method import Real
 from fewstep.training.optimization import RoleOptimizer
 
 RANK, ALPHA = 3, 5

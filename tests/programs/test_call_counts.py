@@ -16,11 +16,12 @@ from toys import TinyMethod, TinyNetwork, labels, make_loop
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.config.run import RunConfig
+from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
 from fewstep.programs.distillation import Distillation
 from fewstep.programs.methods import method_class, methods
 from fewstep.programs.planning.call_counts import Ledger, declared, forward_passes
-from fewstep.training.method import Batch, Calls, Method, Turn
+from fewstep.training.method import Calls, Method, Turn
 
 #: What a method must be told to run at all, and further settings under which it costs something else.
 SETTINGS: dict[str, dict] = {

@@ -8,7 +8,8 @@ from tiny_pipelines import tiny_ddim
 
 from fewstep.cli import main
 from fewstep.fashion import teacher_path
-from fewstep.teachers.loading import embedded_name, load_teacher, teacher_license
+from fewstep.teachers.license import teacher_license
+from fewstep.teachers.loading import embedded_name, load_teacher
 
 OTHER = {"license": "other", "license_name": "research", "license_link": "https://example.org"}
 

@@ -21,9 +21,10 @@ from fewstep.programs.cache import cache
 from fewstep.programs.distillation import Distillation, distill, method_class
 from fewstep.programs.planning.plan import Planner
 from fewstep.recording import record
+from fewstep.recording.pipeline import is_quantized
 from fewstep.recording.shake import shaken
 from fewstep.teachers import quantization
-from fewstep.teachers.quantization import QUANTIZATIONS, denoiser_classes, is_quantized, pipeline_quantization
+from fewstep.teachers.quantization import QUANTIZATIONS, denoiser_classes, pipeline_quantization
 from fewstep.training.checkpoint import load_latest
 
 RUN = {"steps": 2, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True}

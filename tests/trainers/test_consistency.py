@@ -11,6 +11,7 @@ from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, LCMSch
 from torch import Tensor, nn
 from toys import Labels, TinyNetwork, labels, make_loop, role, unconditional
 
+from fewstep.data.batch import Batch, Real
 from fewstep.diffusion.discretization import EvenTimes, SigmaRange
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.rollout import Sampler
@@ -18,7 +19,6 @@ from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule,
 from fewstep.errors import UserError
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.consistency import Consistency, ConsistencyConfig, make_boundary
-from fewstep.training.method import Batch, Real
 
 GRID = (1.0, 0.75, 0.5, 0.25)
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from toys import Labels, make_loop, role, unconditional
 
+from fewstep.data.batch import Real
 from fewstep.diffusion.discretization import SigmaRange
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.consistency import Consistency, ConsistencyConfig, make_boundary
-from fewstep.training.method import Real
 from tests.trainers.test_dmd2_mixture import MixtureTeacher, energy_distance, mixture_sample
 
 SCHEDULE = FlowSchedule()

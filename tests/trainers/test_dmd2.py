@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from toys import TABLE, Labels, TinyNetwork, every_kind_of_teacher, make_loop, role, roles_that_move, unconditional
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.data.batch import Batch, Real
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule
@@ -19,7 +20,6 @@ from fewstep.networks.features import FeatureTap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.heads import make_head
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
-from fewstep.training.method import Batch, Real
 
 GRID = (1.0, 0.75, 0.5, 0.25)
 

@@ -11,8 +11,9 @@ from tiny_pipelines import tiny_ddim
 from torch import Tensor
 from toys import Labels, TinyNetwork, labels, make_loop, role
 
-from fewstep.critic.denoising import Renoiser
+from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.renoising import Renoiser
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule
 from fewstep.errors import UserError
@@ -22,7 +23,7 @@ from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.programs.distillation import distill
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
 from fewstep.training import checkpoint
-from fewstep.training.method import Batch, Calls
+from fewstep.training.method import Calls
 from tests.trainers.test_dmd2 import GRID, TABLE, Pictures, config, gan_method
 
 SCHEDULES = {"table": (TABLE, "epsilon"), "flow": (FlowSchedule(), "flow"), "edm": (EDMSchedule(), "edm")}

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from toys import Labels, labels, make_loop, role
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.data.batch import Real
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.networks.features import FeatureTap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
-from fewstep.training.method import Real
 
 SHIFT, GUIDANCE = 0.7, 2.5
 SIDES = (-1.0, 1.0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from toys import TinyNetwork, labels, role
 
 import fewstep
+from fewstep.data.batch import Batch, Pairs, Real
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule
@@ -31,7 +32,7 @@ from fewstep.programs.distillation import Distillation, distill
 from fewstep.programs.planning.call_counts import Ledger, forward_passes
 from fewstep.recording.shake import shaken
 from fewstep.trainers.mean_flow import MeanFlow, MeanFlowConfig
-from fewstep.training.method import Batch, Calls, Pairs, Real
+from fewstep.training.method import Calls
 from tests.end_to_end.test_phased import dense_wan
 
 TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))

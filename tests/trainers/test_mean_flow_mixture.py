@@ -10,13 +10,13 @@ from mixture import MixtureTeacher, energy_distance, mixture_sample
 from torch import Tensor, nn
 from toys import Labels, make_loop, role, unconditional
 
+from fewstep.data.batch import Pairs, Real
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.networks.flow_map import FlowMapDenoiser
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.mean_flow import MeanFlow, MeanFlowConfig
-from fewstep.training.method import Pairs, Real
 
 SCHEDULE = FlowSchedule()
 GRIDS = {steps: tuple((steps - k) / steps for k in range(steps)) for steps in (1, 2, 4, 8)}

@@ -9,6 +9,7 @@ from mixture import MixtureTeacher, energy_distance, mixture_sample
 from torch import Tensor
 from toys import Labels, TinyNetwork, make_loop, role, unconditional
 
+from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.phases import make_phases
 from fewstep.diffusion.rollout import Sampler, rollout
@@ -20,7 +21,7 @@ from fewstep.networks.roles import Role
 from fewstep.trainers.phased_dmd import PhasedDmd, PhasedDmdConfig, critic_names
 from fewstep.training import checkpoint
 from fewstep.training.loop import sampling_role
-from fewstep.training.method import Batch, Renew, Turn
+from fewstep.training.method import Renew, Turn
 from tests.trainers.test_dmd2 import TABLE
 
 GRID = (1.0, 0.75, 0.5, 0.25)

@@ -14,6 +14,7 @@ from tiny_pipelines import tiny_ddim, tiny_edm, tiny_flow, tiny_stable_diffusion
 from torch import Tensor, nn
 from toys import Labels, TinyNetwork, labels, make_loop, role
 
+from fewstep.data.batch import Batch, Pairs
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler, rollout
@@ -24,7 +25,7 @@ from fewstep.programs.distillation import Distillation, distill
 from fewstep.recording import record
 from fewstep.recording.shake import shaken
 from fewstep.trainers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
-from fewstep.training.method import Batch, Calls, Pairs
+from fewstep.training.method import Calls
 
 TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
 SCHEDULES = {"flow": FlowSchedule(), "epsilon": TABLE, "edm": EDMSchedule()}

@@ -7,13 +7,13 @@ import torch
 from mixture import MixtureTeacher, energy_distance, mixture_sample
 from toys import Labels, make_loop, role, unconditional
 
+from fewstep.data.batch import Pairs
 from fewstep.diffusion.draws import Draws, keyed_order
 from fewstep.diffusion.ode import Walker, straightness, teacher_times
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.networks.roles import Role
 from fewstep.trainers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
-from fewstep.training.method import Pairs
 
 SCHEDULE = FlowSchedule()
 TIMES = teacher_times(SCHEDULE, 50)

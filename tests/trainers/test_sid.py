@@ -23,6 +23,7 @@ from toys import (
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.critic.discriminator import CriticDiscriminator, pooled_logits
+from fewstep.data.batch import Batch, Real
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler, rollout
@@ -33,7 +34,7 @@ from fewstep.networks.features import FeatureTap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.programs.planning.call_counts import Ledger, declared
 from fewstep.trainers.sid import Sid, SidConfig, critic_weight
-from fewstep.training.method import Batch, Calls, Real, Turn
+from fewstep.training.method import Calls, Turn
 
 GRID = (1.0, 0.75, 0.5, 0.25)
 ROLES = ("teacher", "student", "critic")

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.rollout import rollout
 from fewstep.errors import UserError
@@ -24,7 +25,6 @@ from fewstep.programs.distillation import Distillation, distill
 from fewstep.programs.methods import method_class
 from fewstep.recording.shake import shaken
 from fewstep.trainers.sid import Sid
-from fewstep.training.method import Batch
 from fewstep.training.pictures import to_uint8
 
 TINY_RUN = {"max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True, "sample_steps": 0}

@@ -16,7 +16,8 @@ from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.networks.roles import Role, follow
 from fewstep.training import checkpoint
-from fewstep.training.loop import Interrupted, Loop, Processes, sampling_role
+from fewstep.training.distributed import Processes
+from fewstep.training.loop import Interrupted, Loop, sampling_role
 from fewstep.training.method import Renew, Turn
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fewstep.training.method import Batch, Calls, Method, Renew, Turn
+from fewstep.data.batch import Batch
+from fewstep.training.method import Calls, Method, Renew, Turn
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.config.run import RunConfig
+from fewstep.data.batch import Batch, Pairs, Real
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.phases import Phase
 from fewstep.diffusion.rollout import Sampler
@@ -34,8 +35,8 @@ from fewstep.programs.distillation import Distillation
 from fewstep.programs.methods import method_class
 from fewstep.programs.teacher import guidance_of
 from fewstep.recording import Recording
-from fewstep.recording.observe import find_scheduler
-from fewstep.training.method import Batch, Method, Pairs, Real, Turn
+from fewstep.recording.pipeline import find_scheduler
+from fewstep.training.method import Method, Turn
 
 #: Makes the context in which networks are made and run: that of fake tensors, a device, or none.
 World = Callable[[], AbstractContextManager[Any]]

@@ -26,11 +26,11 @@ from fewstep.programs.methods import method_class
 from fewstep.programs.planning.call_counts import forward_passes
 from fewstep.programs.planning.dry_run import Rehearsal, World, backward
 from fewstep.programs.planning.memory import Footprint, tensor_bytes
+from fewstep.programs.planning.quantized import plan_quantized
 from fewstep.programs.planning.weightless import answering, fake_tensors, hollow_teacher, pretend, pretending
 from fewstep.programs.teacher import teacher_call
 from fewstep.recording import Recording, record
-from fewstep.recording.observe import find_decoder, modules_of
-from fewstep.teachers.quantization import plan_quantized
+from fewstep.recording.pipeline import find_decoder, modules_of
 from fewstep.training.method import Calls, Method, Turn
 
 #: Over how many steps the network calls are averaged.

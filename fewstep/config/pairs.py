@@ -1,0 +1,82 @@
+"""What ``fewstep pairs`` is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fewstep.config.checks import Settings
+from fewstep.diffusion.ode import SOLVERS
+from fewstep.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(kw_only=True)
+class PairsConfig(Settings):
+    """Noise-sample pairs of a teacher's ODE.
+
+    Args:
+        teacher: folder or hub id of a diffusers pipeline, or an embedded teacher (fashion-sd, fashion-flow).
+        out: folder for the pairs.
+        num: how many; with --data default all images.
+        prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers.
+        classes: class labels such as 0-9 or 1,5,7, for class-conditional teachers.
+        cache: folder of fewstep cache, in the place of prompts or classes.
+        call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
+        guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own.
+        negative_prompt: what guidance leads away from; default the pipeline's own.
+        teacher_steps: steps of the teacher's ODE for each pair.
+        solver: euler (DDIM for tables) or heun (twice the network calls).
+        teacher_lora: the teacher is its pipeline with this LoRA: a safetensors file, a folder of one, or a hub id.
+        data: real images; the ODE is followed from them to their noise. What they show must be among the prompts.
+        batch_size: samples in one call of the network.
+        shard_size: pairs in one file, which is also what is lost when a process is killed.
+        dtype: of the stored samples: float32, float16 or bfloat16.
+        mixed_precision: no (float32) or bf16 (a bfloat16 teacher).
+        seed: of the noise.
+        resume: go on with what is in out.
+        rank: which of --world independent processes this is; not needed under accelerate launch or torchrun.
+        world: how many independent processes share the work.
+        cpu: make them on the CPU even where there is a GPU.
+        trust_remote_code: let a pipeline run code from its own folder.
+    """
+
+    teacher: str
+    out: str
+    num: int | None = None
+    prompts: str | None = None
+    classes: str | None = None
+    cache: str | None = None
+    call: dict[str, Any] | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    teacher_steps: int = 25
+    solver: str = "euler"
+    teacher_lora: str | None = None
+    data: str | None = None
+    batch_size: int = 16
+    shard_size: int = 256
+    dtype: str = "float32"
+    mixed_precision: str = "no"
+    seed: int = 0
+    resume: bool = False
+    rank: int | None = None
+    world: int | None = None
+    cpu: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num is None and self.data is None:
+            raise UserError("--num is needed: how many pairs to make")
+        self._refuse_below_one("num", "teacher_steps", "batch_size", "shard_size")
+        self._refuse_unknown("solver", *SOLVERS)
+        self._refuse_unknown("dtype", "float32", "float16", "bfloat16")
+        self._refuse_unknown("mixed_precision", "no", "bf16")
+        if (self.rank is None) != (self.world is None):
+            raise UserError("--rank and --world go together: which process this is, and of how many")
+        if self.world is not None and not 0 <= self.rank < self.world:
+            raise UserError(f"--rank counts from 0 to --world - 1; {self.rank} of {self.world} is none of them")
+        if sum(given is not None for given in (self.prompts, self.classes, self.cache)) > 1:
+            raise UserError("give one of --prompts, --classes and --cache, not several")

@@ -1,0 +1,18 @@
+"""What rollouts, ODEs and losses ask of a network: the clean sample."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from fewstep.conditioning.ragged import AnyConditioning
+
+
+class Denoiser(Protocol):
+    """Anything that says what the clean sample is.
+
+    ``x_t``: (B, ...), ``t``: (B,) in [0, 1], ``conditioning``: of B samples; returns x0 (B, ...).
+    """
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor: ...
