@@ -31,27 +31,7 @@ FLOORS = (
 )
 #: They stand apart: files that are copied beside a student, and the test suite's own options.
 APART = ("pipelines", "pytest_plugin")
-#: Imports that still run upwards, and rooms with a circle; each move shortens the list.
-EXCEPTIONS = {
-    ("fewstep.config.run", "fewstep.teachers.quantization"),
-    ("fewstep.critic.denoising", "fewstep.training.method"),
-    ("fewstep.data.condition_cache", "fewstep.teachers.quantization"),
-    ("fewstep.data.fingerprint", "fewstep.teachers.quantization"),
-    ("fewstep.data.images", "fewstep.training.method"),
-    ("fewstep.data.pairs", "fewstep.networks.denoiser"),
-    ("fewstep.data.pairs", "fewstep.training.method"),
-    ("fewstep.diffusion.discretization", "fewstep.losses.consistency"),
-    ("fewstep.diffusion.noise_levels", "fewstep.config.run"),
-    ("fewstep.diffusion.ode", "fewstep.networks.denoiser"),
-    ("fewstep.diffusion.rollout", "fewstep.networks.denoiser"),
-    ("fewstep.losses.divergence", "fewstep.config.run"),
-    ("fewstep.networks.adapters", "fewstep.teachers.quantization"),
-    ("fewstep.networks.guidance_embedding", "fewstep.export.trace"),
-    ("fewstep.programs.distillation", "fewstep.cli"),
-    ("fewstep.recording.shake", "fewstep.teachers.quantization"),
-    ("fewstep.teachers.loading", "fewstep.export.card"),
-}
-CIRCLES = {"recording", "programs"}
+CIRCLES = {"programs"}
 #: The one place that finds a method by its name, and those that find a file of pipelines/: no list of them is needed.
 METHOD_LOOKUP = {"fewstep.programs.methods"}
 PIPELINE_LOOKUP = {
@@ -142,8 +122,7 @@ def test_imports_go_downwards() -> None:
         if within(other, ("fewstep",)) and room_of(other) != room_of(name)
         if room_of(other) in APART or floor_of(other) >= floor_of(name)
     }
-    assert {pair: floors for pair, floors in upwards.items() if pair not in EXCEPTIONS} == {}
-    assert EXCEPTIONS - upwards.keys() == set()
+    assert upwards == {}
 
 
 @pytest.mark.parametrize("room", [room for rooms in FLOORS for room in rooms])
@@ -178,7 +157,6 @@ def test_what_a_narrow_room_may_import(room: str) -> None:
         if room_of(name) == room
         for other in imports(name)
         if not within(other, NARROW[room]) and other.partition(".")[0] not in sys.stdlib_module_names
-        if (name, other) not in EXCEPTIONS
     ]
     assert found == []
 

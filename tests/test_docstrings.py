@@ -27,7 +27,8 @@ def public_functions(module_name: str) -> list[tuple[str, object]]:
             found.append((name, value))
         elif inspect.isclass(value):
             methods = inspect.getmembers(value, inspect.isfunction)
-            found += [(f"{name}.{method}", function) for method, function in methods if not method.startswith("_")]
+            own = [(method, function) for method, function in methods if function.__module__ == module_name]
+            found += [(f"{name}.{method}", function) for method, function in own if not method.startswith("_")]
     return [(name, function) for name, function in found if "Tensor" in str(inspect.signature(function))]
 
 

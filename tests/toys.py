@@ -73,7 +73,7 @@ def adapter_role(name: str, backbone: Backbone, recording: Recording, *, trainab
         recording.recipe,
         recording.schedule,
         recording.prediction_type,
-        playing=partial(backbone.playing, None if name == "teacher" else name),
+        active=partial(backbone.active, None if name == "teacher" else name),
     )
     return AdapterRole(name, backbone, denoiser, adapter)
 

@@ -100,7 +100,7 @@ class ConsistencyConfig(RunConfig):
     guidance_embedding: bool = False
 
     @property
-    def tells_guidance(self) -> bool:
+    def embeds_guidance(self) -> bool:
         return self.guidance_embedding
 
     def __post_init__(self) -> None:

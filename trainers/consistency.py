@@ -27,10 +27,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fewstep.cli.distill import main
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.data.batch import Batch
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.discretization import Discretization, Neighbours, SigmaRange, adaptive_decay
+from fewstep.diffusion.discretization import Discretization, SigmaRange, TimePair, adaptive_decay
 from fewstep.diffusion.ode import solver_step
 from fewstep.diffusion.prediction import add_noise, expand
 from fewstep.diffusion.rollout import Sampler, draw_sample
@@ -38,9 +39,9 @@ from fewstep.diffusion.timesteps import uniform_times
 from fewstep.losses.consistency import distance, hard_boundary, lcm_scalings, weight
 from fewstep.losses.huber import huber_constant
 from fewstep.networks.guidance import GuidedDenoiser
-from fewstep.networks.guidance_embedding import ToldGuidance
+from fewstep.networks.guidance_embedding import GuidanceEmbedding
 from fewstep.networks.roles import Role
-from fewstep.programs.distillation import Distillation, main
+from fewstep.programs.distillation import Distillation
 from fewstep.trainers._consistency_config import ConsistencyConfig
 from fewstep.training.method import Calls, Turn
 
@@ -70,7 +71,7 @@ class Consistency:
         sampler: Sampler,
         discretization: Discretization,
         boundary: Boundary,
-        told: ToldGuidance | None = None,
+        told: GuidanceEmbedding | None = None,
     ) -> None:
         self.config, self.roles, self.sampler, self.schedule = config, roles, sampler, sampler.schedule
         self.discretization, self.boundary, self.told = discretization, boundary, told
@@ -83,7 +84,7 @@ class Consistency:
         """Make the roles: the student starts as the teacher, or as in --init, and the target as the student."""
         roles = distillation.make_roles("student", *(["target"] if config.target_decay != 0 else []))
         distillation.initialize(roles)
-        teacher, told, plan = distillation.guided(roles["teacher"]), distillation.told_guidance, distillation.plan
+        teacher, told, plan = distillation.guided(roles["teacher"]), distillation.guidance_embedding, distillation.plan
         config.refuse_teacher(plan.prediction_type, teacher.negative is not None, told.default if told else None)
         levels = SigmaRange(distillation.sampler.schedule, plan.grid[0])
         visited = sorted({t for grid in plan.grids.values() for t in grid})
@@ -142,7 +143,7 @@ class Consistency:
         self,
         x0: Tensor,
         noise: Tensor,
-        pair: Neighbours,
+        pair: TimePair,
         conditioning: Conditioning,
         guidance_scale: Tensor | None = None,
     ) -> Comparison:
@@ -162,7 +163,7 @@ class Consistency:
         x0: Tensor,
         noise: Tensor,
         x_t: Tensor,
-        pair: Neighbours,
+        pair: TimePair,
         conditioning: Conditioning,
         guidance_scale: Tensor | None,
     ) -> Tensor:

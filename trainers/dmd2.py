@@ -17,65 +17,30 @@ how its terms are normalised: ours are DMD2 where both times are one. f-distill'
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fewstep.config.critic import ScoreConfig
-from fewstep.critic.decoupled import DecoupledConfig, decoupled
+from fewstep.cli.distill import main
+from fewstep.critic.decoupled import decoupled
 from fewstep.critic.denoising import critic_denoising, sample_log
 from fewstep.data.batch import Batch, Real
 from fewstep.diffusion.renoising import Renoised, Renoiser
 from fewstep.diffusion.rollout import Sampler, draw_sample
-from fewstep.errors import UserError
 from fewstep.losses.adversarial import discriminator_loss, generator_loss
-from fewstep.losses.divergence import DivergenceConfig, DivergenceWeight
+from fewstep.losses.divergence import DivergenceWeight
 from fewstep.losses.score import distribution_matching, score_distillation
 from fewstep.networks.features import FeatureTap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
-from fewstep.programs.distillation import Distillation, main
+from fewstep.programs.distillation import Distillation
+from fewstep.trainers._dmd2_config import Dmd2Config
 from fewstep.training.distributed import sum_over_processes
 from fewstep.training.method import Calls, Turn
 
 # The critic and the head learn at all times; a flow network's x0 says nothing about its velocity at t = 0 itself.
 _CLEANEST = 1e-3
-
-
-@dataclass(kw_only=True)
-class Dmd2Config(DecoupledConfig, DivergenceConfig, ScoreConfig):
-    """DMD2 (Yin et al. 2024).
-
-    Args:
-        gan_weight: weight of the adversarial term in the student's loss (paper: 1e-3 to 5e-3); needs --data.
-        gan_critic_weight: weight of the adversarial term in the critic's loss (paper: 1e-2).
-        swiftbrush: SwiftBrush's gradient and critic: unnormalised, guided like the teacher, at times without condition.
-    """
-
-    gan_weight: float = 0.0
-    gan_critic_weight: float = 1e-2
-    swiftbrush: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._refuse_negative("gan_weight", "gan_critic_weight")
-        if self.has_head and self.data is None:
-            what = "--gan_weight" if self.gan_weight > 0 else "--f_divergence"
-            raise UserError(f"{what} needs real images: give --data, or leave the GAN out")
-        if self.data is not None and not self.has_head:
-            raise UserError("--data is used by the GAN alone: give --gan_weight or --f_divergence, or leave it out")
-        if self.f_divergence != "none" and not self.gan_critic_weight:
-            raise UserError("--f_divergence needs a trained GAN head: leave --gan_critic_weight above 0")
-        if (self.decoupled != "none") + (self.f_divergence != "none") + self.swiftbrush > 1:
-            raise UserError("--decoupled, --f_divergence and --swiftbrush are methods of their own: give one of them")
-        if self.swiftbrush and (self.gan_weight or self.normalizer_min):
-            raise UserError("--swiftbrush knows neither --gan_weight nor --normalizer_min: leave them out")
-
-    @property
-    def has_head(self) -> bool:
-        """Whether the critic has a GAN head."""
-        return self.gan_weight > 0 or self.f_divergence != "none"
 
 
 class Dmd2:
@@ -149,7 +114,7 @@ class Dmd2:
             gradient, log = self.matching(x0.detach(), batch, self.sampler.grid[last])
             pieces: list[tuple[Tensor, Tensor | None]] = [(x0, gradient)]
             if self.config.gan_weight > 0:
-                adversarial = generator_loss(self.logits(self.judged(x0, batch, "student"), batch))
+                adversarial = generator_loss(self.logits(self.judged(x0, batch.draws, "student"), batch))
                 pieces.append((self.config.gan_weight * adversarial, None))
                 log["student/adversarial"] = adversarial.detach()
             yield Turn("student", pieces, log)
@@ -160,8 +125,8 @@ class Dmd2:
         loss, log = self.denoising(x0, batch)
         pieces = [(loss, None)]
         if self.tap is not None:
-            fake = self.logits(self.judged(x0, batch, "fake"), batch)
-            real = self.logits(self.judged(batch.real.x0, batch, "real"), batch.real)
+            fake = self.logits(self.judged(x0, batch.draws, "fake"), batch)
+            real = self.logits(self.judged(batch.real.x0, batch.draws, "real"), batch.real)
             adversarial = discriminator_loss(real, fake)
             pieces.append((self.config.gan_critic_weight * adversarial, None))
             log["critic/adversarial"] = adversarial.detach()
@@ -171,10 +136,10 @@ class Dmd2:
     def matching(self, x0: Tensor, batch: Batch, called_at: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradient at ``x0`` (B, ...), which the student gave when it was called at that time, and what to log."""
         config, conditioning, cleaner = self.config, batch.conditioning, self.compared.below(called_at)
-        here = (cleaner if config.decoupled == "constrained" else self.compared)(x0, batch, "matching")
+        here = (cleaner if config.decoupled == "constrained" else self.compared)(x0, batch.draws, "matching")
         x0_critic = self.follower(here.x_t, here.t, conditioning)
         if config.decoupled != "none":
-            there = (self.compared if config.decoupled == "full" else cleaner)(x0, batch, "guidance")
+            there = (self.compared if config.decoupled == "full" else cleaner)(x0, batch.draws, "guidance")
             how = {"normalizer": config.decoupled_normalizer, "normalizer_min": config.normalizer_min}
             x0_teacher, (loss, gradient) = decoupled(x0, x0_critic, self.teacher, here, there, conditioning, **how)
         else:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.cli.distill import main
 from fewstep.conditioning.ragged import AnyConditioning, join
 from fewstep.data.batch import Batch
 from fewstep.diffusion.prediction import add_noise, expand, to_velocity
@@ -36,7 +37,7 @@ from fewstep.losses.mean_flow import alpha_flow_target, mean_flow_target, weight
 from fewstep.networks.flow_map import FlowMapDenoiser, gap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
-from fewstep.programs.distillation import Distillation, main
+from fewstep.programs.distillation import Distillation
 from fewstep.trainers._mean_flow_config import MeanFlowConfig
 from fewstep.training.method import Calls, Turn
 

@@ -23,6 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fewstep.cli.distill import main
 from fewstep.config.critic import ScoreConfig
 from fewstep.critic.denoising import critic_denoising, sample_log
 from fewstep.data.batch import Batch
@@ -33,7 +34,7 @@ from fewstep.errors import UserError
 from fewstep.losses.score import distribution_matching, subinterval_weight
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
-from fewstep.programs.distillation import Distillation, main
+from fewstep.programs.distillation import Distillation
 from fewstep.training.method import Calls, Renew, Turn
 
 # As in DMD2: a flow network's x0 says nothing about its velocity at t = 0 itself.
@@ -179,7 +180,7 @@ class PhasedDmd:
     @torch.no_grad()
     def matching(self, x0: Tensor, x_s: Tensor, batch: Batch, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradient at ``x0`` (B, ...) from the verdicts on its sample ``x_s`` (B, ...), and what to log."""
-        x_t, t, _ = self.compared[number](x_s, batch, "matching")
+        x_t, t, _ = self.compared[number](x_s, batch.draws, "matching")
         x0_teacher = self.teacher(x_t, t, batch.conditioning)
         x0_critic = self.critics[number](x_t, t, batch.conditioning)
         loss, gradient = distribution_matching(x0, x0_teacher, x0_critic, self.config.normalizer_min)

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.cli.distill import main
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batch, Pairs
 from fewstep.diffusion.ode import SOLVERS
@@ -39,7 +40,7 @@ from fewstep.losses.flow import squared, velocity_error
 from fewstep.losses.huber import huber_constant, pseudo_huber
 from fewstep.networks.perceptual import lpips_of
 from fewstep.networks.roles import Role
-from fewstep.programs.distillation import Distillation, main
+from fewstep.programs.distillation import Distillation
 from fewstep.training.method import Calls, Turn
 
 

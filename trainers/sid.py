@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.cli.distill import main
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.config.critic import AdversarialConfig, CriticConfig, CriticGuidanceConfig
 from fewstep.config.times import NoiseLevelConfig
@@ -41,7 +42,7 @@ from fewstep.losses.score import denoising_loss, native_weight
 from fewstep.losses.score_identity import WEIGHTINGS, score_identity, score_identity_weight
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
-from fewstep.programs.distillation import Distillation, main
+from fewstep.programs.distillation import Distillation
 from fewstep.training.method import Calls, Turn
 
 # An EDM critic learns at these (Karras et al. 2022, Table 1), any other where it is compared with the teacher.

@@ -27,9 +27,9 @@ from fewstep.eval.report import write_atomically
 from fewstep.eval.rows import measure
 from fewstep.fashion import PROMPTS
 from fewstep.programs.distillation import Distillation
-from fewstep.programs.planning.dry_run import Rehearsal
+from fewstep.programs.planning.dry_run import DryRun
 from fewstep.programs.planning.plan import Planner
-from fewstep.programs.planning.weightless import pretending
+from fewstep.programs.planning.weightless import fake_world
 from fewstep.teachers.loading import load_teacher
 from fewstep.version import __version__
 
@@ -180,14 +180,14 @@ def network_calls(training: Training, seed: int = 0) -> dict[str, dict[str, floa
     """
     config = training.config(seed)
     planner = Planner(config, training.method)
-    world = partial(pretending, planner.mode)
-    rehearsal = Rehearsal(config, training.method, planner.pipeline, planner.recording, "cpu", world)
-    method = rehearsal.prepare()
+    world = partial(fake_world, planner.mode)
+    dry_run = DryRun(config, training.method, planner.pipeline, planner.recording, "cpu", world)
+    method = dry_run.prepare()
     sums: dict[str, Counter[str]] = {}
     for step in range(config.max_steps):
-        for name, calls in method.calls(step, rehearsal.batch(step, Draws)).items():
+        for name, calls in method.calls(step, dry_run.batch(step, Draws)).items():
             sums.setdefault(name, Counter()).update({k: v * config.batch_size for k, v in vars(calls).items() if v})
-    if pairs := rehearsal.pair_evaluations * (2 if rehearsal.guidance_scale != 1.0 else 1):
+    if pairs := dry_run.pair_evaluations * (2 if dry_run.guidance_scale != 1.0 else 1):
         sums.setdefault("pairs", Counter())["no_grad"] += pairs
     return {name: dict(calls) for name, calls in sums.items() if calls}
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from fewstep.errors import UserError
+from fewstep.eval.fashion import idx, teachers
 from fewstep.eval.fashion.files import save_classifier, save_pipeline, save_training_images
 from fewstep.eval.fashion.latents import scaled_latents
 from fewstep.eval.fashion.train_autoencoder import train_autoencoder
 from fewstep.eval.fashion.train_classifier import train_classifier
 from fewstep.fashion import TEACHERS
-from fewstep.fashion.rebuild import idx, teachers
 
 PARTS = ("classifier", "autoencoder", "sd", "flow", "reference", "sweep", "table", "all")
 

@@ -30,7 +30,7 @@ from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.eval.memory.shapes import SHAPES
 from fewstep.programs.methods import method_class
-from fewstep.programs.planning.dry_run import Rehearsal, backward, move_averages
+from fewstep.programs.planning.dry_run import DryRun, backward, move_averages
 from fewstep.programs.planning.memory import tensor_bytes
 from fewstep.programs.planning.plan import Planner, costliest_step, size
 from fewstep.recording import record
@@ -90,14 +90,14 @@ def run(shape: str, settings: dict[str, Any], folder: str | None = None) -> int:
         pipeline = load_run_teacher(replace(config, teacher=folder))
     pipeline.to(device)  # buffers that are made of numbers
     pipeline.set_progress_bar_config(disable=True)
-    rehearsal = Rehearsal(config, "dmd2", pipeline, record(pipeline, **(config.call or {})), device)
-    method = rehearsal.prepare()
+    dry_run = DryRun(config, "dmd2", pipeline, record(pipeline, **(config.call or {})), device)
+    method = dry_run.prepare()
     optimizers = {
         name: RoleOptimizer(role, config, config.lr) for name, role in method.roles.items() if role.parameters()
     }
-    step = costliest_step(method, rehearsal)
+    step = costliest_step(method, dry_run)
     for again in range(2):  # the optimizer's state is there in the second step
-        for turn in method.turns(step, rehearsal.batch(step)):
+        for turn in method.turns(step, dry_run.batch(step)):
             if isinstance(turn, Turn):
                 backward(method, turn)
                 optimizers[turn.role].update(again)

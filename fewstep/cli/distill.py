@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from fewstep.cli import main as command_line
 from fewstep.config.parsing import Parser, parse, with_values
 from fewstep.errors import UserError
 from fewstep.programs.distillation import Distillation
@@ -48,3 +50,8 @@ def _announce(student: Path) -> None:
             print(f"the student is in {student}; fewstep sample {student} --out sample.png")
         else:
             print(f"the student is in {student}; its README.md shows how to load it, --merge makes a whole pipeline")
+
+
+def main(method: str) -> None:
+    """``python -m fewstep.trainers.METHOD``, also under ``accelerate launch -m``: the flags of ``fewstep distill``."""
+    sys.exit(command_line(["distill", method, *sys.argv[1:]]))

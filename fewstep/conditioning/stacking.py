@@ -24,9 +24,9 @@ class Group:
     """Items of one structure and shape.
 
     Attributes:
-        kind: a digest of structure, shapes and dtypes: groups of one kind in two packs may share a batch.
+        kind: a digest of structure, shapes and dtypes: groups of one kind in two stacks may share a batch.
         tree: their structure, as :func:`fewstep.conditioning.tree.encode` gives it; tensors by name.
-        items: their places in the pack; the k-th is row k of the stacked tensors.
+        items: their places in the stack; the k-th is row k of the stacked tensors.
         stacked: the names of the tensors that have a row for each item; the others are the same for all.
     """
 
@@ -36,8 +36,8 @@ class Group:
     stacked: frozenset[str]
 
 
-class Pack:
-    """Items by their place, each as it was packed.
+class Stack:
+    """Items by their place, each as it was stacked.
 
     Args:
         groups: what the tensors hold.
@@ -54,7 +54,7 @@ class Pack:
         self.groups, self._tensor, self._row = tuple(groups), tensor, row
         self._home = {place: (g, k) for g, group in enumerate(self.groups) for k, place in enumerate(group.items)}
         if sorted(self._home) != list(range(sum(len(group.items) for group in self.groups))):
-            raise ValueError("the groups of a pack hold every place once")
+            raise ValueError("the groups of a stack hold every place once")
 
     def __len__(self) -> int:
         return len(self._home)
@@ -71,7 +71,7 @@ class Pack:
         return Conditioning(decode(group.tree, tensors), 1)
 
 
-def pack(items: Sequence[Conditioning]) -> tuple[list[Group], dict[str, Tensor]]:
+def stack(items: Sequence[Conditioning]) -> tuple[list[Group], dict[str, Tensor]]:
     """Stack items of one sample each: the groups, and the tensors that they name (on the CPU, contiguous).
 
     Raises:
@@ -81,13 +81,13 @@ def pack(items: Sequence[Conditioning]) -> tuple[list[Group], dict[str, Tensor]]
     kinds: dict[str, list[tuple[int, dict[str, Tensor]]]] = {}
     for place, item in enumerate(items):
         if item.batch_size != 1:
-            raise ValueError(f"items are packed one by one, and item {place} holds {item.batch_size} samples")
+            raise ValueError(f"items are stacked one by one, and item {place} holds {item.batch_size} samples")
         tensors: dict[str, Tensor] = {}
         tree = encode(item.tree, tensors)
         shapes = [[str(tensor.dtype), list(tensor.shape)] for tensor in tensors.values()]
         kinds.setdefault(json.dumps([tree, shapes]), []).append((place, tensors))
     groups: list[Group] = []
-    packed: dict[str, Tensor] = {}
+    stacked: dict[str, Tensor] = {}
     for number, (kind, members) in enumerate(kinds.items()):
         first = members[0][1]
         differing = frozenset(
@@ -96,14 +96,14 @@ def pack(items: Sequence[Conditioning]) -> tuple[list[Group], dict[str, Tensor]]
         name = hashlib.sha256(kind.encode()).hexdigest()[:16]
         groups.append(Group(name, json.loads(kind)[0], tuple(place for place, _ in members), differing))
         for leaf, value in first.items():
-            packed[f"{number}.{leaf}"] = torch.stack([t[leaf] for _, t in members]) if leaf in differing else value
-    return groups, packed
+            stacked[f"{number}.{leaf}"] = torch.stack([t[leaf] for _, t in members]) if leaf in differing else value
+    return groups, stacked
 
 
-def in_memory(items: Sequence[Conditioning]) -> Pack:
+def in_memory(items: Sequence[Conditioning]) -> Stack:
     """A pack whose tensors are held in this machine's memory (never a GPU's)."""
-    groups, tensors = pack(items)
-    return Pack(groups, tensors.__getitem__, lambda name, row: tensors[name][row])
+    groups, tensors = stack(items)
+    return Stack(groups, tensors.__getitem__, lambda name, row: tensors[name][row])
 
 
 def to_json(groups: Sequence[Group]) -> str:
@@ -116,10 +116,10 @@ def from_json(text: str) -> list[Group]:
     return [Group(g["kind"], g["tree"], tuple(g["items"]), frozenset(g["stacked"])) for g in json.loads(text)]
 
 
-def one_of_each_kind(packs: Iterable[Pack], size: int) -> list[int]:
-    """The number of the first item of each kind in packs that hold `size` items each (the last one what is left)."""
+def one_of_each_kind(stacks: Iterable[Stack], size: int) -> list[int]:
+    """The number of the first item of each kind in stacks that hold `size` items each (the last one what is left)."""
     first: dict[str, int] = {}
-    for number, held in enumerate(packs):
+    for number, held in enumerate(stacks):
         for group in held.groups:
             first.setdefault(group.kind, number * size + group.items[0])
     return list(first.values())

@@ -169,7 +169,7 @@ class RunConfig(Settings):
         return False
 
     @property
-    def tells_guidance(self) -> bool:
+    def embeds_guidance(self) -> bool:
         """Whether the student's network is told the guidance by an input of its own; a method may say so."""
         return False
 

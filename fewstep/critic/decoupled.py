@@ -2,37 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from fewstep.conditioning.ragged import AnyConditioning
-from fewstep.config.run import RunConfig
 from fewstep.diffusion.renoising import Renoised
-from fewstep.errors import UserError
 from fewstep.losses.score import Matching, decoupled_matching
 from fewstep.networks.guidance import GuidedDenoiser, guide
-
-
-@dataclass(kw_only=True)
-class DecoupledConfig(RunConfig):
-    """Settings of Decoupled DMD.
-
-    Args:
-        decoupled: Decoupled DMD's times: none (DMD2), hybrid (the method: what guidance adds is looked at no noisier
-            than where the student was called, the match anywhere), full (both anywhere), constrained (neither noisier).
-        decoupled_normalizer: what either term is normalised by: the guided teacher, or (one call less) the conditional.
-    """
-
-    decoupled: str = "none"
-    decoupled_normalizer: str = "guided"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._refuse_unknown("decoupled", "none", "hybrid", "full", "constrained")
-        self._refuse_unknown("decoupled_normalizer", "guided", "conditional")
-        if self.decoupled == "none" and self.decoupled_normalizer != "guided":
-            raise UserError("--decoupled_normalizer belongs to Decoupled DMD: give --decoupled, or leave it out")
 
 
 def decoupled(

@@ -39,7 +39,7 @@ def critic_denoising(
         emphasis: a further weight (B,) on the squared error of the critic's output, of the coefficients of ``x`` and of
             the noised sample.
     """
-    x_t, t, noise = renoiser(x, batch, "critic")
+    x_t, t, noise = renoiser(x, batch.draws, "critic")
     at_s, at_t = renoiser.origin(t), renoiser.schedule.coefficients(t)
     target = subinterval_target(x, noise, at_s, at_t).x0
     weight = native_weight(critic.denoiser.prediction_type, renoiser.schedule, t)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.conditioning.stacking import Pack, from_json, one_of_each_kind, pack, to_json
+from fewstep.conditioning.stacking import Stack, from_json, one_of_each_kind, stack, to_json
 from fewstep.data.durable import file_sha256, json_sha256, write_durably
 from fewstep.data.fingerprint import fingerprint
 from fewstep.errors import UserError
@@ -112,17 +112,17 @@ class ConditionCache:
         """In the dtypes in which the checked teacher encodes."""
         return item.map_tensors(lambda tensor: tensor.to(self._dtypes.get(tensor.dtype, tensor.dtype)))
 
-    def _read(self, shard: int) -> tuple[Pack, list[Any]]:
+    def _read(self, shard: int) -> tuple[Stack, list[Any]]:
         return self._open(self.index["shards"][shard]["file"])
 
-    def _open(self, name: str) -> tuple[Pack, list[Any]]:
+    def _open(self, name: str) -> tuple[Stack, list[Any]]:
         path = self.folder / name
         try:
             # Memory-mapped: a row that is asked for is read, and nothing else.
             file = safe_open(str(path), framework="pt")
             content = json.loads(file.metadata()[FORMAT])
             groups, items = from_json(content["groups"]), content["items"]
-            return Pack(groups, file.get_tensor, lambda name, row: file.get_slice(name)[row : row + 1][0]), items
+            return Stack(groups, file.get_tensor, lambda name, row: file.get_slice(name)[row : row + 1][0]), items
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(_damaged(self.folder, path.name)) from error
 
@@ -204,7 +204,7 @@ class CacheWriter:
         self._save_index()
 
     def _write_pack(self, name: str, encoded: Sequence[Conditioning], items: list[Any]) -> dict[str, Any]:
-        groups, tensors = pack(encoded)
+        groups, tensors = stack(encoded)
         # One entry: safetensors writes several in an order of its own, and the same items shall be the same bytes.
         metadata = {FORMAT: json.dumps({"groups": to_json(groups), "items": items})}
         return self._write(name, lambda path: save_file(tensors, path, metadata))

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning, RaggedConditioning, join
-from fewstep.conditioning.stacking import Pack, in_memory, one_of_each_kind
+from fewstep.conditioning.stacking import Stack, in_memory, one_of_each_kind
 from fewstep.data.condition_cache import ConditionCache
 from fewstep.data.padding import Padding, find_padding
 from fewstep.diffusion.draws import keyed_order
@@ -133,7 +133,7 @@ class Conditions:
         self._items: list[Any] | None = None
         self._rows: dict[Any, int] | None = None
         self._cache = cache
-        self._packs: list[Pack] = []
+        self._stacks: list[Stack] = []
         if cache is not None:
             refuse_other_kind(self.kind, cache.kind)
             self.count, kinds = len(cache), cache.kinds()
@@ -142,8 +142,8 @@ class Conditions:
             with encoding_bar(recording, len(items), disable=not progress) as bar:
                 for first in range(0, len(items), _PACKED):
                     some = encode_each(recording, items[first : first + _PACKED], bar)
-                    self._packs.append(in_memory(list(some)))
-            self.count, kinds = len(items), one_of_each_kind(self._packs, _PACKED)
+                    self._stacks.append(in_memory(list(some)))
+            self.count, kinds = len(items), one_of_each_kind(self._stacks, _PACKED)
         else:
             self._unconditional = recording.condition().to("cpu")
             self.count, kinds = 1, []
@@ -185,4 +185,4 @@ class Conditions:
     def _item(self, row: int) -> Conditioning:
         if self._cache is not None:
             return self._cache[row]
-        return self._packs[row // _PACKED][row % _PACKED] if self._packs else self._unconditional
+        return self._stacks[row // _PACKED][row % _PACKED] if self._stacks else self._unconditional

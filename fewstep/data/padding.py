@@ -21,7 +21,7 @@ from fewstep.recording.call_parts import without_sample
 from fewstep.recording.observe import observe
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.proof import relative_error, tolerance
-from fewstep.recording.recording import CONDITION_STEPS
+from fewstep.recording.recorded import CONDITION_STEPS
 from fewstep.recording.shake import shaken
 
 _TRIED = 4  # items that are compared, the shortest among them, each beside the longest

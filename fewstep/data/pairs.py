@@ -23,7 +23,7 @@ from fewstep.data.real import RealSamples
 from fewstep.data.shards import Shards
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws, keyed_generator, keyed_order
-from fewstep.diffusion.ode import Walker, inversion_times, teacher_times
+from fewstep.diffusion.ode import OdeSolver, inversion_times, teacher_times
 from fewstep.diffusion.prediction import add_noise
 from fewstep.errors import UserError
 from fewstep.recording import Recording
@@ -94,7 +94,7 @@ class PairMaker:
     ) -> None:
         self.conditions, self.settings, self.device, self.real = conditions, settings, device, real
         self.schedule, self.shape = recording.schedule, recording.sample_shape
-        self.walker = Walker(denoiser, self.schedule, settings.solver)
+        self.ode_solver = OdeSolver(denoiser, self.schedule, settings.solver)
         self.rows = real.rows_among(conditions) if real is not None else None
         about = {
             "format": FORMAT,
@@ -137,7 +137,7 @@ class PairMaker:
         if self.real is None:
             items = [keyed_order(settings.seed, "pairs", len(self.conditions), index) for index in indices]
             times = teacher_times(self.schedule, settings.steps, settings.shift)
-            x0 = self.walker.to_data(self.schedule.initial_scale() * noise, times, self.conditions.select(items))
+            x0 = self.ode_solver.to_data(self.schedule.initial_scale() * noise, times, self.conditions.select(items))
             return {"x0": x0.to("cpu", dtype), "item": torch.tensor(items)}
         # Folders are sorted by class: the first images would be those of a few.
         images = [keyed_order(settings.seed, "images", len(self.real.images), index) for index in indices]
@@ -147,7 +147,7 @@ class PairMaker:
         # A little noise to begin with: of a clean sample no network can say where it came from.
         cleanest = torch.full((len(indices),), times[0], dtype=torch.float64, device=x0.device)
         x_t = add_noise(x0, noise, self.schedule.coefficients(cleanest))
-        x_t = self.walker.to_noise(x_t, times, self.conditions.select(items))
+        x_t = self.ode_solver.to_noise(x_t, times, self.conditions.select(items))
         noise = x_t / self.schedule.initial_scale()
         return {"x0": x0.to("cpu", dtype), "item": torch.tensor(items), "noise": noise.float().cpu()}
 

@@ -28,7 +28,7 @@ _SAME = 1e-4
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class TimePair:
     """For each of B samples a time and a neighbour below it, all float64 (B,).
 
     Attributes:
@@ -47,8 +47,8 @@ class Neighbours:
 class Discretization(Protocol):
     """Where a trajectory is looked at; it may change with the step."""
 
-    def draw(self, step: int, draws: Draws) -> Neighbours:
-        """Neighbours for each sample of a step."""
+    def draw(self, step: int, draws: Draws) -> TimePair:
+        """TimePair for each sample of a step."""
         ...
 
 
@@ -80,7 +80,7 @@ class SigmaRange:
         t = torch.where(sigma <= self.sigma_min, self.lowest, t)
         return self.schedule.snap(torch.where(sigma >= self.sigma_max, self.top, t))
 
-    def between(self, sigma_t: Tensor, sigma_r: Tensor) -> Neighbours:
+    def between(self, sigma_t: Tensor, sigma_r: Tensor) -> TimePair:
         """The interval between two noise levels (B,); of a table at least one entry long, with the entries' levels."""
         t, r = self.time(sigma_t), self.time(sigma_r)
         if self.table:
@@ -90,7 +90,7 @@ class SigmaRange:
             # Pure noise counts as the largest level: weights fall with sigma, and it is where sampling starts.
             sigma_t, least = self.at(t).clamp(max=self.sigma_max), sigma_r
             sigma_r = torch.where(self.at(r) < sigma_t, self.at(r), least)
-        return Neighbours(t, r, sigma_t, sigma_r)
+        return TimePair(t, r, sigma_t, sigma_r)
 
     def _raw(self, t: Tensor) -> Tensor:
         alpha, sigma = self.schedule.coefficients(t)
@@ -126,15 +126,15 @@ class EvenTimes:
         """The grid of a step: float64 (N,), ascending."""
         return torch.tensor(self._grids[self.count(step)], dtype=torch.float64)
 
-    def draw(self, step: int, draws: Draws) -> Neighbours:
+    def draw(self, step: int, draws: Draws) -> TimePair:
         times = self.times(step)
         lower = draws.integers("interval", 0, len(times) - 1)
         return self.neighbours(times.to(lower.device), lower)
 
-    def neighbours(self, times: Tensor, lower: Tensor) -> Neighbours:
+    def neighbours(self, times: Tensor, lower: Tensor) -> TimePair:
         """The intervals (B,) that begin at the places ``lower`` (B,) of a grid ``times`` (N,)."""
         t, r = times[lower + 1], times[lower]
-        return Neighbours(t, r, self.levels.at(t), self.levels.at(r))
+        return TimePair(t, r, self.levels.at(t), self.levels.at(r))
 
     def _grid(self, count: int) -> list[float]:
         even = torch.linspace(0, 1, count, dtype=torch.float64)
@@ -157,7 +157,7 @@ class LogNormalBins:
     def __init__(self, levels: SigmaRange, count: Callable[[int], int], mean: float = -1.1, std: float = 2.0) -> None:
         self.levels, self.count, self.mean, self.std = levels, count, mean, std
 
-    def draw(self, step: int, draws: Draws) -> Neighbours:
+    def draw(self, step: int, draws: Draws) -> TimePair:
         uniform = draws.uniform("interval")
         rho = self.levels.schedule.rho if isinstance(self.levels.schedule, EDMSchedule) else 7.0
         sigma = karras_levels(self.count(step), self.levels.sigma_min, self.levels.sigma_max, rho)
@@ -193,10 +193,10 @@ class EasyTimes:
         self.levels, self.stage_steps, self.q, self.k, self.b = levels, stage_steps, q, k, b
         self.mean, self.std = mean, std
 
-    def draw(self, step: int, draws: Draws) -> Neighbours:
+    def draw(self, step: int, draws: Draws) -> TimePair:
         return self.neighbours(draws.normal("interval", ()), step // self.stage_steps)
 
-    def neighbours(self, normal: Tensor, stage: int) -> Neighbours:
+    def neighbours(self, normal: Tensor, stage: int) -> TimePair:
         """The intervals (B,) of ``normal`` draws (B,) in a stage."""
         sigma = torch.exp(self.mean + self.std * normal.double())
         if not isinstance(self.levels.schedule, EDMSchedule):

@@ -35,7 +35,7 @@ CLEANEST = 1e-3
 _CLEAN = 1e-12
 
 
-class Walker:
+class OdeSolver:
     """Steps of one denoiser along the ODE.
 
     Args:
@@ -117,7 +117,7 @@ def solver_step(
         x_t: where the step begins.
         now: its time (B,), above 0.
         then: where it ends, (B,).
-        solver: see :class:`Walker`, as ``line`` and ``anchor``.
+        solver: see :class:`OdeSolver`, as ``line`` and ``anchor``.
         line: likewise.
         anchor: likewise.
     """

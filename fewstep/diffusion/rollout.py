@@ -100,7 +100,7 @@ def rollout(
 def _ask(student: Denoiser, sampler: Sampler, step: int, x_t: Tensor, conditioning: AnyConditioning) -> Tensor:
     """x0 (B, ...) at a step of the grid; a student of two times is told where the step ends."""
     t = sampler.times(step, x_t)
-    if not getattr(student, "told_where_steps_end", False):
+    if not getattr(student, "has_second_time", False):
         return student(x_t, t, conditioning)
     end = sampler.times(step + 1, x_t) if step + 1 < len(sampler.grid) else torch.zeros_like(t)
     return student(x_t, t, conditioning, end)

@@ -1,7 +1,7 @@
 """Export: plan which stock scheduler carries a student, prove it, write it as a stock pipeline, load it again."""
 
 from fewstep.export.apply import apply
-from fewstep.export.check import WalkError
+from fewstep.export.check import SchedulerCheckError
 from fewstep.export.errors import ExportError
 from fewstep.export.hub import publish
 from fewstep.export.load import load
@@ -11,8 +11,8 @@ from fewstep.export.whole import export_student, refuse_own_code, verify_student
 
 __all__ = [
     "ExportError",
+    "SchedulerCheckError",
     "StudentPlan",
-    "WalkError",
     "apply",
     "export_lora",
     "export_student",

@@ -29,12 +29,12 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, tor
 _ANSWER_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-class WalkError(ExportError):
+class SchedulerCheckError(ExportError):
     """A scheduler that runs but does not do what the student was trained for; or it does not run."""
 
 
 @dataclass(frozen=True)
-class Walk:
+class SchedulerCheck:
     """A walk that holds.
 
     Attributes:
@@ -75,7 +75,7 @@ def walk(
     renoise: str,
     component_at: Callable[[float], str],
     reference: Reference | None = None,
-) -> Walk:
+) -> SchedulerCheck:
     """Run the stock pipeline and check every step.
 
     Args:
@@ -88,7 +88,8 @@ def walk(
         reference: also compare the network's answers with the recipe's, at the same x and timestep.
 
     Raises:
-        WalkError: the pipeline does not run with this scheduler, or a step is not the student's; the message names it.
+        SchedulerCheckError: the pipeline does not run with this scheduler, or a step is not the student's; the message
+            names it.
     """
     teller = _Teller(schedule, prediction_type)
     try:
@@ -97,7 +98,7 @@ def walk(
         raise
     except Exception as error:  # whatever a pipeline raises under a foreign scheduler is the reason it does not serve
         text = " ".join(str(error).split()) or type(error).__name__
-        raise WalkError(f"{_name(pipeline)} does not run: {text}") from error
+        raise SchedulerCheckError(f"{_name(pipeline)} does not run: {text}") from error
 
     name, steps = _name(pipeline), seen.steps
     times = _times(name, steps, arguments["num_inference_steps"], schedule)
@@ -114,7 +115,7 @@ def walk(
     follows = None
     if renoise == "fresh" and drawn:
         follows = "generator" if all(draw.own_generator for draw in drawn) else "global seed"
-    return Walk(
+    return SchedulerCheck(
         timesteps=tuple(step.timestep for step in steps),
         grid=tuple(min(float(t[0]), 1.0) for t in times),
         initial_scale=_initial_scale(name, getattr(pipeline, find_scheduler(pipeline)), seen, schedule, times[0]),
@@ -132,7 +133,9 @@ class _Teller:
 
     def __call__(self, network_input: Tensor, timestep: float, answer: Tensor) -> Tensor:
         if answer.shape != network_input.shape:
-            raise WalkError(f"the network says {list(answer.shape)} about a sample of {list(network_input.shape)}")
+            raise SchedulerCheckError(
+                f"the network says {list(answer.shape)} about a sample of {list(network_input.shape)}"
+            )
         t = _time(self.schedule, timestep, answer)
         generator = torch.Generator().manual_seed(1000 + len(self.x0))
         self.x0.append(torch.randn(answer.shape, generator=generator, dtype=torch.float64))
@@ -143,12 +146,12 @@ class _Teller:
 def _times(name: str, steps: list[TracedStep], count: int, schedule: NoiseSchedule) -> list[Tensor]:
     """The t (B,) of each step; they must be ``count`` and descend."""
     if len(steps) != count:
-        raise WalkError(f"{name} makes {len(steps)} steps instead of {count}")
+        raise SchedulerCheckError(f"{name} makes {len(steps)} steps instead of {count}")
     times = [_time(schedule, step.timestep, step.sample) for step in steps]
     grid = [float(t[0]) for t in times]
     if not all(a > b for a, b in zip((1 + 1e-6, *grid), (*grid, 0.0))):
         listed = ", ".join(f"{t:.4g}" for t in grid)
-        raise WalkError(f"{name} visits the times {listed}, which do not descend from 1 to above 0")
+        raise SchedulerCheckError(f"{name} visits the times {listed}, which do not descend from 1 to above 0")
     return times
 
 
@@ -181,14 +184,14 @@ def _check_step(
 def _fresh_noise(name: str, where: str, step: TracedStep) -> Tensor:
     fitting = [draw.value for draw in step.draws if draw.value.shape == step.sample.shape]
     if len(fitting) != 1:
-        raise WalkError(f"{name}: {where} draws no fresh noise")
+        raise SchedulerCheckError(f"{name}: {where} draws no fresh noise")
     return fitting[0].double().cpu()
 
 
 def _check_called(name: str, step: TracedStep, component: str) -> None:
     if component not in step.called:
         called = ", ".join(sorted(step.called)) or "nothing"
-        raise WalkError(f"{name} calls {called} at timestep {step.timestep:g}, where {component} is trained")
+        raise SchedulerCheckError(f"{name} calls {called} at timestep {step.timestep:g}, where {component} is trained")
 
 
 def _check_answers(
@@ -236,7 +239,7 @@ def _initial_scale(name: str, scheduler: Any, seen: Trace, schedule: NoiseSchedu
         scale = float(x.norm() / noise.norm())
         if bool((x - scale * noise).abs().max() <= 10 * close * scale):
             return stated if math.isclose(scale, stated, rel_tol=close) else scale
-    raise WalkError(f"{name} does not start from unit noise times a number")
+    raise SchedulerCheckError(f"{name} does not start from unit noise times a number")
 
 
 def _time(schedule: NoiseSchedule, timestep: float, like: Tensor) -> Tensor:
@@ -253,7 +256,7 @@ def _demand(value: Tensor, expected: Tensor, tolerance: float, text: str) -> flo
     """The deviation in units of the tolerance. A NaN fails."""
     off = float((value - expected).abs().max())
     if not off <= tolerance:
-        raise WalkError(f"{text} (off by {off:.2g}, allowed {tolerance:.1g})")
+        raise SchedulerCheckError(f"{text} (off by {off:.2g}, allowed {tolerance:.1g})")
     return off / tolerance
 
 

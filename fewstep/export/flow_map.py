@@ -27,7 +27,7 @@ def flow_map_recording(recording: Recording, second_time: nn.Module) -> Recordin
 
     Args:
         recording: of the teacher; it and its pipeline stay as they are.
-        second_time: of the student, see :func:`fewstep.networks.flow_map.give_second_time`.
+        second_time: of the student, see :func:`fewstep.networks.flow_map.attach_second_time`.
 
     """
     stock = type(recording.pipeline)
@@ -59,7 +59,7 @@ def refuse_no_flow_map(recording: Recording) -> None:
 def whole_network(role: Role) -> nn.Module:
     """What a role's pipeline is made of: its stock network, and its second time where it is told one."""
     network = role.stock_network()
-    if not role.told_where_steps_end:
+    if not role.has_second_time:
         return network
     second_time = role.added[SECOND_TIME]
     return nn.ModuleDict({second_time.config.network: network, SECOND_TIME: second_time})

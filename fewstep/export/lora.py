@@ -24,7 +24,7 @@ from fewstep.export.card import write_card
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
 from fewstep.export.plan import StudentPlan
-from fewstep.export.whole import about_student, license_of, walk_counts
+from fewstep.export.whole import about_student, check_counts, license_of
 from fewstep.networks.adapters import AdapterRole, on_the_same_weights
 from fewstep.recording.pipeline import with_parts
 
@@ -199,7 +199,7 @@ def verify_lora(
         for path, layer in layers.items():
             if not _holds(layer, adapter, path):
                 raise ExportError(f"the exported LoRA is not what was trained, in {component}.{path}")
-    walk_counts(recording, pipeline, plan)
+    check_counts(recording, pipeline, plan)
 
 
 def _holds(layer: LoraLayer, adapter: Adapter, path: str) -> bool:

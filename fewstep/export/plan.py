@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule, TrigFlowSchedule
-from fewstep.export.check import Reference, Walk, WalkError, walk
+from fewstep.export.check import Reference, SchedulerCheck, SchedulerCheckError, walk
 from fewstep.export.errors import ExportError
 from fewstep.export.scheduler import Wish, candidates, wanted_grid
 from fewstep.export.trace import trace
@@ -118,13 +118,13 @@ def plan_student(
     if renoise == "fresh":
         try:
             return found("fresh", "fresh noise as asked")
-        except WalkError as error:
+        except SchedulerCheckError as error:
             raise ExportError(f"a student with fresh noise cannot ship: {error}; use renoise='ode'") from error
     if not isinstance(schedule, TableSchedule) or start == "marginal":
         return found("ode", "auto chose ODE")
     try:
         return found("fresh", "auto chose fresh noise")
-    except WalkError as error:
+    except SchedulerCheckError as error:
         return found("ode", f"auto chose ODE, since fresh noise cannot ship ({error})")
 
 
@@ -174,18 +174,18 @@ def reference_of(recording: Recording, networks: dict[str, nn.Module]) -> Refere
     return Reference(recording.recipe, networks, recording.condition(**items))
 
 
-def walk_student(
+def check_student(
     recording: Recording,
     pipeline: Any,
     call: dict[str, Any],
     renoise: str,
     count: int,
     reference: Reference | None = None,
-) -> Walk:
-    """Walk a stock student pipeline at ``count`` steps under ``call``, with the recording's own prompt or label.
+) -> SchedulerCheck:
+    """Check a stock student pipeline at ``count`` steps under ``call``, with the recording's own prompt or label.
 
     Raises:
-        WalkError: it does not hold.
+        SchedulerCheckError: it does not hold.
     """
     arguments = _arguments(recording, count, call)
 
@@ -252,8 +252,8 @@ def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Ref
     grids = {}
     for count in _other_counts(wish.steps):
         # A count that does not hold is left out of the plan, which is how the plan says it.
-        with contextlib.suppress(WalkError):
-            other = walk_student(recording, pipeline, call, wish.renoise, count)
+        with contextlib.suppress(SchedulerCheckError):
+            other = check_student(recording, pipeline, call, wish.renoise, count)
             # Pure noise belongs to the trained first time. (A stretched flow grid has its last time alone at one step.)
             if math.isclose(other.grid[0], found.grid[0]) and other.initial_scale == found.initial_scale:
                 grids[count] = other.grid
@@ -284,15 +284,15 @@ def _idle(recording: Recording, timesteps: tuple[float, ...]) -> str:
 
 def _first_that_holds(
     recording: Recording, wish: Wish, call: dict[str, Any], reference: Reference
-) -> tuple[Any, Walk, str]:
+) -> tuple[Any, SchedulerCheck, str]:
     """The first candidate whose walk holds on the wished grid, else on the grid that the pipeline makes by itself."""
     wanted, failures, other = wanted_grid(wish), [], None
     is_flow = isinstance(wish.schedule, FlowSchedule)
     for scheduler in candidates(wish):
         pipeline = with_parts(recording.pipeline, **{find_scheduler(recording.pipeline): scheduler})
         try:
-            found = walk_student(recording, pipeline, call, wish.renoise, wish.steps, reference)
-        except WalkError as error:
+            found = check_student(recording, pipeline, call, wish.renoise, wish.steps, reference)
+        except SchedulerCheckError as error:
             failures.append(str(error))
             continue
         name = type(scheduler).__name__
@@ -304,7 +304,7 @@ def _first_that_holds(
             times = ", ".join(f"{t:.4g}" for t in found.grid)
             other = scheduler, found, f"{name}; the pipeline makes its own grid ({times})"
     if other is None:
-        raise WalkError("; ".join(dict.fromkeys(failures)))
+        raise SchedulerCheckError("; ".join(dict.fromkeys(failures)))
     return other
 
 

@@ -19,7 +19,7 @@ from fewstep.export.card import write_card
 from fewstep.export.check import Reference
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
-from fewstep.export.plan import StudentPlan, reference_of, walk_student
+from fewstep.export.plan import StudentPlan, check_student, reference_of
 from fewstep.recording.pipeline import find_scheduler, with_parts
 from fewstep.teachers.license import teacher_license_of
 from fewstep.version import __version__
@@ -105,13 +105,13 @@ def verify_student(recording: Recording, networks: dict[str, nn.Module], plan: S
         raise ExportError(f"the exported student does not load: {' '.join(str(error).split())}") from error
     for name, network in networks.items():
         getattr(pipeline, name).to(next(network.parameters()).device)
-    walk_counts(recording, pipeline, plan, reference_of(recording, networks))
+    check_counts(recording, pipeline, plan, reference_of(recording, networks))
 
 
-def walk_counts(
+def check_counts(
     recording: Recording, pipeline: DiffusionPipeline, plan: StudentPlan, reference: Reference | None = None
 ) -> None:
-    """Walk a loaded student at every count of its plan; at the planned one its answers are the reference's, if given.
+    """Check a loaded student at every count of its plan; at the planned one its answers are the reference's, if given.
 
     Raises:
         ExportError: a walk differs from the plan.
@@ -119,7 +119,7 @@ def walk_counts(
     for count in plan.counts:
         # Every count's scheduler is walked; the weights are the same at all of them and are compared at one.
         compared = reference if count == plan.steps else None
-        walk = walk_student(recording, pipeline, plan.call, plan.renoise, count, compared)
+        walk = check_student(recording, pipeline, plan.call, plan.renoise, count, compared)
         if walk.grid != plan.grids[count]:
             raise ExportError(
                 f"the exported student visits {walk.grid} at {count} steps and was planned for {plan.grids[count]}"

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-from fewstep.config.run import RunConfig
-from fewstep.errors import UserError
 
 #: h(rho) = rho^2 f''(rho) of each f-divergence, rho = p_real / p_fake (Xu et al. 2025, f-distill, Table 1).
 DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -21,32 +17,6 @@ DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "neyman": lambda rho: 1 / rho,
     "jf": lambda rho: 1 + rho,
 }
-
-
-@dataclass(kw_only=True)
-class DivergenceConfig(RunConfig):
-    """Settings of f-distill.
-
-    Args:
-        f_divergence: f-distill's: none, rkl (DMD2's), kl, js (the paper's), sf, sh, neyman, jf; needs --data.
-        f_bins: bins of time in which f-distill's density ratio is normalised (paper: 0, off, or 10).
-        f_momentum: what such a bin keeps of its old value (paper: 0, ImageNet 0.5).
-    """
-
-    f_divergence: str = "none"
-    f_bins: int = 0
-    f_momentum: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._refuse_unknown("f_divergence", "none", *DIVERGENCES)
-        self._refuse_negative("f_bins")
-        if not 0 <= self.f_momentum < 1:
-            raise UserError(f"--f_momentum must be in [0, 1), not {self.f_momentum}")
-        if self.f_divergence == "none" and (self.f_bins or self.f_momentum):
-            raise UserError("--f_bins and --f_momentum belong to f-distill: give --f_divergence, or leave them out")
-        if self.f_momentum and not self.f_bins:
-            raise UserError("--f_momentum is that of bins: give --f_bins, or leave it out")
 
 
 class DivergenceWeight(nn.Module):

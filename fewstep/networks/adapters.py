@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.networks.recompute import Reenter, checkpointed
 from fewstep.networks.roles import Role, allow_checkpointing
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import evaluating, is_quantized, is_quantized_layer
@@ -63,9 +63,9 @@ class Backbone:
         self.targets = tuple(path for path in attention_linears(self.network) if path not in without)
         _refuse(network, self.targets, rank)
         self._layers: list[LoraLayer] = []
-        self._playing: str | None = None
-        #: Of roles that are told more than their adapter's name: what makes the context of the pass that runs now.
-        self.passes: dict[str | None, Callable[[], Callable[[], AbstractContextManager[None]]]] = {}
+        self._active: str | None = None
+        #: Of roles that are told more than their adapter's name: called in a pass, what makes its context once more.
+        self.reenter: dict[str | None, Callable[[], Reenter]] = {}
         if gradient_checkpointing:
             allow_checkpointing(self.network, self._checkpoint)
 
@@ -92,13 +92,13 @@ class Backbone:
         adapter = _tree(parts)
         for parameter in adapter.parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        self._set(self._playing)
+        self._set(self._active)
         return adapter.requires_grad_(trainable)
 
     @contextmanager
-    def playing(self, name: str | None) -> Iterator[None]:
+    def active(self, name: str | None) -> Iterator[None]:
         """Inside, the network is the role ``name``; None for the bare network."""
-        before = self._playing
+        before = self._active
         if name == before:  # as in every block that is recomputed under its own role
             yield
             return
@@ -133,20 +133,18 @@ class Backbone:
         flags = {"_disable_adapters": name is None, "_active_adapter": [name]}
         for layer in self._layers:
             layer.__dict__.update(flags)
-        self._playing = name
+        self._active = name
 
     def _checkpoint(self, block: Callable[..., Any], *args: Any) -> Any:
-        name = self._playing
-        told = self.passes[name]() if name in self.passes else None
+        name = self._active
+        told = self.reenter[name]() if name in self.reenter else nullcontext
 
-        def run(*args: Any) -> Any:
-            # Always so in the first run, and in a compiled graph, which has the role traced in, forward and backward.
-            if self._playing == name:
-                return block(*args)
-            with self.playing(name), told() if told is not None else nullcontext():
-                return block(*args)
+        @contextmanager
+        def again() -> Iterator[None]:
+            with self.active(name), told():
+                yield
 
-        return checkpoint(run, *args, use_reentrant=False)
+        return checkpointed(block, args, again, inside=lambda: self._active == name)
 
 
 class AdapterRole(Role):

@@ -30,7 +30,7 @@ class NetworkDenoiser:
         schedule: alpha and sigma of ``x_t``.
         prediction_type: what the network's output is, see :data:`fewstep.diffusion.prediction.KINDS`.
         autocast: dtype of the forward pass, None for the parameters' own.
-        playing: makes the context in which the network is this denoiser's, where several share it.
+        active: makes the context in which the network is this denoiser's, where several share it.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class NetworkDenoiser:
         schedule: NoiseSchedule,
         prediction_type: str,
         autocast: torch.dtype | None = None,
-        playing: Callable[[], AbstractContextManager[None]] = nullcontext,
+        active: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.network = network
         self.recipe = recipe
         self.schedule = schedule
         self.prediction_type = prediction_type
         self.autocast = autocast
-        self.playing = playing
+        self.active = active
         #: Whether the network is fed float times even where its pipeline rounds them.
         self.continuous = False
 
@@ -61,7 +61,7 @@ class NetworkDenoiser:
         # A context of its own for every call: autocast caches casted weights until the context ends, and a cast made
         # under no_grad would be reused by a later pass that needs the gradient.
         autocast = torch.autocast(x_t.device.type, dtype=self.autocast, enabled=self.autocast is not None)
-        with self.playing(), autocast:
+        with self.active(), autocast:
             how = {"continuous": True} if self.continuous else {}
             return self.recipe.call(self.network, network_input, self.schedule.timestep(t), conditioning, **how)
 

@@ -18,7 +18,7 @@ from fewstep.networks.features import FeatureTap
 from fewstep.networks.roles import Role
 
 
-class RoutedDenoiser:
+class ExpertsDenoiser:
     """Denoisers split by time, itself a :class:`fewstep.diffusion.denoiser.Denoiser`.
 
     A batch whose times lie in one interval makes one call. Any other is split, and put together again in its order.
@@ -58,7 +58,7 @@ class RoutedDenoiser:
         return torch.cat(answers)[order.to(x_t.device)]
 
 
-class RoutedRole(Role):
+class ExpertsRole(Role):
     """A role of several experts, each a role of its own: full copies, or adapters on their backbones or on one.
 
     Args:
@@ -71,7 +71,7 @@ class RoutedRole(Role):
 
     def __init__(self, name: str, experts: Mapping[str, tuple[float, Role]]) -> None:
         roles = {key: role for key, (_, role) in experts.items()}
-        super().__init__(name, RoutedDenoiser([(lowest, role.denoiser) for lowest, role in experts.values()]))
+        super().__init__(name, ExpertsDenoiser([(lowest, role.denoiser) for lowest, role in experts.values()]))
         self._experts = roles
         self._weights = nn.ModuleDict({key: role.weights for key, role in roles.items()})
         self.part = next(iter(roles.values())).part

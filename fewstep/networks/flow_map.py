@@ -49,7 +49,7 @@ class FlowMapDenoiser(NetworkDenoiser):
     """
 
     def __init__(self, base: NetworkDenoiser, second_time: nn.Module) -> None:
-        super().__init__(base.network, base.recipe, base.schedule, base.prediction_type, base.autocast, base.playing)
+        super().__init__(base.network, base.recipe, base.schedule, base.prediction_type, base.autocast, base.active)
         self.second_time = second_time
         #: Float times even for a network that was recorded with integers: their derivative is wanted.
         self.continuous = any(not getattr(torch, rule.dtype).is_floating_point for rule in _times(base.recipe))
@@ -88,7 +88,7 @@ class FlowMapDenoiser(NetworkDenoiser):
         change = flow_direction(x_t, direction, t, self.schedule)
         return derivative_along(average_velocity, (x_t, t), change, self.network)
 
-    def pass_of_now(self) -> Callable[[], AbstractContextManager[None]]:
+    def reenter(self) -> Callable[[], AbstractContextManager[None]]:
         """Makes the context of the pass that runs now, for a block that is run again in the backward pass."""
         told = self._gap
         return nullcontext if told is None else lambda: self._told(told)

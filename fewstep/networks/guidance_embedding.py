@@ -29,7 +29,7 @@ _SIZE = 256
 
 
 @dataclass(frozen=True)
-class ToldGuidance:
+class GuidanceEmbedding:
     """How a network is told a guidance_scale.
 
     Attributes:
@@ -55,7 +55,7 @@ class ToldGuidance:
         return Conditioning({**conditioning.tree, self.argument: leaf}, conditioning.batch_size)
 
 
-def find_told_guidance(recording: Recording, *, heeded: bool) -> ToldGuidance:
+def find_guidance_embedding(recording: Recording, *, heeded: bool) -> GuidanceEmbedding:
     """How the recorded network is told its guidance: the rule that gives what it was told in the recording.
 
     Args:
@@ -76,11 +76,11 @@ def find_told_guidance(recording: Recording, *, heeded: bool) -> ToldGuidance:
             told = leaf.value.double().cpu()
             for scale in scales:
                 if _agree(rule(torch.tensor([float(scale)])), told):
-                    return ToldGuidance(argument, rule, leaf.value.dtype, float(scale), heeded)
+                    return GuidanceEmbedding(argument, rule, leaf.value.dtype, float(scale), heeded)
     raise _lacking(recording.network)
 
 
-def likely_told_guidance(recording: Recording, default: float) -> ToldGuidance:
+def likely_guidance_embedding(recording: Recording, default: float) -> GuidanceEmbedding:
     """The same by the shape of what it was told alone, for the plan of a run: there are no values to compare.
 
     Args:
@@ -89,10 +89,10 @@ def likely_told_guidance(recording: Recording, default: float) -> ToldGuidance:
     """
     argument = min(recording.embedded)
     told = recording.marked[argument].value
-    return ToldGuidance(argument, _rules(told)[0], told.dtype, default, heeded=True)
+    return GuidanceEmbedding(argument, _rules(told)[0], told.dtype, default, heeded=True)
 
 
-def with_told_guidance(recording: Recording, guidance_scale: float, *, trained: bool) -> Recording:
+def with_guidance_embedding(recording: Recording, guidance_scale: float, *, trained: bool) -> Recording:
     """A recording whose network is told its guidance: this one, or of the same pipeline with room made in its network.
 
     Until it is trained the new network is the old one for every guidance: its new weights are zero.

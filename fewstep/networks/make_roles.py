@@ -10,7 +10,7 @@ import torch
 from fewstep.config.run import RunConfig
 from fewstep.networks.adapters import AdapterRole, Backbone, called_by_keyword
 from fewstep.networks.denoiser import NetworkDenoiser
-from fewstep.networks.experts import RoutedRole
+from fewstep.networks.experts import ExpertsRole
 from fewstep.networks.roles import FOLLOWERS, Role, follow, make_role
 from fewstep.recording import Recording
 
@@ -69,7 +69,7 @@ def _of_each_expert(
     for lowest, expert in zip(recording.intervals.lowest, recording.experts, strict=True):
         own = f"{name}_{expert.component}" if shared else name  # adapters of one network need names of their own
         experts[expert.component] = (lowest, maker(recording.of(expert))(own, trainable=trainable))
-    return RoutedRole(name, experts)
+    return ExpertsRole(name, experts)
 
 
 def _copies(config: RunConfig, recording: Recording, device: torch.device) -> Callable[..., Role]:
@@ -112,7 +112,7 @@ def _adapters(config: RunConfig, recording: Recording, device: torch.device) -> 
             recording.schedule,
             recording.prediction_type,
             bf16,
-            partial(backbone.playing, None if adapter is None else name),
+            partial(backbone.active, None if adapter is None else name),
         )
         return AdapterRole(name, backbone, denoiser, adapter)
 

@@ -21,7 +21,7 @@ _LISTENING_TIMES = (0.25, 0.5, 0.75, 1.0)
 
 
 @torch.no_grad()
-def refuse_deaf(
+def refuse_unresponsive(
     recording: Recording, negative: Conditioning, conditions: Sequence[Conditioning], noise: Tensor
 ) -> None:
     """Raise where the teacher answers its conditions and its negative alike.

@@ -47,7 +47,7 @@ class Role:
         return self.denoiser(x_t, t, conditioning, *second_time)
 
     @property
-    def told_where_steps_end(self) -> bool:
+    def has_second_time(self) -> bool:
         """Whether it is told a second time: see :mod:`fewstep.networks.flow_map`."""
         return "second_time" in self.added
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.config.run import RunConfig
@@ -17,15 +16,16 @@ from fewstep.errors import UserError
 from fewstep.networks.adapters import AdapterRole
 from fewstep.networks.derivative import refuse_underivable
 from fewstep.networks.flow_map import SECOND_TIME, FlowMapDenoiser
+from fewstep.networks.recompute import checkpointed
 from fewstep.networks.roles import Role
-from fewstep.networks.time_embedders import time_sites
+from fewstep.networks.time_embedders import find_time_embedders
 
 # Relative; another kernel for another dtype of the time, where the network runs in half precision.
 _EQUAL = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
 @torch.no_grad()
-def tell_second_time(
+def add_second_time(
     roles: dict[str, Role],
     component: str,
     config: RunConfig,
@@ -48,10 +48,10 @@ def tell_second_time(
     """
     teacher, schedule = roles["teacher"].denoiser, roles["teacher"].denoiser.schedule
     t = schedule.snap(torch.full((2,), 0.5, dtype=torch.float64, device=x.device))
-    sites = time_sites(teacher.network, partial(teacher.raw, conditioning=conditioning), x, t)
+    sites = find_time_embedders(teacher.network, partial(teacher.raw, conditioning=conditioning), x, t)
     for name, role in roles.items():
         if name != "teacher":
-            give_second_time(role, component, sites, config.gradient_checkpointing and name == "student", config.seed)
+            attach_second_time(role, component, sites, config.gradient_checkpointing and name == "student", config.seed)
     student: FlowMapDenoiser = roles["student"].denoiser
     theirs, ours = teacher.raw(x, t, conditioning), student.raw(x, t, conditioning, 0.3 * t)
     kind = type(teacher.network).__name__
@@ -61,13 +61,13 @@ def tell_second_time(
         refuse_underivable(lambda t: student.raw(x, t, conditioning, 0.3 * t.detach()), t, student.network)
 
 
-def give_second_time(role: Role, component: str, sites: dict[str, int], checkpointing: bool, seed: int) -> None:
+def attach_second_time(role: Role, component: str, sites: dict[str, int], checkpointing: bool, seed: int) -> None:
     """Let a role be told a second time: it owns a new module, which changes nothing yet.
 
     Args:
         role: on one network; its denoiser becomes a :class:`FlowMapDenoiser`.
         component: the network's name in its pipeline.
-        sites: from :func:`fewstep.networks.time_embedders.time_sites`.
+        sites: from :func:`fewstep.networks.time_embedders.find_time_embedders`.
         checkpointing: whether blocks of the network run again in the backward pass.
         seed: of the module's first weights, the same on every process.
     """
@@ -83,16 +83,10 @@ def give_second_time(role: Role, component: str, sites: dict[str, int], checkpoi
     if not checkpointing:
         return
     if isinstance(role, AdapterRole):
-        role.backbone.passes[role.name] = denoiser.pass_of_now
+        role.backbone.reenter[role.name] = denoiser.reenter
         return
 
     def again(block: Callable[..., Any], *args: Any) -> Any:
-        entered = denoiser.pass_of_now()
-
-        def run(*args: Any) -> Any:
-            with entered():
-                return block(*args)
-
-        return checkpoint(run, *args, use_reentrant=False)
+        return checkpointed(block, args, denoiser.reenter())
 
     denoiser.network.enable_gradient_checkpointing(again)

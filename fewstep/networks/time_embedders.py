@@ -19,7 +19,7 @@ Call = Callable[[Tensor, Tensor], Any]
 
 
 @torch.no_grad()
-def time_sites(network: nn.Module, call: Call, x: Tensor, t: Tensor) -> dict[str, int]:
+def find_time_embedders(network: nn.Module, call: Call, x: Tensor, t: Tensor) -> dict[str, int]:
     """Names of the modules, in the order of their calls, and the width D of their outputs (B, ..., D).
 
     Args:
@@ -53,8 +53,8 @@ def time_sites(network: nn.Module, call: Call, x: Tensor, t: Tensor) -> dict[str
     return sites
 
 
-def likely_time_sites(network: nn.Module) -> dict[str, int]:
-    """What :func:`time_sites` is likely to find, where nothing can be observed: by the names of diffusers' classes."""
+def likely_time_embedders(network: nn.Module) -> dict[str, int]:
+    """What :func:`find_time_embedders` would find, where nothing can be observed: by names of diffusers' classes."""
     found = {}
     for name, module in network.named_modules():
         linear = [child for child in module.modules() if isinstance(child, nn.Linear)]

@@ -28,17 +28,17 @@ from fewstep.export import export_lora, export_student, plan_student, publish, r
 from fewstep.export.flow_map import flow_map_recording, refuse_no_flow_map, whole_network
 from fewstep.export.full_precision import in_full_precision
 from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
-from fewstep.export.whole import walk_counts
+from fewstep.export.whole import check_counts
 from fewstep.networks.adapters import AdapterRole
 from fewstep.networks.features import FeatureTap, tapped
 from fewstep.networks.flow_map import SECOND_TIME
 from fewstep.networks.guidance import GuidedDenoiser
-from fewstep.networks.guidance_embedding import find_told_guidance, with_told_guidance
+from fewstep.networks.guidance_embedding import find_guidance_embedding, with_guidance_embedding
 from fewstep.networks.heads import make_head
 from fewstep.networks.make_roles import make_roles
-from fewstep.networks.response import refuse_deaf
+from fewstep.networks.response import refuse_unresponsive
 from fewstep.networks.roles import Role
-from fewstep.networks.second_time import tell_second_time
+from fewstep.networks.second_time import add_second_time
 from fewstep.programs.methods import method_class
 from fewstep.programs.teacher import conditions_of, guidance_of, refuse_quantized, teacher_call
 from fewstep.recording import record
@@ -98,10 +98,10 @@ class Distillation:
         if self.recording.recipe.needs_next:
             raise UserError("this teacher's network is told the next time too, which no method here can train yet")
         self.guidance_scale = guidance_of(config, self.recording)
-        teacher, self.told_guidance = self.recording, None
-        if config.tells_guidance:
-            self.recording = with_told_guidance(teacher, self.guidance_scale, trained=not config.lora_rank)
-            self.told_guidance = find_told_guidance(self.recording, heeded=self.recording is teacher)
+        teacher, self.guidance_embedding = self.recording, None
+        if config.embeds_guidance:
+            self.recording = with_guidance_embedding(teacher, self.guidance_scale, trained=not config.lora_rank)
+            self.guidance_embedding = find_guidance_embedding(self.recording, heeded=self.recording is teacher)
         #: Of the pipeline that the student will be: the teacher's own, unless it has other experts.
         self.student_recording = self.recording
         self.plan = plan_student(
@@ -120,13 +120,15 @@ class Distillation:
         self.conditions, negative = conditions_of(config, teacher, self.device, progress=progress)
         self._say(self.conditions.note)
         # Also where the teacher is not guided: a critic may be.
-        self.negative = self.as_told(negative.to(device=self.device)) if negative is not None else None
+        self.negative = self.with_default_guidance(negative.to(device=self.device)) if negative is not None else None
         if self.negative is not None and self.guidance_scale != 1.0:
             noise = Draws(config.seed, -3, range(2), self.device).normal("listening", self.recording.sample_shape)
-            heard = [self.as_told(self.conditions.select([row])) for row in range(min(2, len(self.conditions)))]
-            refuse_deaf(self.recording, self.negative, heard, noise)
+            heard = [
+                self.with_default_guidance(self.conditions.select([row])) for row in range(min(2, len(self.conditions)))
+            ]
+            refuse_unresponsive(self.recording, self.negative, heard, noise)
         self.pairs: PairSource | None = None
-        self.previews = Previews(config, self.recording, self.conditions, self.device, self.as_told)
+        self.previews = Previews(config, self.recording, self.conditions, self.device, self.with_default_guidance)
         self._say(self.previews.note)
         self.real = None
         if config.data is not None:
@@ -160,8 +162,8 @@ class Distillation:
         refuse_no_flow_map(self.recording)
         roles = self.make_roles("student")
         x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
-        conditioning = self.as_told(self.conditions.select([0, 0]))
-        tell_second_time(roles, self.recording.component, self.config, x, conditioning, differentiated)
+        conditioning = self.with_default_guidance(self.conditions.select([0, 0]))
+        add_second_time(roles, self.recording.component, self.config, x, conditioning, differentiated)
         self.student_recording = flow_map_recording(self.recording, roles["student"].added[SECOND_TIME])
         self._walk_student()
         return roles
@@ -206,9 +208,9 @@ class Distillation:
             write_config(self.out, self.method, self.config)
         self.accelerator.wait_for_everyone()
 
-    def as_told(self, conditioning: AnyConditioning) -> AnyConditioning:
+    def with_default_guidance(self, conditioning: AnyConditioning) -> AnyConditioning:
         """The same conditioning where the network is told its guidance by default, else as it is."""
-        told = self.told_guidance
+        told = self.guidance_embedding
         if told is None:
             return conditioning
         return told.tell(conditioning, torch.full((conditioning.batch_size,), told.default, device=self.device))
@@ -275,10 +277,10 @@ class Distillation:
             "teacher_lora": self.teacher_lora,
             "training": {k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
         }
-        if role.told_where_steps_end:
+        if role.has_second_time:
             self.student_recording = flow_map_recording(self.recording, role.added[SECOND_TIME])
         if role.part == AdapterRole.part:
-            if role.told_where_steps_end:
+            if role.has_second_time:
                 self._say("no LoRA holds its second time: exported merged, as a pipeline")
             elif moves_boundary(self.recording, self.student_recording):
                 self._say("its base model has no room for the student's networks: exported merged, as a pipeline")
@@ -309,7 +311,7 @@ class Distillation:
     def _walk_student(self) -> None:
         """Run the student's pipeline, untrained, at every count that is planned."""
         scheduler = {find_scheduler(self.pipeline): self.plan.scheduler}
-        walk_counts(self.student_recording, with_parts(self.student_recording.pipeline, **scheduler), self.plan)
+        check_counts(self.student_recording, with_parts(self.student_recording.pipeline, **scheduler), self.plan)
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process and line:
@@ -338,12 +340,3 @@ def distill(teacher: str | Path | DiffusionPipeline, method: str = "dmd2", **set
     except TypeError as error:
         raise UserError(f"{method} has no such setting: {error}") from error
     return Distillation(config, method, pipeline).run()
-
-
-def main(method: str) -> None:
-    """``python -m fewstep.trainers.METHOD``, also under ``accelerate launch -m``: the flags of ``fewstep distill``."""
-    import sys
-
-    from fewstep.cli import main as command_line
-
-    sys.exit(command_line(["distill", method, *sys.argv[1:]]))

@@ -18,7 +18,7 @@ from fewstep.recording.pipeline import is_quantized
 from fewstep.teachers.loading import embedded_name
 
 
-class Question(Protocol):
+class TeacherSettings(Protocol):
     """The settings that say it; :class:`fewstep.config.run.RunConfig` documents them."""
 
     teacher: str
@@ -31,21 +31,21 @@ class Question(Protocol):
     teacher_lora: str | None
 
 
-def teacher_call(question: Question) -> dict[str, Any]:
+def teacher_call(settings: TeacherSettings) -> dict[str, Any]:
     """The keyword arguments that the teacher is recorded with."""
-    call = dict(question.call or {})
+    call = dict(settings.call or {})
     for name in ("guidance_scale", "negative_prompt"):
-        if getattr(question, name) is not None:
-            call[name] = getattr(question, name)
+        if getattr(settings, name) is not None:
+            call[name] = getattr(settings, name)
     return call
 
 
-def guidance_of(question: Question, recording: Recording) -> float | TimedScale:
+def guidance_of(settings: TeacherSettings, recording: Recording) -> float | TimedScale:
     """The w of neg + w (pos - neg) that the teacher is asked with, or one for each expert that shares the time."""
     from fewstep.fashion import TEACHERS
 
     report = recording.guidance
-    wish = question.guidance_scale
+    wish = settings.guidance_scale
     if report.expert_scales:
         # Seen in the call, of which the wish is a part; it is meant in fewstep's own convention.
         less = report.offset or 0.0 if wish is not None else 0.0
@@ -54,7 +54,7 @@ def guidance_of(question: Question, recording: Recording) -> float | TimedScale:
     # A network that is told its guidance got it with the conditioning; what is left is a second, explicit guidance.
     if wish is not None and not report.embedded:
         return wish
-    if wish is None and (known := embedded_name(question.teacher)):
+    if wish is None and (known := embedded_name(settings.teacher)):
         return TEACHERS[known].guidance_scale
     if report.off_argument is None or report.argument_scale is None:
         return 1.0
@@ -62,7 +62,7 @@ def guidance_of(question: Question, recording: Recording) -> float | TimedScale:
 
 
 def conditions_of(
-    question: Question, recording: Recording, device: torch.device | str, *, progress: bool = False
+    settings: TeacherSettings, recording: Recording, device: torch.device | str, *, progress: bool = False
 ) -> tuple[Conditions, Conditioning | None]:
     """What is generated for, and the teacher's negative: encoded now, or read from a cache.
 
@@ -71,17 +71,17 @@ def conditions_of(
     Raises:
         UserError: they are not what the teacher takes.
     """
-    if question.cache is not None:
-        cache = ConditionCache(question.cache, progress=progress)
-        cache.check(recording, question.teacher, question.teacher_lora is not None)
+    if settings.cache is not None:
+        cache = ConditionCache(settings.cache, progress=progress)
+        cache.check(recording, settings.teacher, settings.teacher_lora is not None)
         conditions = Conditions(recording, device=device, cache=cache, progress=progress)
         return conditions, cache.negative()
-    prompts = read_prompts(question.prompts) if question.prompts is not None else None
-    if prompts is None and embedded_name(question.teacher):
+    prompts = read_prompts(settings.prompts) if settings.prompts is not None else None
+    if prompts is None and embedded_name(settings.teacher):
         from fewstep.fashion import PROMPTS
 
         prompts = list(PROMPTS)
-    labels = read_classes(question.classes) if question.classes is not None else None
+    labels = read_classes(settings.classes) if settings.classes is not None else None
     return Conditions(recording, prompts, labels, device, progress=progress), recording.negative()
 
 

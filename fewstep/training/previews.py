@@ -30,7 +30,7 @@ class Previews:
         recording: of the teacher.
         conditions: of the run, of which the first are shown.
         device: of the networks.
-        as_told: adds to a conditioning what the networks are told beside it (their guidance).
+        with_default_guidance: adds to a conditioning what the networks are told beside it (their guidance).
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class Previews:
         recording: Recording,
         conditions: Conditions,
         device: torch.device,
-        as_told: Callable[[AnyConditioning], AnyConditioning],
+        with_default_guidance: Callable[[AnyConditioning], AnyConditioning],
     ) -> None:
         self.config, self.recording, self.conditions, self.device = config, recording, conditions, device
-        self.as_told = as_told
+        self.with_default_guidance = with_default_guidance
         self._teacher: Tensor | None = None
         #: Why no grid is made, though grids were asked for; else empty.
         self.note = ""
@@ -68,7 +68,8 @@ class Previews:
         for first in range(0, _SHOWN, self.config.batch_size):
             indices = range(first, min(first + self.config.batch_size, _SHOWN))
             draws = Draws(self.config.seed, -2, indices, self.device)
-            conditioning = self.as_told(self.conditions.select([index % len(self.conditions) for index in indices]))
+            conditioning = self.conditions.select([index % len(self.conditions) for index in indices])
+            conditioning = self.with_default_guidance(conditioning)
             x0 = draw_sample(denoiser, sampler, draws, self.recording.sample_shape, conditioning)
             pieces.append(self.recording.decode(x0).float().cpu())
         return torch.cat(pieces)

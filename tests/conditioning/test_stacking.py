@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fewstep.conditioning.conditioning import Conditioning, Leaf, SampleList
-from fewstep.conditioning.stacking import Pack, from_json, in_memory, one_of_each_kind, pack, to_json
+from fewstep.conditioning.stacking import Stack, from_json, in_memory, one_of_each_kind, stack, to_json
 
 IDS = torch.arange(6.0).view(3, 2)
 
@@ -52,10 +52,10 @@ def test_items_come_out_as_they_went_in() -> None:
 
 def test_a_file_gives_them_out_one_by_one(tmp_path: Path) -> None:
     items = [item(number) for number in range(7)]
-    groups, tensors = pack(items)
+    groups, tensors = stack(items)
     save_file(tensors, tmp_path / "pack.safetensors", {"groups": to_json(groups)})
     file = safe_open(str(tmp_path / "pack.safetensors"), framework="pt")
-    held = Pack(
+    held = Stack(
         from_json(file.metadata()["groups"]),
         file.get_tensor,
         lambda name, row: file.get_slice(name)[row : row + 1][0],
@@ -65,7 +65,7 @@ def test_a_file_gives_them_out_one_by_one(tmp_path: Path) -> None:
 
 def test_what_all_items_share_is_kept_once() -> None:
     items = [Conditioning({"text": Leaf(torch.randn(1, 4), 1), "ids": Leaf(torch.ones(1000))}, 1) for _ in range(50)]
-    groups, tensors = pack(items)
+    groups, tensors = stack(items)
     assert len(groups) == 1 and sorted(tensor.numel() for tensor in tensors.values()) == [200, 1000]
 
 
@@ -73,13 +73,13 @@ def test_one_item_of_each_kind_over_several_packs() -> None:
     def text(length: int) -> Conditioning:
         return Conditioning({"text": Leaf(torch.randn(1, length), 1)}, 1)
 
-    packs = [in_memory([text(2), text(3), text(2)]), in_memory([text(3), text(4), text(2)])]
-    assert one_of_each_kind(packs, 3) == [0, 1, 4]
+    stacks = [in_memory([text(2), text(3), text(2)]), in_memory([text(3), text(4), text(2)])]
+    assert one_of_each_kind(stacks, 3) == [0, 1, 4]
 
 
 def test_items_are_single_samples() -> None:
     with pytest.raises(ValueError, match="item 1 holds 2 samples"):
-        pack([Conditioning({}, 1), Conditioning({}, 2)])
+        stack([Conditioning({}, 1), Conditioning({}, 2)])
 
 
 def test_changing_an_item_does_not_change_the_pack() -> None:

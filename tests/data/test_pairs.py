@@ -18,7 +18,7 @@ from fewstep.data.images import read_images
 from fewstep.data.pairs import PairMaker, PairSettings, PairStream, StoredPairs, pair_noise
 from fewstep.data.real import RealSamples
 from fewstep.diffusion.draws import keyed_order
-from fewstep.diffusion.ode import Walker, teacher_times
+from fewstep.diffusion.ode import OdeSolver, teacher_times
 from fewstep.diffusion.prediction import add_noise, expand
 from fewstep.errors import UserError
 from fewstep.networks.guidance import GuidedDenoiser
@@ -73,8 +73,8 @@ def test_a_pair_is_noise_and_what_the_guided_teacher_makes_of_it(
     shift = 3.0 if builder is tiny_flow else 1.0  # the flow teacher's own
     with torch.no_grad():
         start = schedule.initial_scale() * noise[None]
-        walker = Walker(guided, schedule, solver)
-        own = walker.to_data(start, teacher_times(schedule, 3, shift), conditions.select([item]))
+        ode_solver = OdeSolver(guided, schedule, solver)
+        own = ode_solver.to_data(start, teacher_times(schedule, 3, shift), conditions.select([item]))
     torch.testing.assert_close(x0, own[0], rtol=1e-4, atol=1e-4 * float(own.abs().max()))
 
 

@@ -7,8 +7,8 @@ from fewstep.diffusion.discretization import (
     EasyTimes,
     EvenTimes,
     LogNormalBins,
-    Neighbours,
     SigmaRange,
+    TimePair,
     karras_levels,
     lognormal_bins,
 )
@@ -111,7 +111,7 @@ def test_each_interval_of_an_even_grid_is_drawn_alike():
 # --- iCT and ECT ------------------------------------------------------------------------------------------------------
 
 
-def every(schedule: NoiseSchedule, step: int = 0) -> dict[str, Neighbours]:
+def every(schedule: NoiseSchedule, step: int = 0) -> dict[str, TimePair]:
     levels = SigmaRange(schedule)
     return {
         "ict": LogNormalBins(levels, lambda step: 10 * 2 ** min(step, 7) + 1).draw(step, draws()),

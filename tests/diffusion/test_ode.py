@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from toys import unconditional
 
-from fewstep.diffusion.ode import Walker, inversion_times, solver_step, straightness, teacher_times
+from fewstep.diffusion.ode import OdeSolver, inversion_times, solver_step, straightness, teacher_times
 from fewstep.diffusion.prediction import expand, ode_step
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 
@@ -48,12 +48,12 @@ def noise() -> Tensor:
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
 def test_a_solver_has_its_order(schedule: NoiseSchedule, solver: str, order: int):
     teacher, x = Gaussian(schedule), noise()
-    walker, now, then = Walker(teacher, schedule, solver), 0.9, 0.5
+    ode_solver, now, then = OdeSolver(teacher, schedule, solver), 0.9, 0.5
     exact = x * expand(teacher.spread(at(then)) / teacher.spread(at(now)), x)
 
     def error(steps: int) -> float:
         times = torch.linspace(now, then, steps + 1, dtype=torch.float64).tolist()
-        return float((walker.to_noise(x, times, unconditional(3)) - exact).abs().max())
+        return float((ode_solver.to_noise(x, times, unconditional(3)) - exact).abs().max())
 
     assert error(40) < 0.05 * float(exact.abs().max())
     assert error(20) / error(40) == pytest.approx(2**order, rel=0.2)
@@ -63,7 +63,7 @@ def test_a_solver_has_its_order(schedule: NoiseSchedule, solver: str, order: int
 @pytest.mark.parametrize("line", ["flow", "edm"])
 def test_an_euler_step_is_the_one_of_all_families_in_both_coordinates(schedule: NoiseSchedule, line: str):
     teacher, x = Gaussian(schedule), noise()
-    stepped = Walker(teacher, schedule, line=line).step(x, 0.8, 0.3, unconditional(3))
+    stepped = OdeSolver(teacher, schedule, line=line).step(x, 0.8, 0.3, unconditional(3))
     now, then = schedule.coefficients(at(0.8)), schedule.coefficients(at(0.3))
     torch.testing.assert_close(stepped, ode_step(x, teacher(x, at(0.8), None), now, then))
 
@@ -71,13 +71,13 @@ def test_an_euler_step_is_the_one_of_all_families_in_both_coordinates(schedule: 
 @every_schedule
 def test_data_is_found_from_noise_and_noise_from_data(schedule: NoiseSchedule):
     teacher, x = Gaussian(schedule), noise()
-    walker = Walker(teacher, schedule, "heun")
+    ode_solver = OdeSolver(teacher, schedule, "heun")
     start = schedule.initial_scale() * x
-    x0 = walker.to_data(start, teacher_times(schedule, 200), unconditional(3))
+    x0 = ode_solver.to_data(start, teacher_times(schedule, 200), unconditional(3))
     torch.testing.assert_close(x0, start * STD / expand(teacher.spread(at(1)), x), rtol=5e-3, atol=0)
     times = inversion_times(schedule, 200)
     lowest = x0 * expand(teacher.spread(at(times[0])), x) / STD
-    torch.testing.assert_close(walker.to_noise(lowest, times, unconditional(3)), start, rtol=1e-2, atol=0)
+    torch.testing.assert_close(ode_solver.to_noise(lowest, times, unconditional(3)), start, rtol=1e-2, atol=0)
 
 
 @every_schedule
@@ -99,7 +99,7 @@ def test_edm_times_are_the_ramp_of_karras_and_flow_times_are_shifted():
 def test_with_an_anchor_every_step_mixes_the_first_noise_in():
     schedule, x = FlowSchedule(), noise()
     teacher = Gaussian(schedule)
-    stepped = Walker(teacher, schedule, anchor=x).step(0.5 * x, 0.8, 0.3, unconditional(3))
+    stepped = OdeSolver(teacher, schedule, anchor=x).step(0.5 * x, 0.8, 0.3, unconditional(3))
     torch.testing.assert_close(stepped, 0.7 * teacher(0.5 * x, at(0.8), None) + 0.3 * x)
 
 
@@ -124,7 +124,7 @@ def test_paths_to_one_point_are_straight(schedule: NoiseSchedule):
 
 def test_unknown_solvers_are_refused():
     with pytest.raises(ValueError, match="euler or heun"):
-        Walker(lambda x_t, t, c: x_t, FlowSchedule(), "rk45")
+        OdeSolver(lambda x_t, t, c: x_t, FlowSchedule(), "rk45")
 
 
 @every_schedule
@@ -132,8 +132,8 @@ def test_each_sample_may_step_from_and_to_times_of_its_own(schedule: NoiseSchedu
     teacher, x = Gaussian(schedule), noise()
     now, then = torch.tensor([0.9, 0.5, 0.8]).double(), torch.tensor([0.4, 0.6, 0.1]).double()
     together = solver_step(partial(teacher, conditioning=None), schedule, x, now, then, "heun")
-    walker = Walker(teacher, schedule, "heun")
-    alone = [walker.step(x, float(a), float(b), None)[i] for i, (a, b) in enumerate(zip(now, then))]
+    ode_solver = OdeSolver(teacher, schedule, "heun")
+    alone = [ode_solver.step(x, float(a), float(b), None)[i] for i, (a, b) in enumerate(zip(now, then))]
     torch.testing.assert_close(together, torch.stack(alone))
 
 

@@ -19,13 +19,13 @@ from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.rollout import rollout
 from fewstep.errors import UserError
 from fewstep.export.apply import apply
-from fewstep.export.check import WalkError
-from fewstep.export.plan import plan_student, walk_student
+from fewstep.export.check import SchedulerCheckError
+from fewstep.export.plan import check_student, plan_student
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.programs.distillation import Distillation, distill
 from fewstep.programs.methods import method_class
-from fewstep.programs.planning.call_counts import Ledger
+from fewstep.programs.planning.call_counts import CallCounter
 from fewstep.recording import record
 from fewstep.recording.pipeline import with_parts
 from fewstep.recording.shake import shaken
@@ -166,10 +166,10 @@ def test_a_grid_that_meets_the_boundary_is_trained_as_it_is_walked(tmp_path: Pat
     assert trained.tolist() == [0, 0, 1, 1]
     assert [recording.expert_at(timestep).component for timestep in plan.timesteps] == [EXPERTS[k] for k in trained]
     student = with_parts(pipeline, scheduler=plan.scheduler)
-    assert walk_student(recording, student, plan.call, "ode", 4).grid == plan.grid
+    assert check_student(recording, student, plan.call, "ode", 4).grid == plan.grid
     student.register_to_config(boundary_ratio=0.7)
-    with pytest.raises(WalkError, match=r"calls transformer at timestep 750, where transformer_2 is trained"):
-        walk_student(recording, student, plan.call, "ode", 4)
+    with pytest.raises(SchedulerCheckError, match=r"calls transformer at timestep 750, where transformer_2 is trained"):
+        check_student(recording, student, plan.call, "ode", 4)
     assert "no step calls transformer_2, which stays the teacher's" in plan_student(recording, 1).note
 
 
@@ -233,12 +233,12 @@ def test_mixed_batches_cost_no_more_than_the_method_declares(place: Path, tmp_pa
         draws, shape = Draws(0, 1, range(2)), run.recording.sample_shape
         return Batch(2, shape, run.conditions.select([0, 1]), draws, None, False)
 
-    with Ledger(method) as ledger:
+    with CallCounter(method) as counter:
         for turn in method.turns(1, batch()):
             tensors, gradients = zip(*turn.backward, strict=True)
             torch.autograd.backward(tensors, gradients, inputs=method.roles[turn.role].parameters())
     declared = method.calls(1, batch()).items()
-    assert ledger.calls(1) == {name: calls for name, calls in declared if calls != Calls()}
+    assert counter.calls(1) == {name: calls for name, calls in declared if calls != Calls()}
 
 
 def test_a_lora_is_applied_to_both_and_refused_where_it_does_not_belong(trained: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fewstep.errors import UserError
-from fewstep.export.plan import reference_of, walk_student
-from fewstep.export.whole import walk_counts
+from fewstep.export.plan import check_student, reference_of
+from fewstep.export.whole import check_counts
 from fewstep.networks.roles import Role
 from fewstep.programs.distillation import Distillation
 from fewstep.programs.methods import method_class
@@ -38,7 +38,7 @@ def walked(run: Distillation, role: Role) -> None:
     student, recording, plan = role.stock_network(), run.recording, run.plan
     reference = reference_of(recording, {recording.component: student})
     pipeline = with_parts(recording.pipeline, network=student, scheduler=plan.scheduler)
-    walk_counts(recording, pipeline, plan, reference)
+    check_counts(recording, pipeline, plan, reference)
     teacher = recording.network.state_dict()
     assert any(not torch.equal(value, teacher[name]) for name, value in student.state_dict().items())
 
@@ -106,4 +106,4 @@ def test_fresh_noise_walks_too(traits: dict[str, Any], start: Callable[..., Dist
     run = start(synthetic(Traits(**traits)), renoise="fresh")
     pipeline = with_parts(run.pipeline, scheduler=run.plan.scheduler)
     for count in run.plan.counts:
-        assert walk_student(run.recording, pipeline, run.plan.call, "fresh", count).grid == run.plan.grids[count]
+        assert check_student(run.recording, pipeline, run.plan.call, "fresh", count).grid == run.plan.grids[count]

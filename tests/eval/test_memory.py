@@ -10,7 +10,7 @@ from fewstep.errors import UserError
 from fewstep.eval.memory import __main__ as memory
 from fewstep.eval.memory.__main__ import COMPARED, SDXL, SIDES, compare_plans, compare_roles, estimate, measure, run
 from fewstep.eval.memory.shapes import SHAPES, Shape, unet
-from fewstep.programs.planning.weightless import fake_tensors, pretending
+from fewstep.programs.planning.weightless import fake_tensors, fake_world
 
 AT_MOST = 0.35  # what LoRA roles may take of what full copies take
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -18,7 +18,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 
 def test_the_compared_network_has_a_hundred_million_parameters() -> None:
     mode = fake_tensors()
-    network = unet(lambda: pretending(mode)).unet
+    network = unet(lambda: fake_world(mode)).unet
     assert sum(parameter.numel() for parameter in network.parameters()) > 100e6
 
 

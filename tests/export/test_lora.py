@@ -49,7 +49,7 @@ def test_an_applied_lora_is_the_role_that_was_trained(recorded, tmp_path, name):
     stock = type(recording.pipeline)
     pipeline = apply(fresh(recording), folder)
     assert isinstance(pipeline, stock) and type(pipeline) is not stock
-    with role.denoiser.playing():
+    with role.denoiser.active():
         expected = answers(recording, role.denoiser.network)
     found = answers(recording, getattr(pipeline, recording.component))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

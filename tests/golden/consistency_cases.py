@@ -14,8 +14,8 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.diffusion.discretization import (
     EasyTimes,
     EvenTimes,
-    Neighbours,
     SigmaRange,
+    TimePair,
     adaptive_decay,
     ect_gap,
     ect_mapping,
@@ -99,7 +99,7 @@ def check_gradient(golden: GoldenFile, method: Consistency, loss: Tensor) -> Non
     assert all(other.network.k.grad is None for other in outside)
 
 
-def weighted(golden: GoldenFile, method: Consistency, seen: Comparison, pair: Neighbours) -> tuple[Tensor, Tensor]:
+def weighted(golden: GoldenFile, method: Consistency, seen: Comparison, pair: TimePair) -> tuple[Tensor, Tensor]:
     """The distance and the weighted loss of each sample."""
     apart = method.distance(seen)
     return apart, weight(method.config.weighting, pair.sigma_t, pair.sigma_r, method.sigma_data) * apart
@@ -180,15 +180,15 @@ def fastgen_loss(golden: GoldenFile) -> None:
     r = ect_mapping(t, 1 - golden["ratio"].item(), k, golden.number("mapping_b")).clamp(min=golden["min_r"].item())
     golden.check("r", r)
     if isinstance(schedule, EDMSchedule):
-        pair = Neighbours(schedule.time_from_sigma(t), schedule.time_from_sigma(r), t, r)
+        pair = TimePair(schedule.time_from_sigma(t), schedule.time_from_sigma(r), t, r)
     else:
-        pair = Neighbours(t, r, t, r)
+        pair = TimePair(t, r, t, r)
     seen = method.compare(golden["x"], golden["noise"], pair, golden.conditioning())
     golden.check("f_t", seen.f)
     golden.check("f_r", seen.target)
     if method.config.weighting in ("1/c_out", "1/c_out^2"):  # of the noise level
         (alpha_t, sigma_t), (alpha_r, sigma_r) = (schedule.coefficients(time) for time in (pair.t, pair.r))
-        pair = Neighbours(pair.t, pair.r, sigma_t / alpha_t, sigma_r / alpha_r)
+        pair = TimePair(pair.t, pair.r, sigma_t / alpha_t, sigma_r / alpha_r)
     apart, loss = weighted(golden, method, seen, pair)
     golden.check("loss_unweighted", apart)
     golden.check("loss_per_sample", loss)

@@ -8,7 +8,7 @@ from torch import Tensor
 from toy_network import ToyNetwork, ToyRecipe, toy_conditioning
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.diffusion.ode import Walker
+from fewstep.diffusion.ode import OdeSolver
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
@@ -142,10 +142,10 @@ def rfpp_sampler(golden: GoldenFile) -> None:
     t = times(golden, denoiser.schedule, flow_times).tolist()
     z = golden["z1"]
     anchor = {"new": z, "default": None}[golden.choice("update_rule", "new", "default")]
-    walker = Walker(denoiser, denoiser.schedule, solver, line="flow", anchor=anchor)
+    ode_solver = OdeSolver(denoiser, denoiser.schedule, solver, line="flow", anchor=anchor)
     scales = [float(sum(denoiser.schedule.coefficients(torch.tensor([now], dtype=torch.float64)))) for now in t]
     seen: list[Tensor] = []
-    x0 = walker.to_data(scales[0] * z, t, no_condition(z), lambda _, x: seen.append(x))
+    x0 = ode_solver.to_data(scales[0] * z, t, no_condition(z), lambda _, x: seen.append(x))
     golden.check("trajectory", torch.stack([*(x / scale for x, scale in zip(seen, scales)), x0]))
 
 

@@ -217,10 +217,10 @@ def test_a_role_is_entered_without_a_flag_of_gradients_and_left_again(recording:
             for parameter in role.parameters():
                 parameter.grad = None
     assert seen and all(one == flags for one in seen)
-    with pytest.raises(ZeroDivisionError), backbone.playing("student"), backbone.playing("critic"):
+    with pytest.raises(ZeroDivisionError), backbone.active("student"), backbone.active("critic"):
         raise ZeroDivisionError
     x0 = recording.recipe.call(network, p.x_t, recording.schedule.timestep(p.t), p.conditioning)
-    with backbone.playing(None):
+    with backbone.active(None):
         assert torch.equal(x0, recording.recipe.call(network, p.x_t, recording.schedule.timestep(p.t), p.conditioning))
 
 
@@ -238,7 +238,7 @@ def test_entering_a_role_is_ten_times_faster_than_pefts_switch():
 
     def ours() -> None:
         for name in ("student", "critic"):
-            with backbone.playing(name):
+            with backbone.active(name):
                 pass
 
     assert fastest(theirs) > 10 * fastest(ours) / 2  # ours also goes back, so each entry is two switches
@@ -482,7 +482,7 @@ def test_every_role_starts_as_the_teacher_and_two_are_two(recording: Recording):
     roles = make_roles(config, recording, ("student", "critic"), torch.device("cpu"))
     assert type(roles["critic"]) is Role
     assert len(roles["critic"].parameters()) == len(list(recording.network.parameters()))
-    assert roles["critic"].denoiser.playing is nullcontext
+    assert roles["critic"].denoiser.active is nullcontext
 
 
 def test_a_base_in_bfloat16_has_adapters_gradients_and_optimizer_in_float32(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fewstep.config.run import RunConfig
 from fewstep.diffusion.intervals import TimedScale, TimeIntervals
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule
 from fewstep.networks.adapters import Backbone
-from fewstep.networks.experts import RoutedRole
+from fewstep.networks.experts import ExpertsRole
 from fewstep.networks.features import find_tap
 from fewstep.networks.guidance import GuidedDenoiser, guide
 from fewstep.networks.heads import make_head
@@ -37,8 +37,8 @@ def expert(seed: int) -> Role:
     return role("student", TinyNetwork(6).double(), FlowSchedule(), "flow")
 
 
-def student(first: int = 1) -> RoutedRole:
-    return RoutedRole("student", {"high": (BOUND, expert(first)), "low": (0.0, expert(first + 1))})
+def student(first: int = 1) -> ExpertsRole:
+    return ExpertsRole("student", {"high": (BOUND, expert(first)), "low": (0.0, expert(first + 1))})
 
 
 def sample() -> Tensor:
@@ -147,7 +147,7 @@ def test_a_role_of_several_saves_loads_copies_and_averages_each() -> None:
     one.copy_weights(single)  # a role of one network gives it to every expert
     torch.testing.assert_close(one(sample(), TIMES, told()), single(sample(), TIMES, told()), rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="has the experts high, low, critic first, second"):
-        one.copy_weights(RoutedRole("critic", {"first": (0.5, expert(1)), "second": (0.0, expert(2))}))
+        one.copy_weights(ExpertsRole("critic", {"first": (0.5, expert(1)), "second": (0.0, expert(2))}))
 
 
 def test_an_expert_without_a_gradient_stays_as_it_is(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_several_adapters_of_one_backbone_are_routed_like_several_networks(
     """The shape of a student with a phase for each part of the time."""
     backbone = Backbone(flow.network, 2, 4.0, gradient_checkpointing=checkpointing)
     phases = {name: adapter_role(name, backbone, flow) for name in ("first", "second")}
-    both = RoutedRole("student", {"first": (BOUND, phases["first"]), "second": (0.0, phases["second"])})
+    both = ExpertsRole("student", {"first": (BOUND, phases["first"]), "second": (0.0, phases["second"])})
     x, t, conditioning = stock_inputs(flow)
     gradient = torch.randn(x.shape)
     found = both(x, t, conditioning)
@@ -259,7 +259,7 @@ def test_several_adapters_of_one_backbone_are_routed_like_several_networks(
 
 def test_one_head_sees_the_features_of_the_expert_whose_time_it_is(flow: Recording) -> None:
     roles = [make_role("critic", flow, trainable=True, autocast=torch.bfloat16) for _ in range(2)]
-    both = RoutedRole("critic", {"high": (BOUND, roles[0]), "low": (0.0, roles[1])})
+    both = ExpertsRole("critic", {"high": (BOUND, roles[0]), "low": (0.0, roles[1])})
     with torch.no_grad():
         for parameter in roles[1].parameters():
             parameter.add_(0.1)

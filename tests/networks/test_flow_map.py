@@ -23,8 +23,8 @@ from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.derivative import derivative_along, refuse_underivable
 from fewstep.networks.flow_map import FlowMapDenoiser, flow_direction, gap
 from fewstep.networks.roles import Role, follow, make_role, update_average
-from fewstep.networks.second_time import give_second_time, tell_second_time
-from fewstep.networks.time_embedders import likely_time_sites, time_sites
+from fewstep.networks.second_time import add_second_time, attach_second_time
+from fewstep.networks.time_embedders import find_time_embedders, likely_time_embedders
 from fewstep.recording import Recording, record
 from fewstep.recording.shake import shaken
 
@@ -59,7 +59,7 @@ def told(recording: Recording, dtype: torch.dtype = torch.float64, **settings: A
     conditioning = Conditioning(recording.marked, 1).select([0, 0])
     x = torch.randn(2, *recording.sample_shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
     config = replace(CONFIG, **settings)
-    tell_second_time(roles, recording.component, config, x, conditioning, differentiated=True)
+    add_second_time(roles, recording.component, config, x, conditioning, differentiated=True)
     roles["student"].added["second_time"].to(dtype)
     schedule = recording.schedule
     if isinstance(schedule, EDMSchedule):
@@ -156,7 +156,7 @@ def sites_of(pipeline: Any, **call: Any) -> dict[str, int]:
         return role.denoiser.raw(x, t, conditioning)
 
     t = torch.full((2,), 0.5, dtype=torch.float64)
-    return time_sites(role.denoiser.network, ask, torch.randn(2, *recording.sample_shape), t)
+    return find_time_embedders(role.denoiser.network, ask, torch.randn(2, *recording.sample_shape), t)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_it_enters_where_the_time_alone_is_known(family: str, expected: dict[str
     pipeline = builder()
     found = sites_of(pipeline, **call)
     assert found == expected
-    likely = likely_time_sites(pipeline_folder.denoiser(pipeline))
+    likely = likely_time_embedders(pipeline_folder.denoiser(pipeline))
     assert found.items() <= likely.items()  # DiT's last norm is given the embedder of its first block
 
 
@@ -196,7 +196,7 @@ class Timeless(nn.Module):
 def test_a_network_without_such_a_place_is_refused_in_one_line():
     network = Timeless()
     with pytest.raises(UserError, match="Timeless has no module that makes something of the time alone") as caught:
-        time_sites(network, network, torch.randn(2, 6), torch.rand(2, dtype=torch.float64))
+        find_time_embedders(network, network, torch.randn(2, 6), torch.rand(2, dtype=torch.float64))
     assert "\n" not in str(caught.value)
 
 
@@ -396,7 +396,7 @@ def test_checkpointed_adapters_are_told_the_time_of_their_own_pass():
             backbone = Backbone(recording.network, 2, 2.0, gradient_checkpointing=checkpointing)
             student = adapter_role("student", backbone, recording)
             teacher = adapter_role("teacher", backbone, recording)
-            give_second_time(student, recording.component, sites, checkpointing, 0)
+            attach_second_time(student, recording.component, sites, checkpointing, 0)
             stir(student)
             loss = student.denoiser.velocity(x, t, 0.3 * t, conditioning).square().mean()
             with torch.no_grad():
@@ -412,7 +412,7 @@ def test_an_average_holds_the_second_time_too():
     sites = sites_of(pipeline, class_labels=[1])
     roles = {name: make_role(name, recording, trainable=name == "student") for name in ("student", "ema")}
     for name, role in roles.items():
-        give_second_time(role, recording.component, sites, False, seed=len(name))
+        attach_second_time(role, recording.component, sites, False, seed=len(name))
     assert not roles["ema"].parameters()
     follow(roles)
     ours, theirs = (role.added["second_time"].state_dict() for role in (roles["ema"], roles["student"]))

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.errors import UserError
-from fewstep.networks.guidance_embedding import find_told_guidance, with_told_guidance
+from fewstep.networks.guidance_embedding import find_guidance_embedding, with_guidance_embedding
 from fewstep.recording import Recording, record
 from fewstep.recording.shake import shaken
 
@@ -29,8 +29,8 @@ def answer(recording: Recording, conditioning: Conditioning) -> torch.Tensor:
 
 
 def test_a_network_with_new_room_is_the_old_one_whatever_it_is_told(plain: Recording):
-    roomy = with_told_guidance(plain, 7.5, trained=True)
-    told = find_told_guidance(roomy, heeded=False)
+    roomy = with_guidance_embedding(plain, 7.5, trained=True)
+    told = find_guidance_embedding(roomy, heeded=False)
     before = answer(plain, plain.condition(prompts=["a cat", "b"]))
     conditioning = roomy.condition(prompts=["a cat", "b"])
     for scales in ([7.5, 7.5], [1.0, 12.0]):
@@ -39,8 +39,8 @@ def test_a_network_with_new_room_is_the_old_one_whatever_it_is_told(plain: Recor
 
 
 def test_a_network_is_told_what_its_stock_pipeline_tells_it(plain: Recording):
-    roomy = with_told_guidance(plain, 7.5, trained=True)
-    told = find_told_guidance(roomy, heeded=False)
+    roomy = with_guidance_embedding(plain, 7.5, trained=True)
+    told = find_guidance_embedding(roomy, heeded=False)
     assert (told.argument, told.default) == ("timestep_cond", 7.5)
     assert roomy.call["guidance_scale"] == 7.5
     other = record(roomy.pipeline, guidance_scale=11.0)
@@ -49,8 +49,8 @@ def test_a_network_is_told_what_its_stock_pipeline_tells_it(plain: Recording):
 
 
 def test_each_sample_is_told_its_own(plain: Recording):
-    roomy = with_told_guidance(plain, 7.5, trained=True)
-    told, conditioning = find_told_guidance(roomy, heeded=False), roomy.condition(prompts=["b", "b"])
+    roomy = with_guidance_embedding(plain, 7.5, trained=True)
+    told, conditioning = find_guidance_embedding(roomy, heeded=False), roomy.condition(prompts=["b", "b"])
     with shaken(roomy.network):
         same = answer(roomy, told.tell(conditioning, torch.tensor([3.0, 9.0])))
         swapped = answer(roomy, told.tell(conditioning, torch.tensor([9.0, 9.0])))
@@ -61,12 +61,12 @@ def test_each_sample_is_told_its_own(plain: Recording):
 @pytest.mark.parametrize("maker", [tiny_pipelines.tiny_dit, tiny_pipelines.tiny_flow])
 def test_a_network_without_room_is_refused(maker):
     with pytest.raises(UserError, match="has no guidance embedding"):
-        with_told_guidance(record(maker()), 4.0, trained=True)
+        with_guidance_embedding(record(maker()), 4.0, trained=True)
 
 
 def test_room_that_no_lora_would_hold_is_refused(plain: Recording):
     with pytest.raises(UserError, match="no LoRA holds"):
-        with_told_guidance(plain, 7.5, trained=False)
+        with_guidance_embedding(plain, 7.5, trained=False)
 
 
 @pytest.mark.parametrize(("family", "factor"), [("Flux", 1), ("HunyuanVideo", 1000)])
@@ -78,8 +78,8 @@ def test_a_guidance_distilled_network_is_told_the_scale_or_a_thousand_times_it(z
         pipeline.register_modules(transformer=type(network).from_config(config | {"guidance_embeds": True}).eval())
     call = json.loads((zoo / "manifest.json").read_text())[family]["call"]
     recording = record(pipeline, **{**call, "guidance_scale": 2.5})
-    assert with_told_guidance(recording, 1.0, trained=False) is recording
-    told = find_told_guidance(recording, heeded=True)
+    assert with_guidance_embedding(recording, 1.0, trained=False) is recording
+    told = find_guidance_embedding(recording, heeded=True)
     assert (told.argument, told.default) == ("guidance", 2.5)
     conditioning = told.tell(recording.condition(prompts=["a b", "b a"]), torch.tensor([1.5, 4.0]))
     assert conditioning.arguments()["guidance"].tolist() == [1.5 * factor, 4.0 * factor]

@@ -20,7 +20,7 @@ from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
 from fewstep.programs.distillation import Distillation
 from fewstep.programs.methods import method_class, methods
-from fewstep.programs.planning.call_counts import Ledger, declared, forward_passes
+from fewstep.programs.planning.call_counts import CallCounter, declared, forward_passes
 from fewstep.training.method import Calls, Method, Turn
 
 #: What a method must be told to run at all, and further settings under which it costs something else.
@@ -100,9 +100,9 @@ def distil(teacher: Distillation, data: Path, tmp_path: Path) -> Callable[..., t
     return make
 
 
-def play(run: Distillation, method: Method, ledger: Ledger) -> None:
+def play(run: Distillation, method: Method, counter: CallCounter) -> None:
     """The real loop."""
-    with ledger:
+    with counter:
         shape = run.recording.sample_shape
         batches = {"conditions": run.conditions, "real": run.real, "pairs": run.pairs}
         make_loop(method, run.config, shape, **batches, name=run.method).run()
@@ -122,34 +122,34 @@ def same(found: dict[str, Calls], expected: dict[str, Calls]) -> bool:
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_a_method_costs_what_it_declares_and_encodes_no_text(name: str, settings: dict, distil: Callable) -> None:
     run, method = distil(name, max_steps=6, **settings)
-    ledger = Ledger(method, {"text_encoder": run.pipeline.text_encoder, "vae": run.pipeline.vae})
-    play(run, method, ledger)
-    assert ledger.steps == list(range(6))
-    compared = [step for step in ledger.steps if step not in ledger.logged]
+    counter = CallCounter(method, {"text_encoder": run.pipeline.text_encoder, "vae": run.pipeline.vae})
+    play(run, method, counter)
+    assert counter.steps == list(range(6))
+    compared = [step for step in counter.steps if step not in counter.logged]
     assert len(compared) == 4
     for step in compared:
-        assert same(ledger.calls(step), declared(method, step, batch_of(run, step))), step
-        back = {n: c.to_parameters + c.to_inputs + c.jvp_to_parameters for n, c in ledger.calls(step).items()}
-        assert ledger.backwards(step) == {n: count for n, count in back.items() if count}
-        assert ledger.wasted(step) == {}
-    for step in ledger.steps:
-        assert ledger.beside_calls(step)["text_encoder"] == 0
-    assert ledger.outside() == {}
+        assert same(counter.calls(step), declared(method, step, batch_of(run, step))), step
+        back = {n: c.to_parameters + c.to_inputs + c.jvp_to_parameters for n, c in counter.calls(step).items()}
+        assert counter.backwards(step) == {n: count for n, count in back.items() if count}
+        assert counter.wasted(step) == {}
+    for step in counter.steps:
+        assert counter.beside_calls(step)["text_encoder"] == 0
+    assert counter.outside() == {}
 
 
 def test_micro_batches_are_one_step_of_more_samples(distil: Callable) -> None:
     run, method = distil("dmd2", max_steps=3, gradient_accumulation_steps=2)
-    ledger = Ledger(method)
-    play(run, method, ledger)
-    assert same(ledger.calls(1), declared(method, 1, batch_of(run, 1)))
+    counter = CallCounter(method)
+    play(run, method, counter)
+    assert same(counter.calls(1), declared(method, 1, batch_of(run, 1)))
 
 
 def test_guided_pairs_in_two_calls_cost_the_same(distil: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     run, method = distil("dmd2", max_steps=4)
     monkeypatch.setattr(Conditioning, "compatible", staticmethod(lambda a, b: False))
-    ledger = Ledger(method)
-    play(run, method, ledger)
-    assert ledger.calls(2)["teacher"] == Calls(no_grad=2)
+    counter = CallCounter(method)
+    play(run, method, counter)
+    assert counter.calls(2)["teacher"] == Calls(no_grad=2)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
@@ -164,11 +164,11 @@ def test_dmd2_costs_the_floor_of_its_paper(distil: Callable, lora_rank: int) -> 
     run, method = distil(
         "dmd2", max_steps=1 + 2 * updates, critic_updates=updates, gan_weight=0.1, data=True, lora_rank=lora_rank
     )
-    ledger = Ledger(method)
-    play(run, method, ledger)
+    counter = CallCounter(method)
+    play(run, method, counter)
     period = range(updates, 2 * updates)  # the first step is logged
-    assert ledger.logged.isdisjoint(period)
-    total = sum(forward_passes(ledger.calls(step), share) for step in period)
+    assert counter.logged.isdisjoint(period)
+    total = sum(forward_passes(counter.calls(step), share) for step in period)
     earlier = sum(batch_of(run, step).draws.shared_integer("student_step", 0, run.config.steps) for step in period)
     assert total - earlier == updates * (4 + 6 * share) + 5 + 2 * share == 41
     many = [method.calls(step, batch_of(run, step))["student"] for step in range(2000)]
@@ -205,7 +205,7 @@ def stored_by(method: Method, name: str, run: Callable[[], None]) -> tuple[int, 
 def test_the_frozen_teacher_stores_nothing(distil: Callable, lora_rank: int) -> None:
     run, method = distil("dmd2", max_steps=2, lora_rank=lora_rank, gan_weight=0.1, data=True)
     for name, stores in (("teacher", False), ("student", True), ("critic", True)):
-        calls, stored = stored_by(method, name, lambda: play(run, method, Ledger(method)))
+        calls, stored = stored_by(method, name, lambda: play(run, method, CallCounter(method)))
         assert calls > 0
         assert (stored > 0) == stores, name
 
@@ -215,18 +215,18 @@ def test_a_teacher_that_is_asked_with_a_gradient_is_seen(distil: Callable) -> No
     method.matching = lambda x0, batch, called_at: torch.enable_grad()(type(method).matching.__wrapped__)(
         method, x0.clone().requires_grad_(), batch, called_at
     )
-    ledger = Ledger(method)
-    assert stored_by(method, "teacher", lambda: play(run, method, ledger))[1] > 0
-    assert ledger.wasted(0)["teacher"] == 2
+    counter = CallCounter(method)
+    assert stored_by(method, "teacher", lambda: play(run, method, counter))[1] > 0
+    assert counter.wasted(0)["teacher"] == 2
 
 
-# --- the ledger itself ------------------------------------------------------------------------------------------------
+# --- the counter itself -----------------------------------------------------------------------------------------------
 
 
-def one_step(method: Method, ledger: Ledger, turns: Callable | None = None) -> None:
+def one_step(method: Method, counter: CallCounter, turns: Callable | None = None) -> None:
     if turns is not None:
         method.turns = turns
-    with ledger:
+    with counter:
         for turn in method.turns(0, Batch(2, (6,), labels([0.0, 1.0]), Draws(0, 0, range(2)), None, False)):
             parameters = method.roles[turn.role].parameters()
             torch.autograd.backward(*zip(*turn.backward), inputs=parameters)
@@ -245,16 +245,16 @@ def test_what_flows_back_decides_and_not_what_could() -> None:
         method.roles["critic"](x0.detach(), t, batch.conditioning)  # a graph for nothing
         yield Turn("critic", [(loss, None)])
 
-    ledger = Ledger(method)
-    one_step(method, ledger, turns)
+    counter = CallCounter(method)
+    one_step(method, counter, turns)
     expected = {
         "student": Calls(to_parameters=1),
         "teacher": Calls(to_inputs=1),
         "critic": Calls(no_grad=1, to_parameters=1, to_inputs=1),
     }
-    assert ledger.calls(0) == expected
-    assert ledger.wasted(0) == {"critic": 1}
-    assert ledger.backwards(0) == {"student": 1, "teacher": 1, "critic": 2}
+    assert counter.calls(0) == expected
+    assert counter.wasted(0) == {"critic": 1}
+    assert counter.backwards(0) == {"student": 1, "teacher": 1, "critic": 2}
     assert forward_passes(expected) == 3 + 2 + (1 + 3 + 2)
 
 
@@ -269,31 +269,31 @@ def test_a_tangent_is_counted_apart() -> None:
             torch.func.jvp(lambda t: student(x, t, batch.conditioning), (t,), (torch.ones_like(t),))
         return iter(())
 
-    ledger = Ledger(method)
-    one_step(method, ledger, lambda step, batch: (yield from turns(step, batch)))
-    assert ledger.calls(0) == {"student": Calls(jvp=2)}
+    counter = CallCounter(method)
+    one_step(method, counter, lambda step, batch: (yield from turns(step, batch)))
+    assert counter.calls(0) == {"student": Calls(jvp=2)}
 
 
 def test_everything_is_as_before_when_it_closes(tmp_path: Path) -> None:
     method, text_encoder = TinyMethod(), TinyNetwork(6)
     before = {name: dict(vars(role.denoiser)) for name, role in method.roles.items()}
-    ledger = Ledger(method, {"text_encoder": text_encoder})
-    with pytest.raises(ZeroDivisionError), ledger:
+    counter = CallCounter(method, {"text_encoder": text_encoder})
+    with pytest.raises(ZeroDivisionError), counter:
         text_encoder(torch.zeros(1, 6), torch.zeros(1), torch.zeros(1))
         raise ZeroDivisionError
     assert "turns" not in vars(method)
     assert {name: dict(vars(role.denoiser)) for name, role in method.roles.items()} == before
     assert all(not p._backward_hooks for role in method.roles.values() for p in role.parameters())
     text_encoder(torch.zeros(1, 6), torch.zeros(1), torch.zeros(1))
-    assert ledger.beside_calls(None) == {"text_encoder": 1}
+    assert counter.beside_calls(None) == {"text_encoder": 1}
 
 
 def test_calls_between_steps_belong_to_no_step() -> None:
     method = TinyMethod()
-    ledger = Ledger(method)
-    with ledger:
+    counter = CallCounter(method)
+    with counter:
         method.roles["student"](torch.zeros(3, 6), torch.full((3,), 0.5), labels([0.0, 1.0, 1.0]))
-    assert (ledger.steps, ledger.outside()) == ([], {"student": 3})
+    assert (counter.steps, counter.outside()) == ([], {"student": 3})
 
 
 def test_zeros_are_not_part_of_a_declaration() -> None:

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from fewstep.programs.planning.memory import Footprint, tensor_bytes
-from fewstep.programs.planning.weightless import fake_tensors, pretending
+from fewstep.programs.planning.weightless import fake_tensors, fake_world
 
 
 @pytest.mark.parametrize("fake", [False, True])
 def test_a_chain_of_layers_keeps_what_its_backward_pass_needs(fake: bool) -> None:
     """Linear and tanh of width 32 on 8 rows: tanh keeps its output, which is the next layer's input. float32."""
     depth, width, rows = 5, 32, 8
-    with pretending(fake_tensors()) if fake else nullcontext():
+    with fake_world(fake_tensors()) if fake else nullcontext():
         network = nn.Sequential(*[layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh())])
         x = torch.zeros(rows, width)
         with Footprint(known=[x, *network.parameters()]) as footprint:

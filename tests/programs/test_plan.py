@@ -21,9 +21,9 @@ from fewstep.cli.plan import memory_bytes
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.errors import UserError
 from fewstep.programs.methods import method_class, methods
-from fewstep.programs.planning.dry_run import Rehearsal
+from fewstep.programs.planning.dry_run import DryRun
 from fewstep.programs.planning.plan import Planner, mean_calls, weigh
-from fewstep.programs.planning.weightless import answering, fake_tensors, hollow_teacher
+from fewstep.programs.planning.weightless import answering, fake_tensors, weightless_teacher
 from fewstep.recording import record
 
 
@@ -47,7 +47,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 def test_a_hollow_teacher_is_recorded_as_the_real_one(family: str, teachers: Callable) -> None:
     pipeline, folder, call = teachers(family)
     mode = fake_tensors()
-    hollow = hollow_teacher(folder, mode)
+    hollow = weightless_teacher(folder, mode)
     with answering(hollow, mode):
         found = record(hollow, **call)
     expected = record(pipeline, **call)
@@ -74,17 +74,17 @@ def test_a_step_on_fake_tensors_takes_what_it_takes_on_real_ones(
     pipeline, folder, call = teachers(family)
     config = method_class("dmd2").Config(teacher=folder, out="", call=call, batch_size=2, **settings)
     planned = Planner(config, "dmd2").plan()
-    rehearsal = Rehearsal(config, "dmd2", pipeline, record(pipeline, **call))
-    method = rehearsal.prepare()
+    dry_run = DryRun(config, "dmd2", pipeline, record(pipeline, **call))
+    method = dry_run.prepare()
     with torch.backends.mkldnn.flags(enabled=False):
-        real = weigh(method, rehearsal, 0)
+        real = weigh(method, dry_run, 0)
     assert planned.moments.keys() == real.keys() == {"student", "critic"}
     for name, moment in real.items():
         assert planned.moments[name].graph == pytest.approx(moment.graph, rel=0.1)
         assert planned.moments[name].peak == pytest.approx(moment.peak, rel=0.1)
     for name, role in method.roles.items():
         assert planned.roles[name].gradients == sum(p.nbytes for p in role.parameters())
-    assert planned.calls == mean_calls(method, rehearsal)
+    assert planned.calls == mean_calls(method, dry_run)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -95,7 +95,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_any_pipeline_is_planned_without_its_weights(zoo_name: str, zoo: Path, tmp_path: Path) -> None:
     folder = tmp_path / zoo_name
     shutil.copytree(zoo / zoo_name, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
-    call = pipeline_folder.call_of(zoo, zoo_name, hollow_teacher(str(folder), fake_tensors()))
+    call = pipeline_folder.call_of(zoo, zoo_name, weightless_teacher(str(folder), fake_tensors()))
     plan = fewstep.plan(str(folder), call=call, batch_size=1, lora_rank=2)
     assert plan.peak > plan.held > 0
     assert plan.calls["teacher"].no_grad > 0

@@ -86,9 +86,9 @@ def test_every_expert_counts_in_the_proof() -> None:
         (high, replace(middle, network=low.network), low),
         (replace(high, network=middle.network), replace(middle, network=high.network), low),
     ):
-        recording.experts = wrong
+        other = replace(recording, experts=wrong)
         with pytest.raises(RecordingError, match="failed its proof"):
-            recording.prove()
+            other.prove()
 
 
 def test_stock_two_experts() -> None:

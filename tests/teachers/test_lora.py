@@ -145,7 +145,7 @@ def test_a_lora_student_loads_on_the_bare_base_and_is_the_role_that_was_trained(
     run.run()
     student = method_class("dmd2").prepare(config, run).roles["student"]
     student.load_state_dict(load_latest(tmp_path / "run" / "checkpoints")[1]["student"])
-    with student.denoiser.playing():
+    with student.denoiser.active():
         expected = answer(student.denoiser.network, run.recording)
     scale = expected.abs().max()
 

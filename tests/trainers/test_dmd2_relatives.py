@@ -234,7 +234,7 @@ def test_swiftbrush_weighs_the_difference_of_two_guided_noises(tmp_path: Path, s
     x0, given = torch.randn(4, 6), batch(0)
     gradient, _ = one.matching(x0, given, 1.0)
     given.draws._names.clear()
-    x_t, t, _ = one.compared(x0, given, "matching")
+    x_t, t, _ = one.compared(x0, given.draws, "matching")
     alpha, sigma = (c.float().reshape(-1, 1) for c in one.schedule.coefficients(t))
     both = one.teacher, one.teacher.of(one.critic)
     noises = [(x_t - alpha * guided(x_t, t, given.conditioning)) / sigma for guided in both]

@@ -29,7 +29,7 @@ from fewstep.networks.flow_map import FlowMapDenoiser, gap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.pipelines.flow_map import flow_times
 from fewstep.programs.distillation import Distillation, distill
-from fewstep.programs.planning.call_counts import Ledger, forward_passes
+from fewstep.programs.planning.call_counts import CallCounter, forward_passes
 from fewstep.recording.shake import shaken
 from fewstep.trainers.mean_flow import MeanFlow, MeanFlowConfig
 from fewstep.training.method import Calls
@@ -214,15 +214,15 @@ def test_a_step_costs_what_it_declares_and_derivatives_only_where_the_times_diff
 ):
     """4.25 forward passes from data where a quarter of the times differs; 4.5 where blocks run again backwards."""
     trained = method("flow", config(apart=0.25, gradient_checkpointing=not one_pass, **settings), scale)
-    ledger, shares = Ledger(trained), []
-    with ledger:
+    counter, shares = CallCounter(trained), []
+    with counter:
         for step in range(40):
             for turn in trained.turns(step, batch(step=step)):
                 torch.autograd.backward(*zip(*turn.backward, strict=True), inputs=trained.roles["student"].parameters())
     for step in range(40):
-        found = ledger.calls(step)
+        found = counter.calls(step)
         assert {n: c for n, c in trained.calls(step, batch(step=step)).items() if c != Calls()} == found
-        assert ledger.wasted(step) == {}
+        assert counter.wasted(step) == {}
         student = found["student"]
         assert (student.jvp if one_pass else student.jvp_to_parameters) == 0
         shares.append(student.jvp + student.jvp_to_parameters)

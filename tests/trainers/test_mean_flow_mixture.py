@@ -95,7 +95,7 @@ def trained(out: Path, from_teacher: bool, **settings) -> MeanFlow:
 class Stepping:
     """A role whose rollout is told where its steps end, as that of a role with an added module is."""
 
-    told_where_steps_end = True
+    has_second_time = True
 
     def __init__(self, denoiser: FlowMapDenoiser) -> None:
         self.denoiser = denoiser

@@ -15,7 +15,7 @@ from fewstep.diffusion.phases import make_phases
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule
 from fewstep.errors import UserError
-from fewstep.networks.experts import RoutedRole
+from fewstep.networks.experts import ExpertsRole
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.trainers.phased_dmd import PhasedDmd, PhasedDmdConfig, critic_names
@@ -52,8 +52,8 @@ def method(settings: PhasedDmdConfig, kind: str = "flow", network=lambda: TinyNe
 
     phases = make_phases(grid, settings.phases)
 
-    def experts(name: str, trainable: bool) -> RoutedRole:
-        return RoutedRole(name, {f"phase_{k}": (p.lowest, make(name, trainable)) for k, p in enumerate(phases, 1)})
+    def experts(name: str, trainable: bool) -> ExpertsRole:
+        return ExpertsRole(name, {f"phase_{k}": (p.lowest, make(name, trainable)) for k, p in enumerate(phases, 1)})
 
     roles = {"teacher": make("teacher", False), "student": experts("student", True)}
     roles |= {name: make(name, True) for name in critic_names(settings, len(phases))}

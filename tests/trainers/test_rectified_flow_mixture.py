@@ -9,7 +9,7 @@ from toys import Labels, make_loop, role, unconditional
 
 from fewstep.data.batch import Pairs
 from fewstep.diffusion.draws import Draws, keyed_order
-from fewstep.diffusion.ode import Walker, straightness, teacher_times
+from fewstep.diffusion.ode import OdeSolver, straightness, teacher_times
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.networks.roles import Role
@@ -25,7 +25,7 @@ class InMemory:
     def __init__(self, teacher, count: int) -> None:
         self.noise = Draws(0, 0, range(count)).normal("noise", (2,))
         with torch.no_grad():
-            self.x0 = Walker(teacher, SCHEDULE, "heun").to_data(self.noise, TIMES[::2], unconditional(count))
+            self.x0 = OdeSolver(teacher, SCHEDULE, "heun").to_data(self.noise, TIMES[::2], unconditional(count))
 
     def batch(self, seed: int, positions: Sequence[int]) -> Pairs:
         rows = [keyed_order(seed, "pairs", len(self.x0), position) for position in positions]

@@ -32,7 +32,7 @@ from fewstep.errors import UserError
 from fewstep.losses.score import native_weight
 from fewstep.networks.features import FeatureTap
 from fewstep.networks.guidance import GuidedDenoiser
-from fewstep.programs.planning.call_counts import Ledger, declared
+from fewstep.programs.planning.call_counts import CallCounter, declared
 from fewstep.trainers.sid import Sid, SidConfig, critic_weight
 from fewstep.training.method import Calls, Turn
 
@@ -205,11 +205,11 @@ def test_the_critic_of_a_v_network_minimises_the_error_of_the_noise():
 )
 def test_a_step_costs_what_the_method_says(tmp_path: Path, settings: dict):
     method = vector_method(config(tmp_path, max_steps=12, log_steps=100, **settings))
-    with Ledger(method) as ledger:
+    with CallCounter(method) as counter:
         make_loop(method, method.config).run()
-    for step in set(ledger.steps) - ledger.logged:
-        assert ledger.calls(step) == declared(method, step, batch(step))
-        assert ledger.wasted(step) == {}
+    for step in set(counter.steps) - counter.logged:
+        assert counter.calls(step) == declared(method, step, batch(step))
+        assert counter.wasted(step) == {}
 
 
 def test_guidance_doubles_the_calls_of_the_networks_that_it_guides(tmp_path: Path):

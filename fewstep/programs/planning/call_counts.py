@@ -39,12 +39,12 @@ class _Pass:
         return f"{self.role}/features" if self.early else self.role
 
 
-class Ledger:
+class CallCounter:
     """Counts network calls while it is open; what is counted can be read then and after.
 
-    >>> with Ledger(method) as ledger:
+    >>> with CallCounter(method) as counter:
     ...     loop.run()
-    >>> ledger.calls(7)
+    >>> counter.calls(7)
     {'student': Calls(no_grad=2.0, ...), 'critic': Calls(..., to_parameters=1.0, ...)}
 
     Args:
@@ -63,7 +63,7 @@ class Ledger:
         self._step: int | None = None
         self._open = ExitStack()
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> CallCounter:
         with ExitStack() as stack:
             _replace(stack, self.method, "turns", partial(self._turns, self.method.turns))
             for name, role in self.method.roles.items():
@@ -185,7 +185,7 @@ class _WatchedRecipe:
 
 
 def declared(method: Method, step: int, batch: Batch) -> dict[str, Calls]:
-    """What a method says of a step, without what is zero, so that it compares with :meth:`Ledger.calls`."""
+    """What a method says of a step, without what is zero, so that it compares with :meth:`CallCounter.calls`."""
     return {name: calls for name, calls in method.calls(step, batch).items() if calls != Calls()}
 
 

@@ -26,11 +26,11 @@ from fewstep.export.flow_map import refuse_no_flow_map
 from fewstep.export.phased import phased_recording
 from fewstep.export.plan import StudentPlan
 from fewstep.networks.features import FeatureTap, likely_tap
-from fewstep.networks.guidance_embedding import likely_told_guidance
+from fewstep.networks.guidance_embedding import likely_guidance_embedding
 from fewstep.networks.make_roles import make_roles
 from fewstep.networks.roles import Role, update_average
-from fewstep.networks.second_time import give_second_time
-from fewstep.networks.time_embedders import likely_time_sites
+from fewstep.networks.second_time import attach_second_time
+from fewstep.networks.time_embedders import likely_time_embedders
 from fewstep.programs.distillation import Distillation
 from fewstep.programs.methods import method_class
 from fewstep.programs.teacher import guidance_of
@@ -42,13 +42,13 @@ from fewstep.training.method import Method, Turn
 World = Callable[[], AbstractContextManager[Any]]
 
 
-class Rehearsal(Distillation):
+class DryRun(Distillation):
     """What a method is prepared with, and batches for its steps.
 
     Args:
         config: of the run.
         method: name of the method.
-        pipeline: the teacher, hollow or real.
+        pipeline: the teacher, weightless or real.
         recording: of that pipeline.
         device: of the roles.
         world: that of fake tensors for a plan. What a method works out with numbers of its own, it works out on real
@@ -74,8 +74,8 @@ class Rehearsal(Distillation):
         self.sampler = Sampler(recording.schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
         self.guidance_scale = guidance_of(config, recording)
         # An input for the guidance that a run would add to the network weighs next to nothing, and is left out.
-        told = config.tells_guidance and recording.embedded
-        self.told_guidance = likely_told_guidance(recording, config.guidance_min) if told else None
+        told = config.embeds_guidance and recording.embedded
+        self.guidance_embedding = likely_guidance_embedding(recording, config.guidance_min) if told else None
         negative = recording.negative()
         self.negative = None if negative is None else negative.to(device=self.device)
         self._conditions = self._conditioning(config.batch_size)
@@ -104,11 +104,11 @@ class Rehearsal(Distillation):
         """As in a run; where the network is told its second time is not observed, but known by names."""
         refuse_no_flow_map(self.recording)
         roles = self.make_roles("student")
-        sites = likely_time_sites(self.recording.network)
+        sites = likely_time_embedders(self.recording.network)
         for name in roles.keys() - {"teacher"}:
             checkpointing = self.config.gradient_checkpointing and name == "student"
             with self.world():
-                give_second_time(roles[name], self.recording.component, sites, checkpointing, self.config.seed)
+                attach_second_time(roles[name], self.recording.component, sites, checkpointing, self.config.seed)
         return roles
 
     def add_head(self, role: Role) -> FeatureTap:
@@ -192,11 +192,11 @@ class _LongestDraws(Draws):
 class _NoPairs:
     """In the place of a run's pairs: nothing is made but noted, and every batch holds zeros."""
 
-    def __init__(self, rehearsal: Rehearsal) -> None:
-        self._rehearsal = rehearsal
+    def __init__(self, dry_run: DryRun) -> None:
+        self._dry_run = dry_run
 
     def make(self, _teacher: Role, num: int, steps: int, solver: str, real: Any = None) -> None:
-        self._rehearsal.pair_evaluations += num * steps * (2 if solver == "heun" else 1)
+        self._dry_run.pair_evaluations += num * steps * (2 if solver == "heun" else 1)
 
     def stream(self, *_folders: Any) -> _NoPairs:
         return self

@@ -1,6 +1,6 @@
 """What a run would take, before anything is downloaded or trained: parameters, memory, and network calls.
 
-The teacher is built hollow (:mod:`fewstep.programs.planning.weightless`), its call is recorded, the method gets its
+The teacher is built weightless (:mod:`fewstep.programs.planning.weightless`), its call is recorded, the method gets its
 real roles, and the most costly of its steps is played on fake tensors while their bytes are counted
 (:mod:`fewstep.programs.planning.memory`).
 """
@@ -24,10 +24,10 @@ from fewstep.errors import UserError
 from fewstep.networks.roles import Role
 from fewstep.programs.methods import method_class
 from fewstep.programs.planning.call_counts import forward_passes
-from fewstep.programs.planning.dry_run import Rehearsal, World, backward
+from fewstep.programs.planning.dry_run import DryRun, World, backward
 from fewstep.programs.planning.memory import Footprint, tensor_bytes
 from fewstep.programs.planning.quantized import plan_quantized
-from fewstep.programs.planning.weightless import answering, fake_tensors, hollow_teacher, pretend, pretending
+from fewstep.programs.planning.weightless import answering, fake_tensors, fake_world, pretend, weightless_teacher
 from fewstep.programs.teacher import teacher_call
 from fewstep.recording import Recording, record
 from fewstep.recording.pipeline import find_decoder, modules_of
@@ -147,9 +147,9 @@ class Planner:
         self.config, self.method = config, method
         self.mode = fake_tensors()
         if build is None:
-            self.pipeline = hollow_teacher(config.teacher, self.mode)
+            self.pipeline = weightless_teacher(config.teacher, self.mode)
         else:
-            self.pipeline = build(partial(pretending, self.mode))
+            self.pipeline = build(partial(fake_world, self.mode))
         with answering(self.pipeline, self.mode):
             self.recording = record(self.pipeline, **teacher_call(config))
         self.device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
@@ -161,18 +161,18 @@ class Planner:
             UserError: the method's step cannot be played without values, or a setting does not fit the teacher.
         """
         config = replace(self.config, **changes)
-        world = partial(pretending, self.mode)
+        world = partial(fake_world, self.mode)
         recording = self._quantized(config) if config.quantization is not None else self.recording
         pipeline = recording.pipeline
-        rehearsal = Rehearsal(config, self.method, pipeline, recording, self.device, world)
+        dry_run = DryRun(config, self.method, pipeline, recording, self.device, world)
         try:
-            method = rehearsal.prepare()
+            method = dry_run.prepare()
             for role in method.roles.values():
                 for module in role.added.values():
                     pretend(module, self.mode)
-            step = costliest_step(method, rehearsal)
+            step = costliest_step(method, dry_run)
             with world():
-                moments = weigh(method, rehearsal, step)
+                moments = weigh(method, dry_run, step)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UserError(
                 f"{self.method} cannot be planned: its step depends on values of tensors: {error}"
@@ -197,7 +197,7 @@ class Planner:
             kept=tensor_bytes(*kept),
             roles=_roles(method, kept),
             moments=moments,
-            calls=mean_calls(method, rehearsal),
+            calls=mean_calls(method, dry_run),
         )
 
     def _quantized(self, config: RunConfig) -> Recording:
@@ -205,7 +205,7 @@ class Planner:
 
         The whole pipeline is in the dtype in which a run loads it.
         """
-        with pretending(self.mode):
+        with fake_world(self.mode):
             networks = {name: copy.deepcopy(network) for name, network in modules_of(self.pipeline).items()}
             for name in self.recording.components:
                 plan_quantized(networks[name], config.quantization)
@@ -247,23 +247,23 @@ def _flags(changes: dict[str, Any]) -> str:
     return " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in changes.items())
 
 
-def costliest_step(method: Method, rehearsal: Rehearsal) -> int:
+def costliest_step(method: Method, dry_run: DryRun) -> int:
     """The step with most network calls, of the first and the last hundred."""
-    last = rehearsal.config.max_steps
+    last = dry_run.config.max_steps
     steps = [*range(min(_SEARCHED, last)), *range(max(0, last - _SEARCHED), last)]
-    return max(steps, key=lambda step: forward_passes(method.calls(step, rehearsal.batch(step))))
+    return max(steps, key=lambda step: forward_passes(method.calls(step, dry_run.batch(step))))
 
 
-def weigh(method: Method, rehearsal: Rehearsal, step: int) -> dict[str, Moment]:
+def weigh(method: Method, dry_run: DryRun, step: int) -> dict[str, Moment]:
     """By role: what its turn of a step needs beside all weights.
 
     Micro-batches after the first need it beside the gradients of those before; the second stands for all of them.
     """
     moments: dict[str, Moment] = {}
     weights = [tensor for role in method.roles.values() for tensor in _tensors(role)]
-    micro_batches = min(2, rehearsal.config.gradient_accumulation_steps)
+    micro_batches = min(2, dry_run.config.gradient_accumulation_steps)
     with Footprint(known=weights) as footprint:
-        runs = [method.turns(step, rehearsal.batch(step)) for _ in range(micro_batches)]
+        runs = [method.turns(step, dry_run.batch(step)) for _ in range(micro_batches)]
         while True:
             role, graph = None, 0
             for run in runs:
@@ -281,13 +281,13 @@ def weigh(method: Method, rehearsal: Rehearsal, step: int) -> dict[str, Moment]:
             footprint.restart()
 
 
-def mean_calls(method: Method, rehearsal: Rehearsal) -> dict[str, Calls]:
+def mean_calls(method: Method, dry_run: DryRun) -> dict[str, Calls]:
     """Network calls of a step, per sample, in the mean over the run's last :data:`PERIOD` steps."""
-    last = rehearsal.config.max_steps
+    last = dry_run.config.max_steps
     steps = range(max(0, last - PERIOD), last)
     sums: dict[str, dict[str, float]] = {}
     for step in steps:
-        for name, calls in method.calls(step, rehearsal.batch(step, Draws)).items():
+        for name, calls in method.calls(step, dry_run.batch(step, Draws)).items():
             for kind, count in vars(calls).items():
                 sums.setdefault(name, {}).setdefault(kind, 0.0)
                 sums[name][kind] += count / len(steps)

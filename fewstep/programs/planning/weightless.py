@@ -1,4 +1,4 @@
-"""Hollow pipelines: a teacher built from its configuration files alone, with networks that hold no weights.
+"""Weightless pipelines: a teacher built from its configuration files alone, with networks that hold no weights.
 
 Their weights are fake tensors, which have a shape and a dtype and take no memory. What such a network answers is drawn,
 in the shapes that it would have: a function of its inputs that follows all of them. So the pipeline's own call runs,
@@ -50,7 +50,7 @@ def fake_tensors() -> FakeTensorMode:
     return _FakeTensors(allow_non_fake_inputs=True)
 
 
-def hollow_teacher(name: str, mode: FakeTensorMode) -> DiffusionPipeline:
+def weightless_teacher(name: str, mode: FakeTensorMode) -> DiffusionPipeline:
     """The float32 pipeline of a teacher without its weights; of a hub id, only configuration files are fetched.
 
     Args:
@@ -78,7 +78,7 @@ def hollow_teacher(name: str, mode: FakeTensorMode) -> DiffusionPipeline:
 
 
 @contextmanager
-def pretending(mode: FakeTensorMode) -> Iterator[None]:
+def fake_world(mode: FakeTensorMode) -> Iterator[None]:
     """Inside, every new tensor is fake, and modules of fake ones can be copied, moved and cast."""
     before = nn.Module._apply, vars(FakeTensor).get("__deepcopy__", Tensor.__deepcopy__)
     nn.Module._apply, FakeTensor.__deepcopy__ = _converted, _copied
@@ -157,7 +157,7 @@ def _part(kind: type, folder: Path, mode: FakeTensorMode) -> Any:
     """A network of fake weights, or whatever else a pipeline consists of, from its own files."""
     if not issubclass(kind, nn.Module):
         return kind.from_pretrained(folder)
-    with pretending(mode):
+    with fake_world(mode):
         if issubclass(kind, ConfigMixin):
             return kind.from_config(kind.load_config(folder)).eval()
         return kind(kind.config_class.from_pretrained(folder)).eval()
