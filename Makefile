@@ -7,13 +7,13 @@ INSTALL := $(RUN) -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test soak lint bench methods clean
+.PHONY: help demo test soak lint types bench methods clean
 
 help:
 	@echo "make demo   distil an embedded teacher on this machine and compare both"
 	@echo "make test   the test suite"
 	@echo "make soak   the long forms of the tests that are cut short in make test"
-	@echo "make lint   ruff and its formatter"
+	@echo "make lint   ruff, its formatter, and the type checker"
 	@echo "make bench  latency of the embedded teachers, and memory of LoRA roles, full copies and plans"
 	@echo "make methods  every method on the embedded teachers, in cells: one table, one picture (hours; goes on where it stopped)"
 	@echo "make clean  remove the environment and build products"
@@ -30,6 +30,12 @@ soak: $(VENV)/.test
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	@$(MAKE) --no-print-directory types
+
+# The checker sees the package as it is installed, with trainers/, pipelines/ and eval/ inside it.
+types: $(VENV)/.dev
+	@rm -rf build/types && mkdir -p build/types && cp -R fewstep build/types/ && cp -R trainers pipelines eval build/types/fewstep/
+	cd build/types && $(abspath $(RUN)) -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 
 # Timings are measured anew each time: finished rows of an evaluation are kept and would be reused.
 bench: $(VENV)/.demo
