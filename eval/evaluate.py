@@ -16,7 +16,7 @@ from fewstep.data.conditions import read_classes
 from fewstep.errors import UserError
 from fewstep.eval.config import QUOTABLE, EvalConfig
 from fewstep.eval.features import FashionExtractor, fashion_reference
-from fewstep.eval.generate import Conditions, NonFiniteImagesError
+from fewstep.eval.generate import NonFiniteImagesError, SampleConditions
 from fewstep.eval.grid import GridRow, draw_grid
 from fewstep.eval.judge import Judge
 from fewstep.eval.models import Model, in_steps, is_embedded, student_model, teacher_model
@@ -144,7 +144,7 @@ def _with_trained_classes(config: EvalConfig, models: Sequence[Model]) -> EvalCo
     return dataclasses.replace(config, classes=read_classes(classes))
 
 
-def _conditions(model: Model, config: EvalConfig, fashion: bool) -> Conditions:
+def _conditions(model: Model, config: EvalConfig, fashion: bool) -> SampleConditions:
     """What the model's samples are asked for; `fashion`: the ten classes of Fashion-MNIST are the default."""
     from fewstep.fashion import PROMPTS
 
@@ -156,15 +156,15 @@ def _conditions(model: Model, config: EvalConfig, fashion: bool) -> Conditions:
             raise UserError(f"classes must lie between 0 and {len(PROMPTS) - 1}")
         chosen = config.prompts or [PROMPTS[k] for k in config.classes or range(len(PROMPTS))]
         known = all(prompt in PROMPTS for prompt in chosen)
-        return Conditions("prompt", tuple(chosen), tuple(PROMPTS.index(p) for p in chosen) if known else ())
+        return SampleConditions("prompt", tuple(chosen), tuple(PROMPTS.index(p) for p in chosen) if known else ())
     if kind == "label":
         if config.classes is None:
             raise UserError(f"{model.name} takes class labels, and none were given (--classes 0-9)")
-        return Conditions("label", tuple(config.classes), tuple(config.classes))
-    return Conditions()
+        return SampleConditions("label", tuple(config.classes), tuple(config.classes))
+    return SampleConditions()
 
 
-def _is_fashion(config: EvalConfig, plans: Sequence[tuple[Model, Conditions]], fashion: bool) -> bool:
+def _is_fashion(config: EvalConfig, plans: Sequence[tuple[Model, SampleConditions]], fashion: bool) -> bool:
     """Whether the embedded reference is the right one: asked for, or the models or their prompts come from there."""
     if config.reference != "auto":
         return config.reference == "fashion"
@@ -183,7 +183,7 @@ def _step_counts(model: Model, config: EvalConfig, skipped: list[str]) -> list[i
 def _report(
     rows: list[dict[str, Any]],
     skipped: list[str],
-    plans: Sequence[tuple[Model, Conditions]],
+    plans: Sequence[tuple[Model, SampleConditions]],
     config: EvalConfig,
     judge: Judge | None,
 ) -> Report:

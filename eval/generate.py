@@ -5,7 +5,7 @@ Three things make a sample a function of (base seed, index) alone:
 - its own CPU generator, seeded by a hash of the two, draws its initial noise;
 - the same generator draws the fresh noise of stochastic schedulers, also under the many pipelines that do not hand
   their generators on to ``scheduler.step`` (`per_sample_noise`);
-- its prompt or label is a function of the index (`Conditions`).
+- its prompt or label is a function of the index (`SampleConditions`).
 
 So results do not change with the batch size, up to kernel rounding. The network evaluations are counted, not declared.
 """
@@ -36,7 +36,7 @@ class NonFiniteImagesError(UserError):
 
 
 @dataclass(frozen=True)
-class Conditions:
+class SampleConditions:
     """What sample i is asked for: entry ``i % len(values)``.
 
     kind: "prompt", "label" or None (unconditional). values: prompts or class numbers; empty when unconditional.
@@ -63,7 +63,7 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Samples:
     """Some finished samples.
 
     images: uint8 (B, C, H, W), for videos (B, frames, C, H, W). evaluations: denoiser evaluations per sample, a
@@ -182,8 +182,8 @@ def _own_global_rng(seed: int) -> Iterator[None]:
 
 
 def run_pipeline(
-    pipeline: Any, call: Mapping[str, Any], conditions: Conditions, indices: Sequence[int], *, seed: int
-) -> Batch:
+    pipeline: Any, call: Mapping[str, Any], conditions: SampleConditions, indices: Sequence[int], *, seed: int
+) -> Samples:
     """One call of the pipeline for the samples `indices`.
 
     call: the pipeline's keyword arguments; the condition, generators and output type are added here.
@@ -214,19 +214,19 @@ def run_pipeline(
         # "np" output lives on the host, so the device has finished when the call returns.
         seconds = time.perf_counter() - started
     images = to_uint8(output.frames if "frames" in output else output.images)
-    return Batch(indices, images, sum(rows) / len(indices), seconds)
+    return Samples(indices, images, sum(rows) / len(indices), seconds)
 
 
 def generate(
     pipeline: Any,
     call: Mapping[str, Any],
-    conditions: Conditions,
+    conditions: SampleConditions,
     indices: Sequence[int],
     *,
     seed: int,
     batch_size: int,
     description: str | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[Samples]:
     """Samples `indices`, one batch after the other, with a progress bar named `description` (None: no bar).
 
     Yields instead of collecting, so that large images never pile up in memory.
@@ -237,9 +237,9 @@ def generate(
     check_call(pipeline, call)
     with tqdm(total=len(indices), desc=description, disable=description is None, unit="sample") as bar:
         for start in range(0, len(indices), batch_size):
-            batch = run_pipeline(pipeline, call, conditions, indices[start : start + batch_size], seed=seed)
-            bar.update(len(batch.indices))
-            yield batch
+            samples = run_pipeline(pipeline, call, conditions, indices[start : start + batch_size], seed=seed)
+            bar.update(len(samples.indices))
+            yield samples
 
 
 def to_uint8(images: Any) -> Tensor:

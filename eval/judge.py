@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.eval.config import METRICS
 from fewstep.eval.features import Extractor, Features, Reference
-from fewstep.eval.generate import Conditions
+from fewstep.eval.generate import SampleConditions
 from fewstep.eval.metrics.agreement import agreement
 from fewstep.eval.metrics.diversity import diversity
 from fewstep.eval.metrics.frechet import frechet
@@ -51,7 +51,7 @@ class Judge:
 
 
 def image_metrics(
-    wanted: Sequence[str], parts: Sequence[Features], conditions: Conditions, judge: Judge | None
+    wanted: Sequence[str], parts: Sequence[Features], conditions: SampleConditions, judge: Judge | None
 ) -> tuple[dict[str, float], list[str]]:
     """The image metrics among `wanted`, and one plain sentence for each that could not be computed.
 

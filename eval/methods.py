@@ -27,7 +27,7 @@ from fewstep.config.parsing import Parser, parse, with_values
 from fewstep.errors import UserError
 from fewstep.eval.benchmark.cell_results import RESULTS, read_result, state, why_stale, write_result
 from fewstep.eval.benchmark.cell_runs import Runner, network_calls
-from fewstep.eval.benchmark.cells import Cell, Plan, read_plan
+from fewstep.eval.benchmark.cells import Cell, CellPlan, read_plan
 from fewstep.eval.benchmark.comparison import compare, insert
 from fewstep.eval.report import write_atomically
 from fewstep.training.loop import Interrupted
@@ -80,7 +80,7 @@ def show(cells: Sequence[Cell], results: Path) -> None:
         print(f"{state(results, cell):8}{cell.file:44}{planned}", flush=True)
 
 
-def publish(plan: Plan, results: Path, readme: Path | None = None, num: int | None = None) -> str:
+def publish(plan: CellPlan, results: Path, readme: Path | None = None, num: int | None = None) -> str:
     """Make table and picture anew from what is kept of all cells and seeds; the table goes into a document, too."""
     comparison = compare(plan.cells(seeds_kept(plan, results), num), results)
     table = comparison.markdown()
@@ -92,7 +92,7 @@ def publish(plan: Plan, results: Path, readme: Path | None = None, num: int | No
     return table
 
 
-def seeds_kept(plan: Plan, results: Path) -> list[int]:
+def seeds_kept(plan: CellPlan, results: Path) -> list[int]:
     """The seeds that any result is of, or the list asks for."""
     kept = {int(path.stem.rpartition(".seed")[2]) for path in results.glob("*.seed*.json")}
     return sorted(kept | {seed for training in plan.trainings for seed in training.seeds})

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.eval import speed
 from fewstep.eval.config import EvalConfig
 from fewstep.eval.features import Features
-from fewstep.eval.generate import Conditions, generate, run_pipeline
+from fewstep.eval.generate import SampleConditions, generate, run_pipeline
 from fewstep.eval.judge import Judge, image_metrics
 from fewstep.eval.models import Model, in_steps
 from fewstep.eval.report import write_atomically
@@ -31,7 +31,7 @@ ROW_VERSION = 1
 
 
 def measure(
-    pipeline: Any, model: Model, conditions: Conditions, steps: int, config: EvalConfig, judge: Judge | None
+    pipeline: Any, model: Model, conditions: SampleConditions, steps: int, config: EvalConfig, judge: Judge | None
 ) -> tuple[dict[str, Any], Tensor]:
     """One row: its numbers, and the first `config.columns` samples uint8 (columns, [frames,] C, H, W)."""
     call = {**model.call, "num_inference_steps": steps}
@@ -45,15 +45,15 @@ def measure(
     evaluations: list[float] = []
     seconds: list[tuple[int, float]] = []
     title = f"{model.name}, {in_steps(steps)}"
-    for batch in generate(
+    for samples in generate(
         pipeline, call, conditions, range(num), seed=config.seed, batch_size=config.batch_size, description=title
     ):
         if sum(map(len, shown)) < config.columns:
-            shown.append(batch.images)
-        if judge and judge.extractor.accepts(tuple(batch.images.shape[1:])):
-            features.append(judge.extractor(batch.images))
-        evaluations.append(batch.evaluations * len(batch.indices))
-        seconds.append((len(batch.indices), batch.seconds))
+            shown.append(samples.images)
+        if judge and judge.extractor.accepts(tuple(samples.images.shape[1:])):
+            features.append(judge.extractor(samples.images))
+        evaluations.append(samples.evaluations * len(samples.indices))
+        seconds.append((len(samples.indices), samples.seconds))
     numbers, skipped = image_metrics(config.metrics, features, conditions, judge)
     row: dict[str, Any] = {
         "model": model.name,
@@ -85,7 +85,9 @@ def measure(
     return row, torch.cat(shown)[: config.columns]
 
 
-def row_key(model: Model, conditions: Conditions, steps: int, config: EvalConfig, judge: Judge | None) -> str | None:
+def row_key(
+    model: Model, conditions: SampleConditions, steps: int, config: EvalConfig, judge: Judge | None
+) -> str | None:
     """A hash of all that a row depends on, or None for a model that nothing identifies."""
     identity = model.fingerprint()
     if identity is None:

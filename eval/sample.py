@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fewstep.errors import UserError
-from fewstep.eval.generate import Conditions, generate
+from fewstep.eval.generate import SampleConditions, generate
 from fewstep.eval.grid import contact_sheet, tile, to_pil
 from fewstep.eval.models import CARD_NAME, Model, is_embedded, student_model, teacher_model
 
@@ -85,13 +85,13 @@ def _embedded_steps(model: Model) -> int | None:
     return TEACHERS[Path(model.base_model or "").name].steps if is_embedded(model.base_model) else None
 
 
-def _conditions(model: Model, prompt: str | None, label: int | None) -> Conditions:
+def _conditions(model: Model, prompt: str | None, label: int | None) -> SampleConditions:
     kind = model.condition_kind()
     if kind is None:
         if prompt is not None or label is not None:
             raise UserError(f"{model.source} is unconditional: it takes neither a prompt nor a class")
-        return Conditions()
+        return SampleConditions()
     value = prompt if kind == "prompt" else label
     if value is None:
         raise UserError(f"{model.source} needs a {'prompt' if kind == 'prompt' else 'class'}")
-    return Conditions(kind, (value,))
+    return SampleConditions(kind, (value,))

@@ -20,7 +20,7 @@ from fewstep.eval.benchmark.cell_results import Result
 from fewstep.eval.benchmark.cells import Cell, Training, digest
 from fewstep.eval.config import EvalConfig
 from fewstep.eval.features import FashionExtractor, fashion_reference
-from fewstep.eval.generate import DENOISER_NAMES, Conditions
+from fewstep.eval.generate import DENOISER_NAMES, SampleConditions
 from fewstep.eval.judge import Judge
 from fewstep.eval.models import Model, student_model, teacher_model
 from fewstep.eval.report import write_atomically
@@ -89,7 +89,7 @@ class Runner:
         config = EvalConfig(num=cell.num, metrics=METRICS, columns=COLUMNS)
         if self._judge is None:
             self._judge = Judge(FashionExtractor(config.torch_device), fashion_reference())
-        conditions = Conditions("prompt", tuple(PROMPTS), tuple(range(len(PROMPTS))))
+        conditions = SampleConditions("prompt", tuple(PROMPTS), tuple(range(len(PROMPTS))))
         pipeline = model.load(config.torch_device, torch.float32)
         return measure(pipeline, model, conditions, cell.steps, config, self._judge)
 

@@ -178,7 +178,7 @@ def differences(recorded: Mapping[str, Any], present: Mapping[str, Any], path: s
 
 
 @dataclass(frozen=True)
-class Plan:
+class CellPlan:
     """The declared list: trainings in the table's order, the teachers' step counts, and samples for every row."""
 
     trainings: tuple[Training, ...]
@@ -201,7 +201,7 @@ class Plan:
         return cells
 
 
-def read_plan(path: Any = LIST) -> Plan:
+def read_plan(path: Any = LIST) -> CellPlan:
     """The declared list.
 
     Raises:
@@ -210,7 +210,7 @@ def read_plan(path: Any = LIST) -> Plan:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         trainings = tuple(Training(**entry) for entry in content["trainings"])
-        plan = Plan(trainings, tuple(content["teacher_steps"]), content["num"])
+        plan = CellPlan(trainings, tuple(content["teacher_steps"]), content["num"])
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
         raise UserError(f"{path} is no list of cells: {' '.join(str(error).split())}") from error
     titles = [training.title for training in trainings]

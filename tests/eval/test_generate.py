@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMSchedul
 from toy_models import tiny_ddim, tiny_dit, tiny_flow
 
 from fewstep.eval.generate import (
-    Conditions,
     NonFiniteImagesError,
+    SampleConditions,
     condition_kind,
     generate,
     per_sample_noise,
@@ -18,8 +18,8 @@ from fewstep.eval.generate import (
     to_uint8,
 )
 
-LABELS = Conditions("label", (3, 1, 4), (3, 1, 4))
-PROMPTS = Conditions("prompt", ("a", "much longer words"))
+LABELS = SampleConditions("label", (3, 1, 4), (3, 1, 4))
+PROMPTS = SampleConditions("prompt", ("a", "much longer words"))
 
 
 def images(pipeline, call, conditions, batch_size, num=7, seed=5):
@@ -28,8 +28,8 @@ def images(pipeline, call, conditions, batch_size, num=7, seed=5):
 
 
 CASES = {
-    "ddim": (tiny_ddim, {"num_inference_steps": 3}, Conditions()),
-    "ddim with eta": (tiny_ddim, {"num_inference_steps": 3, "eta": 1.0}, Conditions()),
+    "ddim": (tiny_ddim, {"num_inference_steps": 3}, SampleConditions()),
+    "ddim with eta": (tiny_ddim, {"num_inference_steps": 3, "eta": 1.0}, SampleConditions()),
     "lcm": (
         lambda: tiny_dit(LCMScheduler(original_inference_steps=4, clip_sample=False)),
         {"num_inference_steps": 4, "guidance_scale": 1.0},
@@ -73,7 +73,7 @@ def test_the_global_generator_is_neither_read_nor_moved():
 @pytest.mark.parametrize(
     ("make", "call", "conditions", "nfe"),
     [
-        (tiny_ddim, {"num_inference_steps": 3}, Conditions(), 3),
+        (tiny_ddim, {"num_inference_steps": 3}, SampleConditions(), 3),
         (tiny_dit, {"num_inference_steps": 3, "guidance_scale": 1.0}, LABELS, 3),
         (tiny_dit, {"num_inference_steps": 3, "guidance_scale": 2.0}, LABELS, 6),
         (tiny_flow, {"num_inference_steps": 3}, PROMPTS, 3),
@@ -116,7 +116,7 @@ def test_a_generator_that_the_pipeline_passes_is_left_alone():
 def test_the_progress_bar_setting_survives():
     pipeline = tiny_ddim()
     pipeline.set_progress_bar_config(desc="mine")
-    images(pipeline, {"num_inference_steps": 1}, Conditions(), 7)
+    images(pipeline, {"num_inference_steps": 1}, SampleConditions(), 7)
     assert pipeline._progress_bar_config == {"desc": "mine"}
 
 
@@ -132,12 +132,12 @@ def test_conditions_are_a_function_of_the_index():
     assert LABELS.take([0, 1, 2, 3, 7]) == [3, 1, 4, 3, 1]
     assert LABELS.take_labels([2, 3]).tolist() == [4, 3]
     with pytest.raises(ValueError, match="no prompts"):
-        Conditions("prompt", ())
+        SampleConditions("prompt", ())
     assert [condition_kind(type(make())) for make in (tiny_ddim, tiny_dit, tiny_flow)] == [None, "label", "prompt"]
 
 
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="DDIMPipeline takes no argument heigth"):
-        images(tiny_ddim(), {"heigth": 3}, Conditions(), 4)
+        images(tiny_ddim(), {"heigth": 3}, SampleConditions(), 4)
     with pytest.raises(ValueError, match="batch size"):
-        images(tiny_ddim(), {}, Conditions(), 0)
+        images(tiny_ddim(), {}, SampleConditions(), 0)

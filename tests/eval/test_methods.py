@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from fewstep.eval import methods
 from fewstep.eval.benchmark.cell_results import read_result, read_strip
 from fewstep.eval.benchmark.cell_runs import Stopwatch, fresh_pipeline, network_calls, train
-from fewstep.eval.benchmark.cells import Cell, Plan, Training
+from fewstep.eval.benchmark.cells import Cell, CellPlan, Training
 from fewstep.fashion import teacher_path
 from fewstep.training.monitor import Monitor
 
@@ -106,7 +106,7 @@ def test_a_student_from_scratch_starts_from_fresh_weights(tmp_path: Path) -> Non
 @pytest.fixture
 def command(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The command line on a list of one training, whose work is the undisturbed one's."""
-    monkeypatch.setattr(methods, "read_plan", lambda: Plan((TINY,), (1, 2), 20))
+    monkeypatch.setattr(methods, "read_plan", lambda: CellPlan((TINY,), (1, 2), 20))
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     work = undisturbed.parent.parent.parent
     where = ["--out", str(work), "--results", str(tmp_path / "results"), "--threads", "1"]
