@@ -8,15 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.eval.config import METRICS
 from fewstep.eval.features import Extractor, Features, Reference
 from fewstep.eval.generate import SampleConditions
-from fewstep.eval.metrics.agreement import agreement
-from fewstep.eval.metrics.diversity import diversity
-from fewstep.eval.metrics.frechet import frechet
-from fewstep.eval.metrics.precision_recall import manifold_radii, precision_recall
-
-IMAGE_METRICS = tuple(name for name in METRICS if name != "speed")
+from fewstep.eval.metrics.precision_recall import manifold_radii
+from fewstep.eval.metrics.table import IMAGE_METRICS
 
 
 @dataclass
@@ -50,6 +45,44 @@ class Judge:
         }
 
 
+@dataclass(frozen=True)
+class MetricInputs:
+    """What metrics are made of; each names what it needs of it (`fewstep.eval.metrics.table`).
+
+    features: float (N, d). logits: float (N, classes), or None when the extractor does not classify. labels: int64
+    (N,), the classes asked for, or None when unknown. The reference's are `reference`, `reference_features` (n, d) and
+    `reference_radii` (n,).
+    """
+
+    judge: Judge
+    features: Tensor
+    logits: Tensor | None
+    labels: Tensor | None
+
+    @property
+    def reference(self) -> Reference:
+        """What the samples are compared with."""
+        return self.judge.reference
+
+    @property
+    def reference_features(self) -> Tensor:
+        """Of the real images."""
+        return self.judge.reference.features
+
+    @property
+    def reference_radii(self) -> Tensor:
+        """Neighbour radii of the real images, computed when they are first wanted."""
+        return self.judge.radii
+
+    def lacking(self, needs: Sequence[str]) -> str | None:
+        """Why something of `needs` is not there, or None where all is."""
+        if "labels" in needs and self.labels is None:
+            return "the classes of these samples are not known"
+        if "logits" in needs and self.logits is None:
+            return f"{self.judge.extractor.name} does not classify"
+        return None
+
+
 def image_metrics(
     wanted: Sequence[str], parts: Sequence[Features], conditions: SampleConditions, judge: Judge | None
 ) -> tuple[dict[str, float], list[str]]:
@@ -57,30 +90,23 @@ def image_metrics(
 
     parts: the features of samples 0, 1, 2, ... in order; empty when the images do not fit the extractor.
     """
-    names = [name for name in IMAGE_METRICS if name in wanted]
+    asked = [(metric, names) for metric in IMAGE_METRICS if (names := [n for n in metric.names if n in wanted])]
     if judge is None or not parts:
-        reason = "no embedded extractor knows these images" if judge is None else "the extractor takes another size"
-        return {}, [f"{name} is skipped: {reason}." for name in names]
+        unfit = "no embedded extractor knows these images" if judge is None else "the extractor takes another size"
+        return {}, [f"{name} is skipped: {unfit}." for _, names in asked for name in names]
     features = torch.cat([part.features for part in parts])
-    logits = None if parts[0].logits is None else torch.cat([part.logits for part in parts])
+    logits = [part.logits for part in parts if part.logits is not None]
     labels = conditions.take_labels(range(len(features))) if conditions.labels else None
+    inputs = MetricInputs(judge, features, torch.cat(logits) if logits else None, labels)
     numbers: dict[str, float] = {}
     skipped: list[str] = []
-    for name in names:
-        try:
-            if name == "fd_test":
-                numbers[name] = frechet(features, judge.reference)
-            elif name in ("agreement", "diversity") and labels is None:
-                skipped.append(f"{name} is skipped: the classes of these samples are not known.")
-            elif name == "agreement" and logits is None:
-                skipped.append(f"{name} is skipped: {judge.extractor.name} does not classify.")
-            elif name == "agreement":
-                numbers[name] = agreement(logits, labels)
-            elif name == "diversity":
-                numbers[name] = diversity(features, labels, judge.reference)
-            elif name not in numbers:
-                found = precision_recall(features, judge.reference.features, reference_radii=judge.radii)
-                numbers |= {metric: value for metric, value in zip(("precision", "recall"), found) if metric in names}
-        except ValueError as error:
-            skipped.append(f"{name} is skipped: {error}.")
+    for metric, names in asked:
+        reason = inputs.lacking(metric.needs)
+        if reason is None:
+            try:
+                numbers |= {name: value for name, value in metric.numbers(inputs).items() if name in names}
+            except ValueError as error:
+                reason = str(error)
+        if reason is not None:
+            skipped += [f"{name} is skipped: {reason}." for name in names]
     return numbers, skipped

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError
+from fewstep.eval.metrics.table import IMAGE_METRICS
 from fewstep.eval.models import in_steps
 
 SCHEMA = 1
-# metric -> (column title, how a value is printed)
+# metric -> (column title, how a value is printed); fd_test has columns of its own.
 COLUMNS: dict[str, tuple[str, str]] = {
-    "agreement": ("agreement", "{:.3f}"),
-    "precision": ("precision", "{:.3f}"),
-    "recall": ("recall", "{:.3f}"),
-    "diversity": ("diversity", "{:.2f}"),
+    **{name: (name, metric.format) for metric in IMAGE_METRICS for name in metric.names if name != "fd_test"},
     "latency_ms": ("latency ms", "{:.1f}"),
     "images_per_second": ("images/s", "{:.1f}"),
 }

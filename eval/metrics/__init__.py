@@ -1,1 +1,1 @@
-"""One metric a file."""
+"""One metric a file, and one row each in the table of all."""

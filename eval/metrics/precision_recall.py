@@ -18,7 +18,7 @@ def manifold_radii(features: Tensor, k: int = 3, chunk: int = 1000) -> Tensor:
 
 
 def precision_recall(
-    generated: Tensor, reference: Tensor, *, k: int = 3, reference_radii: Tensor | None = None, chunk: int = 1000
+    generated: Tensor, reference: Tensor, reference_radii: Tensor | None = None, *, k: int = 3, chunk: int = 1000
 ) -> tuple[float, float]:
     """Precision: share of generated (N, d) inside the reference's manifold. Recall: the same the other way round.
 

@@ -3,11 +3,15 @@
 import pytest
 import torch
 
-from fewstep.eval.features import Reference, to_grey
+from fewstep.eval.config import METRICS
+from fewstep.eval.features import Features, Reference, to_grey
+from fewstep.eval.generate import SampleConditions
+from fewstep.eval.judge import MetricInputs, image_metrics
 from fewstep.eval.metrics.agreement import agreement
 from fewstep.eval.metrics.diversity import diversity, within_class_spread
 from fewstep.eval.metrics.frechet import feature_statistics, frechet, frechet_distance
 from fewstep.eval.metrics.precision_recall import manifold_radii, precision_recall
+from fewstep.eval.metrics.table import IMAGE_METRICS, Metric
 
 
 def reference(features: torch.Tensor, labels: torch.Tensor | None = None) -> Reference:
@@ -91,3 +95,44 @@ def test_diversity_is_the_spread_of_the_classes():
 def test_grey_comes_back_from_rgb():
     grey = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.allclose(to_grey(grey.repeat(1, 3, 1, 1)), to_grey(grey), atol=1e-6)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+FOUR = SampleConditions("label", (0, 1, 2, 3), (0, 1, 2, 3))
+
+
+def toy_features(judge, count=12):
+    return judge.extractor(torch.randint(0, 256, (count, 1, 16, 16), generator=torch.Generator().manual_seed(2)).byte())
+
+
+def test_metrics_need_what_there_is(judge):
+    inputs = MetricInputs(judge, torch.zeros(2, 2), None, None)
+    assert all(hasattr(inputs, need) for metric in IMAGE_METRICS for need in metric.needs)
+    assert METRICS == ("fd_test", "agreement", "precision", "recall", "diversity", "speed")
+
+
+def test_a_further_metric_is_one_row(judge, monkeypatch):
+    def mean_logit(logits, labels):
+        return logits.mean().item(), float(labels.max())
+
+    row = Metric(("mean_logit", "last"), mean_logit, ("logits", "labels"))
+    monkeypatch.setattr("fewstep.eval.judge.IMAGE_METRICS", (*IMAGE_METRICS, row))
+    made = toy_features(judge)
+    numbers, skipped = image_metrics(("last", "mean_logit", "agreement"), [made], FOUR, judge)
+    assert list(numbers) == ["agreement", "mean_logit", "last"] and numbers["last"] == 3 and not skipped
+    assert numbers["mean_logit"] == pytest.approx(made.logits.mean().item())
+
+
+def test_each_metric_that_cannot_be_computed_is_said_once(judge):
+    made = toy_features(judge)
+    numbers, skipped = image_metrics(METRICS, [Features(made.features, None)], FOUR, judge)
+    assert skipped == ["agreement is skipped: toy does not classify."] and len(numbers) == 4
+    _, skipped = image_metrics(METRICS, [Features(made.features, None)], SampleConditions("label", (0,)), judge)
+    unknown = "is skipped: the classes of these samples are not known."
+    assert skipped == [f"agreement {unknown}", f"diversity {unknown}"]
+    numbers, skipped = image_metrics(("recall", "precision"), [toy_features(judge, 3)], FOUR, judge)
+    few = "is skipped: 3 samples have no 3-th nearest neighbour; generate more."
+    assert numbers == {} and skipped == [f"precision {few}", f"recall {few}"]
+    _, skipped = image_metrics(("recall",), [], FOUR, judge)
+    assert skipped == ["recall is skipped: the extractor takes another size."]
