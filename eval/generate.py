@@ -7,7 +7,8 @@ Three things make a sample a function of (base seed, index) alone:
   their generators on to ``scheduler.step`` (`per_sample_noise`);
 - its prompt or label is a function of the index (`SampleConditions`).
 
-So results do not change with the batch size, up to kernel rounding. The network evaluations are counted, not declared.
+So results do not change with the batch size, up to kernel rounding. The network evaluations are counted, not declared:
+the denoisers of a pipeline are the networks that it is seen to call before its scheduler's steps, whatever their names.
 """
 
 import contextlib
@@ -15,20 +16,19 @@ import functools
 import hashlib
 import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fewstep.errors import UserError
-
-# Pipelines name their denoisers alike; Wan 2.2 splits its trajectory over two of them.
-DENOISER_NAMES = ("transformer", "unet", "transformer_2", "unet_2")
-CONDITION_ARGUMENTS = {"prompt": "prompt", "label": "class_labels", None: "batch_size"}
+from fewstep.recording.invocation import SUBJECT_ARGUMENTS
+from fewstep.recording.pipeline import find_scheduler, modules_of
 
 
 class NonFiniteImagesError(UserError):
@@ -82,23 +82,6 @@ def sample_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
 
 
-def denoisers(pipeline: Any) -> list[torch.nn.Module]:
-    """The pipeline's denoising networks. Raises UserError when it has none under the usual names."""
-    found = [getattr(pipeline, name, None) for name in DENOISER_NAMES]
-    found = [module for module in found if isinstance(module, torch.nn.Module)]
-    if not found:
-        raise UserError(f"{type(pipeline).__name__} has no denoiser (looked for {', '.join(DENOISER_NAMES)})")
-    return found
-
-
-def condition_kind(pipeline_class: type) -> Literal["prompt", "label"] | None:
-    """How a pipeline class is conditioned, read from the signature of its call."""
-    parameters = inspect.signature(pipeline_class.__call__).parameters
-    if "prompt" in parameters:
-        return "prompt"
-    return "label" if "class_labels" in parameters else None
-
-
 def check_call(pipeline: Any, call: Mapping[str, Any]) -> None:
     """Raise UserError when the pipeline's call takes no such argument."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
@@ -116,15 +99,13 @@ def per_sample_noise(pipeline: Any, generators: Sequence[torch.Generator]) -> It
     Flux, SD3, Wan, DiT and many others call ``scheduler.step`` without a generator, and fresh noise then comes from the
     global one, shared by the whole batch. Schedulers whose step takes no generator are left alone.
     """
-    scheduler = pipeline.scheduler
+    scheduler = getattr(pipeline, find_scheduler(pipeline))
     inner = scheduler.step
     signature = inspect.signature(inner)
     if "generator" not in signature.parameters:
         yield
         return
 
-    # wraps() keeps the signature visible: pipelines inspect it to decide which arguments they pass.
-    @functools.wraps(inner)
     def step(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         if bound.arguments.get("generator") is None:
@@ -133,8 +114,16 @@ def per_sample_noise(pipeline: Any, generators: Sequence[torch.Generator]) -> It
             bound.arguments["generator"] = [generators[row % len(generators)] for row in range(rows)]
         return inner(*bound.args, **bound.kwargs)
 
+    with _step_replaced(scheduler, step):
+        yield
+
+
+@contextlib.contextmanager
+def _step_replaced(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:
+    """While active, `step` stands in for ``scheduler.step``."""
     before = vars(scheduler).get("step")
-    scheduler.step = step
+    # wraps() keeps the signature visible: pipelines inspect it to decide which arguments they pass.
+    scheduler.step = functools.wraps(scheduler.step)(step)
     try:
         yield
     finally:
@@ -144,21 +133,48 @@ def per_sample_noise(pipeline: Any, generators: Sequence[torch.Generator]) -> It
             scheduler.step = before
 
 
+@dataclass
+class NetworkCalls:
+    """What a pipeline was seen to call: rows by network, and the networks that were the last before a scheduler's step.
+
+    Those are its denoisers. Text encoders come before them in the first step, a control network in each.
+    """
+
+    rows: Counter[nn.Module] = field(default_factory=Counter)
+    denoisers: set[nn.Module] = field(default_factory=set)
+
+    @property
+    def evaluations(self) -> int:
+        """The rows that the denoisers were run on, in all."""
+        return sum(self.rows[network] for network in self.denoisers)
+
+
 @contextlib.contextmanager
-def count_evaluations(pipeline: Any) -> Iterator[list[int]]:
-    """Yields a list that receives, for every forward of a denoiser, the number of rows it was run on."""
-    rows: list[int] = []
+def count_evaluations(pipeline: Any) -> Iterator[NetworkCalls]:
+    """Yields what is seen of the pipeline's networks while active."""
+    seen = NetworkCalls()
+    last: list[nn.Module] = []
 
-    def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-        # Some transformers answer with a list, one tensor per row: len() is right for both.
-        rows.append(len(output if isinstance(output, Tensor) else output[0]))
+    def note(network: nn.Module, _arguments: Any, output: Any) -> None:
+        last[:] = [network]
+        # Other networks answer in forms of their own, and nobody wants their rows.
+        with contextlib.suppress(TypeError, LookupError):
+            # Some transformers answer with a list, one tensor per row: len() is right for both.
+            seen.rows[network] += len(output if isinstance(output, Tensor) else output[0])
 
-    handles = [module.register_forward_hook(hook) for module in denoisers(pipeline)]
-    try:
-        yield rows
-    finally:
-        for handle in handles:
-            handle.remove()
+    scheduler = getattr(pipeline, find_scheduler(pipeline))
+    inner = scheduler.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        seen.denoisers.update(last)
+        last.clear()
+        return inner(*args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for network in dict.fromkeys(modules_of(pipeline).values()):
+            stack.callback(network.register_forward_hook(note).remove)
+        stack.enter_context(_step_replaced(scheduler, step))
+        yield seen
 
 
 @contextlib.contextmanager
@@ -195,15 +211,17 @@ def run_pipeline(
         # One text for all samples becomes one a sample: several pipelines do not broadcast a negative prompt.
         if isinstance(value, str) and name.startswith(("negative_prompt", "prompt_")):
             arguments[name] = [value] * len(indices)
-    condition = conditions.take(indices) if conditions.kind else len(indices)
-    arguments[CONDITION_ARGUMENTS[conditions.kind]] = condition
+    if conditions.kind is None:
+        arguments["batch_size"] = len(indices)
+    else:
+        arguments[SUBJECT_ARGUMENTS[conditions.kind]] = conditions.take(indices)
     arguments |= {"generator": generators, "output_type": "np"}
     with (
         torch.no_grad(),
         _quiet(pipeline),
         _own_global_rng(seed),
         per_sample_noise(pipeline, generators),
-        count_evaluations(pipeline) as rows,
+        count_evaluations(pipeline) as seen,
     ):
         started = time.perf_counter()
         try:
@@ -213,8 +231,11 @@ def run_pipeline(
             raise UserError(f"{type(pipeline).__name__} cannot be run with {dict(call)}: {reason}") from error
         # "np" output lives on the host, so the device has finished when the call returns.
         seconds = time.perf_counter() - started
+    if not seen.evaluations:
+        kind = type(pipeline).__name__
+        raise UserError(f"{kind} calls no network before its scheduler's steps: its evaluations cannot be counted")
     images = to_uint8(output.frames if "frames" in output else output.images)
-    return Samples(indices, images, sum(rows) / len(indices), seconds)
+    return Samples(indices, images, seen.evaluations / len(indices), seconds)
 
 
 def generate(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from fewstep.errors import UserError
-from fewstep.eval.generate import condition_kind
+from fewstep.recording.invocation import condition_kind
 
 CARD_NAME = "fewstep.json"
 

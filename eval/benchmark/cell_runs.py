@@ -20,7 +20,7 @@ from fewstep.eval.benchmark.cell_results import Result
 from fewstep.eval.benchmark.cells import Cell, Training, digest
 from fewstep.eval.config import EvalConfig
 from fewstep.eval.features import FashionExtractor, fashion_reference
-from fewstep.eval.generate import DENOISER_NAMES, SampleConditions
+from fewstep.eval.generate import SampleConditions
 from fewstep.eval.judge import Judge
 from fewstep.eval.models import Model, student_model, teacher_model
 from fewstep.eval.report import write_atomically
@@ -30,6 +30,7 @@ from fewstep.programs.distillation import Distillation
 from fewstep.programs.planning.dry_run import DryRun
 from fewstep.programs.planning.plan import Planner
 from fewstep.programs.planning.weightless import fake_world
+from fewstep.recording import record
 from fewstep.teachers.loading import load_teacher
 from fewstep.version import __version__
 
@@ -127,7 +128,7 @@ def fresh_pipeline(teacher: str, seed: int, work: Path) -> Path:
     if folder.is_dir():
         return folder
     pipeline = load_teacher(teacher)
-    networks = {name: getattr(pipeline, name) for name in DENOISER_NAMES if hasattr(pipeline, name)}
+    networks = record(pipeline).networks
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline.register_modules(**{name: type(net).from_config(net.config) for name, net in networks.items()})

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fewstep.recording.errors import RecordingError
 
 # The arguments that name the samples of a call, in diffusers' own words, and what is recorded when none is given.
-_SUBJECTS = {"prompt": ("prompt", "a photo"), "class_labels": ("label", 0)}
+_SUBJECTS: dict[str, tuple[Literal["prompt", "label"], Any]] = {
+    "prompt": ("prompt", "a photo"),
+    "class_labels": ("label", 0),
+}
+#: The same by what they hold.
+SUBJECT_ARGUMENTS = {kind: argument for argument, (kind, _) in _SUBJECTS.items()}
 # The caller's business, not the recipe's: what is sampled, how it is returned, and how it is watched.
 _IGNORED = ("generator", "num_inference_steps", "output_type", "return_dict")
 
@@ -60,6 +65,12 @@ class Invocation:
         """The value that argument `name` has in a plain call: the caller's, else the pipeline's default."""
         value = self.call.get(name, self.parameters.get(name))
         return None if value is inspect.Parameter.empty else value
+
+
+def condition_kind(pipeline_class: type) -> Literal["prompt", "label"] | None:
+    """What a pipeline class is conditioned on, as its call says; None where that names neither prompts nor labels."""
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    return next((kind for kind, argument in SUBJECT_ARGUMENTS.items() if argument in parameters), None)
 
 
 def read_invocation(pipeline: Any, call: dict[str, Any]) -> Invocation:

@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
-from toy_models import tiny_ddim, tiny_dit, tiny_flow
+from toy_models import tiny_ddim, tiny_dit, tiny_flow, tiny_named
 
+from fewstep.errors import UserError
 from fewstep.eval.generate import (
     NonFiniteImagesError,
     SampleConditions,
-    condition_kind,
     generate,
     per_sample_noise,
     sample_generator,
     to_uint8,
 )
+from fewstep.recording.invocation import condition_kind
+from fewstep.recording.pipeline import modules_of
 
 LABELS = SampleConditions("label", (3, 1, 4), (3, 1, 4))
 PROMPTS = SampleConditions("prompt", ("a", "much longer words"))
@@ -86,6 +88,30 @@ def test_evaluations_are_counted_with_their_guidance(make, call, conditions, nfe
     assert [batch.evaluations for batch in batches] == [nfe, nfe]
     denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
     assert not denoiser._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("call", "nfe"),
+    [
+        ({"num_inference_steps": 1}, 1),
+        ({"num_inference_steps": 5}, 5),
+        ({"num_inference_steps": 5, "guidance_scale": 2.0}, 10),
+    ],
+)
+def test_denoisers_are_found_by_what_they_do(call, nfe):
+    """Whatever they are called, and however many they are; what reads or steers is no evaluation."""
+    pipeline = tiny_named()
+    _, batches = images(pipeline, call, PROMPTS, 4)
+    assert [batch.evaluations for batch in batches] == [nfe, nfe]
+    assert not any(network._forward_hooks for network in modules_of(pipeline).values())
+    assert "step" not in vars(pipeline.scheduler)
+
+
+def test_evaluations_that_cannot_be_seen_are_not_called_none():
+    pipeline = tiny_flow()
+    pipeline.scheduler.set_timesteps = lambda count: setattr(pipeline.scheduler, "timesteps", [])
+    with pytest.raises(UserError, match="calls no network before its scheduler's steps"):
+        images(pipeline, {"num_inference_steps": 1}, PROMPTS, 4)
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, LCMScheduler, FlowMatchEulerDiscreteScheduler])

@@ -106,6 +106,53 @@ def tiny_video() -> TinyVideoPipeline:
     return TinyVideoPipeline(flow.unet, flow.scheduler)
 
 
+class TinyNamedPipeline(DiffusionPipeline):
+    """Networks under names of its own: one reads the words, one steers each step, three share the loop by time."""
+
+    def __init__(
+        self,
+        reader: torch.nn.Module,
+        steering: torch.nn.Module,
+        early: torch.nn.Module,
+        middle: torch.nn.Module,
+        late: torch.nn.Module,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            reader=reader, steering=steering, early=early, middle=middle, late=late, scheduler=scheduler
+        )
+
+    @torch.no_grad()
+    def __call__(self, prompt, num_inference_steps=4, guidance_scale=1.0, generator=None, output_type="pil"):
+        told = self.reader(torch.tensor([[float(len(text))] for text in prompt]))["told"].view(-1, 1, 1, 1)
+        x = randn_tensor((len(prompt), 1, 8, 8), generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            network = self.early if t > 700 else self.middle if t > 300 else self.late
+            given = x + self.steering(told)
+            if guidance_scale > 1:
+                without, flow = network(torch.cat([x, given]), t).sample.chunk(2)
+                flow = without + guidance_scale * (flow - without)
+            else:
+                flow = network(given, t).sample
+            x = self.scheduler.step(flow, t, x, return_dict=False)[0]
+        return ImagePipelineOutput(images=(x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
+
+
+class Reader(torch.nn.Linear):
+    """Answers with a dictionary, as some text encoders do."""
+
+    def forward(self, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"told": super().forward(lengths)}
+
+
+def tiny_named() -> TinyNamedPipeline:
+    torch.manual_seed(0)
+    networks = [tiny_unet() for _ in range(3)]
+    return TinyNamedPipeline(Reader(1, 1), torch.nn.Linear(1, 1), *networks, FlowMatchEulerDiscreteScheduler())
+
+
 class ToyExtractor:
     """Mean grey of the sixteen patches of a picture, mixed down to 6 features; 4 of them are called logits."""
 
