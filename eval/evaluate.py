@@ -19,7 +19,7 @@ from fewstep.eval.features import FashionExtractor, fashion_reference
 from fewstep.eval.generate import NonFiniteImagesError, SampleConditions
 from fewstep.eval.grid import GridRow, draw_grid
 from fewstep.eval.judge import Judge
-from fewstep.eval.models import Model, in_steps, is_embedded, student_model, teacher_model
+from fewstep.eval.models import Model, in_steps, student_model, teacher_model
 from fewstep.eval.report import Report
 from fewstep.eval.rows import measure, read_row, row_key, write_row
 from fewstep.export.card import write_numbers
@@ -49,7 +49,7 @@ def evaluate(
         raise UserError(f"unknown option {', '.join(sorted(set(options) - known))}")
     config = dataclasses.replace(config or EvalConfig(), **options)
     models = _models(students, config)
-    fashion = any(is_embedded(model.base_model) for model in models)
+    fashion = any(model.embedded for model in models)
     if not fashion:
         config = _with_trained_classes(config, models)
     plans = [(model, _conditions(model, config, fashion)) for model in models]

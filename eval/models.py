@@ -25,6 +25,7 @@ class Model:
     pipeline when not given ("infer"). source: folder or hub id it is loaded from, and base that of the model below it
     where it is a LoRA; pipeline: the loaded object. A source or a pipeline must be there; rows of a model without a
     source are not kept for resuming, as nothing identifies it.
+    base_model: the teacher that it is or was distilled from: an embedded name, a folder or a hub id.
     training: the settings it was distilled with, where its card tells them.
     """
 
@@ -83,6 +84,13 @@ class Model:
         """How it is conditioned: as its card says, else read from its pipeline's class. Raises as `pipeline_class`."""
         return condition_kind(self.pipeline_class()) if self.kind == "infer" else self.kind
 
+    @property
+    def embedded(self) -> str | None:
+        """The embedded teacher that it is or was distilled from; None for any other, whatever its folder is called."""
+        from fewstep.teachers.loading import embedded_name
+
+        return None if self.base_model is None else embedded_name(self.base_model)
+
     def guidance_note(self) -> str | None:
         """One sentence when nobody stated the guidance it is run at, so that its pipeline's default decides."""
         parameter = inspect.signature(self.pipeline_class().__call__).parameters.get("guidance_scale")
@@ -129,10 +137,11 @@ def student_model(student: str | Path | Any, name: str = "student", base: str | 
     """
     # Inside: they import diffusers.
     from fewstep.export.about import read_about
-    from fewstep.export.load import base_of
+    from fewstep.export.load import base_of, teacher_of
 
     about = getattr(student, "fewstep", None)
     source = below = None
+    teacher = (about or {}).get("base_model")
     if about is None:
         if not isinstance(student, str | Path):
             raise UserError(f"a {type(student).__name__} is no student: give a folder, or what fewstep.load gives")
@@ -141,6 +150,7 @@ def student_model(student: str | Path | Any, name: str = "student", base: str | 
         source = str(next((form for form in forms if (form / CARD_NAME).is_file()), student))
         about = read_about(source)
         below = base_of(source, about, base) if "lora" in about else None
+        teacher = teacher_of(source, about)
     if not isinstance(about.get("steps"), int):
         raise UserError(f"{CARD_NAME} of {student} does not say how many steps it takes; export the student again")
     counts = about.get("counts")
@@ -156,7 +166,7 @@ def student_model(student: str | Path | Any, name: str = "student", base: str | 
         steps=about["steps"],
         counts=None if counts is None else frozenset(counts),
         kind=about.get("conditional", "infer"),
-        base_model=about.get("base_model"),
+        base_model=teacher,
         training=about.get("training") or {},
     )
 
@@ -168,29 +178,20 @@ def teacher_model(teacher: str | Path, call: Mapping[str, Any] | None = None, st
     was distilled from; any other one with its pipeline's defaults. Raises UserError with one line when there is none.
     """
     from fewstep import fashion
-    from fewstep.teachers.loading import base_model, teacher_folder
+    from fewstep.teachers.loading import embedded_name, same_teacher, teacher_folder
 
     text = str(teacher)
     given = _without_steps(call or {})
-    for name, stated in fashion.TEACHERS.items():
-        folder = fashion.teacher_path(name)
-        if text == name or Path(text).resolve() == folder.resolve():
-            arguments = {"guidance_scale": stated.guidance_scale} | given
-            return Model(f"teacher {name}", "teacher", arguments, source=_pipeline_folder(folder), base_model=name)
+    if (name := embedded_name(text)) is not None:
+        arguments = {"guidance_scale": fashion.TEACHERS[name].guidance_scale} | given
+        folder = _pipeline_folder(fashion.teacher_path(name))
+        return Model(f"teacher {name}", "teacher", arguments, source=folder, base_model=name)
     found = teacher_folder(text)
     source = text if found is None else _pipeline_folder(found)
-    known = base_model(text)
-    trained = next((student.training for student in students if student.base_model == known), {})
+    trained = next((s.training for s in students if s.base_model is not None and same_teacher(s.base_model, text)), {})
     arguments = _without_steps(trained.get("call") or {})
     arguments |= {key: trained[key] for key in ("guidance_scale", "negative_prompt") if trained.get(key) is not None}
-    return Model("teacher", "teacher", arguments | given, source=source, base_model=known)
-
-
-def is_embedded(name: str | None) -> bool:
-    """Whether `name` (a name or a path) is one of the embedded Fashion-MNIST teachers."""
-    from fewstep import fashion
-
-    return name is not None and Path(name).name in fashion.TEACHERS
+    return Model("teacher", "teacher", arguments | given, source=source, base_model=text)
 
 
 def _pipeline_folder(path: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 from fewstep.errors import UserError
 from fewstep.eval.generate import SampleConditions, generate
 from fewstep.eval.grid import contact_sheet, tile, to_pil
-from fewstep.eval.models import CARD_NAME, Model, is_embedded, student_model, teacher_model
+from fewstep.eval.models import CARD_NAME, Model, student_model, teacher_model
 
 
 def sample(
@@ -82,7 +82,7 @@ def _model(directory: str | Path, base: str | None) -> Model:
 def _embedded_steps(model: Model) -> int | None:
     from fewstep.fashion import TEACHERS
 
-    return TEACHERS[Path(model.base_model or "").name].steps if is_embedded(model.base_model) else None
+    return None if model.embedded is None else TEACHERS[model.embedded].steps
 
 
 def _conditions(model: Model, prompt: str | None, label: int | None) -> SampleConditions:

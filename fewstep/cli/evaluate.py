@@ -9,7 +9,7 @@ from typing import Any
 from fewstep.config.parsing import Parser, parse, step_counts
 from fewstep.data.conditions import read_classes, read_prompts
 from fewstep.eval.evaluate import evaluate
-from fewstep.eval.models import is_embedded
+from fewstep.teachers.loading import embedded_name
 
 
 def run(words: Sequence[str]) -> None:
@@ -35,6 +35,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=str, required=True, help="folder for the report")
     parsed = parse(parser, words)
+    embedded = parsed.teacher is not None and embedded_name(parsed.teacher) is not None
     report = evaluate(
         parsed.students,
         teacher=parsed.teacher,
@@ -45,7 +46,7 @@ def run(words: Sequence[str]) -> None:
         num=parsed.num,
         prompts=read_prompts(parsed.prompts) if parsed.prompts else None,
         classes=read_classes(parsed.classes) if parsed.classes else None,
-        batch_size=parsed.batch_size or (100 if is_embedded(parsed.teacher) else 8),
+        batch_size=parsed.batch_size or (100 if embedded else 8),
         dtype=parsed.dtype,
         seed=parsed.seed,
         out=Path(parsed.out),

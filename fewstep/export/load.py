@@ -17,6 +17,7 @@ from fewstep.export.about import read_about, student_class
 from fewstep.export.apply import apply
 from fewstep.export.errors import ExportError
 from fewstep.export.own_code import is_own_code
+from fewstep.teachers.loading import teacher_folder
 
 # The words of from_pretrained that also decide where and how a single file is fetched.
 _FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -60,7 +61,8 @@ def base_of(student: str | Path, about: dict[str, Any], base: str | Path | None 
     """Where the base model of a LoRA student lies: a pipeline's folder, or a hub id.
 
     Looked for, in this order: what the caller says; the teacher of the run in whose folder the LoRA lies; the name in
-    ``fewstep.json``, which is a hub id, an embedded teacher, or the name of a folder.
+    ``fewstep.json``, which is a hub id, an embedded teacher, or the name of a folder (``./fashion-sd`` for one that is
+    called like an embedded teacher).
 
     Args:
         student: its folder, or its hub id.
@@ -77,13 +79,25 @@ def base_of(student: str | Path, about: dict[str, Any], base: str | Path | None 
             return str(teacher_path(name))
         if name and (Path(name) / "model_index.json").is_file():
             return name
-        if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists():
+        if name and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists():
             return name
     if base is not None:
         raise ExportError(f"the base {base} is no folder of a diffusers pipeline, and no hub id")
     raise ExportError(
         f"{student} is a LoRA of {about['base_model']}, which does not lie here under that name: say where (--base DIR)"
     )
+
+
+def teacher_of(student: str | Path, about: dict[str, Any]) -> str | None:
+    """What a student was distilled from: the teacher of its run where that lies here, else the name on its card.
+
+    Args:
+        student: its folder, or its hub id.
+        about: the content of its ``fewstep.json``.
+    """
+    given = _teacher_of_run(Path(student))
+    folder = None if given is None else teacher_folder(given)
+    return given if folder is not None and folder.exists() else about.get("base_model")
 
 
 def _teacher_of_run(folder: Path) -> str | None:

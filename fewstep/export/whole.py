@@ -21,6 +21,7 @@ from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
 from fewstep.export.plan import StudentPlan, check_student, reference_of
 from fewstep.recording.pipeline import find_scheduler, with_parts
+from fewstep.teachers import loading
 from fewstep.teachers.license import teacher_license_of
 from fewstep.version import __version__
 
@@ -191,7 +192,7 @@ def about_student(
     """The content of ``fewstep.json``; arguments as in :func:`export_student`."""
     return {
         "method": method,
-        "base_model": Path(base_model).name if Path(base_model).exists() else base_model,
+        "base_model": loading.base_model(base_model),
         **({} if teacher_lora is None else {"teacher_lora": teacher_lora.name}),
         "conditional": recording.conditional,
         "call": plan.call,

@@ -44,7 +44,7 @@ from fewstep.programs.teacher import conditions_of, guidance_of, refuse_quantize
 from fewstep.recording import record
 from fewstep.recording.pipeline import find_scheduler, is_quantized, with_parts
 from fewstep.teachers.license import teacher_license
-from fewstep.teachers.loading import base_model, load_run_teacher
+from fewstep.teachers.loading import load_run_teacher
 from fewstep.teachers.lora import FusedLora, fuse_teacher_lora, with_own_weights
 from fewstep.training.distributed import Processes, join_launch
 from fewstep.training.initialization import initialize
@@ -272,7 +272,7 @@ class Distillation:
         """Write a role as ``OUT/student``, a stock pipeline, or an adapter as ``OUT/student_lora``, or both."""
         about = {
             "method": self.method,
-            "base_model": base_model(self.config.teacher),
+            "base_model": self.config.teacher,
             "teacher_license": teacher_license(self.config.teacher),
             "teacher_lora": self.teacher_lora,
             "training": {k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},

@@ -80,10 +80,24 @@ def embedded_name(name: str) -> str | None:
 
 
 def base_model(name: str) -> str:
-    """What a model card calls the teacher: its hub id, an embedded teacher's name, or its folder's name."""
+    """What a model card calls the teacher: its hub id, an embedded teacher's name, or its folder's name.
+
+    A user's folder that is called like an embedded teacher is ``./fashion-sd``: the bare name means the embedded one.
+    """
     from fewstep.fashion import TEACHERS
 
-    return name if name in TEACHERS or teacher_folder(name) is None else Path(name).resolve().name
+    if (known := embedded_name(name)) is not None:
+        return known
+    if teacher_folder(name) is None:
+        return name
+    folder = Path(name).resolve().name
+    return f"./{folder}" if folder in TEACHERS else folder
+
+
+def same_teacher(one: str, other: str) -> bool:
+    """Whether two names mean one teacher: by its folder where both lie here, else by what a model card calls them."""
+    folders = [folder.resolve() for name in (one, other) if (folder := teacher_folder(name)) and folder.exists()]
+    return folders[0] == folders[1] if len(folders) == 2 else base_model(one) == base_model(other)
 
 
 def load_run_teacher(

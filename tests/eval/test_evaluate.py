@@ -12,6 +12,7 @@ import fewstep
 from fewstep.errors import UserError
 from fewstep.eval import Model, Report, evaluate, rows, sample
 from fewstep.eval.judge import Judge
+from fewstep.eval.models import student_model, teacher_model
 from fewstep.export.card import write_numbers
 from fewstep.fashion import TEACHERS
 
@@ -174,9 +175,40 @@ def test_an_embedded_teacher_runs_at_its_stated_guidance(saved_dit, judge, tmp_p
     assert row["nfe"] == 2
 
 
+def test_a_folder_that_is_called_like_an_embedded_teacher_is_none(saved_dit, student, tmp_path):
+    mine = tmp_path / "mine" / "fashion-sd"
+    shutil.copytree(saved_dit, mine)
+    options = {**OPTIONS, "teacher_steps": (1,), "steps": (1,), "metrics": ("fd_test",), "out": tmp_path / "eval"}
+    report = evaluate([], teacher=str(mine), **options)
+    assert report.rows[0]["model"] == "teacher" and report.reference is None
+    assert report.skipped == ["fd_test is skipped: no embedded extractor knows these images."]
+    with pytest.raises(UserError, match="does not say how many steps it takes"):
+        sample(mine, label=1, out=tmp_path / "a.png")
+    # Neither is its student one of the embedded teacher: its run says so, or the card's "./".
+    card = json.loads((student / "fewstep.json").read_text())
+    (student / "fewstep.json").write_text(json.dumps({**card, "base_model": "fashion-sd"}))
+    assert student_model(student).embedded == "fashion-sd"
+    (student.parent / "config.yaml").write_text(f"teacher: {mine}")
+    report = evaluate([student], teacher=str(mine), **options)
+    assert report.reference is None and report.rows[0]["call"]["guidance_scale"] == 2.0
+    (student.parent / "config.yaml").unlink()
+    (student / "fewstep.json").write_text(json.dumps({**card, "base_model": "./fashion-sd"}))
+    assert student_model(student).embedded is None
+    assert Model("mine", "teacher", source="owner/fashion-sd", base_model="owner/fashion-sd").embedded is None
+
+
 def test_a_guidance_that_nobody_stated_is_said(saved_dit, judge, tmp_path):
     report = evaluate([], teacher=str(saved_dit), judge=judge, out=tmp_path, **{**OPTIONS, "teacher_steps": (1,)})
     assert "teacher ran at its pipeline's default guidance_scale, 4.0: its call states none." in report.notes
+
+
+def test_a_teacher_takes_the_guidance_of_its_own_students_alone(saved_dit, student, tmp_path):
+    other = tmp_path / "other" / "dit"
+    shutil.copytree(saved_dit, other)
+    (student.parent / "config.yaml").write_text(f"teacher: {saved_dit}")
+    students = [student_model(student)]
+    assert teacher_model(saved_dit, students=students).call == {"guidance_scale": 2.0}
+    assert teacher_model(other, students=students).call == {}
 
 
 def test_several_students_get_distinct_names(student, judge, tmp_path):

@@ -15,6 +15,8 @@ from toys import adapter_role
 import fewstep
 from fewstep.export import ExportError, apply, export_lora, export_student, load, loads_lora, lora, plan_student
 from fewstep.export.apply import LORA_FILE
+from fewstep.export.load import base_of
+from fewstep.fashion import teacher_path
 from fewstep.networks.adapters import Backbone
 
 
@@ -118,6 +120,21 @@ def test_the_code_on_the_card_runs_and_agrees(recorded, tmp_path, name, renoise)
         images.append(np.asarray(scope["image"]))
     assert len(images) == 2
     assert np.array_equal(*images)
+
+
+def test_a_moved_lora_is_not_put_onto_an_embedded_teacher_for_its_bases_name(recorded, tmp_path, monkeypatch):
+    recording = recorded("stable_diffusion")
+    base = tmp_path / "mine" / "fashion-sd"
+    fresh(recording).save_pretrained(base)
+    _, folder = export(recording, tmp_path / "lora", base_model=str(base))
+    about = json.loads((folder / "fewstep.json").read_text())
+    with pytest.raises(ExportError, match=r"does not lie here under that name: say where \(--base DIR\)"):
+        base_of(folder, about)
+    assert base_of(folder, about, base) == str(base)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert Path(base_of(folder, about)).resolve() == base
+    (tmp_path / "config.yaml").write_text("teacher: fashion-sd")
+    assert base_of(folder, about) == str(teacher_path("fashion-sd"))
 
 
 def test_networks_that_diffusers_cannot_load_a_lora_into_are_known(recorded):

@@ -9,7 +9,7 @@ from tiny_pipelines import tiny_ddim
 from fewstep.cli import main
 from fewstep.fashion import teacher_path
 from fewstep.teachers.license import teacher_license
-from fewstep.teachers.loading import embedded_name, load_teacher
+from fewstep.teachers.loading import base_model, embedded_name, load_teacher, same_teacher
 
 OTHER = {"license": "other", "license_name": "research", "license_link": "https://example.org"}
 
@@ -40,6 +40,30 @@ def test_an_embedded_teacher_is_known_by_its_name_and_by_its_folder(tmp_path: Pa
     assert embedded_name(str(teacher_path("fashion-flow"))) == "fashion-flow"
     assert embedded_name(str(tmp_path)) is None
     assert embedded_name("owner/fashion-sd") is None
+
+
+def test_a_card_tells_a_folder_from_the_embedded_teacher_of_its_name(tmp_path: Path):
+    mine = tmp_path / "fashion-sd"
+    mine.mkdir()
+    assert embedded_name(str(mine)) is None
+    assert base_model(str(mine)) == "./fashion-sd" == base_model("./fashion-sd")
+    assert base_model("fashion-sd") == "fashion-sd" == base_model(str(teacher_path("fashion-sd")))
+    assert base_model("owner/fashion-sd") == "owner/fashion-sd"
+    assert base_model(str(tmp_path)) == tmp_path.name
+
+
+def test_two_names_of_one_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By folders where both are here; a teacher that was moved is known by its name alone."""
+    for folder in ("one/sd", "other/sd", "mine/fashion-sd"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "one")
+    assert same_teacher("./sd", str(tmp_path / "one" / "sd"))
+    assert not same_teacher(str(tmp_path / "one" / "sd"), str(tmp_path / "other" / "sd"))
+    assert same_teacher("moved", str(tmp_path / "away" / "moved"))
+    assert same_teacher("./fashion-sd", str(tmp_path / "mine" / "fashion-sd"))
+    assert not same_teacher("fashion-sd", str(tmp_path / "mine" / "fashion-sd"))
+    assert same_teacher("fashion-sd", str(teacher_path("fashion-sd")))
+    assert same_teacher("owner/name", "owner/name") and not same_teacher("owner/name", "another/name")
 
 
 # --- code of a teacher's own ---------------------------------------------------------------------------------------
