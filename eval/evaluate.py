@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from fewstep.data.conditions import read_classes
+from fewstep.data.durable import write_durably
 from fewstep.errors import UserError
 from fewstep.eval.config import QUOTABLE, EvalConfig
 from fewstep.eval.features import FashionExtractor, fashion_reference
@@ -92,8 +92,7 @@ def evaluate(
     # Column labels only where every row shows the same conditions.
     labels = plans[0][1].take(range(config.columns)) if len(shown) == 1 and plans[0][1].kind else []
     grid = draw_grid(pictures, [str(label) for label in labels])
-    grid.save(config.out / "grid.png.part", format="PNG")
-    os.replace(config.out / "grid.png.part", config.out / "grid.png")
+    write_durably(config.out / "grid.png", lambda path: grid.save(path, format="PNG"))
     _put_on_cards(models, report)
     return report
 

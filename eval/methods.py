@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,12 +23,12 @@ from pathlib import Path
 import torch
 
 from fewstep.config.parsing import Parser, parse, with_values
+from fewstep.data.durable import write_durably, write_text_durably
 from fewstep.errors import UserError
 from fewstep.eval.benchmark.cell_results import RESULTS, read_result, state, why_stale, write_result
 from fewstep.eval.benchmark.cell_runs import Runner, network_calls
 from fewstep.eval.benchmark.cells import Cell, CellPlan, read_plan
 from fewstep.eval.benchmark.comparison import compare, insert
-from fewstep.eval.report import write_atomically
 from fewstep.training.loop import Interrupted
 
 PICTURE = "methods.png"
@@ -84,11 +83,10 @@ def publish(plan: CellPlan, results: Path, readme: Path | None = None, num: int 
     """Make table and picture anew from what is kept of all cells and seeds; the table goes into a document, too."""
     comparison = compare(plan.cells(seeds_kept(plan, results), num), results)
     table = comparison.markdown()
-    partial = results / f"{PICTURE}.part"
-    comparison.picture(results).save(partial, format="PNG", optimize=True)
-    os.replace(partial, results / PICTURE)
+    picture = comparison.picture(results)
+    write_durably(results / PICTURE, lambda path: picture.save(path, format="PNG", optimize=True))
     if readme is not None:
-        write_atomically(readme, insert(readme.read_text(encoding="utf-8"), table))
+        write_text_durably(readme, insert(readme.read_text(encoding="utf-8"), table))
     return table
 
 

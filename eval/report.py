@@ -1,12 +1,12 @@
 """The result of an evaluation: numbers with everything needed to read them, as JSON, markdown and plain text."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fewstep.data.durable import write_text_durably
 from fewstep.errors import UserError
 from fewstep.eval.metrics.table import IMAGE_METRICS
 from fewstep.eval.models import in_steps
@@ -64,8 +64,8 @@ class Report:
 
     def save(self, out: Path) -> None:
         """Write ``report.json`` and ``report.md`` into the folder `out`."""
-        write_atomically(out / "report.json", json.dumps(self.to_dict(), indent=2, default=str) + "\n")
-        write_atomically(out / "report.md", self.markdown())
+        write_text_durably(out / "report.json", json.dumps(self.to_dict(), indent=2, default=str) + "\n")
+        write_text_durably(out / "report.md", self.markdown())
 
     def headlines(self) -> list[str]:
         """One sentence per student row: its Fréchet distance beside floor and teacher, its speed-up, its cost."""
@@ -147,13 +147,6 @@ class Report:
                 f"{timing['device']}, {timing['dtype']}, {timing['threads']} threads, torch {timing['torch']}."
             )
         return sentences + self.notes + self.skipped
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` beside `path`, then rename: a killed run leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _relative(row: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> dict[str, float]:

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.data.durable import write_durably, write_text_durably
 from fewstep.eval import speed
 from fewstep.eval.config import EvalConfig
 from fewstep.eval.features import Features
 from fewstep.eval.generate import SampleConditions, generate, run_pipeline
 from fewstep.eval.judge import Judge, image_metrics
 from fewstep.eval.models import Model, in_steps
-from fewstep.eval.report import write_atomically
 from fewstep.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -123,8 +122,11 @@ def write_row(out: Path, key: str | None, row: dict[str, Any], images: Tensor) -
     if key is None:
         return
     path = out / "rows" / f"{key}.json"
-    # The JSON comes last and by renaming: where it stands, the row is complete.
-    partial = path.with_suffix(".part.npz")
-    np.savez_compressed(partial, images=images.numpy())
-    os.replace(partial, path.with_suffix(".npz"))
-    write_atomically(path, json.dumps(row, indent=2, default=str) + "\n")
+
+    def save(unfinished: Path) -> None:
+        with unfinished.open("wb") as file:  # numpy would add a suffix to a name
+            np.savez_compressed(file, images=images.numpy())
+
+    # The JSON comes last: where it stands, the row is complete.
+    write_durably(path.with_suffix(".npz"), save)
+    write_text_durably(path, json.dumps(row, indent=2, default=str) + "\n")

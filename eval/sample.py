@@ -1,11 +1,11 @@
 """A few samples of a student (or a teacher) as one picture."""
 
 import math
-import os
 from pathlib import Path
 
 import torch
 
+from fewstep.data.durable import write_durably
 from fewstep.errors import UserError
 from fewstep.eval.generate import SampleConditions, generate
 from fewstep.eval.grid import contact_sheet, tile, to_pil
@@ -66,9 +66,7 @@ def sample(
         picture = to_pil(images[0])
     else:
         picture = tile(images.split(math.ceil(math.sqrt(num))))
-    temporary = path.with_name(path.name + ".part")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    write_durably(path, lambda unfinished: picture.save(unfinished, format="PNG"))
     return path
 
 

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.data.durable import write_durably, write_text_durably
 from fewstep.errors import UserError
 from fewstep.eval.benchmark.cells import Cell, as_of, differences, digest
 from fewstep.eval.grid import to_pil
-from fewstep.eval.report import write_atomically
 
 #: Where results lie in a checkout.
 RESULTS = Path("eval/results")
@@ -61,8 +61,8 @@ def write_result(results: Path, cell: Cell, result: Result, strip: Tensor | None
     results.mkdir(parents=True, exist_ok=True)
     if strip is not None:
         picture = to_pil(torch.cat(list(strip), dim=-1)).convert("L")
-        picture.save(strip_path(results, cell), format="PNG", optimize=True)
-    write_atomically(results / f"{cell.file}.json", json.dumps(asdict(result), indent=1) + "\n")
+        write_durably(strip_path(results, cell), lambda path: picture.save(path, format="PNG", optimize=True))
+    write_text_durably(results / f"{cell.file}.json", json.dumps(asdict(result), indent=1) + "\n")
 
 
 def read_result(results: Path, cell: Cell) -> Result | None:

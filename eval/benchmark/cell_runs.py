@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewstep.data.durable import write_text_durably
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.eval.benchmark.cell_results import Result
@@ -23,8 +24,8 @@ from fewstep.eval.features import FashionExtractor, fashion_reference
 from fewstep.eval.generate import SampleConditions
 from fewstep.eval.judge import Judge
 from fewstep.eval.models import Model, student_model, teacher_model
-from fewstep.eval.report import write_atomically
 from fewstep.eval.rows import measure
+from fewstep.export.folder import written
 from fewstep.fashion import PROMPTS
 from fewstep.programs.distillation import Distillation
 from fewstep.programs.planning.dry_run import DryRun
@@ -132,9 +133,8 @@ def fresh_pipeline(teacher: str, seed: int, work: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline.register_modules(**{name: type(net).from_config(net.config) for name, net in networks.items()})
-    partial_folder = folder.with_name(f"{folder.name}.part")
-    pipeline.save_pretrained(partial_folder)
-    partial_folder.rename(folder)
+    with written(folder) as unfinished:
+        pipeline.save_pretrained(unfinished)
     return folder
 
 
@@ -168,7 +168,7 @@ class Stopwatch:
         self._write(finished=self.finished)
 
     def _write(self, **about: object) -> None:
-        write_atomically(self.file, json.dumps({"seconds": self.seconds, **about}) + "\n")
+        write_text_durably(self.file, json.dumps({"seconds": self.seconds, **about}) + "\n")
 
     def _newest(self) -> float:
         return max((path.stat().st_mtime for path in self.work.rglob("*") if path.is_file()), default=0.0)

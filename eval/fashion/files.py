@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,10 @@ import numpy as np
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors.torch import save_file
 
+from fewstep.data.durable import write_text_durably
 from fewstep.eval.fashion.idx import Split
 from fewstep.eval.fashion.text import write_old_vocabulary
+from fewstep.export.folder import written
 from fewstep.fashion.classifier import FashionClassifier
 from fewstep.fashion.files import CLASSIFIER, DATA, MANIFEST, TRAINING_IMAGES, sha256
 
@@ -51,22 +51,19 @@ def save_pipeline(pipeline: DiffusionPipeline, name: str) -> Path:
     diffusers brings its own models back in float32 whatever the file holds; transformers keeps the file's type.
     """
     folder = DATA / name
-    partial = folder.with_name(name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
     single: dict[str, ModelMixin] = {
         key: value for key, value in pipeline.components.items() if isinstance(value, ModelMixin)
     }
     pipeline.register_modules(**{key: copy.deepcopy(value).half() for key, value in single.items()})
-    try:
-        pipeline.save_pretrained(partial)
-    finally:
-        pipeline.register_modules(**single)
-    for path in partial.rglob("*.json"):
-        _drop_origin(path)
-    for path in partial.glob("tokenizer*"):
-        write_old_vocabulary(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with written(folder) as unfinished:
+        try:
+            pipeline.save_pretrained(unfinished)
+        finally:
+            pipeline.register_modules(**single)
+        for path in unfinished.rglob("*.json"):
+            _drop_origin(path)
+        for path in unfinished.glob("tokenizer*"):
+            write_old_vocabulary(path)
     write_manifest({})
     return folder
 
@@ -86,8 +83,11 @@ def write_manifest(facts: dict[str, Any]) -> None:
     manifest["files"] = {
         str(file.relative_to(DATA)): {"sha256": sha256(file), "bytes": file.stat().st_size}
         for file in sorted(DATA.rglob("*"))
-        if file.is_file() and file != path and ".part" not in str(file)
+        if file.is_file() and file != path and not _is_hidden(file.relative_to(DATA))
     }
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_text_durably(path, json.dumps(manifest, indent=2) + "\n")
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether it is, or lies in, what a killed build left unfinished."""
+    return any(part.startswith(".") for part in path.parts)

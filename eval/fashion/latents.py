@@ -1,6 +1,5 @@
 """Encode the training images once, and set the autoencoder's scaling factor from them."""
 
-import os
 from pathlib import Path
 
 from diffusers import AutoencoderKL
@@ -8,6 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep.data.durable import write_durably
 from fewstep.eval.fashion.idx import Split
 from fewstep.eval.fashion.train_autoencoder import encode
 
@@ -33,9 +33,8 @@ def scaled_latents(autoencoder: AutoencoderKL, images: Split, work: Path) -> Ten
         latents = load_file(path)["latents"] if same else None
     if latents is None:
         latents = encode(autoencoder, images.images)
-        temporary = path.with_name(path.name + ".part")
-        save_file({"latents": latents}, temporary, metadata={"encoder": fingerprint})
-        os.replace(temporary, path)
+        tensors = {"latents": latents}
+        write_durably(path, lambda unfinished: save_file(tensors, unfinished, metadata={"encoder": fingerprint}))
     scaling_factor = 1 / latents.double().std().item()
     autoencoder.register_to_config(scaling_factor=scaling_factor)
     return latents * scaling_factor

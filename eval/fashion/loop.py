@@ -1,7 +1,6 @@
 """One training loop for all four networks: AdamW, one-cycle learning rate, averaged weights, checkpoints, progress."""
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fewstep.data.durable import write_durably
 from fewstep.errors import UserError
 
 CHECKPOINT_SECONDS = 120
@@ -107,9 +107,8 @@ def train(
     def save(step: int) -> None:
         seconds = seconds_before + time.monotonic() - started
         where = {"step": str(step), "seconds": f"{seconds:.1f}", "plan": repr(plan)}
-        temporary = checkpoint.with_name(checkpoint.name + ".part")
-        save_file(_pack(model, average, optimizer), temporary, metadata=where)
-        os.replace(temporary, checkpoint)  # a kill leaves the old file or the new one
+        packed = _pack(model, average, optimizer)
+        write_durably(checkpoint, lambda path: save_file(packed, path, metadata=where))
 
     model.train()
     running: float | None = None

@@ -33,6 +33,11 @@ def write_durably(path: Path, save: Callable[[Path], object], partial: str | Non
         raise
 
 
+def write_text_durably(path: Path, text: str) -> None:
+    """:func:`write_durably` of a text, in UTF-8."""
+    write_durably(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

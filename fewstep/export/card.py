@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fewstep.data.durable import write_text_durably
 from fewstep.export.apply import lora_files
 from fewstep.recording.pipeline import find_scheduler
 
@@ -78,9 +78,7 @@ def write_numbers(folder: Path, rows: Mapping[str, Mapping[str, Any]], note: str
     place = text.rfind("## Made with")
     before, after = (text, "") if place < 0 else (text[:place], text[place:])
     numbers = f"## Numbers\n\n{_table(rows)}\n\n{note}\n\n"
-    partial = path.with_suffix(".partial")
-    partial.write_text(f"{before.rstrip()}\n\n{numbers}{after}".rstrip() + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text_durably(path, f"{before.rstrip()}\n\n{numbers}{after}".rstrip() + "\n")
 
 
 def snippet(about: Mapping[str, Any], pipeline: Any) -> str:
