@@ -196,8 +196,8 @@ def _report(
     asked = {label for _, conditions in plans for label in conditions.labels}
     if judge and asked and len(asked) < len(judge.reference.labels.unique()):
         notes.append(f"Only {len(asked)} classes were generated, and the reference holds all of them.")
-    judged = judge is not None and any("fd_test" in row["metrics"] for row in rows)
-    reference = judge.fields(config.num) if judged else None
+    judged = any("fd_test" in row["metrics"] for row in rows)
+    reference = judge.fields(config.num) if judge is not None and judged else None
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     settings["students"] = [model.source for model, _ in plans if model.role == "student"]
     notes += [note for model, _ in plans if (note := model.guidance_note())]

@@ -54,13 +54,14 @@ class Model:
         from fewstep.export.load import load
         from fewstep.export.own_code import is_own_code
 
+        place = self._place()
         if self.base is not None:
-            return load(self.source, base=self.base, dtype=dtype).to(device)
+            return load(place, base=self.base, dtype=dtype).to(device)
         try:
-            own = {"trust_remote_code": True} if is_own_code(self.source) else {}
-            pipeline = DiffusionPipeline.from_pretrained(self.source, dtype=dtype, **own)
+            own = {"trust_remote_code": True} if is_own_code(place) else {}
+            pipeline = DiffusionPipeline.from_pretrained(place, dtype=dtype, **own)
         except (OSError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"diffusers cannot load {self.source}: {_first_line(error)}") from error
+            raise UserError(f"diffusers cannot load {place}: {_first_line(error)}") from error
         return pipeline.to(device)
 
     def pipeline_class(self) -> type:
@@ -71,14 +72,21 @@ class Model:
 
         from fewstep.export.own_code import stock_class_of
 
+        place = self.base or self._place()
         try:
-            name = diffusers.DiffusionPipeline.load_config(self.base or self.source)["_class_name"]
+            name = diffusers.DiffusionPipeline.load_config(place)["_class_name"]
         except (OSError, ValueError) as error:
-            raise UserError(f"diffusers cannot read {self.base or self.source}: {_first_line(error)}") from error
-        found = getattr(diffusers, name, None) if isinstance(name, str) else stock_class_of(self.source)
+            raise UserError(f"diffusers cannot read {place}: {_first_line(error)}") from error
+        found: type | None = getattr(diffusers, name, None) if isinstance(name, str) else stock_class_of(self._place())
         if found is None:
-            raise UserError(f"{self.base or self.source} holds a {name}, which this diffusers does not have")
+            raise UserError(f"{place} holds a {name}, which this diffusers does not have")
         return found
+
+    def _place(self) -> str:
+        """The folder or hub id that it is loaded from."""
+        if self.source is None:
+            raise UserError(f"{self.name} has neither a source nor a pipeline")
+        return self.source
 
     def condition_kind(self) -> Literal["prompt", "label"] | None:
         """How it is conditioned: as its card says, else read from its pipeline's class. Raises as `pipeline_class`."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ class Report:
             (to_teacher, lambda row: _format(row["relative"].get("fd_test_to_teacher"), "{:.2f}")),
         ]
         for metric, (title, pattern) in COLUMNS.items():
-            columns.append((title, lambda row, m=metric, p=pattern: _format(row["metrics"].get(m), p)))
+            columns.append((title, partial(_metric_cell, metric, pattern)))
         cells = [[read(row) for _, read in columns] for row in self.rows]
         kept = [c for c in range(len(columns)) if any(line[c] for line in cells)]
         return [columns[c][0] for c in kept], [[line[c] or "-" for c in kept] for line in cells]
@@ -164,6 +165,10 @@ def _ratio(value: float | None, by: float | None) -> float | None:
 
 def _format(value: float | None, pattern: str) -> str:
     return "" if value is None else pattern.format(value)
+
+
+def _metric_cell(metric: str, pattern: str, row: Mapping[str, Any]) -> str:
+    return _format(row["metrics"].get(metric), pattern)
 
 
 def _align(cell: str, width: int, column: int) -> str:

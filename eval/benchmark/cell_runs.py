@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ def fresh_pipeline(teacher: str, seed: int, work: Path) -> Path:
     if folder.is_dir():
         return folder
     pipeline = load_teacher(teacher)
-    networks = record(pipeline).networks
+    networks: dict[str, Any] = dict(record(pipeline).networks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline.register_modules(**{name: type(net).from_config(net.config) for name, net in networks.items()})

@@ -97,7 +97,7 @@ class Training:
         """What the student depends on, seed and machine apart."""
         settings = json.loads(json.dumps(resolved(self.config(0)), default=str))
         kept = {k: v for k, v in settings.items() if k not in _MACHINE | _WATCHED}
-        content = {"method": self.method, "teacher": _teacher(self.teacher), "settings": kept}
+        content: dict[str, Any] = {"method": self.method, "teacher": _teacher(self.teacher), "settings": kept}
         if self.scratch:
             content["scratch"] = True
         if settings["data"] == "fashion":

@@ -107,12 +107,12 @@ class Comparison:
     def better(self, row: Row) -> float | None:
         """How many times lower the FD is than the teacher's at as many steps, where that was measured."""
         teacher = self.teacher(row.cell.teacher, row.cell.steps)
-        return teacher and teacher.fd / row.fd
+        return None if teacher is None else teacher.fd / row.fd
 
     def over(self, row: Row) -> float | None:
         """The FD over that of the teacher at its most steps, where that was measured."""
         teacher = self.teacher(row.cell.teacher)
-        return teacher and row.fd / teacher.fd
+        return None if teacher is None else row.fd / teacher.fd
 
     def falls_short(self, row: Row) -> bool:
         """Whether a student is not as much better than its teacher as is asked of it."""
@@ -148,17 +148,18 @@ class Comparison:
             " Passes: what the training costs in forward passes of one sample, of which a backward pass is two. CPU s: "
             "of training and evaluation, all threads together, for the first seed."
         )
-        if any(row.cell.training.at != (row.cell.steps,) for row in self.students()):
+        trainings = [(row.cell.training, row.cell.steps) for row in self.rows]
+        if any(training is not None and training.at != (steps,) for training, steps in trainings):
             how += " Rows of one student at several step counts have its whole training in both."
         sentences = [how]
         for row in (row for steps in BEST_AT for row in self.best(steps)):
-            if (over := self.over(row)) is None:
+            teacher, over = self.teacher(row.cell.teacher), self.over(row)
+            if teacher is None or over is None:
                 continue
-            most = self.teacher(row.cell.teacher).cell.steps
             verdict = "within" if over <= AT_MOST else "not within"
             sentences.append(
                 f"The best student at {in_steps(row.cell.steps)}, `{row.name}` on `{row.cell.teacher}`, has {over:.2f} "
-                f"times the FD of its teacher at {most}: {verdict} the {AT_MOST} that are asked."
+                f"times the FD of its teacher at {teacher.cell.steps}: {verdict} the {AT_MOST} that are asked."
             )
         return sentences
 

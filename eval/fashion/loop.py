@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from fewstep.data.durable import write_durably
 from fewstep.errors import UserError
 
+Network = TypeVar("Network", bound=nn.Module)
 CHECKPOINT_SECONDS = 120
 WARMUP_FRACTION = 0.1
 
@@ -64,12 +66,12 @@ def _unpack(
 
 def train(
     name: str,
-    model: nn.Module,
+    model: Network,
     loss: Callable[[Tensor, torch.Generator], Tensor],
     examples: int,
     plan: Plan,
     work: Path,
-) -> nn.Module:
+) -> Network:
     """Train ``model`` in place, resuming from ``work/<name>.checkpoint.safetensors`` when that is there.
 
     Each step's indices and noise depend on (step) alone, so a resumed run continues as if it had not been stopped.

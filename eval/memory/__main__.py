@@ -178,7 +178,9 @@ def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found is not None  # every Linux process has it, and others were refused
+    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":

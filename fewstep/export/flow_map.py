@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 from torch import nn
@@ -34,9 +34,8 @@ def flow_map_recording(recording: Recording, second_time: nn.Module) -> Recordin
     pipeline = copy.copy(recording.pipeline)
     pipeline.__class__ = importlib.import_module("fewstep.pipelines.flow_map").flow_map(stock)
     pipeline.register_modules(**{SECOND_TIME: second_time})
-    return replace(
-        recording, pipeline=pipeline, recipe=FlowMapRecipe(recording.recipe, recording.schedule, second_time)
-    )
+    recipe: Any = FlowMapRecipe(recording.recipe, recording.schedule, second_time)  # all that is asked of a Recipe
+    return replace(recording, pipeline=pipeline, recipe=recipe)
 
 
 def refuse_no_flow_map(recording: Recording) -> None:
@@ -61,5 +60,5 @@ def whole_network(role: Role) -> nn.Module:
     network = role.stock_network()
     if not role.has_second_time:
         return network
-    second_time = role.added[SECOND_TIME]
+    second_time: Any = role.added[SECOND_TIME]  # of a class that lies in a file of pipelines/
     return nn.ModuleDict({second_time.config.network: network, SECOND_TIME: second_time})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import nn
 
@@ -29,5 +30,6 @@ def in_full_precision(
     merged = {}
     for name, network in student.networks.items():
         device = next(network.parameters()).device
-        merged[name] = role.experts[name].stock_network(copy.deepcopy(loaded[id(network)]).to(device))
+        expert: Any = role.experts[name]  # an adapter: it can be merged into another network than its own
+        merged[name] = expert.stock_network(copy.deepcopy(loaded[id(network)]).to(device))
     return student.on(merged), nn.ModuleDict(merged)

@@ -132,13 +132,15 @@ class Adapter:
         return config
 
 
-def _adapter(role: AdapterRole, component: str, teacher_lora: FusedLora | None) -> Adapter:
+def _adapter(role: Role, component: str, teacher_lora: FusedLora | None) -> Adapter:
     """The role's own adapter, or the sum of the teacher's LoRA and it: B A + B' A' = [B B'] [A; A']."""
-    rank, alpha = role.backbone.rank, role.backbone.alpha
-    own = {
-        path: tuple(role.weights.get_submodule(f"{path}.{name}").weight.detach() for name in ("lora_A", "lora_B"))
-        for path in role.backbone.targets
-    }
+    assert isinstance(role, AdapterRole)  # what a LoRA is exported of
+    rank, alpha, weights = role.backbone.rank, role.backbone.alpha, role.weights
+
+    def factor(path: str, name: str) -> Tensor:
+        return weights.get_parameter(f"{path}.{name}.weight").detach()
+
+    own = {path: (factor(path, "lora_A"), factor(path, "lora_B")) for path in role.backbone.targets}
     if teacher_lora is None:
         return Adapter(own, rank, alpha)
     # The teacher's products are scaled already, each by its own number, so the sum has the scale 1.

@@ -34,9 +34,10 @@ def is_own_code(folder: str | Path) -> bool:
 
 def stock_class_of(folder: str | Path) -> type[Any] | None:
     """The stock class that a folder's own code extends; None where it has no such code."""
-    if not is_own_code(folder):
+    code = _code_file(Path(folder))
+    if code is None or not is_own_code(folder):
         return None
-    found = _STOCK.search(_code_file(Path(folder)).read_text(encoding="utf-8"))
+    found = _STOCK.search(code.read_text(encoding="utf-8"))
     return getattr(diffusers, found[1], None) if found else None
 
 
@@ -54,7 +55,8 @@ def _code_file(folder: Path) -> Path | None:
 
 def _pipelines() -> list[Path]:
     spec = find_spec("fewstep.pipelines")
-    return [path for place in spec.submodule_search_locations for path in Path(place).glob("*.py")]
+    places = None if spec is None else spec.submodule_search_locations
+    return [path for place in places or () for path in Path(place).glob("*.py")]
 
 
 def _without_choices(path: Path) -> str | None:

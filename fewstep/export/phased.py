@@ -85,6 +85,7 @@ def _of_several(recording: Recording, phases: Sequence[Phase]) -> Recording:
         )
     moved = list(recording.experts)
     for k, (phase, bound) in enumerate(zip(phases, bounds, strict=False)):
+        assert phase.anchor is not None  # the last phase alone has none, and the last network no bound
         # The last step before the bound, and where it leads, in the scheduler's own float32 numbers.
         last, arrival = _timestep(recording, phase.last), _timestep(recording, phase.anchor)
         if not arrival <= bound <= last:

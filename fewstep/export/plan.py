@@ -221,9 +221,11 @@ def _refuse(
         raise ExportError("an EDM student starts at sigma_max or at first_sigma")
     if first_sigma is not None and not isinstance(schedule, EDMSchedule):
         raise ExportError("first_sigma belongs to EDM teachers; a table's student starts at first_timestep")
-    if first_sigma is not None and not schedule.sigma_min < first_sigma <= schedule.sigma_max:
-        bounds = f"({schedule.sigma_min:g}, {schedule.sigma_max:g}]"
-        raise ExportError(f"first_sigma must be in {bounds}, the noise levels of the teacher, not {first_sigma:g}")
+    if first_sigma is not None and isinstance(schedule, EDMSchedule):
+        low, high = schedule.sigma_min, schedule.sigma_max
+        if not low < first_sigma <= high:
+            levels = f"({low:g}, {high:g}], the noise levels of the teacher"
+            raise ExportError(f"first_sigma must be in {levels}, not {first_sigma:g}")
     if isinstance(schedule, FlowSchedule) and (first_timestep is not None or start != "noise"):
         raise ExportError("a flow student starts at pure noise, timestep 1000")
     times = schedule.num_train_timesteps or (

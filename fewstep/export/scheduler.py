@@ -59,14 +59,15 @@ def candidates(wish: Wish) -> Iterator[Any]:
     Raises:
         ExportError: no stock scheduler does what is wished, whatever the pipeline.
     """
-    if isinstance(wish.schedule, FlowSchedule):
-        yield from _flow(wish)
-    elif isinstance(wish.schedule, TableSchedule):
-        yield from _table(wish)
-    elif isinstance(wish.schedule, EDMSchedule):
-        yield _edm(wish)
+    schedule = wish.schedule
+    if isinstance(schedule, FlowSchedule):
+        yield from _flow(wish, schedule)
+    elif isinstance(schedule, TableSchedule):
+        yield from _table(wish, schedule)
+    elif isinstance(schedule, EDMSchedule):
+        yield _edm(wish, schedule)
     else:
-        raise ExportError(f"no stock scheduler carries a student of a {type(wish.schedule).__name__}")
+        raise ExportError(f"no stock scheduler carries a student of a {type(schedule).__name__}")
 
 
 def wanted_grid(wish: Wish) -> tuple[float, ...] | None:
@@ -75,7 +76,7 @@ def wanted_grid(wish: Wish) -> tuple[float, ...] | None:
         return None
     grid = even_grid(wish.steps, wish.shift)
     if isinstance(wish.schedule, EDMSchedule):
-        grid *= _first_time(wish)
+        grid *= _first_time(wish, wish.schedule)
     return tuple(grid.tolist())
 
 
@@ -89,8 +90,8 @@ def table_betas(schedule: TableSchedule, length: int) -> list[float]:
     return (1 - products[1:] / products[:-1]).tolist()
 
 
-def _flow(wish: Wish) -> Iterator[Any]:
-    count = round(wish.schedule.timestep_scale)
+def _flow(wish: Wish, schedule: FlowSchedule) -> Iterator[Any]:
+    count = round(schedule.timestep_scale)
     fresh = {"stochastic_sampling": True} if wish.renoise == "fresh" else {}
     # Right at every count under pipelines that pass their own sigmas.
     yield FlowMatchEulerDiscreteScheduler(num_train_timesteps=count, shift=wish.shift, **fresh)
@@ -121,13 +122,13 @@ def _stretched_flow(wish: Wish, count: int, fresh: dict[str, Any]) -> FlowMatchE
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=count, shift=shift, shift_terminal=terminal, **fresh)
 
 
-def _table(wish: Wish) -> Iterator[Any]:
+def _table(wish: Wish, schedule: TableSchedule) -> Iterator[Any]:
     if wish.prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise ExportError(f"no stock table scheduler speaks the prediction type {wish.prediction_type!r}")
-    length = wish.schedule.num_train_timesteps if wish.first_timestep is None else wish.first_timestep + 1
+    length = len(schedule.alphas_cumprod) if wish.first_timestep is None else wish.first_timestep + 1
     common = {
         "num_train_timesteps": length,
-        "trained_betas": table_betas(wish.schedule, length),
+        "trained_betas": table_betas(schedule, length),
         "prediction_type": wish.prediction_type,
         # No effect on trailing grids; Stable Diffusion pipelines warn about any other value.
         "steps_offset": 1,
@@ -150,17 +151,17 @@ def _table(wish: Wish) -> Iterator[Any]:
         )
 
 
-def _edm(wish: Wish) -> EDMEulerScheduler:
+def _edm(wish: Wish, schedule: EDMSchedule) -> EDMEulerScheduler:
     if wish.renoise == "fresh":
         raise ExportError("no stock scheduler renoises an EDM student afresh; use renoise='ode'")
-    schedule, first = wish.schedule, _first_time(wish)
+    first = _first_time(wish, schedule)
     last = schedule.coefficients(torch.tensor([first / wish.steps], dtype=torch.float64)).sigma
     top = schedule.sigma_max if wish.first_sigma is None else wish.first_sigma
     return EDMEulerScheduler(sigma_min=float(last), sigma_max=top, sigma_data=schedule.sigma_data, rho=schedule.rho)
 
 
-def _first_time(wish: Wish) -> float:
+def _first_time(wish: Wish, schedule: EDMSchedule) -> float:
     """Where on its ramp an EDM student starts."""
     if wish.first_sigma is None:
         return 1.0
-    return float(wish.schedule.time_from_sigma(torch.tensor(wish.first_sigma)))
+    return float(schedule.time_from_sigma(torch.tensor(wish.first_sigma)))

@@ -177,7 +177,8 @@ def _watch_set_timesteps(scheduler: Any, seen: Trace, *, stop: bool) -> None:
 
 
 def _watch_steps(scheduler: Any, seen: Trace, watch: _DrawWatch, tell: Tell, called: list[str]) -> None:
-    original, scaled = scheduler.step, []
+    original = scheduler.step
+    scaled: list[Tensor] = []
     signature = inspect.signature(original)
 
     @functools.wraps(original)

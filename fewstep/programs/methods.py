@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import Any
 
 from fewstep.errors import UserError
 
@@ -15,8 +16,8 @@ def methods() -> list[str]:
     return sorted(name for name in names if not name.startswith("_"))
 
 
-def method_class(name: str) -> type:
-    """The class of a method, by the name of its file.
+def method_class(name: str) -> type[Any]:
+    """The class of a method, by the name of its file. It has `Config`, the class of its settings.
 
     Raises:
         UserError: there is no such method.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class FusedLora:
         """A copy of a component as it was before, to rounding, where nothing is ``apart``; ``network`` stays."""
         found = copy.deepcopy(network)
         for path, (a, b) in self.factors.get(component, {}).items():
-            weight = found.get_submodule(path).weight.data
+            weight = found.get_parameter(f"{path}.weight").data
             weight.sub_((b.flatten(1) @ a.flatten(1)).view_as(weight).to(weight))
         return found
 
@@ -69,7 +69,7 @@ def fuse_teacher_lora(pipeline: DiffusionPipeline, name: str) -> FusedLora:
     file = _find(name)
     keys = _keys(name, file)
     _load(pipeline, name, file, keys)
-    modules = {n: part for n, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    modules: dict[str, Any] = {n: part for n, part in pipeline.components.items() if isinstance(part, nn.Module)}
     layers = {n: {p: m for p, m in module.named_modules() if _adapted(m)} for n, module in modules.items()}
     layers = {n: found for n, found in layers.items() if found}
     loaded, held = sum(len(found) for found in layers.values()), _products(pipeline, file, keys)
@@ -108,8 +108,8 @@ def _find(name: str) -> Path:
             raise UserError(f"--teacher_lora {name} is no safetensors file, and others are not opened")
         return path
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        return _only(name, [file.name for file in files], lambda chosen: path / chosen)
+        held = sorted(file.name for file in path.glob("*.safetensors"))
+        return _only(name, held, lambda chosen: path / chosen)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"--teacher_lora {name} does not exist")
     from huggingface_hub import hf_hub_download, list_repo_files
@@ -124,7 +124,7 @@ def _find(name: str) -> Path:
         raise UserError(f"there is no folder --teacher_lora {name}, nor can the hub give it: {reason}") from error
 
 
-def _only(name: str, files: list[str], get: Any) -> Path:
+def _only(name: str, files: list[str], get: Callable[[str], Path]) -> Path:
     """The file of diffusers' own name, else the only one."""
     if _FILE in files:
         return get(_FILE)
