@@ -1,4 +1,4 @@
-"""Evaluation of few-step students beside their teachers: generation, metrics, speed, report and pictures."""
+"""Evaluation of students beside their teachers: generation, metrics, speed, reports, and a table of all methods."""
 
 from fewstep.eval.config import METRICS, EvalConfig
 from fewstep.eval.evaluate import evaluate

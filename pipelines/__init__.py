@@ -1,4 +1,4 @@
-"""What stock diffusers cannot express. Every file here is self-contained: torch and diffusers only.
+"""Pipelines that stock diffusers lacks, one self-contained file each, copied into the folders of students.
 
-A student that needs one has a copy of it in its folder. All others are stock pipelines with a stock scheduler.
+They import torch and diffusers only. All other students are stock pipelines with a stock scheduler.
 """

@@ -1,1 +1,1 @@
-"""One file per method. Each holds a configuration, one class, and a whole training step in its paper's order."""
+"""One file per method: its settings, one class, and a whole training step in its paper's order."""

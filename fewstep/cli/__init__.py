@@ -1,4 +1,4 @@
-"""The command line: ``fewstep demo | probe | plan | cache | pairs | distill | sample | eval``, one file for each.
+"""The command line, one file for each command.
 
 Exit codes: 0 done, 2 the user can mend it (one line on stderr says how), 130 interrupted after a checkpoint.
 """

@@ -1,1 +1,1 @@
-"""Every group of settings that several commands or methods share, and how words become settings."""
+"""The settings that several commands or methods share, and how a command line or a YAML file becomes settings."""

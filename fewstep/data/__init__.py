@@ -1,1 +1,1 @@
-"""What a run reads: prompts and labels, real images, noise-sample pairs; cached, and complete or absent."""
+"""What a run reads, and its batches: prompts, labels, real images, noise-sample pairs, in files that are checked."""

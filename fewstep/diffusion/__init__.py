@@ -1,1 +1,1 @@
-"""x_t = alpha x0 + sigma noise: schedules, predictions, times, keyed draws, rollout and ODE, which know no network."""
+"""Schedules, predictions, times, keyed random draws, rollouts and ODE solvers of x_t = alpha x0 + sigma noise."""

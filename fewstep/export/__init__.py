@@ -1,4 +1,4 @@
-"""Export: plan which stock scheduler carries a student, prove it, write it as a stock pipeline, load it again."""
+"""A student as a stock pipeline: which stock scheduler carries it, the proof that it does, writing and loading it."""
 
 from fewstep.export.apply import apply
 from fewstep.export.check import SchedulerCheckError

@@ -1,4 +1,4 @@
-"""The embedded teachers and the metric's files: Fashion-MNIST at 32x32, offline, small enough for a CPU.
+"""The embedded teachers and the files of their metric: Fashion-MNIST at 32x32, small enough for a CPU.
 
 ``python -m fewstep.eval.fashion.build all`` rebuilds everything here from the data set's idx files.
 """

@@ -1,1 +1,1 @@
-"""Losses as pure functions of tensors: no networks, no schedules, no state."""
+"""Losses as functions of tensors, each with the equation that it implements; they know no network."""

@@ -1,1 +1,1 @@
-"""A stock network as student, teacher or critic: its x0, guided, tapped, differentiated, and shared by adapters."""
+"""Stock networks as student, teacher or critic: x0, guidance, features and derivatives; full copies and adapters."""

@@ -1,1 +1,1 @@
-"""What a user starts from Python: distil, make pairs, cache conditions, plan a run."""
+"""What a user starts from Python: distil a teacher, make its pairs, cache its conditions, plan a run."""

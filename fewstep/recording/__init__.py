@@ -1,4 +1,4 @@
-"""Recording: how to call a pipeline's denoiser, learnt from the pipeline itself and proved against it."""
+"""How to call a pipeline's denoiser, learnt by watching the pipeline run, and proved against it."""
 
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.guided import GuidanceReport

@@ -1,1 +1,1 @@
-"""Finding and loading a teacher: a folder, a hub id or an embedded one, with a LoRA, in fewer bits, and its licence."""
+"""Finding and loading a teacher: from a folder, the hub or the package, with a LoRA, in fewer bits; its licence."""

@@ -1,1 +1,1 @@
-"""The contract of a method, and the loop: updates, processes, checkpoints, log and previews."""
+"""The contract between a method and the training loop, and the loop: updates, processes, checkpoints, log, previews."""
