@@ -18,7 +18,6 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.tree import Leaf, SampleList, leaves, map_paths
 from fewstep.recording import Recording
 from fewstep.recording.call_parts import without_sample
-from fewstep.recording.observe import observe
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.proof import relative_error, tolerance
 from fewstep.recording.recorded import CONDITION_STEPS
@@ -204,8 +203,7 @@ def _find_masks(
 
 def _beside(recording: Recording, two: list[Any]) -> dict[str, Any]:
     """What the pipeline's own call with two prompts tells its network, by path: there a mask shows that None hides."""
-    call = recording.invocation.arguments(two, CONDITION_STEPS, **recording.off)
-    seen = observe(recording.pipeline, call, before=recording.component).pending[-1]
+    seen = recording.subject.run(CONDITION_STEPS, two, before=recording.component).pending[-1]
     return dict(leaves(without_sample(seen, recording.recipe)))
 
 

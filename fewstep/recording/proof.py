@@ -20,7 +20,6 @@ from fewstep.recording.call_parts import answers, network_calls, repeated, witho
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.guided import another_item
 from fewstep.recording.observation import NetworkCall, Observation, Step
-from fewstep.recording.observe import observe
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.proof_runs import STEPS, each, own_calls, own_conditioning, relative_error, run, times
 from fewstep.recording.recorded import Recorded
@@ -110,7 +109,7 @@ def tolerance(recording: Recorded) -> float:
 def _checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> list[Check]:
     item, other = recording.invocation.item, another_item(recording.invocation)
     allowed = tolerance(recording)
-    single = run(recording, [item], recording.off, seed, x0=True)
+    single = run(recording, [item], seed, x0=True)
     checks = [
         Check(
             f"{prefix}unguided, one sample", _unguided_error(recording, single, own_conditioning(recording)), allowed
@@ -122,7 +121,7 @@ def _checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> li
         notes.append("the scheduler gives no clean sample to compare x0 with")
     else:
         checks.append(Check(f"{prefix}x0 against the scheduler's", x0_error, max(1e-5, allowed)))
-    pair = run(recording, [item, other], recording.off, seed + 1)
+    pair = run(recording, [item, other], seed + 1)
     checks.append(
         Check(
             f"{prefix}unguided, two samples",
@@ -139,7 +138,7 @@ def _checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> li
         )
     for items, words in (([item], "one sample"), ([item, other], "two samples")):
         try:
-            seen = run(recording, items, recording.guided.changes, seed + 2)
+            seen = run(recording, items, seed + 2, changes=recording.guided.changes)
         except RecordingError as error:
             if len(items) == 1:
                 raise
@@ -164,8 +163,7 @@ def _pair_conditioning(recording: Recorded, pair: Observation, items: list[Any])
         whole = _call_conditioning(recording, pair.steps[0], len(items))
     except ValueError:
         # Together they have other arguments than alone (a mask); how these depend on the batch, four samples show.
-        call = recording.invocation.arguments(items * 2, STEPS, **recording.off)
-        four = observe(recording.pipeline, call, before=recording.component).pending[-1]
+        four = recording.subject.run(STEPS, items * 2, before=recording.component).pending[-1]
         two = pair.steps[0].calls[-1]
         tree = mark(without_sample(two, recording.recipe), without_sample(four, recording.recipe), samples=len(items))
         whole = Conditioning(tree, len(items))
@@ -284,7 +282,7 @@ def _guided_conditioning(
 
 def _deaf_to(recording: Recorded, seed: int) -> dict[str, list[str]]:
     """Component -> what it does not react to, where there is such: the sample, the time and the prompt (or label)."""
-    seen = run(recording, [recording.invocation.item], recording.off, seed)
+    seen = run(recording, [recording.invocation.item], seed)
     found = {}
     for expert in recording.experts:
         steps = [step for step in seen.steps[1:] if recording.expert_at(step.timestep) is expert]
