@@ -57,13 +57,14 @@ class RealSamples:
     def x0(self, rows: Sequence[int]) -> Tensor:
         """The images with these numbers in the network's space, (B, ...)."""
         missing = [row for row in dict.fromkeys(rows) if row not in self._cache]
-        encoded = dict(self._cache)
+        fresh: dict[int, Tensor] = {}
         if missing:
             pixels = torch.stack([self.images.image(row, *self._size) for row in missing])
-            encoded.update(zip(missing, self._encode(pixels).cpu()))
+            fresh = dict(zip(missing, self._encode(pixels).cpu()))
             if (len(self._cache) + len(missing)) * self._bytes <= _CACHE_LIMIT:
-                self._cache = encoded
-        return torch.stack([encoded[row] for row in rows]).to(self._device, non_blocking=True)
+                self._cache |= fresh
+        x0 = [fresh[row] if row in fresh else self._cache[row] for row in rows]
+        return torch.stack(x0).to(self._device, non_blocking=True)
 
     def rows_among(self, conditions: Conditions) -> list[int]:
         """For each image the number of its condition among those of a run.
