@@ -12,7 +12,6 @@ import copy
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +19,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from fewstep.conditioning.conditioning import Conditioning
 from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.recompute import Reenter, checkpointed
 from fewstep.networks.roles import Role, allow_checkpointing
 from fewstep.recording import Recording
-from fewstep.recording.pipeline import evaluating, is_quantized, is_quantized_layer
+from fewstep.recording.hooks import hooked
+from fewstep.recording.pipeline import is_quantized, is_quantized_layer
 
 
 class Backbone:
@@ -201,26 +200,17 @@ def attention_linears(network: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
-@torch.no_grad()
 def called_by_keyword(recording: Recording, device: torch.device | str) -> set[str]:
     """Full names of the layers whose input has a name (in AnimateDiff), which PEFT's layers cannot take."""
-    network, found = recording.network, set()
+    network = recording.network
+    found: set[str] = set()
 
-    def note(_layer: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any], path: str) -> None:
+    def note(path: str, _layer: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         if not args:
             found.add(path)
 
-    layers = {path: network.get_submodule(path) for path in attention_linears(network)}
-    hooks = [m.register_forward_pre_hook(partial(note, path=p), with_kwargs=True) for p, m in layers.items()]
-    x = torch.zeros(1, *recording.sample_shape, dtype=recording.dtype, device=device)
-    time = recording.schedule.timestep(torch.full((1,), 0.5, dtype=torch.float64))
-    told = Conditioning(recording.marked, 1).select([0]).to(device=device)
-    try:
-        with evaluating(network):
-            recording.recipe.call(network, x, time, told, next_timestep=time / 2)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked({path: network.get_submodule(path) for path in attention_linears(network)}, before=note):
+        recording.probe(device)
     return found
 
 
