@@ -99,6 +99,7 @@ class Encoders:
         """
         pipeline = self.recording.pipeline
         if gone := self.digests.keys() - self._held.keys():
+            assert self.reload is not None  # else all of them would be held
             others = {name: part for name, part in pipeline.components.items() if name not in gone}
             fresh = self.reload(others)
             for name in sorted(gone):
@@ -195,7 +196,7 @@ def _question(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             state.update(f"{value.dtype}{list(value.shape)}".encode())
-            state.update(value.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy())
+            state.update(value.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data)
         elif isinstance(value, dict):
             for name in sorted(value, key=str):
                 state.update(str(name).encode())

@@ -127,7 +127,7 @@ class Shards:
         state = hashlib.sha256(json_sha256(self.about).encode())
         for name, tensor in sorted(tensors.items()):
             state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            state.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return state.hexdigest()
 
     def row(self, index: int) -> dict[str, Tensor]:

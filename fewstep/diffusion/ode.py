@@ -182,7 +182,8 @@ def straightness(
     span = coordinates[0][1]
     chord = (start - y) / span
     shares = [(position - end) / span for (_, position), end in zip(coordinates, ends)]
-    return sum((share * (chord - velocity).square()).mean() for share, velocity in zip(shares, velocities))
+    parts = ((share * (chord - velocity).square()).mean() for share, velocity in zip(shares, velocities))
+    return sum(parts, start=x.new_zeros(()))
 
 
 def _coordinates(schedule: NoiseSchedule, line: str, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

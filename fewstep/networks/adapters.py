@@ -85,7 +85,7 @@ class Backbone:
         self._layers = [module for module in self.network.modules() if isinstance(module, LoraLayer)]
         for parameter, wanted in asked.items():  # whatever PEFT does to earlier adapters
             parameter.requires_grad_(wanted)
-        layers = {path: self.network.get_submodule(path) for path in self.targets}
+        layers: dict[str, LoraLayer] = {path: self.network.get_submodule(path) for path in self.targets}
         parts = {f"{path}.lora_A": layer.lora_A[name] for path, layer in layers.items()}
         parts |= {f"{path}.lora_B": layer.lora_B[name] for path, layer in layers.items()}
         adapter = _tree(parts)
@@ -122,8 +122,8 @@ class Backbone:
             raise ValueError("no product can be added to quantised weights")
         network = copy.deepcopy(self.stock) if onto is None else onto
         for path in self.targets:
-            a, b = (adapter.get_submodule(f"{path}.{name}").weight for name in ("lora_A", "lora_B"))
-            weight = network.get_submodule(path).weight
+            a, b = (adapter.get_parameter(f"{path}.{name}.weight") for name in ("lora_A", "lora_B"))
+            weight = _linear(network, path).weight
             weight.add_((b @ a).to(weight), alpha=self.alpha / self.rank)
         return network
 
@@ -218,13 +218,19 @@ def _refuse(network: nn.Module, targets: tuple[str, ...], rank: int) -> None:
     kind = type(network).__name__
     if not targets:
         raise UserError(f"{kind} has no attention layer to adapt; leave out --lora_rank and train full copies")
-    sizes = {path: _sides(network.get_submodule(path)) for path in targets}
+    sizes = {path: _sides(_linear(network, path)) for path in targets}
     smallest = min(sizes, key=lambda path: min(sizes[path]))
     if rank > min(sizes[smallest]):
         a, b = sizes[smallest]
         raise UserError(
             f"--lora_rank {rank} is larger than a layer of {kind}: {smallest} is {a} by {b}; take at most {min(a, b)}"
         )
+
+
+def _linear(network: nn.Module, path: str) -> nn.Linear:
+    layer = network.get_submodule(path)
+    assert isinstance(layer, nn.Linear)  # as every target, see `attention_linears`
+    return layer
 
 
 def _sides(layer: nn.Linear) -> tuple[int, int]:
@@ -269,6 +275,6 @@ def _tree(parts: dict[str, nn.Module]) -> nn.Module:
         for parent in parents:
             if parent not in node._modules:
                 node.add_module(parent, nn.Module())
-            node = node._modules[parent]
+            node = node.get_submodule(parent)
         node.add_module(leaf, module)
     return root

@@ -211,10 +211,10 @@ class Recorded:
         kind = type(self.pipeline).__name__
         if prompts is not None and labels is not None:
             raise RecordingError("prompts and labels were given; a pipeline is conditioned on one of them")
-        items = prompts if prompts is not None else labels
-        if isinstance(items, str):
+        given = prompts if prompts is not None else labels
+        if isinstance(given, str):
             raise RecordingError("prompts must be a list of strings, not one string")
-        items = [] if items is None else list(items)
+        items: list[Any] = [] if given is None else list(given)
         if not items:
             if self.conditional is None:
                 return [None]
