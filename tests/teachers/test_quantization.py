@@ -21,7 +21,7 @@ from fewstep.programs.cache import cache
 from fewstep.programs.distillation import Distillation, distill, method_class
 from fewstep.programs.planning.plan import Planner
 from fewstep.recording import record
-from fewstep.recording.pipeline import is_quantized
+from fewstep.recording.pipeline import is_quantized, is_quantized_layer
 from fewstep.recording.shake import shaken
 from fewstep.teachers import quantization
 from fewstep.teachers.quantization import QUANTIZATIONS, denoiser_classes, pipeline_quantization
@@ -118,7 +118,7 @@ def teacher(tmp_path: Path) -> Path:
 def unpacked(network: nn.Module, plain: nn.Module) -> nn.Module:
     """`plain` with the weights that the layers of `network` have in effect, each asked for what it makes of 1."""
     for path, layer in network.named_modules():
-        if quantization.is_quantized_layer(layer):
+        if is_quantized_layer(layer):
             zero = torch.zeros(1, layer.in_features)
             effective = (layer(torch.eye(layer.in_features)) - layer(zero)).T
             plain.get_submodule(path).weight.data.copy_(effective)
