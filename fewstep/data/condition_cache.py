@@ -181,7 +181,7 @@ class CacheWriter:
             self.index["shards"] = list(whole)
         negative = recording.negative()
         if negative is not None:
-            self.index["negative"] = self._write_pack(_NEGATIVE, [negative], [])
+            self.index["negative"] = self._write_stack(_NEGATIVE, [negative], [])
         self._save_index()
 
     @property
@@ -201,11 +201,11 @@ class CacheWriter:
         """
         number = len(self.index["shards"])
         items = self.of(number)
-        entry = self._write_pack(f"shard_{number:05d}.safetensors", encoded, items)
+        entry = self._write_stack(f"shard_{number:05d}.safetensors", encoded, items)
         self.index["shards"].append({**entry, "items": len(items)})
         self._save_index()
 
-    def _write_pack(self, name: str, encoded: Sequence[Conditioning], items: list[Any]) -> dict[str, Any]:
+    def _write_stack(self, name: str, encoded: Sequence[Conditioning], items: list[Any]) -> dict[str, Any]:
         groups, tensors = stack(encoded)
         # One entry: safetensors writes several in an order of its own, and the same items shall be the same bytes.
         metadata = {FORMAT: json.dumps({"groups": to_json(groups), "items": items})}

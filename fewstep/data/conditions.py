@@ -20,7 +20,7 @@ from fewstep.recording import Recording
 
 _MOST_CLASSES = 10**6  # a longer range is a slip of the keyboard, and its list would fill the memory
 _LOOKED_AT = 64  # items, each of a shape of its own, that decide whether padding serves
-_PACKED = 1000  # items that are encoded before they are stacked
+_STACKED = 1000  # items that are encoded before they are stacked
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -141,10 +141,10 @@ class Conditions:
         elif (items := check_items(recording, prompts, labels)) is not None:
             self._items = items
             with encoding_bar(recording, len(items), disable=not progress) as bar:
-                for first in range(0, len(items), _PACKED):
-                    encoded = encode_each(recording, items[first : first + _PACKED], bar)
+                for first in range(0, len(items), _STACKED):
+                    encoded = encode_each(recording, items[first : first + _STACKED], bar)
                     self._stacks.append(in_memory(list(encoded)))
-            self.count, kinds = len(items), one_of_each_kind(self._stacks, _PACKED)
+            self.count, kinds = len(items), one_of_each_kind(self._stacks, _STACKED)
         else:
             self._unconditional = recording.condition().to("cpu")
             self.count, kinds = 1, []
@@ -186,4 +186,4 @@ class Conditions:
     def _item(self, row: int) -> Conditioning:
         if self._cache is not None:
             return self._cache[row]
-        return self._stacks[row // _PACKED][row % _PACKED] if self._stacks else self._unconditional
+        return self._stacks[row // _STACKED][row % _STACKED] if self._stacks else self._unconditional

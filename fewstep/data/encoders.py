@@ -1,4 +1,4 @@
-"""Text encoders out of the way: once everything is encoded, training needs the memory and not them.
+"""Freeing the text encoders: once everything is encoded, training needs their memory and not them.
 
 What still runs the pipeline, the decoding of a sample grid and the checks at export, does so for the recording's own
 prompt only. What the encoders answer to that is kept; asked again, they repeat it, and their weights can go. They are

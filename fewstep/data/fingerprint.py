@@ -65,7 +65,7 @@ def part_digest(part: Any, sampled: int | None = None) -> str:
 
 
 def call_digest(recording: Recording) -> str:
-    """Of the recorded call, without what the pipeline does anyway and a guidance that the network is not told."""
+    """The digest of the recorded call, without defaults and a guidance that the network is not told."""
     invocation = recording.invocation
     call = {
         name: float(value) if _is_number(value) else _plain(value)  # 3 and 3.0 are the same guidance

@@ -234,5 +234,5 @@ def pair_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: 
 
 
 def conditions_digest(conditions: Conditions) -> dict[str, str]:
-    """Of the prompts or labels, in their order."""
+    """The digest of the prompts or labels, in their order."""
     return {"items": json_sha256([conditions.kind, conditions.items()])}

@@ -1,4 +1,4 @@
-"""Walks along the probability-flow ODE: a teacher's samples from noise, noise from real samples, and how straight.
+"""Solving the probability-flow ODE: a teacher's samples from noise, the noise of real samples, and the straightness.
 
 x_t is divided by a scale so that a constant x0 means a straight line at constant speed, and the line's slope is then
 (y - x0) / position, where the position says how far along the line a time lies. Two such coordinates are in use:

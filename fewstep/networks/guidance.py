@@ -84,7 +84,7 @@ class GuidedDenoiser:
         return scale.at(t, like) if isinstance(scale, TimedScale) else scale
 
     def pair(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor]:
-        """The two that are guided, x0_positive and x0_negative, (B, ...) each; there must be a negative."""
+        """What guidance combines: x0_positive and x0_negative, (B, ...) each; there must be a negative."""
         both = join([self._negatives(len(x_t)), conditioning])
         x0 = in_groups(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         x0_negative, x0_positive = x0.chunk(2)

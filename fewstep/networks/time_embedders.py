@@ -83,5 +83,5 @@ def _prints(
 
 
 def _disturb(_name: str, _module: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> Tensor:
-    """What another output of a module would be."""
+    """Another output in the place of a module's own, so that what follows from it changes."""
     return output + torch.cos(3 * output) + 1

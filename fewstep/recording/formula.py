@@ -21,7 +21,7 @@ from fewstep.recording.subject import Subject
 # Below this relative difference two answers count as the same: a formula cannot be read off them.
 _SAME = 1e-4
 #: What is said where no formula can be read off.
-DEAF = "the answer does not depend on the prompt, even on shaken weights, so no formula was seen"
+NO_RESPONSE = "the answer does not depend on the prompt, even on shaken weights, so no formula was seen"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class FormulaFit:
             columns.append([both[self.guided.negative], both[self.guided.positive], step.model_output[:1]])
         negative, positive, target = (torch.cat(c).double().flatten() for c in zip(*columns, strict=True))
         if (positive - negative).norm() <= _SAME * positive.norm():
-            return None, None, None, DEAF
+            return None, None, None, NO_RESPONSE
         return _solve(negative, positive, target, self.scale)
 
 

@@ -11,7 +11,7 @@ from fewstep.recording.call_parts import equal, same_conditioning, without_sampl
 from fewstep.recording.denoisers import Denoisers
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.fit import fit_sample
-from fewstep.recording.formula import DEAF, FormulaFit, GuidedCall, expert_guidance
+from fewstep.recording.formula import NO_RESPONSE, FormulaFit, GuidedCall, expert_guidance
 from fewstep.recording.invocation import SCALES, Invocation
 from fewstep.recording.observation import Step
 from fewstep.recording.shake import shaken
@@ -185,7 +185,7 @@ def record_guided(
         guided = GuidedCall(changes, positive, 1 - positive)
         fit = FormulaFit(denoisers, guided, scale)
         fitted, linear, offset, words = fit(steps)
-        if words == DEAF:
+        if words == NO_RESPONSE:
             with shaken(*denoisers.networks):
                 fitted, linear, offset, words = fit(_guided_steps(subject, changes))
         default = subject.invocation.default(name)

@@ -77,17 +77,17 @@ def prove(recording: Recorded, seed: int = 0) -> Proof:
 def _prove(recording: Recorded, seed: int) -> Proof:
     notes: list[str] = []
     checks = _checks(recording, seed, notes, "")
-    deaf = _deaf_to(recording, seed)
-    if deaf:
+    ignored = _ignored(recording, seed)
+    if ignored:
         text = (
-            f"the answer of {' or '.join(deaf)} does not change with {_any_of(deaf)}: are its weights untrained? "
+            f"the answer of {' or '.join(ignored)} does not change with {_any_of(ignored)}: are its weights untrained? "
             "They could hide a mistake, so the proof was repeated on shaken weights"
         )
         warnings.warn(text, stacklevel=4)
         notes.append(text)
         with shaken(*_networks(recording), seed=seed):
             checks += _checks(recording, seed + 1, notes, "shaken weights, ")
-            still = _deaf_to(recording, seed)
+            still = _ignored(recording, seed)
         if still:
             notes.append(f"even with shaken weights it does not change with {_any_of(still)}")
     failed = [check for check in checks if not check.holds]
@@ -97,7 +97,7 @@ def _prove(recording: Recorded, seed: int) -> Proof:
             f"the recording of {type(recording.pipeline).__name__} failed its proof: {worst.name} differs by "
             f"{worst.error:.2g} relative (at most {worst.tolerance:.0e}); it must not be trained on, please report it"
         )
-    return Proof(tuple(checks), tuple(dict.fromkeys(notes)), bool(deaf))
+    return Proof(tuple(checks), tuple(dict.fromkeys(notes)), bool(ignored))
 
 
 def tolerance(recording: Recorded) -> float:
@@ -285,21 +285,21 @@ def _guided_conditioning(
         return whole
 
 
-def _deaf_to(recording: Recorded, seed: int) -> dict[str, list[str]]:
+def _ignored(recording: Recorded, seed: int) -> dict[str, list[str]]:
     """Component -> what it does not react to, where there is such: the sample, the time and the prompt (or label)."""
     seen = run(recording, [recording.invocation.item], seed)
     found = {}
     for expert in recording.experts:
         steps = [step for step in seen.steps[1:] if recording.expert_at(step.timestep) is expert]
-        found[expert.component] = _network_deaf_to(recording, steps[0], steps[-1], expert.network)
+        found[expert.component] = _ignored_by_network(recording, steps[0], steps[-1], expert.network)
     return {component: words for component, words in found.items() if words}
 
 
-def _any_of(deaf: dict[str, list[str]]) -> str:
-    return " or ".join(dict.fromkeys(word for words in deaf.values() for word in words))
+def _any_of(ignored: dict[str, list[str]]) -> str:
+    return " or ".join(dict.fromkeys(word for words in ignored.values() for word in words))
 
 
-def _network_deaf_to(recording: Recorded, first: Step, second: Step, network: nn.Module) -> list[str]:
+def _ignored_by_network(recording: Recorded, first: Step, second: Step, network: nn.Module) -> list[str]:
     x, conditioning = first.network_input, _call_conditioning(recording, first, 1)
     # A velocity made of x and an x0 follows the sample and the time by itself; what counts is the network's part.
     recipe = replace(recording.recipe, output=replace(recording.recipe.output, relation="same"))
