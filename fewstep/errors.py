@@ -1,5 +1,15 @@
-"""The one exception that means: the user can mend this."""
+"""The one exception that means: the user can mend this. Other exceptions' words, as its message quotes them."""
 
 
 class UserError(ValueError):
     """Bad input. The message is one line that says what to do; the command line exits with code 2 and no traceback."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's words; its type's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def one_line(error: BaseException) -> str:
+    """All of an exception's words on one line; its type's name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.version import __version__
 
 USAGE = """fewstep: few-step distillation of diffusion and flow-matching pipelines
@@ -69,8 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for every command
             raise
-        line = str(error).splitlines()[0]
-        print(f"fewstep: {line} Lower --batch_size; {_LESS_MEMORY}", file=sys.stderr)
+        print(f"fewstep: {first_line(error)} Lower --batch_size; {_LESS_MEMORY}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fewstep: interrupted", file=sys.stderr)

@@ -124,12 +124,11 @@ class Conditioning:
             return f"only one of them has {', '.join(sorted(left.keys() ^ right.keys()))}"
         for path, one in left.items():
             other = right[path]
-            if type(one) is not type(other) or one.rows != other.rows:
-                return f"{path} is {describe(one)} in one and {describe(other)} in the other"
-            if isinstance(one, SampleList):
+            if isinstance(one, SampleList) and isinstance(other, SampleList) and one.rows == other.rows:
                 continue  # lists exist because their entries may be ragged
-            if not joinable(one, other):
-                return f"{path} is {describe(one)} in one and {describe(other)} in the other"
+            if isinstance(one, Leaf) and isinstance(other, Leaf) and one.rows == other.rows and joinable(one, other):
+                continue
+            return f"{path} is {describe(one)} in one and {describe(other)} in the other"
         return None
 
     @staticmethod
@@ -154,7 +153,8 @@ class Conditioning:
                 )
         if len(items) == 1:
             return items[0]
-        columns = [dict(leaves(item.tree)) for item in items]
+        # Of one kind at each path, as there was no mismatch.
+        columns: list[dict[str, Any]] = [dict(leaves(item.tree)) for item in items]
 
         def join(path: str, node: Leaf | SampleList) -> Leaf | SampleList:
             parts = [column[path] for column in columns]

@@ -101,7 +101,7 @@ def stack(items: Sequence[Conditioning]) -> tuple[list[Group], dict[str, Tensor]
 
 
 def in_memory(items: Sequence[Conditioning]) -> Stack:
-    """A pack whose tensors are held in this machine's memory (never a GPU's)."""
+    """A stack whose tensors are held in this machine's memory (never a GPU's)."""
     groups, tensors = stack(items)
     return Stack(groups, tensors.__getitem__, lambda name, row: tensors[name][row])
 

@@ -49,9 +49,10 @@ class ConditionCache:
 
     def __init__(self, folder: str | Path, *, progress: bool = False) -> None:
         self.folder = Path(folder)
-        self.index = read_index(self.folder)
-        if self.index is None:
+        index = read_index(self.folder)
+        if index is None:
             raise UserError(f"--cache {folder} holds no cache; make one with fewstep cache --out {folder}")
+        self.index = index
         if sum(shard["items"] for shard in self.index["shards"]) < self.index["items"]:
             raise UserError(f"the cache {folder} is not complete; go on with it by fewstep cache ... --resume")
         negative = [self.index["negative"]] if self.index["negative"] else []
@@ -153,6 +154,7 @@ class CacheWriter:
     ) -> None:
         self.folder, self.items, self.size = Path(folder), list(items), shard_size
         digests = fingerprint(recording)
+        self.index: dict[str, Any]
         wanted = {
             "format": FORMAT,
             "kind": recording.conditional,
@@ -179,7 +181,7 @@ class CacheWriter:
             self.index["shards"] = list(whole)
         negative = recording.negative()
         if negative is not None:
-            self.index["negative"] = self._write_pack(_NEGATIVE, [negative], [])
+            self.index["negative"] = self._write_stack(_NEGATIVE, [negative], [])
         self._save_index()
 
     @property
@@ -199,17 +201,17 @@ class CacheWriter:
         """
         number = len(self.index["shards"])
         items = self.of(number)
-        entry = self._write_pack(f"shard_{number:05d}.safetensors", encoded, items)
+        entry = self._write_stack(f"shard_{number:05d}.safetensors", encoded, items)
         self.index["shards"].append({**entry, "items": len(items)})
         self._save_index()
 
-    def _write_pack(self, name: str, encoded: Sequence[Conditioning], items: list[Any]) -> dict[str, Any]:
+    def _write_stack(self, name: str, encoded: Sequence[Conditioning], items: list[Any]) -> dict[str, Any]:
         groups, tensors = stack(encoded)
         # One entry: safetensors writes several in an order of its own, and the same items shall be the same bytes.
         metadata = {FORMAT: json.dumps({"groups": to_json(groups), "items": items})}
         return self._write(name, lambda path: save_file(tensors, path, metadata))
 
-    def _write(self, name: str, save: Callable[[Path], None]) -> dict[str, Any]:
+    def _write(self, name: str, save: Callable[[Path], object]) -> dict[str, Any]:
         """A file, complete or absent, and on the disk before anything names it."""
         path = self.folder / name
         try:
@@ -301,7 +303,12 @@ def _closeness(one: Tensor, other: Tensor) -> float:
 
 def _tensors(item: Conditioning) -> list[Tensor]:
     found: list[Tensor] = []
-    item.map_tensors(lambda tensor: found.append(tensor.cpu()) or tensor)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor.cpu())
+        return tensor
+
+    item.map_tensors(note)
     return found
 
 

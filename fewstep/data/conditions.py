@@ -20,7 +20,7 @@ from fewstep.recording import Recording
 
 _MOST_CLASSES = 10**6  # a longer range is a slip of the keyboard, and its list would fill the memory
 _LOOKED_AT = 64  # items, each of a shape of its own, that decide whether padding serves
-_PACKED = 1000  # items that are encoded before they are stacked
+_STACKED = 1000  # items that are encoded before they are stacked
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -67,15 +67,16 @@ def check_items(recording: Recording, prompts: Sequence[str] | None, labels: Seq
     kind = recording.conditional
     given = "prompt" if prompts is not None else "label" if labels is not None else None
     refuse_other_kind(kind, given)
-    if kind is None:
+    if prompts is not None:
+        return list(prompts)
+    if labels is None:
         return None
-    if kind == "label":
-        # Beyond its table a network stops in the middle of a run, on a GPU with the whole process.
-        count = recording.label_count()
-        if beyond := [label for label in labels if label < 0 or (count is not None and label >= count)]:
-            known = "at least 0" if count is None else f"in 0..{count - 1}"
-            raise UserError(f"this teacher's class labels are {known}, and {beyond[0]} is not")
-    return list(prompts if kind == "prompt" else labels)
+    # Beyond its table a network stops in the middle of a run, on a GPU with the whole process.
+    count = recording.label_count()
+    if beyond := [label for label in labels if label < 0 or (count is not None and label >= count)]:
+        known = "at least 0" if count is None else f"in 0..{count - 1}"
+        raise UserError(f"this teacher's class labels are {known}, and {beyond[0]} is not")
+    return list(labels)
 
 
 def refuse_other_kind(kind: str | None, given: str | None) -> None:
@@ -96,7 +97,7 @@ def encode_each(recording: Recording, items: Sequence[Any], bar: tqdm | None = N
 
 def encoding_bar(recording: Recording, count: int, *, done: int = 0, disable: bool = False) -> tqdm:
     """The progress bar of encoding; short work shows none."""
-    return tqdm(total=count, initial=done, desc="encode", unit=recording.conditional, delay=2, disable=disable)
+    return tqdm(total=count, initial=done, desc="encode", unit=recording.conditional or "it", delay=2, disable=disable)
 
 
 class Conditions:
@@ -140,10 +141,10 @@ class Conditions:
         elif (items := check_items(recording, prompts, labels)) is not None:
             self._items = items
             with encoding_bar(recording, len(items), disable=not progress) as bar:
-                for first in range(0, len(items), _PACKED):
-                    some = encode_each(recording, items[first : first + _PACKED], bar)
-                    self._stacks.append(in_memory(list(some)))
-            self.count, kinds = len(items), one_of_each_kind(self._stacks, _PACKED)
+                for first in range(0, len(items), _STACKED):
+                    encoded = encode_each(recording, items[first : first + _STACKED], bar)
+                    self._stacks.append(in_memory(list(encoded)))
+            self.count, kinds = len(items), one_of_each_kind(self._stacks, _STACKED)
         else:
             self._unconditional = recording.condition().to("cpu")
             self.count, kinds = 1, []
@@ -170,8 +171,8 @@ class Conditions:
         """The numbers of these prompts or labels among the conditions; None where one of them is not there."""
         if self._rows is None:
             self._rows = {item: row for row, item in reversed(list(enumerate(self.items())))}
-        found = [self._rows.get(item) for item in items]
-        return None if None in found else found
+        known = self._rows
+        return [known[item] for item in items] if all(item in known for item in items) else None
 
     def select(self, rows: Sequence[int]) -> AnyConditioning:
         """The conditioning of these items, on the device."""
@@ -185,4 +186,4 @@ class Conditions:
     def _item(self, row: int) -> Conditioning:
         if self._cache is not None:
             return self._cache[row]
-        return self._stacks[row // _PACKED][row % _PACKED] if self._stacks else self._unconditional
+        return self._stacks[row // _STACKED][row % _STACKED] if self._stacks else self._unconditional

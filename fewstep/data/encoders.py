@@ -1,4 +1,4 @@
-"""Text encoders out of the way: once everything is encoded, training needs the memory and not them.
+"""Freeing the text encoders: once everything is encoded, training needs their memory and not them.
 
 What still runs the pipeline, the decoding of a sample grid and the checks at export, does so for the recording's own
 prompt only. What the encoders answer to that is kept; asked again, they repeat it, and their weights can go. They are
@@ -22,6 +22,7 @@ from fewstep.errors import UserError
 from fewstep.recording import Recording
 from fewstep.recording.call_parts import equal
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.hooks import hooked
 from fewstep.recording.observation import Stub
 from fewstep.recording.observe import observe
 from fewstep.recording.pipeline import find_decoder, modules_of
@@ -98,6 +99,7 @@ class Encoders:
         """
         pipeline = self.recording.pipeline
         if gone := self.digests.keys() - self._held.keys():
+            assert self.reload is not None  # else all of them would be held
             others = {name: part for name, part in pipeline.components.items() if name not in gone}
             fresh = self.reload(others)
             for name in sorted(gone):
@@ -120,20 +122,19 @@ class Encoders:
         early: set[str] = set()
         late: set[str] = set()
         begun: list[bool] = []
-        hooks = [n.register_forward_pre_hook(lambda *_: begun.append(True)) for n in recording.networks.values()]
 
-        def watch(name: str) -> Callable[..., None]:
-            return lambda *_: (late if begun else early).add(name)
+        def begin(*_: Any) -> None:
+            begun.append(True)
 
-        hooks += [m.register_forward_pre_hook(watch(n)) for n, part in parts.items() for m in part.modules()]
-        try:
-            output = observe(pipeline, self._calls()[0], steps=1).steps[0].calls[-1].output
+        def note(path: str, *_: Any) -> None:
+            (late if begun else early).add(path.partition(".")[0])
+
+        modules = {f"{name}.{path}": m for name, part in parts.items() for path, m in part.named_modules()}
+        with hooked(recording.networks, before=begin), hooked(modules, before=note):
+            output = recording.subject.run(_STEPS, steps=1).steps[0].calls[-1].output
             begun.clear()
             stub = Stub(recording.components, output)
-            observe(pipeline, self._calls()[0], stub=stub, stop_at_decode=find_decoder(pipeline) is not None)
-        finally:
-            for hook in hooks:
-                hook.remove()
+            recording.subject.run(_STEPS, stub=stub, stop_at_decode=find_decoder(pipeline) is not None)
         return sorted(early - late)
 
     def _calls(self) -> list[dict[str, Any]]:
@@ -142,7 +143,7 @@ class Encoders:
         dropped = self.recording.call.keys() - self.call.keys()
         student = {**invocation.arguments([invocation.item], _STEPS), **self.call, **steps}
         return [
-            invocation.arguments([invocation.item], _STEPS, **self.recording.off),
+            self.recording.subject.call(_STEPS),
             {name: value for name, value in student.items() if name not in dropped},
         ]
 
@@ -157,14 +158,11 @@ def _noted(module: nn.Module) -> Iterator[dict[str, Any]]:
     """Inside, what the module answers is kept, by what it is asked; on the CPU."""
     answers: dict[str, Any] = {}
 
-    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def note(_name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         answers[_question(args, kwargs)] = _moved(output, torch.device("cpu"))
 
-    hook = module.register_forward_hook(note, with_kwargs=True)
-    try:
+    with hooked({"": module}, after=note):
         yield answers
-    finally:
-        hook.remove()
 
 
 def _empty(module: nn.Module, answers: dict[str, Any]) -> None:
@@ -198,7 +196,7 @@ def _question(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             state.update(f"{value.dtype}{list(value.shape)}".encode())
-            state.update(value.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy())
+            state.update(value.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data)
         elif isinstance(value, dict):
             for name in sorted(value, key=str):
                 state.update(str(name).encode())

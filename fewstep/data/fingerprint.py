@@ -60,12 +60,12 @@ def part_digest(part: Any, sampled: int | None = None) -> str:
         state.update(f"{name} {flat.dtype} {list(tensor.shape)}".encode())
         if sampled is not None and len(flat) > sampled:
             flat = flat[:: len(flat) // sampled]
-        state.update(flat.cpu().contiguous().view(torch.uint8).numpy())
+        state.update(flat.cpu().contiguous().view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
 def call_digest(recording: Recording) -> str:
-    """Of the recorded call, without what the pipeline does anyway and a guidance that the network is not told."""
+    """The digest of the recorded call, without defaults and a guidance that the network is not told."""
     invocation = recording.invocation
     call = {
         name: float(value) if _is_number(value) else _plain(value)  # 3 and 3.0 are the same guidance
@@ -104,6 +104,7 @@ def _has_part(part: Any, name: str) -> bool:
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: dict[str, Any] | list[Any]
     if backend is not None:
         content = json.loads(backend.to_str())
         rules = {name: value for name, value in content.items() if name not in _CALL_STATE}

@@ -92,8 +92,8 @@ def read_images(source: str) -> RealImages:
         raise UserError(f"--data {source} is not a folder")
     if (folder / "metadata.jsonl").is_file():
         return _from_metadata(folder)
-    if images := sorted(folder.glob("train-images-idx3-ubyte*")):
-        return _from_idx(images[0])
+    if idx_files := sorted(folder.glob("train-images-idx3-ubyte*")):
+        return _from_idx(idx_files[0])
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     found = [(file, path.name) for path in classes for file in _image_files(path)]
     if found:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.tree import Leaf, SampleList, leaves, map_paths
 from fewstep.recording import Recording
 from fewstep.recording.call_parts import without_sample
-from fewstep.recording.observe import observe
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.proof import relative_error, tolerance
 from fewstep.recording.recorded import CONDITION_STEPS
@@ -97,11 +97,11 @@ def _filled(
     """All items as long as the longest; `noise` fills them in the place of zeros; `unmasked`: as if that were valid."""
     lengths = _lengths(items)
     longest = max(lengths)
-    columns = [dict(leaves(item.tree)) for item in items]
+    columns: list[dict[str, Any]] = [dict(leaves(item.tree)) for item in items]
 
     def fill(path: str, node: Leaf | SampleList, length: int) -> Leaf | SampleList:
         others = [column[path] for column in columns]
-        if path in masks:
+        if path in masks and isinstance(node, Leaf):  # as every mask is
             rows = max(max(other.rows for other in others), 1)
             mask = torch.ones(rows, length, dtype=masks[path]) if node.value is None else node.value
             extra = mask.new_full((len(mask), longest - length), int(unmasked))
@@ -125,7 +125,7 @@ def _filled(
         return Leaf(torch.cat([node.value, extra], axis), node.rows)
 
     return [
-        Conditioning(map_paths(item.tree, lambda path, node, n=length: fill(path, node, n)), item.batch_size)
+        Conditioning(map_paths(item.tree, partial(fill, length=length)), item.batch_size)
         for item, length in zip(items, lengths, strict=True)
     ]
 
@@ -135,7 +135,7 @@ def _lengths(items: Sequence[Conditioning]) -> list[int]:
 
     Items that differ only in that some have a mask and others None are as long as the mask.
     """
-    columns = [dict(leaves(item.tree)) for item in items]
+    columns: list[dict[str, Any]] = [dict(leaves(item.tree)) for item in items]
     if any(column.keys() != columns[0].keys() for column in columns):
         raise _CannotPadError
     found: set[tuple[int, ...]] = set()
@@ -188,7 +188,7 @@ def _find_masks(
         order: names, the shortest first.
         items: by name.
     """
-    columns = [dict(leaves(items[name].tree)) for name in order]
+    columns: list[dict[str, Any]] = [dict(leaves(items[name].tree)) for name in order]
     lengths = _lengths([items[name] for name in order])
     beside = _beside(recording, [order[0], order[-1]])
     found: dict[str, torch.dtype] = {}
@@ -204,8 +204,7 @@ def _find_masks(
 
 def _beside(recording: Recording, two: list[Any]) -> dict[str, Any]:
     """What the pipeline's own call with two prompts tells its network, by path: there a mask shows that None hides."""
-    call = recording.invocation.arguments(two, CONDITION_STEPS, **recording.off)
-    seen = observe(recording.pipeline, call, before=recording.component).pending[-1]
+    seen = recording.subject.run(CONDITION_STEPS, two, before=recording.component).pending[-1]
     return dict(leaves(without_sample(seen, recording.recipe)))
 
 

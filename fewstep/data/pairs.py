@@ -140,6 +140,7 @@ class PairMaker:
             x0 = self.ode_solver.to_data(self.schedule.initial_scale() * noise, times, self.conditions.select(items))
             return {"x0": x0.to("cpu", dtype), "item": torch.tensor(items)}
         # Folders are sorted by class: the first images would be those of a few.
+        assert self.rows is not None  # as there are real samples
         images = [keyed_order(settings.seed, "images", len(self.real.images), index) for index in indices]
         items = [self.rows[image] for image in images]
         x0 = self.real.x0(images)
@@ -214,7 +215,8 @@ class PairStream:
     def batch(self, seed: int, positions: Sequence[int]) -> Pairs:
         """The pairs at these places of the run's endless stream."""
         rows = [self._row(seed, position) for position in positions]
-        x0, noise = (torch.stack([row[part] for row in rows]).to(self.device) for part in (0, 1))
+        x0 = torch.stack([x0 for x0, _, _ in rows]).to(self.device)
+        noise = torch.stack([noise for _, noise, _ in rows]).to(self.device)
         return Pairs(x0, noise, self.conditions.select([item for _, _, item in rows]))
 
     def _row(self, seed: int, position: int) -> tuple[Tensor, Tensor, int]:
@@ -232,5 +234,5 @@ def pair_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: 
 
 
 def conditions_digest(conditions: Conditions) -> dict[str, str]:
-    """Of the prompts or labels, in their order."""
+    """The digest of the prompts or labels, in their order."""
     return {"items": json_sha256([conditions.kind, conditions.items()])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,13 +58,14 @@ class RealSamples:
     def x0(self, rows: Sequence[int]) -> Tensor:
         """The images with these numbers in the network's space, (B, ...)."""
         missing = [row for row in dict.fromkeys(rows) if row not in self._cache]
-        encoded = dict(self._cache)
+        fresh: dict[int, Tensor] = {}
         if missing:
             pixels = torch.stack([self.images.image(row, *self._size) for row in missing])
-            encoded.update(zip(missing, self._encode(pixels).cpu()))
+            fresh = dict(zip(missing, self._encode(pixels).cpu()))
             if (len(self._cache) + len(missing)) * self._bytes <= _CACHE_LIMIT:
-                self._cache = encoded
-        return torch.stack([encoded[row] for row in rows]).to(self._device, non_blocking=True)
+                self._cache |= fresh
+        x0 = [fresh[row] if row in fresh else self._cache[row] for row in rows]
+        return torch.stack(x0).to(self._device, non_blocking=True)
 
     def rows_among(self, conditions: Conditions) -> list[int]:
         """For each image the number of its condition among those of a run.
@@ -83,24 +85,24 @@ def _captions_to_conditions(
     """For each image the row of its condition, and the conditions that these rows count in."""
     if conditions.kind is None:
         return [0] * len(images), conditions
-    if images.captions is None:
+    captions: list[Any] | None = images.captions  # texts or labels
+    if captions is None:
         raise UserError(
             "--data has images without captions, and this teacher is conditioned; add class folders or metadata.jsonl"
         )
-    distinct = sorted(set(images.captions))
+    distinct = sorted(set(captions))
     numbers = all(isinstance(caption, int) for caption in distinct)
     if conditions.kind == "label":
         # Names of class folders stand for 0, 1, 2, ... in alphabetical order, as in every image-folder data set.
-        items: list = distinct if numbers else list(range(len(distinct)))
+        items: list[Any] = distinct if numbers else list(range(len(distinct)))
     elif numbers and len(distinct) == len(conditions) and distinct == list(range(len(distinct))):
-        return list(images.captions), conditions
+        return list(captions), conditions
     else:
         items = [str(caption) for caption in distinct]
     rows = conditions.rows(items)
     if rows is None:  # what the run does not generate is encoded beside it
-        rows, conditions = (
-            list(range(len(items))),
-            Conditions(recording, **{f"{conditions.kind}s": items}, device=device),
-        )
+        rows = list(range(len(items)))
+        of_prompts = conditions.kind == "prompt"
+        conditions = Conditions(recording, items if of_prompts else None, None if of_prompts else items, device)
     place = dict(zip(distinct, rows, strict=True))
-    return [place[caption] for caption in images.captions], conditions
+    return [place[caption] for caption in captions], conditions

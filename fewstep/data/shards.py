@@ -84,7 +84,7 @@ class Shards:
 
     @property
     def numbers(self) -> range:
-        """Of the shards."""
+        """The numbers of the shards."""
         return range(-(-self.about["num"] // self.about["shard_size"]))
 
     def rows(self, number: int) -> range:
@@ -123,11 +123,11 @@ class Shards:
         return metadata.get("sha256") == self._digest_of(tensors)
 
     def _digest_of(self, tensors: dict[str, Tensor]) -> str:
-        """Of the tensors of a shard and of what it is a shard of."""
+        """The SHA-256 of a shard's tensors and of what its folder is about."""
         state = hashlib.sha256(json_sha256(self.about).encode())
         for name, tensor in sorted(tensors.items()):
             state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            state.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return state.hexdigest()
 
     def row(self, index: int) -> dict[str, Tensor]:

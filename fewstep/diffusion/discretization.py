@@ -138,9 +138,9 @@ class EvenTimes:
 
     def _grid(self, count: int) -> list[float]:
         even = torch.linspace(0, 1, count, dtype=torch.float64)
-        even = self.levels.schedule.snap(self.levels.top * shift_time(even, self.shift)).tolist()
-        even[0] = self.levels.lowest
-        apart = [t for t in even if all(abs(t - other) > _SAME for other in self.visited)]
+        placed = self.levels.schedule.snap(self.levels.top * shift_time(even, self.shift)).tolist()
+        placed[0] = self.levels.lowest
+        apart = [t for t in placed if all(abs(t - other) > _SAME for other in self.visited)]
         return sorted({*apart, *self.visited})
 
 

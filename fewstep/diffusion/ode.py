@@ -1,4 +1,4 @@
-"""Walks along the probability-flow ODE: a teacher's samples from noise, noise from real samples, and how straight.
+"""Solving the probability-flow ODE: a teacher's samples from noise, the noise of real samples, and the straightness.
 
 x_t is divided by a scale so that a constant x0 means a straight line at constant speed, and the line's slope is then
 (y - x0) / position, where the position says how far along the line a time lies. Two such coordinates are in use:
@@ -182,7 +182,8 @@ def straightness(
     span = coordinates[0][1]
     chord = (start - y) / span
     shares = [(position - end) / span for (_, position), end in zip(coordinates, ends)]
-    return sum((share * (chord - velocity).square()).mean() for share, velocity in zip(shares, velocities))
+    parts = ((share * (chord - velocity).square()).mean() for share, velocity in zip(shares, velocities))
+    return sum(parts, start=x.new_zeros(()))
 
 
 def _coordinates(schedule: NoiseSchedule, line: str, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,8 @@ class TableSchedule(NoiseSchedule):
         alphas_cumprod: shape (K,), descending, in [0, 1].
     """
 
+    num_train_timesteps: int
+
     def __init__(self, alphas_cumprod: Tensor) -> None:
         self.alphas_cumprod = alphas_cumprod.detach().double().cpu()
         self.num_train_timesteps = len(self.alphas_cumprod)

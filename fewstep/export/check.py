@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.diffusion.prediction import add_noise, expand, from_x0, noise_from_x0, x0_map
 from fewstep.diffusion.schedule import NoiseSchedule
+from fewstep.errors import one_line
 from fewstep.export.errors import ExportError
 from fewstep.export.trace import Trace, TracedStep, replay, trace
 from fewstep.recording import Recipe
@@ -97,8 +98,7 @@ def walk(
     except (ExportError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a pipeline raises under a foreign scheduler is the reason it does not serve
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise SchedulerCheckError(f"{_name(pipeline)} does not run: {text}") from error
+        raise SchedulerCheckError(f"{_name(pipeline)} does not run: {one_line(error)}") from error
 
     name, steps = _name(pipeline), seen.steps
     times = _times(name, steps, arguments["num_inference_steps"], schedule)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.export.card import PLACEHOLDER
 
 
@@ -39,9 +39,8 @@ def _push(folder: Path, repository: str, private: bool) -> str:
         hub.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="A few-step student by fewstep")
     except Exception as error:  # the client's own errors, its transport's and the system's have no common class
         card.write_text(text, encoding="utf-8")
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"the hub did not take {repository} ({reason}); the student is whole in {folder}: mend that, then --resume "
-            "pushes it again"
+            f"the hub did not take {repository} ({first_line(error)}); the student is whole in {folder}: mend that, "
+            "then --resume pushes it again"
         ) from error
     return str(made)

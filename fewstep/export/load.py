@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from diffusers import DiffusionPipeline
 
+from fewstep.errors import one_line
 from fewstep.export.about import read_about, student_class
 from fewstep.export.apply import apply
 from fewstep.export.errors import ExportError
@@ -50,7 +51,7 @@ def load(student: str | Path, base: str | Path | None = None, **from_pretrained:
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, **{**about.get("load", {}), **own, **words})
     except (OSError, ValueError) as error:
-        raise ExportError(f"{source} does not load: {' '.join(str(error).split())}") from error
+        raise ExportError(f"{source} does not load: {one_line(error)}") from error
     if is_lora:
         return apply(pipeline, student, **fetching)
     pipeline.__class__ = student_class(type(pipeline), about)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fewstep.recording.hooks import hooked
 from fewstep.recording.pipeline import evaluating, find_scheduler, modules_of, with_parts
 from fewstep.recording.scheduler_watch import watch_scaling
 
@@ -235,11 +236,10 @@ def _trial() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _noting(pipeline: Any, called: list[str]) -> Iterator[None]:
+def _noting(pipeline: Any, called: list[str]) -> contextlib.AbstractContextManager[None]:
     """Append the name of every network that is called."""
-    with contextlib.ExitStack() as stack:
-        for name, module in modules_of(pipeline).items():
-            handle = module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
-            stack.callback(handle.remove)
-        yield
+
+    def note(name: str, *_: Any) -> None:
+        called.append(name)
+
+    return hooked(modules_of(pipeline), before=note)

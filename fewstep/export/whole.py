@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from fewstep.errors import one_line
 from fewstep.export.about import write_about
 from fewstep.export.card import write_card
 from fewstep.export.check import Reference
@@ -101,9 +102,9 @@ def verify_student(recording: Recording, networks: dict[str, nn.Module], plan: S
     try:
         # What code there is in the folder was put there a moment ago, by this process.
         trusted = {"trust_remote_code": True} if hasattr(recording.pipeline, "code_file") else {}
-        pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=recording.dtype, **shared, **trusted)
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=recording.dtype, **shared, **trusted)
     except (OSError, ValueError, TypeError) as error:
-        raise ExportError(f"the exported student does not load: {' '.join(str(error).split())}") from error
+        raise ExportError(f"the exported student does not load: {one_line(error)}") from error
     for name, network in networks.items():
         getattr(pipeline, name).to(next(network.parameters()).device)
     check_counts(recording, pipeline, plan, reference_of(recording, networks))

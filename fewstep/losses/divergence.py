@@ -43,6 +43,8 @@ class DivergenceWeight(nn.Module):
         KeyError: there is no such divergence.
     """
 
+    bins: Tensor | None
+
     def __init__(
         self,
         divergence: str,
@@ -78,21 +80,23 @@ class DivergenceWeight(nn.Module):
         logits = logits.double().reshape(len(logits), -1).mean(1)
         rho = logits.clamp(-self.logit_clamp, self.logit_clamp).exp().clamp(self.ratio_min, self.ratio_max)
         if self.bins is not None:
-            rho = rho / (self._updated(rho, t, total) + self.bin_eps)
+            rho = rho / (self._updated(self.bins, rho, t, total) + self.bin_eps)
         h = self.h(rho)
         sums = torch.stack([h.sum(), torch.ones_like(h).sum()])
         if total is not None:
             total([sums])
         return h / (sums[0] / sums[1] + self.eps)
 
-    def _updated(self, rho: Tensor, t: Tensor, total: Callable[[Iterable[Tensor]], None] | None) -> Tensor:
+    def _updated(
+        self, bins: Tensor, rho: Tensor, t: Tensor, total: Callable[[Iterable[Tensor]], None] | None
+    ) -> Tensor:
         """Each sample's bin (B,), after the bins have seen ``rho`` (B,)."""
-        place = ((t.double() - self.t_min) / (self.t_max - self.t_min) * len(self.bins)).floor().long()
-        place = place.clamp(0, len(self.bins) - 1)
-        sums = torch.zeros(2, len(self.bins), dtype=torch.float64, device=rho.device)
+        place = ((t.double() - self.t_min) / (self.t_max - self.t_min) * len(bins)).floor().long()
+        place = place.clamp(0, len(bins) - 1)
+        sums = torch.zeros(2, len(bins), dtype=torch.float64, device=rho.device)
         sums.index_add_(1, place, torch.stack([rho, torch.ones_like(rho)]))
         if total is not None:
             total([sums])
         mean = sums[0] / (sums[1] + self.bin_eps)
-        self.bins.copy_(torch.where(sums[1] > 0, torch.lerp(mean, self.bins, self.momentum), self.bins))
-        return self.bins[place]
+        bins.copy_(torch.where(sums[1] > 0, torch.lerp(mean, bins, self.momentum), bins))
+        return bins[place]

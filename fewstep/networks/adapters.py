@@ -12,7 +12,6 @@ import copy
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +19,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from fewstep.conditioning.conditioning import Conditioning
 from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.recompute import Reenter, checkpointed
 from fewstep.networks.roles import Role, allow_checkpointing
 from fewstep.recording import Recording
-from fewstep.recording.pipeline import evaluating, is_quantized, is_quantized_layer
+from fewstep.recording.hooks import hooked
+from fewstep.recording.pipeline import is_quantized, is_quantized_layer
 
 
 class Backbone:
@@ -86,7 +85,7 @@ class Backbone:
         self._layers = [module for module in self.network.modules() if isinstance(module, LoraLayer)]
         for parameter, wanted in asked.items():  # whatever PEFT does to earlier adapters
             parameter.requires_grad_(wanted)
-        layers = {path: self.network.get_submodule(path) for path in self.targets}
+        layers: dict[str, LoraLayer] = {path: self.network.get_submodule(path) for path in self.targets}
         parts = {f"{path}.lora_A": layer.lora_A[name] for path, layer in layers.items()}
         parts |= {f"{path}.lora_B": layer.lora_B[name] for path, layer in layers.items()}
         adapter = _tree(parts)
@@ -123,8 +122,8 @@ class Backbone:
             raise ValueError("no product can be added to quantised weights")
         network = copy.deepcopy(self.stock) if onto is None else onto
         for path in self.targets:
-            a, b = (adapter.get_submodule(f"{path}.{name}").weight for name in ("lora_A", "lora_B"))
-            weight = network.get_submodule(path).weight
+            a, b = (adapter.get_parameter(f"{path}.{name}.weight") for name in ("lora_A", "lora_B"))
+            weight = _linear(network, path).weight
             weight.add_((b @ a).to(weight), alpha=self.alpha / self.rank)
         return network
 
@@ -201,26 +200,17 @@ def attention_linears(network: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
-@torch.no_grad()
 def called_by_keyword(recording: Recording, device: torch.device | str) -> set[str]:
     """Full names of the layers whose input has a name (in AnimateDiff), which PEFT's layers cannot take."""
-    network, found = recording.network, set()
+    network = recording.network
+    found: set[str] = set()
 
-    def note(_layer: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any], path: str) -> None:
+    def note(path: str, _layer: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         if not args:
             found.add(path)
 
-    layers = {path: network.get_submodule(path) for path in attention_linears(network)}
-    hooks = [m.register_forward_pre_hook(partial(note, path=p), with_kwargs=True) for p, m in layers.items()]
-    x = torch.zeros(1, *recording.sample_shape, dtype=recording.dtype, device=device)
-    time = recording.schedule.timestep(torch.full((1,), 0.5, dtype=torch.float64))
-    told = Conditioning(recording.marked, 1).select([0]).to(device=device)
-    try:
-        with evaluating(network):
-            recording.recipe.call(network, x, time, told, next_timestep=time / 2)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked({path: network.get_submodule(path) for path in attention_linears(network)}, before=note):
+        recording.probe(device)
     return found
 
 
@@ -228,13 +218,19 @@ def _refuse(network: nn.Module, targets: tuple[str, ...], rank: int) -> None:
     kind = type(network).__name__
     if not targets:
         raise UserError(f"{kind} has no attention layer to adapt; leave out --lora_rank and train full copies")
-    sizes = {path: _sides(network.get_submodule(path)) for path in targets}
+    sizes = {path: _sides(_linear(network, path)) for path in targets}
     smallest = min(sizes, key=lambda path: min(sizes[path]))
     if rank > min(sizes[smallest]):
         a, b = sizes[smallest]
         raise UserError(
             f"--lora_rank {rank} is larger than a layer of {kind}: {smallest} is {a} by {b}; take at most {min(a, b)}"
         )
+
+
+def _linear(network: nn.Module, path: str) -> nn.Linear:
+    layer = network.get_submodule(path)
+    assert isinstance(layer, nn.Linear)  # as every target, see `attention_linears`
+    return layer
 
 
 def _sides(layer: nn.Linear) -> tuple[int, int]:
@@ -279,6 +275,6 @@ def _tree(parts: dict[str, nn.Module]) -> nn.Module:
         for parent in parents:
             if parent not in node._modules:
                 node.add_module(parent, nn.Module())
-            node = node._modules[parent]
+            node = node.get_submodule(parent)
         node.add_module(leaf, module)
     return root

@@ -6,8 +6,8 @@ without a graph: methods that learn from it hold it fixed (MeanFlow, Geng et al.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, one_line
+from fewstep.recording.hooks import hooked
 
 _ADVICE = "take --variant alpha_flow --alpha_min 0.1"
 
@@ -42,7 +43,7 @@ def derivative_along(
         try:
             answer = function(*duals)
         except NotImplementedError as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error)[:160]
             raise UserError(f"{type(network).__name__} has no forward derivative ({reason}); {_ADVICE}") from error
         value, tangent = forward_ad.unpack_dual(answer)
     return value, torch.zeros_like(value).detach() if tangent is None else tangent.detach()
@@ -72,16 +73,12 @@ def refuse_underivable(function: Callable[[Tensor], Tensor], t: Tensor, network:
         raise UserError(f"{type(network).__name__} does not react to its time; its weights are degenerate")
 
 
-@contextmanager
-def _contiguous_norms(network: nn.Module) -> Iterator[None]:
+def _contiguous_norms(network: nn.Module) -> AbstractContextManager[None]:
     """Inside, group norms get inputs laid out in order: they cannot differentiate what was transposed."""
 
-    def lay_out(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (arguments[0].clone(memory_format=torch.contiguous_format), *arguments[1:])
+    def lay_out(
+        _name: str, _norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (args[0].clone(memory_format=torch.contiguous_format), *args[1:]), kwargs
 
-    handles = [m.register_forward_pre_hook(lay_out) for m in network.modules() if isinstance(m, nn.GroupNorm)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked({n: m for n, m in network.named_modules() if isinstance(m, nn.GroupNorm)}, before=lay_out)

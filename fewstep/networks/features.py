@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.recording.hooks import hooked
 
 
 class _Reached(Exception):  # noqa: N818 - it ends a forward pass early and is no error
@@ -51,22 +52,22 @@ class FeatureTap:
         """Run the network inside this context: it ends at the tap, and the features are in the yielded object."""
         seen = Seen()
 
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            seen.features = _tensors(output)[self.output]
+        reached: list[Tensor] = []
+
+        def stop(_name: str, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            reached.append(_tensors(output)[self.output])
             raise _Reached
 
-        handle = network.get_submodule(self.module).register_forward_hook(hook)
         try:
             # A compiled network would not notice the hook, or keep it for its next pass: this pass is not compiled.
-            with torch.compiler.set_stance("force_eager"):
+            modules = {self.module: network.get_submodule(self.module)}
+            with hooked(modules, after=stop), torch.compiler.set_stance("force_eager"):
                 yield seen
         except _Reached:
             # Out here, because a checkpointed block must not save more tensors than its recomputation will.
-            features = seen.features if self.tokens is None else seen.features[:, list(self.tokens)]
+            features = reached[0] if self.tokens is None else reached[0][:, list(self.tokens)]
             seen.features = features.float() if features.dtype.itemsize < 4 else features
             return
-        finally:
-            handle.remove()
         raise RuntimeError(f"the network never called its module {self.module!r}, where features were to be tapped")
 
 
@@ -182,21 +183,14 @@ def tapped(denoisers: Sequence[Any], x: Tensor, t: Tensor, conditions: Any) -> t
 def _observe(network: nn.Module, names: list[str], run: Callable[[Tensor], Any], x: Tensor) -> dict[str, _Passage]:
     passages: dict[str, _Passage] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            if name not in passages:
-                inputs = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-                tokens = {argument: value.clone() for argument, value in inputs.items() if _is_tokens(value)}
-                passages[name] = _Passage(tokens, _tensors(output))
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if name not in passages:
+            inputs = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            tokens = {argument: value.clone() for argument, value in inputs.items() if _is_tokens(value)}
+            passages[name] = _Passage(tokens, _tensors(output))
 
-        return hook
-
-    handles = [network.get_submodule(n).register_forward_hook(watch(n), with_kwargs=True) for n in dict.fromkeys(names)]
-    try:
+    with hooked({name: network.get_submodule(name) for name in names}, after=note):
         run(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return passages
 
 

@@ -75,7 +75,7 @@ class GuidedDenoiser:
         if self.guidance_scale == 1.0:
             return self.denoiser(x_t, t, conditioning)
         if self.guidance_scale == 0.0:
-            return self.denoiser(x_t, t, self.negative.select([0] * len(x_t)))
+            return self.denoiser(x_t, t, self._negatives(len(x_t)))
         return guide(*self.pair(x_t, t, conditioning), self.scale_at(t, x_t))
 
     def scale_at(self, t: Tensor, like: Tensor) -> float | Tensor:
@@ -84,10 +84,12 @@ class GuidedDenoiser:
         return scale.at(t, like) if isinstance(scale, TimedScale) else scale
 
     def pair(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor]:
-        """The two that are guided, x0_positive and x0_negative, (B, ...) each; there must be a negative."""
-        batch = x_t.shape[0]
-        negative = self.negative.select([0] * batch)
-        both = join([negative, conditioning])
+        """What guidance combines: x0_positive and x0_negative, (B, ...) each; there must be a negative."""
+        both = join([self._negatives(len(x_t)), conditioning])
         x0 = in_groups(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         x0_negative, x0_positive = x0.chunk(2)
         return x0_positive, x0_negative
+
+    def _negatives(self, batch: int) -> Conditioning:
+        assert self.negative is not None  # at a scale other than 1 there is one, and nothing else asks
+        return self.negative.select([0] * batch)

@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,11 @@ class GuidanceEmbedding:
     def tell(self, conditioning: AnyConditioning, guidance_scale: Tensor) -> AnyConditioning:
         """The same conditioning of B samples with other scales (B,), which lie on its device."""
         if isinstance(conditioning, RaggedConditioning):
-            groups = [(rows, self.tell(part, guidance_scale[list(rows)])) for rows, part in conditioning.groups]
+            groups = [(rows, self._tell(part, guidance_scale[list(rows)])) for rows, part in conditioning.groups]
             return RaggedConditioning(groups)
+        return self._tell(conditioning, guidance_scale)
+
+    def _tell(self, conditioning: Conditioning, guidance_scale: Tensor) -> Conditioning:
         leaf = Leaf(self.value(guidance_scale).to(self.dtype), rows=1)
         return Conditioning({**conditioning.tree, self.argument: leaf}, conditioning.batch_size)
 
@@ -125,9 +129,10 @@ def with_guidance_embedding(recording: Recording, guidance_scale: float, *, trai
 def _with_room(network: nn.Module) -> nn.Module:
     """The network with a guidance embedding whose weights are zero."""
     # The hidden entries say which of the others were defaults, and would win over the new one.
-    config = {key: copy.deepcopy(value) for key, value in network.config.items() if not key.startswith("_")}
+    stock: Any = network  # a diffusers model has more than an nn.Module: config, from_config and dtype
+    config = {key: copy.deepcopy(value) for key, value in stock.config.items() if not key.startswith("_")}
     with torch.random.fork_rng(devices=[]):
-        roomy = type(network).from_config(config | {"time_cond_proj_dim": _SIZE})
+        roomy = type(stock).from_config(config | {"time_cond_proj_dim": _SIZE})
     parameter = next(network.parameters())
     roomy.to(parameter.device)
     if roomy.dtype != parameter.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ class ConvHead(nn.Module):
 
     def __init__(self, channels: int, side: int, video: bool = False) -> None:
         super().__init__()
-        convolution = nn.Conv3d if video else nn.Conv2d
+        convolution: Callable[..., nn.Module] = nn.Conv3d if video else nn.Conv2d
         kernel, stride, padding = ((1, 4, 4), (1, 2, 2), (0, 1, 1)) if video else (4, 2, 1)
         groups = math.gcd(32, channels)
         layers: list[nn.Module] = []

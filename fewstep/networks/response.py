@@ -1,4 +1,4 @@
-"""Whether a teacher hears what it is told: guidance moves only one that answers a condition and its negative apart."""
+"""Whether a teacher responds to its condition: one that answers a condition and its negative alike cannot be guided."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fewstep.recording.experts import expert_at
 from fewstep.recording.pipeline import evaluating
 
 # Two answers that differ by less, relative to their size, are the same up to rounding.
-_DEAF = 1e-5
-_LISTENING_TIMES = (0.25, 0.5, 0.75, 1.0)
+_SAME = 1e-5
+_TIMES = (0.25, 0.5, 0.75, 1.0)
 
 
 @torch.no_grad()
@@ -39,14 +39,14 @@ def refuse_unresponsive(
         UserError: no condition changes the answer at any time.
     """
     schedule = recording.schedule
-    for t in _LISTENING_TIMES:
+    for t in _TIMES:
         time = schedule.snap(torch.full((1,), t, dtype=torch.float64, device=noise.device))
         network = expert_at(recording.experts, float(schedule.timestep(time))).network
         denoiser = NetworkDenoiser(network, recording.recipe, schedule, recording.prediction_type)
         x_t = add_noise(noise[:1], noise[1:], schedule.coefficients(time))
         with evaluating(network):
             without, *answers = (denoiser.raw(x_t, time, told) for told in (negative, *conditions))
-        if any(a.abs().max() == 0 or (a - without).abs().max() > _DEAF * a.abs().max() for a in answers):
+        if any(a.abs().max() == 0 or (a - without).abs().max() > _SAME * a.abs().max() for a in answers):
             return
     raise UserError(
         "this teacher answers the same with and without its condition, as guidance-distilled models may: guidance "

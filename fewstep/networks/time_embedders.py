@@ -6,14 +6,14 @@ with the sample, and of those the ones that come first. Most networks have one; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.recording.hooks import hooked
 
 Call = Callable[[Tensor, Tensor], Any]
 
@@ -42,7 +42,7 @@ def find_time_embedders(network: nn.Module, call: Call, x: Tensor, t: Tensor) ->
     while inner:
         first = inner.pop(0)
         sites[first] = widths[first]
-        with _disturbed(network.get_submodule(first)):
+        with hooked({first: network.get_submodule(first)}, after=_disturb):
             disturbed, _ = _prints(network, inner, call, x, t)
         inner = [name for name in inner if torch.equal(disturbed[name], plain[name])]
     if not sites:
@@ -70,29 +70,18 @@ def _prints(
     prints: dict[str, Tensor] = {}
     widths: dict[str, int] = {}
 
-    def note(name: str, output: Any) -> None:
+    def note(name: str, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         if name in prints or not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() < 2:
             return
         if output.shape[0] % x.shape[0] == 0:
             values = output.double()
             prints[name], widths[name] = torch.stack([values.sum(), values.square().sum()]), output.shape[-1]
 
-    handles = [
-        network.get_submodule(name).register_forward_hook(lambda _m, _a, output, name=name: note(name, output))
-        for name in names
-    ]
-    try:
+    with hooked({name: network.get_submodule(name) for name in names}, after=note):
         call(x, t)
-    finally:
-        for handle in handles:
-            handle.remove()
     return prints, widths
 
 
-@contextmanager
-def _disturbed(module: nn.Module) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda _module, _arguments, output: output + torch.cos(3 * output) + 1)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _disturb(_name: str, _module: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> Tensor:
+    """Another output in the place of a module's own, so that what follows from it changes."""
+    return output + torch.cos(3 * output) + 1

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.observation import Observation, Stub
-from fewstep.recording.observe import observe
 from fewstep.recording.pipeline import evaluating, find_decoder
 from fewstep.recording.recorded import Recorded
 
@@ -118,7 +117,7 @@ def read_codec(recording: Recorded) -> Codec:
     Raises:
         RecordingError: what the decoder is given is not a reordering of the sample with a scale and an offset.
     """
-    seen = observe(recording.pipeline, _call(recording), steps=1)
+    seen = recording.subject.run(_STEPS, steps=1)
     call = seen.steps[0].calls[-1]
     decoder = find_decoder(recording.pipeline)
     kind = type(recording.pipeline).__name__
@@ -154,15 +153,10 @@ def read_codec(recording: Recorded) -> Codec:
     return Codec(recording, decoder, tuple(zero.shape[1:]), index, scale, offset, call.output)
 
 
-def _call(recording: Recorded) -> dict[str, Any]:
-    return recording.invocation.arguments([recording.invocation.item], _STEPS, **recording.off)
-
-
 def _tail(recording: Recorded, stub: Any, x0: Tensor, *, stop_at_decode: bool = False) -> Observation:
     """Run the pipeline with every step's result replaced by `x0` and the network skipped."""
-    return observe(
-        recording.pipeline,
-        _call(recording),
+    return recording.subject.run(
+        _STEPS,
         replace=lambda _index, sample: x0.to(sample),
         stub=Stub(recording.components, stub),
         stop_at_decode=stop_at_decode,

@@ -65,7 +65,7 @@ def _carries(rule: SampleRule, step: Step) -> bool:
         return False
     tensor = torch.stack(value) if rule.as_list else value
     expected = rule.value(step.network_input.to(tensor.dtype))
-    expected = torch.stack(expected) if rule.as_list else expected
+    expected = torch.stack(expected) if isinstance(expected, list) else expected
     return expected.shape == tensor.shape and torch.equal(expected, tensor)
 
 

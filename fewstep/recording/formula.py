@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,18 +10,27 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.recording.call_parts import answers, network_calls, same_conditioning, split_pieces
+from fewstep.recording.call_parts import same_conditioning
+from fewstep.recording.denoisers import Denoisers
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.experts import Expert, Visits, components_of, expert_at
+from fewstep.recording.experts import Visits, components_of, expert_at
 from fewstep.recording.invocation import SCALES, Invocation
 from fewstep.recording.observation import Step, Stub
-from fewstep.recording.observe import observe
-from fewstep.recording.recipe import Recipe
+from fewstep.recording.subject import Subject
 
 # Below this relative difference two answers count as the same: a formula cannot be read off them.
 _SAME = 1e-4
 #: What is said where no formula can be read off.
-DEAF = "the answer does not depend on the prompt, even on shaken weights, so no formula was seen"
+NO_RESPONSE = "the answer does not depend on the prompt, even on shaken weights, so no formula was seen"
+
+
+@dataclass(frozen=True)
+class GuidedCall:
+    """A guided call's arguments beside the invocation's, and which answer of the network is which."""
+
+    changes: dict[str, Any]
+    positive: int
+    negative: int
 
 
 @dataclass(frozen=True)
@@ -29,111 +38,95 @@ class FormulaFit:
     """Fits guided = n * negative + p * positive to guided steps of one sample.
 
     Attributes:
-        recipe: of the network.
-        positive: which of its answers is the positive one,
-        negative: and which the negative.
-        scale: the pipeline's value of the guidance.
+        denoisers: whose answers are combined.
+        guided: the call that makes the steps, and which answer is which.
+        scale: the pipeline's value of the guidance in that call.
     """
 
-    recipe: Recipe
-    positive: int
-    negative: int
+    denoisers: Denoisers
+    guided: GuidedCall
     scale: float
 
-    def __call__(
-        self, steps: Sequence[Step], components: Collection[str]
-    ) -> tuple[tuple[float, float] | None, bool | None, float | None, str]:
+    def __call__(self, steps: Sequence[Step]) -> tuple[tuple[float, float] | None, bool | None, float | None, str]:
         """(n, p) or None, whether the sum is linear, fewstep's scale less the pipeline's, and a remark."""
         columns = []
         for step in steps:
-            both = answers(network_calls(step, components), self.recipe, step)
-            columns.append([both[self.negative], both[self.positive], step.model_output[:1]])
+            both = self.denoisers.answers(step)
+            columns.append([both[self.guided.negative], both[self.guided.positive], step.model_output[:1]])
         negative, positive, target = (torch.cat(c).double().flatten() for c in zip(*columns, strict=True))
         if (positive - negative).norm() <= _SAME * positive.norm():
-            return None, None, None, DEAF
+            return None, None, None, NO_RESPONSE
         return _solve(negative, positive, target, self.scale)
 
 
 def expert_guidance(
-    pipeline: Any,
-    invocation: Invocation,
-    fit: FormulaFit,
-    experts: Sequence[Expert],
-    visits: Visits,
-    pieces: list[Conditioning],
-    marked: dict[str, Any],
-    changes: dict[str, Any],
-    name: str,
-    off: float,
+    subject: Subject, fit: FormulaFit, visits: Visits, pieces: list[Conditioning], off: tuple[str, float]
 ) -> tuple[tuple[tuple[float, float], ...], tuple[float, ...]]:
     """The formula of each expert in the guided call, and the scale of each in the call as the user gave it.
 
     Args:
-        pipeline: of the recording.
-        invocation: of its call.
-        fit: with the guided call's scale.
-        experts: from noise to data.
-        visits: the run that meets them.
+        subject: the pipeline.
+        fit: of the guided call.
+        visits: the run that meets every expert.
         pieces: what the first expert is told in a guided step.
-        marked: the pattern of that.
-        changes: to the call that guide it.
-        name: the argument that switches guidance on,
-        off: and its value that switches it off.
+        off: the argument that guides, and its value that switches guidance off.
 
     Raises:
         RecordingError: an expert is told something else than the first, or its sum is not linear.
     """
-    names = components_of(experts)
-    # Noise in the place of answers shows the formula whatever the weights are.
-    stub = Stub(names, live=frozenset({0}), scramble=True)
-
-    def measured(changes: dict[str, Any], fit: FormulaFit) -> list[tuple[float, float]]:
-        call = invocation.arguments([invocation.item], visits.count, **changes)
-        steps = observe(pipeline, call, steps=visits.count, stub=stub).steps[1:]
-        formulas = []
-        for expert in experts:
-            own = [step for step in steps if expert_at(experts, step.timestep) is expert]
-            _check_told(pipeline, fit, expert, pieces, marked, own[0])
-            formulas.append(_expert_formula(pipeline, invocation, fit, expert, own))
-        return formulas
-
-    formulas = measured(changes, fit)
-    given = invocation.default(name)
+    formulas = _expert_formulas(subject, fit, visits, pieces)
+    name, off_value = off
+    given = subject.invocation.default(name)
     if given == fit.scale:
         own = formulas
-    elif not isinstance(given, int | float) or given == off:
-        own = [(0.0, 1.0)] * len(experts)
+    elif not isinstance(given, int | float) or given == off_value:
+        own = [(0.0, 1.0)] * len(formulas)
     else:
-        own = measured({**changes, name: given}, replace(fit, scale=float(given)))
+        guided = replace(fit.guided, changes={**fit.guided.changes, name: given})
+        own = _expert_formulas(subject, replace(fit, guided=guided, scale=float(given)), visits, pieces)
     return tuple(formulas), tuple(p for _, p in own)
 
 
-def _check_told(
-    pipeline: Any, fit: FormulaFit, expert: Expert, pieces: list[Conditioning], marked: dict[str, Any], step: Step
-) -> None:
-    """Raise where an expert is told something else in a guided step than the first one is."""
-    told = split_pieces(network_calls(step, [expert.component]), fit.recipe, marked)
-    wanted = pieces if len(told) > 1 else [pieces[fit.positive]]
+def _expert_formulas(
+    subject: Subject, fit: FormulaFit, visits: Visits, pieces: list[Conditioning]
+) -> list[tuple[float, float]]:
+    """(n, p) of each expert in the guided call of `fit`; (0, 1) where it is not guided."""
+    experts = fit.denoisers.experts
+    # Noise in the place of answers shows the formula whatever the weights are.
+    stub = Stub(components_of(experts), live=frozenset({0}), scramble=True)
+    steps = subject.run(visits.count, changes=fit.guided.changes, steps=visits.count, stub=stub).steps[1:]
+    formulas = []
+    for expert in experts:
+        own = [step for step in steps if expert_at(experts, step.timestep) is expert]
+        alone = replace(fit, denoisers=fit.denoisers.alone(expert))
+        _check_told(subject, alone, pieces, own[0])
+        formulas.append(_expert_formula(subject, alone, own))
+    return formulas
+
+
+def _check_told(subject: Subject, fit: FormulaFit, pieces: list[Conditioning], step: Step) -> None:
+    """Raise where the expert of `fit` is told something else in a guided step than the first one is."""
+    told = fit.denoisers.pieces(step)
+    wanted = pieces if len(told) > 1 else [pieces[fit.guided.positive]]
     if len(told) != len(wanted) or not all(same_conditioning(a, b, set()) for a, b in zip(told, wanted, strict=True)):
         raise RecordingError(
-            f"in a guided step {type(pipeline).__name__} tells {expert.component} something else than "
-            f"{fit.recipe.component}; networks that are called in different ways cannot be distilled together yet"
+            f"in a guided step {subject} tells {fit.denoisers.experts[0].component} something else than "
+            f"{fit.denoisers.recipe.component}; networks that are called in different ways cannot be distilled "
+            "together yet"
         )
 
 
-def _expert_formula(
-    pipeline: Any, invocation: Invocation, fit: FormulaFit, expert: Expert, steps: list[Step]
-) -> tuple[float, float]:
-    """(n, p) of one expert; (0, 1) where it is not guided."""
-    if len(answers(network_calls(steps[0], [expert.component]), fit.recipe, steps[0])) == 1:
+def _expert_formula(subject: Subject, fit: FormulaFit, steps: list[Step]) -> tuple[float, float]:
+    """(n, p) of the one expert of `fit`; (0, 1) where it is not guided."""
+    if len(fit.denoisers.answers(steps[0])) == 1:
         return 0.0, 1.0
-    formula, linear, _, _ = fit(steps, [expert.component])
-    if not linear:
+    formula, linear, _, _ = fit(steps)
+    if formula is None or not linear:
         raise RecordingError(
-            f"the guided sum of {type(pipeline).__name__} at {expert.component} is not linear, or not the same at all "
-            "times, so its guidance scale cannot be read off; switch what changes the sum off in the call"
+            f"the guided sum of {subject} at {fit.denoisers.experts[0].component} is not linear, or not the same at "
+            "all times, so its guidance scale cannot be read off; switch what changes the sum off in the call"
         )
-    return _stated(invocation, formula)
+    return _stated(subject.invocation, formula)
 
 
 def _stated(invocation: Invocation, formula: tuple[float, float]) -> tuple[float, float]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.recording.call_parts import equal, network_calls, same_conditioning, split_pieces, without_sample
+from fewstep.recording.call_parts import equal, same_conditioning, without_sample
+from fewstep.recording.denoisers import Denoisers
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.experts import Expert, Visits, components_of
 from fewstep.recording.fit import fit_sample
-from fewstep.recording.formula import DEAF, FormulaFit, expert_guidance
+from fewstep.recording.formula import NO_RESPONSE, FormulaFit, GuidedCall, expert_guidance
 from fewstep.recording.invocation import SCALES, Invocation
-from fewstep.recording.observation import Step, Stub
-from fewstep.recording.observe import observe
-from fewstep.recording.recipe import Recipe
+from fewstep.recording.observation import Step
 from fewstep.recording.shake import shaken
+from fewstep.recording.subject import Subject
 
 _STEPS = 4
 
@@ -69,15 +68,6 @@ class GuidanceReport:
         return text + (f"; {self.remark}" if self.remark else "")
 
 
-@dataclass(frozen=True)
-class GuidedCall:
-    """A guided call's arguments beside the invocation's, and which answer of the network is which."""
-
-    changes: dict[str, Any]
-    positive: int
-    negative: int
-
-
 def scale_arguments(invocation: Invocation) -> list[str]:
     """The arguments of the pipeline's call that hold a guidance scale."""
     return [name for name in invocation.parameters if name.endswith(SCALES)]
@@ -94,160 +84,146 @@ def unguided_step(step: Step, component: str) -> bool:
     return True
 
 
-def switch_off(pipeline: Any, invocation: Invocation) -> tuple[dict[str, Any], str]:
-    """The changes to the call under which the network is called once per step, and the network's component name.
+def switch_off(subject: Subject) -> tuple[Subject, str]:
+    """The subject with guidance off, so that its network is called once per step, and the network's component name.
 
     The call as it is comes first (no guidance, or an embedded one), then each guidance scale at 1.0 and at 0.0.
 
     Raises:
         RecordingError: no such value, or no network.
     """
+    scales = scale_arguments(subject.invocation)
     attempts: list[dict[str, Any]] = [{}]
-    attempts += [{name: off} for name in scale_arguments(invocation) for off in (1.0, 0.0)]
+    attempts += [{name: off} for name in scales for off in (1.0, 0.0)]
     failure: RecordingError | None = None
     for changes in attempts:
         try:
-            seen = observe(pipeline, invocation.arguments([invocation.item], _STEPS, **changes), steps=1)
+            seen = subject.run(_STEPS, changes=changes, steps=1)
         except RecordingError as error:
             # A pipeline may refuse a value of its scale; what it says matters only if every value fails.
             failure = failure or error
             continue
-        step = first_step(pipeline, seen.steps)
+        step = first_step(subject, seen.steps)
         component = step.calls[-1].component
         if unguided_step(step, component):
-            return changes, component
+            return replace(subject, off=changes), component
     if failure is not None:
         raise failure
     if sum(call.component == component for call in step.calls) == 1 and step.network_input.shape[0] == 1:
         fit_sample(component, [step])  # raises, and says what is wrong with the sample
     raise RecordingError(
-        f"{type(pipeline).__name__} calls {component} for more than one answer per step whatever its guidance scale "
-        f"({', '.join(scale_arguments(invocation)) or 'it has none'}); this cannot be recorded"
+        f"{subject} calls {component} for more than one answer per step whatever its guidance scale "
+        f"({', '.join(scales) or 'it has none'}); this cannot be recorded"
     )
 
 
-def first_step(pipeline: Any, steps: list[Step]) -> Step:
+def first_step(subject: Subject, steps: list[Step]) -> Step:
     """The first step, checked to hold a network call."""
     if not steps or not steps[0].calls:
         raise RecordingError(
-            f"{type(pipeline).__name__} called none of its networks before scheduler.step: it has no denoiser to distil"
+            f"{subject} called none of its networks before scheduler.step: it has no denoiser to distil"
         )
     return steps[0]
 
 
-def embedded_paths(
-    pipeline: Any, invocation: Invocation, off: dict[str, Any], recipe: Recipe, plain: dict[str, Any], stub: Stub
-) -> set[str]:
-    """The network's arguments that follow a guidance scale with guidance off; `plain`: those of the call as it is."""
+def embedded_paths(subject: Subject, denoisers: Denoisers) -> set[str]:
+    """The network's arguments that follow a guidance scale with guidance off."""
     paths: set[str] = set()
-    for name in scale_arguments(invocation):
-        value = off.get(name, invocation.default(name))
-        if name in off or not isinstance(value, int | float):
+    plain = denoisers.unguided.arguments()
+    for name in scale_arguments(subject.invocation):
+        value = subject.invocation.default(name)
+        if name in subject.off or not isinstance(value, int | float):
             continue
-        step = _stubbed_step(pipeline, invocation, {**off, name: value + 0.5}, recipe, stub)
+        step = _stubbed_step(subject, denoisers, {name: value + 0.5})
         if step is not None:  # else the value switched classifier-free guidance on, or the pipeline refuses it
-            other = without_sample(step.calls[-1], recipe)
+            other = without_sample(step.calls[-1], denoisers.recipe)
             paths |= {key for key in plain if not equal(plain[key], other.get(key))}
     return paths
 
 
-def _stubbed_step(
-    pipeline: Any, invocation: Invocation, changes: dict[str, Any], recipe: Recipe, stub: Stub
-) -> Step | None:
+def _stubbed_step(subject: Subject, denoisers: Denoisers, changes: dict[str, Any]) -> Step | None:
     """The first step with the network skipped, or None where it is no unguided one (the stub holds one sample)."""
     try:
-        call = invocation.arguments([invocation.item], _STEPS, **changes)
-        steps = observe(pipeline, call, steps=1, stub=stub).steps
+        steps = subject.run(_STEPS, changes=changes, steps=1, stub=denoisers.stub).steps
     except RecordingError:
         return None
-    return steps[0] if steps and unguided_step(steps[0], recipe.component) else None
+    return steps[0] if steps and unguided_step(steps[0], denoisers.recipe.component) else None
 
 
 def record_guided(
-    pipeline: Any,
-    invocation: Invocation,
-    off: dict[str, Any],
-    recipe: Recipe,
-    experts: Sequence[Expert],
-    visits: Visits | None,
-    marked: dict[str, Any],
-    unguided: Conditioning,
-    embedded: set[str],
-    stub: Stub,
+    subject: Subject, denoisers: Denoisers, embedded: set[str]
 ) -> tuple[GuidanceReport, Conditioning | None, GuidedCall | None]:
     """Record two guided steps of one sample: the report, the negative conditioning, and how to repeat the call.
 
     Two steps, because a sum that is rescaled sample by sample looks linear in one of them. Of several experts each is
-    asked, in the steps of `visits`.
+    asked, in the steps of their visits.
+
+    Args:
+        subject: with guidance off.
+        denoisers: of its loop.
+        embedded: their arguments that follow an embedded guidance.
     """
-    components = components_of(experts)
     failure: RecordingError | None = None
-    for changes, name, scale in _guided_attempts(invocation, off):
+    for changes, name, scale in _guided_attempts(subject):
         try:
-            steps = _guided_steps(pipeline, invocation, changes)
+            steps = _guided_steps(subject, changes)
         except RecordingError as error:
             failure = failure or error  # pipelines refuse combinations (a negative prompt, a scale out of range)
             continue
-        calls = network_calls(steps[0], components)
-        pieces = split_pieces(calls, recipe, marked)
+        pieces = denoisers.pieces(steps[0])
         if len(pieces) < 2:
             continue
-        off_value = off[name] if name in off else _off_value(pipeline, invocation, changes, name, recipe, stub)
+        off_value = subject.off[name] if name in subject.off else _off_value(subject, denoisers, changes, name)
         if off_value is None:
             continue  # another argument guides here
         if len(pieces) > 2:
             raise RecordingError(
-                f"a guided step of {type(pipeline).__name__} asks its network for {len(pieces)} answers per sample, "
-                "more than a positive and a negative one; switch the further guidance off in the call"
+                f"a guided step of {subject} asks its network for {len(pieces)} answers per sample, more than a "
+                "positive and a negative one; switch the further guidance off in the call"
             )
-        positive, certain = _find_positive(pipeline, invocation, changes, recipe, marked, pieces, unguided, embedded)
+        positive, certain = _find_positive(subject, denoisers, changes, pieces, embedded)
         guided = GuidedCall(changes, positive, 1 - positive)
-        fit = FormulaFit(recipe, guided.positive, guided.negative, scale)
-        fitted, linear, offset, words = fit(steps, components)
-        if words == DEAF:
-            with shaken(*(expert.network for expert in experts)):
-                fitted, linear, offset, words = fit(_guided_steps(pipeline, invocation, changes), components)
-        default = invocation.default(name)
-        formulas, scales = (), ()
-        if visits is not None:
-            formulas, scales = expert_guidance(
-                pipeline, invocation, fit, experts, visits, pieces, marked, changes, name, off_value
-            )
+        fit = FormulaFit(denoisers, guided, scale)
+        fitted, linear, offset, words = fit(steps)
+        if words == NO_RESPONSE:
+            with shaken(*denoisers.networks):
+                fitted, linear, offset, words = fit(_guided_steps(subject, changes))
+        default = subject.invocation.default(name)
         report = GuidanceReport(
             off_argument=(name, off_value),
             argument_scale=float(default) if isinstance(default, int | float) else None,
             embedded=bool(embedded),
-            calls=len(calls),
+            calls=len(denoisers.calls(steps[0])),
             order="positive, negative" if positive == 0 else "negative, positive",
             formula=fitted,
             formula_scale=scale,
             linear=linear,
             offset=offset,
             remark=words if certain else "the prompt changes neither half, so their order was not seen",
-            expert_formulas=formulas,
-            expert_scales=scales,
         )
+        if denoisers.visits is not None:
+            formulas, scales = expert_guidance(subject, fit, denoisers.visits, pieces, (name, off_value))
+            report = replace(report, expert_formulas=formulas, expert_scales=scales)
         return report, pieces[1 - positive], guided
-    if off and failure is not None:
+    if subject.off and failure is not None:
         raise failure  # the call was guided before, so this is not a pipeline without guidance
     words = "" if failure is None else f"a guided call was tried and failed: {failure}"
     return GuidanceReport(embedded=bool(embedded), remark=words), None, None
 
 
-def _off_value(
-    pipeline: Any, invocation: Invocation, changes: dict[str, Any], name: str, recipe: Recipe, stub: Stub
-) -> float | None:
+def _off_value(subject: Subject, denoisers: Denoisers, changes: dict[str, Any], name: str) -> float | None:
     """The value of `name` that switches a guided call's guidance off; None when neither 1 nor 0 does."""
     for value in (1.0, 0.0):
-        if _stubbed_step(pipeline, invocation, {**changes, name: value}, recipe, stub) is not None:
+        if _stubbed_step(subject, denoisers, {**changes, name: value}) is not None:
             return value
     return None
 
 
-def _guided_attempts(invocation: Invocation, off: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, float]]:
+def _guided_attempts(subject: Subject) -> Iterator[tuple[dict[str, Any], str, float]]:
     """(changes to the call, the guiding argument, its value), the likeliest first."""
+    invocation = subject.invocation
     for name in scale_arguments(invocation):
-        if off and name not in off:
+        if subject.off and name not in subject.off:
             continue
         default = invocation.default(name)
         scale = float(default) if isinstance(default, int | float) and default > 1 else 5.0
@@ -256,37 +232,27 @@ def _guided_attempts(invocation: Invocation, off: dict[str, Any]) -> Iterator[tu
             yield {name: scale, "negative_prompt": ""}, name, scale
 
 
-def _guided_steps(pipeline: Any, invocation: Invocation, changes: dict[str, Any], item: Any = None) -> list[Step]:
-    """The first two steps."""
-    call = invocation.arguments([invocation.item if item is None else item], _STEPS, **changes)
-    steps = observe(pipeline, call, steps=2).steps
-    first_step(pipeline, steps)
+def _guided_steps(subject: Subject, changes: dict[str, Any], item: Any = None) -> list[Step]:
+    """The first two steps, of another prompt or label than the recording's where one is given."""
+    steps = subject.run(_STEPS, None if item is None else [item], changes, steps=2).steps
+    first_step(subject, steps)
     return steps
 
 
 def _find_positive(
-    pipeline: Any,
-    invocation: Invocation,
-    changes: dict[str, Any],
-    recipe: Recipe,
-    marked: dict[str, Any],
-    pieces: list[Conditioning],
-    unguided: Conditioning,
-    embedded: set[str],
+    subject: Subject, denoisers: Denoisers, changes: dict[str, Any], pieces: list[Conditioning], embedded: set[str]
 ) -> tuple[int, bool]:
     """Which of two pieces is the positive one, and whether that was seen.
 
     The one that equals the unguided recording; if that does not tell, the one that another prompt changes; and where
     another prompt changes the length of both, the one that begins or ends like the unguided recording.
     """
+    unguided = denoisers.unguided
     matches = [same_conditioning(piece, unguided, embedded) for piece in pieces]
     if matches[0] != matches[1]:
         return matches.index(True), True
-    other = another_item(invocation)
-    calls = network_calls(_guided_steps(pipeline, invocation, changes, other)[0], (recipe.component,))
-    moved = [
-        not same_conditioning(a, b, set()) for a, b in zip(pieces, split_pieces(calls, recipe, marked), strict=True)
-    ]
+    others = denoisers.pieces(_guided_steps(subject, changes, another_item(subject.invocation))[0])
+    moved = [not same_conditioning(a, b, set()) for a, b in zip(pieces, others, strict=True)]
     if moved[0] != moved[1]:
         return moved.index(True), True
     padded = [same_conditioning(piece, unguided, embedded, padded=True) for piece in pieces]

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.errors import one_line
 from fewstep.recording.capture import capture, capture_changes, scrambled
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.observation import NetworkCall, Observation, Stop, Stub
+from fewstep.recording.hooks import hooked
+from fewstep.recording.observation import NetworkCall, Observation, Step, Stop, Stub
 from fewstep.recording.pipeline import evaluating, find_decoder, find_scheduler, modules_of
 from fewstep.recording.scheduler_watch import feed_times, watch_scheduler
 
@@ -34,11 +36,12 @@ def observe(
     stop_at_decode: bool = False,
     x0: bool = False,
     set_up: Callable[[Any], None] | None = None,
-    times: Tensor | None = None,
 ) -> Observation:
     """Call `pipeline(**arguments)` and watch.
 
     Args:
+        pipeline: a diffusers pipeline.
+        arguments: of its call.
         steps: stop after so many `scheduler.step` calls; None: let the pipeline finish.
         before: name of a component; stop when it is called (its arguments are kept, it does not run).
         replace: (index of the step, the scheduler's next sample) -> what the pipeline is given instead.
@@ -46,74 +49,103 @@ def observe(
         stop_at_decode: stop when the decoder is called and keep what it is given.
         x0: also ask the scheduler for its own clean sample at every step, where it has one.
         set_up: called once with the scheduler's copy before the run.
-        times: (N,) timesteps that the pipeline is led through instead of the scheduler's own, standing still; steps
-            then hold nothing but their time and the names of what was called, and of the above only `stub` counts.
 
     Raises:
         RecordingError: the pipeline itself failed; the message carries its words.
     """
     seen = Observation()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_kept(pipeline))
+        scheduler = stack.enter_context(_left_as_found(pipeline))
+        if set_up is not None:
+            set_up(scheduler)
+        watch_scheduler(scheduler, seen, steps, replace, x0)
+        for component, module in modules_of(pipeline).items():
+            stack.enter_context(_watched(component, module, seen, before, stub))
+        decoder = find_decoder(pipeline)
+        if decoder is not None and stop_at_decode:
+            stack.enter_context(_decode_caught(getattr(pipeline, decoder), seen))
+        _run(pipeline, arguments, seen)
+    return seen
+
+
+def lead(pipeline: Any, arguments: dict[str, Any], times: Tensor, stub: Stub) -> list[Step]:
+    """Call `pipeline(**arguments)` and lead it through times of our choice, its sample standing still.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        arguments: of its call, with as many steps as there are times.
+        times: (N,) timesteps in the place of the scheduler's own, in any order.
+        stub: what stands in for the networks.
+
+    Returns:
+        N steps that hold their time and the names of what was called, nothing else.
+
+    Raises:
+        RecordingError: as :func:`observe`.
+    """
+    seen = Observation()
+    with contextlib.ExitStack() as stack:
+        feed_times(stack.enter_context(_left_as_found(pipeline)), seen, times)
+        for component, module in modules_of(pipeline).items():
+            stack.enter_context(_watched(component, module, seen, None, stub))
+        _run(pipeline, arguments, seen)
+    return seen.steps
+
+
+def _run(pipeline: Any, arguments: dict[str, Any], seen: Observation) -> None:
+    """Call the pipeline until it ends or is stopped; its failure is a RecordingError."""
+    try:
+        seen.result = pipeline(**arguments)
+    except Stop:
+        pass
+    except RecordingError:
+        raise
+    except Exception as error:
+        hint = ""
+        if any("image" in key and key not in arguments for key in inspect.signature(pipeline.__call__).parameters):
+            hint = " (a pipeline that needs an image, a mask or a control cannot be distilled yet)"
+        raise RecordingError(
+            f"{type(pipeline).__name__} failed under the recorder: {type(error).__name__}: {one_line(error)[:300]}"
+            f"{hint}; check the arguments of the call"
+        ) from error
+
+
+@contextlib.contextmanager
+def _left_as_found(pipeline: Any) -> Iterator[Any]:
+    """Give the pipeline a copy of its scheduler, without gradients, and yield the copy.
+
+    Afterwards its attributes, its networks' train and eval modes, its decoder's weights and the global random state are
+    what they were.
+    """
+    attributes = dict(pipeline.__dict__)
+    decoder = find_decoder(pipeline)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(evaluating(*modules_of(pipeline).values()))
+        stack.callback(pipeline.__dict__.update, attributes)
+        stack.callback(pipeline.__dict__.clear)
         pipeline.set_progress_bar_config(disable=True)
         name = find_scheduler(pipeline)
         scheduler = copy.deepcopy(getattr(pipeline, name))
         # Written past __setattr__, which would rewrite the pipeline's config.
         pipeline.__dict__[name] = scheduler
-        if set_up is not None:
-            set_up(scheduler)
-        if times is None:
-            watch_scheduler(scheduler, seen, steps, replace, x0)
-        else:
-            feed_times(scheduler, seen, times)
-        for component, module in modules_of(pipeline).items():
-            stack.enter_context(_watched(component, module, seen, before, stub))
-        decoder = find_decoder(pipeline)
         if decoder is not None:
             stack.enter_context(_weights_kept(getattr(pipeline, decoder)))
-        if decoder is not None and stop_at_decode:
-            stack.enter_context(_decode_caught(getattr(pipeline, decoder), seen))
         stack.enter_context(torch.no_grad())
-        try:
-            seen.result = pipeline(**arguments)
-        except Stop:
-            pass
-        except RecordingError:
-            raise
-        except Exception as error:
-            text = " ".join(str(error).split()) or type(error).__name__
-            hint = ""
-            if any("image" in key and key not in arguments for key in inspect.signature(pipeline.__call__).parameters):
-                hint = " (a pipeline that needs an image, a mask or a control cannot be distilled yet)"
-            raise RecordingError(
-                f"{type(pipeline).__name__} failed under the recorder: {type(error).__name__}: {text[:300]}{hint}; "
-                "check the arguments of the call"
-            ) from error
-    return seen
-
-
-@contextlib.contextmanager
-def _kept(pipeline: Any) -> Iterator[None]:
-    """Put back the pipeline's attributes, its networks' train/eval modes and the global random state."""
-    attributes = dict(pipeline.__dict__)
-    with torch.random.fork_rng(), evaluating(*modules_of(pipeline).values()):
-        try:
-            yield
-        finally:
-            pipeline.__dict__.clear()
-            pipeline.__dict__.update(attributes)
+        yield scheduler
 
 
 @contextlib.contextmanager
 def _watched(
     component: str, module: nn.Module, seen: Observation, before: str | None, stub: Stub | None
 ) -> Iterator[None]:
+    """Note the calls of a component in `seen`, where it is stubbed without running it."""
     signature = inspect.signature(module.forward)
     stubbed = stub is not None and component in stub.components
     running: list[NetworkCall] = []
     previous: dict[str, Any] = {}
 
-    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(_name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = dict(signature.bind(*args, **kwargs).arguments)
         for name, parameter in signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -124,37 +156,44 @@ def _watched(
         if component == before:
             raise Stop
 
-    def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
+    def leave(_name: str, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         running[-1].output = capture(output)
         if stubbed:
             seen.last_output = running[-1].output
         running.pop()
 
-    hooks = [
-        module.register_forward_pre_hook(enter, with_kwargs=True),
-        module.register_forward_hook(leave, with_kwargs=True),
-    ]
-    own_forward = module.__dict__.get("forward")
-    if stubbed:
-        forward, noise = module.forward, torch.Generator().manual_seed(sum(map(ord, component)))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hooked({component: module}, before=enter, after=leave))
+        if stub is not None and stubbed:
+            stand_in = _stand_in(module.forward, stub, seen, seed=sum(map(ord, component)))
+            stack.enter_context(_method(module, "forward", stand_in))
+        yield
 
-        @functools.wraps(forward)
-        def stand_in(*args: Any, **kwargs: Any) -> Any:
-            if len(seen.steps) in stub.live:
-                return forward(*args, **kwargs)
-            output = seen.last_output if stub.output is None else stub.output
-            return scrambled(output, noise) if stub.scramble else capture(output)
 
-        module.forward = stand_in
+def _stand_in(forward: Callable[..., Any], stub: Stub, seen: Observation, seed: int) -> Callable[..., Any]:
+    """What is called in the place of a stubbed component's forward; `seed` is that of its noise."""
+    noise = torch.Generator().manual_seed(seed)
+
+    @functools.wraps(forward)
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        if len(seen.steps) in stub.live:
+            return forward(*args, **kwargs)
+        output = seen.last_output if stub.output is None else stub.output
+        return scrambled(output, noise) if stub.scramble else capture(output)
+
+    return stand_in
+
+
+@contextlib.contextmanager
+def _method(owner: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a function takes the place of one of the owner's methods."""
+    own = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
+    owner.__dict__[name] = function
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        if stubbed and own_forward is None:
-            del module.__dict__["forward"]
-        elif stubbed:
-            module.forward = own_forward
+        del owner.__dict__[name]
+        owner.__dict__.update(own)
 
 
 @contextlib.contextmanager
@@ -171,19 +210,11 @@ def _weights_kept(decoder: nn.Module) -> Iterator[None]:
             setattr(module, name, buffer)
 
 
-@contextlib.contextmanager
-def _decode_caught(decoder: nn.Module, seen: Observation) -> Iterator[None]:
-    own_decode = decoder.__dict__.get("decode")
+def _decode_caught(decoder: nn.Module, seen: Observation) -> contextlib.AbstractContextManager[None]:
+    """Inside, the decoder's `decode` notes what it is given, and ends the run."""
 
     def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.decoder_input = capture(z)
         raise Stop
 
-    decoder.decode = decode
-    try:
-        yield
-    finally:
-        if own_decode is None:
-            del decoder.__dict__["decode"]
-        else:
-            decoder.decode = own_decode
+    return _method(decoder, "decode", decode)

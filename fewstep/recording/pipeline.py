@@ -13,6 +13,11 @@ from torch._subclasses import FakeTensor
 from fewstep.recording.errors import RecordingError
 
 
+def name_of(pipeline: Any) -> str:
+    """Where a pipeline was loaded from, a folder or a hub id; of one that was not loaded, its class's name."""
+    return str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
+
+
 def find_scheduler(pipeline: Any) -> str:
     """The name of the pipeline's scheduler component."""
     found = [n for n, c in pipeline.components.items() if hasattr(c, "step") and hasattr(c, "set_timesteps")]

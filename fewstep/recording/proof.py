@@ -18,9 +18,9 @@ from fewstep.diffusion.prediction import to_x0
 from fewstep.diffusion.schedule import FlowSchedule, TableSchedule
 from fewstep.recording.call_parts import answers, network_calls, repeated, without_sample
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.formula import GuidedCall
 from fewstep.recording.guided import another_item
 from fewstep.recording.observation import NetworkCall, Observation, Step
-from fewstep.recording.observe import observe
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.proof_runs import STEPS, each, own_calls, own_conditioning, relative_error, run, times
 from fewstep.recording.recorded import Recorded
@@ -77,17 +77,17 @@ def prove(recording: Recorded, seed: int = 0) -> Proof:
 def _prove(recording: Recorded, seed: int) -> Proof:
     notes: list[str] = []
     checks = _checks(recording, seed, notes, "")
-    deaf = _deaf_to(recording, seed)
-    if deaf:
+    ignored = _ignored(recording, seed)
+    if ignored:
         text = (
-            f"the answer of {' or '.join(deaf)} does not change with {_any_of(deaf)}: are its weights untrained? "
+            f"the answer of {' or '.join(ignored)} does not change with {_any_of(ignored)}: are its weights untrained? "
             "They could hide a mistake, so the proof was repeated on shaken weights"
         )
         warnings.warn(text, stacklevel=4)
         notes.append(text)
         with shaken(*_networks(recording), seed=seed):
             checks += _checks(recording, seed + 1, notes, "shaken weights, ")
-            still = _deaf_to(recording, seed)
+            still = _ignored(recording, seed)
         if still:
             notes.append(f"even with shaken weights it does not change with {_any_of(still)}")
     failed = [check for check in checks if not check.holds]
@@ -97,7 +97,7 @@ def _prove(recording: Recorded, seed: int) -> Proof:
             f"the recording of {type(recording.pipeline).__name__} failed its proof: {worst.name} differs by "
             f"{worst.error:.2g} relative (at most {worst.tolerance:.0e}); it must not be trained on, please report it"
         )
-    return Proof(tuple(checks), tuple(dict.fromkeys(notes)), bool(deaf))
+    return Proof(tuple(checks), tuple(dict.fromkeys(notes)), bool(ignored))
 
 
 def tolerance(recording: Recorded) -> float:
@@ -110,7 +110,7 @@ def tolerance(recording: Recorded) -> float:
 def _checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> list[Check]:
     item, other = recording.invocation.item, another_item(recording.invocation)
     allowed = tolerance(recording)
-    single = run(recording, [item], recording.off, seed, x0=True)
+    single = run(recording, [item], seed, x0=True)
     checks = [
         Check(
             f"{prefix}unguided, one sample", _unguided_error(recording, single, own_conditioning(recording)), allowed
@@ -122,7 +122,7 @@ def _checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> li
         notes.append("the scheduler gives no clean sample to compare x0 with")
     else:
         checks.append(Check(f"{prefix}x0 against the scheduler's", x0_error, max(1e-5, allowed)))
-    pair = run(recording, [item, other], recording.off, seed + 1)
+    pair = run(recording, [item, other], seed + 1)
     checks.append(
         Check(
             f"{prefix}unguided, two samples",
@@ -130,7 +130,8 @@ def _checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> li
             allowed,
         )
     )
-    if recording.guided is None:
+    guided = recording.guided
+    if guided is None:
         return checks
     if recording.guidance.calls == 1 and not Conditioning.compatible(*each(recording, [item, other])):
         notes.append(
@@ -139,13 +140,13 @@ def _checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> li
         )
     for items, words in (([item], "one sample"), ([item, other], "two samples")):
         try:
-            seen = run(recording, items, recording.guided.changes, seed + 2)
+            seen = run(recording, items, seed + 2, changes=guided.changes)
         except RecordingError as error:
             if len(items) == 1:
                 raise
             notes.append(f"guided with two prompts, the pipeline itself fails and was not compared ({error})")
             continue
-        errors = _guided_errors(recording, seen, len(items), notes)
+        errors = _guided_errors(recording, guided, seen, len(items), notes)
         checks += [Check(f"{prefix}guided, {words}{part}", error, allowed) for part, error in errors.items()]
     return checks
 
@@ -164,8 +165,7 @@ def _pair_conditioning(recording: Recorded, pair: Observation, items: list[Any])
         whole = _call_conditioning(recording, pair.steps[0], len(items))
     except ValueError:
         # Together they have other arguments than alone (a mask); how these depend on the batch, four samples show.
-        call = recording.invocation.arguments(items * 2, STEPS, **recording.off)
-        four = observe(recording.pipeline, call, before=recording.component).pending[-1]
+        four = recording.subject.run(STEPS, items * 2, before=recording.component).pending[-1]
         two = pair.steps[0].calls[-1]
         tree = mark(without_sample(two, recording.recipe), without_sample(four, recording.recipe), samples=len(items))
         whole = Conditioning(tree, len(items))
@@ -182,19 +182,18 @@ def _unguided_error(recording: Recorded, seen: Observation, conditioning: Condit
 def _mixed_error(recording: Recorded, seen: Observation) -> float:
     """Two samples at two times in one batch against the same batch at either time; for each expert."""
     steps = seen.steps
-    pairs = {recording.component: (1, 2)}
+    pairs = {recording.component: [1, 2]}
     if recording.visits is not None:
         live = sorted(recording.visits.live)[1:]
         pairs = {
             c: [i for i in live if recording.expert_at(steps[i].timestep).component == c][:2]
             for c in recording.components
         }
-    return max(
-        _mixed_pair_error(recording, steps, *pairs[expert.component], expert.network) for expert in recording.experts
-    )
+    return max(_mixed_pair_error(recording, steps, pairs[e.component], e.network) for e in recording.experts)
 
 
-def _mixed_pair_error(recording: Recorded, steps: list[Step], i: int, k: int, network: nn.Module) -> float:
+def _mixed_pair_error(recording: Recorded, steps: list[Step], pair: list[int], network: nn.Module) -> float:
+    i, k = pair
     early, late = steps[i], steps[k]
     x = torch.cat([early.network_input, late.network_input])
     conditioning = _call_conditioning(recording, early, 1).select([0, 0])
@@ -214,11 +213,11 @@ def _mixed_pair_error(recording: Recorded, steps: list[Step], i: int, k: int, ne
 def _x0_error(recording: Recorded, seen: Observation) -> float | None:
     """x0 by the schedule and prediction type against the scheduler's own, over the steps where it has one."""
     errors = []
-    compared = [step for step in seen.steps if step.x0 is not None]
+    compared = [(step, x0) for step in seen.steps if (x0 := step.x0) is not None]
     if isinstance(recording.schedule, TableSchedule):
         # Between its entries a table is interpolated, and by schedulers otherwise than here, in the fifth digit.
-        compared = [step for step in compared if float(step.timestep).is_integer()] or compared
-    for step in compared:
+        compared = [(step, x0) for step, x0 in compared if float(step.timestep).is_integer()] or compared
+    for step, wanted in compared:
         t = recording.schedule.time(times(step.timestep, len(step.sample)))
         if step.sigma is not None and isinstance(recording.schedule, FlowSchedule):
             # Flow schedulers may round their timesteps to integers; the noise level they step by is the float sigma.
@@ -226,13 +225,15 @@ def _x0_error(recording: Recorded, seen: Observation) -> float | None:
         scale = recording.schedule.input_scale(t).view(-1, *[1] * (step.sample.dim() - 1))
         x_t = step.network_input.double() / scale
         x0 = to_x0(step.model_output.double(), recording.prediction_type, x_t, recording.schedule, t)
-        errors.append(relative_error(x0, step.x0))
+        errors.append(relative_error(x0, wanted))
     return max(errors) if errors else None
 
 
-def _guided_errors(recording: Recorded, seen: Observation, batch: int, notes: list[str]) -> dict[str, float]:
+def _guided_errors(
+    recording: Recorded, guided: GuidedCall, seen: Observation, batch: int, notes: list[str]
+) -> dict[str, float]:
     """Errors of the guided run's separate answers, and of their linear combination."""
-    recipe, guided, report = recording.recipe, recording.guided, recording.guidance
+    recipe, report = recording.recipe, recording.guidance
     parts: dict[str, float] = {}
     formulas = dict(zip(recording.components, report.expert_formulas or [report.formula], strict=True))
     for step, own in own_calls(recording, seen):
@@ -245,7 +246,7 @@ def _guided_errors(recording: Recorded, seen: Observation, batch: int, notes: li
             rows = len(call.arguments[recipe.sample.argument])
             x = repeated(step.network_input, rows, batch)
             piece = guided.positive if alone else i
-            got.append(own(x, _guided_conditioning(recording, call, piece, rows, batch, notes)))
+            got.append(own(x, _guided_conditioning(recording, guided, call, piece, rows, batch, notes)))
         result = torch.cat(got)
         parts[""] = max(parts.get("", 0.0), relative_error(result, found))
         if formula is not None and report.formula_scale is not None:
@@ -264,7 +265,7 @@ def _guided_errors(recording: Recorded, seen: Observation, batch: int, notes: li
 
 
 def _guided_conditioning(
-    recording: Recorded, call: NetworkCall, index: int, rows: int, batch: int, notes: list[str]
+    recording: Recorded, guided: GuidedCall, call: NetworkCall, index: int, rows: int, batch: int, notes: list[str]
 ) -> Conditioning:
     """What the guided call's own pieces were told; for one prompt: this recording's own positive and negative."""
     # Passed on whole, not taken apart: beside longer prompts it may hold other arguments (a mask) than alone.
@@ -272,7 +273,9 @@ def _guided_conditioning(
     if batch > 1:
         return whole
     pieces = range(rows) if rows > 1 else [index]
-    own = {recording.guided.negative: recording.negative(), recording.guided.positive: own_conditioning(recording)}
+    negative = recording.negative()
+    assert negative is not None  # it was recorded with the guided call
+    own = {guided.negative: negative, guided.positive: own_conditioning(recording)}
     try:
         return Conditioning.cat([own[piece] for piece in pieces])
     except ValueError:
@@ -282,21 +285,21 @@ def _guided_conditioning(
         return whole
 
 
-def _deaf_to(recording: Recorded, seed: int) -> dict[str, list[str]]:
+def _ignored(recording: Recorded, seed: int) -> dict[str, list[str]]:
     """Component -> what it does not react to, where there is such: the sample, the time and the prompt (or label)."""
-    seen = run(recording, [recording.invocation.item], recording.off, seed)
+    seen = run(recording, [recording.invocation.item], seed)
     found = {}
     for expert in recording.experts:
         steps = [step for step in seen.steps[1:] if recording.expert_at(step.timestep) is expert]
-        found[expert.component] = _network_deaf_to(recording, steps[0], steps[-1], expert.network)
+        found[expert.component] = _ignored_by_network(recording, steps[0], steps[-1], expert.network)
     return {component: words for component, words in found.items() if words}
 
 
-def _any_of(deaf: dict[str, list[str]]) -> str:
-    return " or ".join(dict.fromkeys(word for words in deaf.values() for word in words))
+def _any_of(ignored: dict[str, list[str]]) -> str:
+    return " or ".join(dict.fromkeys(word for words in ignored.values() for word in words))
 
 
-def _network_deaf_to(recording: Recorded, first: Step, second: Step, network: nn.Module) -> list[str]:
+def _ignored_by_network(recording: Recorded, first: Step, second: Step, network: nn.Module) -> list[str]:
     x, conditioning = first.network_input, _call_conditioning(recording, first, 1)
     # A velocity made of x and an x0 follows the sample and the time by itself; what counts is the network's part.
     recipe = replace(recording.recipe, output=replace(recording.recipe.output, relation="same"))

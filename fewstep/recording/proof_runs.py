@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.recording.observation import Observation, Step
-from fewstep.recording.observe import observe
+from fewstep.recording.recipe import Recipe
 from fewstep.recording.recorded import Recorded
 
 STEPS = 5
 
 
-def run(recording: Recorded, items: list[Any], changes: dict[str, Any], seed: int, *, x0: bool = False) -> Observation:
+def run(
+    recording: Recorded, items: list[Any], seed: int, *, changes: dict[str, Any] | None = None, x0: bool = False
+) -> Observation:
     """The pipeline's own run with a fresh sample after every step.
 
     Args:
         recording: of the pipeline.
         items: prompts or labels.
-        changes: to the recorded call.
         seed: of the samples.
+        changes: to the recorded call with guidance off.
         x0: also ask the scheduler for its clean samples.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -40,8 +43,7 @@ def run(recording: Recorded, items: list[Any], changes: dict[str, Any], seed: in
 
     visits = recording.visits
     count, stub = (STEPS, None) if visits is None else (visits.count, visits.run_live(recording.components))
-    call = recording.invocation.arguments(items, count, **changes)
-    return observe(recording.pipeline, call, steps=count, replace=fresh, x0=x0, set_up=unclipped, stub=stub)
+    return recording.subject.run(count, items, changes, steps=count, replace=fresh, x0=x0, set_up=unclipped, stub=stub)
 
 
 def own_conditioning(recording: Recorded) -> Conditioning:
@@ -62,25 +64,24 @@ def own_calls(recording: Recorded, seen: Observation) -> list[tuple[Step, Callab
     Of several experts the one of that time is called, and steps in which they did not run are left out.
     """
     recipe = recording.recipe
-    pairs = []
+    pairs: list[tuple[Step, Callable[[Tensor, Conditioning], Tensor]]] = []
     for i, step in enumerate(seen.steps):
         last = recipe.needs_next and i + 1 == len(seen.steps)
         if i == 0 or last or (recording.visits is not None and i not in recording.visits.live):
             continue
         following = seen.steps[i + 1].timestep if i + 1 < len(seen.steps) else 0.0
 
-        def own(x: Tensor, conditioning: Conditioning, step: Step = step, following: float = following) -> Tensor:
-            with torch.no_grad():
-                return recipe.call(
-                    recording.expert_at(step.timestep).network,
-                    x,
-                    times(step.timestep, len(x)),
-                    conditioning,
-                    next_timestep=times(following, len(x)) if recipe.needs_next else None,
-                )
-
-        pairs.append((step, own))
+        network = recording.expert_at(step.timestep).network
+        pairs.append((step, partial(_own_call, recipe, network, step.timestep, following)))
     return pairs
+
+
+def _own_call(
+    recipe: Recipe, network: nn.Module, timestep: float, following: float, x: Tensor, conditioning: Conditioning
+) -> Tensor:
+    next_timestep = times(following, len(x)) if recipe.needs_next else None
+    with torch.no_grad():
+        return recipe.call(network, x, times(timestep, len(x)), conditioning, next_timestep=next_timestep)
 
 
 def times(timestep: float, batch: int) -> Tensor:

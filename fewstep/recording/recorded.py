@@ -16,11 +16,13 @@ from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.recording.call_parts import mark_arguments, without_sample
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.experts import Expert, Visits, components_of, expert_at
-from fewstep.recording.guided import GuidanceReport, GuidedCall
+from fewstep.recording.formula import GuidedCall
+from fewstep.recording.guided import GuidanceReport
+from fewstep.recording.hooks import hooked
 from fewstep.recording.invocation import Invocation
-from fewstep.recording.observe import observe
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.recipe import Recipe, network_dtype
+from fewstep.recording.subject import Subject
 
 # Any count will do for a run that ends before the network's first call.
 CONDITION_STEPS = 4
@@ -84,6 +86,11 @@ class Recorded:
     def conditional(self) -> str | None:
         """ "prompt", "label" or None."""
         return self.invocation.conditional
+
+    @property
+    def subject(self) -> Subject:
+        """The pipeline as it was observed, with guidance off, to be observed again."""
+        return Subject(self.pipeline, self.invocation, self.off)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -172,37 +179,42 @@ class Recorded:
             return None
         tables: list[int] = []
 
-        def note(table: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if (
-                arguments
-                and not arguments[0].is_floating_point()
-                and bool((arguments[0] == self.invocation.item).all())
-            ):
+        def note(_name: str, table: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+            asked = bool(args) and not args[0].is_floating_point() and bool((args[0] == self.invocation.item).all())
+            if asked and isinstance(table, nn.Embedding):
                 tables.append(table.num_embeddings)
 
-        hooks = [m.register_forward_pre_hook(note) for m in self.network.modules() if isinstance(m, nn.Embedding)]
-        device = next(self.network.parameters()).device
-        x = torch.zeros(1, *self.sample_shape, dtype=self.dtype, device=device)
-        time = self.schedule.timestep(torch.full((1,), 0.5, dtype=torch.float64))
-        try:
-            with torch.no_grad(), evaluating(self.network):
-                self.recipe.call(self.network, x, time, Conditioning(self.marked, 1), next_timestep=time / 2)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with hooked({n: m for n, m in self.network.named_modules() if isinstance(m, nn.Embedding)}, before=note):
+            self.probe()
         if not tables:
             return None
         null = [] if self._negative is None else [v for v in self._negative.arguments().values() if _is_label(v)]
         return min(tables) - any(int(v.max()) == min(tables) - 1 for v in null)
 
+    @torch.no_grad()
+    def probe(self, device: torch.device | str | None = None) -> Tensor:
+        """The network's answer (1, *sample_shape) to zeros at half time, told what it was told in the recording.
+
+        It runs once, in eval mode, so that hooks see what happens inside it.
+
+        Args:
+            device: where the network lies; None: where its first parameter does.
+        """
+        device = next(self.network.parameters()).device if device is None else device
+        x = torch.zeros(1, *self.sample_shape, dtype=self.dtype, device=device)
+        time = self.schedule.timestep(torch.full((1,), 0.5, dtype=torch.float64))
+        told = Conditioning(self.marked, 1).to(device=device)
+        with evaluating(self.network):
+            return self.recipe.call(self.network, x, time, told, next_timestep=time / 2)
+
     def _items(self, prompts: Sequence[str] | None, labels: Sequence[int] | None) -> list[Any]:
         kind = type(self.pipeline).__name__
         if prompts is not None and labels is not None:
             raise RecordingError("prompts and labels were given; a pipeline is conditioned on one of them")
-        items = prompts if prompts is not None else labels
-        if isinstance(items, str):
+        given = prompts if prompts is not None else labels
+        if isinstance(given, str):
             raise RecordingError("prompts must be a list of strings, not one string")
-        items = [] if items is None else list(items)
+        items: list[Any] = [] if given is None else list(given)
         if not items:
             if self.conditional is None:
                 return [None]
@@ -216,15 +228,17 @@ class Recorded:
         return items
 
     def _encode_text(self, item: Any) -> Conditioning:
-        call = self.invocation.arguments([item], CONDITION_STEPS, **self.off)
-        arguments = without_sample(observe(self.pipeline, call, before=self.component).pending[-1], self.recipe)
+        arguments = self._told([item])
         try:
             return remark(arguments, self.marked, 1)
         except ValueError:
             # This item has other arguments than the recorded one (a mask where that had None): mark it by itself.
-            call = self.invocation.arguments([item, item], CONDITION_STEPS, **self.off)
-            two = without_sample(observe(self.pipeline, call, before=self.component).pending[-1], self.recipe)
-            return Conditioning(mark_arguments(self.component, arguments, two), 1)
+            return Conditioning(mark_arguments(self.component, arguments, self._told([item, item])), 1)
+
+    def _told(self, items: list[Any]) -> dict[str, Any]:
+        """What the pipeline tells its network of these prompts or labels in one call."""
+        call = self.subject.run(CONDITION_STEPS, items, before=self.component).pending[-1]
+        return without_sample(call, self.recipe)
 
 
 def _is_label(value: Any) -> bool:

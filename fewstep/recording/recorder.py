@@ -7,29 +7,22 @@ from typing import Any
 
 import torch
 
-from fewstep.conditioning.conditioning import Conditioning
 from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule, TableSchedule, from_scheduler
 from fewstep.recording.call_parts import mark_arguments, without_sample
+from fewstep.recording.denoisers import Denoisers
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.experts import (
-    Expert,
-    check_alike,
-    components_of,
-    expert_at,
-    find_experts,
-    find_visits,
-    loop_components,
-)
+from fewstep.recording.experts import Expert, components_of, expert_at
 from fewstep.recording.few_step import refuse_few_step, refuse_fixed_grid
+from fewstep.recording.find_experts import check_alike, find_experts, find_visits, loop_components
 from fewstep.recording.fit import fit_output, fit_sample, fit_times
 from fewstep.recording.guided import embedded_paths, record_guided, switch_off, unguided_step
-from fewstep.recording.invocation import Invocation, read_invocation
+from fewstep.recording.invocation import read_invocation
 from fewstep.recording.observation import Step, Stub
-from fewstep.recording.observe import observe
 from fewstep.recording.pipeline import find_scheduler, modules_of
 from fewstep.recording.recipe import Recipe, TimeRule, dtype_name, network_dtype
 from fewstep.recording.recording import Recording
 from fewstep.recording.shake import shaken
+from fewstep.recording.subject import Subject
 
 # Two step counts, because on an even grid one count cannot tell the time from the next time. The network runs in every
 # step of the short run and in a few of the long one, which shows many times, and some near 0, at no cost.
@@ -58,46 +51,42 @@ def record(pipeline: Any, **call: Any) -> Recording:
         schedule, prediction_type = from_scheduler(getattr(pipeline, find_scheduler(pipeline)))
     except ValueError as error:
         raise RecordingError(str(error)) from error
-    off, component = switch_off(pipeline, invocation)
+    subject, component = switch_off(Subject(pipeline, invocation, {}))
 
-    runs, experts = _unguided_runs(pipeline, invocation, off, component, schedule)
-    components, networks = components_of(experts), [expert.network for expert in experts]
+    runs, experts = _unguided_runs(subject, component, schedule)
     _check_walk(pipeline, schedule, runs[1])
-    two = _two_samples(pipeline, invocation, off, component)
+    two = subject.run(SHORT, [invocation.item] * 2, before=component).pending[-1].arguments
     check_alike(experts, _all(runs))
     try:
-        recipe = _recipe(pipeline, invocation, off, experts, schedule, runs, two)
+        recipe = _recipe(subject, experts, schedule, runs, two)
     except RecordingError as error:
         if len(experts) == 1:
             raise
-        names = ", ".join(components)
+        names = ", ".join(components_of(experts))
         raise RecordingError(f"{names} share the loop by time, but not one recipe calls them all: {error}") from error
     check_alike(experts, _all(runs), recipe)
 
-    first = runs[0][0]
-    one = without_sample(first.calls[-1], recipe)
+    first = runs[0][0].calls[-1]
+    one = without_sample(first, recipe)
     two = {name: value for name, value in two.items() if name in one}
-    marked = mark_arguments(component, one, two)
-    unguided = Conditioning(marked, 1)
-    stub = Stub(components, first.calls[-1].output)
-    visits = find_visits(pipeline, invocation, off, experts, stub) if len(experts) > 1 else None
-    embedded = embedded_paths(pipeline, invocation, off, recipe, one, stub)
-    report, negative, guided = record_guided(
-        pipeline, invocation, off, recipe, experts, visits, marked, unguided, embedded, stub
-    )
+    stub = Stub(components_of(experts), first.output)
+    visits = find_visits(subject, experts, stub) if len(experts) > 1 else None
+    denoisers = Denoisers(experts, recipe, mark_arguments(component, one, two), stub, visits)
+    embedded = embedded_paths(subject, denoisers)
+    report, negative, guided = record_guided(subject, denoisers, embedded)
     return Recording(
         pipeline=pipeline,
         component=component,
-        network=networks[0],
+        network=experts[0].network,
         invocation=invocation,
         recipe=recipe,
         schedule=schedule,
         prediction_type=prediction_type,
         guidance=report,
-        initial_noise_scale=_initial_noise_scale(pipeline, invocation, off, stub),
-        off=off,
+        initial_noise_scale=_initial_noise_scale(subject, stub),
+        off=subject.off,
         guided=guided,
-        marked=marked,
+        marked=denoisers.marked,
         embedded=embedded,
         experts=experts,
         visits=visits,
@@ -118,32 +107,27 @@ def refuse_offloaded(pipeline: Any) -> None:
 
 
 def _unguided_runs(
-    pipeline: Any, invocation: Invocation, off: dict[str, Any], component: str, schedule: NoiseSchedule
+    subject: Subject, component: str, schedule: NoiseSchedule
 ) -> tuple[list[list[Step]], tuple[Expert, ...]]:
     """The steps of the short and the long run, checked to hold one network call each, and the networks called."""
-    item = [invocation.item]
-    short = observe(pipeline, invocation.arguments(item, SHORT, **off), steps=SHORT).steps
-    names = loop_components(pipeline, component, short)
+    short = subject.run(SHORT, steps=SHORT).steps
+    names = loop_components(subject, component, short)
     output = short[0].calls[-1].output
-    call = invocation.arguments(item, LONG, **off)
-    long = observe(pipeline, call, steps=LONG, stub=Stub(names, output, _LIVE)).steps
-    refuse_fixed_grid(pipeline, len(long), LONG)
-    names = loop_components(pipeline, component, short, long)
-    experts = find_experts(pipeline, call, names, [short, long], schedule)
+    long = subject.run(LONG, steps=LONG, stub=Stub(names, output, _LIVE)).steps
+    refuse_fixed_grid(subject.pipeline, len(long), LONG)
+    names = loop_components(subject, component, short, long)
+    experts = find_experts(subject, names, [short, long], schedule)
     if len(experts) > 1:
         # Again, with every one of them running in some steps.
-        live = _live(long, experts)
-        long = observe(pipeline, call, steps=LONG, stub=Stub(names, output, live)).steps
+        long = subject.run(LONG, steps=LONG, stub=Stub(names, output, _live(long, experts))).steps
     runs = [short, long]
     for run in runs:
-        _check_loop(pipeline, experts, run)
+        _check_loop(subject, experts, run)
     return runs, experts
 
 
 def _recipe(
-    pipeline: Any,
-    invocation: Invocation,
-    off: dict[str, Any],
+    subject: Subject,
     experts: tuple[Expert, ...],
     schedule: NoiseSchedule,
     runs: list[list[Step]],
@@ -159,23 +143,20 @@ def _recipe(
     if any(step.model_output.abs().max() == 0 for step in steps):
         # Layers that are still zero hide the output's sign and half.
         with shaken(*(expert.network for expert in experts)):
-            again, _ = _unguided_runs(pipeline, invocation, off, component, schedule)
+            again, _ = _unguided_runs(subject, component, schedule)
             steps = _live_steps(again, experts)
     output = fit_output(component, steps)
     if output.relation == "velocity":
-        output = fit_output(component, steps + _near_zero(pipeline, invocation, off, experts, steps))
+        output = fit_output(component, steps + _near_zero(subject, experts, steps))
     shape = tuple(runs[0][0].network_input.shape[1:])
     return Recipe(component, shape, sample, times, output, dtype_name(network_dtype(experts[0].network)))
 
 
-def _near_zero(
-    pipeline: Any, invocation: Invocation, off: dict[str, Any], experts: tuple[Expert, ...], steps: list[Step]
-) -> list[Step]:
+def _near_zero(subject: Subject, experts: tuple[Expert, ...], steps: list[Step]) -> list[Step]:
     """The last steps of a very long run, for what only the smallest times show."""
     live = frozenset(range(_LONGEST - 2, _LONGEST))
     stub = Stub(components_of(experts), steps[0].calls[-1].output, live)
-    call = invocation.arguments([invocation.item], _LONGEST, **off)
-    return observe(pipeline, call, steps=_LONGEST, stub=stub).steps[-2:]
+    return subject.run(_LONGEST, steps=_LONGEST, stub=stub).steps[-2:]
 
 
 def _all(runs: list[list[Step]]) -> list[Step]:
@@ -197,20 +178,20 @@ def _live_steps(runs: list[list[Step]], experts: tuple[Expert, ...]) -> list[Ste
     return runs[0] + [step for i, step in enumerate(runs[1]) if i in live]
 
 
-def _check_loop(pipeline: Any, experts: tuple[Expert, ...], steps: list[Step]) -> None:
-    kind = type(pipeline).__name__
+def _check_loop(subject: Subject, experts: tuple[Expert, ...], steps: list[Step]) -> None:
     if len(steps) < 2:
-        raise RecordingError(f"{kind} made {len(steps)} steps; a pipeline without a loop cannot be distilled")
+        raise RecordingError(f"{subject} made {len(steps)} steps; a pipeline without a loop cannot be distilled")
     for step in steps:
         component = expert_at(experts, step.timestep).component
         if not step.calls:
             raise RecordingError(
-                f"{kind} calls scheduler.step more often than {component}, so what it hands to it is no answer of the "
-                "network alone; it cannot be recorded"
+                f"{subject} calls scheduler.step more often than {component}, so what it hands to it is no answer of "
+                "the network alone; it cannot be recorded"
             )
         if not unguided_step(step, component):
             raise RecordingError(
-                f"{kind} does not call {component} exactly once in every step with guidance off; it cannot be recorded"
+                f"{subject} does not call {component} exactly once in every step with guidance off; it cannot be "
+                "recorded"
             )
 
 
@@ -234,16 +215,10 @@ def _check_walk(pipeline: Any, schedule: NoiseSchedule, steps: list[Step]) -> No
             )
 
 
-def _two_samples(pipeline: Any, invocation: Invocation, off: dict[str, Any], component: str) -> dict[str, Any]:
-    call = invocation.arguments([invocation.item] * 2, SHORT, **off)
-    return observe(pipeline, call, before=component).pending[-1].arguments
-
-
-def _initial_noise_scale(pipeline: Any, invocation: Invocation, off: dict[str, Any], stub: Stub) -> float:
+def _initial_noise_scale(subject: Subject, stub: Stub) -> float:
     """The scheduler's init_noise_sigma, as set for this run, times what scale_model_input makes of the first sample."""
     schedulers: list[Any] = []
-    call = invocation.arguments([invocation.item], SHORT, **off)
-    step = observe(pipeline, call, steps=1, stub=stub, set_up=schedulers.append).steps[0]
+    step = subject.run(SHORT, steps=1, stub=stub, set_up=schedulers.append).steps[0]
     ratio = step.network_input.double().norm() / step.sample.double().norm()
     return float(getattr(schedulers[0], "init_noise_sigma", 1.0)) * float(ratio)
 

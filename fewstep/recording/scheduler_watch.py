@@ -19,7 +19,8 @@ def watch_scheduler(
     scheduler: Any, seen: Observation, steps: int | None, replace: Callable[[int, Tensor], Tensor] | None, x0: bool
 ) -> None:
     """Note every step of `scheduler` in `seen`; the other arguments are those of `observe`."""
-    original_step, scaled = scheduler.step, []
+    original_step = scheduler.step
+    scaled: list[Tensor] = []
     signature = inspect.signature(original_step)
 
     # functools.wraps keeps the signature visible: pipelines inspect it to decide whether to pass eta and generator.

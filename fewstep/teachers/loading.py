@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from fewstep.config.run import RunConfig
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.teachers.quantization import pipeline_quantization, without_hooks
 
 
@@ -41,7 +41,7 @@ def load_teacher(
         what = "does not exist" if not path.exists() else "is not a diffusers pipeline: it has no model_index.json"
         raise UserError(f"{flag} {name} {what}")
     try:
-        how: dict[str, Any] = {"torch_dtype": dtype, "trust_remote_code": trust_remote_code}
+        how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         if quantization is not None:
             how["quantization_config"] = pipeline_quantization(quantization, str(path or name), dtype)
         pipeline = DiffusionPipeline.from_pretrained(path or name, **how, **parts)
@@ -52,8 +52,7 @@ def load_teacher(
             raise UserError(
                 f"{flag} {name} holds code of its own, which was not run: read it, then --trust_remote_code runs it"
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{flag} {name} cannot be loaded as a diffusers pipeline: {reason}") from error
+        raise UserError(f"{flag} {name} cannot be loaded as a diffusers pipeline: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return without_hooks(pipeline) if quantization is not None else pipeline
 

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line, one_line
 
 _ADAPTER = "teacher"
 #: The name that diffusers gives to a LoRA's file.
@@ -120,8 +120,9 @@ def _find(name: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # the hub's library has errors of its own, and those of the network below it
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"there is no folder --teacher_lora {name}, nor can the hub give it: {reason}") from error
+        raise UserError(
+            f"there is no folder --teacher_lora {name}, nor can the hub give it: {first_line(error)}"
+        ) from error
 
 
 def _only(name: str, files: list[str], get: Callable[[str], Path]) -> Path:
@@ -163,8 +164,7 @@ def _load(pipeline: DiffusionPipeline, name: str, file: Path, keys: list[str]) -
             pipeline.components[adaptable[0]].load_lora_adapter(str(file.parent), prefix=prefix, **words)
     except Exception as error:  # each format of LoRA files has a converter with exceptions of its own
         _unload(pipeline, adaptable)
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"--teacher_lora {name} is not for this teacher: {reason}") from error
+        raise UserError(f"--teacher_lora {name} is not for this teacher: {one_line(error)[:200]}") from error
     finally:
         logging.set_verbosity(verbosity)
 

@@ -1,0 +1,35 @@
+"""Hooks on modules for the length of a context: they see every call, and may change it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def hooked(
+    modules: Mapping[str, nn.Module],
+    *,
+    before: Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], Any] | None = None,
+    after: Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], Any] | None = None,
+) -> Iterator[None]:
+    """Inside, the modules' forward passes are hooked; afterwards the hooks are gone, whatever was raised.
+
+    Args:
+        modules: by the names under which the hooks are told of them.
+        before: called with (name, module, args, kwargs) before a pass; a pair (args, kwargs) that it returns takes
+            their place, None leaves them.
+        after: called with (name, module, args, kwargs, output) after a pass; what it returns takes the place of the
+            output, None leaves it.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            if before is not None:
+                stack.callback(module.register_forward_pre_hook(partial(before, name), with_kwargs=True).remove)
+            if after is not None:
+                stack.callback(module.register_forward_hook(partial(after, name), with_kwargs=True).remove)
+        yield

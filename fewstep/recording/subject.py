@@ -1,0 +1,71 @@
+"""A pipeline under observation: its call with guidance off, run and watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict, Unpack
+
+from torch import Tensor
+
+from fewstep.recording.invocation import Invocation
+from fewstep.recording.observation import Observation, Stub
+from fewstep.recording.observe import observe
+
+
+class Watching(TypedDict, total=False):
+    """The options of :func:`observe`."""
+
+    steps: int | None
+    before: str | None
+    replace: Callable[[int, Tensor], Tensor] | None
+    stub: Stub | None
+    stop_at_decode: bool
+    x0: bool
+    set_up: Callable[[Any], None] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A pipeline and the call under which it is observed.
+
+    Attributes:
+        pipeline: the pipeline.
+        invocation: its call, prompts or labels apart.
+        off: the changes to the call that switch guidance off; empty where it is off, or as long as they are unknown.
+    """
+
+    pipeline: Any
+    invocation: Invocation
+    off: dict[str, Any]
+
+    def __str__(self) -> str:
+        """The pipeline's class, for messages."""
+        return type(self.pipeline).__name__
+
+    def call(
+        self, count: int, items: Sequence[Any] | None = None, changes: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The keyword arguments of a call with guidance off.
+
+        Args:
+            count: steps that it makes.
+            items: prompts or labels; None: the recording's own, once.
+            changes: to the call, which may switch guidance on again.
+        """
+        items = [self.invocation.item] if items is None else list(items)
+        return self.invocation.arguments(items, count, **{**self.off, **(changes or {})})
+
+    def run(
+        self,
+        count: int,
+        items: Sequence[Any] | None = None,
+        changes: Mapping[str, Any] | None = None,
+        **watching: Unpack[Watching],
+    ) -> Observation:
+        """Make the call of :meth:`call` under observation; ``watching`` goes to :func:`observe`.
+
+        Raises:
+            RecordingError: the pipeline itself failed.
+        """
+        return observe(self.pipeline, self.call(count, items, changes), **watching)
