@@ -293,7 +293,7 @@ def test_a_run_with_lpips_trains(lpips: None, tmp_path: Path):
 
 def test_without_the_package_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(UserError, match=r"pip install .fewstep.networks.perceptual"):
+    with pytest.raises(UserError, match=r"pip install .fewstep\[perceptual\]"):
         distill(tiny_ddim(), "rectified_flow", out=str(tmp_path), **TINY, perceptual_weight=1.0)
 
 
