@@ -14,6 +14,7 @@ help:
 	@echo "make test   the test suite"
 	@echo "make soak   the long forms of the tests that are cut short in make test"
 	@echo "make lint   ruff and its formatter"
+	@echo "make types  the type checker, which does not pass everywhere yet"
 	@echo "make bench  latency of the embedded teachers, and memory of LoRA roles, full copies and plans"
 	@echo "make methods  every method on the embedded teachers, in cells: one table, one picture (hours; goes on where it stopped)"
 	@echo "make clean  remove the environment and build products"

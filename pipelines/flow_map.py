@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline as Stock  # <- stock
@@ -46,20 +46,17 @@ class SecondTime(ModelMixin, ConfigMixin):
     def __init__(self, network: str, sites: dict[str, int], hidden: int = 256, frequencies: int = 32) -> None:
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(2 * frequencies, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
-        heads = [nn.Linear(hidden, width) for width in sites.values()]
-        for head in heads:
+        self.heads = nn.ModuleList(nn.Linear(hidden, width) for width in sites.values())
+        for head in self.heads:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-        self.heads = nn.ModuleList(heads)
 
     def forward(self, gap: Tensor, site: int) -> Tensor:
         """What is added at a site (B, D) for gaps (B,) in [0, 1]."""
         spread = torch.linspace(0, math.log(_FASTEST), self.config.frequencies, device=gap.device)
         angles = gap.float()[:, None] * spread.exp()
         waves = torch.cat([angles.sin(), angles.cos()], 1)
-        head = cast(nn.Linear, self.heads[site])
-        answer: Tensor = head(self.trunk(waves.to(head.weight.dtype)))
-        return answer
+        return self.heads[site](self.trunk(waves.to(self.heads[site].weight.dtype)))
 
     @contextlib.contextmanager
     def on(self, network: nn.Module, gap: Callable[[], Tensor]) -> Iterator[None]:
@@ -80,14 +77,14 @@ class SecondTime(ModelMixin, ConfigMixin):
 def flow_map(stock: type[Stock]) -> type[Stock]:
     """The stock pipeline class with a :class:`SecondTime` among its components."""
 
-    class FlowMapPipeline(stock):
+    class FlowMapPipeline(stock):  # type: ignore[misc, valid-type]
         code_file = CODE_FILE
 
         def __init__(self, *args: Any, second_time: Any, **components: Any) -> None:
             super().__init__(*args, **components)
             self.register_modules(second_time=second_time)
 
-        __init__.__signature__ = _signature(stock)  # type: ignore[attr-defined]  # inspect looks for it
+        __init__.__signature__ = _signature(stock)
 
         @functools.wraps(stock.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -161,8 +158,7 @@ def _telling(pipeline: Any) -> Iterator[None]:
 
 def _signature(stock: type[Stock]) -> inspect.Signature:
     """That of the stock constructor, with a parameter more: diffusers reads off it what to load."""
-    required: list[inspect.Parameter] = []
-    optional: list[inspect.Parameter] = []
+    required, optional = [], []
     for parameter in inspect.signature(stock.__init__).parameters.values():
         (required if parameter.default is inspect.Parameter.empty else optional).append(parameter)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -38,7 +38,7 @@ def phased(stock: type[Stock], experts: tuple[str, ...]) -> type[Stock]:
         ``phase_bounds``: for each network but the last the lowest timestep at which it is called.
     """
 
-    class PhasedPipeline(stock):
+    class PhasedPipeline(stock):  # type: ignore[misc, valid-type]
         code_file = CODE_FILE
         model_cpu_offload_seq = _offloading(stock, experts)
 
@@ -48,7 +48,7 @@ def phased(stock: type[Stock], experts: tuple[str, ...]) -> type[Stock]:
             self.register_modules(**own)
             self.register_to_config(phase_bounds=phase_bounds)
 
-        __init__.__signature__ = _signature(stock, experts)  # type: ignore[attr-defined]  # inspect looks for it
+        __init__.__signature__ = _signature(stock, experts)
 
         @functools.wraps(stock.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -105,8 +105,7 @@ def _switching(pipeline: Any, experts: tuple[str, ...]) -> Iterator[None]:
 def _signature(stock: type[Stock], experts: tuple[str, ...]) -> inspect.Signature:
     """That of the stock constructor, with a parameter for each network: diffusers reads off it what to load."""
     stocks = dict(inspect.signature(stock.__init__).parameters)
-    required: list[inspect.Parameter] = []
-    optional: list[inspect.Parameter] = []
+    required, optional = [], []
     for parameter in stocks.values():
         (required if parameter.default is inspect.Parameter.empty else optional).append(parameter)
     if experts:

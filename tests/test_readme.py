@@ -175,11 +175,16 @@ def measured(line: str) -> str:
     return re.sub(r"\d\.\de[-+]\d\d \(", "(", line)
 
 
-def test_every_room_is_on_the_map() -> None:
-    (tree,) = [block for block in blocks("README.md", "text") if "trainers/" in block]
-    rooms = {path.name for path in ROOT.iterdir() if path.is_dir() and list(path.glob("*.py"))}
-    assert set(re.findall(r"^(\w+)/", tree, re.M)) == rooms
-
-
 def test_the_changelog_knows_the_version() -> None:
     assert fewstep.__version__ in text("CHANGELOG.md")
+
+
+def test_the_tree_lists_every_room_with_its_purpose() -> None:
+    """The first sentence of each room's docstring, word for word."""
+    rooms = {f"`fewstep/{path.parent.name}/`": path for path in (ROOT / "fewstep").glob("*/__init__.py")}
+    beside = {path.parent.name: path for path in ROOT.glob("*/__init__.py") if path.parent.name != "fewstep"}
+    rooms |= {f"`{name}/` (imported as `fewstep.{name}`)": path for name, path in beside.items()}
+    docstrings = {title: ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "" for title, path in rooms.items()}
+    purposes = {title: re.split(r"\.(?:\s|$)", words, maxsplit=1)[0] + "." for title, words in docstrings.items()}
+    tree = text("README.md").split("## The tree\n", 1)[1].split("\n## ", 1)[0]
+    assert dict(re.findall(r"^- (`[^:\n]+): (.+)$", tree, re.M)) == purposes

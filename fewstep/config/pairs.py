@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fewstep.config.checks import Settings
 from fewstep.diffusion.ode import SOLVERS
 from fewstep.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(kw_only=True)

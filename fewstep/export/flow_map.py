@@ -27,7 +27,7 @@ def flow_map_recording(recording: Recording, second_time: nn.Module) -> Recordin
 
     Args:
         recording: of the teacher; it and its pipeline stay as they are.
-        second_time: of the student, see :func:`fewstep.networks.flow_map.attach_second_time`.
+        second_time: of the student, see :func:`fewstep.networks.second_time.attach_second_time`.
 
     """
     stock = type(recording.pipeline)

@@ -121,10 +121,10 @@ def check_counts(
     for count in plan.counts:
         # Every count's scheduler is walked; the weights are the same at all of them and are compared at one.
         compared = reference if count == plan.steps else None
-        walk = check_student(recording, pipeline, plan.call, plan.renoise, count, compared)
-        if walk.grid != plan.grids[count]:
+        found = check_student(recording, pipeline, plan.call, plan.renoise, count, compared)
+        if found.grid != plan.grids[count]:
             raise ExportError(
-                f"the exported student visits {walk.grid} at {count} steps and was planned for {plan.grids[count]}"
+                f"the exported student visits {found.grid} at {count} steps and was planned for {plan.grids[count]}"
             )
 
 

@@ -14,6 +14,7 @@ from fewstep.data.condition_cache import CacheWriter
 from fewstep.data.conditions import check_items, encode_each, encoding_bar, read_classes, read_prompts
 from fewstep.errors import UserError
 from fewstep.recording import record
+from fewstep.recording.pipeline import name_of
 from fewstep.teachers.loading import load_teacher
 from fewstep.teachers.lora import fuse_teacher_lora, with_own_weights
 
@@ -62,7 +63,7 @@ def cache(
     texts = read_prompts(prompts) if isinstance(prompts, str | Path) else prompts
     labels = read_classes(classes) if isinstance(classes, str) else classes
     if isinstance(teacher, DiffusionPipeline):
-        pipeline, name = teacher, str(teacher.config.get("_name_or_path") or type(teacher).__name__)
+        pipeline, name = teacher, name_of(teacher)
     else:
         pipeline, name = load_teacher(str(teacher), trust_remote_code), str(teacher)
     if teacher_lora is not None:

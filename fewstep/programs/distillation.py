@@ -42,7 +42,7 @@ from fewstep.networks.second_time import add_second_time
 from fewstep.programs.methods import method_class
 from fewstep.programs.teacher import conditions_of, guidance_of, refuse_quantized, teacher_call
 from fewstep.recording import record
-from fewstep.recording.pipeline import find_scheduler, is_quantized, with_parts
+from fewstep.recording.pipeline import find_scheduler, is_quantized, name_of, with_parts
 from fewstep.teachers.license import teacher_license
 from fewstep.teachers.loading import load_run_teacher
 from fewstep.teachers.lora import FusedLora, fuse_teacher_lora, with_own_weights
@@ -334,7 +334,7 @@ def distill(teacher: str | Path | DiffusionPipeline, method: str = "dmd2", **set
         fewstep.training.loop.Interrupted: after Ctrl-C, with a checkpoint written.
     """
     pipeline = teacher if isinstance(teacher, DiffusionPipeline) else None
-    name = str(teacher) if pipeline is None else str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
+    name = str(teacher) if pipeline is None else name_of(pipeline)
     try:
         config = method_class(method).Config(teacher=name, **settings)
     except TypeError as error:

@@ -26,6 +26,7 @@ from fewstep.networks.make_roles import make_roles
 from fewstep.networks.roles import Role
 from fewstep.programs.teacher import conditions_of, guidance_of, teacher_call
 from fewstep.recording import Recording, record
+from fewstep.recording.pipeline import name_of
 from fewstep.teachers.loading import load_teacher
 from fewstep.teachers.lora import fuse_teacher_lora, with_own_weights
 from fewstep.training.distributed import join_launch
@@ -52,7 +53,7 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
         UserError: for everything that a user can mend.
     """
     pipeline = teacher if isinstance(teacher, DiffusionPipeline) else None
-    name = str(teacher) if pipeline is None else str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
+    name = str(teacher) if pipeline is None else name_of(pipeline)
     try:
         config = PairsConfig(teacher=name, **settings)
     except TypeError as error:

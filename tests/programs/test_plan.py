@@ -44,18 +44,18 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 
 @pytest.mark.parametrize("family", tiny_pipelines.TINY)
-def test_a_hollow_teacher_is_recorded_as_the_real_one(family: str, teachers: Callable) -> None:
+def test_a_weightless_teacher_is_recorded_as_the_real_one(family: str, teachers: Callable) -> None:
     pipeline, folder, call = teachers(family)
     mode = fake_tensors()
-    hollow = weightless_teacher(folder, mode)
-    with answering(hollow, mode):
-        found = record(hollow, **call)
+    weightless = weightless_teacher(folder, mode)
+    with answering(weightless, mode):
+        found = record(weightless, **call)
     expected = record(pipeline, **call)
     assert (found.component, found.prediction_type) == (expected.component, expected.prediction_type)
     assert found.recipe == expected.recipe
     assert found.guidance == expected.guidance
     assert Conditioning(found.marked, 1).describe() == Conditioning(expected.marked, 1).describe()
-    assert all("forward" not in vars(m) for m in hollow.components.values() if isinstance(m, nn.Module))
+    assert all("forward" not in vars(m) for m in weightless.components.values() if isinstance(m, nn.Module))
 
 
 CASES = {

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from toys import adapter_role
 
+from fewstep.config import run
 from fewstep.errors import UserError
 from fewstep.export.apply import LORA_FILE, apply
 from fewstep.networks.adapters import Backbone, attention_linears
@@ -303,3 +304,7 @@ def test_a_plan_counts_the_bits(teacher: Path) -> None:
     assert half.kept == (plain.kept - 4 * weights) // 2 + weights // 2 + 4 * groups
     assert half.roles == eight.roles == plain.roles and plain.parameters == eight.parameters
     assert half.peak < eight.peak < plain.peak and half.settings.startswith("LoRA of rank 4 on bitsandbytes_4bit")
+
+
+def test_the_settings_know_every_way_to_quantise() -> None:
+    assert tuple(QUANTIZATIONS) == run.QUANTIZATIONS
