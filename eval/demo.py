@@ -11,7 +11,7 @@ from fewstep.errors import UserError
 from fewstep.eval.evaluate import evaluate
 from fewstep.eval.report import Report
 from fewstep.fashion import TEACHERS
-from fewstep.programs.distillation import Distillation
+from fewstep.programs import distillation
 from fewstep.programs.methods import method_class
 
 METHOD = "dmd2"
@@ -51,7 +51,7 @@ def demo(
     if max_steps is not None:
         settings["max_steps"] = max_steps
     config = method_class(METHOD).Config(**settings, resume=(out / "config.yaml").exists())
-    student = Distillation(config, METHOD).run()
+    student = distillation.run(config, METHOD)
     counts = sorted({steps, *(count for count in (1, 2, 4, 8) if count < steps)})
     return evaluate(
         [student],

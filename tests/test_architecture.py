@@ -31,7 +31,6 @@ FLOORS = (
 )
 #: They stand apart: files that are copied beside a student, and the test suite's own options.
 APART = ("pipelines", "pytest_plugin")
-CIRCLES = {"programs"}
 #: The one place that finds a method by its name, and those that find a file of pipelines/: no list of them is needed.
 METHOD_LOOKUP = {"fewstep.programs.methods"}
 PIPELINE_LOOKUP = {
@@ -130,8 +129,7 @@ def test_no_room_has_a_circle(room: str) -> None:
     """Files of one room in an order in which each imports only those before it."""
     inside = {name for name in modules() if room_of(name) == room}
     graph = {name: imports(name) & inside - {name} for name in inside}
-    if room not in CIRCLES:
-        list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
 def test_methods_and_pipelines_are_named_in_few_places() -> None:

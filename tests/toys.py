@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning, Leaf
 from fewstep.config.run import RunConfig
-from fewstep.data.batch import Batch
+from fewstep.data.batch import Batch, Batches
 from fewstep.diffusion.draws import keyed_order
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
@@ -116,14 +116,10 @@ def make_loop(
         method,
         name,
         config,
-        conditions=conditions or Labels(),
-        real=real,
-        shape=shape,
-        device=accelerator.device,
+        batches=Batches(conditions or Labels(), shape, accelerator.device, real, pairs),
         processes=Processes(accelerator.process_index, accelerator.num_processes),
         monitor=Monitor(Path(config.out), config.max_steps, accelerator),
         on_samples=on_samples,
-        pairs=pairs,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fewstep.config.pairs import PairsWanted
 from fewstep.config.run import RunConfig
 from fewstep.diffusion.ode import SOLVERS
 from fewstep.errors import UserError
@@ -128,6 +129,12 @@ class MeanFlowConfig(RunConfig):
             return 0.0
         last = self.max_steps if self.alpha_last_step is None else self.alpha_last_step
         return max(self.alpha_min, alpha_at(step, self.alpha_first_step, last))
+
+    @property
+    def pairs_wanted(self) -> PairsWanted | None:
+        if self.data is not None:
+            return None
+        return PairsWanted(self.num_pairs, self.pair_steps, self.pair_solver, self.pairs, guided=True)
 
     @property
     def follows_max_steps(self) -> bool:

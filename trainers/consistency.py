@@ -41,9 +41,8 @@ from fewstep.losses.huber import huber_constant
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.guidance_embedding import GuidanceEmbedding
 from fewstep.networks.roles import Role
-from fewstep.programs.distillation import Distillation
 from fewstep.trainers._consistency_config import ConsistencyConfig
-from fewstep.training.method import Calls, Turn
+from fewstep.training.method import Bench, Calls, Turn
 
 #: (skip, out) of f = skip * x_t + out * x0 at times t (B,).
 Boundary = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -80,19 +79,19 @@ class Consistency:
         self.sigma_data = getattr(self.schedule, "sigma_data", 0.5)
 
     @classmethod
-    def prepare(cls, config: ConsistencyConfig, distillation: Distillation) -> Consistency:
+    def prepare(cls, config: ConsistencyConfig, bench: Bench) -> Consistency:
         """Make the roles: the student starts as the teacher, or as in --init, and the target as the student."""
-        roles = distillation.make_roles("student", *(["target"] if config.target_decay != 0 else []))
-        distillation.initialize(roles)
-        teacher, told, plan = distillation.guided(roles["teacher"]), distillation.guidance_embedding, distillation.plan
-        config.refuse_teacher(plan.prediction_type, teacher.negative is not None, told.default if told else None)
-        levels = SigmaRange(distillation.sampler.schedule, plan.grid[0])
-        visited = sorted({t for grid in plan.grids.values() for t in grid})
-        discretization = config.make_discretization(levels, plan.shift, visited)
-        boundary = make_boundary(config, levels, plan.scheduler.config.get("timestep_scaling"))
+        roles = bench.make_roles("student", *(["target"] if config.target_decay != 0 else []))
+        teacher, told = bench.guided(roles["teacher"]), bench.guidance_embedding
+        prediction = bench.recording.prediction_type
+        config.refuse_teacher(prediction, teacher.negative is not None, told.default if told else None)
+        levels = SigmaRange(bench.sampler.schedule, bench.sampler.grid[0])
+        visited = sorted({t for grid in bench.grids.values() for t in grid})
+        discretization = config.make_discretization(levels, bench.shift, visited)
+        boundary = make_boundary(config, levels, bench.scheduler.config.get("timestep_scaling"))
         told_range = (config.guidance_min, config.guidance_max) if told else None
-        distillation.describe(trained_at_every_count=True, guidance_range=told_range)
-        return cls(config, roles, teacher, distillation.sampler, discretization, boundary, told)
+        bench.describe(trained_at_every_count=True, guidance_range=told_range)
+        return cls(config, roles, teacher, bench.sampler, discretization, boundary, told)
 
     def learning_rate(self, role: str) -> float:
         """Of the student."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fewstep.cli.distill import main
-from fewstep.critic.decoupled import decoupled
+from fewstep.critic.decoupled import decoupled, refuse_unguided
 from fewstep.critic.denoising import critic_denoising, sample_log
 from fewstep.data.batch import Batch, Real
 from fewstep.diffusion.renoising import Renoised, Renoiser
@@ -34,10 +34,9 @@ from fewstep.losses.score import distribution_matching, score_distillation
 from fewstep.networks.features import FeatureTap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
-from fewstep.programs.distillation import Distillation
 from fewstep.trainers._dmd2_config import Dmd2Config
 from fewstep.training.distributed import sum_over_processes
-from fewstep.training.method import Calls, Turn
+from fewstep.training.method import Bench, Calls, Turn
 
 # The critic and the head learn at all times; a flow network's x0 says nothing about its velocity at t = 0 itself.
 _CLEANEST = 1e-3
@@ -70,17 +69,15 @@ class Dmd2:
             self.critic.added["divergence"] = weight.to(self.critic.parameters()[0].device)
 
     @classmethod
-    def prepare(cls, config: Dmd2Config, distillation: Distillation) -> Dmd2:
+    def prepare(cls, config: Dmd2Config, bench: Bench) -> Dmd2:
         """Make the roles: student and critic start as the teacher, or as in --init."""
-        roles = distillation.make_roles("student", "critic")
-        guided = distillation.guided(roles["teacher"])
+        roles = bench.make_roles("student", "critic")
+        guided = bench.guided(roles["teacher"])
         if config.decoupled != "none":
-            distillation.refuse_unguided("Decoupled DMD")
-        tap = distillation.add_head(roles["critic"]) if config.has_head else None
-        shift = config.shift_of_times(distillation.sampler.schedule, distillation.shift)
-        method = cls(config, roles, guided, distillation.sampler, tap, shift)
-        distillation.initialize(roles)
-        return method
+            refuse_unguided(bench.recording.guidance, bench.guidance_scale)
+        tap = bench.add_head(roles["critic"]) if config.has_head else None
+        shift = config.shift_of_times(bench.sampler.schedule, bench.shift)
+        return cls(config, roles, guided, bench.sampler, tap, shift)
 
     def learning_rate(self, role: str) -> float:
         """Of the student or the critic."""

@@ -37,9 +37,8 @@ from fewstep.losses.mean_flow import alpha_flow_target, mean_flow_target, weight
 from fewstep.networks.flow_map import FlowMapDenoiser, gap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
-from fewstep.programs.distillation import Distillation
 from fewstep.trainers._mean_flow_config import MeanFlowConfig
-from fewstep.training.method import Calls, Turn
+from fewstep.training.method import Bench, Calls, Turn
 
 # A trained pass with tangents keeps 2.7 times the activations until it ends. For a third of the batch that is less than
 # the whole batch keeps in the end; for three quarters it is twice as much, and no faster.
@@ -114,16 +113,11 @@ class MeanFlow:
         self.lowest, self.highest = max(config.time_min, ends[0]), ends[1]
 
     @classmethod
-    def prepare(cls, config: MeanFlowConfig, distillation: Distillation) -> MeanFlow:
-        """Make the roles, and the teacher's samples where there are no others; the student starts as the teacher."""
-        pairs = distillation.run_pairs() if config.data is None else None
-        roles = distillation.make_flow_map_roles(differentiated=config.differentiates)
-        distillation.initialize(roles)
-        if pairs is not None:
-            how = (config.num_pairs, config.pair_steps, config.pair_solver)
-            distillation.pairs = pairs.stream(config.pairs or pairs.make(roles["teacher"], *how), None, 0.0, True)
-        distillation.describe(trained_at_every_count=True)
-        return cls(config, roles, distillation.guided(roles["teacher"]), distillation.sampler)
+    def prepare(cls, config: MeanFlowConfig, bench: Bench) -> MeanFlow:
+        """Make the roles: the student starts as the teacher, or as in --init."""
+        roles = bench.make_flow_map_roles(differentiated=config.differentiates)
+        bench.describe(trained_at_every_count=True)
+        return cls(config, roles, bench.guided(roles["teacher"]), bench.sampler)
 
     @property
     def guided(self) -> bool:

@@ -34,8 +34,7 @@ from fewstep.errors import UserError
 from fewstep.losses.score import distribution_matching, subinterval_weight
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
-from fewstep.programs.distillation import Distillation
-from fewstep.training.method import Calls, Renew, Turn
+from fewstep.training.method import Bench, Calls, Renew, Turn
 
 # As in DMD2: a flow network's x0 says nothing about its velocity at t = 0 itself.
 _CLEANEST = 1e-3
@@ -111,13 +110,12 @@ class PhasedDmd:
         self.emphasis = partial(subinterval_weight, cap=config.weight_cap) if config.weight_cap else None
 
     @classmethod
-    def prepare(cls, config: PhasedDmdConfig, distillation: Distillation) -> PhasedDmd:
+    def prepare(cls, config: PhasedDmdConfig, bench: Bench) -> PhasedDmd:
         """Make the roles: experts and critic start as the teacher, or as in --init."""
-        phases = make_phases(distillation.sampler.grid, config.phases)
-        roles = distillation.make_phased_roles(phases, *critic_names(config, len(phases)))
-        distillation.initialize(roles)
-        shift = config.shift_of_times(distillation.sampler.schedule, distillation.shift)
-        return cls(config, roles, distillation.guided(roles["teacher"]), distillation.sampler, phases, shift)
+        phases = make_phases(bench.sampler.grid, config.phases)
+        roles = bench.make_phased_roles(phases, *critic_names(config, len(phases)))
+        shift = config.shift_of_times(bench.sampler.schedule, bench.shift)
+        return cls(config, roles, bench.guided(roles["teacher"]), bench.sampler, phases, shift)
 
     def learning_rate(self, role: str) -> float:
         """Of the student or a critic."""

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fewstep.cli.distill import main
+from fewstep.config.pairs import PairsWanted
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batch, Pairs
 from fewstep.diffusion.ode import SOLVERS
@@ -38,10 +39,8 @@ from fewstep.diffusion.timesteps import logit_normal_times, u_shaped_times, unif
 from fewstep.errors import UserError
 from fewstep.losses.flow import squared, velocity_error
 from fewstep.losses.huber import huber_constant, pseudo_huber
-from fewstep.networks.perceptual import lpips_of
 from fewstep.networks.roles import Role
-from fewstep.programs.distillation import Distillation
-from fewstep.training.method import Calls, Turn
+from fewstep.training.method import Bench, Calls, Turn
 
 
 @dataclass(kw_only=True)
@@ -110,6 +109,18 @@ class RectifiedFlowConfig(RunConfig):
         if self.data is not None and self.inverted_pairs is not None:
             raise UserError("--inverted_pairs are made of real images already: leave out --data")
 
+    @property
+    def pairs_wanted(self) -> PairsWanted | None:
+        return PairsWanted(
+            self.num_pairs,
+            self.pair_steps,
+            self.pair_solver,
+            self.pairs,
+            self.inverted_pairs,
+            invert_real=self.data is not None,
+            inverted_share=self.inverted_share,
+        )
+
 
 class RectifiedFlow:
     """The method; see the module. Roles: student, teacher (asked for pairs and pictures only), ema if asked for.
@@ -137,19 +148,11 @@ class RectifiedFlow:
         self.lowest, self.highest = max(config.time_min, ends[0]), ends[1]
 
     @classmethod
-    def prepare(cls, config: RectifiedFlowConfig, distillation: Distillation) -> RectifiedFlow:
-        """Make the roles, and the pairs where none are given; the student starts as the teacher, or as in --init."""
-        perceptual = lpips_of(distillation.recording, distillation.device) if config.perceptual_weight else None
-        pairs = distillation.run_pairs()
-        roles = distillation.make_roles("student")
-        distillation.initialize(roles)
-        how = (config.num_pairs, config.pair_steps, config.pair_solver)
-        folder, inverted = config.pairs or pairs.make(roles["teacher"], *how), config.inverted_pairs
-        if config.data is not None:
-            inverted = pairs.make(roles["teacher"], *how, real=distillation.real)
-            distillation.real = None  # they come as pairs
-        distillation.pairs = pairs.stream(folder, inverted, config.inverted_share)
-        return cls(config, roles, distillation.sampler, perceptual)
+    def prepare(cls, config: RectifiedFlowConfig, bench: Bench) -> RectifiedFlow:
+        """Make the roles: the student starts as the teacher, or as in --init."""
+        perceptual = bench.perceptual_distance() if config.perceptual_weight else None
+        roles = bench.make_roles("student")
+        return cls(config, roles, bench.sampler, perceptual)
 
     def learning_rate(self, role: str) -> float:
         """Of the student."""

@@ -42,8 +42,7 @@ from fewstep.losses.score import denoising_loss, native_weight
 from fewstep.losses.score_identity import WEIGHTINGS, score_identity, score_identity_weight
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
-from fewstep.programs.distillation import Distillation
-from fewstep.training.method import Calls, Turn
+from fewstep.training.method import Bench, Calls, Turn
 
 # An EDM critic learns at these (Karras et al. 2022, Table 1), any other where it is compared with the teacher.
 _EDM_CRITIC = NoiseLevels("log_normal", mean=-1.2, std=1.2)
@@ -131,21 +130,20 @@ class Sid:
         self.critic_levels = _EDM_CRITIC if isinstance(self.schedule, EDMSchedule) else self.levels
 
     @classmethod
-    def prepare(cls, config: SidConfig, distillation: Distillation) -> Sid:
+    def prepare(cls, config: SidConfig, bench: Bench) -> Sid:
         """Make the roles: student and critic start as the teacher, or as in --init."""
-        roles = distillation.make_roles("student", "critic")
-        distillation.initialize(roles)
+        roles = bench.make_roles("student", "critic")
         teacher, critic = roles["teacher"], roles["critic"]
-        kappas = config.kappas(distillation.guidance_scale)
-        if distillation.negative is None:
+        kappas = config.kappas(bench.guidance_scale)
+        if bench.negative is None:
             config.refuse_guided_critic()
-        guided = [distillation.guided(teacher, kappas.teacher), distillation.guided(critic, kappas.critic)]
-        guided += [distillation.guided(critic, kappas.critic_training)]
+        guided = [bench.guided(teacher, kappas.teacher), bench.guided(critic, kappas.critic)]
+        guided += [bench.guided(critic, kappas.critic_training)]
         discriminator = None
         if config.adversarial != "none":
-            tap, shape = distillation.tap(critic), distillation.recording.sample_shape
+            tap, shape = bench.tap(critic), bench.recording.sample_shape
             discriminator = CriticDiscriminator(config, critic, tap, shape)
-        return cls(config, roles, *guided, distillation.sampler, discriminator)
+        return cls(config, roles, *guided, bench.sampler, discriminator)
 
     def learning_rate(self, role: str) -> float:
         """Of the student or the critic."""

@@ -28,7 +28,7 @@ from fewstep.eval.models import Model, student_model, teacher_model
 from fewstep.eval.rows import measure
 from fewstep.export.folder import written
 from fewstep.fashion import PROMPTS
-from fewstep.programs.distillation import Distillation
+from fewstep.programs import distillation
 from fewstep.programs.planning.dry_run import DryRun
 from fewstep.programs.planning.plan import Planner
 from fewstep.programs.planning.weightless import fake_world
@@ -117,7 +117,7 @@ def train(training: Training, seed: int, work: Path) -> tuple[Path, float]:
         config = training.config(seed, out, (out / "config.yaml").exists(), init)
         logger.info("%s, seed %d: %d training steps", training.title, seed, config.max_steps)
         with watch:
-            Distillation(config, training.method).run()
+            distillation.run(config, training.method)
     student = next((out / form for form in ("student", "student_lora") if (out / form).is_dir()), None)
     if student is None:
         raise UserError(f"{folder} was finished and has lost its student; remove it, and run make methods")
@@ -183,7 +183,7 @@ def network_calls(training: Training, seed: int = 0) -> dict[str, dict[str, floa
     config = training.config(seed)
     planner = Planner(config, training.method)
     world = partial(fake_world, planner.mode)
-    dry_run = DryRun(config, training.method, planner.pipeline, planner.recording, "cpu", world)
+    dry_run = DryRun(config, training.method, planner.recording, "cpu", world)
     method = dry_run.prepare()
     sums: dict[str, Counter[str]] = {}
     for step in range(config.max_steps):

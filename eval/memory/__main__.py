@@ -33,9 +33,9 @@ from fewstep.programs.methods import method_class
 from fewstep.programs.planning.dry_run import DryRun, backward, move_averages
 from fewstep.programs.planning.memory import tensor_bytes
 from fewstep.programs.planning.plan import Planner, costliest_step, size
+from fewstep.programs.teacher import TeacherSettings
 from fewstep.recording import record
 from fewstep.recording.pipeline import is_quantized
-from fewstep.teachers.loading import load_run_teacher
 from fewstep.training.method import Turn
 from fewstep.training.optimization import RoleOptimizer
 
@@ -87,10 +87,10 @@ def run(shape: str, settings: dict[str, Any], folder: str | None = None) -> int:
     if folder is None:
         pipeline = SHAPES[shape].build(partial(torch.device, device))
     else:
-        pipeline = load_run_teacher(replace(config, teacher=folder))
+        pipeline = TeacherSettings.of(replace(config, teacher=folder)).load()
     pipeline.to(device)  # buffers that are made of numbers
     pipeline.set_progress_bar_config(disable=True)
-    dry_run = DryRun(config, "dmd2", pipeline, record(pipeline, **(config.call or {})), device)
+    dry_run = DryRun(config, "dmd2", record(pipeline, **(config.call or {})), device)
     method = dry_run.prepare()
     optimizers = {
         name: RoleOptimizer(role, config, config.lr) for name, role in method.roles.items() if role.parameters()
@@ -133,7 +133,7 @@ def compare_quantized(name: str = "torchao_int8") -> None:
         with tempfile.TemporaryDirectory() as folder:
             SHAPES[shape].build(nullcontext).to(torch.bfloat16).save_pretrained(folder)
             for settings in (BF16, {**BF16, "quantization": name}):
-                loaded = load_run_teacher(replace(_config(shape, settings), teacher=folder))
+                loaded = TeacherSettings.of(replace(_config(shape, settings), teacher=folder)).load()
                 component = record(loaded, **SHAPES[shape].call).component
                 network = getattr(loaded, component)
                 held = tensor_bytes(network if is_quantized(network) else network.to(torch.bfloat16))

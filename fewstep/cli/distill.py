@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from fewstep.cli import main as command_line
 from fewstep.config.parsing import Parser, parse, with_values
 from fewstep.errors import UserError
-from fewstep.programs.distillation import Distillation
+from fewstep.programs import distillation
 from fewstep.programs.methods import method_class, methods
 from fewstep.training.distributed import leave_launch
 
@@ -38,7 +38,7 @@ def run(words: Sequence[str]) -> None:
         raise UserError(f"fewstep distill takes a method first: {', '.join(methods())}")
     method = words[0]
     config = distill_config(method, words[1:])
-    _announce(Distillation(config, method).run())
+    _announce(distillation.run(config, method))
     leave_launch()
 
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fewstep.config.parsing import Parser, parse, with_values
-from fewstep.recording import record
-from fewstep.teachers.loading import load_teacher
+from fewstep.programs.teacher import TeacherSettings, open_teacher
 
 
 def run(words: Sequence[str]) -> None:
@@ -19,6 +18,5 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--call", type=dict[str, Any] | None, default=None, help="JSON for its call")
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="let it run code from its own folder")
     parsed = parse(parser, with_values(words, {"trust_remote_code"}))
-    recording = record(load_teacher(parsed.teacher, parsed.trust_remote_code), **(parsed.call or {}))
-    recording.prove()
-    print(recording.summary())
+    settings = TeacherSettings(teacher=parsed.teacher, call=parsed.call, trust_remote_code=parsed.trust_remote_code)
+    print(open_teacher(settings, "cpu").recording.summary())

@@ -1,4 +1,4 @@
-"""What ``fewstep pairs`` is told."""
+"""What ``fewstep pairs`` is told, and what a run that trains on pairs asks for."""
 
 from __future__ import annotations
 
@@ -77,3 +77,28 @@ class PairsConfig(Settings):
             raise UserError(f"--rank counts from 0 to --world - 1; {self.rank} of {self.world} is none of them")
         if sum(given is not None for given in (self.prompts, self.classes, self.cache)) > 1:
             raise UserError("give one of --prompts, --classes and --cache, not several")
+
+
+@dataclass(frozen=True)
+class PairsWanted:
+    """Noise-sample pairs of the teacher's ODE that a run trains on.
+
+    Attributes:
+        num: how many the run makes where no folder is given; of real samples at most as many as there are.
+        steps: of the ODE.
+        solver: of :data:`fewstep.diffusion.ode.SOLVERS`.
+        folder: of pairs that were made before.
+        inverted: likewise, of real images with the noise that the ODE leads them to.
+        invert_real: make the latter from the run's real samples, which then are not given as such.
+        inverted_share: of a batch's pairs that are inverted ones.
+        guided: whether the run guides its teacher beside them, by a scale that then has to be theirs.
+    """
+
+    num: int
+    steps: int
+    solver: str
+    folder: str | None = None
+    inverted: str | None = None
+    invert_real: bool = False
+    inverted_share: float = 0.0
+    guided: bool = False

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from fewstep.config.checks import Settings
+from fewstep.config.pairs import PairsWanted
 from fewstep.errors import UserError
 
 #: What ``--quantization`` takes; :mod:`fewstep.teachers.quantization` says what each is.
@@ -167,6 +168,11 @@ class RunConfig(Settings):
     def follows_max_steps(self) -> bool:
         """Whether what a step teaches depends on ``max_steps``; a method's curriculum may say so."""
         return False
+
+    @property
+    def pairs_wanted(self) -> PairsWanted | None:
+        """The noise-sample pairs that the run trains on; a method may want some."""
+        return None
 
     @property
     def embeds_guidance(self) -> bool:

@@ -5,9 +5,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.renoising import Renoised
+from fewstep.errors import UserError
 from fewstep.losses.score import Matching, decoupled_matching
 from fewstep.networks.guidance import GuidedDenoiser, guide
+from fewstep.recording import GuidanceReport
+
+
+def refuse_unguided(guidance: GuidanceReport, guidance_scale: float | TimedScale) -> None:
+    """Raise ``UserError`` where guidance is off: the method trains on what it changes.
+
+    A teacher that answers the same with and without its condition was refused before.
+    """
+    if guidance.embedded or guidance_scale == 1.0:
+        raise UserError(
+            "Decoupled DMD trains on the teacher's response to guidance, which is off here; set "
+            "--guidance_scale above 1, or take a teacher that was not distilled for guidance"
+        )
 
 
 def decoupled(

@@ -1,15 +1,18 @@
-"""One micro-batch of one step: what a method sees of the data."""
+"""One micro-batch of one step, which is what a method sees of the data, and what makes them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.diffusion.draws import Draws
+
+Of = TypeVar("Of", covariant=True)
 
 
 @dataclass
@@ -29,11 +32,11 @@ class Pairs:
     conditioning: AnyConditioning
 
 
-class PairSource(Protocol):
-    """Where a run's pairs come from: :mod:`fewstep.data.pairs`."""
+class Source(Protocol[Of]):
+    """Where a part of every batch comes from: :mod:`.conditions`, :mod:`.real`, :mod:`.pairs`."""
 
-    def batch(self, seed: int, positions: Sequence[int]) -> Pairs:
-        """The pairs at these places of the run's endless, keyed stream."""
+    def batch(self, seed: int, positions: Sequence[int]) -> Of:
+        """What lies at these places of the run's endless, keyed stream."""
         ...
 
 
@@ -46,15 +49,77 @@ class Batch:
         shape: of one sample in the network's space.
         conditioning: of the B samples to generate.
         draws: every random number of the step.
-        real: B real samples with conditioning of their own, None in a data-free run.
+        given_real: see :attr:`real`; None in a run without.
         logging: whether this step is logged; what is only looked at may cost network calls only then.
-        pairs: B pairs with conditioning of their own, None where the method asked for none.
+        given_pairs: see :attr:`pairs`; None in a run without.
     """
 
     size: int
     shape: tuple[int, ...]
     conditioning: AnyConditioning
     draws: Draws
-    real: Real | None
+    given_real: Real | None
     logging: bool
-    pairs: Pairs | None = None
+    given_pairs: Pairs | None = None
+
+    @property
+    def real(self) -> Real:
+        """B real samples with conditioning of their own.
+
+        Raises:
+            RuntimeError: the run has none, and the method should have said so before it began.
+        """
+        if self.given_real is None:
+            raise RuntimeError("this run has no real samples")
+        return self.given_real
+
+    @property
+    def pairs(self) -> Pairs:
+        """B pairs with conditioning of their own.
+
+        Raises:
+            RuntimeError: the method asked for none.
+        """
+        if self.given_pairs is None:
+            raise RuntimeError("this run has no pairs: a method asks for them when it is prepared")
+        return self.given_pairs
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What a run trains on, in its keyed order: the same batches whatever the number of processes.
+
+    Attributes:
+        conditions: to generate for.
+        shape: of one sample in the network's space.
+        device: of the batches.
+        real: real samples, None in a run without.
+        pairs: of noise and sample, None where the method asked for none.
+    """
+
+    conditions: Source[AnyConditioning]
+    shape: tuple[int, ...]
+    device: torch.device
+    real: Source[Real] | None = None
+    pairs: Source[Pairs] | None = None
+
+    def micro_batch(self, seed: int, step: int, indices: range, per_step: int, logging: bool) -> Batch:
+        """One micro-batch of one process.
+
+        Args:
+            seed: of the run.
+            step: of the run.
+            indices: of its samples among those of the step.
+            per_step: how many samples a step has, those of all micro-batches and processes.
+            logging: whether the step is logged.
+        """
+        positions = [step * per_step + index for index in indices]
+        return Batch(
+            size=len(indices),
+            shape=self.shape,
+            conditioning=self.conditions.batch(seed, positions),
+            draws=Draws(seed, step, indices, self.device),
+            given_real=self.real.batch(seed, positions) if self.real is not None else None,
+            logging=logging,
+            given_pairs=self.pairs.batch(seed, positions) if self.pairs is not None else None,
+        )

@@ -192,7 +192,7 @@ class StoredPairs:
 
 
 class PairStream:
-    """The pairs of a run, in a keyed order: a :class:`fewstep.data.batch.PairSource`.
+    """The pairs of a run, in a keyed order: a :class:`fewstep.data.batch.Source`.
 
     Args:
         pairs: made from noise.

@@ -11,6 +11,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+#: Steps of the draws that belong to no step of a training.
+OBSERVATION_STEP = -1  # noise that networks are looked at with before they are trained
+PREVIEWS_STEP = -2  # of sample grids
+PAIRS_STEP = -3  # of noise-sample pairs
+RESPONSE_STEP = -4  # noise at which a teacher is asked whether it responds to its condition
+
 
 def keyed_generator(*key: int | str) -> torch.Generator:
     """A CPU generator seeded with 8 bytes of BLAKE2b over ``key``."""

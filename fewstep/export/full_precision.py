@@ -1,31 +1,31 @@
-"""A run on a quantised teacher: how that is loaded, what it cannot do, and its student in full precision."""
+"""The student of a quantised teacher in full precision."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
-from fewstep.config.run import RunConfig
 from fewstep.networks.roles import Role
 from fewstep.recording import Recording
-from fewstep.teachers.loading import load_run_teacher
 
 
 def in_full_precision(
-    config: RunConfig, teacher: Recording, student: Recording, role: Role
+    load: Callable[[dict[str, Any]], DiffusionPipeline], teacher: Recording, student: Recording, role: Role
 ) -> tuple[Recording, nn.ModuleDict]:
     """The recording of a student whose networks are not quantised, and these networks, adapters merged, by component.
 
     Args:
-        config: of the run.
+        load: gives the teacher's pipeline in full precision, when it is told the parts that are there.
         teacher: the recording of the quantised teacher.
         student: that of the student's pipeline, which may hold a teacher's network more than once.
         role: of adapters on the quantised networks.
     """
     others = {name: part for name, part in teacher.pipeline.components.items() if name not in teacher.networks}
-    fresh = load_run_teacher(config, others, quantized=False)
+    fresh = load(others)
     loaded = {id(network): getattr(fresh, name) for name, network in teacher.networks.items()}
     merged = {}
     for name, network in student.networks.items():

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.errors import UserError, first_line
 from fewstep.export.card import PLACEHOLDER
 
 
-def publish(run: Path, repository: str, private: bool = False) -> str:
+def publish(folders: Sequence[Path], repository: str, private: bool = False) -> str:
     """Upload what a run exported: the whole pipeline where there is one, and a LoRA beside it as ``repository-lora``.
 
     Args:
-        run: its folder, which holds ``student/`` or ``student_lora/`` or both.
+        folders: that it wrote, a whole pipeline before a LoRA (:class:`fewstep.export.student.Written`).
         repository: ``owner/name``, or a name of the user's own; made where it is not there yet.
         private: make a new repository a private one.
 
@@ -22,8 +23,7 @@ def publish(run: Path, repository: str, private: bool = False) -> str:
     Raises:
         UserError: the hub does not take it: no token, no right, no network. The folders stay as they are.
     """
-    found = [run / form for form in ("student", "student_lora") if (run / form).is_dir()]
-    places = [_push(folder, f"{repository}{suffix}", private) for folder, suffix in zip(found, ("", "-lora"))]
+    places = [_push(folder, f"{repository}{suffix}", private) for folder, suffix in zip(folders, ("", "-lora"))]
     return f"published: {', '.join(places)}"
 
 

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from fewstep.data.condition_cache import CacheWriter
 from fewstep.data.conditions import check_items, encode_each, encoding_bar, read_classes, read_prompts
 from fewstep.errors import UserError
-from fewstep.recording import record
+from fewstep.programs.teacher import TeacherSettings, open_teacher
 from fewstep.recording.pipeline import name_of
-from fewstep.teachers.loading import load_teacher
-from fewstep.teachers.lora import fuse_teacher_lora, with_own_weights
+from fewstep.training.distributed import join_launch
 
 logger = logging.getLogger("fewstep")
 
@@ -62,15 +60,13 @@ def cache(
         raise UserError("give --prompts or --classes, not both")
     texts = read_prompts(prompts) if isinstance(prompts, str | Path) else prompts
     labels = read_classes(classes) if isinstance(classes, str) else classes
-    if isinstance(teacher, DiffusionPipeline):
-        pipeline, name = teacher, name_of(teacher)
-    else:
-        pipeline, name = load_teacher(str(teacher), trust_remote_code), str(teacher)
-    if teacher_lora is not None:
-        pipeline = with_own_weights(pipeline) if pipeline is teacher else pipeline
-        fuse_teacher_lora(pipeline, teacher_lora)
-    pipeline.to(Accelerator(cpu=cpu).device)
-    recording = record(pipeline, **(call or {}))
+    launch = join_launch(cpu)
+    if launch.num_processes > 1:
+        raise UserError("fewstep cache encodes in one process: start it without accelerate launch or torchrun")
+    pipeline = teacher if isinstance(teacher, DiffusionPipeline) else None
+    name = str(teacher) if pipeline is None else name_of(pipeline)
+    settings = TeacherSettings(teacher=name, call=call, teacher_lora=teacher_lora, trust_remote_code=trust_remote_code)
+    recording = open_teacher(settings, launch.device, pipeline).recording
     items = check_items(recording, texts, labels)
     if not items:
         raise UserError(f"{name} is conditioned on nothing, so there is nothing to encode; train without --cache")

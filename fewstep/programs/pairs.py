@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from fewstep.config.pairs import PairsConfig
+from fewstep.config.pairs import PairsConfig, PairsWanted
 from fewstep.config.run import RunConfig
 from fewstep.data.fingerprint import teacher_digest
 from fewstep.data.images import read_images
 from fewstep.data.pairs import PairMaker, PairSettings, PairStream, StoredPairs
 from fewstep.data.real import RealSamples
+from fewstep.diffusion.draws import RESPONSE_STEP, Draws
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.errors import UserError
@@ -24,15 +25,17 @@ from fewstep.export.plan import teacher_shift
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.make_roles import make_roles
 from fewstep.networks.roles import Role
-from fewstep.programs.teacher import conditions_of, guidance_of, teacher_call
-from fewstep.recording import Recording, record
+from fewstep.programs.teacher import (
+    TeacherSettings,
+    conditions_of,
+    open_teacher,
+    quantized_network,
+    refuse_guided_alike,
+)
+from fewstep.programs.workbench import Workbench
+from fewstep.recording import Recording
 from fewstep.recording.pipeline import name_of
-from fewstep.teachers.loading import load_teacher
-from fewstep.teachers.lora import fuse_teacher_lora, with_own_weights
 from fewstep.training.distributed import join_launch
-
-if TYPE_CHECKING:
-    from fewstep.programs.distillation import Distillation
 
 _ROWS = 256  # in a file of the pairs that a run makes for itself, or its batch where that is larger
 
@@ -61,21 +64,18 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
         raise UserError(f"pairs have no such setting: {error}; there are: {known}") from error
     accelerator = join_launch(config.cpu)
     device = accelerator.device
-    given = pipeline is not None
-    pipeline = load_teacher(config.teacher, config.trust_remote_code) if pipeline is None else pipeline
-    if config.teacher_lora is not None:
-        pipeline = with_own_weights(pipeline) if given else pipeline
-        fuse_teacher_lora(pipeline, config.teacher_lora)
-    pipeline.to(device)
-    recording = record(pipeline, **teacher_call(config))
-    recording.prove()
-    if recording.recipe.needs_next:
-        raise UserError("this teacher's network is told the next time too, and no pairs can be made of it yet")
-    conditions, negative = conditions_of(config, recording, device, progress=accelerator.is_main_process)
+    opened = open_teacher(TeacherSettings.of(config), device, pipeline)
+    recording = opened.recording
+    opened.refuse_next_time("no pairs can be made of it yet")
+    if quantized := quantized_network(recording):
+        raise UserError(f"the {quantized} is quantised; make pairs of the teacher in full precision")
+    conditions, negative = conditions_of(config, opened, device, progress=accelerator.is_main_process)
+    negative = None if negative is None else negative.to(device=device)
+    scale, draws = opened.guidance_scale, Draws(config.seed, RESPONSE_STEP, range(2), device)
+    refuse_guided_alike(recording, scale, negative, conditions, draws)
     real = None
     if config.data is not None:
         real = RealSamples(read_images(config.data), recording, conditions, device)
-    scale = guidance_of(config, recording)
     settings_of_pairs = PairSettings(
         num=_count(config, real),
         steps=config.teacher_steps,
@@ -90,8 +90,7 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
     )
     identity = teacher_digest(recording)
     frozen = RunConfig(teacher=config.teacher, out=config.out, mixed_precision=config.mixed_precision)
-    teacher = make_roles(frozen, recording, (), device)["teacher"]
-    guided = GuidedDenoiser(teacher, negative.to(device=device) if negative is not None else None, scale)
+    guided = GuidedDenoiser(make_roles(frozen, recording, (), device)["teacher"], negative, scale)
     out = Path(config.out)
     independent = None if config.world is None else (config.rank, config.world)
 
@@ -105,80 +104,71 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
     return out
 
 
-class RunPairs:
-    """The pairs of a run: opened where they are given, else made by its own teacher.
+def pairs_of_run(
+    wanted: PairsWanted,
+    bench: Workbench,
+    teacher: Role,
+    identity: dict[str, str],
+    accelerator: Accelerator,
+    claim: Callable[[], None],
+) -> PairStream:
+    """The pairs that a run trains on, in its keyed order: opened where they are given, else made by its own teacher.
+
+    What is made lies in ``OUT/pairs`` and ``OUT/inverted_pairs``, and a killed run goes on with it.
 
     Args:
-        distillation: the run.
+        wanted: by the run.
+        bench: of the run.
+        teacher: of the run.
+        identity: its :func:`fewstep.data.fingerprint.teacher_digest`, taken before the roles were made.
+        accelerator: all processes of the run make them together.
+        claim: makes ``OUT`` the run's folder; called before anything is made there.
+
+    Raises:
+        UserError: given pairs do not fit the run, or are not complete, or damaged.
     """
+    config, conditions = bench.config, bench.conditions
+    size = config.batch_size
 
-    def __init__(self, distillation: Distillation) -> None:
-        self.distillation = distillation
-        self.identity = teacher_digest(distillation.recording, distillation.encoders.digests)
-
-    def make(self, teacher: Role, num: int, steps: int, solver: str, real: RealSamples | None = None) -> Path:
-        """``OUT/pairs``, made by all processes of the run under its guidance; a killed run goes on with them.
-
-        Args:
-            teacher: the run's.
-            num: how many pairs; of real samples at most as many as there are.
-            steps: of the teacher's ODE.
-            solver: of :data:`fewstep.diffusion.ode.SOLVERS`.
-            real: real samples, whose noise is looked for instead; the folder is then ``OUT/inverted_pairs``.
-        """
-        run = self.distillation
-        run.claim()
-        size = run.config.batch_size
+    def made(folder: Path, real: RealSamples | None) -> Path:
+        claim()
         settings = PairSettings(
-            num=num if real is None else min(num, len(real.images)),
-            steps=steps,
-            solver=solver,
-            shift=_own_shift(run.recording),
-            guidance_scale=plain_scale(run.guidance_scale),
-            seed=run.config.seed,
+            num=wanted.num if real is None else min(wanted.num, len(real.images)),
+            steps=wanted.steps,
+            solver=wanted.solver,
+            shift=_own_shift(bench.recording),
+            guidance_scale=plain_scale(bench.guidance_scale),
+            seed=config.seed,
             batch_size=size,
             shard_size=size * max(1, _ROWS // size),
-            mixed_precision=run.config.mixed_precision,
+            mixed_precision=config.mixed_precision,
         )
-        guided, out = run.guided(teacher), run.out / ("pairs" if real is None else "inverted_pairs")
 
         def begin(_second: bool) -> PairMaker:
-            about = (out, run.recording, self.identity, guided, run.conditions, settings, run.device)
+            about = (folder, bench.recording, identity, bench.guided(teacher), conditions, settings, bench.device)
             return PairMaker(*about, real=real, resume=True)
 
-        _make_together(run.accelerator, begin)
-        return out
+        _make_together(accelerator, begin)
+        return folder
 
-    def stream(self, folder: str | Path, inverted: str | Path | None, share: float, guided: bool = False) -> PairStream:
-        """The pairs in these folders, in the run's keyed order.
-
-        Args:
-            folder: of pairs.
-            inverted: folder of real images with their noise.
-            share: of the latter in a batch.
-            guided: whether the run guides its teacher beside them, by a scale that then has to be theirs.
-
-        Raises:
-            UserError: they do not fit the run, or are not complete, or damaged.
-        """
-        run = self.distillation
-        mine = plain_scale(run.guidance_scale) if guided or run.config.guidance_scale is not None else None
-        stored = self._stored(folder, "noise", mine)
-        scale = stored.about["guidance_scale"] if mine is None else mine
-        real = self._stored(inverted, "images", scale) if inverted is not None else None
-        return PairStream(stored, run.conditions, run.device, real, share)
-
-    def _stored(self, folder: str | Path, source: str, scale: float | list[float] | None) -> StoredPairs:
-        stored = StoredPairs(folder, self.identity, self.distillation.conditions)
-        if stored.about["source"] != source:
-            raise UserError(f"the pairs in {folder} were made from {stored.about['source']}, and {source} is asked for")
-        made = stored.about["guidance_scale"]
-        if scale is not None and made != scale:
+    def stored(folder: str | Path, source: str, scale: float | list[float] | None) -> StoredPairs:
+        found = StoredPairs(folder, identity, conditions)
+        if found.about["source"] != source:
+            raise UserError(f"the pairs in {folder} were made from {found.about['source']}, and {source} is asked for")
+        theirs = found.about["guidance_scale"]
+        if scale is not None and theirs != scale:
             raise UserError(
-                f"the pairs in {folder} were made at guidance {made}, and here it is {scale}; "
-                f"give --guidance_scale {made}, or make others"
+                f"the pairs in {folder} were made at guidance {theirs}, and here it is {scale}; "
+                f"give --guidance_scale {theirs}, or make others"
             )
-        return stored
+        return found
+
+    mine = plain_scale(bench.guidance_scale) if wanted.guided or config.guidance_scale is not None else None
+    pairs = stored(wanted.folder or made(Path(config.out) / "pairs", None), "noise", mine)
+    scale = pairs.about["guidance_scale"] if mine is None else mine
+    inverted = made(Path(config.out) / "inverted_pairs", bench.real) if wanted.invert_real else wanted.inverted
+    real = stored(inverted, "images", scale) if inverted is not None else None
+    return PairStream(pairs, conditions, bench.device, real, wanted.inverted_share)
 
 
 def _make_together(

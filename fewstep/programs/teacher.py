@@ -1,43 +1,124 @@
-"""What a teacher is asked with: the call it is recorded at, its guidance, and the conditions."""
+"""Opening a teacher, once for every program: loaded, with its LoRA, recorded and proven; and what it is asked with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
+from diffusers import DiffusionPipeline
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.config.run import RunConfig
+from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.data.condition_cache import ConditionCache
 from fewstep.data.conditions import Conditions, read_classes, read_prompts
+from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.errors import UserError
-from fewstep.export import why_no_lora
-from fewstep.recording import Recording
+from fewstep.networks.response import refuse_unresponsive
+from fewstep.recording import Recording, record
 from fewstep.recording.pipeline import is_quantized
-from fewstep.teachers.loading import embedded_name
+from fewstep.teachers.loading import embedded_name, load_teacher
+from fewstep.teachers.lora import FusedLora, fuse_teacher_lora, with_own_weights
 
 
-class TeacherSettings(Protocol):
-    """The settings that say it; :class:`fewstep.config.run.RunConfig` documents them."""
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings:
+    """Which teacher, and what it is recorded with; :class:`fewstep.config.run.RunConfig` documents the fields."""
 
     teacher: str
-    prompts: str | None
-    classes: str | None
-    cache: str | None
-    call: dict[str, Any] | None
-    guidance_scale: float | None
-    negative_prompt: str | None
-    teacher_lora: str | None
+    call: dict[str, Any] | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    teacher_lora: str | None = None
+    quantization: str | None = None
+    mixed_precision: str = "no"
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, settings: Any) -> TeacherSettings:
+        """Those among the settings of a program."""
+        return cls(**{f.name: getattr(settings, f.name) for f in fields(cls) if hasattr(settings, f.name)})
+
+    @property
+    def recorded_call(self) -> dict[str, Any]:
+        """The keyword arguments that the teacher is recorded with."""
+        told = {"guidance_scale": self.guidance_scale, "negative_prompt": self.negative_prompt}
+        return {**(self.call or {}), **{name: value for name, value in told.items() if value is not None}}
+
+    def load(self, parts: dict[str, Any] | None = None, *, quantized: bool = True) -> DiffusionPipeline:
+        """The teacher's pipeline, without its LoRA.
+
+        A quantised one is loaded in the dtype that it computes in: text encoders in float32 would take more than is
+        saved.
+
+        Args:
+            parts: of the pipeline that are there already.
+            quantized: as the settings say; else its denoisers are loaded in full precision.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        half = self.quantization is not None and self.mixed_precision == "bf16"
+        return load_teacher(
+            self.teacher,
+            self.trust_remote_code,
+            dtype=torch.bfloat16 if half else torch.float32,
+            quantization=self.quantization if quantized else None,
+            **(parts or {}),
+        )
 
 
-def teacher_call(settings: TeacherSettings) -> dict[str, Any]:
-    """The keyword arguments that the teacher is recorded with."""
-    call = dict(settings.call or {})
-    for name in ("guidance_scale", "negative_prompt"):
-        if getattr(settings, name) is not None:
-            call[name] = getattr(settings, name)
-    return call
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher, recorded and proven.
+
+    Attributes:
+        settings: it was opened with.
+        recording: of its pipeline.
+        guidance_scale: the w of neg + w (pos - neg) that it is asked with, or one for each expert that shares the time.
+        lora: what was fused into it.
+        reload: gives its pipeline once more, when it is told the parts that are there; None where that is not possible.
+    """
+
+    settings: TeacherSettings
+    recording: Recording
+    guidance_scale: float | TimedScale
+    lora: FusedLora | None = None
+    reload: Callable[[dict[str, Any]], DiffusionPipeline] | None = field(default=None, repr=False)
+
+    def refuse_next_time(self, what: str) -> None:
+        """Raise ``UserError`` for a network that is told the next time too; ``what`` cannot be done with it."""
+        if self.recording.recipe.needs_next:
+            raise UserError(f"this teacher's network is told the next time too, and {what}")
+
+
+def open_teacher(
+    settings: TeacherSettings, device: torch.device | str, pipeline: DiffusionPipeline | None = None
+) -> Teacher:
+    """Load a teacher, fuse its LoRA, record and prove it.
+
+    Args:
+        settings: which, and how.
+        device: of its networks.
+        pipeline: where it is in memory already; it stays as it is, its device apart.
+
+    Raises:
+        UserError: and its subclasses, for everything that a user can mend.
+    """
+    given, lora = pipeline is not None, None
+    pipeline = settings.load() if pipeline is None else pipeline
+    if settings.teacher_lora is not None:
+        pipeline = with_own_weights(pipeline) if given else pipeline
+        lora = fuse_teacher_lora(pipeline, settings.teacher_lora)
+    pipeline.to(device)
+    recording = record(pipeline, **settings.recorded_call)
+    _refuse_unquantized(settings, recording, given)
+    recording.prove()
+    # Where a LoRA is in a text encoder, what lies in the teacher's folder is another one.
+    again = None if given or (lora is not None and lora.in_text) else settings.load
+    return Teacher(settings, recording, guidance_of(settings, recording), lora, again)
 
 
 def guidance_of(settings: TeacherSettings, recording: Recording) -> float | TimedScale:
@@ -61,8 +142,16 @@ def guidance_of(settings: TeacherSettings, recording: Recording) -> float | Time
     return report.argument_scale + (report.offset or 0.0)
 
 
+class ConditionSettings(Protocol):
+    """The settings that say what is generated for; :class:`fewstep.config.run.RunConfig` documents them."""
+
+    prompts: str | None
+    classes: str | None
+    cache: str | None
+
+
 def conditions_of(
-    settings: TeacherSettings, recording: Recording, device: torch.device | str, *, progress: bool = False
+    settings: ConditionSettings, teacher: Teacher, device: torch.device | str, *, progress: bool = False
 ) -> tuple[Conditions, Conditioning | None]:
     """What is generated for, and the teacher's negative: encoded now, or read from a cache.
 
@@ -71,13 +160,14 @@ def conditions_of(
     Raises:
         UserError: they are not what the teacher takes.
     """
+    recording, name = teacher.recording, teacher.settings.teacher
     if settings.cache is not None:
         cache = ConditionCache(settings.cache, progress=progress)
-        cache.check(recording, settings.teacher, settings.teacher_lora is not None)
+        cache.check(recording, name, teacher.lora is not None)
         conditions = Conditions(recording, device=device, cache=cache, progress=progress)
         return conditions, cache.negative()
     prompts = read_prompts(settings.prompts) if settings.prompts is not None else None
-    if prompts is None and embedded_name(settings.teacher):
+    if prompts is None and embedded_name(name):
         from fewstep.fashion import PROMPTS
 
         prompts = list(PROMPTS)
@@ -85,30 +175,37 @@ def conditions_of(
     return Conditions(recording, prompts, labels, device, progress=progress), recording.negative()
 
 
-def refuse_quantized(config: RunConfig, recording: Recording, loaded: bool) -> None:
-    """Refuse what a quantised teacher cannot do, and a teacher that was to be quantised and is not.
+def refuse_guided_alike(
+    recording: Recording,
+    guidance_scale: float | TimedScale,
+    negative: AnyConditioning | None,
+    conditions: Conditions,
+    draws: Draws,
+    told: Callable[[AnyConditioning], AnyConditioning] = lambda conditioning: conditioning,
+) -> None:
+    """Raise ``UserError`` where the teacher is to be guided and answers its conditions as it does its negative.
 
     Args:
-        config: of the run.
         recording: of the teacher.
-        loaded: whether this run loaded it, and so can load it once more.
-
-    Raises:
-        UserError: one of these.
+        guidance_scale: that it is asked with.
+        negative: of one sample, as the network is told it.
+        conditions: of which the first two are tried.
+        draws: of two samples.
+        told: adds to a conditioning what the network is told beside it.
     """
-    quantized = {name: is_quantized(network) for name, network in recording.networks.items()}
-    if config.quantization is not None and not all(quantized.values()):
-        name = next(name for name, whether in quantized.items() if not whether)
-        why = "has no layer that can be quantised" if loaded else "is loaded already"
-        raise UserError(f"--quantization {config.quantization}: the {name} {why}; leave it out")
-    if not any(quantized.values()):
-        return
-    name = next(name for name, whether in quantized.items() if whether)
-    if not config.lora_rank or config.full_critic:
-        raise UserError(f"the {name} is quantised, so that only adapters can be trained: give --lora_rank alone")
-    whole = config.merge or why_no_lora(recording) is not None
-    if whole and config.quantization is None:
-        raise UserError(
-            f"the {name} is quantised and its weights in full precision are not at hand, so that no whole pipeline can "
-            "be written; give the teacher unquantised, with --quantization"
-        )
+    if negative is not None and guidance_scale != 1.0:
+        some = [told(conditions.select([row])) for row in range(min(2, len(conditions)))]
+        refuse_unresponsive(recording, negative, some, draws.normal("response", recording.sample_shape))
+
+
+def quantized_network(recording: Recording) -> str | None:
+    """The name of a teacher's first quantised network; None where there is none."""
+    return next((name for name, network in recording.networks.items() if is_quantized(network)), None)
+
+
+def _refuse_unquantized(settings: TeacherSettings, recording: Recording, given: bool) -> None:
+    """Raise for a teacher that was to be quantised and is not."""
+    plain = next((name for name, network in recording.networks.items() if not is_quantized(network)), None)
+    if settings.quantization is not None and plain is not None:
+        why = "is loaded already" if given else "has no layer that can be quantised"
+        raise UserError(f"--quantization {settings.quantization}: the {plain} {why}; leave it out")

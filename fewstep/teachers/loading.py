@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from fewstep.config.run import RunConfig
 from fewstep.errors import UserError, first_line
 from fewstep.teachers.quantization import pipeline_quantization, without_hooks
 
@@ -97,25 +96,3 @@ def same_teacher(one: str, other: str) -> bool:
     """Whether two names mean one teacher: by its folder where both lie here, else by what a model card calls them."""
     folders = [folder.resolve() for name in (one, other) if (folder := teacher_folder(name)) and folder.exists()]
     return folders[0] == folders[1] if len(folders) == 2 else base_model(one) == base_model(other)
-
-
-def load_run_teacher(
-    config: RunConfig, parts: dict[str, Any] | None = None, *, quantized: bool = True
-) -> DiffusionPipeline:
-    """The teacher of a run.
-
-    A quantised one is loaded in the dtype that it computes in: text encoders in float32 would take more than is saved.
-
-    Args:
-        config: of the run.
-        parts: of its pipeline that are there already.
-        quantized: as the run says; else its denoisers are loaded in full precision.
-    """
-    half = config.quantization is not None and config.mixed_precision == "bf16"
-    return load_teacher(
-        config.teacher,
-        config.trust_remote_code,
-        dtype=torch.bfloat16 if half else torch.float32,
-        quantization=config.quantization if quantized else None,
-        **(parts or {}),
-    )

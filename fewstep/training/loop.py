@@ -18,10 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.config.run import RunConfig
-from fewstep.data.batch import Batch, PairSource
-from fewstep.data.conditions import Conditions
-from fewstep.data.real import RealSamples
-from fewstep.diffusion.draws import Draws
+from fewstep.data.batch import Batch, Batches
 from fewstep.errors import UserError
 from fewstep.networks.roles import FOLLOWERS, Role, follow, update_average
 from fewstep.training import checkpoint
@@ -42,14 +39,10 @@ class Loop:
         method: whose turns are played.
         method_name: kept in checkpoints, so that no other method goes on from them.
         config: of the run.
-        conditions: to generate for.
-        real: real samples, None in a data-free run.
-        shape: of one sample in the network's space.
-        device: of the roles.
+        batches: what it trains on.
         processes: this process among all.
         monitor: log, progress bar and trackers; it acts on the main process only.
         on_samples: called with the number of steps done, on the main process, when a sample grid is due.
-        pairs: noise-sample pairs, None where the method asks for none.
     """
 
     def __init__(
@@ -58,18 +51,13 @@ class Loop:
         method_name: str,
         config: RunConfig,
         *,
-        conditions: Conditions,
-        real: RealSamples | None,
-        shape: tuple[int, ...],
-        device: torch.device,
+        batches: Batches,
         processes: Processes,
         monitor: Monitor,
         on_samples: Callable[[int], None],
-        pairs: PairSource | None = None,
     ) -> None:
-        self.method, self.method_name, self.config = method, method_name, config
-        self.conditions, self.real, self.pairs, self.shape = conditions, real, pairs, shape
-        self.device, self.processes, self.monitor, self.on_samples = device, processes, monitor, on_samples
+        self.method, self.method_name, self.config, self.batches = method, method_name, config, batches
+        self.device, self.processes, self.monitor, self.on_samples = batches.device, processes, monitor, on_samples
         self.checkpoints = Path(config.out) / "checkpoints"
         trainable = (role for role in method.roles.values() if role.parameters())
         self.optimizers = {
@@ -177,16 +165,7 @@ class Loop:
         per_step = config.batch_size * config.gradient_accumulation_steps * self.processes.count
         first = (self.processes.rank * config.gradient_accumulation_steps + micro) * config.batch_size
         indices = range(first, first + config.batch_size)
-        positions = [self.step * per_step + index for index in indices]
-        return Batch(
-            size=config.batch_size,
-            shape=self.shape,
-            conditioning=self.conditions.batch(config.seed, positions),
-            draws=Draws(config.seed, self.step, indices, self.device),
-            real=self.real.batch(config.seed, positions) if self.real is not None else None,
-            logging=logging,
-            pairs=self.pairs.batch(config.seed, positions) if self.pairs is not None else None,
-        )
+        return self.batches.micro_batch(config.seed, self.step, indices, per_step, logging)
 
     def _update_averages(self) -> None:
         roles = self.method.roles

@@ -1,19 +1,28 @@
-"""The contract between a method and the training loop.
+"""The contract between a method, the bench that it is prepared at, and the training loop.
 
-A method is one class in ``trainers/``. Its generator ``turns(step, batch)`` yields the updates of one step in the
-paper's order; the loop does everything else (:mod:`fewstep.training.loop`).
+A method is one class in ``trainers/``. ``prepare(config, bench)`` makes its roles at the bench. Its generator
+``turns(step, batch)`` yields the updates of one step in the paper's order; the loop does everything else
+(:mod:`fewstep.training.loop`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from fewstep.conditioning.conditioning import Conditioning
 from fewstep.data.batch import Batch
+from fewstep.diffusion.intervals import TimedScale
+from fewstep.diffusion.phases import Phase
+from fewstep.diffusion.rollout import Sampler
+from fewstep.networks.features import FeatureTap
+from fewstep.networks.guidance import GuidedDenoiser
+from fewstep.networks.guidance_embedding import GuidanceEmbedding
 from fewstep.networks.roles import Role
+from fewstep.recording import Recording
 
 
 @dataclass
@@ -38,6 +47,96 @@ class Renew:
 
     role: str
     like: str
+
+
+class Bench(Protocol):
+    """What a method is prepared at: that of a run (:mod:`fewstep.programs.workbench`) or of a dry run.
+
+    The order in which a method asks is of no importance.
+    """
+
+    @property
+    def recording(self) -> Recording:
+        """Of the teacher."""
+        ...
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the student moves."""
+        ...
+
+    @property
+    def scheduler(self) -> Any:
+        """That the student is shipped with."""
+        ...
+
+    @property
+    def grids(self) -> Mapping[int, tuple[float, ...]]:
+        """The student's times by step count, each in (0, 1], descending."""
+        ...
+
+    @property
+    def shift(self) -> float:
+        """Of a flow student's grid; 1.0 for other families."""
+        ...
+
+    @property
+    def guidance_scale(self) -> float | TimedScale:
+        """Of the teacher: the w of neg + w (pos - neg), or one for each expert that shares the time."""
+        ...
+
+    @property
+    def negative(self) -> Conditioning | None:
+        """The teacher's, of one sample; None where it has none."""
+        ...
+
+    @property
+    def guidance_embedding(self) -> GuidanceEmbedding | None:
+        """How the networks are told their guidance, where the run asks for it."""
+        ...
+
+    def make_roles(self, *names: str) -> dict[str, Role]:
+        """The frozen teacher, the roles ``names``, and ``ema`` where the run has one."""
+        ...
+
+    def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
+        """The frozen teacher, a student (and ``ema``) with an expert for each phase, and the trainable roles ``names``.
+
+        Raises:
+            UserError: the phases do not fit this teacher, or its pipeline does not walk with as many networks.
+        """
+        ...
+
+    def make_flow_map_roles(self, *, differentiated: bool) -> dict[str, Role]:
+        """The frozen teacher, and a student (and ``ema``) that is told where its steps end.
+
+        Raises:
+            UserError: no network or pipeline could be told it, or ``differentiated`` without such a derivative.
+        """
+        ...
+
+    def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
+        """A role under guidance, by default the run's, which is the teacher's."""
+        ...
+
+    def tap(self, role: Role) -> FeatureTap:
+        """Where a role's features are tapped, the same place in each of several experts."""
+        ...
+
+    def add_head(self, role: Role) -> FeatureTap:
+        """Give a role a GAN head on its own features, and say where they are tapped.
+
+        Several experts share one head, which sees features of the one whose time it is.
+        """
+        ...
+
+    def perceptual_distance(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """LPIPS (B,) between what two batches x0 (B, ...) show, with gradient to both."""
+        ...
+
+    def describe(self, **what: Any) -> None:
+        """Put on the student's card what the method knows of it: fields of :class:`fewstep.export.StudentPlan`."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,12 @@ from fewstep.data import condition_cache
 from fewstep.data.condition_cache import INDEX, CacheWriter, ConditionCache
 from fewstep.data.conditions import Conditions, encode_each
 from fewstep.errors import UserError
-from fewstep.programs.distillation import Distillation
+from fewstep.programs import distillation
 from fewstep.programs.methods import method_class
 from fewstep.recording import Recording, record
+from fewstep.teachers.loading import load_teacher
 from fewstep.training.loop import Loop
+from tests.whole_runs import whole_run
 
 PROMPTS = ["a cat", "a dog", "the tree", "b", "the cat"]
 
@@ -293,13 +295,16 @@ def test_training_from_a_cache_never_calls_a_text_encoder(
         train(self)
         in_loop.append(len(calls) - before)
 
+    def watched(*given: Any, **named: Any) -> Any:
+        pipeline = load_teacher(*given, **named)
+        pipeline.text_encoder.register_forward_hook(lambda *_: calls.append("text_encoder"))
+        return pipeline
+
     monkeypatch.setattr(Loop, "run", run)
+    monkeypatch.setattr("fewstep.programs.teacher.load_teacher", watched)
     students = []
     for name, source in (("cached", {"cache": str(tmp_path / "c")}), ("encoded", {"prompts": prompts})):
-        run_ = Distillation(settings(teacher, tmp_path / name, sample_steps=0, **source), "dmd2")
-        run_.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append("text_encoder"))
-        students.append(run_.run())
-        assert run_.encoders.restore() is None
+        students.append(distillation.run(settings(teacher, tmp_path / name, sample_steps=0, **source), "dmd2"))
     assert in_loop == [0, 0] and calls
     cached, encoded = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")} for folder in students
@@ -310,11 +315,11 @@ def test_training_from_a_cache_never_calls_a_text_encoder(
 def test_sample_grids_and_lora_students_do_without_text_encoders(teacher: str, prompts: str, tmp_path: Path) -> None:
     folder = fewstep.cache(teacher, tmp_path / "c", prompts=PROMPTS, cpu=True)
     config = settings(teacher, tmp_path / "run", cache=str(folder), sample_steps=1, lora_rank=4)
-    run = Distillation(config, "dmd2")
-    out = run.run()
+    whole = whole_run(config, "dmd2")
+    out = whole.folder
     assert (tmp_path / "run" / "samples" / "step_00000002.png").is_file()
     assert (out / "pytorch_lora_weights.safetensors").is_file()
-    assert sum(parameter.numel() for parameter in run.pipeline.text_encoder.parameters()) == 0
+    assert sum(parameter.numel() for parameter in whole.bench.recording.pipeline.text_encoder.parameters()) == 0
 
 
 def test_bad_input_is_one_line(teacher: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,9 +23,10 @@ from fewstep.export.check import SchedulerCheckError
 from fewstep.export.plan import check_student, plan_student
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
-from fewstep.programs.distillation import Distillation, distill
+from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.methods import method_class
 from fewstep.programs.planning.call_counts import CallCounter
+from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording import record
 from fewstep.recording.pipeline import with_parts
 from fewstep.recording.shake import shaken
@@ -99,17 +100,17 @@ def trained(place: Path) -> Path:
     return place
 
 
-def distillation(place: Path, out: Path, **settings) -> Distillation:
+def opened(place: Path, out: Path, **settings) -> Workbench:
     settings = {**RUN, "prompts": str(place / "prompts.txt"), **settings}
     config = method_class("dmd2").Config(teacher=str(place / "base"), out=str(out), **settings)
-    return Distillation(config, "dmd2")
+    return open_workbench(config, "cpu")
 
 
-def prepared(run: Distillation, place: Path, **settings) -> dict[str, Role]:
+def prepared(bench: Workbench, place: Path, **settings) -> dict[str, Role]:
     """The roles of a run with other settings, without recording its teacher anew."""
     settings = {**RUN, "prompts": str(place / "prompts.txt"), **settings}
-    run.config = method_class("dmd2").Config(teacher=str(place / "base"), out=run.config.out, **settings)
-    return method_class("dmd2").prepare(run.config, run).roles
+    config = method_class("dmd2").Config(teacher=str(place / "base"), out=bench.config.out, **settings)
+    return prepare(Workbench(config, bench.teacher, bench.device), "dmd2").roles
 
 
 def test_both_experts_are_trained_and_shipped_with_their_boundary(trained: Path) -> None:
@@ -135,12 +136,12 @@ def test_both_experts_are_trained_and_shipped_with_their_boundary(trained: Path)
 def test_stock_diffusers_samples_what_was_trained_at_every_count(trained: Path, tmp_path: Path) -> None:
     with numpy.load(trained / "seen.npz") as file:
         seen = dict(file)
-    run = distillation(trained, tmp_path)
-    student = method_class("dmd2").prepare(run.config, run).roles["student"]
+    run = opened(trained, tmp_path)
+    student = prepare(run, "dmd2").roles["student"]
     student.load_state_dict(load_latest(trained / "full" / "checkpoints")[1]["student"])
-    assert set(run.plan.counts) >= {1, 2, 4}
-    for count in run.plan.counts:
-        grid = run.plan.grids[count]
+    assert set(run.student.plan.counts) >= {1, 2, 4}
+    for count in run.student.plan.counts:
+        grid = run.student.plan.grids[count]
         wanted = [EXPERTS[t < 0.875] for t in grid]
         sampler = type(run.sampler)(run.sampler.schedule, grid, "ode")
         noise = torch.randn(1, *run.recording.sample_shape, generator=torch.Generator().manual_seed(5))
@@ -174,12 +175,12 @@ def test_a_grid_that_meets_the_boundary_is_trained_as_it_is_walked(tmp_path: Pat
 
 
 def test_the_teacher_is_guided_as_strongly_as_the_call_says_at_each_time(place: Path, tmp_path: Path) -> None:
-    run = distillation(place, tmp_path / "a", guidance_scale=4.0)
+    run = opened(place, tmp_path / "a", guidance_scale=4.0)
     guided = run.guided(run.make_roles("student")["teacher"])
     assert isinstance(guided, GuidedDenoiser) and isinstance(guided.guidance_scale, TimedScale)
     assert guided.guidance_scale.scales == (4.0, 3.0)
     assert guided.guidance_scale.intervals.lowest == (0.875, 0.0)
-    one = distillation(place, tmp_path / "b", guidance_scale=4.0, call=WAN_CALL)
+    one = opened(place, tmp_path / "b", guidance_scale=4.0, call=WAN_CALL)
     assert one.guidance_scale == 4.0  # where all have the same, it is a number
 
 
@@ -212,7 +213,7 @@ def test_a_student_of_one_step_has_one_expert(place: Path, tmp_path: Path) -> No
 
 
 def test_one_head_judges_the_features_of_both(place: Path, tmp_path: Path) -> None:
-    run = distillation(place, tmp_path, **LORA)
+    run = opened(place, tmp_path, **LORA)
     critic = run.make_roles("student", "critic")["critic"]
     tap = run.add_head(critic)
     x = torch.randn(2, *run.recording.sample_shape)
@@ -226,8 +227,8 @@ def test_one_head_judges_the_features_of_both(place: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("form", [{}, LORA], ids=["full", "lora"])
 def test_mixed_batches_cost_no_more_than_the_method_declares(place: Path, tmp_path: Path, form: dict) -> None:
-    run = distillation(place, tmp_path, **form)
-    method = method_class("dmd2").prepare(run.config, run)
+    run = opened(place, tmp_path, **form)
+    method = prepare(run, "dmd2")
 
     def batch() -> Batch:
         draws, shape = Draws(0, 1, range(2)), run.recording.sample_shape
@@ -259,7 +260,7 @@ def test_a_lora_is_applied_to_both_and_refused_where_it_does_not_belong(trained:
 
 
 def test_a_second_stage_takes_over_both(trained: Path, tmp_path: Path) -> None:
-    whole, run = trained / "full" / "student", distillation(trained, tmp_path)
+    whole, run = trained / "full" / "student", opened(trained, tmp_path)
     _, tensors = load_latest(trained / "full" / "checkpoints")
     for init in (trained / "full", whole):
         state = prepared(run, trained, init=str(init))["student"].state_dict()

@@ -11,12 +11,14 @@ from diffusers import DiffusionPipeline
 
 import fewstep
 from fewstep.diffusion.rollout import rollout
-from fewstep.programs.distillation import Distillation, distill
+from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.methods import method_class
+from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.shake import shaken
 from fewstep.training.checkpoint import load_latest
 from fewstep.training.pictures import to_uint8
 from tests import tiny_pipelines
+from tests.whole_runs import whole_run
 
 FAMILIES = {
     "ddim": (tiny_pipelines.tiny_ddim, {}),
@@ -68,8 +70,8 @@ def test_a_student_sampled_by_stock_diffusers_equals_the_trainers_own_rollout(
     with shaken(network):
         chosen = {**settings(family, prompts), "renoise": renoise, "steps": 4, "lr": 1e-3}
         config = method_class("dmd2").Config(teacher=family, out=str(tmp_path / "run"), **chosen)
-        run = Distillation(config, "dmd2", pipeline)
-        folder = run.run()
+        whole = whole_run(config, "dmd2", pipeline)
+        folder = whole.folder
         about = json.loads((folder / "fewstep.json").read_text())
         condition = {"prompt": {"prompt": "a cat"}, "label": {"class_labels": [1]}, None: {}}[about["conditional"]]
         stock = tmp_path / "images.npz"
@@ -77,7 +79,7 @@ def test_a_student_sampled_by_stock_diffusers_equals_the_trainers_own_rollout(
         subprocess.run(words, check=True, capture_output=True)
         theirs = {int(count): torch.from_numpy(images) for count, images in _load(stock).items()}
         assert set(theirs) >= {1, 2, 4}
-        ours = _own_images(run, folder, about)
+        ours = _own_images(whole.bench, folder, about)
     for count, images in theirs.items():
         if about["renoise"] == "fresh" and about["noise_follows"] != "generator":
             continue  # the noise between steps comes from the global generator: not the same numbers
@@ -92,12 +94,12 @@ def _load(path: Path) -> dict:
         return dict(file)
 
 
-def _own_images(run: Distillation, folder: Path, about: dict) -> dict[int, torch.Tensor]:
+def _own_images(run: Workbench, folder: Path, about: dict) -> dict[int, torch.Tensor]:
     """The trainer's rollout of the exported weights from the same noise, as (1, H, W, C) in [0, 1]."""
     from dataclasses import replace
 
     trained = DiffusionPipeline.from_pretrained(folder).components[about["component"]]
-    student = method_class("dmd2").prepare(run.config, run).roles["student"]
+    student = prepare(run, "dmd2").roles["student"]
     student.denoiser.network.load_state_dict(trained.state_dict())
     condition = {
         "prompt": lambda: run.recording.condition(prompts=["a cat"]),
@@ -151,7 +153,7 @@ def test_a_second_stage_takes_over_student_and_critic(prompts: str, tmp_path: Pa
     pipeline = tiny_pipelines.tiny_stable_diffusion()
     distill(pipeline, "dmd2", out=str(first), **common, steps=2, lr=1e-2)
     config = method_class("dmd2").Config(teacher="t", out=str(tmp_path / "second"), init=str(first), steps=2, **common)
-    roles = method_class("dmd2").prepare(config, Distillation(config, "dmd2", pipeline)).roles
+    roles = prepare(open_workbench(config, "cpu", pipeline), "dmd2").roles
     _, tensors = load_latest(first / "checkpoints")
     for name in ("student", "critic"):
         state = roles[name].state_dict()
@@ -167,7 +169,7 @@ def test_a_second_stage_takes_over_the_critic_of_every_phase(tmp_path: Path) -> 
     config = method_class("phased_dmd").Config(
         teacher="t", out=str(tmp_path / "second"), init=str(tmp_path / "first"), **common
     )
-    roles = method_class("phased_dmd").prepare(config, Distillation(config, "phased_dmd", pipeline)).roles
+    roles = prepare(open_workbench(config, "cpu", pipeline), "phased_dmd").roles
     _, tensors = load_latest(tmp_path / "first" / "checkpoints")
     teacher = roles["teacher"].state_dict()
     for name in ("student", "critic", "critic_2"):

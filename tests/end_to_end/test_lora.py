@@ -19,10 +19,12 @@ from fewstep.errors import UserError
 from fewstep.eval.models import student_model
 from fewstep.export.apply import LORA_FILE, apply
 from fewstep.networks.adapters import AdapterRole
-from fewstep.programs.distillation import Distillation, distill
+from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.methods import method_class
+from fewstep.programs.workbench import open_workbench
 from fewstep.recording.shake import shaken
 from fewstep.training.checkpoint import load_latest
+from tests.whole_runs import whole_run
 
 TINY_RUN = {"steps": 2, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True}
 TINY_RUN |= {"critic_updates": 1, "lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-2, "sample_steps": 0}
@@ -77,9 +79,9 @@ def test_what_is_loaded_is_what_the_checkpoint_holds(prompts: str, tmp_path: Pat
     pipeline, settings = tiny("flow", prompts)
     with shaken(pipeline.transformer):
         config = method_class("dmd2").Config(teacher="t", out=str(tmp_path / "run"), **settings)
-        run = Distillation(config, "dmd2", pipeline)
-        folder = run.run()
-        student = method_class("dmd2").prepare(config, run).roles["student"]
+        whole = whole_run(config, "dmd2", pipeline)
+        folder, run = whole.folder, whole.bench
+        student = prepare(run, "dmd2").roles["student"]
         student.load_state_dict(load_latest(tmp_path / "run" / "checkpoints")[1]["student"])
         assert isinstance(student, AdapterRole)
         x = torch.randn(1, *run.recording.sample_shape)
@@ -116,7 +118,7 @@ def test_a_second_stage_takes_over_the_adapters(prompts: str, tmp_path: Path) ->
 
     def roles(**options):
         config = method_class("dmd2").Config(teacher="t", out=str(tmp_path / "next"), **{**settings, **options})
-        return method_class("dmd2").prepare(config, Distillation(config, "dmd2", pipeline)).roles
+        return prepare(open_workbench(config, "cpu", pipeline), "dmd2").roles
 
     taken = roles(init=str(first), ema_decay=0.5)
     for name, source in (("student", "student"), ("critic", "critic"), ("ema", "student")):

@@ -22,9 +22,11 @@ from fewstep.diffusion.rollout import rollout
 from fewstep.errors import UserError
 from fewstep.eval.models import student_model
 from fewstep.export.own_code import is_own_code
-from fewstep.programs.distillation import Distillation
+from fewstep.programs.distillation import prepare, run
 from fewstep.programs.methods import method_class
+from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.shake import shaken
+from tests.whole_runs import whole_run
 
 RUN = {"steps": 4, "max_steps": 4, "phase_steps": 2, "critic_updates": 1, "batch_size": 2, "log_steps": 1, "lr": 1e-2}
 RUN |= {"report_to": "none", "cpu": True, "sample_steps": 0}
@@ -71,9 +73,9 @@ def dense_wan() -> Any:
     return pipeline
 
 
-def distillation(teacher: Path, out: Path, **settings: Any) -> Distillation:
+def configured(teacher: Path, out: Path, **settings: Any) -> Any:
     settings = {**RUN, "prompts": str(teacher.parent / "prompts.txt"), **settings}
-    return Distillation(method_class("phased_dmd").Config(teacher=str(teacher), out=str(out), **settings), "phased_dmd")
+    return method_class("phased_dmd").Config(teacher=str(teacher), out=str(out), **settings)
 
 
 @dataclass
@@ -87,14 +89,13 @@ class Student:
 
 
 def finished(place: Path, name: str, pipeline: Any, networks: tuple[str, ...], **settings: Any) -> Student:
-    run = distillation(save(pipeline, place / name / "teacher", *networks), place / name / "run", **settings)
-    exported, export = [], run.export
-    run.export = lambda role: (exported.append(role), export(role))
-    folder = run.run()
+    config = configured(save(pipeline, place / name / "teacher", *networks), place / name / "run", **settings)
+    finished = whole_run(config, "phased_dmd")
+    folder, bench = finished.folder, finished.bench
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        noise = torch.randn(1, *run.recording.sample_shape, generator=generator)
-        expected = rollout(exported[0], run.sampler, noise, run.conditions.select([0]))
+        noise = torch.randn(1, *bench.recording.sample_shape, generator=generator)
+        expected = rollout(finished.role, bench.sampler, noise, bench.conditions.select([0]))
     return Student(folder, json.loads((folder / "fewstep.json").read_text()), expected)
 
 
@@ -169,7 +170,7 @@ def test_pipelines_of_the_folder_become_students_of_two_experts(
 
 def test_where_the_boundary_stays_a_lora_of_each_network_is_enough(tmp_path: Path) -> None:
     teacher = save(tiny_wan(), tmp_path / "teacher", "transformer", "transformer_2")
-    folder = distillation(teacher, tmp_path / "run", call=WAN_CALL, shift=5.0, lora_rank=4).run()
+    folder = run(configured(teacher, tmp_path / "run", call=WAN_CALL, shift=5.0, lora_rank=4), "phased_dmd")
     assert folder.name == "student_lora"
     assert len(list(folder.glob("*.safetensors"))) == 2
 
@@ -204,8 +205,8 @@ def test_fewstep_loads_its_own_code_unasked_and_no_other(students: dict[str, Stu
 def test_the_low_phase_of_two_experts_has_a_critic_at_all_times(tmp_path: Path) -> None:
     """The teacher of the last phase is two networks, so its critic is: at high times another one than in phase 1."""
     teacher = save(tiny_wan(), tmp_path / "teacher", "transformer", "transformer_2")
-    run = distillation(teacher, tmp_path / "run", call=WAN_CALL, shift=7.0, batch_size=8)
-    method = method_class("phased_dmd").prepare(run.config, run)
+    bench = open_workbench(configured(teacher, tmp_path / "run", call=WAN_CALL, shift=7.0, batch_size=8), "cpu")
+    method = prepare(bench, "phased_dmd")
     assert list(method.critics[1].experts) == ["transformer", "transformer_2"]
     called: set[str] = set()
     for name, expert in method.critics[1].experts.items():
@@ -213,8 +214,8 @@ def test_the_low_phase_of_two_experts_has_a_critic_at_all_times(tmp_path: Path) 
     found = []
     for step in (0, 2):
         called.clear()
-        conditioning, draws = run.conditions.select([0] * 8), Draws(0, step, range(8))
-        given = Batch(8, run.recording.sample_shape, conditioning, draws, None, False)
+        conditioning, draws = bench.conditions.select([0] * 8), Draws(0, step, range(8))
+        given = Batch(8, bench.recording.sample_shape, conditioning, draws, None, False)
         for turn in method.turns(step, given):
             if getattr(turn, "backward", None) and turn.role == "critic":
                 found.append(set(called))
@@ -223,11 +224,11 @@ def test_the_low_phase_of_two_experts_has_a_critic_at_all_times(tmp_path: Path) 
 
 def test_phases_that_do_not_fit_the_teachers_networks_are_refused(tmp_path: Path) -> None:
     teacher = save(tiny_wan(), tmp_path / "teacher", "transformer", "transformer_2")
-    run = distillation(teacher, tmp_path / "run", call=WAN_CALL, shift=5.0)
+    opened = open_workbench(configured(teacher, tmp_path / "run", call=WAN_CALL, shift=5.0), "cpu").teacher
     for phases, message in (
         ([1, 3], r"phase 1 ends at timestep 937\.5, and the teacher's networks change at 875"),
         ([1, 1, 2], "has 2 networks, which change at timestep 875; give as many phases"),
     ):
-        run.config.phases = phases
+        config = configured(teacher, tmp_path / "run", call=WAN_CALL, shift=5.0, phases=phases)
         with pytest.raises(UserError, match=message):
-            method_class("phased_dmd").prepare(run.config, run)
+            prepare(Workbench(config, opened, torch.device("cpu")), "phased_dmd")

@@ -13,10 +13,12 @@ import torch
 
 from fewstep.errors import UserError
 from fewstep.export.plan import check_student, reference_of
+from fewstep.export.student import Written
 from fewstep.export.whole import check_counts
 from fewstep.networks.roles import Role
-from fewstep.programs.distillation import Distillation
+from fewstep.programs import distillation
 from fewstep.programs.methods import method_class
+from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.pipeline import with_parts
 from tests.recording.synthetic import RECORDABLE, SCHEDULERS, Traits, synthetic
 
@@ -33,37 +35,37 @@ SETTINGS = {
 SETTINGS |= {"report_to": "none", "cpu": True, "sample_steps": 0}
 
 
-def walked(run: Distillation, role: Role) -> None:
+def walked(bench: Workbench, _method: str, role: Role, _encoders: Any) -> Written:
     """In place of the export, because diffusers does not have the class: the same check of the student, in memory."""
-    student, recording, plan = role.stock_network(), run.recording, run.plan
+    student, recording, plan = role.stock_network(), bench.recording, bench.student.plan
     reference = reference_of(recording, {recording.component: student})
     pipeline = with_parts(recording.pipeline, network=student, scheduler=plan.scheduler)
     check_counts(recording, pipeline, plan, reference)
     teacher = recording.network.state_dict()
     assert any(not torch.equal(value, teacher[name]) for name, value in student.state_dict().items())
+    return Written((), "")
 
 
 @pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Distillation]:
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Workbench]:
+    """Opens a teacher once; every later run of the test is given the same."""
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    monkeypatch.setattr("fewstep.programs.distillation.refuse_own_code", lambda _pipeline: None)
-    monkeypatch.setattr(Distillation, "export", walked)
+    monkeypatch.setattr("fewstep.export.student.refuse_own_code", lambda _pipeline: None)
+    monkeypatch.setattr("fewstep.programs.distillation.export", walked)
 
-    def make(pipeline: Any, **settings: Any) -> Distillation:
+    def make(pipeline: Any, **settings: Any) -> Workbench:
         words = {**SETTINGS, "out": str(tmp_path / "full"), "prompts": str(tmp_path / "prompts.txt"), **settings}
-        return Distillation(Dmd2Config(**words), "dmd2", pipeline)
+        bench = open_workbench(Dmd2Config(**words), "cpu", pipeline)
+        monkeypatch.setattr("fewstep.programs.workbench.open_teacher", lambda *_: bench.teacher)
+        return bench
 
     return make
 
 
-def trained(run: Distillation, tmp_path: Path) -> None:
-    """As full copies, and as adapters; everything before the roles is the same for both."""
-    run.run()
-    run.config = replace(run.config, lora_rank=2, out=str(tmp_path / "lora"))
-    run.out = tmp_path / "lora"
-    run.out.mkdir()
-    run.run()
-    for form in ("full", "lora"):
+def trained(bench: Workbench, tmp_path: Path) -> None:
+    """As full copies, and as adapters."""
+    for form, settings in {"full": {}, "lora": {"lora_rank": 2}}.items():
+        distillation.run(replace(bench.config, out=str(tmp_path / form), **settings), "dmd2")
         rows = [json.loads(line) for line in (tmp_path / form / "metrics.jsonl").read_text().splitlines()]
         # Where there is no guidance, teacher and critic agree in the first step.
         assert len(rows) == 2 and rows[1]["student/gradient_norm"] > 0
@@ -74,36 +76,39 @@ def named(traits: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("traits", [t for t in RECORDABLE if "next_time" not in t], ids=named)
-def test_every_trait_is_trained(traits: dict[str, Any], start: Callable[..., Distillation], tmp_path: Path) -> None:
+def test_every_trait_is_trained(traits: dict[str, Any], start: Callable[..., Workbench], tmp_path: Path) -> None:
     run = start(synthetic(Traits(**traits)))
     expected = {2, 4} if traits.get("own_grid") == "linear_quadratic" else {1, 2, 4}
-    assert expected <= set(run.plan.counts)
+    assert expected <= set(run.student.plan.counts)
     trained(run, tmp_path)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_family_of_schedulers_is_trained(name: str, start: Callable[..., Distillation], tmp_path: Path) -> None:
+def test_every_family_of_schedulers_is_trained(name: str, start: Callable[..., Workbench], tmp_path: Path) -> None:
     make, traits = SCHEDULERS[name]
     run = start(synthetic(Traits(**traits), make()))
-    assert {1, 2, 4} <= set(run.plan.counts)
+    assert {1, 2, 4} <= set(run.student.plan.counts)
     trained(run, tmp_path)
 
 
 @pytest.mark.parametrize("traits", [t for t in RECORDABLE if "next_time" in t], ids=named)
-def test_a_network_with_a_next_time_is_refused(traits: dict[str, Any], start: Callable[..., Distillation]) -> None:
+def test_a_network_with_a_next_time_is_refused(traits: dict[str, Any], start: Callable[..., Workbench]) -> None:
     with pytest.raises(UserError, match="told the next time too, which no method here can train yet"):
         start(synthetic(Traits(**traits)))
 
 
-def test_a_grid_that_has_no_single_step_is_refused_at_one(start: Callable[..., Distillation]) -> None:
+def test_a_grid_that_has_no_single_step_is_refused_at_one(start: Callable[..., Workbench]) -> None:
     with pytest.raises(UserError, match="division by zero") as caught:
         start(synthetic(Traits(own_grid="linear_quadratic")), steps=1)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("traits", [{}, {"layout": "packed"}, {"dynamic_shift": True}], ids=named)
-def test_fresh_noise_walks_too(traits: dict[str, Any], start: Callable[..., Distillation]) -> None:
+def test_fresh_noise_walks_too(traits: dict[str, Any], start: Callable[..., Workbench]) -> None:
     run = start(synthetic(Traits(**traits)), renoise="fresh")
-    pipeline = with_parts(run.pipeline, scheduler=run.plan.scheduler)
-    for count in run.plan.counts:
-        assert check_student(run.recording, pipeline, run.plan.call, "fresh", count).grid == run.plan.grids[count]
+    pipeline = with_parts(run.recording.pipeline, scheduler=run.student.plan.scheduler)
+    for count in run.student.plan.counts:
+        assert (
+            check_student(run.recording, pipeline, run.student.plan.call, "fresh", count).grid
+            == run.student.plan.grids[count]
+        )

@@ -57,7 +57,7 @@ def test_a_stopped_training_goes_on_to_the_same_student(
 
 
 def test_a_finished_training_is_not_run_again(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewstep.eval.benchmark.cell_runs.Distillation", None)
+    monkeypatch.setattr("fewstep.eval.benchmark.cell_runs.distillation", None)
     work = undisturbed.parent.parent.parent
     assert train(TINY, 0, work)[0] == undisturbed
 

@@ -60,6 +60,21 @@ def test_both_forms_are_uploaded_with_their_cards(
         assert "me/mine" not in hub.files[name]["fewstep.json"].decode()
 
 
+def test_a_form_that_a_resumed_run_no_longer_has_is_neither_kept_nor_returned_nor_published(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``merge`` may change on --resume; the whole pipeline of before would be a student of fewer steps."""
+    hub = Hub(monkeypatch)
+    words = {**SETTINGS, "prompts": prompts, "lora_rank": 2, "out": str(tmp_path / "run")}
+    pipeline = tiny_stable_diffusion()
+    assert distill(pipeline, "dmd2", **words, merge=True) == tmp_path / "run" / "student"
+    (tmp_path / "run" / "notes").mkdir()
+    again = distill(pipeline, "dmd2", **{**words, "max_steps": 2}, resume=True, push_to_hub="me/mine")
+    assert again == tmp_path / "run" / "student_lora"
+    assert not (tmp_path / "run" / "student").exists() and (tmp_path / "run" / "notes").is_dir()
+    assert hub.files.keys() == {"me/mine"} and "pytorch_lora_weights.safetensors" in hub.files["me/mine"]
+
+
 def test_a_hub_that_fails_is_one_line_and_the_student_stays(
     prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from fewstep.conditioning.conditioning import Conditioning, Leaf
 from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.networks.guidance import GuidedDenoiser, guide
-from fewstep.programs.distillation import Distillation
+from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.shake import shaken
 
 
@@ -91,25 +91,25 @@ def test_a_negative_scale_leads_away_from_the_condition():
     torch.testing.assert_close(guided, 2 * negative - positive)
 
 
-def distillation(pipeline, out: Path, **settings) -> Distillation:
+def bench(pipeline, out: Path, **settings) -> Workbench:
     (out / "prompts.txt").write_text("a cat\na dog\n")
     prompts = {"prompts": str(out / "prompts.txt")} if hasattr(pipeline, "text_encoder") else {"classes": "0-3"}
     config = RunConfig(teacher="t", out=str(out / "run"), steps=1, cpu=True, report_to="none", **prompts, **settings)
-    return Distillation(config, "dmd2", pipeline)
+    return open_workbench(config, "cpu", pipeline)
 
 
 def test_a_teacher_that_does_not_hear_its_condition_is_not_guided(tmp_path: Path):
     """It reacts to the sample and to the time, so that only its answers to prompt and negative tell."""
     pipeline = tiny_stable_diffusion()
     with shaken(pipeline.unet):
-        assert distillation(pipeline, tmp_path, guidance_scale=3.0).guidance_scale == 3.0
+        assert bench(pipeline, tmp_path, guidance_scale=3.0).guidance_scale == 3.0
         for name, module in pipeline.unet.named_modules():
             if name.endswith("attn2.to_v"):
                 module.weight.data = torch.zeros_like(module.weight)
         for settings in ({}, {"guidance_scale": 3.0}):
             with pytest.raises(UserError, match="guidance would change nothing; use --guidance_scale 1"):
-                distillation(pipeline, tmp_path, **settings)
-        assert distillation(pipeline, tmp_path, guidance_scale=1.0).guidance_scale == 1.0
+                bench(pipeline, tmp_path, **settings)
+        assert bench(pipeline, tmp_path, guidance_scale=1.0).guidance_scale == 1.0
 
 
 def test_an_untrained_teacher_is_not_taken_for_a_deaf_one(tmp_path: Path):
@@ -117,4 +117,4 @@ def test_an_untrained_teacher_is_not_taken_for_a_deaf_one(tmp_path: Path):
     nn.init.zeros_(pipeline.transformer.proj_out_2.weight)
     nn.init.zeros_(pipeline.transformer.proj_out_2.bias)
     with pytest.warns(UserWarning, match="are its weights untrained"):
-        assert distillation(pipeline, tmp_path).guidance_scale == 4.0
+        assert bench(pipeline, tmp_path).guidance_scale == 4.0

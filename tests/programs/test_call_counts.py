@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from tiny_pipelines import tiny_stable_diffusion
 from torch import Tensor
@@ -18,9 +19,10 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
-from fewstep.programs.distillation import Distillation
 from fewstep.programs.methods import method_class, methods
+from fewstep.programs.pairs import pairs_of_run
 from fewstep.programs.planning.call_counts import CallCounter, declared, forward_passes
+from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.training.method import Calls, Method, Turn
 
 #: What a method must be told to run at all, and further settings under which it costs something else.
@@ -77,18 +79,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Distillation:
+def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     """A guided teacher with a text encoder, recorded once: what every run below begins with."""
     out = str(tmp_path_factory.mktemp("teacher"))
     settings = {**RUN, "data": str(data), "prompts": str(data / "prompts.txt")}
-    return Distillation(RunConfig(teacher="tiny", out=out, **settings), "any", tiny_stable_diffusion())
+    return open_workbench(RunConfig(teacher="tiny", out=out, **settings), "cpu", tiny_stable_diffusion())
 
 
 @pytest.fixture
-def distil(teacher: Distillation, data: Path, tmp_path: Path) -> Callable[..., tuple[Distillation, Method]]:
+def distil(teacher: Workbench, data: Path, tmp_path: Path) -> Callable[..., tuple[Workbench, Method]]:
     """Makes a run of a method, as the command line does."""
 
-    def make(name: str, **settings) -> tuple[Distillation, Method]:
+    def make(name: str, **settings) -> tuple[Workbench, Method]:
         if settings.get("data"):
             settings["data"] = str(data)
         run = copy.copy(teacher)
@@ -100,15 +102,17 @@ def distil(teacher: Distillation, data: Path, tmp_path: Path) -> Callable[..., t
     return make
 
 
-def play(run: Distillation, method: Method, counter: CallCounter) -> None:
+def play(run: Workbench, method: Method, counter: CallCounter) -> None:
     """The real loop."""
+    pairs = None
+    if (wanted := run.config.pairs_wanted) is not None:
+        pairs = pairs_of_run(wanted, run, method.roles["teacher"], {}, Accelerator(cpu=True), lambda: None)
     with counter:
         shape = run.recording.sample_shape
-        batches = {"conditions": run.conditions, "real": run.real, "pairs": run.pairs}
-        make_loop(method, run.config, shape, **batches, name=run.method).run()
+        make_loop(method, run.config, shape, conditions=run.conditions, real=run.real, pairs=pairs).run()
 
 
-def batch_of(run: Distillation, step: int) -> Batch:
+def batch_of(run: Workbench, step: int) -> Batch:
     """A batch to ask a method for its declaration with: only its draws and its size say something of the cost."""
     draws = Draws(run.config.seed, step, range(run.config.batch_size))
     return Batch(run.config.batch_size, run.recording.sample_shape, run.conditions.select([0, 1]), draws, None, False)
@@ -122,7 +126,9 @@ def same(found: dict[str, Calls], expected: dict[str, Calls]) -> bool:
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_a_method_costs_what_it_declares_and_encodes_no_text(name: str, settings: dict, distil: Callable) -> None:
     run, method = distil(name, max_steps=6, **settings)
-    counter = CallCounter(method, {"text_encoder": run.pipeline.text_encoder, "vae": run.pipeline.vae})
+    counter = CallCounter(
+        method, {"text_encoder": run.recording.pipeline.text_encoder, "vae": run.recording.pipeline.vae}
+    )
     play(run, method, counter)
     assert counter.steps == list(range(6))
     compared = [step for step in counter.steps if step not in counter.logged]

@@ -74,7 +74,7 @@ def test_a_step_on_fake_tensors_takes_what_it_takes_on_real_ones(
     pipeline, folder, call = teachers(family)
     config = method_class("dmd2").Config(teacher=folder, out="", call=call, batch_size=2, **settings)
     planned = Planner(config, "dmd2").plan()
-    dry_run = DryRun(config, "dmd2", pipeline, record(pipeline, **call))
+    dry_run = DryRun(config, "dmd2", record(pipeline, **call))
     method = dry_run.prepare()
     with torch.backends.mkldnn.flags(enabled=False):
         real = weigh(method, dry_run, 0)

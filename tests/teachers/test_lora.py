@@ -18,11 +18,13 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 import fewstep
 from fewstep.errors import UserError
 from fewstep.export.apply import LORA_FILE
-from fewstep.programs.distillation import Distillation, distill
+from fewstep.programs.distillation import distill, prepare
+from fewstep.programs.distillation import run as run_method
 from fewstep.programs.methods import method_class
 from fewstep.recording.shake import shaken
 from fewstep.teachers.lora import fuse_teacher_lora, with_own_weights
 from fewstep.training.checkpoint import load_latest
+from tests.whole_runs import whole_run
 
 SETTINGS = {"steps": 2, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True, "lr": 1e-2}
 SETTINGS |= {"critic_updates": 1, "sample_steps": 0}
@@ -141,9 +143,8 @@ def test_a_lora_student_loads_on_the_bare_base_and_is_the_role_that_was_trained(
     config = method_class("dmd2").Config(
         teacher=str(tmp_path / "base"), out=str(tmp_path / "run"), teacher_lora=str(lora), **words
     )
-    run = Distillation(config, "dmd2")
-    run.run()
-    student = method_class("dmd2").prepare(config, run).roles["student"]
+    run = whole_run(config, "dmd2").bench
+    student = prepare(run, "dmd2").roles["student"]
     student.load_state_dict(load_latest(tmp_path / "run" / "checkpoints")[1]["student"])
     with student.denoiser.active():
         expected = answer(student.denoiser.network, run.recording)
@@ -170,7 +171,7 @@ def test_a_lora_student_loads_on_the_bare_base_and_is_the_role_that_was_trained(
         assert "with the LoRA `mine`" in (tmp_path / "run" / form / "README.md").read_text()
     again = method_class("dmd2").Config(**{**vars(config), "resume": True, "teacher_lora": None})
     with pytest.raises(UserError, match="teacher_lora differ from"):
-        Distillation(again, "dmd2")
+        run_method(again, "dmd2")
 
 
 def test_a_full_student_starts_as_the_fused_teacher_and_the_pipeline_in_memory_stays(

@@ -19,7 +19,8 @@ from fewstep.errors import UserError
 from fewstep.export.apply import LORA_FILE, apply
 from fewstep.networks.adapters import Backbone, attention_linears
 from fewstep.programs.cache import cache
-from fewstep.programs.distillation import Distillation, distill, method_class
+from fewstep.programs.distillation import distill
+from fewstep.programs.methods import method_class
 from fewstep.programs.planning.plan import Planner
 from fewstep.recording import record
 from fewstep.recording.pipeline import is_quantized, is_quantized_layer
@@ -27,6 +28,7 @@ from fewstep.recording.shake import shaken
 from fewstep.teachers import quantization
 from fewstep.teachers.quantization import QUANTIZATIONS, denoiser_classes, pipeline_quantization
 from fewstep.training.checkpoint import load_latest
+from tests.whole_runs import whole_run
 
 RUN = {"steps": 2, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True}
 RUN |= {"critic_updates": 1, "lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-2, "sample_steps": 0, "renoise": "ode"}
@@ -186,11 +188,10 @@ def test_a_quantised_pipeline_trains_resumes_and_exports_its_adapter(way: str, p
 def test_by_diffusers_own_quantisation(name: str, teacher: Path, prompts: str, tmp_path: Path) -> None:
     library_of(name)
     settings = {**RUN, "prompts": prompts, "quantization": name, "ema_decay": 0.5}
-    run = Distillation(
-        method_class("dmd2").Config(teacher=str(teacher), out=str(tmp_path / "a"), **settings, merge=True), "dmd2"
-    )
-    assert is_quantized(run.recording.network) and not is_quantized(run.pipeline.text_encoder)
-    folder = run.run()
+    words = {"teacher": str(teacher), "out": str(tmp_path / "a"), **settings}
+    whole = whole_run(method_class("dmd2").Config(**words, merge=True), "dmd2")
+    folder, run = whole.folder, whole.bench
+    assert is_quantized(run.recording.network) and not is_quantized(run.recording.pipeline.text_encoder)
     lora = load_file(tmp_path / "a" / "student_lora" / LORA_FILE)
     base, merged = (DiffusionPipeline.from_pretrained(path).unet for path in (teacher, folder))
     for path in attention_linears(base):
@@ -213,12 +214,13 @@ def test_half_precision_is_that_of_the_whole_pipeline(teacher: Path, prompts: st
     encoded = cache(teacher, tmp_path / "cache", prompts=prompts, cpu=True)
     settings = {**RUN, "quantization": "torchao_int8", "mixed_precision": "bf16", "gradient_checkpointing": True}
     settings |= {"cache": str(encoded)}
-    run = Distillation(method_class("dmd2").Config(teacher=str(teacher), out=str(tmp_path / "a"), **settings), "dmd2")
-    assert {p.dtype for p in run.pipeline.text_encoder.parameters()} == {torch.bfloat16}
+    config = method_class("dmd2").Config(teacher=str(teacher), out=str(tmp_path / "a"), **settings)
+    whole = whole_run(config, "dmd2")
+    folder, run = whole.folder, whole.bench
+    assert {p.dtype for p in run.recording.pipeline.text_encoder.parameters()} == {torch.bfloat16}
     asked: set[torch.dtype] = set()
     run.conditions.select([0]).map_tensors(lambda tensor: asked.add(tensor.dtype) or tensor)
     assert asked == {torch.bfloat16}
-    folder = run.run()
     assert {value.dtype for value in load_file(folder / LORA_FILE).values()} == {torch.float32}
     state = load_latest(tmp_path / "a" / "checkpoints")[1]
     assert {value.dtype for value in state["student"].values()} == {torch.float32}

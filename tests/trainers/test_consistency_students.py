@@ -15,9 +15,11 @@ from PIL import Image
 from fewstep.cli import main
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.errors import UserError
-from fewstep.programs.distillation import Distillation, distill
+from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.methods import method_class
+from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.shake import shaken
+from tests.whole_runs import whole_run
 
 TINY_RUN = {"max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True, "sample_steps": 0}
 FLOW_CALL = {"max_sequence_length": 8}
@@ -44,9 +46,9 @@ def about(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "fewstep.json").read_text())
 
 
-def own_latents(run: Distillation, count: int, prompt: str) -> torch.Tensor:
+def own_latents(run: Workbench, count: int, prompt: str) -> torch.Tensor:
     """The trainer's own walk with f, from the noise that the stock pipeline draws."""
-    method = method_class("consistency").prepare(run.config, run)
+    method = prepare(run, "consistency")
     generator = torch.Generator().manual_seed(5)
 
     def draw(_step: int = 0) -> torch.Tensor:
@@ -54,7 +56,7 @@ def own_latents(run: Distillation, count: int, prompt: str) -> torch.Tensor:
 
     network = DiffusionPipeline.from_pretrained(Path(run.config.out) / "student").components[run.recording.component]
     method.student.denoiser.network.load_state_dict(network.state_dict())
-    sampler = Sampler(run.recording.schedule, run.plan.grids[count], run.plan.renoise)
+    sampler = Sampler(run.recording.schedule, run.student.plan.grids[count], run.student.plan.renoise)
     with torch.no_grad():
         f = method.function(method.student)
         return rollout(f, sampler, draw(), run.recording.condition(prompts=[prompt]), step_noise=draw)
@@ -68,8 +70,8 @@ def test_the_exported_pipeline_computes_the_trained_function_at_every_count(
     with shaken(pipeline.unet):
         settings = {**TINY_RUN, "prompts": prompts, "data": pictures, "lr": 1e-3, "steps": 4, "variant": variant}
         config = method_class("consistency").Config(teacher="tiny", out=str(tmp_path / "run"), **settings)
-        run = Distillation(config, "consistency", pipeline)
-        folder = run.run()
+        whole = whole_run(config, "consistency", pipeline)
+        folder, run = whole.folder, whole.bench
         student = DiffusionPipeline.from_pretrained(folder)
         student.set_progress_bar_config(disable=True)
         for count in (1, 2, 4):
@@ -254,7 +256,7 @@ def test_a_run_goes_on_with_its_target_and_from_another_run(prompts: str, tmp_pa
     config = method_class("consistency").Config(
         teacher="t", out=str(tmp_path / "next"), init=str(tmp_path / "whole"), **common
     )
-    method = method_class("consistency").prepare(config, Distillation(config, "consistency", pipeline))
+    method = prepare(open_workbench(config, "cpu", pipeline), "consistency")
     student = method.roles["student"].state_dict()
     for name in ("target", "ema"):
         assert all(torch.equal(value, student[key]) for key, value in method.roles[name].state_dict().items())

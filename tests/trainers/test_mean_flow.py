@@ -28,12 +28,14 @@ from fewstep.export.own_code import is_own_code
 from fewstep.networks.flow_map import FlowMapDenoiser, gap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.pipelines.flow_map import flow_times
-from fewstep.programs.distillation import Distillation, distill
+from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.planning.call_counts import CallCounter, forward_passes
+from fewstep.programs.workbench import open_workbench
 from fewstep.recording.shake import shaken
 from fewstep.trainers.mean_flow import MeanFlow, MeanFlowConfig
 from fewstep.training.method import Calls
 from tests.end_to_end.test_phased import dense_wan
+from tests.whole_runs import whole_run
 
 TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
 SCHEDULES = {"flow": FlowSchedule(), "epsilon": TABLE, "edm": EDMSchedule()}
@@ -304,19 +306,17 @@ class Finished:
         told = {} if "classes" in settings else {"prompts": str(place / "prompts.txt")}
         with shaken(pipeline.components[network]):
             settings = MeanFlowConfig(teacher=name, out=str(place / name), **{**RUN, **told, **settings})
-            run = Distillation(settings, "mean_flow", pipeline)
-            exported, export = [], run.export
-            run.export = lambda role: (exported.append(role), export(role))
-            self.folder = run.run()
+            whole = whole_run(settings, "mean_flow", pipeline)
+            self.folder, run = whole.folder, whole.bench
             self.about = json.loads((self.folder / "fewstep.json").read_text())
             conditioning = run.conditions.select([3 if name == "labels" else 0])
             generator = torch.Generator().manual_seed(5)
             noise = torch.randn(1, *run.recording.sample_shape, generator=generator)
             self.expected = {}
             for count in self.about["counts"]:
-                sampler = Sampler(run.sampler.schedule, run.plan.grids[count], "ode", run.sampler.initial_scale)
+                sampler = Sampler(run.sampler.schedule, run.student.plan.grids[count], "ode", run.sampler.initial_scale)
                 with torch.no_grad():
-                    self.expected[count] = rollout(exported[0], sampler, noise, conditioning)
+                    self.expected[count] = rollout(whole.role, sampler, noise, conditioning)
 
 
 @pytest.fixture(scope="module")
@@ -396,8 +396,8 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path):
     # And another run begins with the second time of this one, from its checkpoint or its folder.
     for number, init in enumerate((tmp_path / "whole", folders[0])):
         own = {"out": str(tmp_path / f"next_{number}"), "init": str(init), "trust_remote_code": True, **settings}
-        run = Distillation(MeanFlowConfig(teacher="tiny", **own), "mean_flow", pipeline)
-        again = MeanFlow.prepare(run.config, run).roles["student"].added["second_time"]
+        bench = open_workbench(MeanFlowConfig(teacher="tiny", **own), "cpu", pipeline)
+        again = prepare(bench, "mean_flow").roles["student"].added["second_time"]
         assert bool((again.heads[0].weight != 0).any())
 
 

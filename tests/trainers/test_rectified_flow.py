@@ -21,11 +21,14 @@ from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule
 from fewstep.errors import UserError
 from fewstep.networks.perceptual import PerceptualDistance, images_of, lpips_of
-from fewstep.programs.distillation import Distillation, distill
+from fewstep.programs import distillation
+from fewstep.programs.distillation import distill
 from fewstep.recording import record
 from fewstep.recording.shake import shaken
 from fewstep.trainers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
+from fewstep.training.loop import Loop
 from fewstep.training.method import Calls
+from tests.whole_runs import whole_run
 
 TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
 SCHEDULES = {"flow": FlowSchedule(), "epsilon": TABLE, "edm": EDMSchedule()}
@@ -176,8 +179,8 @@ def test_a_reflowed_student_loads_stock_and_samples_as_it_was_trained(family: st
         settings = RectifiedFlowConfig(
             teacher=family, out=str(tmp_path), prompts=prompts, steps=2, lr=1e-3, **TINY, **extra
         )
-        run = Distillation(settings, "rectified_flow", pipeline)
-        folder = run.run()
+        whole = whole_run(settings, "rectified_flow", pipeline)
+        folder, run = whole.folder, whole.bench
         about = json.loads((folder / "fewstep.json").read_text())
         stock = DiffusionPipeline.from_pretrained(folder)
         stock.set_progress_bar_config(disable=True)
@@ -230,16 +233,18 @@ def test_a_run_that_is_stopped_while_it_makes_its_pairs_goes_on_with_them(tmp_pa
     assert made == [0, 1, 2]
 
 
-def test_real_images_join_the_pairs(tmp_path: Path):
+def test_real_images_join_the_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = tmp_path / "data"
     data.mkdir()
     for number in range(3):
         Image.new("RGB", (8, 8), (80 * number, 0, 0)).save(data / f"{number}.png")
     settings = {**TINY, "data": str(data), "inverted_share": 0.9, "max_steps": 4}
-    run = Distillation(config(tmp_path / "run", **settings), "rectified_flow", tiny_ddim())
-    run.run()
-    assert run.real is None  # no image is read in a step
-    drawn = run.pairs.batch(0, range(200)).x0
+    loops: list[Loop] = []
+    monkeypatch.setattr(distillation, "Loop", lambda *given, **named: loops.append(Loop(*given, **named)) or loops[0])
+    distill(tiny_ddim(), "rectified_flow", out=str(tmp_path / "run"), **settings)
+    batches = loops[0].batches
+    assert batches.real is None  # no image is read in a step
+    drawn = batches.pairs.batch(0, range(200)).x0
     flat = (drawn.amax((2, 3)) - drawn.amin((2, 3))).amax(1) < 1e-6
     assert 160 < int(flat.sum()) < 198
     reds = {round(float(x0[0, 0, 0]) * 127.5 + 127.5) for x0 in drawn[flat]}

@@ -21,11 +21,12 @@ from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.rollout import rollout
 from fewstep.errors import UserError
-from fewstep.programs.distillation import Distillation, distill
+from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.methods import method_class
+from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.shake import shaken
-from fewstep.trainers.sid import Sid
 from fewstep.training.pictures import to_uint8
+from tests.whole_runs import whole_run
 
 TINY_RUN = {"max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True, "sample_steps": 0}
 FLOW = {"call": {"max_sequence_length": 8}, "renoise": "fresh", "steps": 4}
@@ -58,9 +59,12 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_prompts(tmp_path_factory.mktemp("prompts"))
 
 
-def distillation(pipeline: Any, out: Path, **settings: Any) -> Distillation:
-    config = method_class("sid").Config(teacher="tiny", out=str(out), **{**TINY_RUN, **settings})
-    return Distillation(config, "sid", pipeline)
+def configured(out: Path, **settings: Any) -> Any:
+    return method_class("sid").Config(teacher="tiny", out=str(out), **{**TINY_RUN, **settings})
+
+
+def opened(pipeline: Any, out: Path, **settings: Any) -> Workbench:
+    return open_workbench(configured(out, **settings), "cpu", pipeline)
 
 
 def network_of(pipeline: Any) -> torch.nn.Module:
@@ -86,26 +90,26 @@ def students(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
         place = tmp_path_factory.mktemp(kind)
         pipeline = build()
         with shaken(network_of(pipeline)):
-            run = distillation(pipeline, place / "run", prompts=write_prompts(place), lr=1e-3, **settings)
-            run.run()
+            config = configured(place / "run", prompts=write_prompts(place), lr=1e-3, **settings)
+            run = whole_run(config, "sid", pipeline).bench
             found[kind] = (run, own_images(run))
         if (zoo := pytestconfig.getoption("zoo")) is not None:
             call = dict(json.loads((zoo / "manifest.json").read_text())[folder]["call"])
             call = {name: value for name, value in call.items() if name not in ("prompt", "batch_size")}
             pipeline = DiffusionPipeline.from_pretrained(zoo / folder)
             chosen = {**settings, "call": call, "batch_size": 1}
-            run = distillation(pipeline, place / "zoo", prompts=write_prompts(place), **chosen)
-            run.run()
+            config = configured(place / "zoo", prompts=write_prompts(place), **chosen)
+            run = whole_run(config, "sid", pipeline).bench
             found[f"{kind} of the zoo"] = (run, own_images(run))
-    folders = [str(run.out / "student") for run, _ in found.values()]
+    folders = [str(Path(run.config.out) / "student") for run, _ in found.values()]
     subprocess.run([sys.executable, "-W", "ignore", "-c", STOCK, *folders], check=True)
     return found
 
 
-def own_images(run: Distillation) -> torch.Tensor:
+def own_images(run: Workbench) -> torch.Tensor:
     """The exported student sampled by the trainer's rollout, (1, H, W, C) in [0, 1]."""
-    trained = network_of(DiffusionPipeline.from_pretrained(run.out / "student"))
-    student = Sid.prepare(run.config, run).roles["student"]
+    trained = network_of(DiffusionPipeline.from_pretrained(Path(run.config.out) / "student"))
+    student = prepare(run, "sid").roles["student"]
     student.denoiser.network.load_state_dict(trained.state_dict())
     shape = run.recording.sample_shape
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(5))
@@ -128,7 +132,7 @@ def test_a_student_sampled_by_stock_diffusers_equals_the_trainers_own_walk(
     if kind + place not in students:
         pytest.skip("no folder of tiny pipelines: give --zoo DIR")
     run, ours = students[kind + place]
-    theirs = torch.from_numpy(numpy.load(run.out / "student" / "images.npy"))
+    theirs = torch.from_numpy(numpy.load(Path(run.config.out) / "student" / "images.npy"))
     assert (to_uint8(theirs).int() - to_uint8(ours).int()).abs().max() <= 1
 
 
@@ -145,7 +149,7 @@ def test_a_few_step_student_of_a_flow_moves_by_fresh_noise(students: dict[str, t
 
 
 def test_an_edm_student_starts_at_its_first_sigma(prompts: str, tmp_path: Path) -> None:
-    run = distillation(tiny_pipelines.tiny_edm(), tmp_path, prompts=prompts, steps=1, first_sigma=2.5)
+    run = opened(tiny_pipelines.tiny_edm(), tmp_path, prompts=prompts, steps=1, first_sigma=2.5)
     run.run()
     sigma = run.sampler.schedule.coefficients(torch.tensor(run.sampler.grid)).sigma
     assert float(sigma[0]) == pytest.approx(2.5, rel=1e-4)
@@ -167,8 +171,8 @@ def test_an_edm_student_starts_at_its_first_sigma(prompts: str, tmp_path: Path) 
 def test_critic_and_teacher_are_guided_by_the_recordings_negative(
     settings: dict, kappas: tuple, prompts: str, tmp_path: Path
 ) -> None:
-    run = distillation(tiny_pipelines.tiny_stable_diffusion(), tmp_path, prompts=prompts, **settings)
-    method = Sid.prepare(run.config, run)
+    run = opened(tiny_pipelines.tiny_stable_diffusion(), tmp_path, prompts=prompts, **settings)
+    method = prepare(run, "sid")
     scales = (method.critic_in_training, method.critic, method.teacher)
     assert tuple(guided.guidance_scale for guided in scales) == kappas
     assert isinstance(method.critic.negative, Conditioning)
@@ -178,9 +182,9 @@ def test_critic_and_teacher_are_guided_by_the_recordings_negative(
 
 def test_a_guided_critic_needs_a_teacher_with_guidance(tmp_path: Path) -> None:
     for settings in ({"guidance": "zero"}, {"critic_guidance": 2.0}):
-        run = distillation(tiny_pipelines.tiny_ddim(), tmp_path, **settings)
+        run = opened(tiny_pipelines.tiny_ddim(), tmp_path, **settings)
         with pytest.raises(UserError, match=f"no negative to guide away from: leave out --{next(iter(settings))}$"):
-            Sid.prepare(run.config, run)
+            prepare(run, "sid")
 
 
 # --- forms of a run ---------------------------------------------------------------------------------------------------
@@ -193,8 +197,8 @@ def test_adapters_under_checkpointing_get_the_gradients_they_get_without_it(prom
     with shaken(network_of(pipeline)):
         for checkpointing in (False, True):
             settings = {"prompts": prompts, "lora_rank": 4, "gradient_checkpointing": checkpointing, **ONE_STEP}
-            run = distillation(pipeline, tmp_path / str(checkpointing), **settings)
-            method = Sid.prepare(run.config, run)
+            run = opened(pipeline, tmp_path / str(checkpointing), **settings)
+            method = prepare(run, "sid")
             for name in ("student", "critic"):  # adapters that do something
                 generator = torch.Generator().manual_seed(len(name))
                 for parameter in method.roles[name].parameters():
@@ -234,8 +238,7 @@ def test_real_images_train_the_critic_as_a_discriminator(
         Image.new("RGB", (40, 36), (int(name) * 60, 10, 200)).save(tmp_path / "data" / name / "a.png")
     chosen = {**settings, **({"prompts": prompts} if settings.get("prompts") else {})}
     adversarial = {"data": str(tmp_path / "data"), "adversarial": variant, "lora_rank": 4, "merge": True}
-    run = distillation(build(), tmp_path / "run", ema_decay=0.5, **adversarial, **chosen)
-    folder = run.run()
+    folder = whole_run(configured(tmp_path / "run", ema_decay=0.5, **adversarial, **chosen), "sid", build()).folder
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < row[f"{name}/adversarial"] <= 10 * 100 for row in rows for name in ("critic", "student"))
     assert (folder / "model_index.json").is_file()

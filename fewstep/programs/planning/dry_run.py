@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -19,21 +18,22 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batch, Pairs, Real
 from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.phases import Phase
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.timesteps import even_grid
 from fewstep.export.flow_map import refuse_no_flow_map
 from fewstep.export.phased import phased_recording
-from fewstep.export.plan import StudentPlan
 from fewstep.networks.features import FeatureTap, likely_tap
+from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.guidance_embedding import likely_guidance_embedding
+from fewstep.networks.heads import make_head
 from fewstep.networks.make_roles import make_roles
 from fewstep.networks.roles import Role, update_average
 from fewstep.networks.second_time import attach_second_time
 from fewstep.networks.time_embedders import likely_time_embedders
-from fewstep.programs.distillation import Distillation
 from fewstep.programs.methods import method_class
-from fewstep.programs.teacher import guidance_of
+from fewstep.programs.teacher import TeacherSettings, guidance_of
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import find_scheduler
 from fewstep.training.method import Method, Turn
@@ -42,14 +42,13 @@ from fewstep.training.method import Method, Turn
 World = Callable[[], AbstractContextManager[Any]]
 
 
-class DryRun(Distillation):
-    """What a method is prepared with, and batches for its steps.
+class DryRun:
+    """What a method is prepared at, a :class:`fewstep.training.method.Bench`, and batches for its steps.
 
     Args:
         config: of the run.
         method: name of the method.
-        pipeline: the teacher, weightless or real.
-        recording: of that pipeline.
+        recording: of the teacher's pipeline, weightless or real.
         device: of the roles.
         world: that of fake tensors for a plan. What a method works out with numbers of its own, it works out on real
             ones.
@@ -59,39 +58,43 @@ class DryRun(Distillation):
         self,
         config: RunConfig,
         method: str,
-        pipeline: DiffusionPipeline,
         recording: Recording,
         device: torch.device | str = "cpu",
         world: World = nullcontext,
     ) -> None:
-        self.config, self.method, self.pipeline, self.recording = config, method, pipeline, recording
-        self.student_recording, self.pairs, self.real = recording, None, None
+        self.config, self.method, self.recording = config, method, recording
         self.device, self.world = torch.device(device), world
-        #: How often the (guided) teacher is evaluated, in samples, for pairs that the run makes.
-        self.pair_evaluations = 0
-        self.plan = _even_plan(config, recording)
-        self.shift = self.plan.shift
-        self.sampler = Sampler(recording.schedule, self.plan.grid, self.plan.renoise, self.plan.initial_scale)
-        self.guidance_scale = guidance_of(config, recording)
+        self.scheduler = getattr(recording.pipeline, find_scheduler(recording.pipeline))
+        self.shift = config.shift or 1.0
+        grid = tuple(even_grid(config.steps).tolist())
+        self.grids = {config.steps: grid}
+        renoise = "fresh" if config.renoise == "fresh" else "ode"
+        self.sampler = Sampler(recording.schedule, grid, renoise, recording.schedule.initial_scale())
+        self.guidance_scale = guidance_of(TeacherSettings.of(config), recording)
         # An input for the guidance that a run would add to the network weighs next to nothing, and is left out.
         told = config.embeds_guidance and recording.embedded
         self.guidance_embedding = likely_guidance_embedding(recording, config.guidance_min) if told else None
         negative = recording.negative()
         self.negative = None if negative is None else negative.to(device=self.device)
         self._conditions = self._conditioning(config.batch_size)
-        self._real = None
-        if config.data is not None:
-            x0 = torch.zeros(config.batch_size, *recording.sample_shape, device=self.device)
-            self._real = Real(x0, self._conditions)
 
     def prepare(self) -> Method:
         """The method with its roles."""
         return method_class(self.method).prepare(self.config, self)
 
+    @property
+    def pair_evaluations(self) -> int:
+        """How often the (guided) teacher is evaluated, in samples, for pairs that the run makes before its training."""
+        wanted = self.config.pairs_wanted
+        if wanted is None:
+            return 0
+        each = wanted.num * wanted.steps * (2 if wanted.solver == "heun" else 1)
+        return each * ((wanted.folder is None) + wanted.invert_real)
+
     def make_roles(self, *names: str) -> dict[str, Role]:
         """As in a run."""
         with self.world():
-            return _first_expert_only(super().make_roles(*names))
+            return _first_expert_only(make_roles(self.config, self.recording, names, self.device))
 
     def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
         """As in a run; how the student is shipped is not looked at."""
@@ -111,17 +114,31 @@ class DryRun(Distillation):
                 attach_second_time(roles[name], self.recording.component, sites, checkpointing, self.config.seed)
         return roles
 
+    def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
+        """As in a run."""
+        return GuidedDenoiser(role, self.negative, self.guidance_scale if guidance_scale is None else guidance_scale)
+
+    def tap(self, role: Role) -> FeatureTap:
+        """As in a run, but its place alone is looked up: which tokens are the image is not observed."""
+        return likely_tap(next(iter(role.experts.values())).denoiser.network)
+
     def add_head(self, role: Role) -> FeatureTap:
         """As in a run."""
+        x = torch.zeros(2, *self.recording.sample_shape, device=self.device)
+        t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
+        tap, denoiser = self.tap(role), next(iter(role.experts.values())).denoiser
         with self.world():
-            return super().add_head(role)
+            with torch.no_grad():
+                features = denoiser.features(x, t, self._conditioning(2), tap)
+            role.added["head"] = make_head(features, self.config.seed)
+        return tap
 
-    def run_pairs(self) -> _NoPairs:
-        """Pairs are made before the training; what they would cost is kept as ``pair_evaluations``."""
-        return _NoPairs(self)
+    def perceptual_distance(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """In the place of LPIPS, whose network and the decoder before it are not looked at, a mean square."""
+        return lambda a, b: (a - b).square().flatten(1).mean(1)
 
-    def initialize(self, roles: dict[str, Role]) -> None:
-        """Nothing: other weights take no other memory."""
+    def describe(self, **what: Any) -> None:
+        """Nothing: no card is written."""
 
     def batch(self, step: int, draws: type[Draws] | None = None) -> Batch:
         """The micro-batch of a step: the recording's own prompt or label for every sample, grey images where asked.
@@ -130,48 +147,17 @@ class DryRun(Distillation):
             step: of the run.
             draws: the class of its draws; by default they are such that no step costs more.
         """
-        size, shape = self.config.batch_size, self.recording.sample_shape
-        drawn = (draws or _LongestDraws)(self.config.seed, step, range(size), self.device)
-        pairs = None
-        if self.pairs is not None:
-            noise = torch.zeros(size, *shape, device=self.device)
-            pairs = Pairs(torch.zeros_like(noise), noise, self._conditions)
-        return Batch(size, shape, self._conditions, drawn, self._real, logging=False, pairs=pairs)
-
-    def _tapped(self, role: Role) -> tuple[FeatureTap, Tensor]:
-        """As in a run, but the tap's place alone is looked up: which tokens are the image is not observed."""
-        x = torch.zeros(2, *self.recording.sample_shape, device=self.device)
-        t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
-        denoiser = next(iter(role.experts.values())).denoiser
-        tap = likely_tap(denoiser.network)
-        with self.world(), torch.no_grad():
-            return tap, denoiser.features(x, t, self._conditioning(2), tap)
+        config, conditions = self.config, self._conditions
+        size, shape, wanted = config.batch_size, self.recording.sample_shape, config.pairs_wanted
+        drawn = (draws or _LongestDraws)(config.seed, step, range(size), self.device)
+        zeros = torch.zeros(size, *shape, device=self.device)
+        pairs = Pairs(zeros, zeros.clone(), conditions) if wanted is not None else None
+        given = config.data is not None and not (wanted is not None and wanted.invert_real)
+        real = Real(zeros.clone(), conditions) if given else None
+        return Batch(size, shape, conditions, drawn, real, logging=False, given_pairs=pairs)
 
     def _conditioning(self, size: int) -> Conditioning:
         return Conditioning(self.recording.marked, 1).select([0] * size).to(device=self.device)
-
-    def _say(self, line: str) -> None:
-        pass
-
-
-def _even_plan(config: RunConfig, recording: Recording) -> StudentPlan:
-    """A student on an even grid, as the trial export of a run would find it or nearly so."""
-    grid = tuple(even_grid(config.steps).tolist())
-    return StudentPlan(
-        scheduler=getattr(recording.pipeline, find_scheduler(recording.pipeline)),
-        renoise="fresh" if config.renoise == "fresh" else "ode",
-        steps=config.steps,
-        timesteps=grid,
-        grid=grid,
-        counts=(config.steps,),
-        grids={config.steps: grid},
-        call={},
-        initial_scale=recording.schedule.initial_scale(),
-        noise_follows=None,
-        prediction_type=recording.prediction_type,
-        shift=config.shift or 1.0,
-        note="",
-    )
 
 
 class _LongestDraws(Draws):
@@ -187,19 +173,6 @@ class _LongestDraws(Draws):
     def coins(self, name: str, probability: float) -> list[bool]:
         with unset_fake_temporarily():
             return super().coins(name, probability)
-
-
-class _NoPairs:
-    """In the place of a run's pairs: nothing is made but noted, and every batch holds zeros."""
-
-    def __init__(self, dry_run: DryRun) -> None:
-        self._dry_run = dry_run
-
-    def make(self, _teacher: Role, num: int, steps: int, solver: str, real: Any = None) -> None:
-        self._dry_run.pair_evaluations += num * steps * (2 if solver == "heun" else 1)
-
-    def stream(self, *_folders: Any) -> _NoPairs:
-        return self
 
 
 def _first_expert_only(roles: dict[str, Role]) -> dict[str, Role]:

@@ -28,7 +28,7 @@ from fewstep.programs.planning.dry_run import DryRun, World, backward
 from fewstep.programs.planning.memory import Footprint, tensor_bytes
 from fewstep.programs.planning.quantized import plan_quantized
 from fewstep.programs.planning.weightless import answering, fake_tensors, fake_world, pretend, weightless_teacher
-from fewstep.programs.teacher import teacher_call
+from fewstep.programs.teacher import TeacherSettings
 from fewstep.recording import Recording, record
 from fewstep.recording.pipeline import find_decoder, modules_of
 from fewstep.training.method import Calls, Method, Turn
@@ -39,7 +39,7 @@ _SEARCHED = 100  # steps among which the most costly one is looked for
 #: What no number here holds.
 LEFT_OUT = (
     "what the allocator keeps beyond live tensors (fragmentation, caches), workspaces of cuDNN, cuBLAS and attention "
-    "kernels, the CUDA context, images, prompts and sample grids"
+    "kernels, the CUDA context, images, prompts, sample grids, and LPIPS with the decoder before it"
 )
 
 
@@ -151,7 +151,7 @@ class Planner:
         else:
             self.pipeline = build(partial(fake_world, self.mode))
         with answering(self.pipeline, self.mode):
-            self.recording = record(self.pipeline, **teacher_call(config))
+            self.recording = record(self.pipeline, **TeacherSettings.of(config).recorded_call)
         self.device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
 
     def plan(self, **changes: Any) -> Plan:
@@ -164,7 +164,7 @@ class Planner:
         world = partial(fake_world, self.mode)
         recording = self._quantized(config) if config.quantization is not None else self.recording
         pipeline = recording.pipeline
-        dry_run = DryRun(config, self.method, pipeline, recording, self.device, world)
+        dry_run = DryRun(config, self.method, recording, self.device, world)
         try:
             method = dry_run.prepare()
             for role in method.roles.values():

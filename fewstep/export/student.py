@@ -1,0 +1,159 @@
+"""A student from its plan to its folders: what it will be as a pipeline, and in which forms it is written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from fewstep.diffusion.phases import Phase
+from fewstep.export.about import FILE
+from fewstep.export.flow_map import flow_map_recording, whole_network
+from fewstep.export.full_precision import in_full_precision
+from fewstep.export.lora import export_lora, why_no_lora
+from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
+from fewstep.export.plan import StudentPlan
+from fewstep.export.whole import check_counts, export_student, refuse_own_code
+from fewstep.networks.adapters import AdapterRole
+from fewstep.networks.flow_map import SECOND_TIME
+from fewstep.networks.roles import Role
+from fewstep.recording import Recording
+from fewstep.recording.pipeline import find_scheduler, is_quantized, with_parts
+from fewstep.teachers.lora import FusedLora
+
+#: The folders of a run that hold its student, the whole pipeline and the LoRA.
+WHOLE, LORA = "student", "student_lora"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written of a student.
+
+    Attributes:
+        folders: the whole pipeline first, where there is one.
+        note: why it is a whole pipeline although a LoRA was trained; else empty.
+    """
+
+    folders: tuple[Path, ...]
+    note: str
+
+
+@dataclass(frozen=True)
+class Student:
+    """What a student is beside its weights.
+
+    Attributes:
+        teacher: the recording that its roles start from.
+        recording: of the pipeline that it will be: the teacher's own, unless it has other experts or a second time.
+        plan: how it moves.
+        teacher_lora: what was fused into the teacher.
+    """
+
+    teacher: Recording
+    recording: Recording
+    plan: StudentPlan
+    teacher_lora: FusedLora | None = None
+
+    def phased(self, phases: Sequence[Phase]) -> Student:
+        """The same with an expert for each phase; untrained, it samples at every count.
+
+        Raises:
+            UserError: the phases do not fit this teacher, or its pipeline does not walk with as many networks.
+        """
+        recording = phased_recording(self.teacher, phases)
+        return replace(self, recording=recording, plan=phased_plan(self.plan, phases))._checked()
+
+    def flow_map(self, second_time: nn.Module) -> Student:
+        """The same, told where its steps end; untrained, it samples at every count.
+
+        Raises:
+            UserError: its pipeline does not walk so.
+        """
+        return replace(self, recording=flow_map_recording(self.teacher, second_time))._checked()
+
+    def described(self, **what: Any) -> Student:
+        """The same with other fields of its :class:`fewstep.export.StudentPlan`."""
+        return replace(self, plan=replace(self.plan, **what))
+
+    @property
+    def why_whole(self) -> str | None:
+        """Why no LoRA of the base model can hold this student; None where one can."""
+        if SECOND_TIME in self.recording.pipeline.components:
+            return "no LoRA holds its second time"
+        if moves_boundary(self.teacher, self.recording):
+            return "its base model has no room for the student's networks"
+        return why_no_lora(self.teacher, self.teacher_lora)
+
+    def forms(self, lora: bool, merge: bool) -> tuple[str, ...]:
+        """The folders that it is written to, :data:`WHOLE` before :data:`LORA`.
+
+        Args:
+            lora: whether adapters are trained.
+            merge: whether a whole pipeline is wanted beside a LoRA.
+        """
+        if not lora or self.why_whole is not None:
+            return (WHOLE,)
+        return (WHOLE, LORA) if merge else (LORA,)
+
+    def refuse_unwritable(self, lora: bool, merge: bool) -> None:
+        """Raise ``UserError`` for a student that cannot be written, before it is trained."""
+        if WHOLE in self.forms(lora, merge):
+            refuse_own_code(self.teacher.pipeline)
+
+    def write(
+        self,
+        role: Role,
+        out: Path,
+        *,
+        merge: bool,
+        before_whole: Callable[[], None],
+        load_unquantized: Callable[[dict[str, Any]], DiffusionPipeline],
+        **about: Any,
+    ) -> Written:
+        """Write a role in its forms below ``out``; a form that it has no longer, of an earlier write, is removed.
+
+        Args:
+            role: that is sampled.
+            out: folder of the run.
+            merge: also write a whole pipeline where a LoRA holds the student.
+            before_whole: called before a whole pipeline is written: brings back the weights that were freed.
+            load_unquantized: gives a quantised teacher's pipeline in full precision, when it is told the parts that are
+                there.
+            **about: for the card, see :func:`fewstep.export.export_student`.
+
+        Raises:
+            ExportError: a folder is in use, or what was written does not sample as planned.
+        """
+        student = self
+        if role.has_second_time:  # the exported role's own: an average has another one than the student in training
+            student = replace(self, recording=flow_map_recording(self.teacher, role.added[SECOND_TIME]))
+        recording: Recording
+        network: nn.Module
+        lora = role.part == AdapterRole.part
+        forms = student.forms(lora, merge)
+        about |= {"teacher_lora": self.teacher_lora}
+        if LORA in forms:
+            export_lora(self.teacher, role, self.plan, out / LORA, **about)
+        if WHOLE in forms:
+            before_whole()
+            if is_quantized(self.teacher.network):
+                recording, network = in_full_precision(load_unquantized, self.teacher, student.recording, role)
+            else:
+                recording, network = student.recording, whole_network(role)
+            export_student(recording, network, self.plan, out / WHOLE, **about)
+        for stale in {WHOLE, LORA}.difference(forms):
+            if (out / stale / FILE).is_file():
+                shutil.rmtree(out / stale)
+        note = f"{student.why_whole}: exported merged, as a pipeline" if lora and LORA not in forms else ""
+        return Written(tuple(out / form for form in forms), note)
+
+    def _checked(self) -> Student:
+        """This student, once its pipeline, untrained, was seen to walk at every count that is planned."""
+        scheduler = {find_scheduler(self.teacher.pipeline): self.plan.scheduler}
+        check_counts(self.recording, with_parts(self.recording.pipeline, **scheduler), self.plan)
+        return self

@@ -1,0 +1,247 @@
+"""The workbench of a run: an open teacher, what its student will be, and what there is to train on.
+
+A method is prepared at it (:class:`fewstep.training.method.Bench`). It writes no files and knows of no processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.config.run import RunConfig
+from fewstep.data.batch import Batches, Pairs, Source
+from fewstep.data.images import read_images
+from fewstep.data.real import RealSamples
+from fewstep.diffusion.draws import OBSERVATION_STEP, RESPONSE_STEP, Draws
+from fewstep.diffusion.intervals import TimedScale
+from fewstep.diffusion.phases import Phase, describe
+from fewstep.diffusion.rollout import Sampler
+from fewstep.errors import UserError
+from fewstep.export import plan_student, why_no_lora
+from fewstep.export.flow_map import refuse_no_flow_map
+from fewstep.export.student import Student
+from fewstep.networks.features import FeatureTap, tapped
+from fewstep.networks.flow_map import SECOND_TIME
+from fewstep.networks.guidance import GuidedDenoiser
+from fewstep.networks.guidance_embedding import find_guidance_embedding, with_guidance_embedding
+from fewstep.networks.heads import make_head
+from fewstep.networks.make_roles import make_roles
+from fewstep.networks.perceptual import lpips_of
+from fewstep.networks.roles import Role
+from fewstep.networks.second_time import add_second_time
+from fewstep.programs.teacher import (
+    Teacher,
+    TeacherSettings,
+    conditions_of,
+    open_teacher,
+    quantized_network,
+    refuse_guided_alike,
+)
+from fewstep.recording import Recording
+
+
+def _silent(_line: str) -> None:
+    """Tell nobody."""
+
+
+class Workbench:
+    """What a method is prepared at in a run.
+
+    Args:
+        config: of the run.
+        teacher: of the run.
+        device: of the roles.
+        say: told in one line what a user may want to know.
+        progress: show how far encoding is.
+
+    Attributes:
+        recording: that roles start from: the teacher's, with room for its guidance where the run embeds that.
+        student: what it will be; the method's wishes make it another one.
+        conditions: to generate for.
+        real: real samples; None in a run without.
+
+    Raises:
+        UserError: for everything that a user can mend.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        teacher: Teacher,
+        device: torch.device,
+        say: Callable[[str], None] = _silent,
+        progress: bool = False,
+    ) -> None:
+        self.config, self.teacher, self.device, self.say = config, teacher, device, say
+        self.guidance_scale = teacher.guidance_scale
+        self.recording: Recording = teacher.recording
+        self.guidance_embedding = None
+        if config.embeds_guidance:
+            self.recording = with_guidance_embedding(
+                teacher.recording, self.guidance_scale, trained=not config.lora_rank
+            )
+            heeded = self.recording is teacher.recording
+            self.guidance_embedding = find_guidance_embedding(self.recording, heeded=heeded)
+        plan = plan_student(
+            self.recording,
+            config.steps,
+            renoise=config.renoise,
+            shift=config.shift,
+            first_timestep=config.first_timestep,
+            first_sigma=config.first_sigma,
+            start=config.start,
+        )
+        say(plan.note)
+        self.student = Student(self.recording, self.recording, plan, teacher.lora)
+        self.conditions, negative = conditions_of(config, teacher, device, progress=progress)
+        say(self.conditions.note)
+        # Also where the teacher is not guided: a critic may be.
+        self.negative = None if negative is None else self.with_default_guidance(negative.to(device=device))
+        draws = Draws(config.seed, RESPONSE_STEP, range(2), device)
+        scale, told = self.guidance_scale, self.with_default_guidance
+        refuse_guided_alike(self.recording, scale, self.negative, self.conditions, draws, told)
+        self.real: RealSamples | None = None
+        if config.data is not None:
+            self.real = RealSamples(read_images(config.data), teacher.recording, self.conditions, device)
+
+    @property
+    def scheduler(self) -> Any:
+        """That the student is shipped with."""
+        return self.student.plan.scheduler
+
+    @property
+    def grids(self) -> Mapping[int, tuple[float, ...]]:
+        """The student's times by step count."""
+        return self.student.plan.grids
+
+    @property
+    def shift(self) -> float:
+        """Of a flow student's grid."""
+        return self.student.plan.shift
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the student moves."""
+        plan = self.student.plan
+        return Sampler(self.recording.schedule, plan.grid, plan.renoise, plan.initial_scale)
+
+    def make_roles(self, *names: str) -> dict[str, Role]:
+        """The frozen teacher, the roles ``names``, and ``ema`` where the run has one."""
+        return make_roles(self.config, self.recording, names, self.device)
+
+    def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
+        """The frozen teacher, a student (and ``ema``) with an expert for each phase, and the trainable roles ``names``.
+
+        Raises:
+            UserError: the phases do not fit this teacher, or its pipeline does not walk with as many networks.
+        """
+        self.say(describe(phases, self.recording.schedule))
+        self.student = self.student.phased(phases)
+        return make_roles(self.config, self.recording, ("student", *names), self.device, self.student.recording)
+
+    def make_flow_map_roles(self, *, differentiated: bool) -> dict[str, Role]:
+        """The frozen teacher, and a student (and ``ema``) that is told where its steps end.
+
+        Raises:
+            UserError: no network or pipeline could be told it, or ``differentiated`` without such a derivative.
+        """
+        refuse_no_flow_map(self.recording)
+        roles = self.make_roles("student")
+        conditioning = self.with_default_guidance(self.conditions.select([0, 0]))
+        add_second_time(roles, self.recording.component, self.config, self._two(), conditioning, differentiated)
+        self.student = self.student.flow_map(roles["student"].added[SECOND_TIME])
+        return roles
+
+    def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
+        """A role under guidance, by default the run's, which is the teacher's."""
+        return GuidedDenoiser(role, self.negative, self.guidance_scale if guidance_scale is None else guidance_scale)
+
+    def tap(self, role: Role) -> FeatureTap:
+        """Where a role's features are tapped, the same place in each of several experts."""
+        return self._tapped(role)[0]
+
+    def add_head(self, role: Role) -> FeatureTap:
+        """Give a role a GAN head on its own features, and say where they are tapped."""
+        tap, features = self._tapped(role)
+        role.added["head"] = make_head(features, self.config.seed)
+        return tap
+
+    def perceptual_distance(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """LPIPS (B,) between the images that two batches x0 (B, ...) stand for.
+
+        Raises:
+            UserError: it cannot be had, or the teacher makes videos.
+        """
+        return lpips_of(self.recording, self.device)
+
+    def describe(self, **what: Any) -> None:
+        """Put on the student's card what the method knows of it: fields of :class:`fewstep.export.StudentPlan`."""
+        self.student = self.student.described(**what)
+
+    def with_default_guidance(self, conditioning: AnyConditioning) -> AnyConditioning:
+        """The same conditioning where the network is told its guidance by default, else as it is."""
+        told = self.guidance_embedding
+        if told is None:
+            return conditioning
+        return told.tell(conditioning, torch.full((conditioning.batch_size,), told.default, device=self.device))
+
+    def batches(self, pairs: Source[Pairs] | None = None) -> Batches:
+        """What the run trains on; real samples that were inverted come as ``pairs`` alone."""
+        wanted = self.config.pairs_wanted
+        real = None if wanted is not None and wanted.invert_real else self.real
+        return Batches(self.conditions, self.recording.sample_shape, self.device, real, pairs)
+
+    def _tapped(self, role: Role) -> tuple[FeatureTap, Tensor]:
+        """Where a role's features are tapped, and those of two samples of noise."""
+        t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
+        return tapped([expert.denoiser for expert in role.experts.values()], self._two(), t, self.conditions)
+
+    def _two(self) -> Tensor:
+        """Two samples of noise, for looking at what networks do with them."""
+        draws = Draws(self.config.seed, OBSERVATION_STEP, range(2), self.device)
+        return draws.normal("tap", self.recording.sample_shape)
+
+
+def open_workbench(
+    config: RunConfig,
+    device: torch.device | str,
+    pipeline: DiffusionPipeline | None = None,
+    say: Callable[[str], None] = _silent,
+    progress: bool = False,
+) -> Workbench:
+    """Open the teacher of a run, and make the workbench.
+
+    Args:
+        config: of the run.
+        device: of the roles.
+        pipeline: the teacher's, where it is in memory already.
+        say: told in one line what a user may want to know.
+        progress: show how far encoding is.
+
+    Raises:
+        UserError: and its subclasses, for everything that a user can mend.
+    """
+    teacher = open_teacher(TeacherSettings.of(config), device, pipeline)
+    _refuse_quantized(config, teacher)
+    teacher.refuse_next_time("which no method here can train yet")
+    return Workbench(config, teacher, torch.device(device), say, progress)
+
+
+def _refuse_quantized(config: RunConfig, teacher: Teacher) -> None:
+    """Refuse what a quantised teacher cannot do: full copies, and a whole student where nobody has the weights."""
+    name = quantized_network(teacher.recording)
+    if name is None:
+        return
+    if not config.lora_rank or config.full_critic:
+        raise UserError(f"the {name} is quantised, so that only adapters can be trained: give --lora_rank alone")
+    whole = config.merge or why_no_lora(teacher.recording) is not None
+    if whole and config.quantization is None:
+        raise UserError(
+            f"the {name} is quantised and its weights in full precision are not at hand, so that no whole pipeline can "
+            "be written; give the teacher unquantised, with --quantization"
+        )
