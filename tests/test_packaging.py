@@ -99,7 +99,7 @@ def test_the_sdist_holds_the_documents(wheel: Path) -> None:
     (path,) = wheel.parent.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         found = {PurePosixPath(*PurePosixPath(name).parts[1:]) for name in archive.getnames()}
-    documents = {name for name in tree() if name.parts[0] == "docs" or name.suffix == ".md" and len(name.parts) == 1}
+    documents = {name for name in tree() if name.parts[0] == "docs" or (len(name.parts) == 1 and name.suffix == ".md")}
     assert PurePosixPath("docs/architecture.md") in documents
     assert sorted(documents - found) == [], "not in the sdist: name them in MANIFEST.in"
 
