@@ -1,4 +1,4 @@
-"""The documents keep their word: commands parse, code compiles, links lead somewhere."""
+"""The documents keep their word: commands parse, code compiles, links lead somewhere, numbers are those of the tree."""
 
 from __future__ import annotations
 
