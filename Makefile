@@ -48,7 +48,7 @@ bench: $(VENV)/.demo
 
 # A cell that is finished, and whose recipe has not changed since, is not run again.
 methods: $(VENV)/.demo
-	$(RUN) -m fewstep.eval.methods --readme README.md $(METHODS_ARGS)
+	$(RUN) -m fewstep.eval.methods --readme docs/methods.md $(METHODS_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

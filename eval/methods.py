@@ -105,7 +105,7 @@ def parser() -> Parser:
     made.add_argument("--threads", type=int, default=1, help="to compute with; times are compared of one")
     made.add_argument("--out", type=Path, default=Path("runs/methods"), help="folder of the trainings")
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of what is kept of finished cells")
-    made.add_argument("--readme", type=Path | None, default=None, help="document whose table is written anew")
+    made.add_argument("--readme", type=Path | None, default=None, help="page whose table is made anew: docs/methods.md")
     made.add_argument("--list", type=bool, default=False, help="show the cells instead of running them")
     made.add_argument("--table", type=bool, default=False, help="make table and picture without running anything")
     return made

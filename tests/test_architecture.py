@@ -132,6 +132,33 @@ def test_no_room_has_a_circle(room: str) -> None:
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
+def first_sentence(path: Path) -> str:
+    """What a module says of itself."""
+    docstring = ast.get_docstring(parse(path)) or ""
+    return re.split(r"\.(?:\s|$)", " ".join(docstring.split()), maxsplit=1)[0] + "."
+
+
+def floors_table() -> str:
+    """``FLOORS`` for people, from the top down, each room with its purpose."""
+    rows = ["| floor | room | what it is for |", "| ---: | --- | --- |"]
+    for floor, rooms in reversed(list(enumerate(FLOORS, 1))):
+        for room in rooms:
+            folder = Path(room) if room in FOLDERS else Path("fewstep", room)
+            file = folder.with_suffix(".py")
+            shown, path = (file.as_posix(), file) if (ROOT / file).is_file() else (f"{folder}/", folder / "__init__.py")
+            purpose = first_sentence(ROOT / path) if (ROOT / path).is_file() else "To come."
+            rows.append(f"| {floor} | `{shown}` | {purpose} |")
+    return "\n".join(rows)
+
+
+def test_the_documents_show_the_floors() -> None:
+    """docs/architecture.md has the table; the right one is in the failure's message."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    first, last = "<!-- floors: made from FLOORS in tests/test_architecture.py -->", "<!-- floors: to here -->"
+    if page.partition(first)[2].partition(last)[0].strip() != floors_table():
+        pytest.fail(f"docs/architecture.md, between its two marks:\n\n{floors_table()}\n", pytrace=False)
+
+
 def test_methods_and_pipelines_are_named_in_few_places() -> None:
     """By a string for importlib, as ``fewstep distill METHOD`` needs."""
     rooms = re.compile(r"fewstep\.(trainers|pipelines)(\.[\w.]*)?")
@@ -172,15 +199,16 @@ def configs() -> list[Path]:
     return sorted((ROOT / "trainers" / "configs").iterdir())
 
 
-def readme_methods() -> list[str]:
-    """The first column of the README's table of methods: links to files of trainers/."""
-    rows = re.findall(r"^\| \[`(\w+)`\]\(trainers/(\w+)\.py\) \|", (ROOT / "README.md").read_text("utf-8"), re.M)
+def listed_methods() -> list[str]:
+    """The first column of the table of methods: links to files of trainers/."""
+    page = (ROOT / "docs" / "methods.md").read_text("utf-8")
+    rows = re.findall(r"^\| \[`(\w+)`\]\(\.\./trainers/(\w+)\.py\) \|", page, re.M)
     assert all(shown == file for shown, file in rows)
     return [shown for shown, _ in rows]
 
 
-def test_the_readme_has_one_row_for_each_method() -> None:
-    assert sorted(readme_methods()) == methods()
+def test_the_page_of_methods_has_one_row_for_each_method() -> None:
+    assert sorted(listed_methods()) == methods()
 
 
 @pytest.mark.parametrize("method", methods())
@@ -258,7 +286,7 @@ def calls(node: ast.AST) -> str | None:
 def test_no_file_knows_somebodys_machine() -> None:
     """Home folders and the like, in code, documents and package data alike."""
     private = re.compile(r"(?<![\w.:/])(?:/(?:home|root|Users|work|scratch|mnt)/\w|[A-Z]:\\\\?Users)")
-    folders = [ROOT / name for name in (*FOLDERS, "tests", ".github", ".ci")]
+    folders = [ROOT / name for name in (*FOLDERS, "docs", "tests", ".github", ".ci")]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     files += [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]  # a worktree's is a file
     found = []

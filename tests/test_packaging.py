@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -36,7 +37,7 @@ def tree() -> list[PurePosixPath]:
     if git.returncode == 0:
         names = git.stdout.splitlines()
     else:
-        paths = [*ROOT.iterdir(), *(path for room in INSTALLED for path in (ROOT / room).rglob("*"))]
+        paths = [*ROOT.iterdir(), *(path for room in (*INSTALLED, "docs") for path in (ROOT / room).rglob("*"))]
         names = [path.relative_to(ROOT).as_posix() for path in paths if "__pycache__" not in path.parts]
     return [PurePosixPath(name) for name in names if (ROOT / name).is_file()]
 
@@ -92,6 +93,15 @@ def test_the_wheel_holds_exactly_the_files_of_the_tree(wheel: Path) -> None:
     installed = {name for name in found if not name.startswith(f"fewstep-{version()}.dist-info/")}
     assert sorted(expected - installed) == [], "not in the wheel: name them in pyproject.toml"
     assert sorted(installed - expected) == [], "in the wheel, but not in the tree"
+
+
+def test_the_sdist_holds_the_documents(wheel: Path) -> None:
+    (path,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        found = {PurePosixPath(*PurePosixPath(name).parts[1:]) for name in archive.getnames()}
+    documents = {name for name in tree() if name.parts[0] == "docs" or (len(name.parts) == 1 and name.suffix == ".md")}
+    assert PurePosixPath("docs/architecture.md") in documents
+    assert sorted(documents - found) == [], "not in the sdist: name them in MANIFEST.in"
 
 
 def version() -> str:

@@ -1,4 +1,4 @@
-"""The README's main path in short: the demo, and the Python that follows it, word for word but for sizes and paths."""
+"""The documents' main path in short: the demo, and the Python around it, word for word but for sizes and paths."""
 
 import json
 import re
@@ -8,7 +8,8 @@ import pytest
 
 from fewstep.cli import main
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +38,14 @@ def test_a_finished_demo_trains_no_further(demo: Path) -> None:
     assert (demo / "metrics.jsonl").read_text() == before
 
 
-def test_the_readmes_python_runs(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 2
+def test_the_documents_python_runs(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+    blocks = [(path, block) for path in texts for block in re.findall(r"```python\n(.*?)```", texts[path], re.DOTALL)]
+    assert {path.name for path, _ in blocks} >= {"README.md", "distill.md", "sample.md"}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo-fashion-sd").symlink_to(demo)
-    for block in blocks:
+    for path, block in blocks:
         short = re.sub(r"max_steps=\d+", "max_steps=1", re.sub(r"num=\d+", "num=20", block))
         short = re.sub(r"batch_size=\d+", "batch_size=2", short)
-        exec(compile(short, str(README), "exec"), {})
+        exec(compile(short, str(path), "exec"), {})

@@ -29,7 +29,7 @@ from fewstep.diffusion.prediction import noise_from_x0, ode_step, to_x0, x0_map
 from fewstep.diffusion.schedule import NoiseSchedule, from_scheduler
 from fewstep.recording.shake import shaken
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "pipelines.md"
 COUNTS = (1, 2, 4)
 
 # Runs with only stock diffusers.
@@ -237,20 +237,20 @@ def test_a_lora_samples_as_the_merged_student(tried: dict[str, Tried], family: s
         assert off < 1e-3 and moved > 10 * off, f"{count} steps: {off:.1e} off, moved by {moved:.1e}"
 
 
-def test_the_readme_says_what_was_seen(zoo: Path, tried: dict[str, Tried], family: str) -> None:
+def test_the_page_of_pipelines_says_what_was_seen(zoo: Path, tried: dict[str, Tried], family: str) -> None:
     """The row of a pipeline's class; a folder without a manifest may hold any variant of it."""
     result = tried[family]
     if not (zoo / "manifest.json").is_file():
-        pytest.skip("the README's table is about the folder with a manifest")
+        pytest.skip("the table of pipelines is about the folder with a manifest")
     assert not result.failure, result.failure
-    row = readme_row(result)
-    rows = re.findall(r"^\| `\w+Pipeline` \|.*\|$", README.read_text(encoding="utf-8"), re.M)
+    row = page_row(result)
+    rows = re.findall(r"^\| `\w+Pipeline` \|.*\|$", PAGE.read_text(encoding="utf-8"), re.M)
     known = [line for line in rows if line.startswith(row.split(" | ")[0] + " |")]
     assert not known or known[0].rpartition(" | ")[0] == row, row
 
 
-def readme_row(result: Tried) -> str:
-    """A row of the README's table, without its last cell."""
+def page_row(result: Tried) -> str:
+    """A row of the table of pipelines, without its last cell."""
     pipeline = json.loads((result.base / "model_index.json").read_text())["_class_name"]
     line = next(line for line in result.probed.splitlines() if line.startswith("guidance "))
     embedded = "embedded; " if "embedded guidance" in line else ""

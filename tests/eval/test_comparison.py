@@ -130,19 +130,19 @@ def test_every_committed_file_belongs_to_a_listed_cell() -> None:
     assert sum(path.stat().st_size for path in (ROOT / RESULTS).iterdir()) < 2**20
 
 
-def test_the_readme_shows_the_table_that_the_results_make() -> None:
+def test_the_page_of_methods_shows_the_table_that_the_results_make() -> None:
     table = compare(kept(), ROOT / RESULTS).markdown()
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if insert(readme, table) != readme:
-        pytest.fail("run python -m fewstep.eval.methods --table --readme README.md", pytrace=False)
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    if insert(page, table) != page:
+        pytest.fail("run python -m fewstep.eval.methods --table --readme docs/methods.md", pytrace=False)
 
 
 def test_publish_writes_picture_and_document(results: Path, tmp_path: Path) -> None:
     plan = read_plan()
     for one in plan.cells(num=20)[: 2 * len(plan.teacher_steps)]:
         write_result(results, one, result(one), torch.zeros(10, 1, 32, 32, dtype=torch.uint8))
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- methods: make methods writes from here --><!-- methods: to here -->")
-    table = publish(plan, results, readme, num=20)
-    assert table in readme.read_text()
+    page = tmp_path / "methods.md"
+    page.write_text("<!-- methods: make methods writes from here --><!-- methods: to here -->")
+    table = publish(plan, results, page, num=20)
+    assert table in page.read_text()
     assert (results / "methods.png").read_bytes()[:4] == b"\x89PNG"
