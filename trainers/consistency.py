@@ -73,6 +73,7 @@ class Consistency:
         boundary: Boundary,
         told: GuidanceEmbedding | None = None,
     ) -> None:
+        config = config.resolved()
         self.config, self.roles, self.sampler, self.schedule = config, roles, sampler, sampler.schedule
         self.discretization, self.boundary, self.told = discretization, boundary, told
         self.student, self.teacher = roles["student"], guided_teacher
@@ -82,6 +83,7 @@ class Consistency:
     @classmethod
     def prepare(cls, config: ConsistencyConfig, distillation: Distillation) -> Consistency:
         """Make the roles: the student starts as the teacher, or as in --init, and the target as the student."""
+        config = config.resolved()
         roles = distillation.make_roles("student", *(["target"] if config.target_decay != 0 else []))
         distillation.initialize(roles)
         teacher, told, plan = distillation.guided(roles["teacher"]), distillation.guidance_embedding, distillation.plan

@@ -95,6 +95,7 @@ class MeanFlow:
     def __init__(
         self, config: MeanFlowConfig, roles: dict[str, Role], guided_teacher: GuidedDenoiser, sampler: Sampler
     ) -> None:
+        config = config.resolved()
         self.config, self.roles, self.sampler, self.schedule = config, roles, sampler, sampler.schedule
         teacher, self.negative = roles["teacher"].denoiser, guided_teacher.negative
         self.student: FlowMapDenoiser = roles["student"].denoiser
@@ -116,6 +117,7 @@ class MeanFlow:
     @classmethod
     def prepare(cls, config: MeanFlowConfig, distillation: Distillation) -> MeanFlow:
         """Make the roles, and the teacher's samples where there are no others; the student starts as the teacher."""
+        config = config.resolved()
         pairs = distillation.run_pairs() if config.data is None else None
         roles = distillation.make_flow_map_roles(differentiated=config.differentiates)
         distillation.initialize(roles)

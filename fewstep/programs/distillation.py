@@ -14,7 +14,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fewstep.conditioning.ragged import AnyConditioning
-from fewstep.config.run import RunConfig, resolved
+from fewstep.config.checks import names_of
+from fewstep.config.run import RunConfig
 from fewstep.data.batch import PairSource
 from fewstep.data.encoders import Encoders
 from fewstep.data.images import read_images
@@ -58,10 +59,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fewstep")
 
-#: Settings that say something of a machine and nothing of a student; they are not published with it.
-_PRIVATE = frozenset({"teacher", "teacher_lora", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init"})
-_PRIVATE |= {"push_to_hub", "hub_private", "resume", "cpu", "report_to"}
-
 
 class Distillation:
     """A teacher, recorded and proven; a student's plan, walked; what to train on. Methods take their roles from here.
@@ -76,6 +73,7 @@ class Distillation:
     """
 
     def __init__(self, config: RunConfig, method: str, pipeline: DiffusionPipeline | None = None) -> None:
+        config = config.resolved()
         self.config, self.method = config, method
         self.out = Path(config.out)
         self.accelerator = join_launch(config.cpu, log_with=trackers(config.report_to), project_dir=config.out)
@@ -270,12 +268,13 @@ class Distillation:
 
     def export(self, role: Role) -> None:
         """Write a role as ``OUT/student``, a stock pipeline, or an adapter as ``OUT/student_lora``, or both."""
+        private = names_of(type(self.config), "source", "machine")  # of a machine, nothing of the student
         about = {
             "method": self.method,
             "base_model": self.config.teacher,
             "teacher_license": teacher_license(self.config.teacher),
             "teacher_lora": self.teacher_lora,
-            "training": {k: v for k, v in resolved(self.config).items() if k not in _PRIVATE},
+            "training": {k: v for k, v in self.config.as_dict().items() if k not in private},
         }
         if role.has_second_time:
             self.student_recording = flow_map_recording(self.recording, role.added[SECOND_TIME])

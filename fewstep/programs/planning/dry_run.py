@@ -64,6 +64,7 @@ class DryRun(Distillation):
         device: torch.device | str = "cpu",
         world: World = nullcontext,
     ) -> None:
+        config = config.resolved()
         self.config, self.method, self.pipeline, self.recording = config, method, pipeline, recording
         self.student_recording, self.pairs, self.real = recording, None, None
         self.device, self.world = torch.device(device), world
