@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fewstep.config.checks import names_of
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("fewstep", "trainers", "pipelines", "eval")
 #: Rooms by floor, from the ground up: a module imports from its own room and from lower floors, nothing else.
@@ -237,7 +239,7 @@ def test_a_recipe_says_what_the_method_understands(recipe: Path) -> None:
     known = {field.name: field for field in fields(config_class)}
     assert sorted(settings.keys() - known.keys()) == []
     # What a machine's owner chooses does not belong into a recipe.
-    assert settings.keys().isdisjoint({"teacher", "out", "prompts", "data", "init", "resume", "cpu", "seed"})
+    assert settings.keys().isdisjoint(names_of(config_class, "source", "machine") | {"seed"})
     for name, value in settings.items():
         expected = type(known[name].default)
         if expected in (bool, int, float, str):

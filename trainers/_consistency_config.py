@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from fewstep.config.run import RunConfig
 from fewstep.diffusion import ode
@@ -106,15 +107,22 @@ class ConsistencyConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._refuse_unknown("variant", *PAPERS)
+        self.resolved()._check_resolved()
+
+    def consequences(self) -> dict[str, Any]:
+        """What the variant's paper says, and how such a student is sampled."""
         paper = PAPERS[self.variant] | ({"target_decay": 0.0} if self.lora_rank else {})
-        for name, value in paper.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        if (self.distance or paper["distance"]) == "pseudo_huber_elementwise":
+            paper = {"huber_c": PAPERS["lcm"]["huber_c"]} | paper
+        follows = {name: value for name, value in paper.items() if getattr(self, name) is None}
+        if self.steps > 1 and self.renoise == "auto":
+            follows["renoise"] = "fresh"
+        return super().consequences() | follows
+
+    def _check_resolved(self) -> None:
         self._refuse_unknown("solver", *SOLVERS)
         self._refuse_unknown("distance", *DISTANCES)
         self._refuse_unknown("weighting", *WEIGHTINGS)
-        if self.huber_c is None and self.distance == "pseudo_huber_elementwise":
-            self.huber_c = PAPERS["lcm"]["huber_c"]
         self._refuse_negative("huber_c", "ect_k")
         if self.target_decay is not None and not 0 <= self.target_decay < 1:
             raise UserError(f"--target_decay must be in [0, 1), not {self.target_decay}")
@@ -147,14 +155,11 @@ class ConsistencyConfig(RunConfig):
 
     def _refuse_kept_noise(self) -> None:
         """Between its steps a consistency model needs fresh noise: x_t made of x0 and its own noise is none of its."""
-        if self.steps == 1:
-            return
-        if self.renoise == "ode":
+        if self.steps > 1 and self.renoise == "ode":
             raise UserError(
                 "--renoise ode does not sample a consistency model in several steps: the noise it keeps belongs to x0, "
                 "and x_t comes out too wide; take --renoise fresh, or --steps 1"
             )
-        self.renoise = "fresh"
 
     def refuse_teacher(self, prediction_type: str, guided: bool, told: float | None) -> None:
         """Refuse a teacher that these settings do not fit.

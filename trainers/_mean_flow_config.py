@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from fewstep.config.checks import setting
 from fewstep.config.pairs import PairsWanted
 from fewstep.config.run import RunConfig
 from fewstep.diffusion.ode import SOLVERS
@@ -57,7 +59,7 @@ class MeanFlowConfig(RunConfig):
     steps: int = 8
     variant: str = "mean_flow"
     velocity: str = "auto"
-    pairs: str | None = None
+    pairs: str | None = setting("source", None)
     num_pairs: int = 8192
     pair_steps: int = 25
     pair_solver: str = "euler"
@@ -114,14 +116,18 @@ class MeanFlowConfig(RunConfig):
         last = self.max_steps if self.alpha_last_step is None else self.alpha_last_step
         if self.variant == "alpha_flow" and last <= self.alpha_first_step:
             raise UserError(f"--alpha_last_step {last} must lie behind --alpha_first_step {self.alpha_first_step}")
-        if self.velocity == "auto":
-            self.velocity = "teacher" if self.data is None else "data"
-        if self.velocity == "data" and self.data is None:
+        velocity = self.resolved().velocity
+        if velocity == "data" and self.data is None:
             raise UserError("--velocity data is that of real images: give --data, or take --velocity teacher")
-        if self.velocity == "teacher" and (self.kappa is not None or self.omega is not None):
+        if velocity == "teacher" and (self.kappa is not None or self.omega is not None):
             raise UserError("--kappa and --omega are the guidance of a flow from data; a teacher has --guidance_scale")
         if self.data is not None and self.pairs is not None:
             raise UserError("give --data or --pairs, not both: one of them is what is trained on")
+
+    def consequences(self) -> dict[str, Any]:
+        """Whose velocity is averaged."""
+        auto = {"velocity": "teacher" if self.data is None else "data"} if self.velocity == "auto" else {}
+        return super().consequences() | auto
 
     def alpha(self, step: int) -> float:
         """alpha-Flow's share of the flow's own velocity; 0: the derivative is taken."""

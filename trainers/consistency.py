@@ -72,6 +72,7 @@ class Consistency:
         boundary: Boundary,
         told: GuidanceEmbedding | None = None,
     ) -> None:
+        config = config.resolved()
         self.config, self.roles, self.sampler, self.schedule = config, roles, sampler, sampler.schedule
         self.discretization, self.boundary, self.told = discretization, boundary, told
         self.student, self.teacher = roles["student"], guided_teacher
@@ -81,6 +82,7 @@ class Consistency:
     @classmethod
     def prepare(cls, config: ConsistencyConfig, bench: Bench) -> Consistency:
         """Make the roles: the student starts as the teacher, or as in --init, and the target as the student."""
+        config = config.resolved()
         roles = bench.make_roles("student", *(["target"] if config.target_decay != 0 else []))
         teacher, told = bench.guided(roles["teacher"]), bench.guidance_embedding
         prediction = bench.recording.prediction_type

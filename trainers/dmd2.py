@@ -56,6 +56,7 @@ class Dmd2:
         tap: FeatureTap | None = None,
         shift: float = 1.0,
     ) -> None:
+        config = config.resolved()
         self.config, self.roles, self.sampler, self.tap = config, roles, sampler, tap
         self.schedule = sampler.schedule
         self.student, self.critic, self.teacher = roles["student"], roles["critic"], guided_teacher
@@ -71,6 +72,7 @@ class Dmd2:
     @classmethod
     def prepare(cls, config: Dmd2Config, bench: Bench) -> Dmd2:
         """Make the roles: student and critic start as the teacher, or as in --init."""
+        config = config.resolved()
         roles = bench.make_roles("student", "critic")
         guided = bench.guided(roles["teacher"])
         if config.decoupled != "none":

@@ -94,6 +94,7 @@ class MeanFlow:
     def __init__(
         self, config: MeanFlowConfig, roles: dict[str, Role], guided_teacher: GuidedDenoiser, sampler: Sampler
     ) -> None:
+        config = config.resolved()
         self.config, self.roles, self.sampler, self.schedule = config, roles, sampler, sampler.schedule
         teacher, self.negative = roles["teacher"].denoiser, guided_teacher.negative
         self.student: FlowMapDenoiser = roles["student"].denoiser
@@ -115,6 +116,7 @@ class MeanFlow:
     @classmethod
     def prepare(cls, config: MeanFlowConfig, bench: Bench) -> MeanFlow:
         """Make the roles: the student starts as the teacher, or as in --init."""
+        config = config.resolved()
         roles = bench.make_flow_map_roles(differentiated=config.differentiates)
         bench.describe(trained_at_every_count=True)
         return cls(config, roles, bench.guided(roles["teacher"]), bench.sampler)

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,21 +66,29 @@ class PhasedDmdConfig(ScoreConfig):
         self._refuse_set("is used by no part of Phased DMD", "data")
         self._refuse_negative("time_margin", "weight_cap")
         self._refuse_unknown("order", "sequential", "alternating")
-        if self.phases is None:
-            self.phases = default_lengths(self.steps)
-        make_phases(range(self.steps, 0, -1), self.phases)  # refuses phases that do not cover the steps
+        phases = self._lengths()
+        make_phases(range(self.steps, 0, -1), phases)  # refuses phases that do not cover the steps
         if self.order == "alternating":
             if self.phase_steps is not None:
                 raise UserError("--phase_steps belongs to --order sequential: leave it out")
             return
-        if self.phase_steps is None:
-            # Kept in the configuration: a run that is to go on with more steps is told the phases that it had.
-            self.phase_steps = max(1, self.max_steps // len(self.phases))
-        if self.phase_steps < 1 or self.phase_steps * (len(self.phases) - 1) >= self.max_steps:
+        each = self._steps_of_each()
+        if each < 1 or each * (len(phases) - 1) >= self.max_steps:
             raise UserError(
-                f"--max_steps {self.max_steps} end before the last of {len(self.phases)} phases of --phase_steps "
-                f"{self.phase_steps} begins; give more steps, or shorter phases"
+                f"--max_steps {self.max_steps} end before the last of {len(phases)} phases of --phase_steps "
+                f"{each} begins; give more steps, or shorter phases"
             )
+
+    def consequences(self) -> dict[str, Any]:
+        """The phases, and their steps: a run that is to go on with more steps is told the phases that it had."""
+        each = {"phase_steps": self._steps_of_each()} if self.order == "sequential" else {}
+        return super().consequences() | {"phases": self._lengths()} | each
+
+    def _lengths(self) -> list[int]:
+        return default_lengths(self.steps) if self.phases is None else self.phases
+
+    def _steps_of_each(self) -> int:
+        return max(1, self.max_steps // len(self._lengths())) if self.phase_steps is None else self.phase_steps
 
 
 class PhasedDmd:
@@ -99,6 +108,7 @@ class PhasedDmd:
         phases: Sequence[Phase],
         shift: float = 1.0,
     ) -> None:
+        config = config.resolved()
         self.config, self.roles, self.sampler, self.phases = config, roles, sampler, phases
         self.student, self.teacher = roles["student"], guided_teacher
         self.critics = [roles[name] for name in critic_names(config, len(phases))]
@@ -112,6 +122,7 @@ class PhasedDmd:
     @classmethod
     def prepare(cls, config: PhasedDmdConfig, bench: Bench) -> PhasedDmd:
         """Make the roles: experts and critic start as the teacher, or as in --init."""
+        config = config.resolved()
         phases = make_phases(bench.sampler.grid, config.phases)
         roles = bench.make_phased_roles(phases, *critic_names(config, len(phases)))
         shift = config.shift_of_times(bench.sampler.schedule, bench.shift)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fewstep.cli.distill import main
+from fewstep.config.checks import setting
 from fewstep.config.pairs import PairsWanted
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batch, Pairs
@@ -69,11 +70,11 @@ class RectifiedFlowConfig(RunConfig):
         perceptual_over_t: divide the LPIPS term by t (2-rectified flow++, CIFAR-10).
     """
 
-    pairs: str | None = None
+    pairs: str | None = setting("source", None)
     num_pairs: int = 8192
     pair_steps: int = 25
     pair_solver: str = "euler"
-    inverted_pairs: str | None = None
+    inverted_pairs: str | None = setting("source", None)
     inverted_share: float = 0.5
     renoise: str = "ode"
     times: str = "u_shaped"
@@ -141,6 +142,7 @@ class RectifiedFlow:
         sampler: Sampler,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
+        config = config.resolved()
         self.config, self.roles, self.sampler, self.perceptual = config, roles, sampler, perceptual
         self.student, self.schedule = roles["student"], sampler.schedule
         # Flow times run from 0 to 1 under flow matching; under a table and EDM they end where the student starts.
@@ -150,6 +152,7 @@ class RectifiedFlow:
     @classmethod
     def prepare(cls, config: RectifiedFlowConfig, bench: Bench) -> RectifiedFlow:
         """Make the roles: the student starts as the teacher, or as in --init."""
+        config = config.resolved()
         perceptual = bench.perceptual_distance() if config.perceptual_weight else None
         roles = bench.make_roles("student")
         return cls(config, roles, bench.sampler, perceptual)

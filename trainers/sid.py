@@ -20,15 +20,12 @@ SiDA's mean over the batch is one over the micro-batch: it alone is not independ
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewstep.cli.distill import main
 from fewstep.conditioning.ragged import AnyConditioning
-from fewstep.config.critic import AdversarialConfig, CriticConfig, CriticGuidanceConfig
-from fewstep.config.times import NoiseLevelConfig
 from fewstep.critic.denoising import sample_log
 from fewstep.critic.discriminator import CriticDiscriminator
 from fewstep.critic.guidance import with_dropout
@@ -36,64 +33,16 @@ from fewstep.data.batch import Batch
 from fewstep.diffusion.noise_levels import NoiseLevels
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler, draw_sample
-from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
-from fewstep.errors import UserError
+from fewstep.diffusion.schedule import EDMSchedule, NoiseSchedule
 from fewstep.losses.score import denoising_loss, native_weight
-from fewstep.losses.score_identity import WEIGHTINGS, score_identity, score_identity_weight
+from fewstep.losses.score_identity import score_identity, score_identity_weight
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
+from fewstep.trainers._sid_config import SidConfig
 from fewstep.training.method import Bench, Calls, Turn
 
 # An EDM critic learns at these (Karras et al. 2022, Table 1), any other where it is compared with the teacher.
 _EDM_CRITIC = NoiseLevels("log_normal", mean=-1.2, std=1.2)
-
-
-@dataclass(kw_only=True)
-class SidConfig(CriticConfig, NoiseLevelConfig, CriticGuidanceConfig, AdversarialConfig):
-    """SiD, SiD-LSG, few-step SiD and SiDA (Zhou et al. 2024, 2025).
-
-    Args:
-        start: what a table teacher's student starts from: noise, or marginal for noise times the first step's sigma;
-            default marginal with --first_timestep in one step or with --renoise ode, else noise.
-        alpha: from 0 to 1.5 (paper: 1.2 for CIFAR-10 and ImageNet, else 1; at 0.5 the gradient is the Fisher
-            divergence's own). Above 1 a student that is much wider than its teacher diverges.
-        weighting: sid (1 / mean error of the teacher) or none; for flow teachers also 1_minus_sigma,
-            1_minus_sigma_squared, 1_over_sigma, 1_over_sigma2, snr_sqrt, snr. auto: 1_minus_sigma for flow, else sid.
-        normalizer_min: lower bound of the mean error in the weighting sid (default 1e-5).
-        critic_updates: critic updates for each student update (papers: 1).
-        critic_warmup_steps: steps before the student's first update.
-    """
-
-    start: str | None = None
-    alpha: float = 1.0
-    weighting: str = "auto"
-    normalizer_min: float | None = None
-    critic_updates: int = 1
-    critic_warmup_steps: int = 0
-
-    def __post_init__(self) -> None:
-        if self.start is None:
-            below_the_top = self.first_timestep is not None and (self.steps == 1 or self.renoise == "ode")
-            self.start = "marginal" if below_the_top else "noise"
-        super().__post_init__()
-        self._refuse_unknown("weighting", "auto", *WEIGHTINGS)
-        self._refuse_negative("normalizer_min", "critic_warmup_steps")
-        if not 0 <= self.alpha <= 1.5:
-            raise UserError(f"--alpha must be in [0, 1.5], not {self.alpha}: beyond, the gradient points the wrong way")
-
-    def weighting_for(self, schedule: NoiseSchedule) -> str:
-        """The weighting that these settings mean for a teacher.
-
-        Raises:
-            UserError: it belongs to another family of teachers, or a setting to another weighting.
-        """
-        flow = isinstance(schedule, FlowSchedule)
-        weighting = ("1_minus_sigma" if flow else "sid") if self.weighting == "auto" else self.weighting
-        if weighting not in ("sid", "none") and not flow:
-            raise UserError(f"--weighting {weighting} belongs to flow-matching teachers; take sid or none")
-        if weighting != "sid":
-            self._refuse_set(f"belongs to --weighting sid, and here it is {weighting}", "normalizer_min")
-        return weighting
 
 
 class Sid:
@@ -121,6 +70,7 @@ class Sid:
         sampler: Sampler,
         discriminator: CriticDiscriminator | None = None,
     ) -> None:
+        config = config.resolved()
         self.config, self.roles, self.sampler, self.discriminator = config, roles, sampler, discriminator
         self.teacher, self.critic, self.critic_in_training = teacher, critic, critic_in_training
         self.schedule = sampler.schedule
@@ -132,6 +82,7 @@ class Sid:
     @classmethod
     def prepare(cls, config: SidConfig, bench: Bench) -> Sid:
         """Make the roles: student and critic start as the teacher, or as in --init."""
+        config = config.resolved()
         roles = bench.make_roles("student", "critic")
         teacher, critic = roles["teacher"], roles["critic"]
         kappas = config.kappas(bench.guidance_scale)

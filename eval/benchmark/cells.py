@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from fewstep.config.run import RunConfig, resolved
+from fewstep.config.checks import names_of
+from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.fashion import TEACHERS
 from fewstep.fashion.files import CLASSIFIER, REFERENCE, TRAINING_IMAGES, manifest
@@ -24,9 +25,6 @@ from fewstep.programs.distillation import method_class
 
 #: The declared list.
 LIST = files("fewstep.eval") / "methods.yaml"
-#: What is said of a run's folder and machine, and of how a run is watched: no student depends on it.
-_MACHINE = frozenset({"teacher", "out", "seed", "resume", "cpu", "report_to", "push_to_hub", "hub_private"})
-_WATCHED = frozenset({"checkpointing_steps", "checkpoints_total_limit", "log_steps", "sample_steps"})
 #: The teachers' rows.
 TEACHER = "teacher"
 
@@ -95,8 +93,11 @@ class Training:
 
     def content(self) -> dict[str, Any]:
         """What the student depends on, seed and machine apart."""
-        settings = json.loads(json.dumps(resolved(self.config(0)), default=str))
-        kept = {k: v for k, v in settings.items() if k not in _MACHINE | _WATCHED}
+        config = self.config(0).resolved()
+        settings = json.loads(json.dumps(config.as_dict(), default=str))
+        # The teacher is said by its files.
+        apart = names_of(type(config), "machine", "watching") | {"teacher", "seed"}
+        kept = {k: v for k, v in settings.items() if k not in apart}
         content: dict[str, Any] = {"method": self.method, "teacher": _teacher(self.teacher), "settings": kept}
         if self.scratch:
             content["scratch"] = True

@@ -1,10 +1,34 @@
-"""Checks that all settings share: a value that cannot be meant is refused by the name of its flag."""
+"""What all settings share: of which kind each is, and checks that refuse by the flag's name what cannot be meant."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import MISSING, field, fields
+from typing import Any, Literal, get_args
 
 from fewstep.errors import UserError
+
+#: What a setting is about. It decides what a resumed run may change, what is published with a student, and what makes
+#: an evaluated cell stale:
+#:
+#: - result: what the student comes to be; every plain field is of this kind
+#: - source: where an input of the run lies, which says something of a machine
+#: - length: how long the student is trained
+#: - export: in which forms the student is written
+#: - watching: how often a run is logged, pictured and kept
+#: - machine: where a run is made and what becomes of it
+Kind = Literal["result", "source", "length", "export", "watching", "machine"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+def setting(kind: Kind, default: Any = MISSING) -> Any:
+    """A field of a dataclass of settings, where it is of another kind than ``result``."""
+    return field(default=default, metadata={"kind": kind})
+
+
+def names_of(config_class: type, *kinds: Kind) -> frozenset[str]:
+    """The settings of these kinds in a dataclass of settings."""
+    return frozenset(one.name for one in fields(config_class) if one.metadata.get("kind", "result") in kinds)
 
 
 class Settings:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, fields
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Self
 
-from fewstep.config.checks import Settings
+from fewstep.config.checks import Settings, setting
 from fewstep.config.pairs import PairsWanted
 from fewstep.errors import UserError
 
@@ -18,6 +19,9 @@ QUANTIZATIONS = ("bitsandbytes_4bit", "bitsandbytes_8bit", "torchao_int8", "quan
 @dataclass(kw_only=True)
 class RunConfig(Settings):
     """A run of any method.
+
+    Settings stay as they were given, so that ``dataclasses.replace`` asks for them and nothing more. What follows from
+    one that was not given is said by :meth:`resolved`, which is what a run reads, and what it writes down.
 
     Args:
         teacher: folder or hub id of a diffusers pipeline, or an embedded teacher (fashion-sd, fashion-flow).
@@ -70,26 +74,26 @@ class RunConfig(Settings):
         trust_remote_code: let a pipeline run code from its own folder.
     """
 
-    teacher: str
-    out: str
+    teacher: str = setting("source")
+    out: str = setting("machine")
     steps: int = 4
-    prompts: str | None = None
+    prompts: str | None = setting("source", None)
     classes: str | None = None
-    cache: str | None = None
+    cache: str | None = setting("source", None)
     call: dict[str, Any] | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
-    data: str | None = None
-    teacher_lora: str | None = None
-    init: str | None = None
+    data: str | None = setting("source", None)
+    teacher_lora: str | None = setting("source", None)
+    init: str | None = setting("source", None)
     lora_rank: int = 0
     lora_alpha: float | None = None
     full_critic: bool = False
     quantization: str | None = None
-    merge: bool = False
-    push_to_hub: str | None = None
-    hub_private: bool = False
-    max_steps: int = 1000
+    merge: bool = setting("export", False)
+    push_to_hub: str | None = setting("machine", None)
+    hub_private: bool = setting("machine", False)
+    max_steps: int = setting("length", 1000)
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
     lr: float = 1e-5
@@ -106,14 +110,14 @@ class RunConfig(Settings):
     start: str = "noise"
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int = 2
-    log_steps: int = 10
-    sample_steps: int = 500
-    report_to: str = "auto"
+    checkpointing_steps: int = setting("watching", 500)
+    checkpoints_total_limit: int = setting("watching", 2)
+    log_steps: int = setting("watching", 10)
+    sample_steps: int = setting("watching", 500)
+    report_to: str = setting("machine", "auto")
     seed: int = 0
-    resume: bool = False
-    cpu: bool = False
+    resume: bool = setting("machine", False)
+    cpu: bool = setting("machine", False)
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -164,6 +168,20 @@ class RunConfig(Settings):
         if self.teacher_lora is not None:
             raise UserError("--teacher_lora cannot be fused into weights of --quantization; leave one of them out")
 
+    def consequences(self) -> dict[str, Any]:
+        """Settings that follow from the others where they were not given; a method adds its own to ``super()``'s."""
+        return {}
+
+    def resolved(self) -> Self:
+        """A copy in which :meth:`consequences` are filled in; nobody changes it, and resolving it again is harmless."""
+        resolved = copy.copy(self)
+        vars(resolved).update(self.consequences())
+        return resolved
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every setting by name, in the order of the dataclass."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @property
     def follows_max_steps(self) -> bool:
         """Whether what a step teaches depends on ``max_steps``; a method's curriculum may say so."""
@@ -178,8 +196,3 @@ class RunConfig(Settings):
     def embeds_guidance(self) -> bool:
         """Whether the student's network is told the guidance by an input of its own; a method may say so."""
         return False
-
-
-def resolved(config: RunConfig) -> dict[str, Any]:
-    """Every setting by name, in the order of the dataclass."""
-    return {field.name: getattr(config, field.name) for field in fields(config)}

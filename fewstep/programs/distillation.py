@@ -8,7 +8,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from fewstep.config.run import RunConfig, resolved
+from fewstep.config.checks import names_of
+from fewstep.config.run import RunConfig
 from fewstep.data.encoders import Encoders
 from fewstep.data.fingerprint import teacher_digest
 from fewstep.errors import UserError
@@ -29,10 +30,6 @@ from fewstep.training.previews import Previews
 from fewstep.training.run_folder import check_folder, write_config
 
 logger = logging.getLogger("fewstep")
-
-#: Settings that say something of a machine and nothing of a student; they are not published with it.
-_PRIVATE = frozenset({"teacher", "teacher_lora", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init"})
-_PRIVATE |= {"push_to_hub", "hub_private", "resume", "cpu", "report_to"}
 
 
 def distill(teacher: str | Path | DiffusionPipeline, method: str = "dmd2", **settings: Any) -> Path:
@@ -71,6 +68,7 @@ def run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None = Non
         UserError: for everything that a user can mend.
         fewstep.training.loop.Interrupted: after Ctrl-C, with a checkpoint written.
     """
+    config = config.resolved()
     # 1. This process among those of the launch, and the run's folder.
     out = Path(config.out)
     accelerator = join_launch(config.cpu, log_with=trackers(config.report_to), project_dir=config.out)
@@ -156,6 +154,7 @@ def prepare(bench: Workbench, method: str) -> Method:
 def export(bench: Workbench, method: str, role: Role, encoders: Encoders) -> Written:
     """Write a role as ``OUT/student``, a stock pipeline, or an adapter as ``OUT/student_lora``, or both."""
     config = bench.config
+    private = names_of(type(config), "source", "machine")  # of a machine, nothing of the student
     return bench.student.write(
         role,
         Path(config.out),
@@ -165,5 +164,5 @@ def export(bench: Workbench, method: str, role: Role, encoders: Encoders) -> Wri
         method=method,
         base_model=config.teacher,
         teacher_license=teacher_license(config.teacher),
-        training={k: v for k, v in resolved(config).items() if k not in _PRIVATE},
+        training={k: v for k, v in config.as_dict().items() if k not in private},
     )

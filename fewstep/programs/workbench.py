@@ -77,6 +77,7 @@ class Workbench:
         say: Callable[[str], None] = _silent,
         progress: bool = False,
     ) -> None:
+        config = config.resolved()
         self.config, self.teacher, self.device, self.say = config, teacher, device, say
         self.guidance_scale = teacher.guidance_scale
         self.recording: Recording = teacher.recording

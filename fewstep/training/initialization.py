@@ -68,7 +68,8 @@ def initialize(
             own = getattr(pipeline, part, None)
             tensors |= {f"{part}.{k}": v for k, v in own.state_dict().items()} if own is not None else {}
         _load_run(roles["student"], tensors, say)
-        say(f"the student starts from {init}; the critic starts from the teacher")
+        critics = "; the critic starts from the teacher" if any(name.startswith("critic") for name in roles) else ""
+        say(f"the student starts from {init}{critics}")
     follow(roles)
 
 

@@ -8,28 +8,12 @@ from typing import Any
 
 import yaml
 
-from fewstep.config.run import RunConfig, resolved
+from fewstep.config.checks import names_of
+from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
 
 _CONFIG, _PARTIAL = "config.yaml", ".config.yaml.partial"
-#: Settings that a resumed run may change, because the weights do not depend on them (on max_steps where a curriculum
-#: follows it).
-_MAY_CHANGE = frozenset(
-    {
-        "out",
-        "merge",
-        "push_to_hub",
-        "hub_private",
-        "max_steps",
-        "resume",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "log_steps",
-        "sample_steps",
-        "report_to",
-    }
-)
 
 
 def check_folder(out: Path, method: str, config: RunConfig) -> bool:
@@ -57,8 +41,7 @@ def check_folder(out: Path, method: str, config: RunConfig) -> bool:
         theirs = dict(yaml.safe_load(file.read_text()))
     except (OSError, yaml.YAMLError, TypeError, ValueError) as error:  # unreadable, or YAML that is no table
         raise UserError(f"{file} cannot be read; choose another --out") from error
-    may_change = _MAY_CHANGE - {"max_steps"} if config.follows_max_steps else _MAY_CHANGE
-    if changed := _differences(theirs, _described(method, config), may_change):
+    if changed := _differences(theirs, _described(method, config), _may_change(config)):
         raise UserError(
             f"--resume: {', '.join(changed)} differ from {file}; give the run its old settings or another --out"
         )
@@ -74,7 +57,14 @@ def write_config(out: Path, method: str, config: RunConfig) -> None:
 
 
 def _described(method: str, config: RunConfig) -> dict[str, Any]:
-    return {"method": method, **resolved(config)}
+    return {"method": method, **config.resolved().as_dict()}
+
+
+def _may_change(config: RunConfig) -> frozenset[str]:
+    """Settings that a resumed run may change, because the weights do not depend on them."""
+    # A run does not move between CPU and GPU. Its length does matter where a curriculum follows it.
+    stays = names_of(type(config), "length") if config.follows_max_steps else frozenset()
+    return names_of(type(config), "machine", "watching", "export", "length") - {"cpu"} - stays
 
 
 def _differences(theirs: dict[str, Any], mine: dict[str, Any], may_change: frozenset[str]) -> list[str]:

@@ -1,9 +1,13 @@
-"""Settings that cannot work are refused in one line."""
+"""Settings that cannot work are refused in one line; what follows from the others is said beside what was given."""
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
+from fewstep.programs.methods import method_class, methods
 from fewstep.trainers.dmd2 import Dmd2Config
 
 
@@ -68,3 +72,52 @@ def test_settings_of_dmd2_that_cannot_work_are_refused_by_name(name: str, value:
 def test_prompts_and_classes_exclude_each_other():
     with pytest.raises(UserError, match="not both"):
         RunConfig(teacher="t", out="o", prompts="p.txt", classes="0-9")
+
+
+# --- what follows -----------------------------------------------------------------------------------------------------
+
+LCM = {"solver": "euler", "distance": "pseudo_huber_elementwise", "huber_c": 1e-3, "weighting": "uniform"}
+LCM |= {"target_decay": 0.95, "intervals": 50, "renoise": "fresh"}
+ICT = {"solver": "none", "distance": "pseudo_huber_norm", "weighting": "1/(t-r)", "target_decay": 0.0}
+ICT |= {"first_levels": 10, "last_levels": 1280}
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "follows"),
+    [
+        ("dmd2", {}, {}),
+        ("rectified_flow", {}, {}),
+        ("consistency", {}, LCM),
+        ("consistency", {"lora_rank": 4, "steps": 1}, {**LCM, "target_decay": 0.0, "renoise": "auto"}),
+        ("consistency", {"variant": "ict", "data": "d"}, {**ICT, "renoise": "fresh"}),
+        ("consistency", {"variant": "ict", "data": "d", "steps": 1}, ICT),
+        ("mean_flow", {}, {"velocity": "teacher"}),
+        ("mean_flow", {"data": "d"}, {"velocity": "data"}),
+        ("phased_dmd", {"steps": 3}, {"phases": [2, 1], "phase_steps": 500}),
+        ("phased_dmd", {"order": "alternating"}, {"phases": [2, 2]}),
+        ("sid", {}, {"start": "noise"}),
+        ("sid", {"steps": 1, "first_timestep": 625}, {"start": "marginal"}),
+    ],
+)
+def test_what_follows_is_said_beside_what_was_given(method: str, given: dict, follows: dict[str, Any]):
+    config = method_class(method).Config(teacher="t", out="o", **given)
+    before = config.as_dict()
+    assert all(before[name] in (None, "auto") for name in follows)
+    assert config.resolved().as_dict() == {**before, **follows}
+    assert config.as_dict() == before
+    assert list(config.resolved().as_dict()) == list(before)
+
+
+@pytest.mark.parametrize("method", methods())
+def test_resolving_twice_and_what_was_written_down_change_nothing(method: str):
+    config = method_class(method).Config(teacher="t", out="o")
+    resolved = config.resolved()
+    assert type(resolved) is type(config)
+    assert resolved.resolved() == resolved
+    assert type(config)(**resolved.as_dict()).resolved() == resolved
+
+
+def test_a_change_of_one_setting_changes_what_follows():
+    config = method_class("phased_dmd").Config(teacher="t", out="o", max_steps=100)
+    later = replace(config, steps=2, max_steps=300).resolved()
+    assert (later.phases, later.phase_steps) == ([1, 1], 150)

@@ -112,6 +112,12 @@ def test_the_hash_knows_neither_machine_nor_what_is_only_watched() -> None:
     assert digest(cell(seed=1).content()) == digest(cell().content())
 
 
+def test_the_hash_knows_the_settings_that_it_knew_before_they_had_kinds() -> None:
+    unknown = {"teacher", "out", "seed", "resume", "cpu", "report_to", "push_to_hub", "hub_private"}
+    unknown |= {"checkpointing_steps", "checkpoints_total_limit", "log_steps", "sample_steps"}
+    assert TRAINING.content()["settings"].keys() == TRAINING.config(0).as_dict().keys() - unknown
+
+
 def test_the_hash_knows_the_teachers_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = json.loads(json.dumps(cells_module.manifest()))
     facts["files"]["fashion-sd/unet/diffusion_pytorch_model.safetensors"]["sha256"] = "0" * 64

@@ -103,6 +103,7 @@ def trainer(golden: GoldenFile, **settings) -> MeanFlow:
     """The trainer's own class on toy networks."""
     null = toy_conditioning(torch.zeros(1, dtype=torch.float64))
     config = MeanFlowConfig(teacher="toy", out="out", data="toy", time_min=1e-9, **settings, **weighting(golden))
+    config = config.resolved()
     denoiser = student(golden)
     roles = {"student": Role("student", denoiser), "teacher": Role("teacher", teacher(golden))}
     scale = (

@@ -157,6 +157,15 @@ def test_the_command_prints_each_number_with_how_it_came_about(
     assert rows[-1].startswith("fits           yes: ")
 
 
+def test_a_changed_setting_is_planned_as_a_run_that_is_told_it(teachers: Callable) -> None:
+    """A consistency LoRA needs no slow copy, whatever the full run would have had."""
+    _, folder, _ = teachers("dit")
+    full = Planner(method_class("consistency").Config(teacher=folder, out="", batch_size=1), "consistency")
+    assert full.plan().roles.keys() == {"teacher", "student", "target"}
+    assert full.plan(lora_rank=2) == fewstep.plan(folder, "consistency", batch_size=1, lora_rank=2)
+    assert full.plan(lora_rank=2).roles.keys() == {"teacher", "student"}
+
+
 def test_what_does_not_fit_comes_with_advice(teachers: Callable, capsys: pytest.CaptureFixture) -> None:
     _, folder, _ = teachers("dit")
     many, one = (fewstep.plan(folder, batch_size=batch).peak for batch in (64, 1))

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def vector_method(
     timestep_scaling: float | None = None,
 ) -> Consistency:
     """Consistency over vectors of 6 with labels; the student starts as the teacher."""
+    settings = settings.resolved()
     schedule = schedule or FlowSchedule()
     torch.manual_seed(0)
     first, roles = TinyNetwork(6), {}
@@ -251,7 +253,7 @@ def closed_form(times: Tensor) -> Tensor:
 
 
 def gaussian_method(settings: ConsistencyConfig, start: Tensor | None = None) -> Consistency:
-    schedule = FlowSchedule()
+    settings, schedule = settings.resolved(), FlowSchedule()
     discretization = EvenTimes(SigmaRange(schedule), [settings.intervals + 1])
     times = discretization.times(0)
     roles = {"teacher": role("teacher", Gaussian(), schedule, "sample", trainable=False)}
@@ -339,11 +341,13 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, settings: dict, m
 
 
 def test_several_steps_take_fresh_noise_and_one_what_ships(tmp_path: Path):
-    assert config(tmp_path, steps=4).renoise == "fresh"
-    assert config(tmp_path, steps=1).renoise == "auto"
-    assert config(tmp_path, steps=1, renoise="ode").renoise == "ode"
+    assert config(tmp_path, steps=4).resolved().renoise == "fresh"
+    assert config(tmp_path, steps=1).resolved().renoise == "auto"
+    assert config(tmp_path, steps=1, renoise="ode").resolved().renoise == "ode"
 
 
 def test_a_lora_has_no_slow_copy_unless_asked(tmp_path: Path):
-    assert config(tmp_path, lora_rank=4).target_decay == 0
-    assert config(tmp_path, lora_rank=4, target_decay=0.9).target_decay == 0.9
+    assert config(tmp_path, lora_rank=4).resolved().target_decay == 0
+    assert config(tmp_path, lora_rank=4, target_decay=0.9).resolved().target_decay == 0.9
+    later = replace(config(tmp_path), lora_rank=64)  # as a plan's advice asks
+    assert (later.target_decay, later.resolved().target_decay) == (None, 0)

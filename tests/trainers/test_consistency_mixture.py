@@ -66,7 +66,7 @@ def consistency(out: Path, student: nn.Module, kind: str, **settings) -> Consist
         "batch_size": 64,
         "ema_decay": 0.99,
     }
-    config = ConsistencyConfig(teacher="mixture", out=str(out), steps=4, **{**defaults, **settings})
+    config = ConsistencyConfig(teacher="mixture", out=str(out), steps=4, **{**defaults, **settings}).resolved()
     make = {"teacher": MixtureTeacher, "student": lambda: student, "ema": lambda: type(student)()}
     make |= {"target": lambda: type(student)()} if config.target_decay != 0 else {}
     roles = {}

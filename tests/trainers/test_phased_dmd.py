@@ -43,7 +43,7 @@ def method(settings: PhasedDmdConfig, kind: str = "flow", network=lambda: TinyNe
     """Phased DMD over vectors; all roles start as the teacher."""
     schedule, prediction = KINDS[kind]
     torch.manual_seed(0)
-    weights = network().state_dict()
+    settings, weights = settings.resolved(), network().state_dict()
 
     def make(name: str, trainable: bool) -> Role:
         one = network()
@@ -94,8 +94,8 @@ def test_phases_are_trained_one_after_the_other_noisiest_first(tmp_path: Path):
 def test_the_last_phase_takes_what_steps_are_left(tmp_path: Path):
     one = method(config(tmp_path, max_steps=100, phase_steps=10))
     assert [one.place(step) for step in (0, 9, 10, 11, 99)] == [(0, 0), (0, 9), (1, 0), (1, 1), (1, 89)]
-    assert config(tmp_path, max_steps=101).phase_steps == 50
-    assert config(tmp_path, phases=[1, 1, 1, 1], max_steps=6).phase_steps == 1
+    assert config(tmp_path, max_steps=101).resolved().phase_steps == 50
+    assert config(tmp_path, phases=[1, 1, 1, 1], max_steps=6).resolved().phase_steps == 1
 
 
 def test_in_alternating_order_every_phase_has_its_own_critic(tmp_path: Path):

@@ -344,11 +344,11 @@ def test_the_bound_of_a_weight_is_refused_for_another(tmp_path: Path):
 
 
 def test_a_start_below_the_top_is_marginal_where_that_can_ship(tmp_path: Path):
-    assert config(tmp_path, steps=1, first_timestep=625).start == "marginal"
-    assert config(tmp_path, steps=4, first_timestep=625, renoise="ode").start == "marginal"
-    assert config(tmp_path, steps=4, first_timestep=625).start == "noise"
-    assert config(tmp_path, steps=1, first_timestep=625, start="noise").start == "noise"
-    assert config(tmp_path, steps=1).start == "noise"
+    assert config(tmp_path, steps=1, first_timestep=625).resolved().start == "marginal"
+    assert config(tmp_path, steps=4, first_timestep=625, renoise="ode").resolved().start == "marginal"
+    assert config(tmp_path, steps=4, first_timestep=625).resolved().start == "noise"
+    assert config(tmp_path, steps=1, first_timestep=625, start="noise").resolved().start == "noise"
+    assert config(tmp_path, steps=1).resolved().start == "noise"
 
 
 # --- the adversarial terms, on a stock UNet ---------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import yaml
 from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.trainers._consistency_config import ConsistencyConfig
+from fewstep.training import run_folder
 from fewstep.training.run_folder import check_folder, write_config
 
 
@@ -65,6 +66,28 @@ def test_a_curriculum_that_follows_the_number_of_steps_keeps_it(tmp_path: Path):
     write_config(tmp_path / "run", "consistency", first)
     with pytest.raises(UserError, match="--resume: max_steps differ"):
         check_folder(tmp_path / "run", "consistency", ConsistencyConfig(**settings, max_steps=500, resume=True))
+
+
+def test_a_folder_that_an_earlier_version_claimed_is_gone_on_with(tmp_path: Path):
+    """It wrote down what follows from the settings, and so does this one."""
+    given = {"teacher": "t", "out": str(tmp_path), "data": "d", "variant": "ict", "ema_decay": 0.5}
+    write_config(tmp_path, "consistency", ConsistencyConfig(**given))
+    kept = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    written = {"renoise": "fresh", "solver": "none", "distance": "pseudo_huber_norm", "huber_c": None}
+    written |= {"weighting": "1/(t-r)", "target_decay": 0.0, "first_levels": 10, "last_levels": 1280, "intervals": None}
+    assert {name: kept[name] for name in written} == written
+    assert not check_folder(tmp_path, "consistency", ConsistencyConfig(**given, resume=True))
+    del kept["method"]
+    assert not check_folder(tmp_path, "consistency", ConsistencyConfig(**{**kept, "resume": True}))
+
+
+def test_what_a_resumed_run_may_change(tmp_path: Path):
+    """The names before settings had kinds; cpu is not among them, for a run does not move to another device."""
+    names = {"out", "merge", "push_to_hub", "hub_private", "max_steps", "resume", "report_to"}
+    names |= {"checkpointing_steps", "checkpoints_total_limit", "log_steps", "sample_steps"}
+    assert run_folder._may_change(config(tmp_path)) == names
+    curriculum = ConsistencyConfig(teacher="t", out=str(tmp_path), data="d", variant="ict")
+    assert run_folder._may_change(curriculum) == names - {"max_steps"}
 
 
 def test_another_method_is_refused(tmp_path: Path):

@@ -62,7 +62,7 @@ class DryRun:
         device: torch.device | str = "cpu",
         world: World = nullcontext,
     ) -> None:
-        self.config, self.method, self.recording = config, method, recording
+        self.config, self.method, self.recording = config.resolved(), method, recording
         self.device, self.world = torch.device(device), world
         self.scheduler = getattr(recording.pipeline, find_scheduler(recording.pipeline))
         self.shift = config.shift or 1.0

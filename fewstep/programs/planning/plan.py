@@ -160,7 +160,7 @@ class Planner:
         Raises:
             UserError: the method's step cannot be played without values, or a setting does not fit the teacher.
         """
-        config = replace(self.config, **changes)
+        config = replace(self.config, **changes).resolved()
         world = partial(fake_world, self.mode)
         recording = self._quantized(config) if config.quantization is not None else self.recording
         pipeline = recording.pipeline
