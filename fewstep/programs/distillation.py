@@ -19,7 +19,7 @@ from fewstep.data.batch import PairSource
 from fewstep.data.encoders import Encoders
 from fewstep.data.images import read_images
 from fewstep.data.real import RealSamples
-from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.draws import OBSERVATION_STEP, RESPONSE_STEP, Draws
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.phases import Phase, describe
 from fewstep.diffusion.rollout import Sampler
@@ -122,7 +122,8 @@ class Distillation:
         # Also where the teacher is not guided: a critic may be.
         self.negative = self.with_default_guidance(negative.to(device=self.device)) if negative is not None else None
         if self.negative is not None and self.guidance_scale != 1.0:
-            noise = Draws(config.seed, -3, range(2), self.device).normal("listening", self.recording.sample_shape)
+            draws = Draws(config.seed, RESPONSE_STEP, range(2), self.device)
+            noise = draws.normal("listening", self.recording.sample_shape)
             heard = [
                 self.with_default_guidance(self.conditions.select([row])) for row in range(min(2, len(self.conditions)))
             ]
@@ -161,7 +162,7 @@ class Distillation:
         """
         refuse_no_flow_map(self.recording)
         roles = self.make_roles("student")
-        x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
+        x = Draws(self.config.seed, OBSERVATION_STEP, range(2), self.device).normal("tap", self.recording.sample_shape)
         conditioning = self.with_default_guidance(self.conditions.select([0, 0]))
         add_second_time(roles, self.recording.component, self.config, x, conditioning, differentiated)
         self.student_recording = flow_map_recording(self.recording, roles["student"].added[SECOND_TIME])
@@ -304,7 +305,7 @@ class Distillation:
 
     def _tapped(self, role: Role) -> tuple[FeatureTap, Tensor]:
         """Where a role's features are tapped, and those of two samples of noise."""
-        x = Draws(self.config.seed, -1, range(2), self.device).normal("tap", self.recording.sample_shape)
+        x = Draws(self.config.seed, OBSERVATION_STEP, range(2), self.device).normal("tap", self.recording.sample_shape)
         t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
         return tapped([expert.denoiser for expert in role.experts.values()], x, t, self.conditions)
 
