@@ -74,7 +74,8 @@ class ExpertsRole(Role):
         super().__init__(name, ExpertsDenoiser([(lowest, role.denoiser) for lowest, role in experts.values()]))
         self._experts = roles
         self._weights = nn.ModuleDict({key: role.weights for key, role in roles.items()})
-        self.part = next(iter(roles.values())).part
+        one = next(iter(roles.values()))
+        self.part, self.is_adapter = one.part, one.is_adapter
 
     @property
     def experts(self) -> dict[str, Role]:

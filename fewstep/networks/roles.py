@@ -34,6 +34,8 @@ class Role:
 
     #: What its own share of the network is called in its state.
     part = "network"
+    #: Whether that is an adapter of a network that others use too.
+    is_adapter = False
     #: Whether the parameters that get a gradient in a turn may differ from one process to another.
     gradients_vary = False
 
@@ -41,6 +43,16 @@ class Role:
         self.name = name
         self.denoiser = denoiser
         self.added = dict(added or {})
+
+    def add(self, name: str, module: nn.Module) -> None:
+        """Let it own one more module beside its network.
+
+        Raises:
+            ValueError: it owns something of this name already.
+        """
+        if name in self.modules:
+            raise ValueError(f"the {self.name} has a {name} already")
+        self.added[name] = module
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, *second_time: Tensor) -> Tensor:
         """x0 (B, ...), see :class:`fewstep.diffusion.denoiser.Denoiser`; with r (B,) of a role that is told it."""

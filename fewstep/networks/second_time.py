@@ -78,7 +78,7 @@ def attach_second_time(role: Role, component: str, sites: dict[str, int], checkp
     parameter = next(role.denoiser.network.parameters())
     trained = any(p.requires_grad for p in role.weights.parameters())
     module = module.to(parameter.device).eval().requires_grad_(trained)
-    role.added[SECOND_TIME] = module
+    role.add(SECOND_TIME, module)
     role.denoiser = denoiser = FlowMapDenoiser(role.denoiser, module)
     if not checkpointing:
         return

@@ -29,7 +29,6 @@ from fewstep.export.flow_map import flow_map_recording, refuse_no_flow_map, whol
 from fewstep.export.full_precision import in_full_precision
 from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
 from fewstep.export.whole import check_counts
-from fewstep.networks.adapters import AdapterRole
 from fewstep.networks.features import FeatureTap, tapped
 from fewstep.networks.flow_map import SECOND_TIME
 from fewstep.networks.guidance import GuidedDenoiser
@@ -194,7 +193,7 @@ class Distillation:
         Several experts share one head, which sees features of the one whose time it is.
         """
         tap, features = self._tapped(role)
-        role.added["head"] = make_head(features, self.config.seed)
+        role.add("head", make_head(features, self.config.seed))
         return tap
 
     def run_pairs(self) -> RunPairs:
@@ -280,7 +279,7 @@ class Distillation:
         }
         if role.has_second_time:
             self.student_recording = flow_map_recording(self.recording, role.added[SECOND_TIME])
-        if role.part == AdapterRole.part:
+        if role.is_adapter:
             if role.has_second_time:
                 self._say("no LoRA holds its second time: exported merged, as a pipeline")
             elif moves_boundary(self.recording, self.student_recording):

@@ -356,7 +356,7 @@ def run_dmd2(recording: Recording, out: Path, *, separate: bool, dtype: torch.dt
     x, critic = torch.zeros(2, *recording.sample_shape), roles["critic"].denoiser
     tap = find_tap(critic.network, lambda x: critic.raw(x, t, conditioning), x)
     with torch.no_grad():
-        roles["critic"].added["head"] = make_head(critic.features(x, t, conditioning, tap), seed=0)
+        roles["critic"].add("head", make_head(critic.features(x, t, conditioning, tap), seed=0))
     teacher = GuidedDenoiser(roles["teacher"], recording.negative(), 2.0)
     sampler = Sampler(recording.schedule, (1.0, 0.5), "fresh", recording.schedule.initial_scale())
     method = Dmd2(config, roles, teacher, sampler, tap)
@@ -403,13 +403,13 @@ def test_a_bfloat16_base_trains_float32_adapters(recording: Recording):
 
 def test_a_state_holds_the_adapter_and_added_modules_alone_and_fits_only_its_like(recording: Recording):
     critic = players(recording, separate=False).roles["critic"]
-    critic.added["head"] = nn.Linear(2, 1)
+    critic.add("head", nn.Linear(2, 1))
     state = critic.state_dict()
     parts = {name.partition(".")[0] for name in state}
     assert parts == {"adapter", "head"}
     assert len(state) == 2 * len(critic.backbone.targets) + 2 == len(critic.parameters())
     other = adapter_role("critic", Backbone(recording.network, RANK, ALPHA), recording)
-    other.added["head"] = nn.Linear(2, 1)
+    other.add("head", nn.Linear(2, 1))
     other.load_state_dict(state)
     torch.testing.assert_close(other.state_dict(), {k: v.float() for k, v in state.items()}, rtol=1e-6, atol=1e-7)
     smaller = adapter_role("critic", Backbone(recording.network, RANK - 1, ALPHA), recording)

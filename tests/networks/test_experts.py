@@ -242,7 +242,7 @@ def test_several_adapters_of_one_backbone_are_routed_like_several_networks(
     gradient = torch.randn(x.shape)
     found = both(x, t, conditioning)
     grads = torch.autograd.grad(found, both.parameters(), gradient)
-    assert both.part == "adapter" and list(both.stock_network()) == ["first", "second"]
+    assert both.is_adapter and list(both.stock_network()) == ["first", "second"]
     start = 0
     for name, rows in (("first", [0, 2]), ("second", [1])):
         own = phases[name]
@@ -269,7 +269,7 @@ def test_one_head_sees_the_features_of_the_expert_whose_time_it_is(flow: Recordi
     for k, own in enumerate((roles[0], roles[1], roles[0])):
         alone = own.denoiser.features(x[k : k + 1], t[k : k + 1], conditioning.select([k]), tap)
         torch.testing.assert_close(features[k : k + 1], alone, rtol=2e-2, atol=2e-2)
-    both.added["head"] = make_head(features, 0)
+    both.add("head", make_head(features, 0))
     both.added["head"](features).sum().backward()
     assert all(any(p.grad is not None and p.grad.any() for p in own.parameters()) for own in roles)
     assert {name.partition(".")[0] for name in both.state_dict()} == {"network", "head"}

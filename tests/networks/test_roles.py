@@ -121,6 +121,16 @@ def test_a_state_that_does_not_fit_is_refused_by_role_and_module(change: str):
     assert "\n" not in str(caught.value)
 
 
+def test_a_role_is_given_a_module_once():
+    one = with_head()
+    one.add("other", torch.nn.Linear(2, 2))
+    assert {name.partition(".")[0] for name in one.state_dict()} == {"network", "head", "other"}
+    for name in ("head", "other", "network"):
+        with pytest.raises(ValueError, match=f"the critic has a {name} already"):
+            one.add(name, torch.nn.Linear(2, 2))
+    assert one.added["head"].weight.shape == (1, 4)
+
+
 def test_copying_weights_takes_the_network_and_leaves_added_modules():
     one, two = with_head(), with_head()
     head = one.added["head"].weight.clone()

@@ -208,7 +208,7 @@ def gan_method(settings: Dmd2Config, checkpointing: bool = False) -> Dmd2:
     with torch.no_grad():
         half = torch.full((1,), 0.5, dtype=torch.float64)
         features = critic.denoiser.features(torch.zeros(1, 1, 8, 8), half, unconditional(1), tap)
-    critic.added["head"] = make_head(features, seed=0)
+    critic.add("head", make_head(features, seed=0))
     sampler = Sampler(schedule, GRID, "fresh")
     return Dmd2(settings, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler, tap)
 
