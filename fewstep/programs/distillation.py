@@ -34,7 +34,7 @@ from fewstep.networks.flow_map import SECOND_TIME
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.guidance_embedding import find_guidance_embedding, with_guidance_embedding
 from fewstep.networks.heads import make_head
-from fewstep.networks.make_roles import make_roles
+from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.response import refuse_unresponsive
 from fewstep.networks.roles import Role
 from fewstep.networks.second_time import add_second_time
@@ -139,7 +139,7 @@ class Distillation:
 
     def make_roles(self, *names: str) -> dict[str, Role]:
         """The frozen teacher, the roles ``names``, and ``ema`` where the run has one."""
-        return make_roles(self.config, self.recording, names, self.device)
+        return make_roles(RoleSettings.of(self.config), self.recording, names, self.device)
 
     def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
         """The frozen teacher, a student (and ``ema``) with an expert for each phase, and the trainable roles ``names``.
@@ -151,7 +151,9 @@ class Distillation:
         self.plan = phased_plan(self.plan, phases)
         self._say(describe(phases, self.recording.schedule))
         self._walk_student()
-        return make_roles(self.config, self.recording, ("student", *names), self.device, self.student_recording)
+        return make_roles(
+            RoleSettings.of(self.config), self.recording, ("student", *names), self.device, self.student_recording
+        )
 
     def make_flow_map_roles(self, *, differentiated: bool) -> dict[str, Role]:
         """The frozen teacher, and a student (and ``ema``) that is told where its steps end.
@@ -163,7 +165,8 @@ class Distillation:
         roles = self.make_roles("student")
         x = Draws(self.config.seed, OBSERVATION_STEP, range(2), self.device).normal("tap", self.recording.sample_shape)
         conditioning = self.with_default_guidance(self.conditions.select([0, 0]))
-        add_second_time(roles, self.recording.component, self.config, x, conditioning, differentiated)
+        how = (differentiated, self.config.gradient_checkpointing, self.config.seed)
+        add_second_time(roles, self.recording.component, x, conditioning, *how)
         self.student_recording = flow_map_recording(self.recording, roles["student"].added[SECOND_TIME])
         self._walk_student()
         return roles

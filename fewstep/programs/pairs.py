@@ -12,7 +12,6 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from fewstep.config.pairs import PairsConfig
-from fewstep.config.run import RunConfig
 from fewstep.data.fingerprint import teacher_digest
 from fewstep.data.images import read_images
 from fewstep.data.pairs import PairMaker, PairSettings, PairStream, StoredPairs
@@ -22,7 +21,7 @@ from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.errors import UserError
 from fewstep.export.plan import teacher_shift
 from fewstep.networks.guidance import GuidedDenoiser
-from fewstep.networks.make_roles import make_roles
+from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.roles import Role
 from fewstep.programs.teacher import conditions_of, guidance_of, teacher_call
 from fewstep.recording import Recording, record
@@ -89,8 +88,7 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
         mixed_precision=config.mixed_precision,
     )
     identity = teacher_digest(recording)
-    frozen = RunConfig(teacher=config.teacher, out=config.out, mixed_precision=config.mixed_precision)
-    teacher = make_roles(frozen, recording, (), device)["teacher"]
+    teacher = make_roles(RoleSettings(mixed_precision=config.mixed_precision), recording, (), device)["teacher"]
     guided = GuidedDenoiser(teacher, negative.to(device=device) if negative is not None else None, scale)
     out = Path(config.out)
     independent = None if config.world is None else (config.rank, config.world)

@@ -112,6 +112,15 @@ def test_each_sample_goes_to_the_expert_of_its_time_and_comes_back_in_its_place(
     assert calls == [("low", 5)]
 
 
+def test_who_is_told_which_expert_an_answer_is_of_looks_at_no_time() -> None:
+    """As on fake tensors, whose values nobody can read."""
+    experts = {"high": (BOUND, expert(1)), "low": (0.0, expert(2))}
+    for number, key in enumerate(experts):
+        told_apart = ExpertsRole("student", experts, lambda t, number=number: [number] * len(t))
+        wanted = experts[key][1](sample(), TIMES, told())
+        assert torch.equal(told_apart(sample(), TIMES, told()), wanted)
+
+
 def test_gradients_are_those_of_separate_calls() -> None:
     both, conditioning = student(), told()
     x, gradient = sample().requires_grad_(), torch.randn(5, 6, dtype=torch.float64)

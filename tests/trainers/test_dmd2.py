@@ -185,7 +185,9 @@ def tiny_unet() -> UNet2DModel:
 class StockCall:
     """How a UNet2DModel is called."""
 
-    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def call(
+        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, *, continuous: bool = False
+    ) -> Tensor:
         return network(x, timestep).sample
 
 

@@ -27,7 +27,7 @@ from fewstep.export.phased import phased_recording
 from fewstep.export.plan import StudentPlan
 from fewstep.networks.features import FeatureTap, likely_tap
 from fewstep.networks.guidance_embedding import likely_guidance_embedding
-from fewstep.networks.make_roles import make_roles
+from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.roles import Role, update_average
 from fewstep.networks.second_time import attach_second_time
 from fewstep.networks.time_embedders import likely_time_embedders
@@ -90,15 +90,11 @@ class DryRun(Distillation):
 
     def make_roles(self, *names: str) -> dict[str, Role]:
         """As in a run."""
-        with self.world():
-            return _first_expert_only(super().make_roles(*names))
+        return self._roles(names)
 
     def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
         """As in a run; how the student is shipped is not looked at."""
-        shipped = phased_recording(self.recording, phases)
-        with self.world():
-            roles = make_roles(self.config, self.recording, ("student", *names), self.device, shipped)
-        return _first_expert_only(roles)
+        return self._roles(("student", *names), phased_recording(self.recording, phases))
 
     def make_flow_map_roles(self, *, differentiated: bool) -> dict[str, Role]:
         """As in a run; where the network is told its second time is not observed, but known by names."""
@@ -137,6 +133,11 @@ class DryRun(Distillation):
             noise = torch.zeros(size, *shape, device=self.device)
             pairs = Pairs(torch.zeros_like(noise), noise, self._conditions)
         return Batch(size, shape, self._conditions, drawn, self._real, logging=False, pairs=pairs)
+
+    def _roles(self, names: tuple[str, ...], student: Recording | None = None) -> dict[str, Role]:
+        with self.world():
+            settings = RoleSettings.of(self.config)
+            return make_roles(settings, self.recording, names, self.device, student, _always_the_first)
 
     def _tapped(self, role: Role) -> tuple[FeatureTap, Tensor]:
         """As in a run, but the tap's place alone is looked up: which tokens are the image is not observed."""
@@ -202,22 +203,9 @@ class _NoPairs:
         return self
 
 
-def _first_expert_only(roles: dict[str, Role]) -> dict[str, Role]:
-    for role in roles.values():
-        if len(role.experts) > 1:
-            role.denoiser.intervals = _FirstExpert()
-    return roles
-
-
-class _FirstExpert:
+def _always_the_first(t: Tensor) -> list[int]:
     """Where several networks share the time: all samples go to the first, as only the times' values could tell."""
-
-    def index(self, t: Tensor) -> _FirstExpert:
-        self._rows = len(t)
-        return self
-
-    def tolist(self) -> list[int]:
-        return [0] * self._rows
+    return [0] * len(t)
 
 
 def backward(method: Method, turn: Turn) -> None:
