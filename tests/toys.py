@@ -37,7 +37,9 @@ class PlainRecipe:
 
     component = "network"
 
-    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def call(
+        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, *, continuous: bool = False
+    ) -> Tensor:
         return network(x, timestep, **conditioning.arguments())
 
 

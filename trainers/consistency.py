@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fewstep.cli.distill import main
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.data.batch import Batch
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.discretization import Discretization, SigmaRange, TimePair, adaptive_decay
@@ -175,14 +176,14 @@ class Consistency:
         scale = guidance_scale if self._draws_guidance else None
 
         def denoise(x: Tensor, time: Tensor) -> Tensor:
-            return self.teacher(x, time, conditioning, scale)
+            return self.teacher(x, time, conditioning, guidance_scale=scale)
 
         return solver_step(denoise, self.schedule, x_t, t, r, self.config.solver)
 
     def function(self, role: Denoiser) -> Denoiser:
         """f of a role: skip * x_t + out * x0, exactly what the scheduler that ships makes of the network's answer."""
 
-        def f(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        def f(x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
             skip, out = self.boundary(t)
             return expand(skip, x_t) * x_t + expand(out, x_t) * role(x_t, t, conditioning)
 

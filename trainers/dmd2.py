@@ -67,7 +67,7 @@ class Dmd2:
         if config.f_divergence != "none":
             low, high = self.compared.ends
             weight = DivergenceWeight(config.f_divergence, config.f_bins, config.f_momentum, t_min=low, t_max=high)
-            self.critic.added["divergence"] = weight.to(self.critic.parameters()[0].device)
+            self.critic.add("divergence", weight.to(self.critic.parameters()[0].device))
 
     @classmethod
     def prepare(cls, config: Dmd2Config, bench: Bench) -> Dmd2:

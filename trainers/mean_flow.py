@@ -99,7 +99,7 @@ class MeanFlow:
         teacher, self.negative = roles["teacher"].denoiser, guided_teacher.negative
         self.student: FlowMapDenoiser = roles["student"].denoiser
 
-        def velocity(x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
+        def velocity(x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
             return to_velocity(teacher.raw(x_t, t, conditioning), teacher.prediction_type, x_t, self.schedule, t)
 
         self.teacher = guided_teacher.of(velocity)
@@ -158,7 +158,7 @@ class MeanFlow:
             log["student/derivative"] = interval.change.square().mean().sqrt()
         if equal:
             at = flow.select(equal)
-            parts.append(Answers(self.student.velocity(at.x_t, at.t, at.r, at.conditioning), at.velocity))
+            parts.append(Answers(self.student.velocity(at.x_t, at.t, at.conditioning, at.r), at.velocity))
 
         # 3. Each sample's error, by an adaptive weight (§4.2).
         loss = torch.cat([part.weight * self.loss(part.u, part.target) for part in parts]).mean()
@@ -196,8 +196,8 @@ class MeanFlow:
         negative = self.negative.select([0] * len(x_t))
         mixed = self.omega * velocity
         if self.kappa:
-            mixed = mixed + self.kappa * self.student.velocity(x_t, t, t, conditioning)
-        return mixed + (1 - self.omega - self.kappa) * self.student.velocity(x_t, t, t, negative)
+            mixed = mixed + self.kappa * self.student.velocity(x_t, t, conditioning, t)
+        return mixed + (1 - self.omega - self.kappa) * self.student.velocity(x_t, t, negative, t)
 
     def times(self, batch: Batch, apart: list[int]) -> tuple[Tensor, Tensor]:
         """t and r (B,), float64; drawn as flow times, and snapped to a table's entries, 0 behind the last."""
@@ -222,7 +222,7 @@ class MeanFlow:
         config, student = self.config, self.student
         alpha = config.alpha(step)
         distance = gap(self.schedule, flow.t, flow.r)
-        at = flow.x_t, flow.t, flow.r, flow.conditioning
+        at = flow.x_t, flow.t, flow.conditioning, flow.r
         if alpha > 0:
             later = self.later(flow, alpha * distance) if alpha < 1 else flow.velocity
             target = alpha_flow_target(flow.velocity, later, alpha, config.alpha_clamp)
@@ -230,7 +230,7 @@ class MeanFlow:
         direction = flow.velocity
         if config.variant == "improved":
             with torch.no_grad():
-                direction = student.velocity(flow.x_t, flow.t, flow.t, flow.conditioning)
+                direction = student.velocity(flow.x_t, flow.t, flow.conditioning, flow.t)
         with torch.set_grad_enabled(self.one_pass):
             u, change = student.velocity_and_derivative(*at, direction)
         share = min(1.0, step / config.tangent_warmup) if config.tangent_warmup else 1.0
@@ -245,7 +245,7 @@ class MeanFlow:
         s = self.schedule.time_from_flow_time(self.schedule.flow_time(flow.t) - distance)
         s = torch.maximum(s, flow.r)
         alpha, sigma = self.schedule.coefficients(s)
-        return self.student.velocity(y * expand(alpha + sigma, y), s, flow.r, flow.conditioning)
+        return self.student.velocity(y * expand(alpha + sigma, y), s, flow.conditioning, flow.r)
 
     def loss(self, u: Tensor, target: Tensor) -> Tensor:
         """The weighted error of each sample (B,)."""

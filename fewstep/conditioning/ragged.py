@@ -82,24 +82,34 @@ def join(items: Sequence[AnyConditioning]) -> AnyConditioning:
 
 
 def in_groups(
-    call: Callable[[Tensor, Tensor, Conditioning], Tensor], x_t: Tensor, t: Tensor, conditioning: AnyConditioning
+    call: Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor],
+    x_t: Tensor,
+    t: Tensor,
+    conditioning: AnyConditioning,
+    end: Tensor | None = None,
 ) -> Tensor:
-    """`call(x_t, t, conditioning)`, made once for each group where the conditioning is ragged; gradients pass through.
+    """`call(x_t, t, conditioning, end)`, once for each group where the conditioning is ragged; gradients pass through.
 
     Args:
         call: answers one batch of samples of equal shape with a tensor (n, ...).
         x_t: (B, ...).
         t: (B,).
         conditioning: of B samples.
+        end: (B,), or None.
 
     Raises:
         ValueError: the conditioning is ragged, and of another number of samples.
     """
     if not isinstance(conditioning, RaggedConditioning):
-        return call(x_t, t, conditioning)
+        return call(x_t, t, conditioning, end)
     if len(x_t) != conditioning.batch_size:
         raise ValueError(f"conditioning for {conditioning.batch_size} samples, x for {len(x_t)}; select() expands it")
-    return conditioning.in_order([call(_rows(x_t, r), _rows(t, r), part) for r, part in conditioning.groups])
+    return conditioning.in_order(
+        [
+            call(_rows(x_t, rows), _rows(t, rows), part, None if end is None else _rows(end, rows))
+            for rows, part in conditioning.groups
+        ]
+    )
 
 
 def _groups(item: AnyConditioning) -> Sequence[Group]:

@@ -22,7 +22,7 @@ from fewstep.data.durable import json_sha256
 from fewstep.data.real import RealSamples
 from fewstep.data.shards import Shards
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.draws import Draws, keyed_generator, keyed_order
+from fewstep.diffusion.draws import PAIRS_STEP, Draws, keyed_generator, keyed_order
 from fewstep.diffusion.ode import OdeSolver, inversion_times, teacher_times
 from fewstep.diffusion.prediction import add_noise
 from fewstep.errors import UserError
@@ -30,7 +30,6 @@ from fewstep.recording import Recording
 
 FORMAT = "fewstep-pairs-3"
 MAKER = "fewstep pairs"
-_STEP = -3  # no step of a training run, and none of the draws that are made before one
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ class PairStream:
 
 def pair_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """The unit noise (B, *shape), float32, of the pairs with these numbers, drawn anew."""
-    return Draws(seed, _STEP, indices, device).normal("pair_noise", shape)
+    return Draws(seed, PAIRS_STEP, indices, device).normal("pair_noise", shape)
 
 
 def conditions_digest(conditions: Conditions) -> dict[str, str]:

@@ -11,11 +11,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-#: Steps of the draws that belong to no step of a training.
-OBSERVATION_STEP = -1  # noise that networks are looked at with before they are trained
-PREVIEWS_STEP = -2  # of sample grids
-PAIRS_STEP = -3  # of noise-sample pairs
-RESPONSE_STEP = -4  # noise at which a teacher is asked whether it responds to its condition
+# Draws that belong to no step of a training: each purpose has a step of its own, so that no two share their numbers.
+#: The samples by which a network is observed: where its features are tapped, where it is told a time.
+OBSERVATION_STEP = -1
+#: The noise of the sample grids, the same in every grid of a run.
+PREVIEWS_STEP = -2
+#: The noise of noise-sample pairs, which is drawn again wherever they are read.
+PAIRS_STEP = -3
+#: The samples by which it is tried whether a teacher responds to its condition.
+RESPONSE_STEP = -4
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
@@ -29,7 +33,7 @@ class Draws:
 
     Args:
         seed: of the run.
-        step: of the run.
+        step: of the training, or one of the negative steps above.
         indices: the samples' places in the step's global batch.
         device: where draws are put; they are made on the CPU, so that every device sees the same numbers.
 

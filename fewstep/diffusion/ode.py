@@ -36,7 +36,7 @@ _CLEAN = 1e-12
 
 
 class OdeSolver:
-    """Steps of one denoiser along the ODE.
+    """Steps of one denoiser along the ODE, by its slopes at single times: it is told no step's end.
 
     Args:
         denoiser: says x0.

@@ -45,6 +45,7 @@ class Sampler:
         """
         there = self.schedule.coefficients(then)
         if self.renoise == "fresh":
+            assert fresh is not None  # as it is wanted here
             return add_noise(x0, fresh, there)
         return ode_step(x_t, x0, self.schedule.coefficients(t), there)
 
@@ -90,7 +91,10 @@ def rollout(
             if on_step is not None:
                 on_step(step, x_t)
             x0 = _ask(student, sampler, step, x_t, conditioning)
-            fresh = step_noise(step + 1) if sampler.renoise == "fresh" else None
+            fresh = None
+            if sampler.renoise == "fresh":
+                assert step_noise is not None  # as it is needed here
+                fresh = step_noise(step + 1)
             x_t = sampler.move(x_t, x0, t, sampler.times(step + 1, x_t), fresh)
     if on_step is not None:
         on_step(last, x_t)
@@ -98,12 +102,10 @@ def rollout(
 
 
 def _ask(student: Denoiser, sampler: Sampler, step: int, x_t: Tensor, conditioning: AnyConditioning) -> Tensor:
-    """x0 (B, ...) at a step of the grid; a student of two times is told where the step ends."""
+    """x0 (B, ...) at a step of the grid, which ends at the next one, or at the clean sample."""
     t = sampler.times(step, x_t)
-    if not getattr(student, "has_second_time", False):
-        return student(x_t, t, conditioning)
     end = sampler.times(step + 1, x_t) if step + 1 < len(sampler.grid) else torch.zeros_like(t)
-    return student(x_t, t, conditioning, end)
+    return student(x_t, t, conditioning, end=end)
 
 
 def draw_sample(

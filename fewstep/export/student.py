@@ -19,7 +19,6 @@ from fewstep.export.lora import export_lora, why_no_lora
 from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
 from fewstep.export.plan import StudentPlan
 from fewstep.export.whole import check_counts, export_student, refuse_own_code
-from fewstep.networks.adapters import AdapterRole
 from fewstep.networks.flow_map import SECOND_TIME
 from fewstep.networks.roles import Role
 from fewstep.recording import Recording
@@ -134,7 +133,7 @@ class Student:
             student = replace(self, recording=flow_map_recording(self.teacher, role.added[SECOND_TIME]))
         recording: Recording
         network: nn.Module
-        lora = role.part == AdapterRole.part
+        lora = role.is_adapter
         forms = student.forms(lora, merge)
         about |= {"teacher_lora": self.teacher_lora}
         if LORA in forms:

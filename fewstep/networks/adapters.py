@@ -157,6 +157,7 @@ class AdapterRole(Role):
     """
 
     part = "adapter"
+    is_adapter = True
 
     def __init__(
         self, name: str, backbone: Backbone, denoiser: NetworkDenoiser, adapter: nn.Module | None = None

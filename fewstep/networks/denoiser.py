@@ -20,6 +20,10 @@ from fewstep.networks.features import FeatureTap
 from fewstep.recording import Recipe
 from fewstep.recording.recipe import network_dtype
 
+#: Told of one call of a network: x_t (B, ...), t (B,), and whether it ends early, at a tap. What it returns is given
+#: the answer (B, ...): the network's output, or the tap's features.
+OnCall = Callable[[Tensor, Tensor, bool], Callable[[Tensor], None]]
+
 
 class NetworkDenoiser:
     """A stock diffusers network as a :class:`Denoiser`.
@@ -50,31 +54,45 @@ class NetworkDenoiser:
         self.active = active
         #: Whether the network is fed float times even where its pipeline rounds them.
         self.continuous = False
+        #: Watches every call of the network.
+        self.on_call: OnCall = _unwatched
 
     def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """The network's output in its own prediction type; shapes as in :class:`Denoiser`."""
         return in_groups(self._raw, x_t, t, conditioning)
 
-    def _raw(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def _raw(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, end: Tensor | None = None) -> Tensor:
+        answered = self.on_call(x_t, t, False)
+        answer = self._run(x_t, t, conditioning)
+        answered(answer)
+        return answer
+
+    def _run(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         # The network was trained on the dtype of its weights; the sample itself stays in the losses' dtype.
         network_input = (expand(self.schedule.input_scale(t), x_t) * x_t).to(network_dtype(self.network))
         # A context of its own for every call: autocast caches casted weights until the context ends, and a cast made
         # under no_grad would be reused by a later pass that needs the gradient.
         autocast = torch.autocast(x_t.device.type, dtype=self.autocast, enabled=self.autocast is not None)
         with self.active(), autocast:
-            how = {"continuous": True} if self.continuous else {}
-            return self.recipe.call(self.network, network_input, self.schedule.timestep(t), conditioning, **how)
+            timestep = self.schedule.timestep(t)
+            return self.recipe.call(self.network, network_input, timestep, conditioning, continuous=self.continuous)
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
-        """x0 (B, ...) in the dtype of ``x_t``."""
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
+        """x0 (B, ...) in the dtype of ``x_t``; ``end`` is ignored."""
         return to_x0(self.raw(x_t, t, conditioning), self.prediction_type, x_t, self.schedule, t)
 
     def features(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, tap: FeatureTap) -> Tensor:
         """What ``tap`` sees on the way: (B, C, ...) maps or (B, N, C) image tokens, float32; the rest does not run."""
 
-        def tapped(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        def tapped(x_t: Tensor, t: Tensor, conditioning: Conditioning, end: Tensor | None) -> Tensor:
+            answered = self.on_call(x_t, t, True)
             with tap.on(self.network) as seen:
-                self._raw(x_t, t, conditioning)
+                self._run(x_t, t, conditioning)
+            answered(seen.features)
             return seen.features
 
         return in_groups(tapped, x_t, t, conditioning)
+
+
+def _unwatched(_x_t: Tensor, _t: Tensor, _early: bool) -> Callable[[Tensor], None]:
+    return lambda _answer: None

@@ -17,6 +17,9 @@ from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.features import FeatureTap
 from fewstep.networks.roles import Role
 
+#: The number of the expert that each time of (B,) goes to, 0 for the noisiest.
+ExpertOf = Callable[[Tensor], list[int]]
+
 
 class ExpertsDenoiser:
     """Denoisers split by time, itself a :class:`fewstep.diffusion.denoiser.Denoiser`.
@@ -27,20 +30,22 @@ class ExpertsDenoiser:
     Args:
         experts: pairs of the lowest t in [0, 1] at which a denoiser is asked and the denoiser, from noise to data; the
             last one's is 0. They have one schedule and one prediction type.
+        expert_of: chooses other experts than those of the lowest times.
     """
 
-    def __init__(self, experts: Sequence[tuple[float, NetworkDenoiser]]) -> None:
+    def __init__(self, experts: Sequence[tuple[float, NetworkDenoiser]], expert_of: ExpertOf | None = None) -> None:
         self.experts = [denoiser for _, denoiser in experts]
         self.schedule = self.experts[0].schedule
         self.prediction_type = self.experts[0].prediction_type
-        self.intervals = TimeIntervals(self.schedule, tuple(lowest for lowest, _ in experts))
+        intervals = TimeIntervals(self.schedule, tuple(lowest for lowest, _ in experts))
+        self.expert_of: ExpertOf = expert_of or (lambda t: intervals.index(t).tolist())
 
     def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """As :meth:`fewstep.networks.denoiser.NetworkDenoiser.raw`."""
         return self._routed(lambda expert, *inputs: expert.raw(*inputs), x_t, t, conditioning)
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
-        """x0 (B, ...) in the dtype of ``x_t``."""
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
+        """x0 (B, ...) in the dtype of ``x_t``; ``end`` is ignored."""
         return self._routed(lambda expert, *inputs: expert(*inputs), x_t, t, conditioning)
 
     def features(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, tap: FeatureTap) -> Tensor:
@@ -48,7 +53,7 @@ class ExpertsDenoiser:
         return self._routed(lambda expert, *inputs: expert.features(*inputs, tap), x_t, t, conditioning)
 
     def _routed(self, ask: Callable[..., Tensor], x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
-        index = self.intervals.index(t).tolist()
+        index = self.expert_of(t)
         called = sorted(set(index))
         if len(called) == 1:
             return ask(self.experts[called[0]], x_t, t, conditioning)
@@ -64,17 +69,20 @@ class ExpertsRole(Role):
     Args:
         name: of the role.
         experts: key -> (lowest t, the expert's role), from noise to data; the keys name their parts of the state.
+        expert_of: as in :class:`ExpertsDenoiser`.
     """
 
     #: A turn may reach one expert on this process and another one elsewhere.
     gradients_vary = True
 
-    def __init__(self, name: str, experts: Mapping[str, tuple[float, Role]]) -> None:
+    def __init__(self, name: str, experts: Mapping[str, tuple[float, Role]], expert_of: ExpertOf | None = None) -> None:
         roles = {key: role for key, (_, role) in experts.items()}
-        super().__init__(name, ExpertsDenoiser([(lowest, role.denoiser) for lowest, role in experts.values()]))
+        denoisers = [(lowest, role.denoiser) for lowest, role in experts.values()]
+        super().__init__(name, ExpertsDenoiser(denoisers, expert_of))
         self._experts = roles
         self._weights = nn.ModuleDict({key: role.weights for key, role in roles.items()})
-        self.part = next(iter(roles.values())).part
+        one = next(iter(roles.values()))
+        self.part, self.is_adapter = one.part, one.is_adapter
 
     @property
     def experts(self) -> dict[str, Role]:

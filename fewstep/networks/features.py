@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ class _Reached(Exception):  # noqa: N818 - it ends a forward pass early and is n
 class Seen:
     """Where a tap puts what it saw: (B, C, H, W), (B, C, F, H, W) or image tokens (B, N, C)."""
 
-    features: Tensor | None = None
+    features: Tensor = field(init=False)
 
 
 @dataclass(frozen=True)

@@ -50,32 +50,31 @@ class FlowMapDenoiser(NetworkDenoiser):
 
     def __init__(self, base: NetworkDenoiser, second_time: nn.Module) -> None:
         super().__init__(base.network, base.recipe, base.schedule, base.prediction_type, base.autocast, base.active)
-        self.second_time = second_time
+        self.second_time: Any = second_time  # of a class that lies in a file of pipelines/
         #: Float times even for a network that was recorded with integers: their derivative is wanted.
         self.continuous = any(not getattr(torch, rule.dtype).is_floating_point for rule in _times(base.recipe))
         self._gap: Tensor | None = None
 
-    def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, r: Tensor | None = None) -> Tensor:
-        """As in :class:`fewstep.networks.denoiser.NetworkDenoiser`; ``r`` (B,) in [0, t], by default t itself.
+    def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
+        """As in :class:`fewstep.networks.denoiser.NetworkDenoiser`; ``end`` (B,) in [0, t] is r, by default t itself.
 
         Raises:
             ValueError: r > t. (On a GPU this is not looked at, as the host would have to wait.)
         """
-        r = t if r is None else r
-        if type(t) is Tensor and t.device.type == "cpu" and bool((r > t).any()):
-            raise ValueError(f"the second time r is at most t, not {r.tolist()} at {t.tolist()}")
-        return in_groups(self._between, x_t, torch.stack([t, r], 1), conditioning)
+        if end is not None and type(t) is Tensor and t.device.type == "cpu" and bool((end > t).any()):
+            raise ValueError(f"the second time r is at most t, not {end.tolist()} at {t.tolist()}")
+        return in_groups(self._between, x_t, t, conditioning, end)
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, r: Tensor | None = None) -> Tensor:
-        """What the step's end is mixed of: x0 (B, ...) such that an ODE step to r is right."""
-        return to_x0(self.raw(x_t, t, conditioning, r), self.prediction_type, x_t, self.schedule, t)
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
+        """What the step's end is mixed of: x0 (B, ...) such that an ODE step to ``end`` is right."""
+        return to_x0(self.raw(x_t, t, conditioning, end), self.prediction_type, x_t, self.schedule, t)
 
-    def velocity(self, x_t: Tensor, t: Tensor, r: Tensor, conditioning: AnyConditioning) -> Tensor:
-        """The average velocity (B, ...) between r and t."""
-        return to_velocity(self.raw(x_t, t, conditioning, r), self.prediction_type, x_t, self.schedule, t)
+    def velocity(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor) -> Tensor:
+        """The average velocity (B, ...) between ``end`` and t."""
+        return to_velocity(self.raw(x_t, t, conditioning, end), self.prediction_type, x_t, self.schedule, t)
 
     def velocity_and_derivative(
-        self, x_t: Tensor, t: Tensor, r: Tensor, conditioning: AnyConditioning, direction: Tensor
+        self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor, direction: Tensor
     ) -> tuple[Tensor, Tensor]:
         """u (B, ...), and d u / d tau (B, ...) along the velocity ``direction`` (B, ...), r held: MeanFlow, Eq. 8.
 
@@ -83,7 +82,7 @@ class FlowMapDenoiser(NetworkDenoiser):
         """
 
         def average_velocity(x_t: Tensor, t: Tensor) -> Tensor:
-            return self.velocity(x_t, t, r, conditioning)
+            return self.velocity(x_t, t, conditioning, end)
 
         change = flow_direction(x_t, direction, t, self.schedule)
         return derivative_along(average_velocity, (x_t, t), change, self.network)
@@ -93,9 +92,8 @@ class FlowMapDenoiser(NetworkDenoiser):
         told = self._gap
         return nullcontext if told is None else lambda: self._told(told)
 
-    def _between(self, x_t: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        t, r = times.unbind(1)
-        with self._told(gap(self.schedule, t, r)):
+    def _between(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, end: Tensor | None) -> Tensor:
+        with self._told(gap(self.schedule, t, t if end is None else end)):
             return self._raw(x_t, t, conditioning)
 
     @contextmanager
@@ -118,19 +116,27 @@ class FlowMapRecipe:
     """
 
     def __init__(self, recipe: Any, schedule: NoiseSchedule, second_time: nn.Module) -> None:
-        self._recipe, self._schedule, self._second_time = recipe, schedule, second_time
+        self._recipe, self._schedule = recipe, schedule
+        self._second_time: Any = second_time
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._recipe, name)
 
     def call(
-        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, *, next_timestep: Tensor
+        self,
+        network: nn.Module,
+        x: Tensor,
+        timestep: Tensor,
+        conditioning: Conditioning,
+        *,
+        next_timestep: Tensor,
+        continuous: bool = False,
     ) -> Tensor:
         """As :meth:`fewstep.recording.Recipe.call`."""
         t, r = self._schedule.time(timestep), self._schedule.time(next_timestep)
         told = gap(self._schedule, t, torch.where(r < 1e-9, 0.0, r))
         with self._second_time.on(network, lambda: told):
-            return self._recipe.call(network, x, timestep, conditioning)
+            return self._recipe.call(network, x, timestep, conditioning, continuous=continuous)
 
 
 def _times(recipe: Any) -> tuple[Any, ...]:

@@ -67,9 +67,18 @@ class GuidedDenoiser:
         return GuidedDenoiser(denoiser, self.negative, self.guidance_scale)
 
     def __call__(
-        self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, guidance_scale: Tensor | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        conditioning: AnyConditioning,
+        end: Tensor | None = None,
+        *,
+        guidance_scale: Tensor | None = None,
     ) -> Tensor:
-        """Guided x0 (B, ...); by ``guidance_scale`` (B,), a w for each sample, where it is given."""
+        """Guided x0 (B, ...); by ``guidance_scale`` (B,), a w for each sample, where it is given.
+
+        ``end`` is ignored: a student of two times has its guidance trained in.
+        """
         if guidance_scale is not None:
             return guide(*self.pair(x_t, t, conditioning), expand(guidance_scale, x_t))
         if self.guidance_scale == 1.0:

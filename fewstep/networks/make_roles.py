@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,56 +11,103 @@ import torch
 from fewstep.config.run import RunConfig
 from fewstep.networks.adapters import AdapterRole, Backbone, called_by_keyword
 from fewstep.networks.denoiser import NetworkDenoiser
-from fewstep.networks.experts import ExpertsRole
+from fewstep.networks.experts import ExpertOf, ExpertsRole
 from fewstep.networks.roles import FOLLOWERS, Role, follow, make_role
 from fewstep.recording import Recording
 
 
+@dataclass(frozen=True)
+class RoleSettings:
+    """What the roles of a run are.
+
+    Attributes:
+        lora_rank: of adapters for all roles but the teacher; 0 makes them full copies instead.
+        lora_alpha: an adapter's product is scaled by alpha / rank; default the rank.
+        full_critic: critics are full copies beside adapters, too.
+        mixed_precision: no (float32) or bf16 (autocast, and a bfloat16 teacher).
+        gradient_checkpointing: trainable roles recompute activations in the backward pass.
+        ema: whether there is an average of the student.
+        seed: of the adapters' first weights.
+    """
+
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    full_critic: bool = False
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    ema: bool = False
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: RunConfig) -> RoleSettings:
+        """Those of a run."""
+        return cls(
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            full_critic=config.full_critic,
+            mixed_precision=config.mixed_precision,
+            gradient_checkpointing=config.gradient_checkpointing,
+            ema=config.ema_decay > 0,
+            seed=config.seed,
+        )
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """The dtype of forward passes, None where it is float32."""
+        return torch.bfloat16 if self.mixed_precision == "bf16" else None
+
+
 def make_roles(
-    config: RunConfig,
+    settings: RoleSettings,
     recording: Recording,
     names: tuple[str, ...],
     device: torch.device,
     student: Recording | None = None,
+    expert_of: ExpertOf | None = None,
 ) -> dict[str, Role]:
-    """The frozen teacher, the roles ``names``, and ``ema`` where the run has one.
+    """The frozen teacher, the roles ``names``, and ``ema`` where it is wanted.
 
     All are trainable but ``target``, a method's own slow copy of the student, which the loop moves.
 
     Args:
-        config: of the run.
+        settings: what they are.
         recording: of the teacher.
         names: of the roles beside teacher and ema.
         device: of all of them.
         student: the recording of the student's own pipeline, where it has other experts than the teacher's.
+        expert_of: which expert each time goes to, where several share the time; default those of the recordings.
 
     Raises:
-        UserError: the network has no layer for an adapter of ``config.lora_rank``.
+        UserError: the network has no layer for an adapter of ``settings.lora_rank``.
     """
     backbones: dict[int, Callable[..., Role]] = {}
 
     def adapters(one: Recording) -> Callable[..., Role]:
         # One backbone for all roles on a network, and for all experts that begin as one network.
-        return backbones.setdefault(id(one.network), _adapters(config, one, device))
+        return backbones.setdefault(id(one.network), _adapters(settings, one, device))
 
     def copies(one: Recording) -> Callable[..., Role]:
-        return _copies(config, one, device)
+        return _copies(settings, one, device)
 
     def make(name: str, *, trainable: bool) -> Role:
         own = student if student is not None and name in ("student", *FOLLOWERS) else recording
-        full = not config.lora_rank or (name.startswith("critic") and config.full_critic)
-        return _of_each_expert(own, copies if full else adapters, name, trainable)
+        full = not settings.lora_rank or (name.startswith("critic") and settings.full_critic)
+        return _of_each_expert(own, copies if full else adapters, name, trainable, expert_of)
 
     roles = {"teacher": make("teacher", trainable=False)}
     roles |= {name: make(name, trainable=name != "target") for name in names}
-    if config.ema_decay > 0:
+    if settings.ema:
         roles["ema"] = make("ema", trainable=False)
     follow(roles)
     return roles
 
 
 def _of_each_expert(
-    recording: Recording, maker: Callable[[Recording], Callable[..., Role]], name: str, trainable: bool
+    recording: Recording,
+    maker: Callable[[Recording], Callable[..., Role]],
+    name: str,
+    trainable: bool,
+    expert_of: ExpertOf | None,
 ) -> Role:
     """A role as the maker for a single network makes it; where several share the time, of one such role for each."""
     if len(recording.experts) == 1:
@@ -69,12 +117,12 @@ def _of_each_expert(
     for lowest, expert in zip(recording.intervals.lowest, recording.experts, strict=True):
         own = f"{name}_{expert.component}" if shared else name  # adapters of one network need names of their own
         experts[expert.component] = (lowest, maker(recording.of(expert))(own, trainable=trainable))
-    return ExpertsRole(name, experts)
+    return ExpertsRole(name, experts, expert_of)
 
 
-def _copies(config: RunConfig, recording: Recording, device: torch.device) -> Callable[..., Role]:
+def _copies(settings: RoleSettings, recording: Recording, device: torch.device) -> Callable[..., Role]:
     """Makes roles that are networks of their own."""
-    bf16 = _half(config)
+    half = settings.half
 
     def make(name: str, *, trainable: bool) -> Role:
         return make_role(
@@ -82,42 +130,37 @@ def _copies(config: RunConfig, recording: Recording, device: torch.device) -> Ca
             recording,
             trainable=trainable,
             # The teacher is only read, so its parameters themselves are bfloat16; trained ones stay float32.
-            dtype=bf16 if bf16 and name == "teacher" else torch.float32,
-            autocast=bf16,
-            gradient_checkpointing=trainable and config.gradient_checkpointing,
+            dtype=half if half and name == "teacher" else torch.float32,
+            autocast=half,
+            gradient_checkpointing=trainable and settings.gradient_checkpointing,
             device=device,
         )
 
     return make
 
 
-def _adapters(config: RunConfig, recording: Recording, device: torch.device) -> Callable[..., Role]:
+def _adapters(settings: RoleSettings, recording: Recording, device: torch.device) -> Callable[..., Role]:
     """Makes roles on one backbone: the teacher is the backbone itself."""
-    bf16 = _half(config)
     backbone = Backbone(
         recording.network,
-        config.lora_rank,
-        config.lora_alpha or config.lora_rank,
-        dtype=bf16 or torch.float32,
+        settings.lora_rank,
+        settings.lora_alpha or settings.lora_rank,
+        dtype=settings.half or torch.float32,
         device=device,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=settings.gradient_checkpointing,
         without=called_by_keyword(recording, device),
     )
 
     def make(name: str, *, trainable: bool) -> AdapterRole:
-        adapter = None if name == "teacher" else backbone.add(name, trainable=trainable, seed=config.seed)
+        adapter = None if name == "teacher" else backbone.add(name, trainable=trainable, seed=settings.seed)
         denoiser = NetworkDenoiser(
             backbone.network,
             recording.recipe,
             recording.schedule,
             recording.prediction_type,
-            bf16,
+            settings.half,
             partial(backbone.active, None if adapter is None else name),
         )
         return AdapterRole(name, backbone, denoiser, adapter)
 
     return make
-
-
-def _half(config: RunConfig) -> torch.dtype | None:
-    return torch.bfloat16 if config.mixed_precision == "bf16" else None

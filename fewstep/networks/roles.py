@@ -34,6 +34,8 @@ class Role:
 
     #: What its own share of the network is called in its state.
     part = "network"
+    #: Whether that is an adapter of a network that others use too.
+    is_adapter = False
     #: Whether the parameters that get a gradient in a turn may differ from one process to another.
     gradients_vary = False
 
@@ -42,9 +44,19 @@ class Role:
         self.denoiser = denoiser
         self.added = dict(added or {})
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, *second_time: Tensor) -> Tensor:
-        """x0 (B, ...), see :class:`fewstep.diffusion.denoiser.Denoiser`; with r (B,) of a role that is told it."""
-        return self.denoiser(x_t, t, conditioning, *second_time)
+    def add(self, name: str, module: nn.Module) -> None:
+        """Let it own one more module beside its network.
+
+        Raises:
+            ValueError: it owns something of this name already.
+        """
+        if name in self.modules:
+            raise ValueError(f"the {self.name} has a {name} already")
+        self.added[name] = module
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
+        """x0 (B, ...), see :class:`fewstep.diffusion.denoiser.Denoiser`."""
+        return self.denoiser(x_t, t, conditioning, end)
 
     @property
     def has_second_time(self) -> bool:
@@ -151,7 +163,8 @@ def allow_checkpointing(network: nn.Module, function: Callable[..., Any] | None 
     """
     if not getattr(network, "_supports_gradient_checkpointing", False):
         raise UserError(f"{type(network).__name__} has no gradient checkpointing; leave out --gradient_checkpointing")
-    network.enable_gradient_checkpointing(function)
+    stock: Any = network  # a diffusers model has more than an nn.Module
+    stock.enable_gradient_checkpointing(function)
 
 
 def follow(roles: dict[str, Role]) -> None:

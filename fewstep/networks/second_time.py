@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning.ragged import AnyConditioning
-from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.networks.adapters import AdapterRole
 from fewstep.networks.derivative import refuse_underivable
 from fewstep.networks.flow_map import SECOND_TIME, FlowMapDenoiser
 from fewstep.networks.recompute import checkpointed
-from fewstep.networks.roles import Role
+from fewstep.networks.roles import Role, allow_checkpointing
 from fewstep.networks.time_embedders import find_time_embedders
 
 # Relative; another kernel for another dtype of the time, where the network runs in half precision.
@@ -28,20 +27,22 @@ _EQUAL = {torch.float64: 1e-6, torch.float32: 1e-4}
 def add_second_time(
     roles: dict[str, Role],
     component: str,
-    config: RunConfig,
     x: Tensor,
     conditioning: AnyConditioning,
     differentiated: bool,
+    gradient_checkpointing: bool,
+    seed: int,
 ) -> None:
     """Give every role but the teacher a second time, and prove that it changes nothing yet.
 
     Args:
         roles: of a run, on one network each.
         component: its name in the pipeline.
-        config: of the run.
         x: a sample (2, ...).
         conditioning: of two samples.
         differentiated: whether the student's derivative by its time is wanted.
+        gradient_checkpointing: whether blocks of the student run again in the backward pass.
+        seed: of the second time's first weights, the same on every process.
 
     Raises:
         UserError: the network has no place for it, or takes no times between those of its table, or has no derivative.
@@ -51,14 +52,15 @@ def add_second_time(
     sites = find_time_embedders(teacher.network, partial(teacher.raw, conditioning=conditioning), x, t)
     for name, role in roles.items():
         if name != "teacher":
-            attach_second_time(role, component, sites, config.gradient_checkpointing and name == "student", config.seed)
-    student: FlowMapDenoiser = roles["student"].denoiser
-    theirs, ours = teacher.raw(x, t, conditioning), student.raw(x, t, conditioning, 0.3 * t)
+            attach_second_time(role, component, sites, gradient_checkpointing and name == "student", seed)
+    student = roles["student"].denoiser
+    assert isinstance(student, FlowMapDenoiser)  # from here on
+    theirs, ours = teacher.raw(x, t, conditioning), student.raw(x, t, conditioning, end=0.3 * t)
     kind = type(teacher.network).__name__
     if not float((ours - theirs).abs().max()) <= _EQUAL.get(theirs.dtype, 3e-2) * float(theirs.abs().max()):
         raise UserError(f"{kind} answers otherwise when its time is no integer; a mean flow needs all times")
     if differentiated:
-        refuse_underivable(lambda t: student.raw(x, t, conditioning, 0.3 * t.detach()), t, student.network)
+        refuse_underivable(lambda t: student.raw(x, t, conditioning, end=0.3 * t.detach()), t, student.network)
 
 
 def attach_second_time(role: Role, component: str, sites: dict[str, int], checkpointing: bool, seed: int) -> None:
@@ -78,7 +80,7 @@ def attach_second_time(role: Role, component: str, sites: dict[str, int], checkp
     parameter = next(role.denoiser.network.parameters())
     trained = any(p.requires_grad for p in role.weights.parameters())
     module = module.to(parameter.device).eval().requires_grad_(trained)
-    role.added[SECOND_TIME] = module
+    role.add(SECOND_TIME, module)
     role.denoiser = denoiser = FlowMapDenoiser(role.denoiser, module)
     if not checkpointing:
         return
@@ -89,4 +91,4 @@ def attach_second_time(role: Role, component: str, sites: dict[str, int], checkp
     def again(block: Callable[..., Any], *args: Any) -> Any:
         return checkpointed(block, args, denoiser.reenter())
 
-    denoiser.network.enable_gradient_checkpointing(again)
+    allow_checkpointing(denoiser.network, again)

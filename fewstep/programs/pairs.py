@@ -12,7 +12,6 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from fewstep.config.pairs import PairsConfig, PairsWanted
-from fewstep.config.run import RunConfig
 from fewstep.data.fingerprint import teacher_digest
 from fewstep.data.images import read_images
 from fewstep.data.pairs import PairMaker, PairSettings, PairStream, StoredPairs
@@ -23,7 +22,7 @@ from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.errors import UserError
 from fewstep.export.plan import teacher_shift
 from fewstep.networks.guidance import GuidedDenoiser
-from fewstep.networks.make_roles import make_roles
+from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.roles import Role
 from fewstep.programs.teacher import (
     TeacherSettings,
@@ -89,8 +88,8 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
         mixed_precision=config.mixed_precision,
     )
     identity = teacher_digest(recording)
-    frozen = RunConfig(teacher=config.teacher, out=config.out, mixed_precision=config.mixed_precision)
-    guided = GuidedDenoiser(make_roles(frozen, recording, (), device)["teacher"], negative, scale)
+    frozen = make_roles(RoleSettings(mixed_precision=config.mixed_precision), recording, (), device)["teacher"]
+    guided = GuidedDenoiser(frozen, negative, scale)
     out = Path(config.out)
     independent = None if config.world is None else (config.rank, config.world)
 

@@ -30,7 +30,7 @@ from fewstep.networks.flow_map import SECOND_TIME
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.guidance_embedding import find_guidance_embedding, with_guidance_embedding
 from fewstep.networks.heads import make_head
-from fewstep.networks.make_roles import make_roles
+from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.perceptual import lpips_of
 from fewstep.networks.roles import Role
 from fewstep.networks.second_time import add_second_time
@@ -133,7 +133,7 @@ class Workbench:
 
     def make_roles(self, *names: str) -> dict[str, Role]:
         """The frozen teacher, the roles ``names``, and ``ema`` where the run has one."""
-        return make_roles(self.config, self.recording, names, self.device)
+        return make_roles(RoleSettings.of(self.config), self.recording, names, self.device)
 
     def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
         """The frozen teacher, a student (and ``ema``) with an expert for each phase, and the trainable roles ``names``.
@@ -143,7 +143,8 @@ class Workbench:
         """
         self.say(describe(phases, self.recording.schedule))
         self.student = self.student.phased(phases)
-        return make_roles(self.config, self.recording, ("student", *names), self.device, self.student.recording)
+        own = self.student.recording
+        return make_roles(RoleSettings.of(self.config), self.recording, ("student", *names), self.device, own)
 
     def make_flow_map_roles(self, *, differentiated: bool) -> dict[str, Role]:
         """The frozen teacher, and a student (and ``ema``) that is told where its steps end.
@@ -154,7 +155,8 @@ class Workbench:
         refuse_no_flow_map(self.recording)
         roles = self.make_roles("student")
         conditioning = self.with_default_guidance(self.conditions.select([0, 0]))
-        add_second_time(roles, self.recording.component, self.config, self._two(), conditioning, differentiated)
+        how = (differentiated, self.config.gradient_checkpointing, self.config.seed)
+        add_second_time(roles, self.recording.component, self._two(), conditioning, *how)
         self.student = self.student.flow_map(roles["student"].added[SECOND_TIME])
         return roles
 
@@ -169,7 +171,7 @@ class Workbench:
     def add_head(self, role: Role) -> FeatureTap:
         """Give a role a GAN head on its own features, and say where they are tapped."""
         tap, features = self._tapped(role)
-        role.added["head"] = make_head(features, self.config.seed)
+        role.add("head", make_head(features, self.config.seed))
         return tap
 
     def perceptual_distance(self) -> Callable[[Tensor, Tensor], Tensor]:

@@ -57,7 +57,7 @@ def initialize(
             if network is None:
                 raise UserError(f"--init {init} has no {name}; it is of another family than the teacher")
         _refuse_other_prediction(init, _prediction_of_pipeline(pipeline), recording)
-        if roles["student"].part == AdapterRole.part:
+        if roles["student"].is_adapter:
             raise UserError(
                 f"--init {init} is a whole network, and with --lora_rank the student is an adapter of the teacher; "
                 "leave one of the two out"
@@ -87,7 +87,7 @@ def _load_run(role: Role, tensors: dict[str, Tensor], say: Callable[[str], None]
 def _refuse_other_form(init: str, source: Path, role: Role, tensors: dict[str, Tensor]) -> None:
     """An adapter is no network, and one that was trained under another alpha means something else."""
     if not any(name.startswith(f"{role.part}.") for name in tensors):
-        has, wanted = ("a network", "an adapter") if role.part == "adapter" else ("an adapter", "a network")
+        has, wanted = ("a network", "an adapter") if role.is_adapter else ("an adapter", "a network")
         raise UserError(
             f"--init {init} holds {has} for the {role.name} where this run has {wanted}; "
             "give both runs the same --lora_rank and --full_critic"

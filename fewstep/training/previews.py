@@ -12,7 +12,7 @@ from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.config.run import RunConfig
 from fewstep.data.conditions import Conditions
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.draws import PREVIEWS_STEP, Draws
 from fewstep.diffusion.rollout import Sampler, draw_sample, ode_sampler
 from fewstep.recording import Recording
 from fewstep.recording.errors import RecordingError
@@ -67,7 +67,7 @@ class Previews:
         pieces = []
         for first in range(0, _SHOWN, self.config.batch_size):
             indices = range(first, min(first + self.config.batch_size, _SHOWN))
-            draws = Draws(self.config.seed, -2, indices, self.device)
+            draws = Draws(self.config.seed, PREVIEWS_STEP, indices, self.device)
             conditioning = self.conditions.select([index % len(self.conditions) for index in indices])
             conditioning = self.with_default_guidance(conditioning)
             x0 = draw_sample(denoiser, sampler, draws, self.recording.sample_shape, conditioning)

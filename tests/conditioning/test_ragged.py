@@ -21,10 +21,11 @@ def text(length: int, value: float) -> Conditioning:
     return Conditioning({"text": Leaf(torch.full((1, length), value), rows=1), "scale": Leaf(2)}, 1)
 
 
-def total(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-    """x0 = x_t * the sum of a sample's text + t."""
+def total(x_t: Tensor, t: Tensor, conditioning: Conditioning, end: Tensor | None = None) -> Tensor:
+    """x0 = x_t * the sum of a sample's text + t - end."""
     assert isinstance(conditioning, Conditioning) and conditioning.batch_size == len(x_t) == len(t)
-    return x_t * conditioning.arguments()["text"].sum(1, keepdim=True) + t[:, None].float()
+    span = t if end is None else t - end
+    return x_t * conditioning.arguments()["text"].sum(1, keepdim=True) + span[:, None].float()
 
 
 ITEMS = [text(2, 1.0), text(3, 2.0), text(2, 3.0), text(5, 4.0), text(3, 5.0)]
@@ -62,6 +63,8 @@ def test_every_sample_is_answered_as_if_it_were_alone_and_stays_at_its_place() -
     torch.testing.assert_close(torch.cat(halves), alone())
     with pytest.raises(ValueError, match="for 5 samples, x for 3"):
         in_groups(total, X[:3], T[:3], join(ITEMS))
+    ends = 0.1 * T.flip(0)
+    torch.testing.assert_close(in_groups(total, X, T, join(ITEMS), ends), alone() - ends[:, None].float())
 
 
 @pytest.mark.parametrize("length", [1, 3])
@@ -69,7 +72,7 @@ def test_guidance_of_a_ragged_batch(length: int) -> None:
     """A negative that has the length of some samples shares their call."""
     calls: list[int] = []
 
-    def counted(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def counted(x_t: Tensor, t: Tensor, conditioning: Conditioning, end: Tensor | None = None) -> Tensor:
         calls.append(len(x_t))
         return total(x_t, t, conditioning)
 

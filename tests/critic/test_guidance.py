@@ -20,7 +20,7 @@ def texts(batch: int, length: int, value: float) -> Conditioning:
 def said(conditioning) -> list[float]:
     """The first number that each of 8 samples is told."""
     x, t = torch.zeros(8, 1), torch.zeros(8)
-    return in_groups(lambda _x, _t, c: c.arguments()["text"][:, :1], x, t, conditioning).flatten().tolist()
+    return in_groups(lambda _x, _t, c, _end: c.arguments()["text"][:, :1], x, t, conditioning).flatten().tolist()
 
 
 @pytest.mark.parametrize("length", [4, 2], ids=["of one length", "of two lengths"])

@@ -125,7 +125,7 @@ def test_real_images_are_paired_with_the_noise_that_leads_to_them(tmp_path: Path
     alpha_of = recording.schedule.coefficients
     settings = PairSettings(num=3, steps=40, solver="heun", batch_size=2, shard_size=2)
 
-    def denoiser(x_t: Tensor, t: Tensor, conditioning) -> Tensor:
+    def denoiser(x_t: Tensor, t: Tensor, conditioning, end: Tensor | None = None) -> Tensor:
         return expand(alpha_of(t).alpha, x_t) * x_t
 
     identity = teacher_digest(recording)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fewstep.diffusion import draws as module
 from fewstep.diffusion.draws import Draws, keyed_generator, keyed_order
 
 
@@ -86,3 +87,9 @@ def test_coins_fall_as_often_as_asked_for_each_sample_by_itself():
     coins = Draws(0, 1, range(4000)).coins("dropout", 0.1)
     assert 0.08 < sum(coins) / 4000 < 0.12
     assert Draws(0, 1, range(100, 200)).coins("dropout", 0.1) == coins[100:200]
+
+
+def test_what_belongs_to_no_step_of_a_training_has_a_step_of_its_own():
+    steps = [value for name, value in vars(module).items() if name.endswith("_STEP")]
+    assert len(set(steps)) == len(steps) == 4
+    assert max(steps) < 0

@@ -31,7 +31,7 @@ class Gaussian:
         alpha, sigma = self.schedule.coefficients(t)
         return (alpha**2 * STD**2 + sigma**2).sqrt()
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning, end: Tensor | None = None) -> Tensor:
         alpha, _ = self.schedule.coefficients(t)
         return expand(alpha * STD**2 / self.spread(t) ** 2, x_t) * x_t
 

@@ -22,10 +22,12 @@ class Student(nn.Module):
         super().__init__()
         self.w = nn.Parameter(torch.tensor(0.3))
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.ends: list[list[float]] = []
 
-    def forward(self, x_t: Tensor, t: Tensor, conditioning) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, conditioning, end: Tensor | None = None) -> Tensor:
         x0 = self.w * x_t
         self.calls.append((x_t, t, x0))
+        self.ends.append(end.tolist())
         return x0
 
 
@@ -100,6 +102,12 @@ def test_every_sample_is_at_the_same_time_in_float64():
         assert t.tolist() == [GRID[step]] * 3
 
 
+@pytest.mark.parametrize("last", range(4))
+def test_every_call_is_told_where_its_step_ends(last: int):
+    student, _, _ = walk(Sampler(FlowSchedule(), GRID, "fresh"), last)
+    assert student.ends == [[end] * 3 for end in (0.75, 0.5, 0.25, 0.0)[: last + 1]]
+
+
 def test_a_walk_that_stops_early_is_the_beginning_of_the_whole_one():
     whole, _, _ = walk(Sampler(FlowSchedule(), GRID, "fresh"))
     part, _, drawn = walk(Sampler(FlowSchedule(), GRID, "fresh"), last=2)
@@ -112,7 +120,7 @@ def test_the_teachers_walk_converges_to_the_exact_flow():
     """N(2, 0.5^2) under its exact denoiser: the ODE maps a standard normal z to 2 + 0.5 z."""
     schedule = FlowSchedule()
 
-    def teacher(x_t: Tensor, t: Tensor, conditioning) -> Tensor:
+    def teacher(x_t: Tensor, t: Tensor, conditioning, end: Tensor | None = None) -> Tensor:
         alpha, sigma = (c.reshape(-1, 1) for c in schedule.coefficients(t))
         return 2 + 0.25 * alpha / (0.25 * alpha**2 + sigma**2) * (x_t - 2 * alpha)
 

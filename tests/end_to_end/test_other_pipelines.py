@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fewstep.config.run import RunConfig
 from fewstep.networks.adapters import called_by_keyword
-from fewstep.networks.make_roles import make_roles
+from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.programs.distillation import distill
 from fewstep.recording import record
 from fewstep.recording.errors import RecordingError
@@ -39,8 +39,7 @@ def test_a_layer_whose_input_has_a_name_gets_no_adapter() -> None:
     attention.to_q = _ByName(attention.to_q)
     recording = record(pipeline)
     assert called_by_keyword(recording, "cpu") == {f"{path}.to_q.linear"}
-    config = RunConfig(teacher="t", out="", lora_rank=2)
-    roles = make_roles(config, recording, ("student",), torch.device("cpu"))
+    roles = make_roles(RoleSettings(lora_rank=2), recording, ("student",), torch.device("cpu"))
     assert f"{path}.to_q.linear" not in roles["student"].backbone.targets
     assert f"{path}.to_k" in roles["student"].backbone.targets
     x, t = torch.randn(1, *recording.sample_shape), torch.full((1,), 0.5, dtype=torch.float64)

@@ -307,7 +307,7 @@ def lcm_sampler(golden: GoldenFile) -> None:
     )
     f, inputs, outputs = method.function(method.student), [], []
 
-    def watched(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def watched(x_t: Tensor, t: Tensor, conditioning: Conditioning, end: Tensor | None = None) -> Tensor:
         inputs.append(x_t)
         outputs.append(f(x_t, t, conditioning))
         return outputs[-1]

@@ -130,7 +130,7 @@ def backward_simulation(golden: GoldenFile) -> None:
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
 
-        def watched(x_t: Tensor, t: Tensor, conditioning, outputs=outputs) -> Tensor:
+        def watched(x_t: Tensor, t: Tensor, conditioning, end: Tensor, outputs=outputs) -> Tensor:
             outputs.append(student(x_t, t, conditioning))
             return outputs[-1]
 

@@ -118,7 +118,7 @@ def conditions(golden: GoldenFile) -> Tensor:
 
 def losses(method: MeanFlow, flow: Flow, target: Tensor) -> tuple[Tensor, Tensor]:
     """The student's average velocity and the loss of each sample."""
-    u = method.student.velocity(flow.x_t, flow.t, flow.r, flow.conditioning)
+    u = method.student.velocity(flow.x_t, flow.t, flow.conditioning, flow.r)
     return u, method.loss(u, target)
 
 
@@ -211,14 +211,14 @@ def fastgen(golden: GoldenFile) -> None:
     velocity = torch.where(inside[:, None, None, None], guided, unguided)
     golden.check("velocity", velocity)
     flow = Flow(x_t, t, r, velocity, conditioning)
-    _, change = method.student.velocity_and_derivative(x_t, t, r, conditioning, velocity)
+    _, change = method.student.velocity_and_derivative(x_t, t, conditioning, r, velocity)
     golden.check("jvp", change)
     share = min(1.0, golden["iteration"].item() / warmup) if warmup else 1.0
     distance = gap(SCHEDULE, t, r).clamp(max=golden.number("gap_max"))
     target = mean_flow_target(velocity, change, distance, share)
     if bool((t - r <= golden.number("gap_max")).all()):  # then the trainer's own target is the same
         torch.testing.assert_close(method.interval(golden["iteration"].item(), flow).target, target, rtol=1e-12, atol=0)
-    u = method.student.velocity(x_t, t, r, conditioning)
+    u = method.student.velocity(x_t, t, conditioning, r)
     kind = golden.choice("loss_type", "l2", "opt_grad")
     assert (kind == "opt_grad") == (method.config.weighting == "norm")
     scale = 1.0
@@ -259,9 +259,9 @@ def port_c(golden: GoldenFile) -> None:
     with torch.no_grad():
         null = v_head.raw(x_t, t, toy_conditioning(torch.zeros_like(w)))
     guided = noise - x + (1 - 1 / w)[:, None, None, None] * (own.detach() - null)
-    _, change = u_head.velocity_and_derivative(x_t, t, r, told, own.detach())
+    _, change = u_head.velocity_and_derivative(x_t, t, told, r, own.detach())
     target = mean_flow_target(guided, change, gap(SCHEDULE, t, r))
-    u = u_head.velocity(x_t, t, r, told)
+    u = u_head.velocity(x_t, t, told, r)
     flow_matching = weighted_loss(own, guided, *how).mean()
     mean_flow = weighted_loss(u, target, *how).mean()
     golden.check("fm_loss", flow_matching)

@@ -27,7 +27,9 @@ class SignedRecipe(ToyRecipe):
         super().__init__(divisor)
         self.sign = sign
 
-    def call(self, network: ToyNetwork, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def call(
+        self, network: ToyNetwork, x: Tensor, timestep: Tensor, conditioning: Conditioning, *, continuous: bool = False
+    ) -> Tensor:
         return self.sign * super().call(network, x, timestep, conditioning)
 
 

@@ -27,7 +27,9 @@ class ToyRecipe:
     def __init__(self, divisor: float) -> None:
         self.divisor = divisor
 
-    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def call(
+        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, *, continuous: bool = False
+    ) -> Tensor:
         return network(x, timestep / self.divisor, **conditioning.arguments())
 
 

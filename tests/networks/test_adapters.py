@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from fewstep.networks.adapters import AdapterRole, Backbone, attention_linears
 from fewstep.networks.features import FeatureTap, find_tap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.heads import make_head
-from fewstep.networks.make_roles import make_roles
+from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.roles import Role, make_role, update_average
 from fewstep.recording import Recording, record
 from fewstep.recording.shake import shaken
@@ -356,7 +356,7 @@ def run_dmd2(recording: Recording, out: Path, *, separate: bool, dtype: torch.dt
     x, critic = torch.zeros(2, *recording.sample_shape), roles["critic"].denoiser
     tap = find_tap(critic.network, lambda x: critic.raw(x, t, conditioning), x)
     with torch.no_grad():
-        roles["critic"].added["head"] = make_head(critic.features(x, t, conditioning, tap), seed=0)
+        roles["critic"].add("head", make_head(critic.features(x, t, conditioning, tap), seed=0))
     teacher = GuidedDenoiser(roles["teacher"], recording.negative(), 2.0)
     sampler = Sampler(recording.schedule, (1.0, 0.5), "fresh", recording.schedule.initial_scale())
     method = Dmd2(config, roles, teacher, sampler, tap)
@@ -403,13 +403,13 @@ def test_a_bfloat16_base_trains_float32_adapters(recording: Recording):
 
 def test_a_state_holds_the_adapter_and_added_modules_alone_and_fits_only_its_like(recording: Recording):
     critic = players(recording, separate=False).roles["critic"]
-    critic.added["head"] = nn.Linear(2, 1)
+    critic.add("head", nn.Linear(2, 1))
     state = critic.state_dict()
     parts = {name.partition(".")[0] for name in state}
     assert parts == {"adapter", "head"}
     assert len(state) == 2 * len(critic.backbone.targets) + 2 == len(critic.parameters())
     other = adapter_role("critic", Backbone(recording.network, RANK, ALPHA), recording)
-    other.added["head"] = nn.Linear(2, 1)
+    other.add("head", nn.Linear(2, 1))
     other.load_state_dict(state)
     torch.testing.assert_close(other.state_dict(), {k: v.float() for k, v in state.items()}, rtol=1e-6, atol=1e-7)
     smaller = adapter_role("critic", Backbone(recording.network, RANK - 1, ALPHA), recording)
@@ -469,17 +469,15 @@ def test_every_linear_layer_below_an_attention_module_is_adapted(recording: Reco
 
 
 def test_every_role_starts_as_the_teacher_and_two_are_two(recording: Recording):
-    from fewstep.networks.make_roles import make_roles
-
-    config = RunConfig(teacher="t", out="o", lora_rank=2, ema_decay=0.5)
-    roles = make_roles(config, recording, ("student", "critic"), torch.device("cpu"))
+    settings = RoleSettings(lora_rank=2, ema=True)
+    roles = make_roles(settings, recording, ("student", "critic"), torch.device("cpu"))
     p = players(recording, separate=False, dtype=torch.float32)
     outputs = {name: role(p.x_t, p.t, p.conditioning) for name, role in roles.items()}
     assert all(torch.equal(output, outputs["teacher"]) for output in outputs.values())
     assert torch.equal(*(next(iter(roles[name].state_dict().values())) for name in ("student", "ema")))
     assert len({id(role.denoiser.network) for role in roles.values()}) == 1
-    config.full_critic = True
-    roles = make_roles(config, recording, ("student", "critic"), torch.device("cpu"))
+    settings = replace(settings, full_critic=True)
+    roles = make_roles(settings, recording, ("student", "critic"), torch.device("cpu"))
     assert type(roles["critic"]) is Role
     assert len(roles["critic"].parameters()) == len(list(recording.network.parameters()))
     assert roles["critic"].denoiser.active is nullcontext
@@ -488,7 +486,7 @@ def test_every_role_starts_as_the_teacher_and_two_are_two(recording: Recording):
 def test_a_base_in_bfloat16_has_adapters_gradients_and_optimizer_in_float32(tmp_path: Path) -> None:
     recorded = record(tiny_pipelines.tiny_stable_diffusion())
     config = RunConfig(teacher="t", out=str(tmp_path), lora_rank=2, mixed_precision="bf16", lr=1e-3)
-    roles = make_roles(config, recorded, ("student",), torch.device("cpu"))
+    roles = make_roles(RoleSettings.of(config), recorded, ("student",), torch.device("cpu"))
     student = roles["student"]
     base = [p for name, p in student.backbone.network.named_parameters() if "lora_" not in name]
     assert {p.dtype for p in base} == {torch.bfloat16} and not any(p.requires_grad for p in base)

@@ -112,6 +112,15 @@ def test_each_sample_goes_to_the_expert_of_its_time_and_comes_back_in_its_place(
     assert calls == [("low", 5)]
 
 
+def test_who_is_told_which_expert_an_answer_is_of_looks_at_no_time() -> None:
+    """As on fake tensors, whose values nobody can read."""
+    experts = {"high": (BOUND, expert(1)), "low": (0.0, expert(2))}
+    for number, key in enumerate(experts):
+        told_apart = ExpertsRole("student", experts, lambda t, number=number: [number] * len(t))
+        wanted = experts[key][1](sample(), TIMES, told())
+        assert torch.equal(told_apart(sample(), TIMES, told()), wanted)
+
+
 def test_gradients_are_those_of_separate_calls() -> None:
     both, conditioning = student(), told()
     x, gradient = sample().requires_grad_(), torch.randn(5, 6, dtype=torch.float64)
@@ -242,7 +251,7 @@ def test_several_adapters_of_one_backbone_are_routed_like_several_networks(
     gradient = torch.randn(x.shape)
     found = both(x, t, conditioning)
     grads = torch.autograd.grad(found, both.parameters(), gradient)
-    assert both.part == "adapter" and list(both.stock_network()) == ["first", "second"]
+    assert both.is_adapter and list(both.stock_network()) == ["first", "second"]
     start = 0
     for name, rows in (("first", [0, 2]), ("second", [1])):
         own = phases[name]
@@ -269,7 +278,7 @@ def test_one_head_sees_the_features_of_the_expert_whose_time_it_is(flow: Recordi
     for k, own in enumerate((roles[0], roles[1], roles[0])):
         alone = own.denoiser.features(x[k : k + 1], t[k : k + 1], conditioning.select([k]), tap)
         torch.testing.assert_close(features[k : k + 1], alone, rtol=2e-2, atol=2e-2)
-    both.added["head"] = make_head(features, 0)
+    both.add("head", make_head(features, 0))
     both.added["head"](features).sum().backward()
     assert all(any(p.grad is not None and p.grad.any() for p in own.parameters()) for own in roles)
     assert {name.partition(".")[0] for name in both.state_dict()} == {"network", "head"}

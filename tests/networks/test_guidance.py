@@ -21,7 +21,7 @@ class Model:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, end: Tensor | None = None) -> Tensor:
         self.batches.append(len(x_t))
         assert conditioning.batch_size == len(x_t) == len(t)
         text = conditioning.arguments()["text"].sum(1, keepdim=True)
@@ -65,7 +65,7 @@ def test_scales_follow_diffusers_convention():
 def test_each_sample_may_have_a_scale_of_its_own():
     scales, negative = torch.tensor([1.0, 3.0, 7.0]), texts(4, value=-1.0)
     for usual in (1.0, 5.0):
-        each = GuidedDenoiser(Model(), negative, usual)(X, T, texts(4, 4, 4), scales)
+        each = GuidedDenoiser(Model(), negative, usual)(X, T, texts(4, 4, 4), guidance_scale=scales)
         for k, scale in enumerate(scales.tolist()):
             alone = GuidedDenoiser(Model(), negative, scale)(X, T, texts(4, 4, 4))
             torch.testing.assert_close(each[k], alone[k])

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from toys import TinyNetwork, role
 
+from fewstep.config.run import RunConfig
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.prediction import to_x0
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.networks.features import find_tap
 from fewstep.networks.heads import make_head
+from fewstep.networks.make_roles import RoleSettings
 from fewstep.networks.roles import Role, make_role, update_average
 from fewstep.recording import Recording, record
 from fewstep.recording.shake import shaken
@@ -121,6 +123,16 @@ def test_a_state_that_does_not_fit_is_refused_by_role_and_module(change: str):
     assert "\n" not in str(caught.value)
 
 
+def test_a_role_is_given_a_module_once():
+    one = with_head()
+    one.add("other", torch.nn.Linear(2, 2))
+    assert {name.partition(".")[0] for name in one.state_dict()} == {"network", "head", "other"}
+    for name in ("head", "other", "network"):
+        with pytest.raises(ValueError, match=f"the critic has a {name} already"):
+            one.add(name, torch.nn.Linear(2, 2))
+    assert one.added["head"].weight.shape == (1, 4)
+
+
 def test_copying_weights_takes_the_network_and_leaves_added_modules():
     one, two = with_head(), with_head()
     head = one.added["head"].weight.clone()
@@ -144,3 +156,13 @@ def test_a_network_that_cannot_checkpoint_is_refused(recording: Recording, monke
     monkeypatch.setattr(type(recording.network), "_supports_gradient_checkpointing", False)
     with pytest.raises(ValueError, match="has no gradient checkpointing"):
         make_role("student", recording, trainable=True, gradient_checkpointing=True)
+
+
+def test_the_settings_of_roles_are_those_of_their_run():
+    adapters = {"lora_rank": 2, "lora_alpha": 3.0, "full_critic": True}
+    same = {"mixed_precision": "bf16", "gradient_checkpointing": True, "seed": 7, **adapters}
+    found = RoleSettings.of(RunConfig(teacher="t", out="", ema_decay=0.5, **same))
+    assert found == RoleSettings(ema=True, **same)
+    assert found.half is torch.bfloat16
+    assert RoleSettings.of(RunConfig(teacher="t", out="")) == RoleSettings()
+    assert RoleSettings().half is None

@@ -185,7 +185,9 @@ def tiny_unet() -> UNet2DModel:
 class StockCall:
     """How a UNet2DModel is called."""
 
-    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def call(
+        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, *, continuous: bool = False
+    ) -> Tensor:
         return network(x, timestep).sample
 
 
@@ -208,7 +210,7 @@ def gan_method(settings: Dmd2Config, checkpointing: bool = False) -> Dmd2:
     with torch.no_grad():
         half = torch.full((1,), 0.5, dtype=torch.float64)
         features = critic.denoiser.features(torch.zeros(1, 1, 8, 8), half, unconditional(1), tap)
-    critic.added["head"] = make_head(features, seed=0)
+    critic.add("head", make_head(features, seed=0))
     sampler = Sampler(schedule, GRID, "fresh")
     return Dmd2(settings, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler, tap)
 

@@ -81,7 +81,7 @@ def distil(out: Path, grid: tuple[float, ...], guidance: float, **settings) -> t
     tap = None
     if "f_divergence" in settings:
         tap = FeatureTap("correction.3")
-        roles["critic"].added["head"] = Head(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
+        roles["critic"].add("head", Head(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)))
     defaults = {
         "max_steps": 600,
         "batch_size": 64,

@@ -102,7 +102,7 @@ def test_where_both_times_are_one_it_is_flow_matching(kind: str):
     (turn,) = trained.turns(0, batch())
     ((loss, gradient),) = turn.backward
     flow = trained.flow(batch(), [])
-    u = trained.student.velocity(flow.x_t, flow.t, flow.t, flow.conditioning)
+    u = trained.student.velocity(flow.x_t, flow.t, flow.conditioning, flow.t)
     given = batch()
     expected = (u - (given.draws.normal("noise", (6,)) - given.real.x0)).square().sum(1).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
@@ -134,7 +134,7 @@ def test_guidance_in_training_is_mixed_as_its_papers_say(settings: dict, numbers
     data = given.draws.normal("noise", (6,)) - given.real.x0
     dropped = torch.tensor(given.draws.coins("label_drop", 0.4))
     assert torch.equal(flow.conditioning.arguments()["label"], 1.0 - dropped.float())
-    u_c, u_null = (trained.student.velocity(flow.x_t, flow.t, flow.t, labels([label] * 64)) for label in (1.0, 0.0))
+    u_c, u_null = (trained.student.velocity(flow.x_t, flow.t, labels([label] * 64), flow.t) for label in (1.0, 0.0))
     guided = numbers[0] * data + numbers[1] * u_c + (1 - sum(numbers)) * u_null
     on = (~dropped & (flow.t <= 0.6))[:, None]
     assert 5 < int(on.sum()) < 60

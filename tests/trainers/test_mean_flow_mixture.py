@@ -92,22 +92,10 @@ def trained(out: Path, from_teacher: bool, **settings) -> MeanFlow:
     return method
 
 
-class Stepping:
-    """A role whose rollout is told where its steps end, as that of a role with an added module is."""
-
-    has_second_time = True
-
-    def __init__(self, denoiser: FlowMapDenoiser) -> None:
-        self.denoiser = denoiser
-
-    def __call__(self, *arguments) -> Tensor:
-        return self.denoiser(*arguments)
-
-
 @torch.no_grad()
 def distances(method: MeanFlow) -> list[float]:
     """Of 3,000 samples at 1, 2, 4 and 8 steps from 3,000 of the mixture itself; two of those are 0.003 apart."""
-    noise, student = Draws(1, 0, range(3000)).normal("noise", (2,)), Stepping(method.roles["ema"].denoiser)
+    noise, student = Draws(1, 0, range(3000)).normal("noise", (2,)), method.roles["ema"]
     samplers = [Sampler(SCHEDULE, grid, "ode") for grid in GRIDS.values()]
     return [
         energy_distance(rollout(student, sampler, noise, unconditional(3000)), mixture_sample(3000, 1))

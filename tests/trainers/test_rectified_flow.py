@@ -98,7 +98,7 @@ def test_the_line_begins_where_the_sampler_starts(kind: str):
 def test_a_student_that_is_right_walks_to_the_pairs_sample_in_any_number_of_steps(kind: str):
     trained, pairs = method(kind), batch().pairs
 
-    def right(x_t: Tensor, t: Tensor, conditioning) -> Tensor:
+    def right(x_t: Tensor, t: Tensor, conditioning, end: Tensor | None = None) -> Tensor:
         seen.append(x_t)
         return pairs.x0
 

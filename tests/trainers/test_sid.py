@@ -357,7 +357,9 @@ def test_a_start_below_the_top_is_marginal_where_that_can_ship(tmp_path: Path):
 class StockCall:
     """How a UNet2DModel is called."""
 
-    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def call(
+        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, *, continuous: bool = False
+    ) -> Tensor:
         return network(x, timestep).sample
 
 

@@ -8,7 +8,7 @@ Blocks that a checkpoint runs again in the backward pass belong to the call that
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,14 +24,16 @@ from fewstep.training.method import Calls, Method, Renew, Turn
 
 @dataclass(eq=False)
 class _Pass:
-    """One call of a network: how many rows it had, and in which backward passes something flowed through it."""
+    """One call of a network: how many rows it had, and in which backward passes something flowed through it.
 
-    step: int | None
+    ``early``: it ended at a tap.
+    """
+
     role: str
     rows: int
     tangent: bool
+    early: bool
     graph: bool = False
-    early: bool = False
     backwards: list[int] = field(default_factory=list)
 
     @property
@@ -56,7 +58,7 @@ class CallCounter:
         self.method, self.beside = method, dict(beside or {})
         #: The steps whose batch was to be logged: they may cost more than the method declares.
         self.logged: set[int] = set()
-        self._passes: list[_Pass] = []
+        self._passes: defaultdict[int | None, list[_Pass]] = defaultdict(list)
         self._samples: Counter[int] = Counter()
         self._updates: defaultdict[str, set[int]] = defaultdict(set)
         self._beside: Counter[tuple[int | None, str]] = Counter()
@@ -68,8 +70,7 @@ class CallCounter:
             _replace(stack, self.method, "turns", partial(self._turns, self.method.turns))
             for name, role in self.method.roles.items():
                 for denoiser in (expert.denoiser for expert in role.experts.values()):
-                    _replace(stack, denoiser, "recipe", _WatchedRecipe(denoiser.recipe, partial(self._call, name)))
-                    _replace(stack, denoiser, "features", partial(self._features, denoiser.features))
+                    _replace(stack, denoiser, "on_call", partial(self._call, name))
                 for parameter in role.parameters():
                     stack.callback(parameter.register_hook(partial(self._reached, name)).remove)
             for name, module in self.beside.items():
@@ -90,7 +91,7 @@ class CallCounter:
     def calls(self, step: int) -> dict[str, Calls]:
         """What a step cost, per sample, as ``Method.calls`` declares it; nothing that is zero."""
         found: dict[str, Counter[str]] = defaultdict(Counter)
-        for one in self._of(step):
+        for one in self._passes[step]:
             found[one.name][self._kind(one)] += one.rows
         samples = self._samples[step]
         return {name: Calls(**{kind: rows / samples for kind, rows in rows.items()}) for name, rows in found.items()}
@@ -98,14 +99,14 @@ class CallCounter:
     def backwards(self, step: int) -> dict[str, float]:
         """How often something flowed back through a role's calls, per sample."""
         rows: Counter[str] = Counter()
-        for one in self._of(step):
+        for one in self._passes[step]:
             rows[one.name] += one.rows * len(one.backwards)
         return {name: count / self._samples[step] for name, count in rows.items() if count}
 
     def wasted(self, step: int) -> dict[str, float]:
         """Calls that built a graph which nothing flowed back through, per sample: they should have built none."""
         rows: Counter[str] = Counter()
-        for one in self._of(step):
+        for one in self._passes[step]:
             rows[one.name] += one.rows * (one.graph and not one.backwards)
         return {name: count / self._samples[step] for name, count in rows.items() if count}
 
@@ -116,12 +117,9 @@ class CallCounter:
     def outside(self) -> dict[str, int]:
         """Rows that went through each role between steps."""
         rows: Counter[str] = Counter()
-        for one in self._of(None):
+        for one in self._passes[None]:
             rows[one.name] += one.rows
         return dict(rows)
-
-    def _of(self, step: int | None) -> list[_Pass]:
-        return [one for one in self._passes if one.step == step]
 
     def _kind(self, one: _Pass) -> str:
         if not one.backwards:
@@ -147,41 +145,16 @@ class CallCounter:
                 self._step = None
             yield turn
 
-    def _call(self, role: str, recipe: Any, network: nn.Module, x: Tensor, timestep: Tensor, *more: Any, **named: Any):
-        one = _Pass(self._step, role, x.shape[0], tangent=_has_tangent(x) or _has_tangent(timestep))
-        self._passes.append(one)
-        one.early = True  # until it gives an answer
-        output = recipe.call(network, x, timestep, *more, **named)
-        one.early = False
-        _watch(one, output)
-        return output
-
-    def _features(self, features: Any, *arguments: Any, **named: Any) -> Any:
-        before = len(self._passes)
-        seen = features(*arguments, **named)
-        for one in self._passes[before:]:
-            for tensor in [seen] if isinstance(seen, Tensor) else seen:
-                _watch(one, tensor)
-        return seen
+    def _call(self, role: str, x_t: Tensor, t: Tensor, early: bool) -> Callable[[Tensor], None]:
+        one = _Pass(role, len(x_t), tangent=_has_tangent(x_t) or _has_tangent(t), early=early)
+        self._passes[self._step].append(one)
+        return partial(_watch, one)
 
     def _reached(self, role: str, _gradient: Tensor) -> None:
         self._updates[role].add(_backward_pass())
 
     def _called(self, name: str, _module: nn.Module, _arguments: Any) -> None:
         self._beside[self._step, name] += 1
-
-
-class _WatchedRecipe:
-    """A recipe whose calls are noted; every call of a network goes through its denoiser's recipe."""
-
-    def __init__(self, recipe: Any, call: Any) -> None:
-        self._recipe, self._call = recipe, call
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._recipe, name)
-
-    def call(self, *arguments: Any, **named: Any) -> Tensor:
-        return self._call(self._recipe, *arguments, **named)
 
 
 def declared(method: Method, step: int, batch: Batch) -> dict[str, Calls]:

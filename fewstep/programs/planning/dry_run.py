@@ -28,7 +28,7 @@ from fewstep.networks.features import FeatureTap, likely_tap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.guidance_embedding import likely_guidance_embedding
 from fewstep.networks.heads import make_head
-from fewstep.networks.make_roles import make_roles
+from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.roles import Role, update_average
 from fewstep.networks.second_time import attach_second_time
 from fewstep.networks.time_embedders import likely_time_embedders
@@ -52,6 +52,7 @@ class DryRun:
         device: of the roles.
         world: that of fake tensors for a plan. What a method works out with numbers of its own, it works out on real
             ones.
+        roles: what they are; by default as in the run.
     """
 
     def __init__(
@@ -61,9 +62,11 @@ class DryRun:
         recording: Recording,
         device: torch.device | str = "cpu",
         world: World = nullcontext,
+        roles: RoleSettings | None = None,
     ) -> None:
         self.config, self.method, self.recording = config.resolved(), method, recording
         self.device, self.world = torch.device(device), world
+        self.roles = RoleSettings.of(self.config) if roles is None else roles
         self.scheduler = getattr(recording.pipeline, find_scheduler(recording.pipeline))
         self.shift = config.shift or 1.0
         grid = tuple(even_grid(config.steps).tolist())
@@ -93,15 +96,11 @@ class DryRun:
 
     def make_roles(self, *names: str) -> dict[str, Role]:
         """As in a run."""
-        with self.world():
-            return _first_expert_only(make_roles(self.config, self.recording, names, self.device))
+        return self._roles(names)
 
     def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
         """As in a run; how the student is shipped is not looked at."""
-        shipped = phased_recording(self.recording, phases)
-        with self.world():
-            roles = make_roles(self.config, self.recording, ("student", *names), self.device, shipped)
-        return _first_expert_only(roles)
+        return self._roles(("student", *names), phased_recording(self.recording, phases))
 
     def make_flow_map_roles(self, *, differentiated: bool) -> dict[str, Role]:
         """As in a run; where the network is told its second time is not observed, but known by names."""
@@ -109,7 +108,7 @@ class DryRun:
         roles = self.make_roles("student")
         sites = likely_time_embedders(self.recording.network)
         for name in roles.keys() - {"teacher"}:
-            checkpointing = self.config.gradient_checkpointing and name == "student"
+            checkpointing = self.roles.gradient_checkpointing and name == "student"
             with self.world():
                 attach_second_time(roles[name], self.recording.component, sites, checkpointing, self.config.seed)
         return roles
@@ -130,7 +129,7 @@ class DryRun:
         with self.world():
             with torch.no_grad():
                 features = denoiser.features(x, t, self._conditioning(2), tap)
-            role.added["head"] = make_head(features, self.config.seed)
+            role.add("head", make_head(features, self.config.seed))
         return tap
 
     def perceptual_distance(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -156,6 +155,10 @@ class DryRun:
         real = Real(zeros.clone(), conditions) if given else None
         return Batch(size, shape, conditions, drawn, real, logging=False, given_pairs=pairs)
 
+    def _roles(self, names: tuple[str, ...], student: Recording | None = None) -> dict[str, Role]:
+        with self.world():
+            return make_roles(self.roles, self.recording, names, self.device, student, _always_the_first)
+
     def _conditioning(self, size: int) -> Conditioning:
         return Conditioning(self.recording.marked, 1).select([0] * size).to(device=self.device)
 
@@ -175,22 +178,9 @@ class _LongestDraws(Draws):
             return super().coins(name, probability)
 
 
-def _first_expert_only(roles: dict[str, Role]) -> dict[str, Role]:
-    for role in roles.values():
-        if len(role.experts) > 1:
-            role.denoiser.intervals = _FirstExpert()
-    return roles
-
-
-class _FirstExpert:
+def _always_the_first(t: Tensor) -> list[int]:
     """Where several networks share the time: all samples go to the first, as only the times' values could tell."""
-
-    def index(self, t: Tensor) -> _FirstExpert:
-        self._rows = len(t)
-        return self
-
-    def tolist(self) -> list[int]:
-        return [0] * self._rows
+    return [0] * len(t)
 
 
 def backward(method: Method, turn: Turn) -> None:
