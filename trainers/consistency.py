@@ -43,7 +43,7 @@ from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.guidance_embedding import GuidanceEmbedding
 from fewstep.networks.roles import Role
 from fewstep.trainers._consistency_config import ConsistencyConfig
-from fewstep.training.method import Bench, Calls, Turn
+from fewstep.training.method import Bench, Turn
 
 #: (skip, out) of f = skip * x_t + out * x0 at times t (B,).
 Boundary = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -105,18 +105,6 @@ class Consistency:
         if self.config.target_decay is not None:
             return self.config.target_decay
         return adaptive_decay(step, self.config.max_steps, self.config.first_levels, self.config.last_levels)
-
-    def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
-        """What one step costs; without real data the student's own sample counts too."""
-        sampled = 0
-        if self.config.data is None:
-            sampled = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid)) + 1
-        of_solver = {"none": 0, "euler": 1, "heun": 2}[self.config.solver]
-        guided = 2 if self._draws_guidance else self.teacher.calls
-        own = self.target is self.student
-        calls = {"student": Calls(no_grad=sampled + own, to_parameters=1)}
-        calls |= {} if own else {"target": Calls(no_grad=1)}
-        return calls | ({"teacher": Calls(no_grad=of_solver * guided)} if of_solver else {})
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
         """One update of the student in every step."""

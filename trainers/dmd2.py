@@ -18,14 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fewstep.cli.distill import main
-from fewstep.critic.decoupled import decoupled, refuse_unguided
+from fewstep.critic.decoupled import DecoupledMatching, refuse_unguided
 from fewstep.critic.denoising import critic_denoising, sample_log
+from fewstep.critic.matching import Matched, Matching, matching_log
 from fewstep.data.batch import Batch, Real
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.renoising import Renoised, Renoiser
 from fewstep.diffusion.rollout import Sampler, draw_sample
 from fewstep.losses.adversarial import discriminator_loss, generator_loss
@@ -36,7 +39,7 @@ from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.trainers._dmd2_config import Dmd2Config
 from fewstep.training.distributed import sum_over_processes
-from fewstep.training.method import Bench, Calls, Turn
+from fewstep.training.method import Bench, Turn
 
 # The critic and the head learn at all times; a flow network's x0 says nothing about its velocity at t = 0 itself.
 _CLEANEST = 1e-3
@@ -58,13 +61,23 @@ class Dmd2:
     ) -> None:
         config = config.resolved()
         self.config, self.roles, self.sampler, self.tap = config, roles, sampler, tap
-        self.schedule = sampler.schedule
         self.student, self.critic, self.teacher = roles["student"], roles["critic"], guided_teacher
-        self.follower = guided_teacher.of(self.critic) if config.swiftbrush else self.critic
         self.compared = Renoiser(sampler.schedule, config.time_min, config.time_max, shift)
         self.learnt = Renoiser(sampler.schedule, _CLEANEST, 1.0, shift)
         self.judged = Renoiser(sampler.schedule, _CLEANEST, 1.0)
-        if config.f_divergence != "none":
+        self.matching: Matching = self.distribution_matching
+        if config.swiftbrush:
+            self.matching = partial(self.score_distillation, guided_teacher.of(self.critic))
+        elif config.decoupled != "none":
+            self.matching = DecoupledMatching(
+                guided_teacher,
+                self.critic,
+                self.compared,
+                config.decoupled,
+                config.decoupled_normalizer,
+                config.normalizer_min,
+            )
+        elif config.f_divergence != "none":
             low, high = self.compared.ends
             weight = DivergenceWeight(config.f_divergence, config.f_bins, config.f_momentum, t_min=low, t_max=high)
             self.critic.add("divergence", weight.to(self.critic.parameters()[0].device))
@@ -84,21 +97,6 @@ class Dmd2:
     def learning_rate(self, role: str) -> float:
         """Of the student or the critic."""
         return self.config.learning_rate(role)
-
-    def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
-        """What one step costs; the student's own earlier steps count too."""
-        config, earlier = self.config, batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
-        student_turn = step % config.critic_updates == 0
-        calls = {"student": Calls(no_grad=earlier + 1), "critic": Calls(to_parameters=1)}
-        if student_turn:
-            asked = {"none": self.teacher.calls}.get(config.decoupled, 3 + (config.decoupled_normalizer == "guided"))
-            followed = self.teacher.calls if config.swiftbrush else 1
-            calls = {"student": Calls(no_grad=earlier, to_parameters=1), "teacher": Calls(no_grad=asked)}
-            calls["critic"] = Calls(no_grad=followed, to_parameters=1)
-        if self.tap is not None:
-            weighs, pulls = student_turn and config.f_divergence != "none", student_turn and config.gan_weight > 0
-            calls["critic/features"] = Calls(no_grad=int(weighs), to_parameters=2, to_inputs=int(pulls))
-        return calls
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
         """Every ``critic_updates`` steps the student, and in every step the critic on the same, pre-update sample."""
@@ -132,27 +130,24 @@ class Dmd2:
         yield Turn("critic", pieces, log)
 
     @torch.no_grad()
-    def matching(self, x0: Tensor, batch: Batch, called_at: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradient at ``x0`` (B, ...), which the student gave when it was called at that time, and what to log."""
-        config, conditioning, cleaner = self.config, batch.conditioning, self.compared.below(called_at)
-        here = (cleaner if config.decoupled == "constrained" else self.compared)(x0, batch.draws, "matching")
-        x0_critic = self.follower(here.x_t, here.t, conditioning)
-        if config.decoupled != "none":
-            there = (self.compared if config.decoupled == "full" else cleaner)(x0, batch.draws, "guidance")
-            how = {"normalizer": config.decoupled_normalizer, "normalizer_min": config.normalizer_min}
-            x0_teacher, (loss, gradient) = decoupled(x0, x0_critic, self.teacher, here, there, conditioning, **how)
-        else:
-            x0_teacher = self.teacher(here.x_t, here.t, conditioning)
-            if config.swiftbrush:
-                alpha, sigma = self.schedule.coefficients(here.t)
-                loss, gradient = score_distillation(x0_teacher, x0_critic, alpha * sigma)
-            else:
-                weight = None
-                if config.f_divergence != "none":
-                    weight = self.critic.added["divergence"](self.logits(here, batch), here.t, sum_over_processes)
-                loss, gradient = distribution_matching(x0, x0_teacher, x0_critic, config.normalizer_min, weight)
-        log = {"student/matching": loss, "student/gradient": (2 * loss).sqrt()} | sample_log(x0, x0_teacher)
-        return gradient, log
+    def distribution_matching(self, x0: Tensor, batch: Batch, _called_at: float) -> Matched:
+        """DMD's gradient, weighted by f-distill's density ratio where the run asks for it."""
+        here = self.compared(x0, batch.draws, "matching")
+        x0_critic, x0_teacher = (role(here.x_t, here.t, batch.conditioning) for role in (self.critic, self.teacher))
+        weight = None
+        if "divergence" in self.critic.added:
+            weight = self.critic.added["divergence"](self.logits(here, batch), here.t, sum_over_processes)
+        loss, gradient = distribution_matching(x0, x0_teacher, x0_critic, self.config.normalizer_min, weight)
+        return gradient, matching_log(loss) | sample_log(x0, x0_teacher)
+
+    @torch.no_grad()
+    def score_distillation(self, critic: Denoiser, x0: Tensor, batch: Batch, _called_at: float) -> Matched:
+        """SwiftBrush's gradient, of a ``critic`` under guidance."""
+        here = self.compared(x0, batch.draws, "matching")
+        x0_critic, x0_teacher = (role(here.x_t, here.t, batch.conditioning) for role in (critic, self.teacher))
+        alpha, sigma = self.compared.schedule.coefficients(here.t)
+        loss, gradient = score_distillation(x0_teacher, x0_critic, alpha * sigma)
+        return gradient, matching_log(loss) | sample_log(x0, x0_teacher)
 
     def denoising(self, x0: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic's loss () on the student's ``x0`` (B, ...), and what to log."""

@@ -38,7 +38,7 @@ from fewstep.networks.flow_map import FlowMapDenoiser, gap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.trainers._mean_flow_config import MeanFlowConfig
-from fewstep.training.method import Bench, Calls, Turn
+from fewstep.training.method import Bench, Turn
 
 # A trained pass with tangents keeps 2.7 times the activations until it ends. For a third of the batch that is less than
 # the whole batch keeps in the end; for three quarters it is twice as much, and no faster.
@@ -129,19 +129,6 @@ class MeanFlow:
     def learning_rate(self, role: str) -> float:
         """Of the student."""
         return self.config.lr
-
-    def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
-        """What one step costs: what is only asked for where the two times differ is not asked for elsewhere."""
-        config, alpha = self.config, self.config.alpha(step)
-        apart = sum(batch.draws.coins("apart", config.apart)) / batch.size
-        own = (1 + (self.kappa > 0)) * self.guided
-        own += apart * ((0 < alpha < 1) + (config.variant == "improved"))
-        derived = apart * (alpha == 0)
-        if self.one_pass:
-            calls = {"student": Calls(no_grad=own, to_parameters=1 - derived, jvp_to_parameters=derived)}
-        else:
-            calls = {"student": Calls(no_grad=own, to_parameters=1, jvp=derived)}
-        return calls | ({"teacher": Calls(no_grad=self.teacher.calls)} if config.velocity == "teacher" else {})
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
         """One update of the student in every step (Alg. 1)."""

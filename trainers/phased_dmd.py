@@ -27,6 +27,7 @@ from torch import Tensor
 from fewstep.cli.distill import main
 from fewstep.config.critic import ScoreConfig
 from fewstep.critic.denoising import critic_denoising, sample_log
+from fewstep.critic.matching import Matched, matching_log
 from fewstep.data.batch import Batch
 from fewstep.diffusion.phases import Phase, default_lengths, make_phases
 from fewstep.diffusion.renoising import Renoiser
@@ -35,7 +36,7 @@ from fewstep.errors import UserError
 from fewstep.losses.score import distribution_matching, subinterval_weight
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
-from fewstep.training.method import Bench, Calls, Renew, Turn
+from fewstep.training.method import Bench, Renew, Turn
 
 # As in DMD2: a flow network's x0 says nothing about its velocity at t = 0 itself.
 _CLEANEST = 1e-3
@@ -139,16 +140,6 @@ class PhasedDmd:
         number = min(step // self.config.phase_steps, len(self.phases) - 1)
         return number, step - number * self.config.phase_steps
 
-    def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
-        """What one step costs; all earlier steps of the student count too."""
-        number, before = self.place(step)
-        steps, critic = self.phases[number].steps, self.critics[number].name
-        earlier = batch.draws.shared_integer("student_step", steps.start, steps.stop)
-        if before % self.config.critic_updates:
-            return {"student": Calls(no_grad=earlier + 1), critic: Calls(to_parameters=1)}
-        calls = {"student": Calls(no_grad=earlier, to_parameters=1), critic: Calls(no_grad=1, to_parameters=1)}
-        return calls | {"teacher": Calls(no_grad=self.teacher.calls)}
-
     def turns(self, step: int, batch: Batch) -> Iterator[Turn | Renew]:
         """Every ``critic_updates`` steps the phase's expert, and in every step the critic on the same sample."""
         # 0. A new phase: a new critic; the average of the finished expert takes its place.
@@ -187,14 +178,13 @@ class PhasedDmd:
         return self.sampler.move(x_t, x0, t, torch.full_like(t, phase.anchor), fresh)
 
     @torch.no_grad()
-    def matching(self, x0: Tensor, x_s: Tensor, batch: Batch, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def matching(self, x0: Tensor, x_s: Tensor, batch: Batch, number: int) -> Matched:
         """Gradient at ``x0`` (B, ...) from the verdicts on its sample ``x_s`` (B, ...), and what to log."""
         x_t, t, _ = self.compared[number](x_s, batch.draws, "matching")
         x0_teacher = self.teacher(x_t, t, batch.conditioning)
         x0_critic = self.critics[number](x_t, t, batch.conditioning)
         loss, gradient = distribution_matching(x0, x0_teacher, x0_critic, self.config.normalizer_min)
-        log = {"student/matching": loss, "student/gradient": (2 * loss).sqrt()} | sample_log(x0, x0_teacher)
-        return gradient, log
+        return gradient, matching_log(loss) | sample_log(x0, x0_teacher)
 
 
 def critic_names(config: PhasedDmdConfig, phases: int) -> list[str]:

@@ -41,7 +41,7 @@ from fewstep.errors import UserError
 from fewstep.losses.flow import squared, velocity_error
 from fewstep.losses.huber import huber_constant, pseudo_huber
 from fewstep.networks.roles import Role
-from fewstep.training.method import Bench, Calls, Turn
+from fewstep.training.method import Bench, Turn
 
 
 @dataclass(kw_only=True)
@@ -160,10 +160,6 @@ class RectifiedFlow:
     def learning_rate(self, role: str) -> float:
         """Of the student."""
         return self.config.lr
-
-    def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
-        """What one step costs: one pass of the student. Pairs are paid for once, before the training."""
-        return {"student": Calls(to_parameters=1)}
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
         """The student learns the velocity of the lines between the ends of the pairs (Liu et al. 2022, Eq. 1)."""

@@ -39,7 +39,7 @@ from fewstep.losses.score_identity import score_identity, score_identity_weight
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.trainers._sid_config import SidConfig
-from fewstep.training.method import Bench, Calls, Turn
+from fewstep.training.method import Bench, Turn
 
 # An EDM critic learns at these (Karras et al. 2022, Table 1), any other where it is compared with the teacher.
 _EDM_CRITIC = NoiseLevels("log_normal", mean=-1.2, std=1.2)
@@ -113,20 +113,6 @@ class Sid:
         """Whether the critic's turn has prompts replaced by the negative: wherever the critic is guided."""
         guided = self.critic.guidance_scale != 1.0 or self.critic_in_training.guidance_scale != 1.0
         return guided and self.config.critic_dropout > 0
-
-    def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
-        """What one step costs; the student's own earlier steps count in both turns."""
-        earlier = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
-        calls = {"student": Calls(no_grad=earlier + 1), "critic": Calls(to_parameters=self.critic_in_training.calls)}
-        moves = self.student_moves(step)
-        if moves:
-            calls["student"] = Calls(no_grad=2 * earlier + 1, to_parameters=1)
-            calls["critic"] = Calls(to_parameters=self.critic_in_training.calls, to_inputs=self.critic.calls)
-            calls["teacher"] = Calls(to_inputs=self.teacher.calls)
-        if self.discriminator is not None:
-            judged = moves and self.student_is_judged(step)
-            calls["critic/features"] = Calls(to_parameters=2, to_inputs=1 if judged else 0)
-        return calls
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
         """In every step the critic and every ``critic_updates`` steps the student, each on a sample of its own."""

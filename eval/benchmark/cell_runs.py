@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fewstep.data.durable import write_text_durably
-from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.eval.benchmark.cell_results import Result
 from fewstep.eval.benchmark.cells import Cell, Training, digest
@@ -29,6 +28,7 @@ from fewstep.eval.rows import measure
 from fewstep.export.folder import written
 from fewstep.fashion import PROMPTS
 from fewstep.programs import distillation
+from fewstep.programs.planning.counting import count_calls
 from fewstep.programs.planning.dry_run import DryRun
 from fewstep.programs.planning.plan import Planner
 from fewstep.programs.planning.weightless import fake_world
@@ -176,19 +176,17 @@ class Stopwatch:
 
 
 def network_calls(training: Training, seed: int = 0) -> dict[str, dict[str, float]]:
-    """What a training costs by its method's declaration, which the ledger holds it to: calls in samples.
+    """What a training costs, its steps counted on stand-ins for the networks: calls in samples.
 
     Pairs that a run makes of its teacher at the start are calls, too; previews and exports are not counted.
     """
     config = training.config(seed)
     planner = Planner(config, training.method)
-    world = partial(fake_world, planner.mode)
-    dry_run = DryRun(config, training.method, planner.recording, "cpu", world)
-    method = dry_run.prepare()
     sums: dict[str, Counter[str]] = {}
-    for step in range(config.max_steps):
-        for name, calls in method.calls(step, dry_run.batch(step, Draws)).items():
-            sums.setdefault(name, Counter()).update({k: v * config.batch_size for k, v in vars(calls).items() if v})
+    for calls in count_calls(config, training.method, planner.recording, range(config.max_steps)).values():
+        for name, one in calls.items():
+            sums.setdefault(name, Counter()).update({k: v * config.batch_size for k, v in vars(one).items() if v})
+    dry_run = DryRun(config, training.method, planner.recording, world=partial(fake_world, planner.mode))
     if pairs := dry_run.pair_evaluations * (2 if dry_run.guidance_scale != 1.0 else 1):
         sums.setdefault("pairs", Counter())["no_grad"] += pairs
     return {name: dict(calls) for name, calls in sums.items() if calls}

@@ -14,8 +14,7 @@ from fewstep.eval.benchmark.cell_results import Result, read_result, read_strip,
 from fewstep.eval.benchmark.cells import TEACHER, Cell
 from fewstep.eval.grid import GridRow, draw_grid
 from fewstep.eval.models import in_steps
-from fewstep.programs.planning.call_counts import forward_passes
-from fewstep.training.method import Calls
+from fewstep.programs.planning.call_counts import Calls, forward_passes
 
 #: How many times lower than its teacher's, at the same step count, a student's FD is to be.
 AT_LEAST = {1: 1.6, 2: 1.3, 4: 1.0}

@@ -30,9 +30,10 @@ from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.eval.memory.shapes import SHAPES
 from fewstep.programs.methods import method_class
+from fewstep.programs.planning.counting import costliest_step
 from fewstep.programs.planning.dry_run import DryRun, backward, move_averages
 from fewstep.programs.planning.memory import tensor_bytes
-from fewstep.programs.planning.plan import Planner, costliest_step, size
+from fewstep.programs.planning.plan import Planner, size
 from fewstep.programs.teacher import TeacherSettings
 from fewstep.recording import record
 from fewstep.recording.pipeline import is_quantized
@@ -95,7 +96,7 @@ def run(shape: str, settings: dict[str, Any], folder: str | None = None) -> int:
     optimizers = {
         name: RoleOptimizer(role, config, config.lr) for name, role in method.roles.items() if role.parameters()
     }
-    step = costliest_step(method, dry_run)
+    step = costliest_step(config, "dmd2", dry_run.recording)
     for again in range(2):  # the optimizer's state is there in the second step
         for turn in method.turns(step, dry_run.batch(step)):
             if isinstance(turn, Turn):

@@ -11,9 +11,8 @@ from diffusers.utils.logging import set_verbosity_error
 from fewstep.config.parsing import Parser, parse, with_values
 from fewstep.errors import UserError
 from fewstep.programs.methods import method_class, methods
-from fewstep.programs.planning.call_counts import forward_passes
+from fewstep.programs.planning.call_counts import Calls, forward_passes
 from fewstep.programs.planning.plan import LEFT_OUT, PERIOD, Plan, Planner, size
-from fewstep.training.method import Calls
 
 _UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 

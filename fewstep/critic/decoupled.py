@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
-from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.critic.denoising import sample_log
+from fewstep.critic.matching import Matched, matching_log
+from fewstep.data.batch import Batch
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.intervals import TimedScale
-from fewstep.diffusion.renoising import Renoised
+from fewstep.diffusion.renoising import Renoiser
 from fewstep.errors import UserError
-from fewstep.losses.score import Matching, decoupled_matching
+from fewstep.losses.score import decoupled_matching
 from fewstep.networks.guidance import GuidedDenoiser, guide
 from fewstep.recording import GuidanceReport
 
@@ -25,36 +31,42 @@ def refuse_unguided(guidance: GuidanceReport, guidance_scale: float | TimedScale
         )
 
 
-def decoupled(
-    x0: Tensor,
-    x0_critic: Tensor,
-    teacher: GuidedDenoiser,
-    here: Renoised,
-    there: Renoised,
-    conditioning: AnyConditioning,
-    normalizer: str = "guided",
-    normalizer_min: float = 0.0,
-) -> tuple[Tensor, Matching]:
-    """The teacher's x0 (B, ...) without guidance, and the gradient at the student's.
+@dataclass(frozen=True)
+class DecoupledMatching:
+    """A :data:`fewstep.critic.matching.Matching`: the match in one place, what guidance adds in another.
 
-    Args:
-        x0: the student's (B, ...).
-        x0_critic: the critic's (B, ...), ``here``.
+    Attributes:
         teacher: under guidance; it is called 4 times a sample, or 3.
-        here: where teacher and critic are compared.
-        there: where the teacher is asked what guidance adds.
-        conditioning: of B samples.
+        critic: as it is.
+        compared: where they are compared.
+        times: ``"hybrid"`` (guidance no noisier than where the student was called, the match anywhere), ``"full"``
+            (both anywhere), or ``"constrained"`` (neither noisier).
         normalizer: either term is divided by the mean distance of x0 to the ``"guided"`` teacher in its place, or (one
             call less) to the ``"conditional"`` one.
         normalizer_min: lower bound of that.
     """
-    scale = teacher.scale_at(there.t, x0)
-    pair = teacher.pair(there.x_t, there.t, conditioning)
-    if normalizer == "guided":
-        x0_teacher, negative = teacher.pair(here.x_t, here.t, conditioning)
-        references = guide(x0_teacher, negative, teacher.scale_at(here.t, x0)), guide(*pair, scale)
-    else:
-        x0_teacher = teacher.denoiser(here.x_t, here.t, conditioning)
-        references = x0_teacher, pair[0]
-    terms = (x0_teacher, x0_critic), pair
-    return x0_teacher, decoupled_matching(x0, *terms, scale, references, normalizer_min)
+
+    teacher: GuidedDenoiser
+    critic: Denoiser
+    compared: Renoiser
+    times: str = "hybrid"
+    normalizer: str = "guided"
+    normalizer_min: float = 0.0
+
+    @torch.no_grad()
+    def __call__(self, x0: Tensor, batch: Batch, called_at: float) -> Matched:
+        cleaner, teacher = self.compared.below(called_at), self.teacher
+        here = (cleaner if self.times == "constrained" else self.compared)(x0, batch.draws, "matching")
+        there = (self.compared if self.times == "full" else cleaner)(x0, batch.draws, "guidance")
+        x0_critic = self.critic(here.x_t, here.t, batch.conditioning)
+        scale = teacher.scale_at(there.t, x0)
+        pair = teacher.pair(there.x_t, there.t, batch.conditioning)
+        if self.normalizer == "guided":
+            x0_teacher, negative = teacher.pair(here.x_t, here.t, batch.conditioning)
+            references = guide(x0_teacher, negative, teacher.scale_at(here.t, x0)), guide(*pair, scale)
+        else:
+            x0_teacher = teacher.denoiser(here.x_t, here.t, batch.conditioning)
+            references = x0_teacher, pair[0]
+        terms = (x0_teacher, x0_critic), pair
+        loss, gradient = decoupled_matching(x0, *terms, scale, references, self.normalizer_min)
+        return gradient, matching_log(loss) | sample_log(x0, x0_teacher)

@@ -139,25 +139,6 @@ class Bench(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Calls:
-    """Forward passes of one role in one step, counted per sample of the batch, by what flows back through them.
-
-    Attributes:
-        no_grad: nothing.
-        to_parameters: the gradient of the role's own parameters.
-        to_inputs: only the gradient of the sample; the role's parameters get none.
-        jvp: nothing; passes that carry a tangent (forward-mode derivative), which are no part of the others.
-        jvp_to_parameters: as ``to_parameters``, from the answer of a pass that carries a tangent, too.
-    """
-
-    no_grad: float = 0
-    to_parameters: float = 0
-    to_inputs: float = 0
-    jvp: float = 0
-    jvp_to_parameters: float = 0
-
-
 class Method(Protocol):
     """What the loop asks of a method.
 
@@ -176,12 +157,4 @@ class Method(Protocol):
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn | Renew]:
         """The updates of one step, in order. It must hold no graph across a yield."""
-        ...
-
-    def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
-        """What ``turns(step, batch)`` costs where it is not logged: network calls by role, each guided pair as two.
-
-        Passes that end early at a GAN head's tap are listed as ``<role>/features``. The batch is one of its own: what
-        is drawn from it is drawn again in ``turns``.
-        """
         ...

@@ -31,7 +31,7 @@ from fewstep.recording import record
 from fewstep.recording.pipeline import with_parts
 from fewstep.recording.shake import shaken
 from fewstep.training.checkpoint import load_latest
-from fewstep.training.method import Calls
+from tests.floors import declared
 
 EXPERTS = ("transformer", "transformer_2")
 RUN = {"steps": 4, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True}
@@ -238,8 +238,7 @@ def test_mixed_batches_cost_no_more_than_the_method_declares(place: Path, tmp_pa
         for turn in method.turns(1, batch()):
             tensors, gradients = zip(*turn.backward, strict=True)
             torch.autograd.backward(tensors, gradients, inputs=method.roles[turn.role].parameters())
-    declared = method.calls(1, batch()).items()
-    assert counter.calls(1) == {name: calls for name, calls in declared if calls != Calls()}
+    assert counter.calls(1) == declared(method, 1, batch())
 
 
 def test_a_lora_is_applied_to_both_and_refused_where_it_does_not_belong(trained: Path) -> None:

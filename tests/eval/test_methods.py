@@ -73,7 +73,7 @@ def test_a_killed_process_has_its_seconds_counted(tmp_path: Path) -> None:
     assert not watch.finished
 
 
-def test_calls_are_those_that_the_method_declares() -> None:
+def test_calls_are_those_of_all_steps() -> None:
     """Of 4 steps of 2 samples the student learns in 2, from a guided pair of the teacher; the critic learns in all."""
     calls = network_calls(TINY)
     assert calls["student"]["to_parameters"] == 2 * 2

@@ -21,8 +21,9 @@ from fewstep.cli.plan import memory_bytes
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.errors import UserError
 from fewstep.programs.methods import method_class, methods
+from fewstep.programs.planning.counting import mean_calls
 from fewstep.programs.planning.dry_run import DryRun
-from fewstep.programs.planning.plan import Planner, mean_calls, weigh
+from fewstep.programs.planning.plan import Planner, weigh
 from fewstep.programs.planning.weightless import answering, fake_tensors, weightless_teacher
 from fewstep.recording import record
 
@@ -84,7 +85,7 @@ def test_a_step_on_fake_tensors_takes_what_it_takes_on_real_ones(
         assert planned.moments[name].peak == pytest.approx(moment.peak, rel=0.1)
     for name, role in method.roles.items():
         assert planned.roles[name].gradients == sum(p.nbytes for p in role.parameters())
-    assert planned.calls == mean_calls(method, dry_run)
+    assert planned.calls == mean_calls(config, "dmd2", dry_run.recording)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -20,6 +20,7 @@ from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule,
 from fewstep.errors import UserError
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.consistency import Consistency, ConsistencyConfig, make_boundary
+from tests.floors import declared
 
 GRID = (1.0, 0.75, 0.5, 0.25)
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -136,7 +137,7 @@ def test_a_step_costs_what_the_method_says(tmp_path: Path, solver: str, target_d
     for step in range(6):
         counted.clear()
         list(method.turns(step, batch(step, range(4), real)))
-        said = method.calls(step, batch(step, range(4), real))
+        said = declared(method, step, batch(step, range(4), real))
         assert {name: [4 * cost.no_grad, 4 * cost.to_parameters] for name, cost in said.items()} == counted
 
 

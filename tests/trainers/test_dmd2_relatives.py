@@ -21,9 +21,10 @@ from fewstep.losses.divergence import DIVERGENCES, DivergenceWeight
 from fewstep.losses.score import decoupled_matching, distribution_matching
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.programs.distillation import distill
+from fewstep.programs.planning.call_counts import Calls
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
 from fewstep.training import checkpoint
-from fewstep.training.method import Calls
+from tests.floors import declared
 from tests.trainers.test_dmd2 import GRID, TABLE, Pictures, config, gan_method
 
 SCHEDULES = {"table": (TABLE, "epsilon"), "flow": (FlowSchedule(), "flow"), "edm": (EDMSchedule(), "edm")}
@@ -126,9 +127,9 @@ def test_a_step_costs_what_it_says(tmp_path: Path, normalizer: str, asked: int):
         network = player.denoiser.network
         network.register_forward_pre_hook(lambda _, args, name=name: rows.update({name: len(args[0])}))
     list(one.turns(0, batch(0)))
-    declared = one.calls(0, batch(0))
-    assert declared["teacher"] == Calls(no_grad=asked)
-    assert {name: c.no_grad + c.to_parameters for name, c in declared.items()} == {n: r / 4 for n, r in rows.items()}
+    cost = declared(one, 0, batch(0))
+    assert cost["teacher"] == Calls(no_grad=asked)
+    assert {name: c.no_grad + c.to_parameters for name, c in cost.items()} == {n: r / 4 for n, r in rows.items()}
 
 
 def test_the_command_refuses_a_teacher_that_cannot_be_guided(tmp_path: Path):

@@ -33,8 +33,8 @@ from fewstep.programs.planning.call_counts import CallCounter, forward_passes
 from fewstep.programs.workbench import open_workbench
 from fewstep.recording.shake import shaken
 from fewstep.trainers.mean_flow import MeanFlow, MeanFlowConfig
-from fewstep.training.method import Calls
 from tests.end_to_end.test_phased import dense_wan
+from tests.floors import declared
 from tests.whole_runs import whole_run
 
 TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
@@ -223,7 +223,7 @@ def test_a_step_costs_what_it_declares_and_derivatives_only_where_the_times_diff
                 torch.autograd.backward(*zip(*turn.backward, strict=True), inputs=trained.roles["student"].parameters())
     for step in range(40):
         found = counter.calls(step)
-        assert {n: c for n, c in trained.calls(step, batch(step=step)).items() if c != Calls()} == found
+        assert declared(trained, step, batch(step=step)) == found
         assert counter.wasted(step) == {}
         student = found["student"]
         assert (student.jvp if one_pass else student.jvp_to_parameters) == 0

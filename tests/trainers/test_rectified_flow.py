@@ -23,11 +23,12 @@ from fewstep.errors import UserError
 from fewstep.networks.perceptual import PerceptualDistance, images_of, lpips_of
 from fewstep.programs import distillation
 from fewstep.programs.distillation import distill
+from fewstep.programs.planning.call_counts import Calls
 from fewstep.recording import record
 from fewstep.recording.shake import shaken
 from fewstep.trainers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fewstep.training.loop import Loop
-from fewstep.training.method import Calls
+from tests.floors import declared
 from tests.whole_runs import whole_run
 
 TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
@@ -115,7 +116,7 @@ def test_a_student_that_is_right_walks_to_the_pairs_sample_in_any_number_of_step
 
 def test_the_loss_of_a_right_student_is_zero_and_only_the_student_learns():
     trained = method()
-    assert trained.calls(0, batch()) == {"student": Calls(to_parameters=1)}
+    assert declared(trained, 0, batch()) == {"student": Calls(to_parameters=1)}
     (turn,) = trained.turns(0, batch())
     assert turn.role == "student"
     ((loss, gradient),) = turn.backward

@@ -32,9 +32,10 @@ from fewstep.errors import UserError
 from fewstep.losses.score import native_weight
 from fewstep.networks.features import FeatureTap
 from fewstep.networks.guidance import GuidedDenoiser
-from fewstep.programs.planning.call_counts import CallCounter, declared
+from fewstep.programs.planning.call_counts import CallCounter, Calls
 from fewstep.trainers.sid import Sid, SidConfig, critic_weight
-from fewstep.training.method import Calls, Turn
+from fewstep.training.method import Turn
+from tests.floors import declared
 
 GRID = (1.0, 0.75, 0.5, 0.25)
 ROLES = ("teacher", "student", "critic")
@@ -215,7 +216,7 @@ def test_a_step_costs_what_the_method_says(tmp_path: Path, settings: dict):
 def test_guidance_doubles_the_calls_of_the_networks_that_it_guides(tmp_path: Path):
     step = step_with_last(0)
     costs = {
-        name: vector_method(config(tmp_path, **settings)).calls(step, batch(step))
+        name: declared(vector_method(config(tmp_path, **settings)), step, batch(step))
         for name, settings in {"plain": OFF, "lsg": {"guidance_scale": 2.0}, "zero": {"guidance": "zero"}}.items()
     }
     one = {"student": Calls(1, 1), "critic": Calls(0, 1, 1), "teacher": Calls(0, 0, 1)}
@@ -426,7 +427,10 @@ def test_the_students_term_begins_when_told(tmp_path: Path):
     method = gan_method(tmp_path, gan_start_step=3)
     logs = [list(method.turns(step, picture_batch(step, range(2))))[1].log for step in (2, 3)]
     assert ["student/adversarial" in log for log in logs] == [False, True]
-    assert [method.calls(step, picture_batch(step, range(2)))["critic/features"].to_inputs for step in (2, 3)] == [0, 1]
+    assert [declared(method, step, picture_batch(step, range(2)))["critic/features"].to_inputs for step in (2, 3)] == [
+        0,
+        1,
+    ]
 
 
 def test_real_and_fake_share_time_and_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

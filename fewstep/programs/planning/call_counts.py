@@ -1,4 +1,4 @@
-"""What a method's steps really cost: network calls by role, counted while they run, in the terms of ``Method.calls``.
+"""What a method's steps really cost: network calls by role, counted while they run, by what flows back through them.
 
 A call is one pass through a network as a role, counted in samples: a guided pair that goes through in one batch of 2B
 is two. What flows back is seen when it does: by a hook on what the pass gave, and one on every parameter of the role.
@@ -19,7 +19,26 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fewstep.data.batch import Batch
-from fewstep.training.method import Calls, Method, Renew, Turn
+from fewstep.training.method import Method, Renew, Turn
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Forward passes of one role in one step, counted per sample of the batch, by what flows back through them.
+
+    Attributes:
+        no_grad: nothing.
+        to_parameters: the gradient of the role's own parameters.
+        to_inputs: only the gradient of the sample; the role's parameters get none.
+        jvp: nothing; passes that carry a tangent (forward-mode derivative), which are no part of the others.
+        jvp_to_parameters: as ``to_parameters``, from the answer of a pass that carries a tangent, too.
+    """
+
+    no_grad: float = 0
+    to_parameters: float = 0
+    to_inputs: float = 0
+    jvp: float = 0
+    jvp_to_parameters: float = 0
 
 
 @dataclass(eq=False)
@@ -56,7 +75,7 @@ class CallCounter:
 
     def __init__(self, method: Method, beside: Mapping[str, nn.Module] | None = None) -> None:
         self.method, self.beside = method, dict(beside or {})
-        #: The steps whose batch was to be logged: they may cost more than the method declares.
+        #: The steps whose batch was to be logged: they may cost more than others.
         self.logged: set[int] = set()
         self._passes: defaultdict[int | None, list[_Pass]] = defaultdict(list)
         self._samples: Counter[int] = Counter()
@@ -89,7 +108,7 @@ class CallCounter:
         return sorted(self._samples)
 
     def calls(self, step: int) -> dict[str, Calls]:
-        """What a step cost, per sample, as ``Method.calls`` declares it; nothing that is zero."""
+        """What a step cost, per sample, by role; nothing that is zero."""
         found: dict[str, Counter[str]] = defaultdict(Counter)
         for one in self._passes[step]:
             found[one.name][self._kind(one)] += one.rows
@@ -155,11 +174,6 @@ class CallCounter:
 
     def _called(self, name: str, _module: nn.Module, _arguments: Any) -> None:
         self._beside[self._step, name] += 1
-
-
-def declared(method: Method, step: int, batch: Batch) -> dict[str, Calls]:
-    """What a method says of a step, without what is zero, so that it compares with :meth:`CallCounter.calls`."""
-    return {name: calls for name, calls in method.calls(step, batch).items() if calls != Calls()}
 
 
 def forward_passes(calls: Mapping[str, Calls], feature_share: float = 1.0) -> float:

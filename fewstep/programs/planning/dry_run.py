@@ -148,7 +148,7 @@ class DryRun:
         """
         config, conditions = self.config, self._conditions
         size, shape, wanted = config.batch_size, self.recording.sample_shape, config.pairs_wanted
-        drawn = (draws or _LongestDraws)(config.seed, step, range(size), self.device)
+        drawn = (draws or LongestDraws)(config.seed, step, range(size), self.device)
         zeros = torch.zeros(size, *shape, device=self.device)
         pairs = Pairs(zeros, zeros.clone(), conditions) if wanted is not None else None
         given = config.data is not None and not (wanted is not None and wanted.invert_real)
@@ -163,7 +163,7 @@ class DryRun:
         return Conditioning(self.recording.marked, 1).select([0] * size).to(device=self.device)
 
 
-class _LongestDraws(Draws):
+class LongestDraws(Draws):
     """Draws whose shared integer, the step at which a student's walk ends, is the largest: no walk costs more.
 
     What the host decides by is drawn for real, also where tensors are fake.

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from fewstep.config.run import RunConfig
-from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.networks.roles import Role
 from fewstep.programs.methods import method_class
-from fewstep.programs.planning.call_counts import forward_passes
+from fewstep.programs.planning.call_counts import Calls
+from fewstep.programs.planning.counting import costliest_step, mean_calls
 from fewstep.programs.planning.dry_run import DryRun, World, backward
 from fewstep.programs.planning.memory import Footprint, tensor_bytes
 from fewstep.programs.planning.quantized import plan_quantized
@@ -31,11 +31,8 @@ from fewstep.programs.planning.weightless import answering, fake_tensors, fake_w
 from fewstep.programs.teacher import TeacherSettings
 from fewstep.recording import Recording, record
 from fewstep.recording.pipeline import find_decoder, modules_of
-from fewstep.training.method import Calls, Method, Turn
+from fewstep.training.method import Method, Turn
 
-#: Over how many steps the network calls are averaged.
-PERIOD = 1000
-_SEARCHED = 100  # steps among which the most costly one is looked for
 #: What no number here holds.
 LEFT_OUT = (
     "what the allocator keeps beyond live tensors (fragmentation, caches), workspaces of cuDNN, cuBLAS and attention "
@@ -170,7 +167,7 @@ class Planner:
             for role in method.roles.values():
                 for module in role.added.values():
                     pretend(module, self.mode)
-            step = costliest_step(method, dry_run)
+            step = costliest_step(config, self.method, recording)
             with world():
                 moments = weigh(method, dry_run, step)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -197,7 +194,7 @@ class Planner:
             kept=tensor_bytes(*kept),
             roles=_roles(method, kept),
             moments=moments,
-            calls=mean_calls(method, dry_run),
+            calls=mean_calls(config, self.method, recording),
         )
 
     def _quantized(self, config: RunConfig) -> Recording:
@@ -247,13 +244,6 @@ def _flags(changes: dict[str, Any]) -> str:
     return " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in changes.items())
 
 
-def costliest_step(method: Method, dry_run: DryRun) -> int:
-    """The step with most network calls, of the first and the last hundred."""
-    last = dry_run.config.max_steps
-    steps = [*range(min(_SEARCHED, last)), *range(max(0, last - _SEARCHED), last)]
-    return max(steps, key=lambda step: forward_passes(method.calls(step, dry_run.batch(step))))
-
-
 def weigh(method: Method, dry_run: DryRun, step: int) -> dict[str, Moment]:
     """By role: what its turn of a step needs beside all weights.
 
@@ -279,19 +269,6 @@ def weigh(method: Method, dry_run: DryRun, step: int) -> dict[str, Moment]:
                 for parameter in method.roles[role].parameters():
                     parameter.grad = None
             footprint.restart()
-
-
-def mean_calls(method: Method, dry_run: DryRun) -> dict[str, Calls]:
-    """Network calls of a step, per sample, in the mean over the run's last :data:`PERIOD` steps."""
-    last = dry_run.config.max_steps
-    steps = range(max(0, last - PERIOD), last)
-    sums: dict[str, dict[str, float]] = {}
-    for step in steps:
-        for name, calls in method.calls(step, dry_run.batch(step, Draws)).items():
-            for kind, count in vars(calls).items():
-                sums.setdefault(name, {}).setdefault(kind, 0.0)
-                sums[name][kind] += count / len(steps)
-    return {name: Calls(**kinds) for name, kinds in sums.items()}
 
 
 def size(number: int) -> str:

@@ -1,0 +1,61 @@
+"""A stand-in for a teacher: the same recording on networks that are a weight times the sample.
+
+Which roles a method calls, how often, and what flows back, depends on its settings and not on what its networks are. On
+stand-ins a step costs a few milliseconds, so it is counted by playing it (:mod:`.counting`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import TimestepEmbedding
+from torch import Tensor, nn
+
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.recording import Recipe, Recording
+from fewstep.recording.recipe import OutputRule, SampleRule, TimeRule
+
+#: Entries of a sample.
+_SIZE = 2
+
+
+class StandIn(nn.Module):
+    """A weight times the sample, with what methods look for in a network: a block to tap, and an embedded time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.time_embedding = TimestepEmbedding(1, _SIZE)
+        self.mid_block = nn.Linear(_SIZE, _SIZE)
+
+    def forward(self, sample: Tensor, timestep: Tensor, **_told: Any) -> Tensor:
+        """The answer (B, 2) to ``sample`` (B, 2) at ``timestep`` (B,)."""
+        features = self.mid_block(sample[:, None])  # one token of two channels
+        return self.weight * sample + features[:, 0] + self.time_embedding(timestep[:, None].to(sample))
+
+
+def stand_in(recording: Recording) -> Recording:
+    """The recording of a teacher with as many networks, schedule and guidance, on stand-ins of the smallest size.
+
+    The pipeline is the teacher's own, and is not to be run.
+    """
+    recipe = Recipe(
+        component=recording.component,
+        sample_shape=(_SIZE,),
+        sample=SampleRule("sample", (), (_SIZE,), as_list=False, dtype="float32"),
+        times=(TimeRule("timestep", "timestep", "float64", (), "float32"),),
+        output=OutputRule(-1, stack=False, half_axis=0, permutation=(), shape=(_SIZE,), relation="same"),
+        network_dtype="float32",
+    )
+    experts = tuple(replace(expert, network=StandIn()) for expert in recording.experts)
+    told = {name: recording.marked[name] for name in recording.embedded}
+    return replace(
+        recording,
+        network=experts[0].network,
+        recipe=recipe,
+        marked=told,
+        experts=experts,
+        _negative=None if recording.negative() is None else Conditioning(told, 1),
+    )
