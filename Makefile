@@ -22,8 +22,9 @@ help:
 demo: $(VENV)/.demo
 	$(VENV)/bin/fewstep demo $(DEMO_ARGS)
 
+# One worker for each core, one thread in each; a file stays on one worker, so that what it makes is made once.
 test: $(VENV)/.test
-	$(RUN) -m pytest --timeout 900 $(PYTEST_ARGS)
+	$(RUN) -m pytest -n auto --dist loadfile --timeout 900 $(PYTEST_ARGS)
 
 soak: $(VENV)/.test
 	$(RUN) -m pytest -m soak $(PYTEST_ARGS)

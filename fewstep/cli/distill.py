@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ def distill_parser(method: str) -> ArgumentParser:
     """The flags of a method: the fields of its configuration, with ``--config`` and ``--print_config``."""
     parser = Parser(prog=f"fewstep distill {method}", description=f"Distil a teacher with {method}.")
     parser.add_argument("--config", action="config", help="YAML file with any of these flags; flags after it win")
+    # A run's own config.yaml names its method.
+    parser.add_argument("--method", type=str, default=method, help=argparse.SUPPRESS)
     parser.add_class_arguments(method_class(method).Config)
     return parser
 
@@ -29,7 +32,9 @@ def distill_config(method: str, words: Sequence[str]) -> Any:
     """The configuration of a method that these command line words ask for."""
     config_class = method_class(method).Config
     parsed = parse(distill_parser(method), with_values(words, config_class))
-    return config_class(**{name: value for name, value in parsed.items() if name != "config"})
+    if parsed.method != method:
+        raise UserError(f"the file of --config is of a run of {parsed.method}: start fewstep distill {parsed.method}")
+    return config_class(**{name: value for name, value in parsed.items() if name not in ("config", "method")})
 
 
 def run(words: Sequence[str]) -> None:

@@ -16,6 +16,8 @@ import yaml
 
 from fewstep.cli import main
 from fewstep.cli.distill import distill_config
+from fewstep.errors import UserError
+from fewstep.training.run_folder import write_config
 from tests.tiny_pipelines import tiny_ddim, tiny_dit, tiny_stable_diffusion
 
 
@@ -313,3 +315,15 @@ def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_exits_130(teacher: str
     assert "--resume" in errors.splitlines()[-1]
     newest = sorted((out / "checkpoints").glob("step_*"))[-1]
     assert json.loads((newest / "state.json").read_text())["step"] > 0
+
+
+def test_a_runs_own_config_starts_another_like_it(tmp_path: Path) -> None:
+    """``OUT/config.yaml`` names its method beside the settings."""
+    first = distill_config("consistency", ["--teacher", "fashion-sd", "--out", str(tmp_path), "--steps", "2"])
+    write_config(tmp_path, "consistency", first.resolved())
+    words = ["--config", str(tmp_path / "config.yaml"), "--seed", "3"]
+    again = distill_config("consistency", words)
+    assert again.resolved().as_dict() == {**first.resolved().as_dict(), "seed": 3}
+    (tmp_path / "config.yaml").write_text("method: sid\nsteps: 2\n")
+    with pytest.raises(UserError, match="is of a run of sid: start fewstep distill sid"):
+        distill_config("dmd2", ["--teacher", "fashion-sd", "--out", str(tmp_path), *words[:2]])
