@@ -43,13 +43,3 @@ def test_two_processes_end_in_a_student_that_stock_diffusers_loads(teacher: Path
     assert any(not torch.equal(before[name], value) for name, value in after.items())
     rows = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows == [1, 2, 3, 4, 5], "the log of the resumed run goes on where the first one ended"
-
-
-def test_a_cache_is_made_by_one_process(tmp_path: Path) -> None:
-    """Several would encode everything into the same files."""
-    words = [sys.executable, "-W", "ignore", *TORCHRUN, "--no-python", sys.executable, "-m", "fewstep.cli", "cache"]
-    words += ["--teacher", "fashion-sd", "--out", str(tmp_path / "cache"), "--cpu"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    assert "fewstep: fewstep cache encodes in one process: start it without" in done.stderr
-    assert not (tmp_path / "cache").exists()
