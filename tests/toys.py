@@ -24,7 +24,7 @@ from fewstep.diffusion.timesteps import uniform_times
 from fewstep.losses.score import denoising_loss, distribution_matching, native_weight
 from fewstep.networks.adapters import AdapterRole, Backbone
 from fewstep.networks.denoiser import NetworkDenoiser
-from fewstep.networks.roles import Role
+from fewstep.networks.roles import NetworkRole
 from fewstep.recording import Recording
 from fewstep.training.distributed import Processes
 from fewstep.training.loop import Loop
@@ -57,9 +57,11 @@ class TinyNetwork(nn.Module):
         return self.outer(torch.tanh(self.inner(torch.cat([x.flatten(1), extra], 1)))).view_as(x)
 
 
-def role(name: str, network: nn.Module, schedule: NoiseSchedule, kind: str, trainable: bool = True, **added) -> Role:
+def role(
+    name: str, network: nn.Module, schedule: NoiseSchedule, kind: str, trainable: bool = True, **added
+) -> NetworkRole:
     network = network.eval().requires_grad_(trainable)
-    return Role(name, NetworkDenoiser(network, PlainRecipe(), schedule, kind), added)
+    return NetworkRole(name, NetworkDenoiser(network, PlainRecipe(), schedule, kind), added)
 
 
 def adapter_role(name: str, backbone: Backbone, recording: Recording, *, trainable: bool = True) -> AdapterRole:

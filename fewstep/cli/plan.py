@@ -12,7 +12,8 @@ from fewstep.config.parsing import Parser, parse, with_values
 from fewstep.errors import UserError
 from fewstep.programs.methods import method_class, methods
 from fewstep.programs.planning.call_counts import Calls, forward_passes
-from fewstep.programs.planning.plan import LEFT_OUT, PERIOD, Plan, Planner, size
+from fewstep.programs.planning.counting import PERIOD
+from fewstep.programs.planning.plan import LEFT_OUT, Plan, Planner, size
 
 _UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 

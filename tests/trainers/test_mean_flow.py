@@ -85,7 +85,7 @@ def batch(count: int = 8, step: int = 0) -> Batch:
 def test_the_second_time_is_never_behind_the_first_and_differs_where_it_shall(kind: str, own: bool):
     trained = method(kind, config(r_mean=-3.0 if own else None))
     apart = list(range(0, 500, 2))
-    t, r = trained.times(batch(500), apart)
+    t, r = trained.times.draw(batch(500).draws, apart)
     assert t.dtype == r.dtype == torch.float64
     assert bool((r <= t).all() and (t <= 1).all() and (r >= 0).all() and (t > 0).all())
     assert torch.equal(t[1::2], r[1::2])
@@ -129,7 +129,7 @@ def test_the_teachers_velocity_is_guided_in_diffusers_convention():
 def test_guidance_in_training_is_mixed_as_its_papers_say(settings: dict, numbers: tuple[float, float]):
     """omega v + kappa u_c + (1 - omega - kappa) u_null; samples without condition, or beyond the interval, have v."""
     trained = method("flow", config(data="images", guidance_t_max=0.6, label_drop=0.4, **settings), 3.0)
-    assert (trained.omega, trained.kappa) == pytest.approx(numbers)
+    assert (trained.guide.omega, trained.guide.kappa) == pytest.approx(numbers)
     flow, given = trained.flow(batch(64), []), batch(64)
     data = given.draws.normal("noise", (6,)) - given.real.x0
     dropped = torch.tensor(given.draws.coins("label_drop", 0.4))
@@ -194,7 +194,8 @@ def test_alpha_flow_asks_the_student_further_along_the_flow():
     assert [kept.alpha(step) for step in (0, 50, 99)] == [1.0, 0.5, 0.1] and not kept.differentiates
     flow = trained.flow(batch(), list(range(8)))
     asked = trained.interval(50, flow)
-    later = trained.later(flow, 0.5 * gap(trained.schedule, flow.t, flow.r))
+    distance = 0.5 * gap(trained.schedule, flow.t, flow.r)
+    later = trained.student.later_velocity(flow.x_t, flow.t, flow.conditioning, flow.r, flow.velocity, distance)
     torch.testing.assert_close(asked.target, 0.5 * flow.velocity + 0.5 * later)
     assert asked.weight == 0.5 and not asked.target.requires_grad
     assert torch.equal(trained.interval(0, flow).target, flow.velocity)
