@@ -208,3 +208,21 @@ def roles_that_move(method: Method) -> set[str]:
     after = {name: one.state_dict()["network.outer.weight"] for name, one in method.roles.items()}
     assert all(torch.isfinite(value).all() for value in after.values())
     return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+class Asked:
+    """The times (N,) at which roles are asked, by role, apart for passes with and without a gradient."""
+
+    def __init__(self, *roles: NetworkRole) -> None:
+        self.times: dict[tuple[str, bool], list[Tensor]] = {}
+        for one in roles:
+            one.denoiser.on_call = partial(self._note, one.name)
+
+    def _note(self, name: str, _x_t: Tensor, t: Tensor, _early: bool) -> Callable[[Tensor], None]:
+        self.times.setdefault((name, torch.is_grad_enabled()), []).append(t)
+        return lambda _answer: None
+
+    def span(self, name: str, *, trained: bool) -> tuple[float, float]:
+        """The lowest and the highest time."""
+        times = torch.cat(self.times[name, trained])
+        return times.min().item(), times.max().item()
