@@ -13,8 +13,8 @@ help:
 	@echo "make demo   distil an embedded teacher on this machine and compare both"
 	@echo "make test   the test suite"
 	@echo "make soak   the long forms of the tests that are cut short in make test"
-	@echo "make lint   ruff and its formatter"
-	@echo "make types  the type checker, which does not pass everywhere yet"
+	@echo "make lint   ruff, its formatter, and the type checker"
+	@echo "make types  the type checker alone"
 	@echo "make bench  latency of the embedded teachers, and memory of LoRA roles, full copies and plans"
 	@echo "make methods  every method on the embedded teachers, in cells: one table, one picture (hours; goes on where it stopped)"
 	@echo "make clean  remove the environment and build products"
@@ -32,6 +32,7 @@ soak: $(VENV)/.test
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	@$(MAKE) --no-print-directory types
 
 # The checker sees the package as it is installed, with trainers/, pipelines/ and eval/ inside it.
 types: $(VENV)/.dev

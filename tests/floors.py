@@ -63,7 +63,7 @@ def _sid(method: Any, step: int, batch: Batch) -> Cost:
         calls["critic"] = Calls(to_parameters=method.critic_in_training.calls, to_inputs=method.critic.calls)
         calls["teacher"] = Calls(to_inputs=method.teacher.calls)
     if method.discriminator is not None:
-        judged = moves and method.student_is_judged(step)
+        judged = moves and method.judge(step) is not None
         calls["critic/features"] = Calls(to_parameters=2, to_inputs=1 if judged else 0)
     return calls
 
@@ -74,7 +74,8 @@ def _consistency(method: Any, step: int, batch: Batch) -> Cost:
     if method.config.data is None:
         sampled = batch.draws.shared_integer("student_step", 0, len(method.sampler.grid)) + 1
     of_solver = {"none": 0, "euler": 1, "heun": 2}[method.config.solver]
-    guided = 2 if method._draws_guidance else method.teacher.calls
+    drawn = method.config.guidance_range is not None and not method.heeded
+    guided = 2 if drawn else method.teacher.calls
     own = method.target is method.student
     calls = {"student": Calls(no_grad=sampled + own, to_parameters=1)}
     calls |= {} if own else {"target": Calls(no_grad=1)}
@@ -85,7 +86,7 @@ def _mean_flow(method: Any, step: int, batch: Batch) -> Cost:
     """What one step costs: what is only asked for where the two times differ is not asked for elsewhere."""
     config, alpha = method.config, method.config.alpha(step)
     apart = sum(batch.draws.coins("apart", config.apart)) / batch.size
-    own = (1 + (method.kappa > 0)) * method.guided
+    own = 0 if method.guide is None else 1 + (method.guide.kappa > 0)
     own += apart * ((0 < alpha < 1) + (config.variant == "improved"))
     derived = apart * (alpha == 0)
     if method.one_pass:

@@ -24,7 +24,7 @@ from fewstep.diffusion.timesteps import uniform_times
 from fewstep.losses.score import denoising_loss, distribution_matching, native_weight
 from fewstep.networks.adapters import AdapterRole, Backbone
 from fewstep.networks.denoiser import NetworkDenoiser
-from fewstep.networks.roles import Role
+from fewstep.networks.roles import NetworkRole
 from fewstep.recording import Recording
 from fewstep.training.distributed import Processes
 from fewstep.training.loop import Loop
@@ -57,9 +57,11 @@ class TinyNetwork(nn.Module):
         return self.outer(torch.tanh(self.inner(torch.cat([x.flatten(1), extra], 1)))).view_as(x)
 
 
-def role(name: str, network: nn.Module, schedule: NoiseSchedule, kind: str, trainable: bool = True, **added) -> Role:
+def role(
+    name: str, network: nn.Module, schedule: NoiseSchedule, kind: str, trainable: bool = True, **added
+) -> NetworkRole:
     network = network.eval().requires_grad_(trainable)
-    return Role(name, NetworkDenoiser(network, PlainRecipe(), schedule, kind), added)
+    return NetworkRole(name, NetworkDenoiser(network, PlainRecipe(), schedule, kind), added)
 
 
 def adapter_role(name: str, backbone: Backbone, recording: Recording, *, trainable: bool = True) -> AdapterRole:
@@ -206,3 +208,21 @@ def roles_that_move(method: Method) -> set[str]:
     after = {name: one.state_dict()["network.outer.weight"] for name, one in method.roles.items()}
     assert all(torch.isfinite(value).all() for value in after.values())
     return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+class Asked:
+    """The times (N,) at which roles are asked, by role, apart for passes with and without a gradient."""
+
+    def __init__(self, *roles: NetworkRole) -> None:
+        self.times: dict[tuple[str, bool], list[Tensor]] = {}
+        for one in roles:
+            one.denoiser.on_call = partial(self._note, one.name)
+
+    def _note(self, name: str, _x_t: Tensor, t: Tensor, _early: bool) -> Callable[[Tensor], None]:
+        self.times.setdefault((name, torch.is_grad_enabled()), []).append(t)
+        return lambda _answer: None
+
+    def span(self, name: str, *, trained: bool) -> tuple[float, float]:
+        """The lowest and the highest time."""
+        times = torch.cat(self.times[name, trained])
+        return times.min().item(), times.max().item()

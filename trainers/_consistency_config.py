@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from fewstep.config.checks import settled
 from fewstep.config.run import RunConfig
 from fewstep.diffusion import ode
 from fewstep.diffusion.discretization import (
@@ -15,11 +17,12 @@ from fewstep.diffusion.discretization import (
     EvenTimes,
     LogNormalBins,
     SigmaRange,
+    adaptive_decay,
     doubling_levels,
     progressive_levels,
 )
 from fewstep.errors import UserError
-from fewstep.losses.consistency import DISTANCES, WEIGHTINGS
+from fewstep.losses.consistency import DISTANCES, WEIGHTINGS, Boundary, hard_boundary, lcm_scalings
 
 SOLVERS = ("none", *ode.SOLVERS)
 
@@ -101,8 +104,14 @@ class ConsistencyConfig(RunConfig):
     guidance_embedding: bool = False
 
     @property
-    def embeds_guidance(self) -> bool:
-        return self.guidance_embedding
+    def guidance_range(self) -> tuple[float, float] | None:
+        """Of the teacher's guidance, where it is drawn for each sample."""
+        low, high = self.guidance_min, self.guidance_max
+        return None if low is None or high is None else (low, high)
+
+    @property
+    def embedded_guidance(self) -> tuple[float, float] | None:
+        return self.guidance_range if self.guidance_embedding else None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,13 +149,20 @@ class ConsistencyConfig(RunConfig):
                 f"--variant {self.variant} trains on real images, without a teacher's step: give --data, "
                 "or --solver euler for a teacher"
             )
-        low, high = self.guidance_min, self.guidance_max
-        if (low is None) != (high is None) or (low is not None and not low <= high):
-            raise UserError(f"--guidance_min and --guidance_max must be a range, not {low}, {high}")
-        if self.guidance_embedding and low is None:
-            raise UserError("--guidance_embedding needs the range to train in: give --guidance_min and --guidance_max")
-        if low is not None and self.solver == "none":
+        drawn = self.guidance_range
+        one_end = drawn is None and (self.guidance_min, self.guidance_max) != (None, None)
+        if one_end or (drawn is not None and not drawn[0] <= drawn[1]):
+            ends = f"{self.guidance_min}, {self.guidance_max}"
+            raise UserError(f"--guidance_min and --guidance_max must be a range, not {ends}")
+        if drawn is None:
+            if self.guidance_embedding:
+                raise UserError(
+                    "--guidance_embedding needs the range to train in: give --guidance_min and --guidance_max"
+                )
+            return
+        if self.solver == "none":
             raise UserError("--guidance_min is the teacher's guidance, and without --solver no teacher is asked")
+        low, high = drawn
         if self.guidance_embedding and self.guidance_scale is not None and not low <= self.guidance_scale <= high:
             raise UserError(
                 f"--guidance_scale {self.guidance_scale:g} is what the student is sampled at; "
@@ -172,9 +188,10 @@ class ConsistencyConfig(RunConfig):
         Raises:
             UserError: it does not fit.
         """
-        if self.guidance_min is not None and not guided and told is None:
+        drawn = self.guidance_range
+        if drawn is not None and not guided and told is None:
             raise UserError("--guidance_min needs a teacher with classifier-free guidance, which this one lacks")
-        if told is not None and not self.guidance_min <= told <= self.guidance_max:
+        if drawn is not None and told is not None and not drawn[0] <= told <= drawn[1]:
             raise UserError(
                 f"the student would be sampled at guidance_scale={told:g}, beyond --guidance_min and --guidance_max; "
                 "give it a --guidance_scale between them"
@@ -190,6 +207,17 @@ class ConsistencyConfig(RunConfig):
         """The curricula of CT and iCT, and ECT's where the length of its stages is not given."""
         return self.variant in ("ct", "ict") or (self.variant == "ect" and self.ect_stage_steps is None)
 
+    @property
+    def _levels(self) -> tuple[int, int]:
+        """How many noise levels CT and iCT begin and end with."""
+        return settled(self.first_levels), settled(self.last_levels)
+
+    def target_decay_at(self, step: int) -> float:
+        """How slowly the target follows the student; CT's decay grows with the number of noise levels."""
+        if self.target_decay is not None:
+            return self.target_decay
+        return adaptive_decay(step, self.max_steps, *self._levels)
+
     def make_discretization(self, levels: SigmaRange, shift: float, visited: Sequence[float]) -> Discretization:
         """The variant's discretisation; every number that changes with the step is a plain function of it.
 
@@ -198,14 +226,29 @@ class ConsistencyConfig(RunConfig):
             shift: of the student's grid.
             visited: every time at which the student is sampled, at any of its step counts.
         """
-        progress = {"steps": self.max_steps, "first": self.first_levels, "last": self.last_levels}
         if self.variant == "ict":
-            return LogNormalBins(levels, partial(doubling_levels, **progress), self.level_mean, self.level_std)
+            first, last = self._levels
+            count = partial(doubling_levels, steps=self.max_steps, first=first, last=last)
+            return LogNormalBins(levels, count, self.level_mean, self.level_std)
         if self.variant == "ect":
             stage_steps = self.ect_stage_steps or max(1, self.max_steps // 8)
             numbers = (self.ect_q, self.ect_k, self.ect_b, self.level_mean, self.level_std)
             return EasyTimes(levels, stage_steps, *numbers)
         if self.variant == "ct":
-            counts = range(progressive_levels(0, **progress), self.last_levels + 2)
-            return EvenTimes(levels, counts, shift, count=partial(progressive_levels, **progress))
-        return EvenTimes(levels, [self.intervals + 1], shift, visited)
+            first, last = self._levels
+            count = partial(progressive_levels, steps=self.max_steps, first=first, last=last)
+            return EvenTimes(levels, range(count(0), last + 2), shift, count=count)
+        return EvenTimes(levels, [settled(self.intervals) + 1], shift, visited)
+
+    def make_boundary(self, levels: SigmaRange, timestep_scaling: float | None) -> Boundary:
+        """Where f is x_t itself: where LCMScheduler has it, else exactly at the lowest time.
+
+        ECT needs none: at the clean end its target is the sample.
+
+        Args:
+            levels: of the schedule.
+            timestep_scaling: of the scheduler that the student is shipped with; None where it is no LCMScheduler.
+        """
+        if timestep_scaling is not None:
+            return lambda t: lcm_scalings(levels.schedule.timestep(t), timestep_scaling)
+        return partial(hard_boundary, lowest=-math.inf if self.variant == "ect" else levels.lowest)

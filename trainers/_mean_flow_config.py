@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fewstep.config.checks import setting
 from fewstep.config.pairs import PairsWanted
 from fewstep.config.run import RunConfig
 from fewstep.diffusion.ode import SOLVERS
+from fewstep.diffusion.schedule import NoiseSchedule
+from fewstep.diffusion.two_times import TwoTimes
 from fewstep.errors import UserError
 from fewstep.losses.mean_flow import WEIGHTINGS, alpha_at
 
@@ -151,6 +155,13 @@ class MeanFlowConfig(RunConfig):
     def differentiates(self) -> bool:
         """Whether any step takes the derivative."""
         return self.alpha(self.max_steps - 1) == 0
+
+    def two_times(self, schedule: NoiseSchedule, top: float) -> TwoTimes:
+        """Where on the flow the student learns; ``top``: the time at which it starts."""
+        # Flow times run from 0 to 1 under flow matching; under a table and EDM they end where the student starts.
+        lowest, highest = schedule.flow_time(torch.tensor([0.0, top], dtype=torch.float64)).tolist()
+        normals = (self.time_mean, self.time_std, self.r_mean, self.r_std)
+        return TwoTimes(schedule, max(self.time_min, lowest), highest, *normals, shift=self.time_shift)
 
     def self_guidance(self, guidance_scale: float) -> tuple[float, float]:
         """(omega, kappa) of a flow from data; the student comes out guided by omega / (1 - kappa)."""

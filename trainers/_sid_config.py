@@ -17,8 +17,8 @@ class SidConfig(CriticConfig, NoiseLevelConfig, CriticGuidanceConfig, Adversaria
     """SiD, SiD-LSG, few-step SiD and SiDA (Zhou et al. 2024, 2025).
 
     Args:
-        start: what a table teacher's student starts from: noise, or marginal for noise times the first step's sigma;
-            default marginal with --first_timestep in one step or with --renoise ode, else noise.
+        start: what a table teacher's student starts from: noise, marginal for noise times the first step's sigma, or
+            auto: marginal with --first_timestep in one step or with --renoise ode, else noise.
         alpha: from 0 to 1.5 (paper: 1.2 for CIFAR-10 and ImageNet, else 1; at 0.5 the gradient is the Fisher
             divergence's own). Above 1 a student that is much wider than its teacher diverges.
         weighting: sid (1 / mean error of the teacher) or none; for flow teachers also 1_minus_sigma,
@@ -28,7 +28,7 @@ class SidConfig(CriticConfig, NoiseLevelConfig, CriticGuidanceConfig, Adversaria
         critic_warmup_steps: steps before the student's first update.
     """
 
-    start: str | None = None
+    start: str = "auto"
     alpha: float = 1.0
     weighting: str = "auto"
     normalizer_min: float | None = None
@@ -45,7 +45,7 @@ class SidConfig(CriticConfig, NoiseLevelConfig, CriticGuidanceConfig, Adversaria
     def consequences(self) -> dict[str, Any]:
         """What the student starts from."""
         below_the_top = self.first_timestep is not None and (self.steps == 1 or self.renoise == "ode")
-        start = {"start": "marginal" if below_the_top else "noise"} if self.start is None else {}
+        start = {"start": "marginal" if below_the_top else "noise"} if self.start == "auto" else {}
         return super().consequences() | start
 
     def weighting_for(self, schedule: NoiseSchedule) -> str:

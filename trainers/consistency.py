@@ -19,34 +19,29 @@ are read as EDM's. No LPIPS, no dropout, and AdamW in the place of RAdam. LCM-Lo
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from fewstep.cli.distill import main
-from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.config.checks import settled
 from fewstep.data.batch import Batch
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.discretization import Discretization, SigmaRange, TimePair, adaptive_decay
+from fewstep.diffusion.discretization import Discretization, SigmaRange, TimePair
 from fewstep.diffusion.ode import solver_step
 from fewstep.diffusion.prediction import add_noise, expand
 from fewstep.diffusion.rollout import Sampler, draw_sample
 from fewstep.diffusion.timesteps import uniform_times
-from fewstep.losses.consistency import distance, hard_boundary, lcm_scalings, weight
+from fewstep.losses.consistency import Boundary, distance, weight
 from fewstep.losses.huber import huber_constant
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.guidance_embedding import GuidanceEmbedding
 from fewstep.networks.roles import Role
 from fewstep.trainers._consistency_config import ConsistencyConfig
 from fewstep.training.method import Bench, Turn
-
-#: (skip, out) of f = skip * x_t + out * x0 at times t (B,).
-Boundary = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,9 @@ class Consistency:
     ) -> None:
         config = config.resolved()
         self.config, self.roles, self.sampler, self.schedule = config, roles, sampler, sampler.schedule
-        self.discretization, self.boundary, self.told = discretization, boundary, told
+        self.discretization, self.boundary = discretization, boundary
+        self.solver, self.weighting = settled(config.solver), settled(config.weighting)
+        self.told, self.heeded = told, told is not None and told.heeded
         self.student, self.teacher = roles["student"], guided_teacher
         self.target = roles.get("target", self.student)
         self.sigma_data = getattr(self.schedule, "sigma_data", 0.5)
@@ -91,9 +88,8 @@ class Consistency:
         levels = SigmaRange(bench.sampler.schedule, bench.sampler.grid[0])
         visited = sorted({t for grid in bench.grids.values() for t in grid})
         discretization = config.make_discretization(levels, bench.shift, visited)
-        boundary = make_boundary(config, levels, bench.scheduler.config.get("timestep_scaling"))
-        told_range = (config.guidance_min, config.guidance_max) if told else None
-        bench.describe(trained_at_every_count=True, guidance_range=told_range)
+        boundary = config.make_boundary(levels, bench.scheduler.config.get("timestep_scaling"))
+        bench.describe(trained_at_every_count=True, guidance_range=config.embedded_guidance)
         return cls(config, roles, teacher, bench.sampler, discretization, boundary, told)
 
     def learning_rate(self, role: str) -> float:
@@ -101,18 +97,13 @@ class Consistency:
         return self.config.lr
 
     def target_decay(self, step: int) -> float:
-        """How slowly the target follows the student; CT's decay grows with the number of noise levels."""
-        if self.config.target_decay is not None:
-            return self.config.target_decay
-        return adaptive_decay(step, self.config.max_steps, self.config.first_levels, self.config.last_levels)
+        """How slowly the target follows the student."""
+        return self.config.target_decay_at(step)
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
         """One update of the student in every step."""
         # 1. A clean sample and what it shows, and the guidance under which the teacher sees it (LCM, Alg. 1).
-        guidance_scale = None
-        if self.config.guidance_min is not None:
-            uniform = batch.draws.uniform("guidance_scale")
-            guidance_scale = uniform_times(uniform, self.config.guidance_min, self.config.guidance_max)
+        guidance_scale = self.guidance_scale(batch)
         x0, conditioning = self.samples(batch, guidance_scale)
 
         # 2. Two neighbouring times of one trajectory (CM, Alg. 2 and 3; iCT, Eq. 10; ECT, §3.2).
@@ -120,9 +111,9 @@ class Consistency:
         noise = batch.draws.normal("noise", batch.shape)
 
         # 3. At both f shall say the same.
-        seen = self.compare(x0, noise, pair, conditioning, guidance_scale)
+        seen = self.compare(x0, noise, pair, conditioning, None if self.heeded else guidance_scale)
         apart = self.distance(seen)
-        weights = weight(self.config.weighting, pair.sigma_t, pair.sigma_r, self.sigma_data)
+        weights = weight(self.weighting, pair.sigma_t, pair.sigma_r, self.sigma_data)
         loss = (weights.to(apart.dtype) * apart).mean()
         log = {"student/consistency": loss.detach(), "student/distance": apart.detach().mean()}
         log |= {"student/interval": (pair.t - pair.r).mean()}
@@ -134,10 +125,13 @@ class Consistency:
         x0: Tensor,
         noise: Tensor,
         pair: TimePair,
-        conditioning: Conditioning,
+        conditioning: AnyConditioning,
         guidance_scale: Tensor | None = None,
     ) -> Comparison:
-        """The trajectory of ``x0`` and ``noise`` (B, ...) at both times; the gradient goes into f alone."""
+        """The trajectory of ``x0`` and ``noise`` (B, ...) at both times; the gradient goes into f alone.
+
+        ``guidance_scale`` (B,) is the teacher's, where each sample has its own and the network is not told it.
+        """
         t, r = pair.t, pair.r
         x_t = add_noise(x0, noise, self.schedule.coefficients(t))
         with torch.no_grad():
@@ -154,19 +148,18 @@ class Consistency:
         noise: Tensor,
         x_t: Tensor,
         pair: TimePair,
-        conditioning: Conditioning,
+        conditioning: AnyConditioning,
         guidance_scale: Tensor | None,
     ) -> Tensor:
         """x_r (B, ...): by the same noise (training), or one step of the guided teacher's ODE (distillation)."""
         t, r = pair.t, pair.r
-        if self.config.solver == "none":
+        if self.solver == "none":
             return add_noise(x0, noise, self.schedule.coefficients(r))
-        scale = guidance_scale if self._draws_guidance else None
 
         def denoise(x: Tensor, time: Tensor) -> Tensor:
-            return self.teacher(x, time, conditioning, guidance_scale=scale)
+            return self.teacher(x, time, conditioning, guidance_scale=guidance_scale)
 
-        return solver_step(denoise, self.schedule, x_t, t, r, self.config.solver)
+        return solver_step(denoise, self.schedule, x_t, t, r, self.solver)
 
     def function(self, role: Denoiser) -> Denoiser:
         """f of a role: skip * x_t + out * x0, exactly what the scheduler that ships makes of the network's answer."""
@@ -181,13 +174,18 @@ class Consistency:
         """How far f and target are apart, for each sample (B,)."""
         c = self.config.huber_c
         c = huber_constant(seen.f[0].numel()) if c is None else c
-        return distance(self.config.distance, seen.f, seen.target, c)
+        return distance(settled(self.config.distance), seen.f, seen.target, c)
 
-    def samples(self, batch: Batch, guidance_scale: Tensor | None) -> tuple[Tensor, Conditioning]:
+    def guidance_scale(self, batch: Batch) -> Tensor | None:
+        """Of each sample (B,), where it is drawn."""
+        drawn = self.config.guidance_range
+        return None if drawn is None else uniform_times(batch.draws.uniform("guidance_scale"), *drawn)
+
+    def samples(self, batch: Batch, guidance_scale: Tensor | None) -> tuple[Tensor, AnyConditioning]:
         """Clean samples (B, ...) with their conditioning: real ones, else the student's own, ended at a random step."""
         real = None if self.config.data is None else batch.real
         conditioning = batch.conditioning if real is None else real.conditioning
-        if self.told is not None:
+        if self.told is not None and guidance_scale is not None:
             conditioning = self.told.tell(conditioning, guidance_scale)
         if real is not None:
             return real.x0, conditioning
@@ -196,21 +194,6 @@ class Consistency:
         with torch.no_grad():
             x0 = draw_sample(student, self.sampler, batch.draws, batch.shape, conditioning, last, prefix="sample_")
         return x0, conditioning
-
-    @property
-    def _draws_guidance(self) -> bool:
-        """Whether the teacher is guided by a scale of each sample's own, and not told it."""
-        return self.config.guidance_min is not None and not (self.told is not None and self.told.heeded)
-
-
-def make_boundary(config: ConsistencyConfig, levels: SigmaRange, timestep_scaling: float | None) -> Boundary:
-    """Where f is x_t itself: as LCMScheduler has it (it has a ``timestep_scaling``), else exactly at the lowest time.
-
-    ECT needs none: at the clean end its target is the sample.
-    """
-    if timestep_scaling is not None:
-        return lambda t: lcm_scalings(levels.schedule.timestep(t), timestep_scaling)
-    return partial(hard_boundary, lowest=-math.inf if config.variant == "ect" else levels.lowest)
 
 
 if __name__ == "__main__":

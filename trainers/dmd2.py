@@ -160,6 +160,7 @@ class Dmd2:
 
     def logits(self, seen: Renoised, of: Batch | Real) -> Tensor:
         """The critic's head (B,) on noised samples, each use at times of its own (diffusion GAN)."""
+        assert self.tap is not None  # who has a head is tapped, and nobody else is asked
         features = self.critic.denoiser.features(seen.x_t, seen.t, of.conditioning, self.tap)
         return self.critic.added["head"](features)
 

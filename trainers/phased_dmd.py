@@ -67,13 +67,13 @@ class PhasedDmdConfig(ScoreConfig):
         self._refuse_set("is used by no part of Phased DMD", "data")
         self._refuse_negative("time_margin", "weight_cap")
         self._refuse_unknown("order", "sequential", "alternating")
-        phases = self._lengths()
+        phases = self.lengths
         make_phases(range(self.steps, 0, -1), phases)  # refuses phases that do not cover the steps
         if self.order == "alternating":
             if self.phase_steps is not None:
                 raise UserError("--phase_steps belongs to --order sequential: leave it out")
             return
-        each = self._steps_of_each()
+        each = self.steps_of_each
         if each < 1 or each * (len(phases) - 1) >= self.max_steps:
             raise UserError(
                 f"--max_steps {self.max_steps} end before the last of {len(phases)} phases of --phase_steps "
@@ -82,14 +82,18 @@ class PhasedDmdConfig(ScoreConfig):
 
     def consequences(self) -> dict[str, Any]:
         """The phases, and their steps: a run that is to go on with more steps is told the phases that it had."""
-        each = {"phase_steps": self._steps_of_each()} if self.order == "sequential" else {}
-        return super().consequences() | {"phases": self._lengths()} | each
+        each = {"phase_steps": self.steps_of_each} if self.order == "sequential" else {}
+        return super().consequences() | {"phases": self.lengths} | each
 
-    def _lengths(self) -> list[int]:
+    @property
+    def lengths(self) -> list[int]:
+        """Of each phase, in steps of the student, noisiest first."""
         return default_lengths(self.steps) if self.phases is None else self.phases
 
-    def _steps_of_each(self) -> int:
-        return max(1, self.max_steps // len(self._lengths())) if self.phase_steps is None else self.phase_steps
+    @property
+    def steps_of_each(self) -> int:
+        """Training steps of each phase but the last, in sequential order."""
+        return max(1, self.max_steps // len(self.lengths)) if self.phase_steps is None else self.phase_steps
 
 
 class PhasedDmd:
@@ -124,7 +128,7 @@ class PhasedDmd:
     def prepare(cls, config: PhasedDmdConfig, bench: Bench) -> PhasedDmd:
         """Make the roles: experts and critic start as the teacher, or as in --init."""
         config = config.resolved()
-        phases = make_phases(bench.sampler.grid, config.phases)
+        phases = make_phases(bench.sampler.grid, config.lengths)
         roles = bench.make_phased_roles(phases, *critic_names(config, len(phases)))
         shift = config.shift_of_times(bench.sampler.schedule, bench.shift)
         return cls(config, roles, bench.guided(roles["teacher"]), bench.sampler, phases, shift)
@@ -137,8 +141,8 @@ class PhasedDmd:
         """The phase that is trained in a step, and how many steps it was trained before."""
         if self.config.order == "alternating":
             return step % len(self.phases), step // len(self.phases)
-        number = min(step // self.config.phase_steps, len(self.phases) - 1)
-        return number, step - number * self.config.phase_steps
+        number = min(step // self.config.steps_of_each, len(self.phases) - 1)
+        return number, step - number * self.config.steps_of_each
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn | Renew]:
         """Every ``critic_updates`` steps the phase's expert, and in every step the critic on the same sample."""

@@ -23,104 +23,20 @@ their floats (2-rectified flow++: 8-bit images), and the Huber constant has the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewstep.cli.distill import main
-from fewstep.config.checks import setting
-from fewstep.config.pairs import PairsWanted
-from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batch, Pairs
-from fewstep.diffusion.ode import SOLVERS
 from fewstep.diffusion.prediction import add_noise, noise_from_x0
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.timesteps import logit_normal_times, u_shaped_times, uniform_times
-from fewstep.errors import UserError
 from fewstep.losses.flow import squared, velocity_error
 from fewstep.losses.huber import huber_constant, pseudo_huber
 from fewstep.networks.roles import Role
+from fewstep.trainers._rectified_flow_config import RectifiedFlowConfig
 from fewstep.training.method import Bench, Turn
-
-
-@dataclass(kw_only=True)
-class RectifiedFlowConfig(RunConfig):
-    """Rectified flow (Liu et al. 2022) and 2-rectified flow++ (Lee et al. 2024).
-
-    Args:
-        pairs: folder that fewstep pairs made; default: --num_pairs are made at the start, into out/pairs.
-        num_pairs: how many pairs to make.
-        pair_steps: steps of the teacher's ODE for each.
-        pair_solver: euler (DDIM for tables) or heun (two network calls a step).
-        inverted_pairs: folder of real images with the noise that the ODE leads them to (fewstep pairs --data); with
-            --data they are made at the start, of at most --num_pairs images, into out/inverted_pairs.
-        inverted_share: share of the samples that are real images, where there are any.
-        renoise: a rectified flow is an ODE; there is no other choice.
-        times: where on the line the student learns: u_shaped (2-rectified flow++), uniform (rectified flow),
-            logit_normal, or grid (only the student's own steps: distillation).
-        u_steepness: a of the U shape (paper: 4).
-        time_min: the cleanest time, where a velocity is hardly to be seen in x0.
-        loss: distance of the velocities: huber (pseudo-Huber, 2-rectified flow++) or l2 (rectified flow).
-        huber_factor: c of the pseudo-Huber distance is this times the root of the number of entries.
-        huber_scaling: sqrt, or released for the released code's c, which has no root.
-        time_weight: weight of that distance: uniform, or 1-t (2-rectified flow++ with LPIPS).
-        perceptual_weight: weight of LPIPS between the images of both x0; needs the lpips package. With l2 and grid
-            times it is the distillation of rectified flow, with huber and 1-t the loss of 2-rectified flow++.
-        perceptual_over_t: divide the LPIPS term by t (2-rectified flow++, CIFAR-10).
-    """
-
-    pairs: str | None = setting("source", None)
-    num_pairs: int = 8192
-    pair_steps: int = 25
-    pair_solver: str = "euler"
-    inverted_pairs: str | None = setting("source", None)
-    inverted_share: float = 0.5
-    renoise: str = "ode"
-    times: str = "u_shaped"
-    u_steepness: float = 4.0
-    time_min: float = 1e-3
-    loss: str = "huber"
-    huber_factor: float = 0.00054
-    huber_scaling: str = "sqrt"
-    time_weight: str = "uniform"
-    perceptual_weight: float = 0.0
-    perceptual_over_t: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._refuse_negative("huber_factor", "perceptual_weight")
-        if self.renoise != "ode":
-            raise UserError(f"--renoise must be ode for a rectified flow, not {self.renoise!r}")
-        self._refuse_unknown("times", "u_shaped", "uniform", "logit_normal", "grid")
-        self._refuse_unknown("loss", "huber", "l2")
-        self._refuse_unknown("huber_scaling", "sqrt", "released")
-        self._refuse_unknown("time_weight", "uniform", "1-t")
-        self._refuse_unknown("pair_solver", *SOLVERS)
-        self._refuse_below_one("num_pairs", "pair_steps")
-        for name in ("time_min", "inverted_share"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"--{name} must be between 0 and 1, not {getattr(self, name)}")
-        if not self.u_steepness > 0:
-            raise UserError(f"--u_steepness must be positive, not {self.u_steepness}")
-        if self.perceptual_over_t and not self.perceptual_weight:
-            raise UserError("--perceptual_over_t belongs to LPIPS: give --perceptual_weight, or leave it out")
-        if self.times == "grid" and self.time_weight == "1-t" and not self.perceptual_weight:
-            raise UserError("--time_weight 1-t leaves nothing to learn at the grid's first time; use uniform")
-        if self.data is not None and self.inverted_pairs is not None:
-            raise UserError("--inverted_pairs are made of real images already: leave out --data")
-
-    @property
-    def pairs_wanted(self) -> PairsWanted | None:
-        return PairsWanted(
-            self.num_pairs,
-            self.pair_steps,
-            self.pair_solver,
-            self.pairs,
-            self.inverted_pairs,
-            invert_real=self.data is not None,
-            inverted_share=self.inverted_share,
-        )
 
 
 class RectifiedFlow:

@@ -73,6 +73,9 @@ class Sid:
         config = config.resolved()
         self.config, self.roles, self.sampler, self.discriminator = config, roles, sampler, discriminator
         self.teacher, self.critic, self.critic_in_training = teacher, critic, critic_in_training
+        # Wherever the critic is guided it has to know the negative, and is told that in the place of some prompts.
+        guided = critic.guidance_scale != 1.0 or critic_in_training.guidance_scale != 1.0
+        self.dropped = critic_in_training.negative if guided and config.critic_dropout > 0 else None
         self.schedule = sampler.schedule
         self.weighting = config.weighting_for(self.schedule)
         self.normalizer_min = 1e-5 if config.normalizer_min is None else config.normalizer_min
@@ -88,13 +91,13 @@ class Sid:
         kappas = config.kappas(bench.guidance_scale)
         if bench.negative is None:
             config.refuse_guided_critic()
-        guided = [bench.guided(teacher, kappas.teacher), bench.guided(critic, kappas.critic)]
-        guided += [bench.guided(critic, kappas.critic_training)]
+        guided = bench.guided(teacher, kappas.teacher), bench.guided(critic, kappas.critic)
+        in_training = bench.guided(critic, kappas.critic_training)
         discriminator = None
         if config.adversarial != "none":
             tap, shape = bench.tap(critic), bench.recording.sample_shape
             discriminator = CriticDiscriminator(config, critic, tap, shape)
-        return cls(config, roles, *guided, bench.sampler, discriminator)
+        return cls(config, roles, *guided, in_training, bench.sampler, discriminator)
 
     def learning_rate(self, role: str) -> float:
         """Of the student or the critic."""
@@ -104,15 +107,10 @@ class Sid:
         """Whether the student is updated in this step."""
         return step >= self.config.critic_warmup_steps and (step + 1) % self.config.critic_updates == 0
 
-    def student_is_judged(self, step: int) -> bool:
-        """Whether the student's update, if it has one, has the adversarial term."""
-        return self.discriminator is not None and step >= self.discriminator.start_step
-
-    @property
-    def drops_prompts(self) -> bool:
-        """Whether the critic's turn has prompts replaced by the negative: wherever the critic is guided."""
-        guided = self.critic.guidance_scale != 1.0 or self.critic_in_training.guidance_scale != 1.0
-        return guided and self.config.critic_dropout > 0
+    def judge(self, step: int) -> CriticDiscriminator | None:
+        """Who judges the student's sample in its update of this step, if it has one; None before that begins."""
+        judge = self.discriminator
+        return judge if judge is not None and step >= judge.start_step else None
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
         """In every step the critic and every ``critic_updates`` steps the student, each on a sample of its own."""
@@ -120,14 +118,13 @@ class Sid:
         last = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
         yield self.critic_turn(batch, last)
         if self.student_moves(step):
-            yield self.student_turn(batch, last, self.student_is_judged(step))
+            yield self.student_turn(batch, last, self.judge(step))
 
     def critic_turn(self, batch: Batch, last: int) -> Turn:
         """Denoise the student's sample under kappa1, and tell real from fake at the same noise."""
         conditioning = batch.conditioning
-        if self.drops_prompts:
-            negative, share = self.critic_in_training.negative, self.config.critic_dropout
-            conditioning = with_dropout(conditioning, negative, batch.draws, share)
+        if self.dropped is not None:
+            conditioning = with_dropout(conditioning, self.dropped, batch.draws, self.config.critic_dropout)
         with torch.no_grad():
             x0 = self.sample("critic", batch, conditioning, last)
         t = self.critic_levels.draw(batch.draws, "critic_time", self.schedule)
@@ -150,8 +147,8 @@ class Sid:
             log["critic/adversarial"] = adversarial.detach()
         return Turn("critic", [(loss, None)], log)
 
-    def student_turn(self, batch: Batch, last: int, judged: bool) -> Turn:
-        """Lower the difference of teacher and critic at the student's sample noised anew; look real where ``judged``.
+    def student_turn(self, batch: Batch, last: int, judge: CriticDiscriminator | None) -> Turn:
+        """Lower the difference of teacher and critic at the student's sample noised anew; look real to the ``judge``.
 
         The gradient passes through teacher and critic to the sample; the turn is the student's, so their parameters get
         none.
@@ -167,10 +164,9 @@ class Sid:
         log = {"student/identity": loss.detach(), "student/weight": weight.mean()}
         log["student/difference"] = (x0_teacher - x0_critic).detach().abs().mean()
         log |= sample_log(x0, x0_teacher)
-        if judged:
-            logits = self.discriminator.logits(x_t, t, batch.conditioning)
-            adversarial = self.discriminator.student_loss(logits, weight)
-            loss = loss + self.discriminator.student_weight * adversarial
+        if judge is not None:
+            adversarial = judge.student_loss(judge.logits(x_t, t, batch.conditioning), weight)
+            loss = loss + judge.student_weight * adversarial
             log["student/adversarial"] = adversarial.detach()
         return Turn("student", [(loss, None)], log)
 

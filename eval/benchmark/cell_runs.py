@@ -88,7 +88,7 @@ class Runner:
         )
         return result, images
 
-    def _evaluate(self, model: Model, cell: Cell) -> tuple[dict, Tensor]:
+    def _evaluate(self, model: Model, cell: Cell) -> tuple[dict[str, Any], Tensor]:
         config = EvalConfig(num=cell.num, metrics=METRICS, columns=COLUMNS)
         if self._judge is None:
             self._judge = Judge(FashionExtractor(config.torch_device), fashion_reference())

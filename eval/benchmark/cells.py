@@ -21,7 +21,7 @@ from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.fashion import TEACHERS
 from fewstep.fashion.files import CLASSIFIER, REFERENCE, TRAINING_IMAGES, manifest
-from fewstep.programs.distillation import method_class
+from fewstep.programs.methods import method_class
 
 #: The declared list.
 LIST = files("fewstep.eval") / "methods.yaml"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import MISSING, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from fewstep.errors import UserError
 
@@ -20,6 +20,8 @@ from fewstep.errors import UserError
 Kind = Literal["result", "source", "length", "export", "watching", "machine"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+Value = TypeVar("Value")
+
 
 def setting(kind: Kind, default: Any = MISSING) -> Any:
     """A field of a dataclass of settings, where it is of another kind than ``result``."""
@@ -29,6 +31,17 @@ def setting(kind: Kind, default: Any = MISSING) -> Any:
 def names_of(config_class: type, *kinds: Kind) -> frozenset[str]:
     """The settings of these kinds in a dataclass of settings."""
     return frozenset(one.name for one in fields(config_class) if one.metadata.get("kind", "result") in kinds)
+
+
+def settled(value: Value | None) -> Value:
+    """A setting that may be left out, once :meth:`fewstep.config.run.RunConfig.resolved` has filled it in.
+
+    Raises:
+        ValueError: it is not there: the settings were not resolved.
+    """
+    if value is None:
+        raise ValueError("this setting follows from others: resolve the settings first")
+    return value
 
 
 class Settings:

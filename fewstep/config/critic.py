@@ -148,5 +148,8 @@ class CriticGuidanceConfig(RunConfig):
         """The scales of a run whose teacher would have this one."""
         if self.guidance in FIXED:
             return FIXED[self.guidance]
-        own = (self.critic_training_guidance, self.critic_guidance)
-        return Kappas(*(guidance_scale if k is None else k for k in own), guidance_scale)
+
+        def given(own: float | None) -> float | TimedScale:
+            return guidance_scale if own is None else own
+
+        return Kappas(given(self.critic_training_guidance), given(self.critic_guidance), guidance_scale)

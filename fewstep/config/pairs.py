@@ -73,10 +73,15 @@ class PairsConfig(Settings):
         self._refuse_unknown("mixed_precision", "no", "bf16")
         if (self.rank is None) != (self.world is None):
             raise UserError("--rank and --world go together: which process this is, and of how many")
-        if self.world is not None and not 0 <= self.rank < self.world:
+        if self.share is not None and not 0 <= self.share[0] < self.share[1]:
             raise UserError(f"--rank counts from 0 to --world - 1; {self.rank} of {self.world} is none of them")
         if sum(given is not None for given in (self.prompts, self.classes, self.cache)) > 1:
             raise UserError("give one of --prompts, --classes and --cache, not several")
+
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """(rank, world) of one of several independent processes; None for one that knows of no others."""
+        return None if self.rank is None or self.world is None else (self.rank, self.world)
 
 
 @dataclass(frozen=True)

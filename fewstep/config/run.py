@@ -193,6 +193,6 @@ class RunConfig(Settings):
         return None
 
     @property
-    def embeds_guidance(self) -> bool:
-        """Whether the student's network is told the guidance by an input of its own; a method may say so."""
-        return False
+    def embedded_guidance(self) -> tuple[float, float] | None:
+        """The range of guidance that the student's network is told by an input of its own; a method may have one."""
+        return None

@@ -86,7 +86,7 @@ def refuse_other_kind(kind: str | None, given: str | None) -> None:
         raise UserError(f"this teacher is conditioned on {kind or 'nothing'}: it takes {wanted[kind]}")
 
 
-def encode_each(recording: Recording, items: Sequence[Any], bar: tqdm | None = None) -> Iterator[Conditioning]:
+def encode_each(recording: Recording, items: Sequence[Any], bar: tqdm[Any] | None = None) -> Iterator[Conditioning]:
     """The conditioning of each prompt or label, encoded alone, on the CPU; the bar moves with them."""
     for item in items:
         (encoded,) = recording.condition_each(**{f"{recording.conditional}s": [item]})
@@ -95,7 +95,7 @@ def encode_each(recording: Recording, items: Sequence[Any], bar: tqdm | None = N
             bar.update()
 
 
-def encoding_bar(recording: Recording, count: int, *, done: int = 0, disable: bool = False) -> tqdm:
+def encoding_bar(recording: Recording, count: int, *, done: int = 0, disable: bool = False) -> tqdm[Any]:
     """The progress bar of encoding; short work shows none."""
     return tqdm(total=count, initial=done, desc="encode", unit=recording.conditional or "it", delay=2, disable=disable)
 

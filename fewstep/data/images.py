@@ -8,6 +8,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def read_images(source: str) -> RealImages:
     if found:
         names = [name for _, name in found]
         # Folders called 0, 1, ..., 10 are labels: their alphabetical order (0, 1, 10, 2) would exchange classes.
-        captions: list = [int(name) for name in names] if all(map(str.isdecimal, names)) else names
+        captions: list[Any] = [int(name) for name in names] if all(map(str.isdecimal, names)) else names
         return RealImages([file for file, _ in found], captions)
     if files := _image_files(folder):
         return RealImages(files, None)
@@ -122,7 +123,7 @@ def _from_metadata(folder: Path) -> RealImages:
     if lines == [""]:
         raise UserError(f"{source} is empty")
     files: list[Path] = []
-    captions: list = []
+    captions: list[Any] = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

@@ -20,7 +20,8 @@ from fewstep.conditioning.tree import Leaf, SampleList, leaves, map_paths
 from fewstep.recording import Recording
 from fewstep.recording.call_parts import without_sample
 from fewstep.recording.pipeline import evaluating
-from fewstep.recording.proof import relative_error, tolerance
+from fewstep.recording.proof import tolerance
+from fewstep.recording.proof_runs import relative_error
 from fewstep.recording.recorded import CONDITION_STEPS
 from fewstep.recording.shake import shaken
 

@@ -11,12 +11,16 @@ EDM hold under every schedule. Everything about times is float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fewstep.losses.huber import pseudo_huber
 
 DISTANCES = ("mse", "l1", "l2_norm", "l2_norm_squared", "pseudo_huber_norm", "pseudo_huber_elementwise")
+#: (skip, out), each (B,), of f = skip * x_t + out * x0 at times t (B,).
+Boundary = Callable[[Tensor], tuple[Tensor, Tensor]]
 WEIGHTINGS = ("uniform", "karras", "1/(t-r)", "1/sqrt(t-r)", "1/c_out", "1/c_out^2", "1/sigma", "1/sigma^2")
 
 

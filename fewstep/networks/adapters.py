@@ -22,7 +22,7 @@ from torch import nn
 from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.recompute import Reenter, checkpointed
-from fewstep.networks.roles import Role, allow_checkpointing
+from fewstep.networks.roles import NetworkRole, Role, allow_checkpointing
 from fewstep.recording import Recording
 from fewstep.recording.hooks import hooked
 from fewstep.recording.pipeline import is_quantized, is_quantized_layer
@@ -146,7 +146,7 @@ class Backbone:
         return checkpointed(block, args, again, inside=lambda: self._active == name)
 
 
-class AdapterRole(Role):
+class AdapterRole(NetworkRole):
     """A role that owns an adapter of a :class:`Backbone`; without one it is the frozen teacher and owns nothing.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning, in_groups
-from fewstep.diffusion.prediction import expand, to_x0
+from fewstep.diffusion.prediction import expand, to_velocity, to_x0
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.networks.features import FeatureTap
 from fewstep.recording import Recipe
@@ -80,6 +80,10 @@ class NetworkDenoiser:
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
         """x0 (B, ...) in the dtype of ``x_t``; ``end`` is ignored."""
         return to_x0(self.raw(x_t, t, conditioning), self.prediction_type, x_t, self.schedule, t)
+
+    def velocity(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
+        """What noise - x0 is, (B, ...); ``end`` is ignored."""
+        return to_velocity(self.raw(x_t, t, conditioning), self.prediction_type, x_t, self.schedule, t)
 
     def features(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, tap: FeatureTap) -> Tensor:
         """What ``tap`` sees on the way: (B, C, ...) maps or (B, N, C) image tokens, float32; the rest does not run."""

@@ -15,7 +15,7 @@ from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.diffusion.intervals import TimeIntervals
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.features import FeatureTap
-from fewstep.networks.roles import Role
+from fewstep.networks.roles import NetworkRole, Role
 
 #: The number of the expert that each time of (B,) goes to, 0 for the noisiest.
 ExpertOf = Callable[[Tensor], list[int]]
@@ -75,7 +75,9 @@ class ExpertsRole(Role):
     #: A turn may reach one expert on this process and another one elsewhere.
     gradients_vary = True
 
-    def __init__(self, name: str, experts: Mapping[str, tuple[float, Role]], expert_of: ExpertOf | None = None) -> None:
+    def __init__(
+        self, name: str, experts: Mapping[str, tuple[float, NetworkRole]], expert_of: ExpertOf | None = None
+    ) -> None:
         roles = {key: role for key, (_, role) in experts.items()}
         denoisers = [(lowest, role.denoiser) for lowest, role in experts.values()]
         super().__init__(name, ExpertsDenoiser(denoisers, expert_of))
@@ -85,7 +87,7 @@ class ExpertsRole(Role):
         self.part, self.is_adapter = one.part, one.is_adapter
 
     @property
-    def experts(self) -> dict[str, Role]:
+    def experts(self) -> Mapping[str, NetworkRole]:
         return self._experts
 
     @property

@@ -69,9 +69,34 @@ class FlowMapDenoiser(NetworkDenoiser):
         """What the step's end is mixed of: x0 (B, ...) such that an ODE step to ``end`` is right."""
         return to_x0(self.raw(x_t, t, conditioning, end), self.prediction_type, x_t, self.schedule, t)
 
-    def velocity(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor) -> Tensor:
-        """The average velocity (B, ...) between ``end`` and t."""
+    def velocity(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
+        """The average velocity (B, ...) between ``end``, by default t itself, and t."""
         return to_velocity(self.raw(x_t, t, conditioning, end), self.prediction_type, x_t, self.schedule, t)
+
+    def later_velocity(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        conditioning: AnyConditioning,
+        end: Tensor,
+        direction: Tensor,
+        distance: Tensor,
+    ) -> Tensor:
+        """The average velocity (B, ...) between ``end`` and s, at the x_s to which ``direction`` leads from ``x_t``.
+
+        Args:
+            x_t: (B, ...).
+            t: (B,).
+            conditioning: of B samples.
+            end: (B,), at most s.
+            direction: a velocity (B, ...).
+            distance: flow time (B,) from s to t.
+        """
+        alpha, sigma = self.schedule.coefficients(t)
+        y = x_t / expand(alpha + sigma, x_t) - expand(distance, x_t) * direction
+        s = torch.maximum(self.schedule.time_from_flow_time(self.schedule.flow_time(t) - distance), end)
+        alpha, sigma = self.schedule.coefficients(s)
+        return self.velocity(y * expand(alpha + sigma, y), s, conditioning, end)
 
     def velocity_and_derivative(
         self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor, direction: Tensor

@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning, RaggedConditioning
 from fewstep.conditioning.tree import Leaf
+from fewstep.diffusion.intervals import TimedScale
 from fewstep.errors import UserError
 from fewstep.recording import Recording, record
 from fewstep.recording.guided import scale_arguments
@@ -47,6 +48,10 @@ class GuidanceEmbedding:
     default: float
     heeded: bool
 
+    @overload
+    def tell(self, conditioning: Conditioning, guidance_scale: Tensor) -> Conditioning: ...
+    @overload
+    def tell(self, conditioning: AnyConditioning, guidance_scale: Tensor) -> AnyConditioning: ...
     def tell(self, conditioning: AnyConditioning, guidance_scale: Tensor) -> AnyConditioning:
         """The same conditioning of B samples with other scales (B,), which lie on its device."""
         if isinstance(conditioning, RaggedConditioning):
@@ -96,7 +101,7 @@ def likely_guidance_embedding(recording: Recording, default: float) -> GuidanceE
     return GuidanceEmbedding(argument, _rules(told)[0], told.dtype, default, heeded=True)
 
 
-def with_guidance_embedding(recording: Recording, guidance_scale: float, *, trained: bool) -> Recording:
+def with_guidance_embedding(recording: Recording, guidance_scale: float | TimedScale, *, trained: bool) -> Recording:
     """A recording whose network is told its guidance: this one, or of the same pipeline with room made in its network.
 
     Until it is trained the new network is the old one for every guidance: its new weights are zero.
@@ -112,7 +117,9 @@ def with_guidance_embedding(recording: Recording, guidance_scale: float, *, trai
     if recording.embedded:
         return recording
     network = recording.network
-    if len(recording.experts) > 1 or "time_cond_proj_dim" not in inspect.signature(type(network).__init__).parameters:
+    known = inspect.signature(type(network).__init__).parameters
+    # A scale for each of several experts: no single network has room for it.
+    if isinstance(guidance_scale, TimedScale) or len(recording.experts) > 1 or "time_cond_proj_dim" not in known:
         raise _lacking(network)
     if not trained:
         raise UserError("--guidance_embedding adds weights that no LoRA holds; leave out --lora_rank or the embedding")

@@ -12,7 +12,7 @@ from fewstep.config.run import RunConfig
 from fewstep.networks.adapters import AdapterRole, Backbone, called_by_keyword
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.experts import ExpertOf, ExpertsRole
-from fewstep.networks.roles import FOLLOWERS, Role, follow, make_role
+from fewstep.networks.roles import FOLLOWERS, NetworkRole, Role, follow, make_role
 from fewstep.recording import Recording
 
 
@@ -80,13 +80,13 @@ def make_roles(
     Raises:
         UserError: the network has no layer for an adapter of ``settings.lora_rank``.
     """
-    backbones: dict[int, Callable[..., Role]] = {}
+    backbones: dict[int, Callable[..., NetworkRole]] = {}
 
-    def adapters(one: Recording) -> Callable[..., Role]:
+    def adapters(one: Recording) -> Callable[..., NetworkRole]:
         # One backbone for all roles on a network, and for all experts that begin as one network.
         return backbones.setdefault(id(one.network), _adapters(settings, one, device))
 
-    def copies(one: Recording) -> Callable[..., Role]:
+    def copies(one: Recording) -> Callable[..., NetworkRole]:
         return _copies(settings, one, device)
 
     def make(name: str, *, trainable: bool) -> Role:
@@ -104,7 +104,7 @@ def make_roles(
 
 def _of_each_expert(
     recording: Recording,
-    maker: Callable[[Recording], Callable[..., Role]],
+    maker: Callable[[Recording], Callable[..., NetworkRole]],
     name: str,
     trainable: bool,
     expert_of: ExpertOf | None,
@@ -120,11 +120,11 @@ def _of_each_expert(
     return ExpertsRole(name, experts, expert_of)
 
 
-def _copies(settings: RoleSettings, recording: Recording, device: torch.device) -> Callable[..., Role]:
+def _copies(settings: RoleSettings, recording: Recording, device: torch.device) -> Callable[..., NetworkRole]:
     """Makes roles that are networks of their own."""
     half = settings.half
 
-    def make(name: str, *, trainable: bool) -> Role:
+    def make(name: str, *, trainable: bool) -> NetworkRole:
         return make_role(
             name,
             recording,
@@ -139,7 +139,7 @@ def _copies(settings: RoleSettings, recording: Recording, device: torch.device) 
     return make
 
 
-def _adapters(settings: RoleSettings, recording: Recording, device: torch.device) -> Callable[..., Role]:
+def _adapters(settings: RoleSettings, recording: Recording, device: torch.device) -> Callable[..., NetworkRole]:
     """Makes roles on one backbone: the teacher is the backbone itself."""
     backbone = Backbone(
         recording.network,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.diffusion.prediction import add_noise
 from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
@@ -22,7 +22,7 @@ _TIMES = (0.25, 0.5, 0.75, 1.0)
 
 @torch.no_grad()
 def refuse_unresponsive(
-    recording: Recording, negative: Conditioning, conditions: Sequence[Conditioning], noise: Tensor
+    recording: Recording, negative: AnyConditioning, conditions: Sequence[AnyConditioning], noise: Tensor
 ) -> None:
     """Raise where the teacher answers its conditions and its negative alike.
 

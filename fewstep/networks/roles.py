@@ -1,29 +1,48 @@
 """Who plays in a training run: student, teacher, critic, ema, each a denoiser with the parameters it owns.
 
-Here every role is a full copy of the teacher's network. A role is used only through its denoiser, its parameters and
-its state, so adapters on one backbone (:mod:`fewstep.networks.adapters`) take the place of copies without any trainer
-noticing.
+A role is used only through its denoiser, its parameters and its state, so that full copies of the teacher's network,
+adapters on one backbone (:mod:`fewstep.networks.adapters`) and several experts (:mod:`fewstep.networks.experts`) take
+each other's place without any trainer noticing.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.networks.features import FeatureTap
 from fewstep.recording import Recording
 
 #: Roles that are averages of the student: for sampling, and a method's own slow copy that the student learns from.
 FOLLOWERS = ("ema", "target")
 
 
-class Role:
+class RoleDenoiser(Denoiser, Protocol):
+    """What a role says about x0, be it with one network or with several."""
+
+    schedule: NoiseSchedule
+    prediction_type: str
+
+    def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
+        """As :meth:`fewstep.networks.denoiser.NetworkDenoiser.raw`."""
+        ...
+
+    def features(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, tap: FeatureTap) -> Tensor:
+        """As :meth:`fewstep.networks.denoiser.NetworkDenoiser.features`."""
+        ...
+
+
+class Role(ABC):
     """One player.
 
     Args:
@@ -39,7 +58,7 @@ class Role:
     #: Whether the parameters that get a gradient in a turn may differ from one process to another.
     gradients_vary = False
 
-    def __init__(self, name: str, denoiser: NetworkDenoiser, added: dict[str, nn.Module] | None = None) -> None:
+    def __init__(self, name: str, denoiser: RoleDenoiser, added: dict[str, nn.Module] | None = None) -> None:
         self.name = name
         self.denoiser = denoiser
         self.added = dict(added or {})
@@ -64,26 +83,36 @@ class Role:
         return "second_time" in self.added
 
     @property
-    def experts(self) -> dict[str, Role]:
+    @abstractmethod
+    def experts(self) -> Mapping[str, NetworkRole]:
         """The roles of its single networks: this role itself, unless several share the time (:mod:`.experts`)."""
-        return {self.denoiser.recipe.component: self}
 
     @property
+    def single(self) -> NetworkRole:
+        """This role as that of one network.
+
+        Raises:
+            ValueError: several share the time.
+        """
+        (own,) = self.experts.values()
+        return own
+
+    @property
+    @abstractmethod
     def weights(self) -> nn.Module:
         """What of its network is the role's own: all of it, or an adapter."""
-        return self.denoiser.network
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """Everything that the role owns, by name."""
         return {self.part: self.weights, **self.added}
 
+    @abstractmethod
     def stock_network(self) -> nn.Module:
         """A network of the teacher's class that does alone what this role does; adapters are merged into a copy.
 
         Of several experts it is an ``nn.ModuleDict`` of such networks.
         """
-        return self.denoiser.network
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable parameters with names such as ``network.conv_in.weight``, in a fixed order."""
@@ -120,6 +149,23 @@ class Role:
         self.weights.load_state_dict(other.stock_network().state_dict())
 
 
+class NetworkRole(Role):
+    """A role on a network of its own."""
+
+    denoiser: NetworkDenoiser
+
+    @property
+    def experts(self) -> Mapping[str, NetworkRole]:
+        return {self.denoiser.recipe.component: self}
+
+    @property
+    def weights(self) -> nn.Module:
+        return self.denoiser.network
+
+    def stock_network(self) -> nn.Module:
+        return self.denoiser.network
+
+
 def make_role(
     name: str,
     recording: Recording,
@@ -129,7 +175,7 @@ def make_role(
     autocast: torch.dtype | None = None,
     gradient_checkpointing: bool = False,
     device: torch.device | str = "cpu",
-) -> Role:
+) -> NetworkRole:
     """A role that starts as a copy of the recorded teacher.
 
     Args:
@@ -152,7 +198,7 @@ def make_role(
     if gradient_checkpointing:
         allow_checkpointing(network)
     denoiser = NetworkDenoiser(network, recording.recipe, recording.schedule, recording.prediction_type, autocast)
-    return Role(name, denoiser)
+    return NetworkRole(name, denoiser)
 
 
 def allow_checkpointing(network: nn.Module, function: Callable[..., Any] | None = None) -> None:

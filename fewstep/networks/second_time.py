@@ -16,7 +16,7 @@ from fewstep.networks.adapters import AdapterRole
 from fewstep.networks.derivative import refuse_underivable
 from fewstep.networks.flow_map import SECOND_TIME, FlowMapDenoiser
 from fewstep.networks.recompute import checkpointed
-from fewstep.networks.roles import Role, allow_checkpointing
+from fewstep.networks.roles import NetworkRole, Role, allow_checkpointing
 from fewstep.networks.time_embedders import find_time_embedders
 
 # Relative; another kernel for another dtype of the time, where the network runs in half precision.
@@ -47,12 +47,12 @@ def add_second_time(
     Raises:
         UserError: the network has no place for it, or takes no times between those of its table, or has no derivative.
     """
-    teacher, schedule = roles["teacher"].denoiser, roles["teacher"].denoiser.schedule
+    teacher, schedule = roles["teacher"].single.denoiser, roles["teacher"].denoiser.schedule
     t = schedule.snap(torch.full((2,), 0.5, dtype=torch.float64, device=x.device))
     sites = find_time_embedders(teacher.network, partial(teacher.raw, conditioning=conditioning), x, t)
     for name, role in roles.items():
         if name != "teacher":
-            attach_second_time(role, component, sites, gradient_checkpointing and name == "student", seed)
+            attach_second_time(role.single, component, sites, gradient_checkpointing and name == "student", seed)
     student = roles["student"].denoiser
     assert isinstance(student, FlowMapDenoiser)  # from here on
     theirs, ours = teacher.raw(x, t, conditioning), student.raw(x, t, conditioning, end=0.3 * t)
@@ -63,11 +63,13 @@ def add_second_time(
         refuse_underivable(lambda t: student.raw(x, t, conditioning, end=0.3 * t.detach()), t, student.network)
 
 
-def attach_second_time(role: Role, component: str, sites: dict[str, int], checkpointing: bool, seed: int) -> None:
+def attach_second_time(
+    role: NetworkRole, component: str, sites: dict[str, int], checkpointing: bool, seed: int
+) -> None:
     """Let a role be told a second time: it owns a new module, which changes nothing yet.
 
     Args:
-        role: on one network; its denoiser becomes a :class:`FlowMapDenoiser`.
+        role: its denoiser becomes a :class:`FlowMapDenoiser`.
         component: the network's name in its pipeline.
         sites: from :func:`fewstep.networks.time_embedders.find_time_embedders`.
         checkpointing: whether blocks of the network run again in the backward pass.

@@ -91,7 +91,7 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
     frozen = make_roles(RoleSettings(mixed_precision=config.mixed_precision), recording, (), device)["teacher"]
     guided = GuidedDenoiser(frozen, negative, scale)
     out = Path(config.out)
-    independent = None if config.world is None else (config.rank, config.world)
+    independent = config.share
 
     def begin(second: bool) -> PairMaker:
         # Who comes second finds the folder begun.
@@ -192,6 +192,7 @@ def plain_scale(scale: float | TimedScale) -> float | list[float]:
 
 def _count(config: PairsConfig, real: RealSamples | None) -> int:
     if real is None:
+        assert config.num is not None  # where there are no images, it is asked for
         return config.num
     images = len(real.images)
     if config.num is not None and config.num > images:

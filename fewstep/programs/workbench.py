@@ -6,12 +6,13 @@ A method is prepared at it (:class:`fewstep.training.method.Bench`). It writes n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batches, Pairs, Source
@@ -82,7 +83,7 @@ class Workbench:
         self.guidance_scale = teacher.guidance_scale
         self.recording: Recording = teacher.recording
         self.guidance_embedding = None
-        if config.embeds_guidance:
+        if config.embedded_guidance is not None:
             self.recording = with_guidance_embedding(
                 teacher.recording, self.guidance_scale, trained=not config.lora_rank
             )
@@ -186,6 +187,10 @@ class Workbench:
         """Put on the student's card what the method knows of it: fields of :class:`fewstep.export.StudentPlan`."""
         self.student = self.student.described(**what)
 
+    @overload
+    def with_default_guidance(self, conditioning: Conditioning) -> Conditioning: ...
+    @overload
+    def with_default_guidance(self, conditioning: AnyConditioning) -> AnyConditioning: ...
     def with_default_guidance(self, conditioning: AnyConditioning) -> AnyConditioning:
         """The same conditioning where the network is told its guidance by default, else as it is."""
         told = self.guidance_embedding

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.conditioning.conditioning import Conditioning, Leaf, mark, remark
+from fewstep.conditioning.conditioning import Conditioning, mark, remark
+from fewstep.conditioning.tree import Leaf
 from fewstep.diffusion.prediction import to_x0
 from fewstep.diffusion.schedule import FlowSchedule, TableSchedule
 from fewstep.recording.call_parts import answers, network_calls, repeated, without_sample

@@ -52,22 +52,24 @@ def initialize(
                 say(f"--init has no {name}; it starts as the teacher")
     else:
         pipeline = load_teacher(init, trust_remote_code, flag="--init")
-        networks = {name: getattr(pipeline, name, None) for name in recording.components}
-        for name, network in networks.items():
+        networks: dict[str, nn.Module] = {}
+        for name in recording.components:
+            network = getattr(pipeline, name, None)
             if network is None:
                 raise UserError(f"--init {init} has no {name}; it is of another family than the teacher")
+            networks[name] = network
         _refuse_other_prediction(init, _prediction_of_pipeline(pipeline), recording)
         if roles["student"].is_adapter:
             raise UserError(
                 f"--init {init} is a whole network, and with --lora_rank the student is an adapter of the teacher; "
                 "leave one of the two out"
             )
-        whole = nn.ModuleDict(networks) if len(networks) > 1 else network
-        tensors = {f"network.{k}": v for k, v in whole.state_dict().items()}
+        whole = nn.ModuleDict(networks) if len(networks) > 1 else networks[recording.component]
+        weights = {f"network.{k}": v for k, v in whole.state_dict().items()}
         for part in roles["student"].added:  # a student of two times brings its second one along
             own = getattr(pipeline, part, None)
-            tensors |= {f"{part}.{k}": v for k, v in own.state_dict().items()} if own is not None else {}
-        _load_run(roles["student"], tensors, say)
+            weights |= {f"{part}.{k}": v for k, v in own.state_dict().items()} if own is not None else {}
+        _load_run(roles["student"], weights, say)
         critics = "; the critic starts from the teacher" if any(name.startswith("critic") for name in roles) else ""
         say(f"the student starts from {init}{critics}")
     follow(roles)

@@ -23,7 +23,7 @@ from fewstep.errors import UserError
 from fewstep.networks.roles import FOLLOWERS, Role, follow, update_average
 from fewstep.training import checkpoint
 from fewstep.training.distributed import Processes
-from fewstep.training.method import Method, Renew, Turn
+from fewstep.training.method import Method, Renew, TargetMethod, Turn
 from fewstep.training.monitor import Monitor
 from fewstep.training.optimization import RoleOptimizer
 
@@ -172,6 +172,7 @@ class Loop:
         if "ema" in roles:
             update_average(roles["ema"], roles["student"], self.config.ema_decay)
         if "target" in roles:
+            assert isinstance(self.method, TargetMethod)  # the contract of a method with this role
             update_average(roles["target"], roles["student"], self.method.target_decay(self.step))
 
     def _renew(self, renew: Renew) -> None:

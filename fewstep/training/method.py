@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -142,8 +142,7 @@ class Bench(Protocol):
 class Method(Protocol):
     """What the loop asks of a method.
 
-    A method with a role ``target``, its own slow copy of the student, also has ``target_decay(step)``: after the
-    student's turn of that step the loop sets target <- decay * target + (1 - decay) * student.
+    One with a role ``target`` is a :class:`TargetMethod`.
 
     Attributes:
         roles: every role by name; those with trainable parameters are optimized and checkpointed.
@@ -157,4 +156,13 @@ class Method(Protocol):
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn | Renew]:
         """The updates of one step, in order. It must hold no graph across a yield."""
+        ...
+
+
+@runtime_checkable
+class TargetMethod(Method, Protocol):
+    """A method with a role ``target``, its own slow copy of the student, that the student learns from."""
+
+    def target_decay(self, step: int) -> float:
+        """After the student's turn of a step the loop sets target <- decay * target + (1 - decay) * student."""
         ...

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -61,7 +61,7 @@ class Monitor:
         self._accelerator = accelerator
         self._active = accelerator.is_main_process
         self._max_steps = max_steps
-        self._bar: tqdm | None = None
+        self._bar: tqdm[Any] | None = None
         self._postfix: dict[str, str] = {}
         self._file: IO[str] | None = None
         self._started = time.monotonic()
@@ -121,7 +121,7 @@ class Monitor:
             self._file = self.path.open("a")
         return self._file
 
-    def _progress(self, step: int) -> tqdm:
+    def _progress(self, step: int) -> tqdm[Any]:
         if self._bar is None:
             self._bar = tqdm(total=self._max_steps, initial=max(step - 1, 0), desc="distill", unit="step")
         return self._bar

@@ -10,6 +10,13 @@ from fewstep.networks.roles import Role
 from fewstep.training.distributed import fill_absent, sum_over_processes
 
 
+class _AdamW(torch.optim.AdamW):
+    """AdamW that leaves everything as it is where it is told, on the device, that a gradient is not finite."""
+
+    #: (), 1.0 where it is not; looked for by the fused implementation alone, and of no public type.
+    found_inf: Tensor
+
+
 class RoleOptimizer:
     """AdamW for one role, which skips an update whose gradient is not finite and remembers the first such step.
 
@@ -25,10 +32,7 @@ class RoleOptimizer:
         self.max_grad_norm = config.max_grad_norm
         self.warmup = config.lr_warmup_steps
         self.parameters = role.parameters()
-        self._settings = {
-            "betas": (config.adam_beta1, config.adam_beta2),
-            "weight_decay": config.adam_weight_decay,
-        }
+        self._betas, self._weight_decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
         self.renew(0)
         device = self.parameters[0].device
         #: The first step whose gradient was not finite, -1 while there is none. Read it only when a wait is fine.
@@ -36,8 +40,7 @@ class RoleOptimizer:
 
     def renew(self, step: int) -> None:
         """Forget all momentum and warm up again from ``step``."""
-        # fused is the implementation that can be told, on the device, to leave everything as it is (found_inf).
-        self.adamw = torch.optim.AdamW(self.parameters, lr=self.lr, fused=True, **self._settings)
+        self.adamw = _AdamW(self.parameters, lr=self.lr, betas=self._betas, weight_decay=self._weight_decay, fused=True)
         self.renewed_at = step
 
     def update(self, step: int) -> Tensor:

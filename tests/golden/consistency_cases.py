@@ -102,7 +102,7 @@ def check_gradient(golden: GoldenFile, method: Consistency, loss: Tensor) -> Non
 def weighted(golden: GoldenFile, method: Consistency, seen: Comparison, pair: TimePair) -> tuple[Tensor, Tensor]:
     """The distance and the weighted loss of each sample."""
     apart = method.distance(seen)
-    return apart, weight(method.config.weighting, pair.sigma_t, pair.sigma_r, method.sigma_data) * apart
+    return apart, weight(method.weighting, pair.sigma_t, pair.sigma_r, method.sigma_data) * apart
 
 
 # --- CM ---------------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def fastgen_loss(golden: GoldenFile) -> None:
     seen = method.compare(golden["x"], golden["noise"], pair, golden.conditioning())
     golden.check("f_t", seen.f)
     golden.check("f_r", seen.target)
-    if method.config.weighting in ("1/c_out", "1/c_out^2"):  # of the noise level
+    if method.weighting in ("1/c_out", "1/c_out^2"):  # of the noise level
         (alpha_t, sigma_t), (alpha_r, sigma_r) = (schedule.coefficients(time) for time in (pair.t, pair.r))
         pair = TimePair(pair.t, pair.r, sigma_t / alpha_t, sigma_r / alpha_r)
     apart, loss = weighted(golden, method, seen, pair)
@@ -279,7 +279,6 @@ def lcm_loss(golden: GoldenFile) -> None:
         answer = role.raw
         role.raw = lambda x, t, _conditioning, answer=answer: answer(x, t, toy_conditioning(student_cond))
     on = golden.choice("guide_teacher", True, False)
-    method.config.guidance_min = 0.0 if on else None
     seen = method.compare(golden["x"], golden["noise"], pair, golden.conditioning(), scale if on else None)
     golden.check("x_prev", seen.x_r)
     golden.check("model_pred", seen.f)

@@ -16,7 +16,7 @@ from fewstep.losses.mean_flow import mean_flow_target, weighted_loss
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.flow_map import FlowMapDenoiser, gap
 from fewstep.networks.guidance import GuidedDenoiser
-from fewstep.networks.roles import Role
+from fewstep.networks.roles import NetworkRole
 from fewstep.trainers.mean_flow import Flow, MeanFlow, MeanFlowConfig
 
 SCHEDULE = FlowSchedule(timestep_scale=1.0)
@@ -105,7 +105,7 @@ def trainer(golden: GoldenFile, **settings) -> MeanFlow:
     config = MeanFlowConfig(teacher="toy", out="out", data="toy", time_min=1e-9, **settings, **weighting(golden))
     config = config.resolved()
     denoiser = student(golden)
-    roles = {"student": Role("student", denoiser), "teacher": Role("teacher", teacher(golden))}
+    roles = {"student": NetworkRole("student", denoiser), "teacher": NetworkRole("teacher", teacher(golden))}
     scale = (
         number(golden, "guidance_scale") if config.velocity == "teacher" and golden.states("guidance_scale") else 1.0
     )
@@ -206,7 +206,7 @@ def fastgen(golden: GoldenFile) -> None:
             method.teacher.guidance_scale = scale
             guided = method.teacher(x_t, t, conditioning) if form != "none" else unguided
         elif form != "none":
-            guided = method.guide(data, x_t, t, conditioning)
+            guided = method.guide.mix(data, x_t, t, conditioning)
     inside = (t >= golden.number("guidance_t_min")) & (t <= golden.number("guidance_t_max"))
     velocity = torch.where(inside[:, None, None, None], guided, unguided)
     golden.check("velocity", velocity)

@@ -16,7 +16,7 @@ from fewstep.diffusion.timesteps import even_grid, exponential_times, u_shaped_t
 from fewstep.losses.flow import velocity_error
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.perceptual import PerceptualDistance
-from fewstep.networks.roles import Role
+from fewstep.networks.roles import NetworkRole
 from fewstep.trainers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 
 
@@ -74,7 +74,7 @@ def no_condition(x: Tensor) -> Conditioning:
 def trainer(denoiser: NetworkDenoiser, distance: PerceptualDistance | None = None, **settings) -> RectifiedFlow:
     """The trainer's own class around a toy student."""
     config = RectifiedFlowConfig(teacher="toy", out=str(Path("unused")), **settings)
-    roles = {"student": Role("student", denoiser)}
+    roles = {"student": NetworkRole("student", denoiser)}
     return RectifiedFlow(config, roles, Sampler(denoiser.schedule, (1.0,), "ode"), distance)
 
 

@@ -24,6 +24,8 @@ class ToyNetwork(nn.Module):
 class ToyRecipe:
     """How a toy network is called: the schedule's timestep, divided, is its time."""
 
+    component = "network"
+
     def __init__(self, divisor: float) -> None:
         self.divisor = divisor
 

@@ -22,7 +22,7 @@ from fewstep.networks.features import FeatureTap, find_tap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.heads import make_head
 from fewstep.networks.make_roles import RoleSettings, make_roles
-from fewstep.networks.roles import Role, make_role, update_average
+from fewstep.networks.roles import NetworkRole, make_role, update_average
 from fewstep.recording import Recording, record
 from fewstep.recording.shake import shaken
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
@@ -478,7 +478,7 @@ def test_every_role_starts_as_the_teacher_and_two_are_two(recording: Recording):
     assert len({id(role.denoiser.network) for role in roles.values()}) == 1
     settings = replace(settings, full_critic=True)
     roles = make_roles(settings, recording, ("student", "critic"), torch.device("cpu"))
-    assert type(roles["critic"]) is Role
+    assert type(roles["critic"]) is NetworkRole
     assert len(roles["critic"].parameters()) == len(list(recording.network.parameters()))
     assert roles["critic"].denoiser.active is nullcontext
 

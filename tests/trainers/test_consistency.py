@@ -19,7 +19,7 @@ from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, from_scheduler
 from fewstep.errors import UserError
 from fewstep.networks.guidance import GuidedDenoiser
-from fewstep.trainers.consistency import Consistency, ConsistencyConfig, make_boundary
+from fewstep.trainers.consistency import Consistency, ConsistencyConfig
 from tests.floors import declared
 
 GRID = (1.0, 0.75, 0.5, 0.25)
@@ -61,7 +61,7 @@ def vector_method(
         GuidedDenoiser(roles["teacher"], labels([5.0]), guidance_scale),
         Sampler(schedule, GRID, "fresh", schedule.initial_scale()),
         settings.make_discretization(levels, 1.0, list(GRID)),
-        make_boundary(settings, levels, timestep_scaling),
+        settings.make_boundary(levels, timestep_scaling),
     )
 
 
@@ -262,7 +262,7 @@ def gaussian_method(settings: ConsistencyConfig, start: Tensor | None = None) ->
         network = Gains(times, torch.ones_like(times) if start is None else start)
         roles[name] = role(name, network, schedule, "sample", trainable=name == "student")
     teacher = GuidedDenoiser(roles["teacher"], None, 1.0)
-    boundary = make_boundary(settings, discretization.levels, None)
+    boundary = settings.make_boundary(discretization.levels, None)
     return Consistency(settings, roles, teacher, Sampler(schedule, GRID, "fresh"), discretization, boundary)
 
 

@@ -13,7 +13,7 @@ from fewstep.diffusion.discretization import SigmaRange
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.networks.guidance import GuidedDenoiser
-from fewstep.trainers.consistency import Consistency, ConsistencyConfig, make_boundary
+from fewstep.trainers.consistency import Consistency, ConsistencyConfig
 from tests.trainers.test_dmd2_mixture import MixtureTeacher, energy_distance, mixture_sample
 
 SCHEDULE = FlowSchedule()
@@ -81,7 +81,7 @@ def consistency(out: Path, student: nn.Module, kind: str, **settings) -> Consist
         GuidedDenoiser(roles["teacher"], None, 1.0),
         Sampler(SCHEDULE, GRID, "fresh"),
         config.make_discretization(levels, 1.0, list(GRID)),
-        make_boundary(config, levels, None),
+        config.make_boundary(levels, None),
     )
 
 

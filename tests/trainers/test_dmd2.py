@@ -2,13 +2,24 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
-from toys import TABLE, Labels, TinyNetwork, every_kind_of_teacher, make_loop, role, roles_that_move, unconditional
+from toys import (
+    TABLE,
+    Asked,
+    Labels,
+    TinyNetwork,
+    every_kind_of_teacher,
+    make_loop,
+    role,
+    roles_that_move,
+    unconditional,
+)
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.data.batch import Batch, Real
@@ -134,6 +145,22 @@ def test_what_is_only_looked_at_costs_calls_only_in_logged_steps(tmp_path: Path)
         logs[logging] = next(method.turns(1, batch(1, range(4), logging))).log
         assert len(calls) == logging
     assert logs[True].keys() - logs[False].keys() == {"critic/lag"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"swiftbrush": True}], ids=["dmd2", "swiftbrush"])
+def test_the_critic_learns_at_all_times_and_is_compared_with_the_teacher_at_those_that_were_set(
+    tmp_path: Path, settings: dict
+):
+    settings = {"time_min": 0.3, "time_max": 0.7, "critic_updates": 1, **settings}
+    method = vector_method(config(tmp_path, **settings))
+    asked = Asked(method.roles["critic"], method.roles["teacher"])
+    for step in range(8):
+        for _ in method.turns(step, batch(step, range(512))):
+            pass
+    near = partial(pytest.approx, abs=0.01)
+    assert asked.span("teacher", trained=False) == asked.span("critic", trained=False) == (near(0.3), near(0.7))
+    lowest, highest = asked.span("critic", trained=True)
+    assert 1e-3 <= lowest < 0.01 and 0.99 < highest <= 1
 
 
 def test_the_lag_is_one_while_the_critic_still_is_the_teacher(tmp_path: Path):

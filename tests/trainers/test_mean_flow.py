@@ -20,6 +20,7 @@ from toys import TinyNetwork, labels, role
 import fewstep
 from fewstep.data.batch import Batch, Pairs, Real
 from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule
 from fewstep.errors import UserError
@@ -81,22 +82,6 @@ def batch(count: int = 8, step: int = 0) -> Batch:
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("own", [False, True], ids=["sorted", "apart"])
-def test_the_second_time_is_never_behind_the_first_and_differs_where_it_shall(kind: str, own: bool):
-    trained = method(kind, config(r_mean=-3.0 if own else None))
-    apart = list(range(0, 500, 2))
-    t, r = trained.times(batch(500), apart)
-    assert t.dtype == r.dtype == torch.float64
-    assert bool((r <= t).all() and (t <= 1).all() and (r >= 0).all() and (t > 0).all())
-    assert torch.equal(t[1::2], r[1::2])
-    assert float((r[::2] < t[::2]).double().mean()) > 0.9
-    torch.testing.assert_close(t, trained.schedule.snap(t), rtol=0, atol=0)
-    if kind == "flow":
-        expected = torch.sigmoid(torch.randn(100000, 2 if not own else 1) - 0.4).amax(1).median()
-        assert float(t.median()) == pytest.approx(float(expected), abs=0.05)
-
-
-@pytest.mark.parametrize("kind", SCHEDULES)
 def test_where_both_times_are_one_it_is_flow_matching(kind: str):
     trained = method(kind, config(data="images", weighting="uniform", apart=1e-9))
     (turn,) = trained.turns(0, batch())
@@ -129,7 +114,7 @@ def test_the_teachers_velocity_is_guided_in_diffusers_convention():
 def test_guidance_in_training_is_mixed_as_its_papers_say(settings: dict, numbers: tuple[float, float]):
     """omega v + kappa u_c + (1 - omega - kappa) u_null; samples without condition, or beyond the interval, have v."""
     trained = method("flow", config(data="images", guidance_t_max=0.6, label_drop=0.4, **settings), 3.0)
-    assert (trained.omega, trained.kappa) == pytest.approx(numbers)
+    assert (trained.guide.omega, trained.guide.kappa) == pytest.approx(numbers)
     flow, given = trained.flow(batch(64), []), batch(64)
     data = given.draws.normal("noise", (6,)) - given.real.x0
     dropped = torch.tensor(given.draws.coins("label_drop", 0.4))
@@ -194,10 +179,24 @@ def test_alpha_flow_asks_the_student_further_along_the_flow():
     assert [kept.alpha(step) for step in (0, 50, 99)] == [1.0, 0.5, 0.1] and not kept.differentiates
     flow = trained.flow(batch(), list(range(8)))
     asked = trained.interval(50, flow)
-    later = trained.later(flow, 0.5 * gap(trained.schedule, flow.t, flow.r))
+    distance = 0.5 * gap(trained.schedule, flow.t, flow.r)
+    later = trained.student.later_velocity(flow.x_t, flow.t, flow.conditioning, flow.r, flow.velocity, distance)
     torch.testing.assert_close(asked.target, 0.5 * flow.velocity + 0.5 * later)
     assert asked.weight == 0.5 and not asked.target.requires_grad
     assert torch.equal(trained.interval(0, flow).target, flow.velocity)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_further_along_the_flow_lies_the_same_sample_with_less_of_the_same_noise(kind: str):
+    trained, given = method(kind), batch()
+    schedule, student, told = trained.schedule, trained.student, given.conditioning
+    x0, noise = given.real.x0, given.draws.normal("noise", (6,))
+    t, r = trained.times.draw(given.draws, range(8))
+    distance = 0.5 * gap(schedule, t, r)
+    s = schedule.time_from_flow_time(schedule.flow_time(t) - distance)
+    x_t, x_s = (add_noise(x0, noise, schedule.coefficients(time)) for time in (t, s))
+    later = student.later_velocity(x_t, t, told, r, noise - x0, distance)
+    torch.testing.assert_close(later, student.velocity(x_s, s, told, r), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])

@@ -1,13 +1,14 @@
 """Phased DMD's own class on small real networks, in the real loop: phases, renewal, routing, resume, and a mixture."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from mixture import MixtureTeacher, energy_distance, mixture_sample
 from torch import Tensor
-from toys import Labels, TinyNetwork, make_loop, role, unconditional
+from toys import Asked, Labels, TinyNetwork, make_loop, role, unconditional
 
 from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
@@ -154,6 +155,19 @@ def test_teacher_and_critic_look_at_noisier_samples_than_those_at_the_phases_end
             low = 0.8 if anchor == 0.75 else 0.55 if anchor else 0.0
             assert low <= times.min() <= low + 0.05
             assert top - 0.05 <= times.max() <= top
+
+
+def test_each_phases_critic_learns_up_to_pure_noise_and_is_compared_at_the_times_that_were_set(tmp_path: Path):
+    """In the steps themselves; both begin at the end of the phase, and where there is none, each at its own time."""
+    one = method(config(tmp_path, phase_steps=4, critic_updates=1, time_min=0.1, time_max=0.8, time_margin=0.05))
+    near = partial(pytest.approx, abs=0.01)
+    for first, low, cleanest in ((0, 0.55, 0.55), (4, 0.1, 1e-3)):
+        asked = Asked(one.roles["critic"], one.roles["teacher"])
+        for step in range(first, first + 4):
+            for _ in one.turns(step, batch(step, size=512)):
+                pass
+        assert asked.span("teacher", trained=False) == asked.span("critic", trained=False) == (near(low), near(0.8))
+        assert asked.span("critic", trained=True) == (near(cleanest), near(1.0))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -298,9 +298,9 @@ def test_in_the_critics_turn_some_prompts_become_the_negative_for_student_and_cr
 
 
 def test_without_guidance_no_prompt_is_dropped(tmp_path: Path):
-    assert not vector_method(config(tmp_path, **OFF)).drops_prompts
-    assert vector_method(config(tmp_path, guidance="zero")).drops_prompts
-    assert not vector_method(config(tmp_path, guidance="zero", critic_dropout=0.0)).drops_prompts
+    assert vector_method(config(tmp_path, **OFF)).dropped is None
+    assert vector_method(config(tmp_path, guidance="zero")).dropped is not None
+    assert vector_method(config(tmp_path, guidance="zero", critic_dropout=0.0)).dropped is None
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -75,8 +75,8 @@ class DryRun:
         self.sampler = Sampler(recording.schedule, grid, renoise, recording.schedule.initial_scale())
         self.guidance_scale = guidance_of(TeacherSettings.of(config), recording)
         # An input for the guidance that a run would add to the network weighs next to nothing, and is left out.
-        told = config.embeds_guidance and recording.embedded
-        self.guidance_embedding = likely_guidance_embedding(recording, config.guidance_min) if told else None
+        told = config.embedded_guidance if recording.embedded else None
+        self.guidance_embedding = None if told is None else likely_guidance_embedding(recording, told[0])
         negative = recording.negative()
         self.negative = None if negative is None else negative.to(device=self.device)
         self._conditions = self._conditioning(config.batch_size)
@@ -110,7 +110,7 @@ class DryRun:
         for name in roles.keys() - {"teacher"}:
             checkpointing = self.roles.gradient_checkpointing and name == "student"
             with self.world():
-                attach_second_time(roles[name], self.recording.component, sites, checkpointing, self.config.seed)
+                attach_second_time(roles[name].single, self.recording.component, sites, checkpointing, self.config.seed)
         return roles
 
     def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:

@@ -31,7 +31,7 @@ class Footprint(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        self._storages: dict[int, tuple[weakref.ref, int]] = {}
+        self._storages: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._known = [tensor.untyped_storage() for tensor in known]  # kept, so that their numbers stay theirs
         self._known_numbers = {storage._cdata for storage in self._known}
 

@@ -159,7 +159,9 @@ class Planner:
         """
         config = replace(self.config, **changes).resolved()
         world = partial(fake_world, self.mode)
-        recording = self._quantized(config) if config.quantization is not None else self.recording
+        recording = self.recording
+        if config.quantization is not None:
+            recording = self._quantized(config.quantization, config.mixed_precision)
         pipeline = recording.pipeline
         dry_run = DryRun(config, self.method, recording, self.device, world)
         try:
@@ -197,7 +199,7 @@ class Planner:
             calls=mean_calls(config, self.method, recording),
         )
 
-    def _quantized(self, config: RunConfig) -> Recording:
+    def _quantized(self, quantization: str, mixed_precision: str) -> Recording:
         """The recording on networks whose linear layers have the sizes of quantised ones.
 
         The whole pipeline is in the dtype in which a run loads it.
@@ -205,8 +207,8 @@ class Planner:
         with fake_world(self.mode):
             networks = {name: copy.deepcopy(network) for name, network in modules_of(self.pipeline).items()}
             for name in self.recording.components:
-                plan_quantized(networks[name], config.quantization)
-            if config.mixed_precision == "bf16":
+                plan_quantized(networks[name], quantization)
+            if mixed_precision == "bf16":
                 networks = {name: nn.Module.to(network, torch.bfloat16) for name, network in networks.items()}
         return self.recording.on(networks)
 

@@ -20,6 +20,7 @@ class PlannedLinear(nn.Linear):
 
     #: What :func:`fewstep.recording.pipeline.is_quantized_layer` looks for.
     stands_for_quantized = True
+    scale: torch.Tensor
     _GROUP = 64  # weights that share a float32 scale where there are 4 bits to each; else a row does
 
     def __init__(self, layer: nn.Linear, bits: int) -> None:
@@ -33,7 +34,7 @@ class PlannedLinear(nn.Linear):
         self.bias = layer.bias
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:  # type: ignore[override]  # nn.Linear's own can be set, and nobody sets this one
         """In shape what others ask for, without its memory: one number, seen as many."""
         return self.scale[:1].expand(self.out_features, self.in_features)
 

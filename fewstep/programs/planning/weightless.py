@@ -13,6 +13,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import update_wrapper
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fewstep.errors import UserError
 from fewstep.teachers.loading import teacher_folder
 
 #: What is fetched of a hub id: everything that a pipeline is built from, tokenizers included, except weights.
-_CONFIGURATION = ("*.json", "*.txt", "*.model", "*.jinja")
+_CONFIGURATION = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
 class _FakeTensors(FakeTensorMode):
@@ -80,8 +81,10 @@ def weightless_teacher(name: str, mode: FakeTensorMode) -> DiffusionPipeline:
 @contextmanager
 def fake_world(mode: FakeTensorMode) -> Iterator[None]:
     """Inside, every new tensor is fake, and modules of fake ones can be copied, moved and cast."""
-    before = nn.Module._apply, vars(FakeTensor).get("__deepcopy__", Tensor.__deepcopy__)
-    nn.Module._apply, FakeTensor.__deepcopy__ = _converted, _copied
+    module: Any = nn.Module  # types are not made for methods that are exchanged for a while
+    fake: Any = FakeTensor
+    before = module._apply, vars(fake).get("__deepcopy__", Tensor.__deepcopy__)
+    module._apply, fake.__deepcopy__ = _converted, _copied
     try:
         # oneDNN's kernels have formats of their own, which no fake tensor can take.
         with mode, warnings.catch_warnings():
@@ -89,7 +92,7 @@ def fake_world(mode: FakeTensorMode) -> Iterator[None]:
             with torch.backends.mkldnn.flags(enabled=False):
                 yield
     finally:
-        nn.Module._apply, FakeTensor.__deepcopy__ = before
+        module._apply, fake.__deepcopy__ = before
 
 
 def pretend(module: nn.Module, mode: FakeTensorMode) -> None:
@@ -146,19 +149,23 @@ def _configuration_folder(name: str) -> Path:
     return folder
 
 
-def _class_of(library: str, name: str) -> type:
+def _class_of(library: str, name: str) -> Any:
     """The class of a part, as model_index.json names it; some stand in a pipeline's own module."""
     pipelines = importlib.import_module("diffusers.pipelines")
     module = getattr(pipelines, library) if hasattr(pipelines, library) else importlib.import_module(library)
     return getattr(module, name)
 
 
-def _part(kind: type, folder: Path, mode: FakeTensorMode) -> Any:
-    """A network of fake weights, or whatever else a pipeline consists of, from its own files."""
-    if not issubclass(kind, nn.Module):
+def _part(kind: Any, folder: Path, mode: FakeTensorMode) -> Any:
+    """A network of fake weights, or whatever else a pipeline consists of, from its own files.
+
+    `kind`: a class of diffusers or transformers, with the class methods that those have.
+    """
+    is_network, of_diffusers = issubclass(kind, nn.Module), issubclass(kind, ConfigMixin)
+    if not is_network:
         return kind.from_pretrained(folder)
     with fake_world(mode):
-        if issubclass(kind, ConfigMixin):
+        if of_diffusers:
             return kind.from_config(kind.load_config(folder)).eval()
         return kind(kind.config_class.from_pretrained(folder)).eval()
 
@@ -181,8 +188,7 @@ def _drawn(forward: Callable[..., Any], mode: FakeTensorMode) -> Callable[..., A
         return tree_unflatten([_draw(given, leaf, place) for place, leaf in enumerate(leaves)], structure)
 
     # The signature stays visible: pipelines and the recorder ask for it.
-    stand_in.__wrapped__ = forward
-    return stand_in
+    return update_wrapper(stand_in, forward, assigned=(), updated=())
 
 
 def _draw(given: list[Tensor], like: Any, place: int) -> Any:
