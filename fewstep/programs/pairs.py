@@ -65,7 +65,7 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
     device = accelerator.device
     opened = open_teacher(TeacherSettings.of(config), device, pipeline)
     recording = opened.recording
-    opened.refuse_next_time("no pairs can be made of it yet")
+    opened.refuse_next_time("and no pairs can be made of it yet")
     if quantized := quantized_network(recording):
         raise UserError(f"the {quantized} is quantised; make pairs of the teacher in full precision")
     conditions, negative = conditions_of(config, opened, device, progress=accelerator.is_main_process)

@@ -89,9 +89,9 @@ class Teacher:
     reload: Callable[[dict[str, Any]], DiffusionPipeline] | None = field(default=None, repr=False)
 
     def refuse_next_time(self, what: str) -> None:
-        """Raise ``UserError`` for a network that is told the next time too; ``what`` cannot be done with it."""
+        """Raise ``UserError`` for a network that is told the next time too; ``what`` says what that forbids."""
         if self.recording.recipe.needs_next:
-            raise UserError(f"this teacher's network is told the next time too, and {what}")
+            raise UserError(f"this teacher's network is told the next time too, {what}")
 
 
 def open_teacher(

@@ -53,7 +53,7 @@ def test_without_a_lora_loader_the_student_is_merged_and_one_line_says_so(tmp_pa
         trained = DiffusionPipeline.from_pretrained(folder).unet.state_dict()
         moved = {key for key, value in pipeline.unet.state_dict().items() if not torch.equal(value, trained[key])}
     assert moved and all("attentions" in key or "attention" in key or "time_emb_proj" in key for key in moved)
-    assert "diffusers loads no LoRA into a UNet2DModel: exported merged" in caplog.messages
+    assert "diffusers loads no LoRA into a UNet2DModel: exported merged, as a pipeline" in caplog.messages
 
 
 @pytest.mark.parametrize("options", [{}, {"full_critic": True}], ids=["adapters", "full_critic"])

@@ -229,6 +229,6 @@ def test_phases_that_do_not_fit_the_teachers_networks_are_refused(tmp_path: Path
         ([1, 3], r"phase 1 ends at timestep 937\.5, and the teacher's networks change at 875"),
         ([1, 1, 2], "has 2 networks, which change at timestep 875; give as many phases"),
     ):
-        config = configured(teacher, tmp_path / "run", call=WAN_CALL, shift=5.0, phases=phases)
+        config = configured(teacher, tmp_path / "run", call=WAN_CALL, shift=5.0, phases=phases, max_steps=6)
         with pytest.raises(UserError, match=message):
             prepare(Workbench(config, opened, torch.device("cpu")), "phased_dmd")

@@ -21,10 +21,10 @@ from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
 from fewstep.programs.methods import method_class, methods
 from fewstep.programs.pairs import pairs_of_run
-from fewstep.programs.planning.call_counts import CallCounter, forward_passes
+from fewstep.programs.planning.call_counts import CallCounter, Calls, forward_passes
 from fewstep.programs.planning.counting import count_calls
 from fewstep.programs.workbench import Workbench, open_workbench
-from fewstep.training.method import Calls, Method, Turn
+from fewstep.training.method import Method, Turn
 from tests.floors import declared
 
 #: What a method must be told to run at all, and further settings under which it costs something else.
@@ -51,7 +51,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "phased_dmd": {"alternating": {"order": "alternating", "phase_steps": None}},
     "sid": {"zero_gan": {"guidance": "zero", "adversarial": "diffusion_gan", "gan_start_step": 2, "data": True}},
 }
-RUN = {"batch_size": 2, "log_steps": 100, "report_to": "none", "cpu": True}
+RUN = {"steps": 4, "batch_size": 2, "log_steps": 100, "report_to": "none", "cpu": True}
 ROLES = {
     "copies": {},
     "checkpointed copies": {"gradient_checkpointing": True},
@@ -182,7 +182,7 @@ def test_dmd2_costs_the_floor_of_its_paper(distil: Callable, lora_rank: int) -> 
     total = sum(forward_passes(counter.calls(step), share) for step in period)
     earlier = sum(batch_of(run, step).draws.shared_integer("student_step", 0, run.config.steps) for step in period)
     assert total - earlier == updates * (4 + 6 * share) + 5 + 2 * share == 41
-    many = [method.calls(step, batch_of(run, step))["student"] for step in range(2000)]
+    many = [declared(method, step, batch_of(run, step))["student"] for step in range(2000)]
     mean = sum(calls.no_grad + calls.to_parameters - 1 for calls in many) / len(many)
     assert mean == pytest.approx((run.config.steps - 1) / 2, abs=0.1)
 
@@ -223,7 +223,8 @@ def test_the_frozen_teacher_stores_nothing(distil: Callable, lora_rank: int) -> 
 
 def test_a_teacher_that_is_asked_with_a_gradient_is_seen(distil: Callable) -> None:
     run, method = distil("dmd2", max_steps=2, lora_rank=2)
-    method.matching = lambda x0, batch, called_at: torch.enable_grad()(type(method).matching.__wrapped__)(
+    matching = type(method).distribution_matching.__wrapped__  # without its no_grad
+    method.matching = lambda x0, batch, called_at: torch.enable_grad()(matching)(
         method, x0.clone().requires_grad_(), batch, called_at
     )
     counter = CallCounter(method)
@@ -305,11 +306,3 @@ def test_calls_between_steps_belong_to_no_step() -> None:
     with counter:
         method.roles["student"](torch.zeros(3, 6), torch.full((3,), 0.5), labels([0.0, 1.0, 1.0]))
     assert (counter.steps, counter.outside()) == ([], {"student": 3})
-
-
-def test_zeros_are_not_part_of_a_declaration() -> None:
-    class Free(TinyMethod):
-        def calls(self, step: int, batch: Batch) -> dict[str, Calls]:
-            return {"student": Calls(no_grad=1), "critic": Calls()}
-
-    assert declared(Free(), 0, None) == {"student": Calls(no_grad=1)}

@@ -46,10 +46,13 @@ class Noting(Dmd2):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.seen: list[tuple[str, Tensor]] = []
+        chosen = self.matching
 
-    def matching(self, x0, batch, called_at):
-        self.seen.append(("student", x0.clone()))
-        return super().matching(x0, batch, called_at)
+        def matching(x0, batch, called_at):
+            self.seen.append(("student", x0.clone()))
+            return chosen(x0, batch, called_at)
+
+        self.matching = matching
 
     def denoising(self, x0, batch):
         self.seen.append(("critic", x0.clone()))

@@ -203,7 +203,7 @@ def test_the_heads_verdict_weighs_the_samples(tmp_path: Path):
     x0, (there,) = torch.randn(4, 1, 8, 8), [Draws(0, 7, range(4))]
     given = Batch(4, (1, 8, 8), Labels(None).batch(0, range(4)), there, None, logging=False)
     weighed, _ = one.matching(x0, given, 1.0)
-    one.config.f_divergence = "none"
+    del one.critic.added["divergence"]
     given.draws._names.clear()
     plain, _ = one.matching(x0, given, 1.0)
     ratio = (weighed / plain).flatten(1)
@@ -236,7 +236,7 @@ def test_swiftbrush_weighs_the_difference_of_two_guided_noises(tmp_path: Path, s
     gradient, _ = one.matching(x0, given, 1.0)
     given.draws._names.clear()
     x_t, t, _ = one.compared(x0, given.draws, "matching")
-    alpha, sigma = (c.float().reshape(-1, 1) for c in one.schedule.coefficients(t))
+    alpha, sigma = (c.float().reshape(-1, 1) for c in one.compared.schedule.coefficients(t))
     both = one.teacher, one.teacher.of(one.critic)
     noises = [(x_t - alpha * guided(x_t, t, given.conditioning)) / sigma for guided in both]
     expected = sigma**2 * (noises[0] - noises[1]) / x0.numel()

@@ -137,20 +137,20 @@ def test_a_student_sampled_by_stock_diffusers_equals_the_trainers_own_walk(
 
 
 def test_a_one_step_student_of_a_table_starts_from_sigma_times_noise(students: dict[str, tuple]) -> None:
-    about = json.loads((students["epsilon"][0].out / "student" / "fewstep.json").read_text())
+    about = json.loads((Path(students["epsilon"][0].config.out) / "student" / "fewstep.json").read_text())
     assert about["scheduler"] == "EulerDiscreteScheduler"
     assert about["initial_scale"] == pytest.approx(0.9286, abs=1e-4)
     assert about["grid"] == [0.626]
 
 
 def test_a_few_step_student_of_a_flow_moves_by_fresh_noise(students: dict[str, tuple]) -> None:
-    about = json.loads((students["flow"][0].out / "student" / "fewstep.json").read_text())
+    about = json.loads((Path(students["flow"][0].config.out) / "student" / "fewstep.json").read_text())
     assert (about["renoise"], about["steps"]) == ("fresh", 4)
 
 
 def test_an_edm_student_starts_at_its_first_sigma(prompts: str, tmp_path: Path) -> None:
-    run = opened(tiny_pipelines.tiny_edm(), tmp_path, prompts=prompts, steps=1, first_sigma=2.5)
-    run.run()
+    config = configured(tmp_path, prompts=prompts, steps=1, first_sigma=2.5)
+    run = whole_run(config, "sid", tiny_pipelines.tiny_edm()).bench
     sigma = run.sampler.schedule.coefficients(torch.tensor(run.sampler.grid)).sigma
     assert float(sigma[0]) == pytest.approx(2.5, rel=1e-4)
 
@@ -177,7 +177,7 @@ def test_critic_and_teacher_are_guided_by_the_recordings_negative(
     assert tuple(guided.guidance_scale for guided in scales) == kappas
     assert isinstance(method.critic.negative, Conditioning)
     if settings == {"guidance": "zero"}:
-        run.run()
+        whole_run(run.config, "sid", tiny_pipelines.tiny_stable_diffusion())
 
 
 def test_a_guided_critic_needs_a_teacher_with_guidance(tmp_path: Path) -> None:

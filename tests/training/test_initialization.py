@@ -6,8 +6,7 @@ import pytest
 import tiny_pipelines
 import torch
 
-from fewstep.config.run import RunConfig
-from fewstep.networks.make_roles import make_roles
+from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.recording import record
 from fewstep.training.initialization import initialize
 
@@ -19,7 +18,7 @@ def test_a_critic_is_spoken_of_where_there_is_one(tmp_path: Path, names: list[st
     pipeline, init = tiny_pipelines.tiny_ddim(), str(tmp_path / "pipeline")
     pipeline.save_pretrained(init)
     recording = record(pipeline)
-    roles = make_roles(RunConfig(teacher="t", out="o"), recording, tuple(names), torch.device("cpu"))
+    roles = make_roles(RoleSettings(), recording, tuple(names), torch.device("cpu"))
     said: list[str] = []
     initialize(roles, init, recording, said.append)
     assert said == [f"the student starts from {init}{more}"]

@@ -17,8 +17,9 @@ from fewstep.recording import Recording
 from fewstep.training.method import Turn
 
 #: Over how many steps network calls are averaged.
-PERIOD = 200
-_SEARCHED = 100  # steps among which the most costly one is looked for
+PERIOD = 100
+_GOLDEN = (5**0.5 - 1) / 2
+_SEARCHED = 50  # steps, first and last ones, among which the most costly one is looked for
 
 
 class CountedDraws(Draws):
@@ -31,6 +32,15 @@ class CountedDraws(Draws):
     def uniform(self, name: str) -> Tensor:
         self._claim(name)
         return torch.full((len(self.indices),), 0.5, dtype=torch.float64)
+
+
+class _EvenCountedDraws(CountedDraws):
+    """The same where the student's walks end at each of its steps equally often, in every few training steps."""
+
+    def shared_integer(self, name: str, low: int, high: int) -> int:
+        self._claim(name)
+        # Multiples of the golden ratio are spread evenly over the unit interval, and those of every k-th step, too.
+        return low + int(self.step * _GOLDEN % 1.0 * (high - low))
 
 
 class _LongestCountedDraws(CountedDraws, LongestDraws):
@@ -63,7 +73,7 @@ def count_calls(
 
 
 def costliest_step(config: RunConfig, method: str, recording: Recording) -> int:
-    """The step with most network calls, of the first and the last hundred, each with the student's longest walk."""
+    """The step with most network calls, of the first and the last fifty, each with the student's longest walk."""
     last = config.max_steps
     steps = sorted({*range(min(_SEARCHED, last)), *range(max(0, last - _SEARCHED), last)})
     counted = count_calls(config, method, recording, steps, _LongestCountedDraws)
@@ -71,11 +81,11 @@ def costliest_step(config: RunConfig, method: str, recording: Recording) -> int:
 
 
 def mean_calls(config: RunConfig, method: str, recording: Recording) -> dict[str, Calls]:
-    """Network calls of a step, per sample, in the mean over the run's last :data:`PERIOD` steps."""
+    """Network calls of a step, per sample, in the mean over the run's last :data:`PERIOD` steps and all walks."""
     last = config.max_steps
     steps = range(max(0, last - PERIOD), last)
     sums: dict[str, dict[str, float]] = {}
-    for calls in count_calls(config, method, recording, steps).values():
+    for calls in count_calls(config, method, recording, steps, _EvenCountedDraws).values():
         for name, one in calls.items():
             kinds = sums.setdefault(name, dict.fromkeys(vars(one), 0.0))
             for kind, count in vars(one).items():
