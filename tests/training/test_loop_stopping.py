@@ -1,0 +1,89 @@
+"""How the training loop stops, by a gradient or a signal, and which checkpoints it goes on from."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from toys import TinyMethod, make_loop
+
+from fewstep.errors import UserError
+from fewstep.training import checkpoint
+from fewstep.training.distributed import Processes
+from fewstep.training.loop import Interrupted
+from tests.training.loop_runs import Watched, config, run, weights
+
+
+@pytest.mark.parametrize(
+    ("role", "step", "kept"), [("student", 4, 4), ("critic", 4, 4), ("critic", 3, 2), ("critic", 0, 0)]
+)
+def test_a_gradient_that_is_not_finite_stops_the_run_and_spoils_nothing(
+    tmp_path: Path, role: str, step: int, kept: int
+):
+    method = Watched(poison=(role, step), ema=True)
+    loop = make_loop(method, config(tmp_path, max_steps=20, log_steps=7, checkpointing_steps=2, ema_decay=0.9))
+    with pytest.raises(UserError, match=rf"gradient of the {role} was not finite in step {step}\b") as caught:
+        loop.run()
+    assert "\n" not in str(caught.value)
+    assert f"checkpoint of step {kept} kept" in str(caught.value)
+    state, tensors = checkpoint.load_latest(tmp_path / "checkpoints")
+    assert state["step"] == kept
+    assert all(torch.isfinite(value).all() for values in tensors.values() for value in values.values())
+    before = next(before for at, name, before in method.history if (at, name) == (step, role))
+    assert torch.equal(weights(method.roles[role]), before[role])
+    assert all(torch.isfinite(weights(one)).all() for one in method.roles.values())
+
+
+def test_a_stopped_run_can_be_resumed_from_the_kept_checkpoint(tmp_path: Path):
+    whole = TinyMethod()
+    run(tmp_path / "whole", whole)
+    settings = {"checkpointing_steps": 2}
+    with pytest.raises(UserError):
+        run(tmp_path / "stopped", TinyMethod(poison=("critic", 3)), **settings)
+    resumed = TinyMethod()
+    loop = make_loop(resumed, config(tmp_path / "stopped", **settings))
+    loop.resume()
+    loop.run()
+    assert torch.equal(weights(resumed.roles["student"]), weights(whole.roles["student"]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_writes_a_checkpoint_and_gives_the_handlers_back(tmp_path: Path, number: int):
+    class Interrupting(TinyMethod):
+        def turns(self, step, batch):
+            if step == 2:
+                os.kill(os.getpid(), number)
+            yield from super().turns(step, batch)
+
+    handler = signal.getsignal(number)
+    method = Interrupting()
+    with pytest.raises(Interrupted):
+        run(tmp_path, method)
+    assert signal.getsignal(number) is handler
+    state, tensors = checkpoint.load_latest(tmp_path / "checkpoints")
+    assert state["step"] == 3
+    torch.testing.assert_close(tensors["critic"], method.roles["critic"].state_dict(), rtol=0, atol=0)
+
+
+def test_another_methods_checkpoint_is_refused(tmp_path: Path):
+    run(tmp_path, max_steps=1)
+    other = make_loop(TinyMethod(), config(tmp_path), name="other")
+    with pytest.raises(UserError, match="written by tiny, not other"):
+        other.resume()
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path):
+    run(tmp_path, max_steps=1)
+    other = make_loop(TinyMethod(), config(tmp_path))
+    other.processes = Processes(rank=0, count=2)
+    with pytest.raises(UserError, match="written by 1 processes, not 2"):
+        other.resume()
+
+
+def test_weights_of_another_teacher_are_refused_by_name(tmp_path: Path):
+    run(tmp_path, max_steps=1)
+    method = TinyMethod()
+    method.roles["student"].denoiser.network.outer = torch.nn.Linear(5, 6)
+    with pytest.raises(ValueError, match=r"student\.network do not fit"):
+        make_loop(method, config(tmp_path)).resume()
