@@ -1,68 +1,30 @@
-"""Consistency's own class on small real networks: who learns, the boundary, the scheduler's function, closed forms."""
+"""Consistency's own class on small real networks: who learns, the boundary, and the scheduler's function."""
 
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
-from torch import Tensor, nn
-from toys import Labels, TinyNetwork, labels, make_loop, role, unconditional
+from torch import Tensor
+from toys import Labels, labels, make_loop
 
 from fewstep.data.batch import Batch, Real
-from fewstep.diffusion.discretization import EvenTimes, SigmaRange
+from fewstep.diffusion.discretization import SigmaRange
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, from_scheduler
 from fewstep.errors import UserError
-from fewstep.networks.guidance import GuidedDenoiser
-from fewstep.trainers.consistency import Consistency, ConsistencyConfig
+from fewstep.trainers.consistency import Consistency
 from tests.floors import declared
+from tests.trainers.toy_consistency import config, vector_method
 
-GRID = (1.0, 0.75, 0.5, 0.25)
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 TABLE, _ = from_scheduler(LCMScheduler(**SD))
 FAMILIES = [(TABLE, "epsilon"), (TABLE, "v_prediction"), (FlowSchedule(), "flow"), (EDMSchedule(), "edm")]
 every_family = pytest.mark.parametrize(("schedule", "kind"), FAMILIES, ids=["epsilon", "v", "flow", "edm"])
 every_variant = pytest.mark.parametrize("variant", ["lcm", "cd", "ct", "ict", "ect"])
-
-
-def config(out: Path, variant: str = "lcm", **settings) -> ConsistencyConfig:
-    defaults = {"max_steps": 4, "batch_size": 4, "log_steps": 1, "report_to": "none", "lr": 1e-3, "steps": 4}
-    if variant in ("ct", "ict", "ect"):
-        defaults["data"] = "numbers"
-    return ConsistencyConfig(teacher="tiny", out=str(out), variant=variant, **{**defaults, **settings})
-
-
-def vector_method(
-    settings: ConsistencyConfig,
-    schedule: NoiseSchedule | None = None,
-    kind: str = "flow",
-    guidance_scale: float = 1.0,
-    timestep_scaling: float | None = None,
-) -> Consistency:
-    """Consistency over vectors of 6 with labels; the student starts as the teacher."""
-    settings = settings.resolved()
-    schedule = schedule or FlowSchedule()
-    torch.manual_seed(0)
-    first, roles = TinyNetwork(6), {}
-    names = ["teacher", "student", *(["target"] if settings.target_decay != 0 else [])]
-    for name in [*names, *(["ema"] if settings.ema_decay else [])]:
-        network = TinyNetwork(6)
-        network.load_state_dict(first.state_dict())
-        roles[name] = role(name, network, schedule, kind, trainable=name == "student")
-    levels = SigmaRange(schedule)
-    return Consistency(
-        settings,
-        roles,
-        GuidedDenoiser(roles["teacher"], labels([5.0]), guidance_scale),
-        Sampler(schedule, GRID, "fresh", schedule.initial_scale()),
-        settings.make_discretization(levels, 1.0, list(GRID)),
-        settings.make_boundary(levels, timestep_scaling),
-    )
 
 
 class Numbers:
@@ -212,99 +174,6 @@ def test_what_the_stock_schedulers_of_flow_and_edm_make_of_the_networks_answer_i
         raw = edm.student.denoiser.raw(x, t[None], labels([1.0]))
         ours = edm.function(edm.student)(x, t[None], labels([1.0]))
         torch.testing.assert_close(stock.precondition_outputs(x, raw, sigma.float()), ours, rtol=1e-5, atol=1e-6)
-
-
-# --- closed forms -----------------------------------------------------------------------------------------------------
-
-
-class Gaussian(nn.Module):
-    """The exact x0 under flow matching of data of standard deviation S."""
-
-    S = 0.5
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Parameter(torch.zeros((), dtype=torch.float64))  # whose dtype a denoiser asks for
-
-    def forward(self, x: Tensor, timestep: Tensor, label: Tensor | None = None) -> Tensor:
-        t = (timestep / 1000).reshape(-1, 1).to(x.dtype)
-        return self.S**2 * (1 - t) / ((1 - t) ** 2 * self.S**2 + t**2) * x
-
-
-class Gains(nn.Module):
-    """A student that multiplies x_t with a number of its own at each time of a grid."""
-
-    def __init__(self, times: Tensor, gains: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("times", times)
-        self.gains = nn.Parameter(gains.clone())
-
-    def forward(self, x: Tensor, timestep: Tensor, label: Tensor | None = None) -> Tensor:
-        place = (timestep.reshape(-1, 1) / 1000 - self.times).abs().argmin(1)
-        return self.gains[place].reshape(-1, 1).to(x.dtype) * x
-
-
-def closed_form(times: Tensor) -> Tensor:
-    """What f multiplies x_t with at each grid time when it is consistent along the teacher's Euler steps."""
-    gains = [torch.ones((), dtype=torch.float64)]
-    for r, t in pairwise(times):
-        x0 = Gaussian.S**2 * (1 - t) / ((1 - t) ** 2 * Gaussian.S**2 + t**2)
-        gains.append(gains[-1] * ((1 - r) * x0 + r * (1 - (1 - t) * x0) / t))
-    return torch.stack(gains)
-
-
-def gaussian_method(settings: ConsistencyConfig, start: Tensor | None = None) -> Consistency:
-    settings, schedule = settings.resolved(), FlowSchedule()
-    discretization = EvenTimes(SigmaRange(schedule), [settings.intervals + 1])
-    times = discretization.times(0)
-    roles = {"teacher": role("teacher", Gaussian(), schedule, "sample", trainable=False)}
-    for name in ("student", "target"):
-        network = Gains(times, torch.ones_like(times) if start is None else start)
-        roles[name] = role(name, network, schedule, "sample", trainable=name == "student")
-    teacher = GuidedDenoiser(roles["teacher"], None, 1.0)
-    boundary = settings.make_boundary(discretization.levels, None)
-    return Consistency(settings, roles, teacher, Sampler(schedule, GRID, "fresh"), discretization, boundary)
-
-
-def test_the_flow_lcm_of_a_gaussian_teacher_has_its_closed_form_as_a_fixed_point(tmp_path: Path):
-    settings = config(tmp_path, intervals=50, distance="mse")
-    times = gaussian_method(settings).discretization.times(0)
-    method = gaussian_method(settings, closed_form(times))
-    x0, noise = torch.randn(2, 50, 6, dtype=torch.float64)
-    pair = method.discretization.neighbours(times, torch.arange(50))
-    seen = method.compare(x0, noise, pair, unconditional(50))
-    torch.testing.assert_close(seen.f, seen.target, rtol=1e-10, atol=1e-10)
-    gradient = torch.autograd.grad(method.distance(seen).mean(), method.student.parameters())[0]
-    assert gradient.abs().max() < 1e-10
-    # Fifty Euler steps come close to the flow's own map, x_t S / S(t), which at t = 1 is S.
-    assert closed_form(times)[-1].item() == pytest.approx(Gaussian.S, rel=0.04)
-
-
-def test_the_flow_lcm_of_a_gaussian_teacher_comes_to_its_closed_form(tmp_path: Path):
-    settings = config(tmp_path, intervals=6, distance="mse", lr=0.03, max_steps=250, batch_size=32, data="numbers")
-    method = gaussian_method(settings)
-    expected = closed_form(method.discretization.times(0))
-    assert (method.student.denoiser.network.gains - expected).abs().max() > 0.4
-
-    class Real16:
-        def batch(self, seed: int, positions: Sequence[int]) -> Real:
-            return Real(Gaussian.S * Draws(9, 0, positions).normal("x", (16,)), unconditional(len(positions)))
-
-    make_loop(method, settings, (16,), conditions=Labels(None), real=Real16()).run()
-    gains = method.student.denoiser.network.gains[1:]  # at the boundary f is x whatever the network says
-    torch.testing.assert_close(gains.detach(), expected[1:], rtol=0, atol=0.02)
-
-
-def test_a_clean_neighbour_is_where_the_trajectory_ends(tmp_path: Path):
-    """With the same noise that is the real sample; with the teacher's step, what the teacher says."""
-    for solver in ("none", "euler"):
-        method = vector_method(config(tmp_path, "ect", solver=solver))
-        pair = method.discretization.neighbours(torch.zeros(4), stage=0)
-        assert (pair.sigma_r == 0).all()
-        x0, noise = torch.randn(2, 4, 6)
-        seen = method.compare(x0, noise, pair, labels([0, 1, 2, 3]))
-        assert torch.equal(seen.target, seen.x_r)
-        assert torch.equal(seen.target, x0) == (solver == "none")
 
 
 # --- what cannot work -------------------------------------------------------------------------------------------------

@@ -1,42 +1,24 @@
-"""MeanFlow's own class and runs: times, velocities, targets, refusals, and students without this package."""
+"""MeanFlow's own class: times, velocities, targets, costs, and refusals."""
 
-import json
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-import numpy
 import pytest
 import torch
-from diffusers import DiffusionPipeline
-from PIL import Image
-from tiny_pipelines import WAN_CALL, tiny_ddim, tiny_dit, tiny_edm, tiny_flow, tiny_stable_diffusion, tiny_wan
 from torch import Tensor, nn
 from toys import TinyNetwork, labels, role
 
-import fewstep
 from fewstep.data.batch import Batch, Pairs, Real
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.prediction import add_noise
-from fewstep.diffusion.rollout import Sampler, rollout
+from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule
 from fewstep.errors import UserError
-from fewstep.eval.models import student_model
-from fewstep.export.own_code import is_own_code
 from fewstep.networks.flow_map import FlowMapDenoiser, gap
 from fewstep.networks.guidance import GuidedDenoiser
-from fewstep.pipelines.flow_map import flow_times
-from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.planning.call_counts import CallCounter, forward_passes
-from fewstep.programs.workbench import open_workbench
-from fewstep.recording.shake import shaken
 from fewstep.trainers.mean_flow import MeanFlow, MeanFlowConfig
-from tests.end_to_end.test_phased import dense_wan
 from tests.floors import declared
-from tests.whole_runs import whole_run
 
 TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
 SCHEDULES = {"flow": FlowSchedule(), "epsilon": TABLE, "edm": EDMSchedule()}
@@ -76,9 +58,6 @@ def batch(count: int = 8, step: int = 0) -> Batch:
     draws, x0 = Draws(0, step, range(count)), torch.randn(count, 6, generator=torch.Generator().manual_seed(1))
     told = labels([1.0] * count)
     return Batch(count, (6,), told, draws, Real(x0, told), False, Pairs(x0, x0, told))
-
-
-# --- one step ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
@@ -252,190 +231,3 @@ def test_a_step_costs_what_it_declares_and_derivatives_only_where_the_times_diff
 def test_settings_that_cannot_be_meant_are_refused(settings: dict, message: str):
     with pytest.raises(UserError, match=message):
         config(**settings)
-
-
-# --- runs -------------------------------------------------------------------------------------------------------------
-
-RUN = {"steps": 4, "max_steps": 3, "batch_size": 4, "num_pairs": 4, "pair_steps": 2, "apart": 0.75, "lr": 1e-2}
-RUN |= {"sample_steps": 0, "report_to": "none", "cpu": True, "log_steps": 1}
-FLOW_CALL = {"height": 16, "width": 16, "max_sequence_length": 8}
-FAMILIES: dict[str, tuple] = {
-    "flow": (tiny_flow, "transformer", {"call": FLOW_CALL, "ema_decay": 0.5, "gradient_accumulation_steps": 2}),
-    "flow adapters": (tiny_flow, "transformer", {"call": FLOW_CALL, "lora_rank": 2, "gradient_checkpointing": True}),
-    "table": (tiny_stable_diffusion, "unet", {}),
-    "v_prediction": (lambda: tiny_stable_diffusion("v_prediction"), "unet", {"variant": "improved"}),
-    "edm": (tiny_edm, "unet", {"variant": "alpha_flow", "alpha_last_step": 2}),
-    "labels": (tiny_dit, "transformer", {"classes": "0-9", "gradient_checkpointing": True}),
-    "video": (dense_wan, "transformer", {"call": WAN_CALL}),
-}
-STOCK = """
-import json, sys
-sys.modules["fewstep"] = None
-import diffusers, numpy, torch
-torch.set_num_threads(1)
-out, *folders = sys.argv[1:]
-saved = {}
-for folder in folders:
-    about = json.load(open(f"{folder}/fewstep.json"))
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **about["load"], trust_remote_code=True)
-    pipeline.set_progress_bar_config(disable=True)
-    told = {"prompt": {"prompt": "a cat"}, "label": {"class_labels": [3]}, None: {}}[about["conditional"]]
-    last, step = [], pipeline.scheduler.step
-    for count in about["counts"]:
-        kept = []
-        type(pipeline.scheduler).step, original = (
-            lambda self, *a, **k: kept.append(original(self, *a, **k)) or kept[-1]), type(pipeline.scheduler).step
-        type(pipeline.scheduler).step.__signature__ = __import__("inspect").signature(original)
-        call = {**about["call"], **told, "num_inference_steps": count}
-        pipeline(**call, generator=torch.Generator().manual_seed(5))
-        type(pipeline.scheduler).step = original
-        found = kept[-1]
-        saved[f"{folder} {count}"] = (found[0] if isinstance(found, tuple) else found.prev_sample).float().numpy()
-numpy.savez(out, **saved)
-"""
-
-
-class Finished:
-    """A run, its student's folder, and what the trained role makes of one noise at every count."""
-
-    def __init__(self, place: Path, name: str, family: tuple) -> None:
-        builder, network, settings = family
-        pipeline = builder()
-        (place / "prompts.txt").write_text("a cat\na dog\n")
-        told = {} if "classes" in settings else {"prompts": str(place / "prompts.txt")}
-        with shaken(pipeline.components[network]):
-            settings = MeanFlowConfig(teacher=name, out=str(place / name), **{**RUN, **told, **settings})
-            whole = whole_run(settings, "mean_flow", pipeline)
-            self.folder, run = whole.folder, whole.bench
-            self.about = json.loads((self.folder / "fewstep.json").read_text())
-            conditioning = run.conditions.select([3 if name == "labels" else 0])
-            generator = torch.Generator().manual_seed(5)
-            noise = torch.randn(1, *run.recording.sample_shape, generator=generator)
-            self.expected = {}
-            for count in self.about["counts"]:
-                sampler = Sampler(run.sampler.schedule, run.student.plan.grids[count], "ode", run.sampler.initial_scale)
-                with torch.no_grad():
-                    self.expected[count] = rollout(whole.role, sampler, noise, conditioning)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
-    """Every family's student, sampled by one process without this package."""
-    return sampled_elsewhere(tmp_path_factory.mktemp("mean_flow"), FAMILIES)
-
-
-def sampled_elsewhere(place: Path, families: dict[str, tuple]) -> dict[str, Finished]:
-    """A student of each family, and what one process without this package samples from it."""
-    found = {name: Finished(place, name, family) for name, family in families.items()}
-    words = [sys.executable, "-W", "ignore", "-c", STOCK, place / "seen.npz", *(one.folder for one in found.values())]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    with numpy.load(place / "seen.npz") as file:
-        for one in found.values():
-            one.seen = {count: torch.from_numpy(file[f"{one.folder} {count}"]) for count in one.about["counts"]}
-    return found
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_student_samples_without_this_package_as_it_was_trained(finished: dict[str, Finished], name: str):
-    check_sampled(finished[name])
-
-
-@pytest.mark.parametrize("name", ["StableDiffusion3", "Sana", "Wan"])
-def test_so_do_students_of_the_zoo(name: str, zoo: Path, tmp_path: Path, pytestconfig: pytest.Config):
-    if not pytestconfig.option.zoo_given:
-        pytest.skip("one of them takes seconds: give --zoo")
-    call = dict(json.loads((zoo / "manifest.json").read_text())[name]["call"])
-    call.pop("prompt")
-    family = (lambda: DiffusionPipeline.from_pretrained(zoo / name), "transformer", {"call": call})
-    check_sampled(sampled_elsewhere(tmp_path, {name: family})[name])
-
-
-def check_sampled(student: Finished) -> None:
-    """At every count the folder samples what the role does."""
-    assert {1, 2, 4} <= set(student.about["counts"])
-    assert student.about["code"] == "flow_map.py" and student.about["renoise"] == "ode"
-    assert is_own_code(student.folder)
-    for count, expected in student.expected.items():
-        scale = float(expected.abs().max())
-        torch.testing.assert_close(student.seen[count], expected, rtol=1e-3, atol=2e-3 * scale)
-
-
-def test_fewstep_loads_its_own_flow_maps_unasked_and_no_other(finished: dict[str, Finished], tmp_path: Path):
-    student = Path(shutil.copytree(finished["table"].folder, tmp_path / "student"))
-    pipeline = fewstep.load(student)
-    pipeline.set_progress_bar_config(disable=True)
-    image = pipeline("a cat", generator=torch.Generator().manual_seed(0), output_type="np").images
-    assert image.shape == (1, 16, 16, 3)
-    pipeline.save_pretrained(tmp_path / "copy")
-    assert is_own_code(tmp_path / "copy")
-    assert student_model(student).pipeline_class().__name__ == "StableDiffusionPipeline"
-    for code in (student / "flow_map.py", student / "second_time" / "flow_map.py"):
-        text = code.read_text()
-        code.write_text(text + "\nimport os\n")
-        assert not is_own_code(student)
-        with pytest.raises(UserError, match="trust_remote_code"):
-            fewstep.load(student)
-        code.write_text(text)
-    assert is_own_code(student)
-
-
-def test_a_run_goes_on_where_it_stopped(tmp_path: Path):
-    settings = {**RUN, "ema_decay": 0.5, "checkpointing_steps": 1}
-    pipeline = tiny_ddim()
-    folders = [distill(pipeline, "mean_flow", out=str(tmp_path / "whole"), **settings)]
-    distill(pipeline, "mean_flow", out=str(tmp_path / "cut"), **{**settings, "max_steps": 1})
-    folders.append(distill(pipeline, "mean_flow", out=str(tmp_path / "cut"), resume=True, **settings))
-    from safetensors.torch import load_file
-
-    for part in ("unet", "second_time"):
-        whole, cut = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for folder in folders)
-        assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert any(float(value.abs().max()) > 0 for name, value in whole.items() if name.startswith("heads"))
-    # And another run begins with the second time of this one, from its checkpoint or its folder.
-    for number, init in enumerate((tmp_path / "whole", folders[0])):
-        own = {"out": str(tmp_path / f"next_{number}"), "init": str(init), "trust_remote_code": True, **settings}
-        bench = open_workbench(MeanFlowConfig(teacher="tiny", **own), "cpu", pipeline)
-        again = prepare(bench, "mean_flow").roles["student"].added["second_time"]
-        assert bool((again.heads[0].weight != 0).any())
-
-
-def test_a_student_of_real_images_starts_as_its_teacher_and_is_guided_in_training(tmp_path: Path):
-    (tmp_path / "images").mkdir()
-    for k in range(2):
-        Image.new("RGB", (16, 16), (50, 90 * k, 200)).save(tmp_path / "images" / f"{k}.png")
-    rows = [{"file_name": f"{k}.png", "text": f"a {k}"} for k in range(2)]
-    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "prompts.txt").write_text("a cat\n")
-    folder = distill(
-        tiny_stable_diffusion(),
-        "mean_flow",
-        out=str(tmp_path / "run"),
-        data=str(tmp_path / "images"),
-        prompts=str(tmp_path / "prompts.txt"),
-        kappa=0.5,
-        **RUN,
-    )
-    assert (folder / "second_time" / "config.json").is_file()
-
-
-def test_several_networks_that_share_the_time_are_refused_in_one_line(tmp_path: Path):
-    (tmp_path / "prompts.txt").write_text("a cat\n")
-    with pytest.raises(UserError, match="WanPipeline has 2 networks that share the time") as caught:
-        distill(
-            tiny_wan(),
-            "mean_flow",
-            out=str(tmp_path / "run"),
-            prompts=str(tmp_path / "prompts.txt"),
-            call=WAN_CALL,
-            **RUN,
-        )
-    assert "\n" not in str(caught.value)
-
-
-def test_a_step_towards_noise_is_refused():
-    class Backwards:
-        sigmas = torch.tensor([0.2, 0.9, 0.0])
-
-    with pytest.raises(ValueError, match="may not end at a noisier time"):
-        flow_times(Backwards())
