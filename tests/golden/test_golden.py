@@ -6,8 +6,10 @@ a ``*_cases.py`` file here and its line in that file's ``CASES``.
 
 from pathlib import Path
 
-import consistency_cases
+import consistency_model_cases
 import dmd2_cases
+import ect_cases
+import lcm_cases
 import matching_cases
 import mean_flow_cases
 import primitive_cases
@@ -21,7 +23,9 @@ CASES = {
     **dmd2_cases.CASES,
     **matching_cases.CASES,
     **sid_cases.CASES,
-    **consistency_cases.CASES,
+    **consistency_model_cases.CASES,
+    **ect_cases.CASES,
+    **lcm_cases.CASES,
     **rectified_flow_cases.CASES,
     **mean_flow_cases.CASES,
 }
