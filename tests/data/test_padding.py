@@ -20,7 +20,8 @@ from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.recording import Recording, record
 from fewstep.recording.observe import observe
 from fewstep.recording.shake import shaken
-from tests.recording.synthetic import Denoiser, TraitPipeline, Traits, synthetic, synthetic_experts
+from tests.recording.synthetic import TraitPipeline, synthetic, synthetic_experts
+from tests.recording.synthetic_parts import Denoiser, Traits
 
 PROMPTS = ["a cat", "b", "a dog", "a much longer prompt"]
 

@@ -20,7 +20,8 @@ from fewstep.programs import distillation
 from fewstep.programs.methods import method_class
 from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.pipeline import with_parts
-from tests.recording.synthetic import RECORDABLE, SCHEDULERS, Traits, synthetic
+from tests.recording.synthetic import synthetic
+from tests.recording.synthetic_parts import RECORDABLE, SCHEDULERS, Traits
 
 Dmd2Config = method_class("dmd2").Config
 SETTINGS = {

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from synthetic import ExpertPipeline, Traits, synthetic, synthetic_experts
+from synthetic import ExpertPipeline, synthetic, synthetic_experts
 from tiny_pipelines import WAN_CALL, tiny_wan
 from torch import nn
 
 from fewstep.recording import Recording, RecordingError, record
 from fewstep.recording.experts import expert_at
 from fewstep.recording.shake import shaken
+from tests.recording.synthetic_parts import Traits
 from tests.recording.test_refusals import refused
 
 COMPONENTS = ("network", "middle", "low")

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic import Traits, synthetic
+from synthetic import synthetic
 from torch import nn
 
 from fewstep.errors import first_line, one_line
 from fewstep.recording import record
 from fewstep.recording.hooks import hooked
+from tests.recording.synthetic_parts import Traits
 
 
 def test_hooks_see_and_change_a_call_and_are_gone_afterwards() -> None:

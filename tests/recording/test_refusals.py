@@ -23,12 +23,13 @@ from diffusers import (
     StableDiffusionPAGPipeline,
     TCDScheduler,
 )
-from synthetic import TraitPipeline, Traits, synthetic
+from synthetic import TraitPipeline, synthetic
 from tiny_pipelines import tiny_ddim, tiny_dit, tiny_stable_diffusion
 from torch import nn
 
 from fewstep.export import load
 from fewstep.recording import RecordingError, record
+from tests.recording.synthetic_parts import Traits
 
 
 def refused(pipeline: Any, words: str, **call: Any) -> str:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic import FRAMES, RECORDABLE, SCHEDULERS, Traits, TrueGuidancePipeline, synthetic
+from synthetic import TrueGuidancePipeline, synthetic
 from torch import nn
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.recording import Recording, RecordingError, record
+from tests.recording.synthetic_parts import FRAMES, RECORDABLE, SCHEDULERS, Traits
 
 
 def _name(traits: dict[str, Any]) -> str:
