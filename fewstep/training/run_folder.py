@@ -10,6 +10,7 @@ import yaml
 
 from fewstep.config.checks import names_of
 from fewstep.config.run import RunConfig
+from fewstep.data.durable import write_durably
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
 
@@ -38,7 +39,7 @@ def check_folder(out: Path, method: str, config: RunConfig) -> bool:
     if not config.resume:
         raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or choose another folder")
     try:
-        theirs = dict(yaml.safe_load(file.read_text()))
+        theirs = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, TypeError, ValueError) as error:  # unreadable, or YAML that is no table
         raise UserError(f"{file} cannot be read; choose another --out") from error
     if changed := _differences(theirs, _described(method, config), _may_change(config)):
@@ -51,9 +52,7 @@ def check_folder(out: Path, method: str, config: RunConfig) -> bool:
 def write_config(out: Path, method: str, config: RunConfig) -> None:
     """Make ``out`` this run's folder."""
     text = yaml.safe_dump(_described(method, config), sort_keys=False, allow_unicode=True)
-    partial = out / _PARTIAL
-    partial.write_text(text)
-    os.replace(partial, out / _CONFIG)
+    write_durably(out / _CONFIG, lambda path: path.write_text(text, encoding="utf-8"), _PARTIAL)
 
 
 def _described(method: str, config: RunConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from fewstep.conditioning.conditioning import Conditioning, Leaf
 from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.networks.guidance import GuidedDenoiser, guide
+from fewstep.programs.pairs import make_pairs
 from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.shake import shaken
 
@@ -109,6 +110,8 @@ def test_a_teacher_that_does_not_hear_its_condition_is_not_guided(tmp_path: Path
         for settings in ({}, {"guidance_scale": 3.0}):
             with pytest.raises(UserError, match="guidance would change nothing; use --guidance_scale 1"):
                 bench(pipeline, tmp_path, **settings)
+        with pytest.raises(UserError, match="guidance would change nothing; use --guidance_scale 1"):
+            make_pairs(pipeline, out=str(tmp_path / "pairs"), num=2, prompts=str(tmp_path / "prompts.txt"), cpu=True)
         assert bench(pipeline, tmp_path, guidance_scale=1.0).guidance_scale == 1.0
 
 

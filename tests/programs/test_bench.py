@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny_pipelines import tiny_stable_diffusion
+import torch
+from tiny_pipelines import tiny_ddim, tiny_stable_diffusion
 
+import fewstep
 from fewstep.config.run import RunConfig
 from fewstep.programs.methods import method_class, methods
 from fewstep.programs.planning.dry_run import DryRun
+from fewstep.programs.planning.stand_in import stand_in
 from fewstep.programs.teacher import Teacher
 from fewstep.programs.workbench import Workbench, open_workbench
+from fewstep.recording import record
 from fewstep.recording.shake import shaken
 from fewstep.training.method import Bench
 
@@ -29,6 +33,20 @@ class OnlyBench:
         if name not in ASKED:
             raise AssertionError(f"a method asked its bench for {name}, which the protocol does not have")
         return getattr(self._bench, name)
+
+
+def test_a_dry_run_moves_as_the_run_would() -> None:
+    """What follows from the settings given is what it plays, and global random numbers stay where they were."""
+    config = method_class("consistency").Config(**BASE)
+    before = torch.random.get_rng_state()
+    assert DryRun(config, "consistency", stand_in(record(tiny_ddim()))).sampler.renoise == "fresh"
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_lpips_is_left_out_of_a_plan() -> None:
+    """A weightless pipeline has no decoder to ask."""
+    plan = fewstep.plan("fashion-flow", "rectified_flow", perceptual_weight=1.0, batch_size=2)
+    assert plan.calls["student"].to_parameters == 1
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from fewstep.networks.adapters import Backbone, attention_linears
 from fewstep.programs.cache import cache
 from fewstep.programs.distillation import distill
 from fewstep.programs.methods import method_class
+from fewstep.programs.pairs import make_pairs
 from fewstep.programs.planning.plan import Planner
 from fewstep.recording import record
 from fewstep.recording.pipeline import is_quantized, is_quantized_layer
@@ -243,6 +244,8 @@ def test_what_a_quantised_network_cannot_do_is_refused(
     for changes in ({"lora_rank": 0, "lora_alpha": None}, {"full_critic": True}):
         assert "the unet is quantised, so that only adapters can be trained" in refusal(pipeline, **changes)
     assert "its weights in full precision are not at hand" in refusal(pipeline, merge=True)
+    with pytest.raises(UserError, match="the unet is quantised; make pairs of the teacher in full precision"):
+        make_pairs(pipeline, out=str(tmp_path / "pairs"), num=2, prompts=prompts, cpu=True)
     plain = tiny_pipelines.tiny_stable_diffusion()
     monkeypatch.setattr(quantization, "_installed", lambda module: False)
     assert "the unet is loaded already" in refusal(plain, quantization="torchao_int8")

@@ -89,5 +89,5 @@ def mean_calls(config: RunConfig, method: str, recording: Recording) -> dict[str
         for name, one in calls.items():
             kinds = sums.setdefault(name, dict.fromkeys(vars(one), 0.0))
             for kind, count in vars(one).items():
-                kinds[kind] += count / len(steps)
-    return {name: Calls(**kinds) for name, kinds in sums.items()}
+                kinds[kind] += count
+    return {name: Calls(**{kind: n / len(steps) for kind, n in kinds.items()}) for name, kinds in sums.items()}

@@ -64,9 +64,10 @@ class DryRun:
         world: World = nullcontext,
         roles: RoleSettings | None = None,
     ) -> None:
-        self.config, self.method, self.recording = config.resolved(), method, recording
+        config = config.resolved()
+        self.config, self.method, self.recording = config, method, recording
         self.device, self.world = torch.device(device), world
-        self.roles = RoleSettings.of(self.config) if roles is None else roles
+        self.roles = RoleSettings.of(config) if roles is None else roles
         self.scheduler = getattr(recording.pipeline, find_scheduler(recording.pipeline))
         self.shift = config.shift or 1.0
         grid = tuple(even_grid(config.steps).tolist())

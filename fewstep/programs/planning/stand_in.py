@@ -49,7 +49,8 @@ def stand_in(recording: Recording) -> Recording:
         output=OutputRule(-1, stack=False, half_axis=0, permutation=(), shape=(_SIZE,), relation="same"),
         network_dtype="float32",
     )
-    experts = tuple(replace(expert, network=StandIn()) for expert in recording.experts)
+    with torch.random.fork_rng(devices=[]):  # their first weights are nobody else's business
+        experts = tuple(replace(expert, network=StandIn()) for expert in recording.experts)
     told = {name: recording.marked[name] for name in recording.embedded}
     return replace(
         recording,
