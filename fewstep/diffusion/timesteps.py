@@ -7,6 +7,7 @@ random number of a run stays a function of (seed, step, sample, name).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -60,3 +61,14 @@ def even_grid(steps: int, shift: float = 1.0) -> Tensor:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     return shift_time(torch.arange(steps, 0, -1, dtype=torch.float64) / steps, shift)
+
+
+def descends(grid: Sequence[float]) -> bool:
+    """Whether a grid of N times goes from at most 1 to above 0 by steps that a network can tell apart.
+
+    A step shorter than a thousandth of an even one, 0.001/N, does not move the sample: the network would be asked the
+    same again. The last step leads to 0. NaN does not descend.
+    """
+    least = 1e-3 / max(len(grid), 1)
+    steps = zip(grid, (*grid[1:], 0.0), strict=True)
+    return len(grid) > 0 and grid[0] <= 1 + 1e-6 and all(a - b >= least for a, b in steps)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.diffusion.prediction import add_noise, expand, from_x0, noise_from_x0, x0_map
 from fewstep.diffusion.schedule import NoiseSchedule
+from fewstep.diffusion.timesteps import descends
 from fewstep.errors import one_line
 from fewstep.export.errors import ExportError
 from fewstep.export.trace import Trace, TracedStep, replay, trace
@@ -144,13 +145,13 @@ class _Teller:
 
 
 def _times(name: str, steps: list[TracedStep], count: int, schedule: NoiseSchedule) -> list[Tensor]:
-    """The t (B,) of each step; they must be ``count`` and descend."""
+    """The t (B,) of each step; they must be ``count`` and descend, see :func:`fewstep.diffusion.timesteps.descends`."""
     if len(steps) != count:
         raise SchedulerCheckError(f"{name} makes {len(steps)} steps instead of {count}")
     times = [_time(schedule, step.timestep, step.sample) for step in steps]
     grid = [float(t[0]) for t in times]
-    if not all(a > b for a, b in zip((1 + 1e-6, *grid), (*grid, 0.0))):
-        listed = ", ".join(f"{t:.4g}" for t in grid)
+    if not descends(grid):
+        listed = ", ".join(f"{t:.7g}" for t in grid)
         raise SchedulerCheckError(f"{name} visits the times {listed}, which do not descend from 1 to above 0")
     return times
 
@@ -202,6 +203,7 @@ def _check_answers(
     reference: Reference,
 ) -> list[float]:
     """The pipeline's answers against the recipe's at the same input: do the fed values mean the same time?"""
+    _check_told(name, steps, reference.recipe)
     deviations = []
     ends = [step.timestep for step in steps[1:]] + [float(schedule.timestep(torch.zeros(1, dtype=torch.float64)))]
     for index, (step, end) in enumerate(zip(steps, ends)):
@@ -221,6 +223,22 @@ def _check_answers(
         text = f"{name}: {where} does not feed the network what timestep {step.timestep:g} means"
         deviations.append(_demand(step.answer.double().cpu(), own.double().cpu(), tolerance, text))
     return deviations
+
+
+def _check_told(name: str, steps: list[TracedStep], recipe: Recipe) -> None:
+    """The sample has the recorded shape, and no two steps are one time to the network (some round it)."""
+    shape = tuple(steps[0].network_input.shape[1:])
+    if shape != recipe.sample_shape:
+        raise SchedulerCheckError(
+            f"{name} samples {list(shape)}, and the teacher was recorded with {list(recipe.sample_shape)}: the call is "
+            "not the recorded one"
+        )
+    timesteps = torch.tensor([step.timestep for step in steps], dtype=torch.float64)
+    for rule in recipe.times:
+        told = rule.numbers(timesteps).tolist()
+        if rule.source == "timestep" and len(set(told)) < len(told):
+            listed = ", ".join(f"{value:g}" for value in told)
+            raise SchedulerCheckError(f"{name} tells the network the times {listed}, two of which are the same")
 
 
 def _initial_scale(name: str, scheduler: Any, seen: Trace, schedule: NoiseSchedule, t: Tensor) -> float:

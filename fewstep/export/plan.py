@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule, TrigFlowSchedule
+from fewstep.diffusion.timesteps import descends, even_grid
 from fewstep.export.check import Reference, SchedulerCheck, SchedulerCheckError, walk
 from fewstep.export.errors import ExportError
 from fewstep.export.scheduler import Wish, candidates, wanted_grid
+from fewstep.export.teacher_shift import shifts_by_size, teacher_shift
 from fewstep.export.trace import trace
 from fewstep.recording.pipeline import find_scheduler, with_parts
 
@@ -104,8 +106,11 @@ def plan_student(
         first_sigma=first_sigma,
         start=start,
     )
-    config = getattr(recording.pipeline, find_scheduler(recording.pipeline)).config
-    measured = is_flow and shift is None and config.get("use_dynamic_shifting")
+    if is_flow and not descends(even_grid(steps, wish.shift).tolist()):
+        raise ExportError(
+            f"a shift of {wish.shift:.4g} leaves {steps} steps whose times cannot be told apart; state one (--shift)"
+        )
+    measured = shift is None and shifts_by_size(recording)
     origin = ", with the shift that the teacher has at the recorded size" if measured else ""
     call = student_call(recording, steps)
     reference = reference_of(recording, recording.networks)
@@ -126,21 +131,6 @@ def plan_student(
         return found("fresh", "auto chose fresh noise")
     except SchedulerCheckError as error:
         return found("ode", f"auto chose ODE, since fresh noise cannot ship ({error})")
-
-
-def teacher_shift(recording: Recording) -> float:
-    """The k of the teacher's own flow grid at the recorded call, a resolution-dependent one evaluated there."""
-    pipeline = recording.pipeline
-    config = getattr(pipeline, find_scheduler(pipeline)).config
-    if not config.get("use_dynamic_shifting"):
-        return float(config.get("flow_shift") or config.get("shift") or 1.0)
-    arguments = _arguments(recording, recording.invocation.default("num_inference_steps") or 50, dict(recording.off))
-    mu = trace(pipeline, arguments, None).asked.get("mu")
-    if mu is None:
-        raise ExportError(
-            f"{type(pipeline).__name__} shifts its grid by the resolution but passes no mu; state the shift (--shift)"
-        )
-    return float(mu) if config.get("time_shift_type") == "linear" else math.exp(float(mu))
 
 
 def student_call(recording: Recording, steps: int) -> dict[str, Any]:

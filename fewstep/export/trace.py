@@ -66,11 +66,19 @@ class TracedStep:
 
 @dataclass
 class Trace:
-    """A run: its steps, the numbers drawn before the first one, and what the pipeline asked ``set_timesteps`` for."""
+    """A run: what the pipeline asked ``set_timesteps`` for, what it got, and what followed.
+
+    Attributes:
+        steps: in their order.
+        initial_draws: the numbers drawn before the first step.
+        asked: the arguments of ``set_timesteps``.
+        timesteps: what it made of them.
+    """
 
     steps: list[TracedStep] = field(default_factory=list)
     initial_draws: list[Draw] = field(default_factory=list)
     asked: dict[str, Any] = field(default_factory=dict)
+    timesteps: tuple[float, ...] = ()
 
 
 class _Finished(BaseException):
@@ -171,6 +179,7 @@ def _watch_set_timesteps(scheduler: Any, seen: Trace, *, stop: bool) -> None:
     def set_timesteps(*args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
         seen.asked = dict(signature.bind(*args, **kwargs).arguments)
+        seen.timesteps = tuple(float(timestep) for timestep in scheduler.timesteps)
         if stop:
             raise _Finished
 

@@ -33,12 +33,14 @@ class Invocation:
         call: the fixed keyword arguments, prompts and labels apart.
         item: the prompt or label that the recording itself uses.
         parameters: the names that the pipeline's `__call__` takes, with their defaults (`inspect._empty`: required).
+        steps: the teacher's own step count: the caller's, else the pipeline's default; None where neither says one.
     """
 
     conditional: str | None
     call: dict[str, Any]
     item: Any
     parameters: dict[str, Any] = field(repr=False)
+    steps: int | None = None
 
     def arguments(self, items: list[Any], steps: int, **changes: Any) -> dict[str, Any]:
         """The keyword arguments that sample `items` (B prompts or labels; unconditional: only their number counts)."""
@@ -116,10 +118,12 @@ def read_invocation(pipeline: Any, call: dict[str, Any]) -> Invocation:
         for key, value in call.items()
         if key not in (*_IGNORED, *_SUBJECTS, "batch_size") and not key.startswith("callback")
     }
+    steps = call.get("num_inference_steps") or parameters["num_inference_steps"]
+    steps = steps if isinstance(steps, int) else None
     for argument, (conditional, stand_in) in _SUBJECTS.items():
         if argument in parameters:
             item = call.get(argument)
             if isinstance(item, list | tuple):
                 item = item[0] if item else None
-            return Invocation(conditional, rest, stand_in if item is None else item, parameters)
-    return Invocation(None, rest, None, parameters)
+            return Invocation(conditional, rest, stand_in if item is None else item, parameters, steps)
+    return Invocation(None, rest, None, parameters, steps)
