@@ -48,7 +48,13 @@ NARROW = {
     "pipelines": ("torch", "diffusers"),
 }
 #: What people start may print; the library logs.
-PROGRAMS = ("fewstep.cli", "fewstep.eval.fashion", "fewstep.eval.memory", "fewstep.eval.methods")
+PROGRAMS = (
+    "fewstep.cli",
+    "fewstep.eval.benchmark.renew",
+    "fewstep.eval.fashion",
+    "fewstep.eval.memory",
+    "fewstep.eval.methods",
+)
 LONGEST_FILE = 350
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from fewstep.data.durable import write_text_durably
 from fewstep.eval.fashion.idx import Split
 from fewstep.eval.fashion.text import write_old_vocabulary
+from fewstep.eval.fashion.text_encoder_files import write_for_all_readers
 from fewstep.export.folder import written
 from fewstep.fashion.classifier import FashionClassifier
 from fewstep.fashion.files import CLASSIFIER, DATA, MANIFEST, TRAINING_IMAGES, sha256
@@ -64,6 +65,8 @@ def save_pipeline(pipeline: DiffusionPipeline, name: str) -> Path:
             _drop_origin(path)
         for path in unfinished.glob("tokenizer*"):
             write_old_vocabulary(path)
+        for path in unfinished.glob("text_encoder*"):
+            write_for_all_readers(path)
     write_manifest({})
     return folder
 

@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fewstep.errors import UserError
-from fewstep.eval.fashion import idx, loop, text
+from fewstep.eval.fashion import idx, loop, text, text_encoder_files
 
 PLAN = loop.Plan(steps=6, batch_size=4, learning_rate=1e-2, ema_decay=0.9)
 
@@ -116,3 +117,29 @@ def test_the_silent_encoder_says_one_zero_token():
         tokenizer(["a photo of a bag"], padding="max_length", max_length=256, return_tensors="pt").input_ids
     )[0]
     assert tokens.shape == (1, 1, 64) and tokens.abs().max() == 0
+
+
+def test_a_saved_text_encoder_gets_room_for_exporters_and_the_names_of_old_transformers(tmp_path):
+    tokenizer = text.make_tokenizer()
+    for make in (text.make_text_encoder, text.make_projected_text_encoder):
+        folder = tmp_path / make.__name__
+        encoder = make(tokenizer, 16).eval()
+        encoder.save_pretrained(folder)
+        text_encoder_files.write_for_all_readers(folder)
+        again = type(encoder).from_pretrained(folder).eval()
+        assert again.config.max_position_embeddings == 77
+        ids = text.token_ids(tokenizer)
+        with torch.no_grad():
+            assert torch.equal(again(ids)[0], encoder(ids)[0])
+        names = load_file(folder / "model.safetensors").keys()
+        assert all(name.startswith(("text_model.", "text_projection.")) for name in names)
+        written = (folder / "model.safetensors").read_bytes()
+        text_encoder_files.write_for_all_readers(folder)
+        assert (folder / "model.safetensors").read_bytes() == written, "what is in this form stays as it is"
+
+
+def test_an_encoder_of_another_kind_is_left_alone(tmp_path):
+    text.make_silent_encoder(text.make_tokenizer(), 64).save_pretrained(tmp_path)
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    text_encoder_files.write_for_all_readers(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == written
