@@ -236,6 +236,14 @@ def tiny_wan(boundary_ratio: float = 0.875, shift: float = 3.0) -> WanPipeline:
     return _quiet(pipeline)
 
 
+def dense_wan() -> WanPipeline:
+    """Wan with one network, as before 2.2."""
+    pipeline = tiny_wan()
+    pipeline.register_modules(transformer_2=None)
+    pipeline.register_to_config(boundary_ratio=None)
+    return pipeline
+
+
 #: Keyword arguments under which `tiny_wan` is fast.
 WAN_CALL = {"height": 16, "width": 16, "num_frames": 9, "max_sequence_length": 8}
 

@@ -16,7 +16,7 @@ how its terms are normalised: ours are DMD2 where both times are one. f-distill'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -31,6 +31,7 @@ from fewstep.data.batch import Batch, Real
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.renoising import Renoised, Renoiser
 from fewstep.diffusion.rollout import Sampler, draw_sample
+from fewstep.diffusion.schedule import Coefficients
 from fewstep.losses.adversarial import discriminator_loss, generator_loss
 from fewstep.losses.divergence import DivergenceWeight
 from fewstep.losses.score import distribution_matching, score_distillation
@@ -43,6 +44,14 @@ from fewstep.training.method import Bench, Turn
 
 # The critic and the head learn at all times; a flow network's x0 says nothing about its velocity at t = 0 itself.
 _CLEANEST = 1e-3
+
+
+#: A loss () of the critic on the student's x0 (B, ...), and what to log.
+CriticLoss = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
+
+
+def _signal_power(_: Coefficients, at_t: Coefficients) -> Tensor:
+    return at_t.alpha**2
 
 
 class Dmd2:
@@ -66,8 +75,10 @@ class Dmd2:
         self.learnt = Renoiser(sampler.schedule, _CLEANEST, 1.0, shift)
         self.judged = Renoiser(sampler.schedule, _CLEANEST, 1.0)
         self.matching: Matching = self.distribution_matching
+        self.critic_loss: CriticLoss = self.denoising
         if config.swiftbrush:
             self.matching = partial(self.score_distillation, guided_teacher.of(self.critic))
+            self.critic_loss = self.denoising_with_negative
         elif config.decoupled != "none":
             self.matching = DecoupledMatching(
                 guided_teacher,
@@ -119,7 +130,7 @@ class Dmd2:
         x0 = x0.detach()
 
         # 3. The critic: denoise the student's sample at a time of its own (§4.2), and tell real from fake.
-        loss, log = self.denoising(x0, batch)
+        loss, log = self.critic_loss(x0, batch)
         pieces = [(loss, None)]
         if self.tap is not None:
             fake = self.logits(self.judged(x0, batch.draws, "fake"), batch)
@@ -151,12 +162,13 @@ class Dmd2:
 
     def denoising(self, x0: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic's loss () on the student's ``x0`` (B, ...), and what to log."""
-        emphasis = None
-        if self.config.swiftbrush:  # a critic that is guided has to know the negative too
-            emphasis = lambda _, at_t: at_t.alpha**2  # noqa: E731
-            if self.teacher.negative is not None and batch.draws.shared_integer("critic_drop", 0, 10) == 0:
-                batch = replace(batch, conditioning=self.teacher.negative.select([0] * batch.size))
-        return critic_denoising(self.critic, self.roles["teacher"], x0, batch, self.learnt, emphasis)
+        return critic_denoising(self.critic, self.roles["teacher"], x0, batch, self.learnt)
+
+    def denoising_with_negative(self, x0: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """SwiftBrush's critic: weighted by alpha^2, and told the negative in a tenth of the steps, as it is guided."""
+        if self.teacher.negative is not None and batch.draws.shared_integer("critic_drop", 0, 10) == 0:
+            batch = replace(batch, conditioning=self.teacher.negative.select([0] * batch.size))
+        return critic_denoising(self.critic, self.roles["teacher"], x0, batch, self.learnt, _signal_power)
 
     def logits(self, seen: Renoised, of: Batch | Real) -> Tensor:
         """The critic's head (B,) on noised samples, each use at times of its own (diffusion GAN)."""

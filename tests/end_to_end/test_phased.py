@@ -2,17 +2,14 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny_pipelines import WAN_CALL, tiny_flow, tiny_stable_diffusion, tiny_wan
+from tiny_pipelines import WAN_CALL, dense_wan, tiny_flow, tiny_stable_diffusion, tiny_wan
 
 import fewstep
 from fewstep.cli import main
@@ -26,35 +23,12 @@ from fewstep.programs.distillation import prepare, run
 from fewstep.programs.methods import method_class
 from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.shake import shaken
+from tests.stock_process import Sampled, sample_stock
 from tests.whole_runs import whole_run
 
 RUN = {"steps": 4, "max_steps": 4, "phase_steps": 2, "critic_updates": 1, "batch_size": 2, "log_steps": 1, "lr": 1e-2}
 RUN |= {"report_to": "none", "cpu": True, "sample_steps": 0}
 FLOW_CALL = {"height": 16, "width": 16, "max_sequence_length": 8}
-# Runs with only stock diffusers; latents at every count, and which networks gave them.
-STOCK = """
-import json, sys
-sys.modules["fewstep"] = None
-import diffusers, numpy, torch
-torch.set_num_threads(1)
-out, *folders = sys.argv[1:]
-saved = {}
-for folder in folders:
-    about = json.load(open(f"{folder}/fewstep.json"))
-    trust = {"trust_remote_code": True} if "code" in about else {}
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **about["load"], **trust)
-    pipeline.set_progress_bar_config(disable=True)
-    calls = []
-    for name in about["experts"]:
-        getattr(pipeline, name).register_forward_hook(lambda *_, name=name: calls.append(name))
-    for count in about["counts"]:
-        calls.clear()
-        call = {**about["call"], "prompt": "a cat", "num_inference_steps": count, "output_type": "latent"}
-        result = pipeline(**call, generator=torch.Generator().manual_seed(5))
-        saved[f"{folder} {count}"] = (result.frames if hasattr(result, "frames") else result.images).float().numpy()
-        saved[f"{folder} {count} calls"] = numpy.array(calls)
-numpy.savez(out, **saved)
-"""
 
 
 def save(pipeline: Any, folder: Path, *networks: str) -> Path:
@@ -63,14 +37,6 @@ def save(pipeline: Any, folder: Path, *networks: str) -> Path:
         pipeline.save_pretrained(folder)
     (folder.parent / "prompts.txt").write_text("a cat\na small dog\n", encoding="utf-8")
     return folder
-
-
-def dense_wan() -> Any:
-    """Wan with one network, as before 2.2."""
-    pipeline = tiny_wan()
-    pipeline.register_modules(transformer_2=None)
-    pipeline.register_to_config(boundary_ratio=None)
-    return pipeline
 
 
 def configured(teacher: Path, out: Path, **settings: Any) -> Any:
@@ -85,7 +51,7 @@ class Student:
     folder: Path
     about: dict[str, Any]
     expected: torch.Tensor
-    seen: dict[str, numpy.ndarray] = field(default_factory=dict)
+    sampled: Sampled = field(default_factory=Sampled)
 
 
 def finished(place: Path, name: str, pipeline: Any, networks: tuple[str, ...], **settings: Any) -> Student:
@@ -112,26 +78,22 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Student]:
         # A step lies on the boundary itself, where the stock pipeline still calls the first network: it moves.
         "moved wan": finished(place, "moved", tiny_wan(), both, call=WAN_CALL, shift=7.0, **lora),
     }
-    sample_stock(place / "seen.npz", *found.values())
+    folders = [student.folder for student in found.values()]
+    for student, sampled in zip(found.values(), sample_stock(place / "sampled.npz", *folders), strict=True):
+        student.sampled = sampled
     return found
 
 
-def sample_stock(out: Path, *students: Student) -> None:
-    """Sample students in one process without fewstep."""
-    command = [sys.executable, "-W", "ignore", "-c", STOCK, out, *(student.folder for student in students)]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    with numpy.load(out) as file:
-        for student in students:
-            prefix = f"{student.folder} "
-            student.seen = {key.removeprefix(prefix): file[key] for key in file if key.startswith(prefix)}
+def check_sampled(student: Student, sampled: Sampled) -> None:
+    """In all its steps the folder samples what the role does."""
+    expected = student.expected
+    torch.testing.assert_close(sampled.latents[4], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["epsilon", "flow", "dense wan", "moved wan"])
 def test_stock_diffusers_samples_what_was_trained(students: dict[str, Student], name: str) -> None:
     student = students[name]
-    ours, theirs = student.expected, torch.from_numpy(student.seen["4"])
-    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4 * float(ours.abs().max()))
+    check_sampled(student, student.sampled)
     assert student.about["counts"] == [2, 4]  # one step would leap over the end of the first phase
 
 
@@ -139,8 +101,8 @@ def test_stock_diffusers_samples_what_was_trained(students: dict[str, Student], 
 def test_any_pipeline_gets_room_for_a_second_network(students: dict[str, Student], name: str, network: str) -> None:
     student = students[name]
     assert student.about["code"] == "phased.py"
-    assert student.seen["2 calls"].tolist() == [network, f"{network}_2"]
-    assert student.seen["4 calls"].tolist() == [network] * 2 + [f"{network}_2"] * 2
+    assert student.sampled.called[2] == [network, f"{network}_2"]
+    assert student.sampled.called[4] == [network] * 2 + [f"{network}_2"] * 2
     assert "trust_remote_code=True" in (student.folder / "README.md").read_text()
 
 
@@ -150,7 +112,7 @@ def test_wans_own_pipeline_has_room_already(students: dict[str, Student], name: 
     loaded = DiffusionPipeline.load_config(student.folder)
     assert (loaded["_class_name"], "code" in student.about) == ("WanPipeline", False)
     assert loaded["boundary_ratio"] == pytest.approx((0.875 + 21 / 22) / 2)  # between a step at 0.9545 and one at 0.875
-    assert student.seen["4 calls"].tolist() == ["transformer"] * 2 + ["transformer_2"] * 2
+    assert student.sampled.called[4] == ["transformer"] * 2 + ["transformer_2"] * 2
 
 
 @pytest.mark.parametrize(("family", "network"), [("StableDiffusion", "unet"), ("Sana", "transformer")])
@@ -163,9 +125,8 @@ def test_pipelines_of_the_folder_become_students_of_two_experts(
     call = {name: value for name, value in told.items() if name not in ("prompt", "guidance_scale")}
     pipeline = DiffusionPipeline.from_pretrained(zoo / family)
     student = finished(tmp_path, family, pipeline, (network,), call=call, guidance_scale=told["guidance_scale"])
-    sample_stock(tmp_path / "seen.npz", student)
-    ours, theirs = student.expected, torch.from_numpy(student.seen["4"])
-    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4 * float(ours.abs().max()))
+    (sampled,) = sample_stock(tmp_path / "sampled.npz", student.folder)
+    check_sampled(student, sampled)
 
 
 def test_where_the_boundary_stays_a_lora_of_each_network_is_enough(tmp_path: Path) -> None:

@@ -113,3 +113,15 @@ def test_fresh_noise_walks_too(traits: dict[str, Any], start: Callable[..., Work
             check_student(run.recording, pipeline, run.student.plan.call, "fresh", count).grid
             == run.student.plan.grids[count]
         )
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 2, "merge": True}, {"lora_rank": 2}], ids=str)
+def test_a_student_that_cannot_be_written_is_refused_before_it_is_trained(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Stock diffusers does not have this class, and its network takes no LoRA: adapters would be exported merged."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    words = {**SETTINGS, "out": str(tmp_path / "run"), "prompts": str(tmp_path / "prompts.txt"), **settings}
+    with pytest.raises(UserError, match="which stock diffusers does not have: its student cannot be written"):
+        distillation.run(Dmd2Config(**words), "dmd2", synthetic(Traits()))
+    assert not any((tmp_path / "run").iterdir())

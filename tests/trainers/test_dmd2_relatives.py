@@ -252,7 +252,7 @@ def test_swiftbrushs_critic_hears_the_negative_in_a_tenth_of_its_updates(tmp_pat
     for step in range(200):
         given = batch(step)
         given.conditioning = labels([1.0] * 4)
-        one.denoising(torch.randn(4, 6), given)
+        one.critic_loss(torch.randn(4, 6), given)
     assert 8 <= heard[True] <= 35
 
 

@@ -2,16 +2,22 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tiny_pipelines import WAN_CALL, tiny_ddim, tiny_dit, tiny_edm, tiny_flow, tiny_stable_diffusion, tiny_wan
+from tiny_pipelines import (
+    WAN_CALL,
+    dense_wan,
+    tiny_ddim,
+    tiny_dit,
+    tiny_edm,
+    tiny_flow,
+    tiny_stable_diffusion,
+    tiny_wan,
+)
 
 import fewstep
 from fewstep.diffusion.rollout import Sampler, rollout
@@ -23,7 +29,7 @@ from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.workbench import open_workbench
 from fewstep.recording.shake import shaken
 from fewstep.trainers.mean_flow import MeanFlowConfig
-from tests.end_to_end.test_phased import dense_wan
+from tests.stock_process import Sampled, sample_stock
 from tests.whole_runs import whole_run
 
 RUN = {"steps": 4, "max_steps": 3, "batch_size": 4, "num_pairs": 4, "pair_steps": 2, "apart": 0.75, "lr": 1e-2}
@@ -38,31 +44,6 @@ FAMILIES: dict[str, tuple] = {
     "labels": (tiny_dit, "transformer", {"classes": "0-9", "gradient_checkpointing": True}),
     "video": (dense_wan, "transformer", {"call": WAN_CALL}),
 }
-STOCK = """
-import json, sys
-sys.modules["fewstep"] = None
-import diffusers, numpy, torch
-torch.set_num_threads(1)
-out, *folders = sys.argv[1:]
-saved = {}
-for folder in folders:
-    about = json.load(open(f"{folder}/fewstep.json"))
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **about["load"], trust_remote_code=True)
-    pipeline.set_progress_bar_config(disable=True)
-    told = {"prompt": {"prompt": "a cat"}, "label": {"class_labels": [3]}, None: {}}[about["conditional"]]
-    last, step = [], pipeline.scheduler.step
-    for count in about["counts"]:
-        kept = []
-        type(pipeline.scheduler).step, original = (
-            lambda self, *a, **k: kept.append(original(self, *a, **k)) or kept[-1]), type(pipeline.scheduler).step
-        type(pipeline.scheduler).step.__signature__ = __import__("inspect").signature(original)
-        call = {**about["call"], **told, "num_inference_steps": count}
-        pipeline(**call, generator=torch.Generator().manual_seed(5))
-        type(pipeline.scheduler).step = original
-        found = kept[-1]
-        saved[f"{folder} {count}"] = (found[0] if isinstance(found, tuple) else found.prev_sample).float().numpy()
-numpy.savez(out, **saved)
-"""
 
 
 class Finished:
@@ -73,6 +54,7 @@ class Finished:
         pipeline = builder()
         (place / "prompts.txt").write_text("a cat\na dog\n")
         told = {} if "classes" in settings else {"prompts": str(place / "prompts.txt")}
+        self.sampled = Sampled()
         with shaken(pipeline.components[network]):
             settings = MeanFlowConfig(teacher=name, out=str(place / name), **{**RUN, **told, **settings})
             whole = whole_run(settings, "mean_flow", pipeline)
@@ -97,12 +79,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
 def sampled_elsewhere(place: Path, families: dict[str, tuple]) -> dict[str, Finished]:
     """A student of each family, and what one process without this package samples from it."""
     found = {name: Finished(place, name, family) for name, family in families.items()}
-    words = [sys.executable, "-W", "ignore", "-c", STOCK, place / "seen.npz", *(one.folder for one in found.values())]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    with numpy.load(place / "seen.npz") as file:
-        for one in found.values():
-            one.seen = {count: torch.from_numpy(file[f"{one.folder} {count}"]) for count in one.about["counts"]}
+    folders = [one.folder for one in found.values()]
+    for one, sampled in zip(found.values(), sample_stock(place / "sampled.npz", *folders), strict=True):
+        one.sampled = sampled
     return found
 
 
@@ -128,7 +107,7 @@ def check_sampled(student: Finished) -> None:
     assert is_own_code(student.folder)
     for count, expected in student.expected.items():
         scale = float(expected.abs().max())
-        torch.testing.assert_close(student.seen[count], expected, rtol=1e-3, atol=2e-3 * scale)
+        torch.testing.assert_close(student.sampled.latents[count], expected, rtol=1e-3, atol=2e-3 * scale)
 
 
 def test_fewstep_loads_its_own_flow_maps_unasked_and_no_other(finished: dict[str, Finished], tmp_path: Path):
