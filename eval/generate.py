@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from fewstep.errors import UserError
 from fewstep.recording.invocation import SUBJECT_ARGUMENTS
 from fewstep.recording.pipeline import find_scheduler, modules_of
+from fewstep.recording.plain_call import as_taken
 
 
 class NonFiniteImagesError(UserError):
@@ -206,7 +207,7 @@ def run_pipeline(
     Raises NonFiniteImagesError when the result holds NaN or infinity, UserError when the pipeline refuses the call.
     """
     generators = [sample_generator(seed, index) for index in indices]
-    arguments = dict(call)
+    arguments = as_taken(type(pipeline), call)  # a call comes from a file or a command line, where tuples are lists
     for name, value in call.items():
         # One text for all samples becomes one a sample: several pipelines do not broadcast a negative prompt.
         if isinstance(value, str) and name.startswith(("negative_prompt", "prompt_")):

@@ -7,12 +7,14 @@ import inspect
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from fewstep.export.errors import ExportError
+from fewstep.recording.plain_call import as_taken
 
 FILE = "fewstep.json"
 
@@ -67,14 +69,20 @@ def _download(repository: str, name: str, fetching: dict[str, Any]) -> Path:
         raise ExportError(f"there is no folder {repository}, nor can the hub give it ({reason})") from error
 
 
+def call_of(stock: type[DiffusionPipeline], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The call in a student's ``fewstep.json`` as its pipeline takes it, with tuples where JSON has lists."""
+    return as_taken(stock, about["call"])
+
+
 def student_class(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type[DiffusionPipeline]:
     """A subclass of ``stock`` that fills in the call, under its name, so that what it saves names the stock class."""
     signature = inspect.signature(stock.__call__)
+    own = call_of(stock, about)
 
     @functools.wraps(stock.__call__)
     def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(self, *args, **kwargs).arguments
-        missing = {name: value for name, value in about["call"].items() if name not in given}
+        missing = {name: value for name, value in own.items() if name not in given}
         count, counts = given.get("num_inference_steps"), about.get("counts")
         if count is not None and counts and count not in counts:
             held = ", ".join(map(str, counts))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.durable import write_text_durably
+from fewstep.export.about import call_of
 from fewstep.export.apply import lora_files
 from fewstep.recording.pipeline import find_scheduler
 
@@ -85,7 +86,8 @@ def snippet(about: Mapping[str, Any], pipeline: Any) -> str:
     """Stock diffusers code that samples the student right."""
     name, pick = _output(pipeline)
     subject = _subject(about)
-    arguments = ([subject] if subject else []) + [f"{key}={value!r}" for key, value in about["call"].items()]
+    call = call_of(type(pipeline), about)
+    arguments = ([subject] if subject else []) + [f"{key}={value!r}" for key, value in call.items()]
     lora = "lora" in about
     used = ", ".join(sorted(["DiffusionPipeline", *([about["scheduler"]] if lora else [])]))
     lines = ["import torch", f"from diffusers import {used}", "", _stock(about)]

@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep.export.about import write_about
+from fewstep.export.about import call_of, read_about, write_about
 from fewstep.export.apply import LORA_FILE, lora_files, ship
 from fewstep.export.card import write_card
 from fewstep.export.errors import ExportError
@@ -201,7 +201,7 @@ def verify_lora(
         for path, layer in layers.items():
             if not _holds(layer, adapter, path):
                 raise ExportError(f"the exported LoRA is not what was trained, in {component}.{path}")
-    check_counts(recording, pipeline, plan)
+    check_counts(recording, pipeline, plan, call_of(type(pipeline), read_about(folder)))
 
 
 def _holds(layer: LoraLayer, adapter: Adapter, path: str) -> bool:

@@ -154,5 +154,5 @@ class Student:
     def _checked(self) -> Student:
         """This student, once its pipeline, untrained, was seen to walk at every count that is planned."""
         scheduler = {find_scheduler(self.teacher.pipeline): self.plan.scheduler}
-        check_counts(self.recording, with_parts(self.recording.pipeline, **scheduler), self.plan)
+        check_counts(self.recording, with_parts(self.recording.pipeline, **scheduler), self.plan, self.plan.call)
         return self

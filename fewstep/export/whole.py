@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from fewstep.errors import one_line
-from fewstep.export.about import write_about
+from fewstep.export.about import call_of, read_about, write_about
 from fewstep.export.card import write_card
 from fewstep.export.check import Reference
 from fewstep.export.errors import ExportError
@@ -107,13 +107,25 @@ def verify_student(recording: Recording, networks: dict[str, nn.Module], plan: S
         raise ExportError(f"the exported student does not load: {one_line(error)}") from error
     for name, network in networks.items():
         getattr(pipeline, name).to(next(network.parameters()).device)
-    check_counts(recording, pipeline, plan, reference_of(recording, networks))
+    shipped = call_of(type(pipeline), read_about(folder))
+    check_counts(recording, pipeline, plan, shipped, reference_of(recording, networks))
 
 
 def check_counts(
-    recording: Recording, pipeline: DiffusionPipeline, plan: StudentPlan, reference: Reference | None = None
+    recording: Recording,
+    pipeline: DiffusionPipeline,
+    plan: StudentPlan,
+    call: dict[str, Any],
+    reference: Reference | None = None,
 ) -> None:
     """Check a loaded student at every count of its plan; at the planned one its answers are the reference's, if given.
+
+    Args:
+        recording: of the pipeline that the student is.
+        pipeline: with the student's networks and scheduler.
+        plan: of the student.
+        call: that samples it; of a written student the one in its folder.
+        reference: see :func:`reference_of`.
 
     Raises:
         ExportError: a walk differs from the plan.
@@ -121,7 +133,7 @@ def check_counts(
     for count in plan.counts:
         # Every count's scheduler is walked; the weights are the same at all of them and are compared at one.
         compared = reference if count == plan.steps else None
-        found = check_student(recording, pipeline, plan.call, plan.renoise, count, compared)
+        found = check_student(recording, pipeline, call, plan.renoise, count, compared)
         if found.grid != plan.grids[count]:
             raise ExportError(
                 f"the exported student visits {found.grid} at {count} steps and was planned for {plan.grids[count]}"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.plain_call import plain_call
 
 # The arguments that name the samples of a call, in diffusers' own words, and what is recorded when none is given.
 _SUBJECTS: dict[str, tuple[Literal["prompt", "label"], Any]] = {
@@ -30,7 +31,7 @@ class Invocation:
 
     Attributes:
         conditional: "prompt", "label" or None (an unconditional pipeline).
-        call: the fixed keyword arguments, prompts and labels apart.
+        call: the fixed keyword arguments, prompts and labels apart, as JSON gives them back.
         item: the prompt or label that the recording itself uses.
         parameters: the names that the pipeline's `__call__` takes, with their defaults (`inspect._empty`: required).
         steps: the teacher's own step count: the caller's, else the pipeline's default; None where neither says one.
@@ -120,6 +121,7 @@ def read_invocation(pipeline: Any, call: dict[str, Any]) -> Invocation:
     }
     steps = call.get("num_inference_steps") or parameters["num_inference_steps"]
     steps = steps if isinstance(steps, int) else None
+    rest = plain_call(type(pipeline), rest)
     for argument, (conditional, stand_in) in _SUBJECTS.items():
         if argument in parameters:
             item = call.get(argument)
