@@ -96,6 +96,7 @@ def switch_off(subject: Subject) -> tuple[Subject, str]:
     attempts: list[dict[str, Any]] = [{}]
     attempts += [{name: off} for name in scales for off in (1.0, 0.0)]
     failure: RecordingError | None = None
+    single: Step | None = None
     for changes in attempts:
         try:
             seen = subject.run(_STEPS, changes=changes, steps=1)
@@ -107,19 +108,36 @@ def switch_off(subject: Subject) -> tuple[Subject, str]:
         component = step.calls[-1].component
         if unguided_step(step, component):
             return replace(subject, off=changes), component
+        if single is None and _answers_once(step, component):
+            single = step
+    if single is not None:
+        fit_sample(single.calls[-1].component, [single])  # raises, and says what is wrong with the sample
     if failure is not None:
         raise failure
-    if sum(call.component == component for call in step.calls) == 1 and step.network_input.shape[0] == 1:
-        fit_sample(component, [step])  # raises, and says what is wrong with the sample
     raise RecordingError(
         f"{subject} calls {component} for more than one answer per step whatever its guidance scale "
         f"({', '.join(scales) or 'it has none'}); this cannot be recorded"
     )
 
 
+def _answers_once(step: Step, component: str) -> bool:
+    """Whether a step at one sample asks its network for one answer, wherever the sample went."""
+    outputs = [call.output for call in step.calls if call.component == component]
+    return len(outputs) == 1 and _answered(outputs[0]) == 1 == step.network_input.shape[0]
+
+
+def _answered(output: Any) -> int:
+    """For how many samples a network answered."""
+    if isinstance(output, list) or not isinstance(output, dict | tuple):
+        return len(output)
+    return _answered(next(iter(output.values())) if isinstance(output, dict) else output[0])
+
+
 def first_step(subject: Subject, steps: list[Step]) -> Step:
     """The first step, checked to hold a network call."""
-    if not steps or not steps[0].calls:
+    if not steps:
+        raise RecordingError(f"{subject} made no step of its scheduler, so there is nothing to distil")
+    if not steps[0].calls:
         raise RecordingError(
             f"{subject} called none of its networks before scheduler.step: it has no denoiser to distil"
         )

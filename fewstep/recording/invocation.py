@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.pictures import refuse_pictures
 from fewstep.recording.plain_call import plain_call
 
 # The arguments that name the samples of a call, in diffusers' own words, and what is recorded when none is given.
@@ -91,12 +92,6 @@ def read_invocation(pipeline: Any, call: dict[str, Any]) -> Invocation:
     for key in ("timesteps", "sigmas", "latents"):
         if call.get(key) is not None:
             raise RecordingError(f"the recorder chooses {key} itself; remove {key} from the call of {name}")
-    for key, value in call.items():
-        if "image" in key and value is not None and not isinstance(value, int | float | str | bool | dict):
-            raise RecordingError(
-                f"{name} was given {key}: image-conditioned, editing and ControlNet pipelines cannot be distilled yet; "
-                "record the text-to-image pipeline of the same model"
-            )
     for key in [key for key in call if key.endswith(SCALES)]:
         if call[key] is None:
             call = {name: value for name, value in call.items() if name != key}  # as if it had not been given
@@ -107,13 +102,6 @@ def read_invocation(pipeline: Any, call: dict[str, Any]) -> Invocation:
             raise RecordingError(f"the recorder samples once per prompt; remove {key} from the call of {name}")
     if "num_inference_steps" not in parameters:
         raise RecordingError(f"{name} takes no num_inference_steps, so it has no steps to distil")
-    required = {key for key, default in parameters.items() if default is inspect.Parameter.empty}
-    images = sorted(key for key in required - set(call) if "image" in key or "video" in key or "mask" in key)
-    if images:
-        raise RecordingError(
-            f"{name} requires {', '.join(images)}: image-conditioned, editing and ControlNet pipelines cannot be "
-            "distilled yet; record the text-to-image pipeline of the same model"
-        )
     rest = {
         key: value
         for key, value in call.items()
@@ -121,6 +109,7 @@ def read_invocation(pipeline: Any, call: dict[str, Any]) -> Invocation:
     }
     steps = call.get("num_inference_steps") or parameters["num_inference_steps"]
     steps = steps if isinstance(steps, int) else None
+    refuse_pictures(pipeline, rest)
     rest = plain_call(type(pipeline), rest)
     for argument, (conditional, stand_in) in _SUBJECTS.items():
         if argument in parameters:

@@ -60,10 +60,11 @@ class Observation:
     """What one run showed.
 
     `pending`: the calls that no `scheduler.step` followed; `last_output`: what a stubbed component returned last;
-    `result`: the pipeline's output.
+    `result`: the pipeline's output; `timesteps`: the scheduler's, all that it set for this run, at the first step.
     """
 
     steps: list[Step] = field(default_factory=list)
+    timesteps: Tensor | None = None
     pending: list[NetworkCall] = field(default_factory=list)
     last_output: Any = None
     decoder_input: Tensor | None = None

@@ -21,6 +21,7 @@ from fewstep.recording.capture import capture, capture_changes, scrambled
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.hooks import hooked
 from fewstep.recording.observation import NetworkCall, Observation, Step, Stop, Stub
+from fewstep.recording.pictures import advice
 from fewstep.recording.pipeline import evaluating, find_decoder, find_scheduler, modules_of
 from fewstep.recording.scheduler_watch import feed_times, watch_scheduler
 
@@ -101,12 +102,9 @@ def _run(pipeline: Any, arguments: dict[str, Any], seen: Observation) -> None:
     except RecordingError:
         raise
     except Exception as error:
-        hint = ""
-        if any("image" in key and key not in arguments for key in inspect.signature(pipeline.__call__).parameters):
-            hint = " (a pipeline that needs an image, a mask or a control cannot be distilled yet)"
         raise RecordingError(
-            f"{type(pipeline).__name__} failed under the recorder: {type(error).__name__}: {one_line(error)[:300]}"
-            f"{hint}; check the arguments of the call"
+            f"{type(pipeline).__name__} failed under the recorder: {type(error).__name__}: {one_line(error)[:300]}; "
+            f"{advice(pipeline, arguments, error)}"
         ) from error
 
 

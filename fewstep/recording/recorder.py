@@ -17,7 +17,7 @@ from fewstep.recording.find_experts import check_alike, find_experts, find_visit
 from fewstep.recording.fit import fit_output, fit_sample, fit_times
 from fewstep.recording.guided import embedded_paths, record_guided, switch_off, unguided_step
 from fewstep.recording.invocation import read_invocation
-from fewstep.recording.observation import Step, Stub
+from fewstep.recording.observation import Observation, Step, Stub
 from fewstep.recording.pipeline import find_scheduler, modules_of
 from fewstep.recording.recipe import Recipe, TimeRule, dtype_name, network_dtype
 from fewstep.recording.recording import Recording
@@ -110,7 +110,9 @@ def _unguided_runs(
     subject: Subject, component: str, schedule: NoiseSchedule
 ) -> tuple[list[list[Step]], tuple[Expert, ...]]:
     """The steps of the short and the long run, checked to hold one network call each, and the networks called."""
-    short = subject.run(SHORT, steps=SHORT).steps
+    seen = subject.run(SHORT, steps=SHORT)
+    _refuse_late_start(subject, seen)
+    short = seen.steps
     names = loop_components(subject, component, short)
     output = short[0].calls[-1].output
     long = subject.run(LONG, steps=LONG, stub=Stub(names, output, _LIVE)).steps
@@ -193,6 +195,20 @@ def _check_loop(subject: Subject, experts: tuple[Expert, ...], steps: list[Step]
                 f"{subject} does not call {component} exactly once in every step with guidance off; it cannot be "
                 "recorded"
             )
+
+
+def _refuse_late_start(subject: Subject, seen: Observation) -> None:
+    """Raise for a pipeline that leaves out its scheduler's first steps, so that it starts from more than noise."""
+    if seen.timesteps is None or not seen.steps:
+        return
+    times = seen.timesteps.double().flatten()
+    skipped = int((times - seen.steps[0].timestep).abs().argmin())
+    if skipped:
+        raise RecordingError(
+            f"{subject} starts at timestep {seen.steps[0].timestep:g}, {skipped} of {len(times)} steps after the first "
+            f"of its scheduler ({float(times[0]):g}): it does not start from noise alone, and only such walks can be "
+            "distilled; leave out of the call what shortens it"
+        )
 
 
 def _check_walk(pipeline: Any, schedule: NoiseSchedule, steps: list[Step]) -> None:

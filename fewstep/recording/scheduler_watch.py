@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fewstep.recording.capture import capture
+from fewstep.recording.errors import RecordingError
 from fewstep.recording.observation import NetworkCall, Observation, Step, Stop
 
 
@@ -31,6 +32,11 @@ def watch_scheduler(
         model_output, timestep, sample = (
             bound.get(key, values[i]) for i, key in enumerate(("model_output", "timestep", "sample"))
         )
+        if bound.get("per_token_timesteps") is not None:
+            raise RecordingError(
+                f"the pipeline hands its {type(scheduler).__name__} a time for every token of a sample; only walks "
+                "with one time for a whole sample can be distilled"
+            )
         record = Step(
             calls=list(seen.pending),
             model_output=capture(model_output),
@@ -41,6 +47,8 @@ def watch_scheduler(
         )
         seen.pending.clear()
         scaled.clear()
+        if not seen.steps:
+            seen.timesteps = capture(getattr(scheduler, "timesteps", None))
         seen.steps.append(record)
         if x0:
             record.x0 = _own_x0(scheduler, bound)

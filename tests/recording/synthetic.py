@@ -75,8 +75,9 @@ class TraitPipeline(DiffusionPipeline):
         self._set_timesteps(num_inference_steps)
         x = torch.randn(batch, *self._shape(), generator=generator).to(self.network.enter.weight.dtype)
         x = x * getattr(scheduler, "init_noise_sigma", 1.0)
-        for i, t in enumerate(scheduler.timesteps):
-            following = scheduler.timesteps[i + 1] if i + 1 < len(scheduler.timesteps) else torch.zeros(())
+        times = self._times()
+        for i, t in enumerate(times):
+            following = times[i + 1] if i + 1 < len(times) else torch.zeros(())
             given = scheduler.scale_model_input(x, t) if traits.scaled else x
             answers = self._answers(given, t, following, told)
             answer = answers[0]
@@ -114,6 +115,9 @@ class TraitPipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / count, count).tolist(), mu=0.7)
         else:
             self.scheduler.set_timesteps(count)
+
+    def _times(self) -> Tensor:
+        return self.scheduler.timesteps
 
     def _scale(self, w: float, t: Tensor) -> float:
         return w

@@ -1,0 +1,106 @@
+"""Pictures, masks and videos in a pipeline's call: a teacher that is told any cannot be distilled yet, and is refused.
+
+What an argument takes is read from its type, and only where that says nothing from its name. What was given is looked
+at, too: a picture may come under any name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import PIL.Image
+from torch import Tensor
+
+from fewstep.recording.errors import RecordingError
+from fewstep.recording.pipeline import modules_of
+from fewstep.recording.plain_call import argument_hints
+
+_NOT_YET = (
+    "teachers that are told a picture, a mask or a video (image to image, editing, inpainting, ControlNet, image or "
+    "video to video) cannot be distilled yet; if its network also works from the prompt alone, record the pipeline for "
+    "that"
+)
+_WORDS = frozenset({"image", "images", "video", "videos", "mask"})
+# Masks of texts, and counts and limits of pictures.
+_OTHER_WORDS = frozenset({"prompt", "attention", "text", "num", "max"})
+
+
+def refuse_pictures(pipeline: Any, call: Mapping[str, Any]) -> None:
+    """Raise for a call with a picture in it, and for a pipeline that cannot be called without one.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        call: keyword arguments of its call, prompts and labels apart.
+
+    Raises:
+        RecordingError: it says which argument, and that such teachers cannot be distilled yet.
+    """
+    name = type(pipeline).__name__
+    takes = picture_arguments(type(pipeline))
+    given = [key for key, value in call.items() if _holds_picture(value) or (key in takes and not _is_number(value))]
+    if given:
+        raise RecordingError(f"{name} was given {', '.join(given)}: {_NOT_YET}")
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    required = [key for key in takes if parameters[key].default is inspect.Parameter.empty]
+    if required:
+        raise RecordingError(f"{name} requires {', '.join(required)}: {_NOT_YET}")
+    adapted = [part for part, module in modules_of(pipeline).items() if getattr(module, "encoder_hid_proj", None)]
+    if adapted and any(key.startswith("ip_adapter") for key in takes):
+        raise RecordingError(
+            f"the {adapted[0]} of {name} has an IP-Adapter, which needs a picture in every call: {_NOT_YET} "
+            "(unload_ip_adapter)"
+        )
+
+
+def picture_arguments(pipeline_class: type) -> list[str]:
+    """The arguments of a pipeline's call that take pictures, masks or videos, or what is made of them."""
+    hints = argument_hints(pipeline_class)
+    return [name for name, hint in hints.items() if _takes_picture(name, hint)]
+
+
+def advice(pipeline: Any, arguments: Mapping[str, Any], error: Exception) -> str:
+    """What to do about a call that failed: a package, or a picture that it may need, may be all that it lacks."""
+    if isinstance(error, NameError | ImportError) and error.name:
+        return f"install {error.name}, which this pipeline uses"
+    check = "check the arguments of the call"
+    # Every pipeline of some families takes an adapter's picture, and none needs it without the adapter.
+    wanting = [key for key in picture_arguments(type(pipeline)) if "ip_adapter" not in key and key not in arguments]
+    return check if not wanting else f"if it is for want of {', '.join(wanting)}: {_NOT_YET}; else {check}"
+
+
+def _takes_picture(name: str, hint: Any) -> bool:
+    if name.startswith("prompt"):
+        return False
+    if _mentions(hint, PIL.Image.Image):
+        return True
+    words = set(name.split("_"))
+    named = bool(words & _WORDS) and not words & _OTHER_WORDS
+    return named and (
+        hint in (Any, inspect.Parameter.empty, type(None)) or _mentions(hint, Tensor, np.ndarray, str, list)
+    )
+
+
+def _mentions(hint: Any, *kinds: type) -> bool:
+    """Whether a type is one of these, or holds one as a part, as a member of a union or as a field."""
+    if isinstance(hint, type) and issubclass(hint, kinds):
+        return True
+    parts = get_args(hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        parts = tuple(get_type_hints(hint).values())
+    return any(_mentions(part, *kinds) for part in parts)
+
+
+def _holds_picture(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_holds_picture(child) for child in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return any(_holds_picture(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return isinstance(value, PIL.Image.Image)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
