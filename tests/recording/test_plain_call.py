@@ -71,6 +71,7 @@ class _Style(enum.StrEnum):
 def test_numbers_of_other_libraries_become_plain_ones(given: Any, plain: Any) -> None:
     found = plain_call(_Unresolved, {"unstated": given})["unstated"]
     assert found == plain and type(found) is type(plain)
+    assert plain_call(_Unresolved, {"unstated": {"scale": [given]}})["unstated"] == {"scale": [plain]}
 
 
 @pytest.mark.parametrize(
