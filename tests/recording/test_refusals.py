@@ -51,7 +51,9 @@ def test_pipelines_that_need_an_image(kind: type) -> None:
 
 def test_pipelines_that_are_given_an_image() -> None:
     pipeline = StableDiffusionImg2ImgPipeline(**_parts(tiny_stable_diffusion()))
-    refused(pipeline, "was given image: teachers that are told a picture", prompt="the cat", image=torch.zeros(1, 3, 16, 16))
+    refused(
+        pipeline, "was given image: teachers that are told a picture", prompt="the cat", image=torch.zeros(1, 3, 16, 16)
+    )
 
 
 def test_control_networks() -> None:
