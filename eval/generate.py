@@ -4,7 +4,7 @@ Three things make a sample a function of (base seed, index) alone:
 
 - its own CPU generator, seeded by a hash of the two, draws its initial noise;
 - the same generator draws the fresh noise of stochastic schedulers, also under the many pipelines that do not hand
-  their generators on to ``scheduler.step`` (`per_sample_noise`);
+  their generators on to ``scheduler.step`` (`step_noise_from`);
 - its prompt or label is a function of the index (`SampleConditions`).
 
 So results do not change with the batch size, up to kernel rounding. The network evaluations are counted, not declared:
@@ -12,12 +12,11 @@ the denoisers of a pipeline are the networks that it is seen to call before its 
 """
 
 import contextlib
-import functools
 import hashlib
 import inspect
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fewstep.errors import UserError
+from fewstep.export.step_noise import step_noise_from, step_replaced
 from fewstep.recording.invocation import SUBJECT_ARGUMENTS
 from fewstep.recording.pipeline import find_scheduler, modules_of
 from fewstep.recording.plain_call import as_taken
@@ -93,47 +93,6 @@ def check_call(pipeline: Any, call: Mapping[str, Any]) -> None:
         raise UserError(f"{type(pipeline).__name__} takes no argument {', '.join(unknown)}")
 
 
-@contextlib.contextmanager
-def per_sample_noise(pipeline: Any, generators: Sequence[torch.Generator]) -> Iterator[None]:
-    """While active, ``scheduler.step`` draws from `generators` (one per sample) where the pipeline passes none.
-
-    Flux, SD3, Wan, DiT and many others call ``scheduler.step`` without a generator, and fresh noise then comes from the
-    global one, shared by the whole batch. Schedulers whose step takes no generator are left alone.
-    """
-    scheduler = getattr(pipeline, find_scheduler(pipeline))
-    inner = scheduler.step
-    signature = inspect.signature(inner)
-    if "generator" not in signature.parameters:
-        yield
-        return
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        if bound.arguments.get("generator") is None:
-            rows = len(bound.arguments["sample"])
-            # DiT steps its guidance-doubled batch: row k belongs to sample k modulo the batch size.
-            bound.arguments["generator"] = [generators[row % len(generators)] for row in range(rows)]
-        return inner(*bound.args, **bound.kwargs)
-
-    with _step_replaced(scheduler, step):
-        yield
-
-
-@contextlib.contextmanager
-def _step_replaced(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:
-    """While active, `step` stands in for ``scheduler.step``."""
-    before = vars(scheduler).get("step")
-    # wraps() keeps the signature visible: pipelines inspect it to decide which arguments they pass.
-    scheduler.step = functools.wraps(scheduler.step)(step)
-    try:
-        yield
-    finally:
-        if before is None:
-            del scheduler.step
-        else:
-            scheduler.step = before
-
-
 @dataclass
 class NetworkCalls:
     """What a pipeline was seen to call: rows by network, and the networks that were the last before a scheduler's step.
@@ -174,7 +133,7 @@ def count_evaluations(pipeline: Any) -> Iterator[NetworkCalls]:
     with contextlib.ExitStack() as stack:
         for network in dict.fromkeys(modules_of(pipeline).values()):
             stack.callback(network.register_forward_hook(note).remove)
-        stack.enter_context(_step_replaced(scheduler, step))
+        stack.enter_context(step_replaced(scheduler, step))
         yield seen
 
 
@@ -221,7 +180,7 @@ def run_pipeline(
         torch.no_grad(),
         _quiet(pipeline),
         _own_global_rng(seed),
-        per_sample_noise(pipeline, generators),
+        step_noise_from(pipeline, generators),
         count_evaluations(pipeline) as seen,
     ):
         started = time.perf_counter()

@@ -6,14 +6,15 @@ import functools
 import inspect
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from fewstep.export.counts import heed_count
 from fewstep.export.errors import ExportError
+from fewstep.export.step_noise import step_noise_from
 from fewstep.recording.plain_call import as_taken
 
 FILE = "fewstep.json"
@@ -83,11 +84,9 @@ def student_class(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type
     def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(self, *args, **kwargs).arguments
         missing = {name: value for name, value in own.items() if name not in given}
-        count, counts = given.get("num_inference_steps"), about.get("counts")
-        if count is not None and counts and count not in counts:
-            held = ", ".join(map(str, counts))
-            warnings.warn(f"this student samples right at {held} steps, not at {count}", stacklevel=2)
-        return stock.__call__(self, *args, **kwargs, **missing)
+        heed_count(self, about, given)
+        with step_noise_from(self, given.get("generator") if about["renoise"] == "fresh" else None):
+            return stock.__call__(self, *args, **kwargs, **missing)
 
     def save_pretrained(self: DiffusionPipeline, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         stock.save_pretrained(self, save_directory, *args, **kwargs)

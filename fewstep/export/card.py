@@ -12,6 +12,7 @@ from typing import Any
 from fewstep.data.durable import write_text_durably
 from fewstep.export.about import call_of
 from fewstep.export.apply import lora_files
+from fewstep.export.card_sampling import generator_lines, impossible_counts, samplers, seeds
 from fewstep.recording.pipeline import find_scheduler
 
 #: Stands in a card for the place that its student is loaded from.
@@ -47,8 +48,10 @@ def write_card(
         "fills them in:\n\n"
         f"```python\n{_loading(about)}\n"
         f"{_output(pipeline)[0]} = pipe({_subject(about)}){_output(pipeline)[1]}\n```",
-        f"## Steps\n\n{_grids(about)}",
-        f"## Seeds\n\n{_seeds(about)}",
+        "\n\n".join(
+            filter(None, ["## Steps", _grids(about), impossible_counts(about, pipeline), samplers(about, pipeline)])
+        ),
+        f"## Seeds\n\n{seeds(about, pipeline)}",
     ]
     if about["guidance_range"]:
         low, high = about["guidance_range"]
@@ -91,13 +94,14 @@ def snippet(about: Mapping[str, Any], pipeline: Any) -> str:
     lora = "lora" in about
     used = ", ".join(sorted(["DiffusionPipeline", *([about["scheduler"]] if lora else [])]))
     lines = ["import torch", f"from diffusers import {used}", "", _stock(about)]
+    if about["noise_follows"] == "global seed":
+        lines = ["import functools", "", *lines]
     if lora:
         lines += _loaders(about, pipeline)
         source = f'{PLACEHOLDER}, subfolder="scheduler"'
         lines.append(f"pipe.{find_scheduler(pipeline)} = {about['scheduler']}.from_pretrained({source})")
-    if about["noise_follows"] == "global seed":
-        lines.append("torch.manual_seed(1)  # the noise between the steps")
-    arguments.append("generator=torch.Generator().manual_seed(0)")
+    lines += generator_lines(about, pipeline)
+    arguments.append("generator=generator")
     lines += [f"{name} = pipe(", *(f"    {argument}," for argument in arguments), f"){pick}"]
     return "\n".join(lines)
 
@@ -221,20 +225,6 @@ def _grids(about: Mapping[str, Any]) -> str:
         "wrong or were not tried."
     )
     return "\n".join(rows)
-
-
-def _seeds(about: Mapping[str, Any]) -> str:
-    if about["renoise"] == "ode":
-        return "No noise is drawn between the steps: the image depends on the initial noise alone, so on `generator`."
-    if about["noise_follows"] is None:
-        return "One step draws no noise after the initial one: the image depends on `generator` alone."
-    if about["noise_follows"] == "generator":
-        return "Fresh noise is drawn between the steps, from `generator`: one seed gives one image."
-    return (
-        "Fresh noise is drawn between the steps. This pipeline does not pass `generator` on to its scheduler, so that "
-        "noise follows torch's global seed (`torch.manual_seed`), and `generator` alone does not make an image "
-        "reproducible. Do not use one number for both: equal seeds redraw the initial noise."
-    )
 
 
 def _table(metrics: Mapping[str, Any]) -> str:

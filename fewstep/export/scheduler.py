@@ -137,7 +137,10 @@ def _table(wish: Wish, schedule: TableSchedule) -> Iterator[Any]:
         # Its first sample is sigma_max * noise where its x is x_t / alpha: x_t = sigma * noise.
         yield EulerDiscreteScheduler(timestep_spacing="trailing", **common)
     elif wish.renoise == "fresh":
-        yield LCMScheduler(original_inference_steps=wish.steps, **common)
+        # It reads neither in making its grid, but a scheduler that a user makes of its config does (``from_config``):
+        # with them the usual ones land on this grid.
+        swapped = {"timestep_spacing": "trailing", "clip_sample": False}
+        yield LCMScheduler(original_inference_steps=wish.steps, **swapped, **common)
     else:
         yield DDIMScheduler(timestep_spacing="trailing", clip_sample=False, **common)
         # DDIM computes the time it goes to from the step's length, which is off by one where the count does not divide

@@ -13,10 +13,10 @@ from fewstep.eval.generate import (
     NonFiniteImagesError,
     SampleConditions,
     generate,
-    per_sample_noise,
     sample_generator,
     to_uint8,
 )
+from fewstep.export.step_noise import step_noise_from
 from fewstep.recording.invocation import condition_kind
 from fewstep.recording.pipeline import modules_of
 
@@ -118,7 +118,7 @@ def test_evaluations_that_cannot_be_seen_are_not_called_none():
 def test_the_scheduler_is_put_back_and_keeps_its_signature(scheduler):
     pipeline = tiny_dit(scheduler())
     before = inspect.signature(pipeline.scheduler.step)
-    with pytest.raises(RuntimeError, match="stop"), per_sample_noise(pipeline, [sample_generator(0, 0)]):
+    with pytest.raises(RuntimeError, match="stop"), step_noise_from(pipeline, [sample_generator(0, 0)]):
         assert "step" in vars(pipeline.scheduler)
         assert inspect.signature(pipeline.scheduler.step) == before
         raise RuntimeError("stop")
@@ -132,7 +132,7 @@ def test_a_generator_that_the_pipeline_passes_is_left_alone():
 
     def step(own=None, forwarded=None):
         scheduler.set_timesteps(4)
-        with per_sample_noise(pipeline, [own or sample_generator(0, 1)]):
+        with step_noise_from(pipeline, [own or sample_generator(0, 1)]):
             return scheduler.step(x, 999, x, generator=forwarded, return_dict=False)[0]
 
     assert torch.equal(step(forwarded=[sample_generator(0, 2)]), step(own=sample_generator(0, 2)))
