@@ -44,22 +44,21 @@ class Model:
     def load(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The pipeline, loaded with stock diffusers; a pipeline given as an object is returned where it is.
 
-        Raises UserError when diffusers cannot load the folder.
+        Raises UserError when diffusers cannot load the folder, or its files do not hold the weights of its networks.
         """
         if self.pipeline is not None:
             return self.pipeline
         # Inside: importing the pipeline classes takes seconds that `fewstep --help` should not pay.
-        from diffusers import DiffusionPipeline
-
         from fewstep.export.load import load
         from fewstep.export.own_code import is_own_code
+        from fewstep.teachers.weights import load_pipeline
 
         place = self._place()
         if self.base is not None:
             return load(place, base=self.base, dtype=dtype).to(device)
         try:
             own = {"trust_remote_code": True} if is_own_code(place) else {}
-            pipeline = DiffusionPipeline.from_pretrained(place, dtype=dtype, **own)
+            pipeline = load_pipeline(place, dtype=dtype, **own)
         except (OSError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"diffusers cannot load {place}: {_first_line(error)}") from error
         return pipeline.to(device)
@@ -95,7 +94,7 @@ class Model:
     @property
     def embedded(self) -> str | None:
         """The embedded teacher that it is or was distilled from; None for any other, whatever its folder is called."""
-        from fewstep.teachers.loading import embedded_name
+        from fewstep.teachers.names import embedded_name
 
         return None if self.base_model is None else embedded_name(self.base_model)
 
@@ -186,7 +185,7 @@ def teacher_model(teacher: str | Path, call: Mapping[str, Any] | None = None, st
     was distilled from; any other one with its pipeline's defaults. Raises UserError with one line when there is none.
     """
     from fewstep import fashion
-    from fewstep.teachers.loading import embedded_name, same_teacher, teacher_folder
+    from fewstep.teachers.names import embedded_name, same_teacher, teacher_folder
 
     text = str(teacher)
     given = _without_steps(call or {})

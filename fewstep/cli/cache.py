@@ -12,7 +12,10 @@ from fewstep.programs.cache import cache
 def run(words: Sequence[str]) -> None:
     """Encode prompts or labels into a folder for ``fewstep distill --cache``."""
     parser = Parser(prog="fewstep cache", description="Encode prompts or labels once, for fewstep distill --cache.")
-    parser.add_argument("--teacher", type=str, required=True, help="folder, hub id, fashion-sd or fashion-flow")
+    parser.add_argument("--teacher", type=str, required=True, help="folder, file, hub id, or an embedded name")
+    parser.add_argument("--revision", type=str | None, default=None, help="branch, tag or commit of a hub id")
+    parser.add_argument("--subfolder", type=str | None, default=None, help="where in it the pipeline lies")
+    parser.add_argument("--variant", type=str | None, default=None, help="of the weights, such as fp16")
     parser.add_argument("--call", type=dict[str, Any] | None, default=None, help="JSON for its call, as in the run")
     parser.add_argument("--prompts", type=str | None, default=None, help="UTF-8 file, one a line")
     parser.add_argument("--classes", type=str | None, default=None, help="labels such as 0-9")

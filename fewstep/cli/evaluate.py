@@ -9,7 +9,7 @@ from typing import Any
 from fewstep.config.parsing import Parser, parse, step_counts
 from fewstep.data.conditions import read_classes, read_prompts
 from fewstep.eval.evaluate import evaluate
-from fewstep.teachers.loading import embedded_name
+from fewstep.teachers.names import embedded_name
 
 
 def run(words: Sequence[str]) -> None:

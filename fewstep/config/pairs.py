@@ -15,7 +15,11 @@ class PairsConfig(Settings):
     """Noise-sample pairs of a teacher's ODE.
 
     Args:
-        teacher: folder or hub id of a diffusers pipeline, or an embedded teacher (fashion-sd, fashion-flow).
+        teacher: folder, single .safetensors file or hub id of a diffusers pipeline, or an embedded teacher (fashion-sd,
+            fashion-flow).
+        revision: branch, tag or commit of a hub id; default its main branch.
+        subfolder: where in a folder or repository the pipeline lies.
+        variant: of the weights, such as fp16; default the plain ones, or where there are none the only variant.
         out: folder for the pairs.
         num: how many; with --data default all images.
         prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers.
@@ -42,6 +46,9 @@ class PairsConfig(Settings):
 
     teacher: str
     out: str
+    revision: str | None = None
+    subfolder: str | None = None
+    variant: str | None = None
     num: int | None = None
     prompts: str | None = None
     classes: str | None = None

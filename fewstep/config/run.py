@@ -24,7 +24,11 @@ class RunConfig(Settings):
     one that was not given is said by :meth:`resolved`, which is what a run reads, and what it writes down.
 
     Args:
-        teacher: folder or hub id of a diffusers pipeline, or an embedded teacher (fashion-sd, fashion-flow).
+        teacher: folder, single .safetensors file or hub id of a diffusers pipeline, or an embedded teacher (fashion-sd,
+            fashion-flow).
+        revision: branch, tag or commit of a hub id; default its main branch.
+        subfolder: where in a folder or repository the pipeline lies.
+        variant: of the weights, such as fp16; default the plain ones, or where there are none the only variant.
         out: folder for the student, checkpoints, samples and logs.
         steps: number of network calls the student makes per sample.
         prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers.
@@ -76,6 +80,9 @@ class RunConfig(Settings):
 
     teacher: str = setting("source")
     out: str = setting("machine")
+    revision: str | None = setting("source", None)
+    subfolder: str | None = setting("source", None)
+    variant: str | None = setting("source", None)
     steps: int = 4
     prompts: str | None = setting("source", None)
     classes: str | None = None

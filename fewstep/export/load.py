@@ -18,7 +18,8 @@ from fewstep.export.about import read_about, student_class
 from fewstep.export.apply import apply
 from fewstep.export.errors import ExportError
 from fewstep.export.own_code import is_own_code
-from fewstep.teachers.loading import teacher_folder
+from fewstep.teachers.names import teacher_folder
+from fewstep.teachers.weights import load_pipeline
 
 # The words of from_pretrained that also decide where and how a single file is fetched.
 _FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -36,8 +37,9 @@ def load(student: str | Path, base: str | Path | None = None, **from_pretrained:
         An instance of a subclass of the stock pipeline class. Arguments that are given win over ``fewstep.json``.
 
     Raises:
-        ExportError: no such folder or hub repository, not a pipeline, not a student, a LoRA without its base,
-            or one with code that is not this package's own and that ``trust_remote_code=True`` did not allow.
+        ExportError: no such folder or hub repository, not a pipeline, not a student, files that do not hold the weights
+            of its networks, a LoRA without its base, or one with code that is not this package's own and that
+            ``trust_remote_code=True`` did not allow.
     """
     fetching = {key: value for key, value in from_pretrained.items() if key in _FETCHING}
     about = read_about(student, **fetching)
@@ -49,7 +51,7 @@ def load(student: str | Path, base: str | Path | None = None, **from_pretrained:
     words = {key: value for key, value in from_pretrained.items() if not (is_lora and key == "revision")}
     own = {"trust_remote_code": True} if not is_lora and is_own_code(student) else {}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, **{**about.get("load", {}), **own, **words})
+        pipeline = load_pipeline(source, **{**about.get("load", {}), **own, **words})
     except (OSError, ValueError) as error:
         raise ExportError(f"{source} does not load: {one_line(error)}") from error
     if is_lora:

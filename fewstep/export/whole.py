@@ -22,8 +22,9 @@ from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
 from fewstep.export.plan import StudentPlan, check_student, reference_of
 from fewstep.recording.pipeline import find_scheduler, with_parts
-from fewstep.teachers import loading
+from fewstep.teachers import names
 from fewstep.teachers.license import teacher_license_of
+from fewstep.teachers.weights import load_pipeline
 from fewstep.version import __version__
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def verify_student(recording: Recording, networks: dict[str, nn.Module], plan: S
     try:
         # What code there is in the folder was put there a moment ago, by this process.
         trusted = {"trust_remote_code": True} if hasattr(recording.pipeline, "code_file") else {}
-        pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=recording.dtype, **shared, **trusted)
+        pipeline = load_pipeline(folder, dtype=recording.dtype, **shared, **trusted)
     except (OSError, ValueError, TypeError) as error:
         raise ExportError(f"the exported student does not load: {one_line(error)}") from error
     for name, network in networks.items():
@@ -205,7 +206,7 @@ def about_student(
     """The content of ``fewstep.json``; arguments as in :func:`export_student`."""
     return {
         "method": method,
-        "base_model": loading.base_model(base_model),
+        "base_model": names.base_model(base_model),
         **({} if teacher_lora is None else {"teacher_lora": teacher_lora.name}),
         "conditional": recording.conditional,
         "call": plan.call,

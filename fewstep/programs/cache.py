@@ -27,6 +27,9 @@ def cache(
     classes: str | Sequence[int] | None = None,
     call: dict[str, Any] | None = None,
     teacher_lora: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
     shard_size: int = 1000,
     resume: bool = False,
     cpu: bool = False,
@@ -37,12 +40,15 @@ def cache(
     Killed at any moment, it goes on with ``resume``: what a finished shard holds is not encoded again.
 
     Args:
-        teacher: folder, hub id, embedded name, or a loaded pipeline.
+        teacher: folder, single .safetensors file, hub id, embedded name, or a loaded pipeline.
         out: folder of the cache.
         prompts: for a text-conditioned teacher: a UTF-8 file with one prompt a line, or the prompts themselves.
         classes: for a class-conditional one: labels such as ``"0-9"``, or the labels themselves.
         call: further keyword arguments of the teacher's pipeline, the same as of the runs that shall read the cache.
         teacher_lora: as of the runs; only one that changes a text encoder makes another cache.
+        revision: branch, tag or commit of a hub id.
+        subfolder: where in a folder or repository the pipeline lies.
+        variant: of the weights, such as fp16; default the plain ones, or where there are none the only variant.
         shard_size: items in one file.
         resume: go on with a cache that is not complete.
         cpu: encode on the CPU even where there is a GPU.
@@ -65,7 +71,15 @@ def cache(
         raise UserError("fewstep cache encodes in one process: start it without accelerate launch or torchrun")
     pipeline = teacher if isinstance(teacher, DiffusionPipeline) else None
     name = str(teacher) if pipeline is None else name_of(pipeline)
-    settings = TeacherSettings(teacher=name, call=call, teacher_lora=teacher_lora, trust_remote_code=trust_remote_code)
+    settings = TeacherSettings(
+        teacher=name,
+        revision=revision,
+        subfolder=subfolder,
+        variant=variant,
+        call=call,
+        teacher_lora=teacher_lora,
+        trust_remote_code=trust_remote_code,
+    )
     recording = open_teacher(settings, launch.device, pipeline).recording
     items = check_items(recording, texts, labels)
     if not items:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +20,10 @@ from fewstep.errors import UserError
 from fewstep.networks.response import refuse_unresponsive
 from fewstep.recording import Recording, record
 from fewstep.recording.pipeline import is_quantized
-from fewstep.teachers.loading import embedded_name, load_teacher
+from fewstep.teachers.loading import load_teacher
 from fewstep.teachers.lora import FusedLora, fuse_teacher_lora, with_own_weights
+from fewstep.teachers.names import embedded_name
+from fewstep.teachers.source import Source, find_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,9 @@ class TeacherSettings:
     """Which teacher, and what it is recorded with; :class:`fewstep.config.run.RunConfig` documents the fields."""
 
     teacher: str
+    revision: str | None = None
+    subfolder: str | None = None
+    variant: str | None = None
     call: dict[str, Any] | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
@@ -40,6 +46,15 @@ class TeacherSettings:
     def of(cls, settings: Any) -> TeacherSettings:
         """Those among the settings of a program."""
         return cls(**{f.name: getattr(settings, f.name) for f in fields(cls) if hasattr(settings, f.name)})
+
+    @cached_property
+    def source(self) -> Source:
+        """The files that the teacher is loaded from.
+
+        Raises:
+            UserError: there are none, or not as the settings say.
+        """
+        return find_source(self.teacher, revision=self.revision, subfolder=self.subfolder, variant=self.variant)
 
     @property
     def recorded_call(self) -> dict[str, Any]:
@@ -64,6 +79,7 @@ class TeacherSettings:
         return load_teacher(
             self.teacher,
             self.trust_remote_code,
+            source=self.source,
             dtype=torch.bfloat16 if half else torch.float32,
             quantization=self.quantization if quantized else None,
             **(parts or {}),
@@ -79,6 +95,7 @@ class Teacher:
         recording: of its pipeline.
         guidance_scale: the w of neg + w (pos - neg) that it is asked with, or one for each expert that shares the time.
         lora: what was fused into it.
+        source: the files that it was loaded from; None where it was in memory.
         reload: gives its pipeline once more, when it is told the parts that are there; None where that is not possible.
     """
 
@@ -86,6 +103,7 @@ class Teacher:
     recording: Recording
     guidance_scale: float | TimedScale
     lora: FusedLora | None = None
+    source: Source | None = None
     reload: Callable[[dict[str, Any]], DiffusionPipeline] | None = field(default=None, repr=False)
 
     def refuse_next_time(self, what: str) -> None:
@@ -118,7 +136,8 @@ def open_teacher(
     recording.prove()
     # Where a LoRA is in a text encoder, what lies in the teacher's folder is another one.
     again = None if given or (lora is not None and lora.in_text) else settings.load
-    return Teacher(settings, recording, guidance_of(settings, recording), lora, again)
+    source = None if given else settings.source
+    return Teacher(settings, recording, guidance_of(settings, recording), lora, source, again)
 
 
 def guidance_of(settings: TeacherSettings, recording: Recording) -> float | TimedScale:

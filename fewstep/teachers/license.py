@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from yaml import YAMLError
 
-from fewstep.teachers.loading import embedded_name, teacher_folder
+from fewstep.teachers.names import embedded_name, teacher_folder
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fewstep.errors import UserError, first_line, one_line
+from fewstep.teachers.names import called
 
 _ADAPTER = "teacher"
 #: The name that diffusers gives to a LoRA's file.
@@ -80,7 +81,7 @@ def fuse_teacher_lora(pipeline: DiffusionPipeline, name: str) -> FusedLora:
         )
     adapters = {n: {p: m for p, m in found.items() if isinstance(m, LoraLayer)} for n, found in layers.items()}
     fused = FusedLora(
-        name=name if file.parent != Path(name) and not Path(name).exists() else Path(name).resolve().name,
+        name=called(Path(name)) if Path(name).exists() else name,
         factors={n: {p: _factors(m) for p, m in found.items() if _plain(m)} for n, found in adapters.items()},
         apart=_why_apart(layers),
     )

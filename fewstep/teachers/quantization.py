@@ -19,6 +19,7 @@ from torch import nn
 
 from fewstep.errors import UserError
 from fewstep.recording.pipeline import is_quantized
+from fewstep.teachers.source import Source
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,12 @@ QUANTIZATIONS = {
 }
 
 
-def pipeline_quantization(name: str, teacher: str, dtype: torch.dtype) -> PipelineQuantizationConfig:
+def pipeline_quantization(name: str, teacher: Source, dtype: torch.dtype) -> PipelineQuantizationConfig:
     """What ``DiffusionPipeline.from_pretrained`` is told so that a teacher's denoisers are quantised.
 
     Args:
         name: of :data:`QUANTIZATIONS`.
-        teacher: folder or hub id.
+        teacher: its files.
         dtype: in which the other weights are loaded, and in which the network computes.
 
     Raises:
@@ -90,7 +91,7 @@ def pipeline_quantization(name: str, teacher: str, dtype: torch.dtype) -> Pipeli
         raise UserError(
             f"--quantization {name} crashes in bfloat16 on a CPU; leave out --mixed_precision or take torchao_int8"
         )
-    networks = denoiser_classes(dict(DiffusionPipeline.load_config(teacher)))
+    networks = denoiser_classes(teacher.index())
     return PipelineQuantizationConfig(quant_mapping={component: kind.make(dtype) for component in networks})
 
 

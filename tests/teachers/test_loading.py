@@ -9,7 +9,8 @@ from tiny_pipelines import tiny_ddim
 from fewstep.cli import main
 from fewstep.fashion import teacher_path
 from fewstep.teachers.license import teacher_license
-from fewstep.teachers.loading import base_model, embedded_name, load_teacher, same_teacher
+from fewstep.teachers.loading import load_teacher
+from fewstep.teachers.names import base_model, embedded_name, same_teacher
 
 OTHER = {"license": "other", "license_name": "research", "license_link": "https://example.org"}
 

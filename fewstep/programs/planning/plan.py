@@ -144,7 +144,7 @@ class Planner:
         self.config, self.method = config, method
         self.mode = fake_tensors()
         if build is None:
-            self.pipeline = weightless_teacher(config.teacher, self.mode)
+            self.pipeline = weightless_teacher(config.teacher, self.mode, config.revision, config.subfolder)
         else:
             self.pipeline = build(partial(fake_world, self.mode))
         with answering(self.pipeline, self.mode):

@@ -24,11 +24,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from fewstep.errors import UserError
-from fewstep.teachers.loading import teacher_folder
-
-#: What is fetched of a hub id: everything that a pipeline is built from, tokenizers included, except weights.
-_CONFIGURATION = ["*.json", "*.txt", "*.model", "*.jinja"]
+from fewstep.errors import UserError, first_line
+from fewstep.teachers.single_file import configuration_of
+from fewstep.teachers.source import CONFIGURATION, find_source
 
 
 class _FakeTensors(FakeTensorMode):
@@ -51,17 +49,21 @@ def fake_tensors() -> FakeTensorMode:
     return _FakeTensors(allow_non_fake_inputs=True)
 
 
-def weightless_teacher(name: str, mode: FakeTensorMode) -> DiffusionPipeline:
+def weightless_teacher(
+    name: str, mode: FakeTensorMode, revision: str | None = None, subfolder: str | None = None
+) -> DiffusionPipeline:
     """The float32 pipeline of a teacher without its weights; of a hub id, only configuration files are fetched.
 
     Args:
-        name: a folder, which needs no weights in it, a hub id, or an embedded teacher.
+        name: a folder, which needs no weights in it, a single file, a hub id, or an embedded teacher.
         mode: of the networks' weights.
+        revision: of the hub id.
+        subfolder: where in the folder or repository the pipeline lies.
 
     Raises:
         UserError: there is no such thing, it is not a pipeline, or it cannot be built from configuration files.
     """
-    folder = _configuration_folder(name)
+    folder = _configuration_folder(name, revision, subfolder)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     try:
         parts = {
@@ -72,8 +74,7 @@ def weightless_teacher(name: str, mode: FakeTensorMode) -> DiffusionPipeline:
         settings = {key: value for key, value in index.items() if key not in parts and not key.startswith("_")}
         pipeline = _class_of("diffusers", index["_class_name"])(**parts, **settings)
     except Exception as error:  # each library that reads a part of the folder has exceptions of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name} cannot be built from its configuration files: {reason}") from error
+        raise UserError(f"{name} cannot be built from its configuration files: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -135,17 +136,18 @@ def answering(pipeline: DiffusionPipeline, mode: FakeTensorMode) -> Iterator[Non
             del network.forward
 
 
-def _configuration_folder(name: str) -> Path:
-    folder = teacher_folder(name)
-    if folder is None:
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=_CONFIGURATION))
-        except Exception as error:  # of the hub, of its client, or of the connection
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"the configuration of {name} cannot be fetched: {reason}") from error
+def _configuration_folder(name: str, revision: str | None, subfolder: str | None) -> Path:
+    source = find_source(name, revision=revision, subfolder=subfolder, flag="teacher", weights=False)
+    if source.is_file:
+        return configuration_of(Path(source.place), "teacher")
+    if isinstance(source.place, Path):
+        return source.place
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[f"*{end}" for end in CONFIGURATION]))
+    except Exception as error:  # of the hub, of its client, or of the connection
+        raise UserError(f"the configuration of {name} cannot be fetched: {first_line(error)}") from error
     if not (folder / "model_index.json").is_file():
-        what = "does not exist" if not folder.exists() else "is not a diffusers pipeline: it has no model_index.json"
-        raise UserError(f"{name} {what}")
+        raise UserError(f"{name} is not a diffusers pipeline: it has no model_index.json")
     return folder
 
 
