@@ -74,8 +74,9 @@ def test_two_micro_batches_of_four_are_one_batch_of_eight(tmp_path: Path, one_bi
     assert_same_run(tmp_path, one_big_batch)
 
 
-def test_two_processes_of_four_are_one_batch_of_eight(tmp_path: Path, one_big_batch: Path):
+def test_two_processes_of_two_micro_batches_of_two_are_one_batch_of_eight(tmp_path: Path, one_big_batch: Path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     # The bucket holds some of a role's tensors and not others.
-    run(tmp_path, "--batch_size", 4, "--max_steps", 8, "--bucket", 100, launcher=torchrun)
+    batch = ("--batch_size", 2, "--gradient_accumulation_steps", 2)
+    run(tmp_path, *batch, "--max_steps", 8, "--bucket", 100, launcher=torchrun)
     assert_same_run(tmp_path, one_big_batch)
