@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.recording.invocation import condition_kind
 
 CARD_NAME = "fewstep.json"
@@ -60,7 +60,7 @@ class Model:
             own = {"trust_remote_code": True} if is_own_code(place) else {}
             pipeline = load_pipeline(place, dtype=dtype, **own)
         except (OSError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"diffusers cannot load {place}: {_first_line(error)}") from error
+            raise UserError(f"diffusers cannot load {place}: {first_line(error)}") from error
         return pipeline.to(device)
 
     def pipeline_class(self) -> type:
@@ -75,7 +75,7 @@ class Model:
         try:
             name = diffusers.DiffusionPipeline.load_config(place)["_class_name"]
         except (OSError, ValueError) as error:
-            raise UserError(f"diffusers cannot read {place}: {_first_line(error)}") from error
+            raise UserError(f"diffusers cannot read {place}: {first_line(error)}") from error
         found: type | None = getattr(diffusers, name, None) if isinstance(name, str) else stock_class_of(self._place())
         if found is None:
             raise UserError(f"{place} holds a {name}, which this diffusers does not have")
@@ -212,7 +212,3 @@ def _pipeline_folder(path: Path) -> str:
 def _without_steps(call: Mapping[str, Any]) -> dict[str, Any]:
     """A call whose step count is left to the evaluation."""
     return {key: value for key, value in call.items() if key != "num_inference_steps"}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,7 @@ class UserError(ValueError):
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's words; its type's name where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return str(error).strip().split("\n")[0].strip() or type(error).__name__
 
 
 def one_line(error: BaseException) -> str:

@@ -24,13 +24,14 @@ _STACKED = 1000  # items that are encoded before they are stacked
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The non-empty lines of a UTF-8 file.
+    """The non-empty lines of a UTF-8 file; a line ends at a newline alone.
 
     Raises:
         UserError: the file is missing, not UTF-8, or holds no prompt.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+        # Neither splitlines nor text mode: a prompt may hold the other characters that they take for the end of a line.
+        lines = [line.strip() for line in Path(path).read_bytes().decode("utf-8-sig").split("\n")]
     except OSError as error:
         raise UserError(f"cannot read --prompts {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -71,7 +71,7 @@ class Monitor:
         if not self._active or not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(errors="replace").splitlines():
+        for line in self.path.read_text(errors="replace").split("\n"):
             try:
                 keep = json.loads(line)["step"] <= step
             except (ValueError, TypeError, KeyError):  # a line that a kill cut short, or that is not ours

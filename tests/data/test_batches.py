@@ -42,6 +42,12 @@ def test_a_file_written_by_windows_gives_clean_prompts(tmp_path: Path):
     assert read_prompts(tmp_path / "prompts.txt") == ["a cat", "a dog"]
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r"])
+def test_a_prompt_ends_at_a_newline_alone(tmp_path: Path, mark: str):
+    (tmp_path / "prompts.txt").write_bytes(f"one{mark}cat\nsecond\n".encode())
+    assert read_prompts(tmp_path / "prompts.txt") == [f"one{mark}cat", "second"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [(None, "cannot read"), (b"\n \n", "holds no prompt"), (b"\xff\xfe\x00", "not UTF-8")]
 )

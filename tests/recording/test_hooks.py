@@ -54,6 +54,7 @@ def test_the_probe_calls_the_network_once_in_eval_mode() -> None:
         (ValueError("\n no file\n at all "), "no file", "no file at all"),
         (ValueError(), "ValueError", "ValueError"),
         (ValueError("\n"), "ValueError", "ValueError"),
+        (ValueError("of\u2028one\x85line\r\nsecond"), "of\u2028one\x85line", "of one line second"),
     ],
 )
 def test_the_words_of_an_exception(error: Exception, first: str, one: str) -> None:
