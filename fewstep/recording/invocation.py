@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from fewstep.recording.call_numbers import refuse_impossible
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.pictures import refuse_pictures
 from fewstep.recording.plain_call import plain_call
@@ -111,6 +112,8 @@ def read_invocation(pipeline: Any, call: dict[str, Any]) -> Invocation:
     steps = steps if isinstance(steps, int) else None
     refuse_pictures(pipeline, rest)
     rest = plain_call(type(pipeline), rest)
+    asked = call.get("num_inference_steps")
+    refuse_impossible(type(pipeline), rest if asked is None else {**rest, "num_inference_steps": asked})
     for argument, (conditional, stand_in) in _SUBJECTS.items():
         if argument in parameters:
             item = call.get(argument)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule, TableSchedule, from_scheduler
-from fewstep.recording.call_parts import mark_arguments, without_sample
+from fewstep.recording.call_parts import equal, mark_arguments, without_sample
 from fewstep.recording.denoisers import Denoisers
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.experts import Expert, components_of, expert_at
@@ -53,6 +53,7 @@ def record(pipeline: Any, **call: Any) -> Recording:
         raise RecordingError(str(error)) from error
     subject, component = switch_off(Subject(pipeline, invocation, {}))
 
+    _refuse_size_without_effect(subject, component)
     runs, experts = _unguided_runs(subject, component, schedule)
     _check_walk(pipeline, schedule, runs[1])
     two = subject.run(SHORT, [invocation.item] * 2, before=component).pending[-1].arguments
@@ -195,6 +196,23 @@ def _check_loop(subject: Subject, experts: tuple[Expert, ...], steps: list[Step]
                 f"{subject} does not call {component} exactly once in every step with guidance off; it cannot be "
                 "recorded"
             )
+
+
+def _refuse_size_without_effect(subject: Subject, component: str) -> None:
+    """Raise for a height or a width given alone that changes nothing: some pipelines then take their default of both."""
+    invocation = subject.invocation
+    given = [name for name in ("height", "width") if invocation.default(name) is not None]
+    if len(given) != 1 or given[0] not in invocation.call or not {"height", "width"} <= invocation.parameters.keys():
+        return
+    (name,) = given
+    told, without = (
+        subject.run(SHORT, changes=changes, before=component).pending[-1].arguments for changes in ({}, {name: None})
+    )
+    if equal(told, without):
+        raise RecordingError(
+            f"{subject} makes the same samples with {name}={invocation.call[name]} and without it; give height and "
+            "width, or neither"
+        )
 
 
 def _refuse_late_start(subject: Subject, seen: Observation) -> None:
