@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.finite import refuse_unfinite_images
 from fewstep.recording.observation import Observation, Stub
 from fewstep.recording.pipeline import evaluating, find_decoder
 from fewstep.recording.recorded import Recorded
@@ -90,6 +91,7 @@ class Codec:
             pixels = pixels.unsqueeze(2)  # a video decoder in an image pipeline: one frame
         with evaluating(vae):
             z = _latents(vae.encode(pixels))
+        refuse_unfinite_images(self.recording.pipeline, self.decoder, z, "to images")
         self._check(tuple(z.shape[1:]), self.shape, "images whose latents")
         return self.from_decoder(z.to(self.recording.dtype))
 
@@ -98,10 +100,15 @@ class Codec:
         """x0 (B, *sample_shape) -> images (B, C, H, W), or videos (B, C, F, H, W), float32 in [0, 1].
 
         The pipeline itself runs, one sample at a time, with its last step's result replaced and its network skipped.
+
+        Raises:
+            RecordingError: x0 of another shape, or the decoder makes NaN of it.
         """
         self._check(tuple(x0.shape[1:]), self.recording.sample_shape, "x0")
-        images = [_images(_tail(self.recording, self.stub, one).result) for one in x0.split(1)]
-        return torch.cat(images)
+        images = torch.cat([_images(_tail(self.recording, self.stub, one).result) for one in x0.split(1)])
+        if self.decoder is not None:
+            refuse_unfinite_images(self.recording.pipeline, self.decoder, images, "after the last step")
+        return images
 
     def _check(self, got: tuple[int, ...], wanted: tuple[int, ...], what: str) -> None:
         if got != wanted:

@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from fewstep.errors import one_line
 from fewstep.recording.capture import capture, capture_changes, scrambled
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.finite import refuse_unfinite_conditioning, refuse_unfinite_step
 from fewstep.recording.hooks import hooked
 from fewstep.recording.observation import NetworkCall, Observation, Step, Stop, Stub
 from fewstep.recording.pictures import advice
@@ -52,20 +54,23 @@ def observe(
         set_up: called once with the scheduler's copy before the run.
 
     Raises:
-        RecordingError: the pipeline itself failed; the message carries its words.
+        RecordingError: the pipeline itself failed, or what it computes is not finite; the message carries its words.
     """
     seen = Observation()
     with contextlib.ExitStack() as stack:
         scheduler = stack.enter_context(_left_as_found(pipeline))
         if set_up is not None:
             set_up(scheduler)
-        watch_scheduler(scheduler, seen, steps, replace, x0)
+        check = partial(refuse_unfinite_step, pipeline, result=stub is None)
+        watch_scheduler(scheduler, seen, steps, replace, x0, check)
         for component, module in modules_of(pipeline).items():
             stack.enter_context(_watched(component, module, seen, before, stub))
         decoder = find_decoder(pipeline)
         if decoder is not None and stop_at_decode:
             stack.enter_context(_decode_caught(getattr(pipeline, decoder), seen))
         _run(pipeline, arguments, seen)
+    if before is not None and seen.pending:
+        refuse_unfinite_conditioning(pipeline, seen.pending, arguments)
     return seen
 
 

@@ -199,7 +199,7 @@ def _check_loop(subject: Subject, experts: tuple[Expert, ...], steps: list[Step]
 
 
 def _refuse_size_without_effect(subject: Subject, component: str) -> None:
-    """Raise for a height or a width given alone that changes nothing: some pipelines then take their default of both."""
+    """Raise for a height or a width given alone that changes nothing: some pipelines then take their defaults."""
     invocation = subject.invocation
     given = [name for name in ("height", "width") if invocation.default(name) is not None]
     if len(given) != 1 or given[0] not in invocation.call or not {"height", "width"} <= invocation.parameters.keys():

@@ -45,14 +45,25 @@ class Recording(Recorded):
         return self.codec.decode(x0)
 
     def prove(self, seed: int = 0) -> Proof:
-        """Compare own calls of the network with the pipeline's on fresh samples.
+        """Compare own calls of the network with the pipeline's on fresh samples, and decode one.
 
         Raises:
-            RecordingError: they differ; the message says what was compared and by how much.
+            RecordingError: they differ; the message says what was compared and by how much. Or the decoder makes NaN of
+                noise of unit size.
         """
         proof = prove(self, seed)
+        self._check_decoder(seed)
         object.__setattr__(self, "proof", proof)  # remembered; everything else is frozen
         return proof
+
+    def _check_decoder(self, seed: int) -> None:
+        try:
+            codec = self.codec
+        except RecordingError:  # what no codec can be read off of is never decoded by fewstep
+            return
+        parameter = next(self.network.parameters())
+        x0 = torch.randn(1, *self.sample_shape, generator=torch.Generator().manual_seed(seed))
+        codec.decode(x0.to(parameter.device, self.dtype))
 
     def summary(self) -> str:
         """What was found out, as a table for people."""

@@ -17,9 +17,14 @@ from fewstep.recording.observation import NetworkCall, Observation, Step, Stop
 
 
 def watch_scheduler(
-    scheduler: Any, seen: Observation, steps: int | None, replace: Callable[[int, Tensor], Tensor] | None, x0: bool
+    scheduler: Any,
+    seen: Observation,
+    steps: int | None,
+    replace: Callable[[int, Tensor], Tensor] | None,
+    x0: bool,
+    check: Callable[[Step], None],
 ) -> None:
-    """Note every step of `scheduler` in `seen`; the other arguments are those of `observe`."""
+    """Note every step of `scheduler` in `seen`, and `check` it; the other arguments are those of `observe`."""
     original_step = scheduler.step
     scaled: list[Tensor] = []
     signature = inspect.signature(original_step)
@@ -56,6 +61,7 @@ def watch_scheduler(
         record.result, record.sigma = _next_sample(result), _sigma(scheduler)
         if x0 and record.x0 is None and _ends_clean(scheduler, len(seen.steps)):
             record.x0 = record.result
+        check(record)
         if steps is not None and len(seen.steps) >= steps:
             raise Stop
         if replace is not None:
