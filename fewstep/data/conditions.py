@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fewstep.data.padding import Padding, find_padding
 from fewstep.diffusion.draws import keyed_order
 from fewstep.errors import UserError
 from fewstep.recording import Recording
+from fewstep.recording.cut_texts import cut_texts
 
 _MOST_CLASSES = 10**6  # a longer range is a slip of the keyboard, and its list would fill the memory
 _LOOKED_AT = 64  # items, each of a shape of its own, that decide whether padding serves
@@ -87,10 +89,38 @@ def refuse_other_kind(kind: str | None, given: str | None) -> None:
         raise UserError(f"this teacher is conditioned on {kind or 'nothing'}: it takes {wanted[kind]}")
 
 
-def encode_each(recording: Recording, items: Sequence[Any], bar: tqdm[Any] | None = None) -> Iterator[Conditioning]:
-    """The conditioning of each prompt or label, encoded alone, on the CPU; the bar moves with them."""
+@dataclass
+class CutPrompts:
+    """How many prompts were longer than the encoders read.
+
+    Attributes:
+        count: of prompts that at least one tokenizer cut.
+        limits: of the tokenizers that did, the number of tokens that they keep.
+    """
+
+    count: int = 0
+    limits: dict[str, int] = field(default_factory=dict)
+
+    def note(self, among: int) -> str:
+        """One line for people; "" where none was cut of the ``among`` that were encoded."""
+        limits = ", ".join(f"{name} at {limit} tokens" for name, limit in sorted(self.limits.items()))
+        return f"{self.count} of {among} prompts are longer than the encoder reads and were cut ({limits})" * bool(
+            limits
+        )
+
+
+def encode_each(
+    recording: Recording, items: Sequence[Any], cut: CutPrompts, bar: tqdm[Any] | None = None
+) -> Iterator[Conditioning]:
+    """The conditioning of each prompt or label, encoded alone, on the CPU; those that were cut are counted in ``cut``.
+
+    The bar moves with them.
+    """
     for item in items:
-        (encoded,) = recording.condition_each(**{f"{recording.conditional}s": [item]})
+        with cut_texts(recording.pipeline) as limits:
+            (encoded,) = recording.condition_each(**{f"{recording.conditional}s": [item]})
+        cut.count += bool(limits)
+        cut.limits |= limits
         yield encoded.to("cpu")
         if bar is not None:
             bar.update()
@@ -136,15 +166,18 @@ class Conditions:
         self._rows: dict[Any, int] | None = None
         self._cache = cache
         self._stacks: list[Stack] = []
+        self.cut_note = ""
         if cache is not None:
             refuse_other_kind(self.kind, cache.kind)
             self.count, kinds = len(cache), cache.kinds()
         elif (items := check_items(recording, prompts, labels)) is not None:
             self._items = items
+            cut = CutPrompts()
             with encoding_bar(recording, len(items), disable=not progress) as bar:
                 for first in range(0, len(items), _STACKED):
-                    encoded = encode_each(recording, items[first : first + _STACKED], bar)
+                    encoded = encode_each(recording, items[first : first + _STACKED], cut, bar)
                     self._stacks.append(in_memory(list(encoded)))
+            self.cut_note = cut.note(len(items))
             self.count, kinds = len(items), one_of_each_kind(self._stacks, _STACKED)
         else:
             self._unconditional = recording.condition().to("cpu")

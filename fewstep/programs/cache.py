@@ -10,7 +10,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from fewstep.data.condition_cache import CacheWriter
-from fewstep.data.conditions import check_items, encode_each, encoding_bar, read_classes, read_prompts
+from fewstep.data.conditions import CutPrompts, check_items, encode_each, encoding_bar, read_classes, read_prompts
 from fewstep.errors import UserError
 from fewstep.programs.teacher import TeacherSettings, open_teacher
 from fewstep.recording.pipeline import name_of
@@ -88,7 +88,10 @@ def cache(
     done = len(items) - sum(len(writer.of(shard)) for shard in writer.missing)
     if done:
         logger.info(f"{done} of {len(items)} are there already")
+    cut = CutPrompts()
     with encoding_bar(recording, len(items), done=done) as bar:
         for shard in writer.missing:
-            writer.add(list(encode_each(recording, writer.of(shard), bar)))
+            writer.add(list(encode_each(recording, writer.of(shard), cut, bar)))
+    if note := cut.note(len(items) - done):
+        logger.info(note)
     return writer.folder

@@ -101,6 +101,7 @@ class Workbench:
         say(plan.note)
         self.student = Student(self.recording, self.recording, plan, teacher.lora)
         self.conditions, negative = conditions_of(config, teacher, device, progress=progress)
+        say(self.conditions.cut_note)
         say(self.conditions.note)
         # Also where the teacher is not guided: a critic may be.
         self.negative = None if negative is None else self.with_default_guidance(negative.to(device=device))

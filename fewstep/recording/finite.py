@@ -101,8 +101,8 @@ def _why_scheduler(scheduler: Any, timestep: float) -> str:
     if at_noise and scheduler.config.get("prediction_type") == "epsilon":
         return (
             ": its network predicts noise, and there its input is nothing but noise (zero terminal SNR), which says "
-            "nothing of the sample; such a teacher predicts v (prediction_type in its scheduler_config.json), or starts "
-            "lower (timestep_spacing leading)"
+            "nothing of the sample; such a teacher predicts v (prediction_type in its scheduler_config.json), or "
+            "starts lower (timestep_spacing leading)"
         )
     return "; try another scheduler of its family"
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import one_line
 from fewstep.recording.capture import capture, capture_changes, scrambled
+from fewstep.recording.cut_texts import quiet_about_cuts
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.finite import refuse_unfinite_conditioning, refuse_unfinite_step
 from fewstep.recording.hooks import hooked
@@ -125,6 +126,7 @@ def _left_as_found(pipeline: Any) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(evaluating(*modules_of(pipeline).values()))
+        stack.enter_context(quiet_about_cuts(pipeline))
         stack.callback(pipeline.__dict__.update, attributes)
         stack.callback(pipeline.__dict__.clear)
         pipeline.set_progress_bar_config(disable=True)

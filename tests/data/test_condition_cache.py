@@ -17,7 +17,7 @@ from tiny_pipelines import tiny_dit, tiny_stable_diffusion
 from fewstep.conditioning.conditioning import Conditioning, Leaf
 from fewstep.data import condition_cache
 from fewstep.data.condition_cache import INDEX, CacheWriter, ConditionCache
-from fewstep.data.conditions import Conditions, encode_each
+from fewstep.data.conditions import Conditions, CutPrompts, encode_each
 from fewstep.errors import UserError
 from fewstep.recording import Recording, record
 
@@ -32,7 +32,7 @@ def recording() -> Recording:
 def write(folder: Path, recording: Recording, items: list[Any], size: int = 2, stop: int | None = None, **more) -> Path:
     writer = CacheWriter(folder, recording, "tiny", items, size, more.get("resume", False))
     for shard in list(writer.missing)[:stop]:
-        writer.add(list(encode_each(recording, writer.of(shard))))
+        writer.add(list(encode_each(recording, writer.of(shard), CutPrompts())))
     return folder
 
 
