@@ -47,6 +47,8 @@ class RunConfig(Settings):
         quantization: with --lora_rank, load the frozen network in fewer bits, by diffusers and the library that is
             named: bitsandbytes_4bit (NF4), bitsandbytes_8bit, torchao_int8, quanto_int8 or quanto_int4.
         merge: with --lora_rank, also write a whole pipeline with the adapter merged.
+        export_dtype: of the trained network in the files of a whole pipeline: float32, bfloat16 or float16; default
+            what the teacher's network has in its files.
         push_to_hub: hub repository (owner/name) that the exported student is uploaded to; with --merge that is the
             whole pipeline, and the LoRA goes to the same name with -lora.
         hub_private: make a new repository a private one.
@@ -98,6 +100,7 @@ class RunConfig(Settings):
     full_critic: bool = False
     quantization: str | None = None
     merge: bool = setting("export", False)
+    export_dtype: str | None = setting("export", None)
     push_to_hub: str | None = setting("machine", None)
     hub_private: bool = setting("machine", False)
     max_steps: int = setting("length", 1000)
@@ -156,6 +159,10 @@ class RunConfig(Settings):
             if getattr(self, name) and not self.lora_rank:
                 raise UserError(f"--{name} belongs to adapters: give --lora_rank, or leave it out")
         self._check_quantization()
+        if self.export_dtype is not None:
+            self._refuse_unknown("export_dtype", "float32", "bfloat16", "float16")
+            if self.lora_rank and not self.merge:
+                raise UserError("--export_dtype is of a whole pipeline's network: give --merge too, or leave it out")
         if self.push_to_hub is not None and not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]{1,90}", self.push_to_hub):
             raise UserError(f"--push_to_hub takes owner/name, not {self.push_to_hub!r}")
         if self.hub_private and self.push_to_hub is None:

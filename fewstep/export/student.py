@@ -110,6 +110,7 @@ class Student:
         out: Path,
         *,
         merge: bool,
+        export_dtype: str | None = None,
         before_whole: Callable[[], None],
         load_unquantized: Callable[[dict[str, Any]], DiffusionPipeline],
         **about: Any,
@@ -120,6 +121,7 @@ class Student:
             role: that is sampled.
             out: folder of the run.
             merge: also write a whole pipeline where a LoRA holds the student.
+            export_dtype: of the trained network in a whole pipeline's files; None: what the teacher's has in its files.
             before_whole: called before a whole pipeline is written: brings back the weights that were freed.
             load_unquantized: gives a quantised teacher's pipeline in full precision, when it is told the parts that are
                 there.
@@ -144,7 +146,7 @@ class Student:
                 recording, network = in_full_precision(load_unquantized, self.teacher, student.recording, role)
             else:
                 recording, network = student.recording, whole_network(role)
-            export_student(recording, network, self.plan, out / WHOLE, **about)
+            export_student(recording, network, self.plan, out / WHOLE, export_dtype=export_dtype, **about)
         for stale in {WHOLE, LORA}.difference(forms):
             if (out / stale / FILE).is_file():
                 shutil.rmtree(out / stale)

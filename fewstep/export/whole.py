@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +17,12 @@ from fewstep.errors import one_line
 from fewstep.export.about import call_of, read_about, write_about
 from fewstep.export.card import write_card
 from fewstep.export.check import Reference
+from fewstep.export.copied_parts import save_pipeline
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
 from fewstep.export.plan import StudentPlan, check_student, reference_of
+from fewstep.export.precision import as_computed, as_written
+from fewstep.export.published_paths import publish_no_paths
 from fewstep.recording.pipeline import find_scheduler, with_parts
 from fewstep.teachers import names
 from fewstep.teachers.license import teacher_license_of
@@ -44,11 +46,13 @@ def export_student(
     metrics: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     teacher_lora: FusedLora | None = None,
+    export_dtype: str | None = None,
 ) -> Path:
     """Write ``out`` as a pipeline that stock diffusers loads, and check it: reloaded, it must walk as planned.
 
     The recording's pipeline is left as it is. The folder appears complete or not at all; an older student in its place
-    is replaced, anything else there is refused.
+    is replaced, anything else there is refused. Parts that were not trained are copied from the teacher's folder, where
+    they are still what lies there.
 
     Args:
         recording: of the teacher.
@@ -61,25 +65,28 @@ def export_student(
         metrics: name -> number, or row -> {name -> number}.
         training: what else ``fewstep.json`` shall say of the training; what JSON cannot hold is written as text.
         teacher_lora: what was fused into the teacher, and so is in ``network``.
+        export_dtype: of the trained network in its files, one of :data:`fewstep.export.precision.EXPORT_DTYPES`; None:
+            what the teacher's has in its files.
 
     Raises:
-        ExportError: ``out`` is in use, or the written folder does not sample as planned.
+        ExportError: ``out`` is in use, a trained number does not fit the dtype, or the written folder does not sample
+            as planned.
     """
     out = Path(out)
     networks = by_component(recording, network)
     _refuse(recording, networks, out)
     with written(out) as partial:
-        saved = {name: _as_saved(own, recording.networks.get(name, own)) for name, own in networks.items()}
+        saved = as_written(recording, networks, export_dtype)
         scheduler = {find_scheduler(recording.pipeline): copy.deepcopy(plan.scheduler)}
         student = with_parts(recording.pipeline, **saved, **scheduler)
-        student.save_pretrained(partial, safe_serialization=True)
+        save_pipeline(student, partial, own={*saved, *scheduler})
         about = about_student(recording, plan, method, base_model, training, teacher_lora)
-        _publish_no_paths(partial, about["base_model"])
+        publish_no_paths(partial, about["base_model"])
         write_about(partial, about)
         license_fields = license_of(recording, base_model, teacher_license)
         card = write_card(about, student, license_fields=license_fields, metrics=metrics, note=plan.note)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        verify_student(recording, saved, plan, partial)
+        verify_student(recording, as_computed(recording, saved), plan, partial)
     return out
 
 
@@ -184,17 +191,6 @@ def _shapes(network: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
-def _as_saved(network: nn.Module, teacher: nn.Module) -> nn.Module:
-    """The student in the teacher's dtypes: a pipeline of mixed ones does not run."""
-    dtypes = {name: tensor.dtype for name, tensor in teacher.state_dict().items()}
-    if all(tensor.dtype == dtypes[name] for name, tensor in network.state_dict().items()):
-        return network
-    saved = copy.deepcopy(network)
-    for name, tensor in [*saved.named_parameters(), *saved.named_buffers()]:
-        tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
-    return saved
-
-
 def about_student(
     recording: Recording,
     plan: StudentPlan,
@@ -253,16 +249,6 @@ def _about_experts(recording: Recording, plan: StudentPlan) -> dict[str, Any]:
         if not name.startswith("_") and (value is None or isinstance(value, bool | int | float | str))
     }
     return {"experts": experts, "config": config}
-
-
-def _publish_no_paths(folder: Path, base_model: str) -> None:
-    """diffusers writes where a part was loaded from into its config; a path of this machine means nothing elsewhere."""
-    for path in folder.rglob("*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        source = content.get("_name_or_path") if isinstance(content, dict) else None
-        if source and (Path(source).is_absolute() or Path(source).exists()):
-            content["_name_or_path"] = base_model
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def license_of(recording: Recording, base_model: str, given: str | Mapping[str, str] | None) -> dict[str, str]:

@@ -159,6 +159,7 @@ def export(bench: Workbench, method: str, role: Role, encoders: Encoders) -> Wri
         role,
         Path(config.out),
         merge=config.merge,
+        export_dtype=config.export_dtype,
         before_whole=encoders.restore,  # they are part of what is written
         load_unquantized=lambda parts: bench.teacher.settings.load(parts, quantized=False),
         method=method,

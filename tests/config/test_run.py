@@ -7,6 +7,7 @@ import pytest
 
 from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
+from fewstep.export.precision import EXPORT_DTYPES
 from fewstep.programs.methods import method_class, methods
 from fewstep.trainers.dmd2 import Dmd2Config
 
@@ -121,3 +122,14 @@ def test_a_change_of_one_setting_changes_what_follows():
     config = method_class("phased_dmd").Config(teacher="t", out="o", max_steps=100)
     later = replace(config, steps=2, max_steps=300).resolved()
     assert (later.phases, later.phase_steps) == ([1, 1], 150)
+
+
+def test_the_precision_of_an_export_is_a_known_one_of_a_whole_pipeline():
+    given = {"teacher": "t", "out": "o"}
+    for name in EXPORT_DTYPES:
+        assert RunConfig(**given, export_dtype=name).export_dtype == name
+        assert RunConfig(**given, export_dtype=name, lora_rank=4, merge=True).merge
+    with pytest.raises(UserError, match="--export_dtype must be one of float32, bfloat16, float16, not 'fp16'"):
+        RunConfig(**given, export_dtype="fp16")
+    with pytest.raises(UserError, match="--export_dtype is of a whole pipeline's network: give --merge"):
+        RunConfig(**given, export_dtype="float16", lora_rank=4)
