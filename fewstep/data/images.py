@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from fewstep.errors import UserError
+from fewstep.data.image_folders import SUFFIXES, find_images, passed_over_line, unlisted
+from fewstep.errors import UserError, one_line
 
-_IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+_AT_ONCE = 4096  # images that are handed to the readers together
+_NAMED = 5  # of the files that cannot be read
 
 
 @dataclass(frozen=True)
@@ -27,13 +34,42 @@ class RealImages:
     Attributes:
         files: paths, or a uint8 tensor (N, C, H, W).
         captions: a text or a label for each, None where the data says nothing.
+        classes: the names of all class folders, in the order of their numbers; empty where there are none.
+        sources: the files that they were read from, the images' own apart.
+        passed_over: how many files of the folder are no data, and why: the end of a line for people, or empty.
     """
 
     files: list[Path] | Tensor
     captions: list[str] | list[int] | None
+    classes: tuple[str, ...] = ()
+    sources: tuple[Path, ...] = ()
+    passed_over: str = ""
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def refuse_unreadable(self, progress: bool = False) -> None:
+        """Read every image once, so that none stops a run in its middle.
+
+        Raises:
+            UserError: some cannot be read; they are named.
+        """
+        if isinstance(self.files, Tensor):
+            return
+        bad: list[str] = []
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as readers,
+            tqdm(total=len(self), desc="check images", delay=2, disable=not progress) as bar,
+        ):
+            for first in range(0, len(self), _AT_ONCE):
+                for reason in readers.map(_why_unreadable, self.files[first : first + _AT_ONCE]):
+                    bad += [reason] if reason else []
+                    bar.update()
+        if bad:
+            named = ", ".join(bad[:_NAMED]) + (", ..." if len(bad) > _NAMED else "")
+            raise UserError(
+                f"{len(bad):,} of {len(self):,} images of --data cannot be read: {named}; mend or remove them"
+            )
 
     def image(self, index: int, channels: int, height: int, width: int) -> Tensor:
         """Float (C, H, W) in [0, 1]: scaled until it covers the size, then cropped at the centre."""
@@ -44,14 +80,13 @@ class RealImages:
             )
         else:
             try:
-                picture = Image.open(self.files[index])
-                picture.load()
-            # Pillow says SyntaxError and ValueError of some damaged files.
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                with _opened(self.files[index]) as opened:
+                    picture = upright(opened)
+            except _UNREADABLE as error:
                 raise UserError(
                     f"{self.files[index]} is not an image that can be read; remove it from --data"
                 ) from error
-        picture = upright(picture).convert("L" if channels == 1 else "RGB")
+        picture = picture.convert("L" if channels == 1 else "RGB")
         if picture.size != (width, height):
             scale = max(width / picture.width, height / picture.height)
             size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
@@ -60,6 +95,28 @@ class RealImages:
             picture = picture.crop((left, top, left + width, top + height))
         array = torch.from_numpy(np.array(picture)).float() / 255
         return array.reshape(height, width, channels).permute(2, 0, 1)
+
+
+#: What Pillow says of damaged files, and the system of files that it does not give.
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image with all its pixels read."""
+    with Image.open(path) as picture:
+        picture.load()
+        yield picture
+
+
+def _why_unreadable(path: Path) -> str:
+    """The name of a file that is no image and the reason; empty for an image."""
+    try:
+        with _opened(path) as picture:
+            upright(picture)
+    except _UNREADABLE as error:
+        return f"{path} ({one_line(error)[:100]})"
+    return ""
 
 
 def upright(picture: Image.Image) -> Image.Image:
@@ -80,14 +137,19 @@ def read_images(source: str) -> RealImages:
     A folder with a ``metadata.jsonl`` (``file_name`` and ``text`` or ``label``), with class sub-folders, with idx files
     (MNIST's format, 28 x 28 padded to 32 x 32), or the word ``fashion`` for the images shipped with the package.
 
+    Hidden files and folders are no data. Class folders of which those with images are called by numbers are labels;
+    else each has the number of its place among all visible folders in alphabetical order, as in every image-folder
+    data set, whether it holds images or not.
+
     Raises:
         UserError: the folder is missing, empty, or of none of these forms.
     """
     if source == "fashion":
         from fewstep.fashion import training_images  # data of 3 MB, read only when asked for
+        from fewstep.fashion.files import TRAINING_IMAGES, verified
 
         images, labels = training_images()
-        return RealImages(images, labels.tolist())
+        return RealImages(images, labels.tolist(), sources=(verified(TRAINING_IMAGES),))
     folder = Path(source)
     if not folder.is_dir():
         raise UserError(f"--data {source} is not a folder")
@@ -95,22 +157,17 @@ def read_images(source: str) -> RealImages:
         return _from_metadata(folder)
     if idx_files := sorted(folder.glob("train-images-idx3-ubyte*")):
         return _from_idx(idx_files[0])
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
-    found = [(file, path.name) for path in classes for file in _image_files(path)]
-    if found:
-        names = [name for _, name in found]
-        # Folders called 0, 1, ..., 10 are labels: their alphabetical order (0, 1, 10, 2) would exchange classes.
-        captions: list[Any] = [int(name) for name in names] if all(map(str.isdecimal, names)) else names
-        return RealImages([file for file, _ in found], captions)
-    if files := _image_files(folder):
-        return RealImages(files, None)
-    raise UserError(
-        f"--data {source} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}), no metadata.jsonl, no idx files"
-    )
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES)
+    found = find_images(folder)
+    passed_over = passed_over_line(found.passed_over)
+    if not found.files:
+        forms = f"no images ({', '.join(sorted(SUFFIXES))}), no metadata.jsonl, no idx files"
+        raise UserError(f"--data {source} holds {forms}{passed_over}")
+    if not found.classes:
+        return RealImages(found.files, None, passed_over=passed_over)
+    names = [file.parent.name for file in found.files]
+    # Folders called 0, 1, ..., 10 are labels: their alphabetical order (0, 1, 10, 2) would exchange classes.
+    captions: list[Any] = [int(name) for name in names] if all(map(str.isdecimal, names)) else names
+    return RealImages(found.files, captions, found.classes, passed_over=passed_over)
 
 
 def _from_metadata(folder: Path) -> RealImages:
@@ -137,7 +194,7 @@ def _from_metadata(folder: Path) -> RealImages:
             raise UserError(f"{source}, line {number}: give every image a text, or every image a label")
         if not files[-1].is_file():
             raise UserError(f"{source}, line {number}: there is no file {files[-1]}")
-    return RealImages(files, captions)
+    return RealImages(files, captions, sources=(source,), passed_over=passed_over_line(unlisted(folder, files)))
 
 
 def _from_idx(images: Path) -> RealImages:
@@ -151,7 +208,7 @@ def _from_idx(images: Path) -> RealImages:
             f"{images} and {labels.name} do not belong together: {list(pixels.shape)}, {list(classes.shape)}"
         )
     padded = torch.nn.functional.pad(pixels, (2, 2, 2, 2)) if pixels.shape[1:] == (28, 28) else pixels
-    return RealImages(padded.unsqueeze(1), classes.tolist())
+    return RealImages(padded.unsqueeze(1), classes.tolist(), sources=(images, labels))
 
 
 def read_idx(path: Path) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.data.batch import Real
 from fewstep.data.conditions import Conditions
+from fewstep.data.image_folders import some_of
 from fewstep.data.images import RealImages
 from fewstep.diffusion.draws import keyed_order
 from fewstep.errors import UserError
@@ -24,7 +25,7 @@ class RealSamples:
 
     Captions meet the teacher's kind of condition: a text is encoded as a prompt; a label k of a text-conditioned run is
     the run's k-th prompt where their numbers agree, else the word itself; class folders are labels where all are called
-    by numbers, else they count in alphabetical order.
+    by numbers, else they count in alphabetical order, empty ones too.
 
     Args:
         images: what was read.
@@ -32,8 +33,11 @@ class RealSamples:
         conditions: of the run; its items are what labels of a text-conditioned teacher refer to.
         device: where batches are put.
 
+    Attributes:
+        note: one line: how many images there are, what each class folder stands for, and what was passed over.
+
     Raises:
-        UserError: the images have no captions and the teacher needs them.
+        UserError: the images have no captions and the teacher needs them, or they contradict each other.
     """
 
     def __init__(
@@ -45,7 +49,8 @@ class RealSamples:
         self._size = recording.decode(torch.zeros(1, *recording.sample_shape)).shape[1:]
         if len(self._size) != 3:
             raise UserError("--data gives images, and this teacher makes videos; train without --data")
-        self._rows, self._conditions = _captions_to_conditions(images, recording, conditions, device)
+        self._rows, self._conditions, meaning = _captions_to_conditions(images, recording, conditions, device)
+        self.note = f"--data: {len(images):,} images{meaning}{images.passed_over}"
         self._cache: dict[int, Tensor] = {}
         self._bytes = 4 * int(np.prod(recording.sample_shape))
 
@@ -81,10 +86,10 @@ class RealSamples:
 
 def _captions_to_conditions(
     images: RealImages, recording: Recording, conditions: Conditions, device: torch.device | str
-) -> tuple[list[int], Conditions]:
-    """For each image the row of its condition, and the conditions that these rows count in."""
+) -> tuple[list[int], Conditions, str]:
+    """For each image the row of its condition, the conditions that these rows count in, and in words what is what."""
     if conditions.kind is None:
-        return [0] * len(images), conditions
+        return [0] * len(images), conditions, ""
     captions: list[Any] | None = images.captions  # texts or labels
     if captions is None:
         raise UserError(
@@ -92,17 +97,55 @@ def _captions_to_conditions(
         )
     distinct = sorted(set(captions))
     numbers = all(isinstance(caption, int) for caption in distinct)
+    rows: list[int] | None = None
+    items: list[Any]
     if conditions.kind == "label":
-        # Names of class folders stand for 0, 1, 2, ... in alphabetical order, as in every image-folder data set.
-        items: list[Any] = distinct if numbers else list(range(len(distinct)))
-    elif numbers and len(distinct) == len(conditions) and distinct == list(range(len(distinct))):
-        return list(captions), conditions
+        items = distinct if numbers else _places(distinct, images.classes)
+    elif numbers and _counts(distinct, images.classes, len(conditions)):
+        items, rows = [conditions.items()[label] for label in distinct], distinct
     else:
         items = [str(caption) for caption in distinct]
-    rows = conditions.rows(items)
+    meaning = _meaning(images.classes, dict(zip(distinct, items, strict=True)), conditions.kind)
+    if rows is None:
+        rows = conditions.rows(items)
     if rows is None:  # what the run does not generate is encoded beside it
         rows = list(range(len(items)))
         of_prompts = conditions.kind == "prompt"
         conditions = Conditions(recording, items if of_prompts else None, None if of_prompts else items, device)
     place = dict(zip(distinct, rows, strict=True))
-    return [place[caption] for caption in captions], conditions
+    return [place[caption] for caption in captions], conditions, meaning
+
+
+def _places(names: list[str], classes: tuple[str, ...]) -> list[int]:
+    """The numbers of named classes: their places among all class folders, or among themselves where there are none."""
+    if numbered := [name for name in classes if name in names and name.isdecimal()]:
+        named = next(name for name in names if not name.isdecimal())
+        raise UserError(
+            f"--data has class folders called by numbers ({numbered[0]}) and one called {named!r}, so that their "
+            "labels are not known; name all by numbers, or none"
+        )
+    order = classes or names
+    return [order.index(name) for name in names]
+
+
+def _counts(labels: list[int], classes: tuple[str, ...], prompts: int) -> bool:
+    """Whether labels count a run's prompts: 0 to its last one, folders without an image among them."""
+    folders = {int(name) for name in classes if name.isdecimal()}
+    return set(labels) | folders == set(range(prompts))
+
+
+def _meaning(classes: tuple[str, ...], items: dict[Any, Any], kind: str) -> str:
+    """What every class folder stands for, in words; empty where there are none."""
+    if not classes:
+        return ""
+    by_number = all(isinstance(caption, int) for caption in items)
+    parts = []
+    for place, name in enumerate(classes):
+        caption = int(name) if by_number and name.isdecimal() else name
+        if caption in items:
+            parts.append(f"{name} is {items[caption]!r}")
+        elif kind == "label" and not by_number:
+            parts.append(f"{name} is {place}, without an image")
+        else:
+            parts.append(f"{name} without an image")
+    return f" in {len(classes):,} class folders, as {kind}s: {some_of(parts)}"

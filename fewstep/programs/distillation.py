@@ -12,6 +12,7 @@ from fewstep.config.checks import names_of
 from fewstep.config.run import RunConfig
 from fewstep.data.encoders import Encoders
 from fewstep.data.fingerprint import teacher_digest
+from fewstep.data.images import read_images
 from fewstep.errors import UserError
 from fewstep.export import publish
 from fewstep.export.student import LORA, WHOLE, Written
@@ -21,7 +22,7 @@ from fewstep.programs.pairs import pairs_of_run
 from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.pipeline import name_of
 from fewstep.teachers.license import teacher_license
-from fewstep.training.distributed import Processes, join_launch
+from fewstep.training.distributed import Processes, join_launch, on_main
 from fewstep.training.initialization import initialize
 from fewstep.training.loop import Loop, sampling_role
 from fewstep.training.method import Method
@@ -79,6 +80,12 @@ def run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None = Non
     def say(line: str) -> None:
         if main and line:
             logger.info(line)
+
+    def read_all_images() -> None:
+        if config.data is not None:
+            read_images(config.data).refuse_unreadable(progress=True)
+
+    on_main(accelerator, read_all_images)
 
     # 2. The teacher, the student's plan, and what there is to train on.
     bench = open_workbench(config, accelerator.device, pipeline, say, progress=main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -34,7 +35,9 @@ from fewstep.programs.teacher import (
 from fewstep.programs.workbench import Workbench
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import name_of
-from fewstep.training.distributed import join_launch
+from fewstep.training.distributed import join_launch, on_main
+
+logger = logging.getLogger("fewstep")
 
 _ROWS = 256  # in a file of the pairs that a run makes for itself, or its batch where that is larger
 
@@ -74,7 +77,11 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
     refuse_guided_alike(recording, scale, negative, conditions, draws)
     real = None
     if config.data is not None:
-        real = RealSamples(read_images(config.data), recording, conditions, device)
+        images = read_images(config.data)
+        on_main(accelerator, lambda: images.refuse_unreadable(progress=True))
+        real = RealSamples(images, recording, conditions, device)
+        if accelerator.is_main_process:
+            logger.info(real.note)
     settings_of_pairs = PairSettings(
         num=_count(config, real),
         steps=config.teacher_steps,

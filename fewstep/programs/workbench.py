@@ -111,6 +111,7 @@ class Workbench:
         self.real: RealSamples | None = None
         if config.data is not None:
             self.real = RealSamples(read_images(config.data), teacher.recording, self.conditions, device)
+            say(self.real.note)
 
     @property
     def scheduler(self) -> Any:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor
+
+from fewstep.errors import UserError
+
+Result = TypeVar("Result")
 
 _BUCKET = 2**24  # elements in one all-reduce: 64 MB of float32
 
@@ -27,6 +31,30 @@ def join_launch(cpu: bool, **options: Any) -> Accelerator:
         **options: of :class:`accelerate.Accelerator`.
     """
     return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)], **options)
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """What ``work`` gives on the main process, on every process: files are read once, and all go on or none.
+
+    Args:
+        accelerator: of the launch.
+        work: done on the main process alone; its result can be pickled.
+
+    Raises:
+        UserError: that of ``work``, on every process.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
 def leave_launch() -> None:
