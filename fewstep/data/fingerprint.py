@@ -20,6 +20,7 @@ _ORIGIN = frozenset({"name_or_path", "architectures", "dtype", "torch_dtype", "t
 #: What a tokenizer writes into its backend whenever it is called.
 _CALL_STATE = ("padding", "truncation")
 SAMPLED = 1024  # entries of each of the denoiser's tensors
+SAMPLED_IN_MEMORY = 2**16  # entries of each tensor of a pipeline that lies in no folder
 
 
 def fingerprint(recording: Recording) -> dict[str, str]:
@@ -151,3 +152,36 @@ def teacher_digest(recording: Recording, away: Mapping[str, str] | None = None) 
     schedule = json_sha256([recording.prediction_type, coefficients])
     encoders = {name: (away or {}).get(name) or part_digest(part) for name, part in encoding.items()}
     return {**networks, **encoders, "schedule": schedule, "call": call_digest(recording)}
+
+
+def memory_digests(pipeline: Any) -> dict[str, dict[str, Any]]:
+    """A digest for each part of a pipeline that was handed over in memory, in the form of :mod:`.contents`.
+
+    Bits count, where a teacher's digest rounds: of a network's tensors up to :data:`SAMPLED_IN_MEMORY` evenly spaced
+    entries each, quantised ones included; of other parts their settings.
+    """
+    return {
+        name: {"sha256": _bits_digest(part) if isinstance(part, nn.Module) else _digest(_description(part))}
+        for name, part in sorted(pipeline.components.items())
+        if part is not None
+    }
+
+
+def _bits_digest(network: nn.Module) -> str:
+    state = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        for number, plain in enumerate(_plain_tensors(tensor)):
+            flat = plain.detach().reshape(-1)
+            flat = flat[:: max(1, len(flat) // SAMPLED_IN_MEMORY)]
+            state.update(f"{name} {number} {plain.dtype} {list(plain.shape)}".encode())
+            state.update(flat.cpu().contiguous().view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def _plain_tensors(value: Any) -> list[Tensor]:
+    """The ordinary tensors that a weight consists of: a quantised one has several."""
+    if not isinstance(value, Tensor):
+        return []
+    if hasattr(value, "__tensor_flatten__"):
+        return [plain for name in value.__tensor_flatten__()[0] for plain in _plain_tensors(getattr(value, name))]
+    return [value.as_subclass(Tensor)]

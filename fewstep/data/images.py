@@ -20,6 +20,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fewstep.data.contents import Contents, contents_of
+from fewstep.data.durable import json_sha256
 from fewstep.data.image_folders import SUFFIXES, find_images, passed_over_line, unlisted
 from fewstep.errors import UserError, one_line
 
@@ -168,6 +170,20 @@ def read_images(source: str) -> RealImages:
     # Folders called 0, 1, ..., 10 are labels: their alphabetical order (0, 1, 10, 2) would exchange classes.
     captions: list[Any] = [int(name) for name in names] if all(map(str.isdecimal, names)) else names
     return RealImages(found.files, captions, found.classes, passed_over=passed_over)
+
+
+def image_contents(images: RealImages, source: str, known: Contents | None = None) -> Contents:
+    """The digests of images and of what they show, see :func:`fewstep.data.contents.contents_of`.
+
+    Args:
+        images: that :func:`read_images` found.
+        source: where.
+        known: what was found earlier.
+    """
+    files = [*images.sources, *([] if isinstance(images.files, Tensor) else images.files)]
+    root = Path(source) if Path(source).is_dir() else files[0]
+    shown = {"sha256": json_sha256([images.classes, images.captions])}
+    return {**contents_of(root, files, known), "what they show": shown}
 
 
 def _from_metadata(folder: Path) -> RealImages:

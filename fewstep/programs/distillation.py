@@ -12,7 +12,6 @@ from fewstep.config.checks import names_of
 from fewstep.config.run import RunConfig
 from fewstep.data.encoders import Encoders
 from fewstep.data.fingerprint import teacher_digest
-from fewstep.data.images import read_images
 from fewstep.errors import UserError
 from fewstep.export import publish
 from fewstep.export.student import LORA, WHOLE, Written
@@ -22,8 +21,9 @@ from fewstep.programs.pairs import pairs_of_run
 from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.pipeline import name_of
 from fewstep.teachers.license import teacher_license
-from fewstep.training.distributed import Processes, join_launch, on_main
+from fewstep.training.distributed import Processes, join_launch, on_main, samples_line
 from fewstep.training.initialization import initialize
+from fewstep.training.inputs import RunInputs
 from fewstep.training.loop import Loop, sampling_role
 from fewstep.training.method import Method
 from fewstep.training.monitor import Monitor, trackers
@@ -81,11 +81,9 @@ def run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None = Non
         if main and line:
             logger.info(line)
 
-    def read_all_images() -> None:
-        if config.data is not None:
-            read_images(config.data).refuse_unreadable(progress=True)
-
-    on_main(accelerator, read_all_images)
+    say(samples_line(accelerator, config.batch_size, config.gradient_accumulation_steps))
+    inputs = RunInputs(config, pipeline)
+    say(on_main(accelerator, inputs.check_here))
 
     # 2. The teacher, the student's plan, and what there is to train on.
     bench = open_workbench(config, accelerator.device, pipeline, say, progress=main)
@@ -98,11 +96,14 @@ def run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None = Non
         wanted = config.pairs_wanted
         identity = teacher_digest(bench.recording, encoders.digests) if wanted is not None else {}
         prepared = prepare(bench, method)
+        lora = bench.teacher.lora
+        say(on_main(accelerator, lambda: inputs.check_fetched(lora.file if lora is not None else None)))
 
         # 4. The folder becomes this run's: what is made there from now on is gone on with after a kill.
         def claim() -> None:
             if main:
                 write_config(out, method, config)
+                inputs.write()
             accelerator.wait_for_everyone()
 
         teacher, role = prepared.roles["teacher"], sampling_role(prepared.roles)

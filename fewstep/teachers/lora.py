@@ -37,11 +37,13 @@ class FusedLora:
         name: what a card calls it: a hub id, or the name of its file or folder.
         factors: component -> layer -> (A, B), of shapes (rank, in, ...) and (out, rank, ...): its weight grew by B A.
         apart: why it cannot be a part of a LoRA student's file; None: it can.
+        file: that it was read from.
     """
 
     name: str
     factors: dict[str, dict[str, tuple[Tensor, Tensor]]]
     apart: str | None
+    file: Path
 
     @property
     def in_text(self) -> bool:
@@ -67,7 +69,7 @@ def fuse_teacher_lora(pipeline: DiffusionPipeline, name: str) -> FusedLora:
     Raises:
         UserError: there is no such file, or not every part of it belongs to this pipeline.
     """
-    file = _find(name)
+    file = lora_file(name)
     keys = _keys(name, file)
     _load(pipeline, name, file, keys)
     modules: dict[str, Any] = {n: part for n, part in pipeline.components.items() if isinstance(part, nn.Module)}
@@ -84,6 +86,7 @@ def fuse_teacher_lora(pipeline: DiffusionPipeline, name: str) -> FusedLora:
         name=called(Path(name)) if Path(name).exists() else name,
         factors={n: {p: _factors(m) for p, m in found.items() if _plain(m)} for n, found in adapters.items()},
         apart=_why_apart(layers),
+        file=file,
     )
     if hasattr(pipeline, "fuse_lora"):
         pipeline.fuse_lora(components=list(layers), adapter_names=[_ADAPTER])
@@ -102,7 +105,12 @@ def with_own_weights(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return other
 
 
-def _find(name: str) -> Path:
+def lora_file(name: str) -> Path:
+    """The file of a teacher's LoRA, fetched from the hub where it lies there.
+
+    Raises:
+        UserError: there is none, or not one alone.
+    """
     path = Path(name)
     if path.is_file():
         if path.suffix != ".safetensors":

@@ -33,6 +33,19 @@ def join_launch(cpu: bool, **options: Any) -> Accelerator:
     return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)], **options)
 
 
+def samples_line(accelerator: Accelerator, batch_size: int, micro_batches: int) -> str:
+    """One line for people: how many processes there are, and how many samples a step has on all of them.
+
+    ``accelerate launch --num_processes N`` starts one process on a CPU without a word.
+    """
+    count = accelerator.num_processes
+    factors = [f"{batch_size} sample{'s' * (batch_size != 1)}"]
+    factors += [f"{micro_batches} micro-batches"] if micro_batches > 1 else []
+    total = count * batch_size * micro_batches
+    processes = f"{count} process{'es' * (count != 1)} on {accelerator.device.type}"
+    return f"{processes}, each with {' x '.join(factors)}: {total:,} sample{'s' * (total != 1)} in a step"
+
+
 def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     """What ``work`` gives on the main process, on every process: files are read once, and all go on or none.
 

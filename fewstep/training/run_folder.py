@@ -13,6 +13,7 @@ from fewstep.config.run import RunConfig
 from fewstep.data.durable import write_durably
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
+from fewstep.training.inputs import read_inputs
 
 _CONFIG, _PARTIAL = "config.yaml", ".config.yaml.partial"
 
@@ -42,11 +43,13 @@ def check_folder(out: Path, method: str, config: RunConfig) -> bool:
         theirs = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, TypeError, ValueError) as error:  # unreadable, or YAML that is no table
         raise UserError(f"{file} cannot be read; choose another --out") from error
-    if changed := _differences(theirs, _described(method, config), _may_change(config)):
+    steps = checkpoint.steps_in(out / "checkpoints")
+    may_change = _may_change(config) | _compared_by_contents(out, theirs, config, bool(steps))
+    if changed := _differences(theirs, _described(method, config), may_change):
         raise UserError(
             f"--resume: {', '.join(changed)} differ from {file}; give the run its old settings or another --out"
         )
-    return bool(checkpoint.steps_in(out / "checkpoints"))
+    return bool(steps)
 
 
 def write_config(out: Path, method: str, config: RunConfig) -> None:
@@ -64,6 +67,18 @@ def _may_change(config: RunConfig) -> frozenset[str]:
     # A run does not move between CPU and GPU. Its length does matter where a curriculum follows it.
     stays = names_of(type(config), "length") if config.follows_max_steps else frozenset()
     return names_of(type(config), "machine", "watching", "export", "length") - {"cpu"} - stays
+
+
+def _compared_by_contents(out: Path, theirs: dict[str, Any], config: RunConfig, trained: bool) -> frozenset[str]:
+    """Inputs that may lie elsewhere by now, because :class:`fewstep.training.inputs.RunInputs` compares what they are.
+
+    What came of ``--init`` is in the checkpoint, so it may be left out once there is one.
+    """
+    recorded = read_inputs(out)
+    sources = {name for name in names_of(type(config), "source") if theirs.get(name) is not None}
+    moved = {name for name in sources if name in recorded and getattr(config, name) is not None}
+    left_out = {"init"} if trained and "init" in sources and config.init is None else set()
+    return frozenset(moved | left_out)
 
 
 def _differences(theirs: dict[str, Any], mine: dict[str, Any], may_change: frozenset[str]) -> list[str]:

@@ -1,0 +1,165 @@
+"""What a run reads, known by its contents: a resumed run goes on with the same teacher, prompts and data, or not.
+
+``OUT/inputs.json`` holds a digest of every input (:mod:`fewstep.data.contents`). Where an input lies is of no account.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from fewstep.config.checks import names_of
+from fewstep.config.run import RunConfig
+from fewstep.data.condition_cache import INDEX
+from fewstep.data.conditions import read_prompts
+from fewstep.data.contents import Contents, changed_folders, contents_of
+from fewstep.data.durable import json_sha256, write_text_durably
+from fewstep.data.fingerprint import memory_digests
+from fewstep.data.images import image_contents, read_images
+from fewstep.errors import UserError
+from fewstep.teachers.files import pipeline_files, pipeline_place
+from fewstep.teachers.loading import teacher_folder
+from fewstep.teachers.lora import lora_file
+from fewstep.training import checkpoint
+
+FILE = "inputs.json"
+_FORMAT = "fewstep-inputs-1"
+_IN_MEMORY = "teacher in memory"  # in the place of "teacher": its digests cannot be compared with those of files
+
+
+def read_inputs(out: Path) -> dict[str, Contents]:
+    """The digests that were taken when the run in ``out`` began, by setting; none of a run that is new, or took none.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    try:
+        kept = json.loads((out / FILE).read_text(encoding="utf-8"))
+        inputs, digest = dict(kept["inputs"]), kept["sha256"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{out / FILE} cannot be read; choose another --out") from error
+    if kept.get("format") != _FORMAT or digest != json_sha256(inputs):
+        raise UserError(f"{out / FILE} is not what this version of fewstep writes; choose another --out")
+    return inputs
+
+
+class RunInputs:
+    """The inputs of a run beside those that it began with.
+
+    Args:
+        config: of the run; its settings of the kind ``source`` name the inputs.
+        pipeline: the teacher's, where it was handed over in memory.
+    """
+
+    def __init__(self, config: RunConfig, pipeline: DiffusionPipeline | None = None) -> None:
+        self.config, self.pipeline, self.out = config, pipeline, Path(config.out)
+        self.recorded = read_inputs(self.out)
+        self.found: dict[str, Contents] = {}
+
+    def check_here(self) -> str:
+        """Look at those inputs that lie on this machine before anything is loaded.
+
+        Images are read once, where the run did not begin with the same.
+
+        Returns:
+            One line for people where a run that was begun before took no digests of an input, else "".
+
+        Raises:
+            UserError: an input is not what the run began with, or an image cannot be read.
+        """
+        return self._check({name: value for name, value in self._given().items() if self._is_here(name, value)})
+
+    def check_fetched(self, lora: Path | None) -> str:
+        """Look at those that the hub gave, once they are loaded: it may have given others than it did before.
+
+        Args:
+            lora: the file of the teacher's LoRA.
+
+        Returns and raises:
+            As :meth:`check_here`.
+        """
+        fetched = {name: value for name, value in self._given().items() if not self._is_here(name, value)}
+        return self._check(fetched, lora)
+
+    def _given(self) -> dict[str, str]:
+        values = {name: getattr(self.config, name) for name in sorted(names_of(type(self.config), "source"))}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _is_here(self, name: str, value: str) -> bool:
+        if name == "teacher_lora":
+            return Path(value).exists()
+        hub = name in ("teacher", "init") and teacher_folder(value) is None
+        return not hub or (name == "teacher" and self.pipeline is not None)
+
+    def _check(self, given: dict[str, str], lora: Path | None = None) -> str:
+        begun, fresh, changed = (self.out / "config.yaml").exists(), [], []
+        for name, value in given.items():
+            key = _IN_MEMORY if name == "teacher" and self.pipeline is not None else name
+            contents = self._contents(name, value, self.recorded.get(key), lora)
+            if not contents:
+                continue
+            self.found[key] = contents
+            if key not in self.recorded:
+                fresh.append(f"--{name}")
+            elif folders := changed_folders(self.recorded[key], contents):
+                changed.append(f"--{name} {value}{_listed(folders)}")
+        if changed:
+            raise UserError(
+                f"--resume: {'; '.join(changed)} is not what it was when the run in {self.out} began; "
+                f"put back what it was, or choose another --out{self._without_init(changed)}"
+            )
+        return f"the run began without digests of {', '.join(fresh)}: taken now" if begun and fresh else ""
+
+    def write(self) -> None:
+        """Keep the digests with the run."""
+        inputs = {**self.recorded, **self.found}
+        content = {"format": _FORMAT, "inputs": inputs, "sha256": json_sha256(inputs)}
+        write_text_durably(self.out / FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def _without_init(self, changed: list[str]) -> str:
+        alone = all(line.startswith("--init ") for line in changed)
+        held = checkpoint.steps_in(self.out / "checkpoints")
+        return ", or leave out --init: the checkpoint holds what came of it" if alone and held else ""
+
+    def _contents(self, name: str, value: str, known: Contents | None, lora: Path | None) -> Contents:
+        if name == "teacher" and self.pipeline is not None:
+            return memory_digests(self.pipeline)
+        if name == "prompts":
+            return {"": {"sha256": json_sha256(read_prompts(value))}}
+        if name == "data":
+            return _images(value, known)
+        if name == "teacher_lora":
+            file = lora or lora_file(value)
+            return contents_of(file, [file], known)
+        place, files = _files(name, value)
+        return contents_of(place, files, known)
+
+
+def _files(name: str, value: str) -> tuple[Path, list[Path]]:
+    """Where an input lies and the files that decide what it is; none of what is not there, which its reader says."""
+    place = Path(value)
+    if name == "init" and (steps := checkpoint.steps_in(place / "checkpoints")):
+        return place, [place / "checkpoints" / f"step_{steps[-1]:08d}" / "state.json"]  # it has the others' digests
+    if name in ("teacher", "init"):
+        found = pipeline_place(value)
+        return (found, pipeline_files(found)) if found is not None else (place, [])
+    if name == "cache":
+        return place, [file for file in (place / INDEX,) if file.is_file()]  # it has the others' digests
+    return place, sorted(file for file in place.glob("*") if file.name == "about.json" or file.match("shard_*"))
+
+
+def _images(source: str, known: Contents | None) -> Contents:
+    images = read_images(source)
+    if known is None:
+        images.refuse_unreadable(progress=True)
+    return image_contents(images, source, known)
+
+
+def _listed(folders: list[str]) -> str:
+    named = [folder or "the folder itself" for folder in folders]
+    more = ", ..." if len(named) > 5 else ""
+    return f" ({', '.join(named[:5])}{more})" if folders != [""] else ""
