@@ -31,7 +31,7 @@ class MeanFlowConfig(RunConfig):
             there is --data.
         pairs: without --data: folder that fewstep pairs made, whose samples are trained on; default: --num_pairs are
             made at the start, into out/pairs.
-        num_pairs: how many samples of the teacher to make.
+        num_pairs: how many samples of the teacher there are; of them those are made that the run will use.
         pair_steps: steps of the teacher's ODE for each.
         pair_solver: euler (DDIM for tables) or heun (two network calls a step).
         renoise: a mean flow is an ODE; there is no other choice.

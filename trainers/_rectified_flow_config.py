@@ -17,7 +17,7 @@ class RectifiedFlowConfig(RunConfig):
 
     Args:
         pairs: folder that fewstep pairs made; default: --num_pairs are made at the start, into out/pairs.
-        num_pairs: how many pairs to make.
+        num_pairs: how many pairs there are; of them those are made that the run will use.
         pair_steps: steps of the teacher's ODE for each.
         pair_solver: euler (DDIM for tables) or heun (two network calls a step).
         inverted_pairs: folder of real images with the noise that the ODE leads them to (fewstep pairs --data); with

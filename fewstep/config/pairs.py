@@ -96,7 +96,8 @@ class PairsWanted:
     """Noise-sample pairs of the teacher's ODE that a run trains on.
 
     Attributes:
-        num: how many the run makes where no folder is given; of real samples at most as many as there are.
+        num: how many there are where no folder is given, of real samples at most as many as those; of them the run
+            makes what it will use.
         steps: of the ODE.
         solver: of :data:`fewstep.diffusion.ode.SOLVERS`.
         folder: of pairs that were made before.

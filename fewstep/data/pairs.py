@@ -5,6 +5,9 @@ label that it was made for. Its noise is not stored, but drawn again from (seed,
 real images, ``noise`` is stored too, because no seed gives it.
 
 A batch is a run of rows inside one shard, whoever makes it, so the pairs do not depend on the number of processes.
+
+A run that is too short to use all its pairs makes those alone that it will use: then row i holds the pair that its
+stream asks for as the i-th, so that a run which is gone on with for more steps only adds rows.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewstep.config.pairs import PairsWanted
 from fewstep.data.batch import Pairs
 from fewstep.data.conditions import Conditions
 from fewstep.data.durable import json_sha256
@@ -29,7 +33,10 @@ from fewstep.errors import UserError
 from fewstep.recording import Recording
 
 FORMAT = "fewstep-pairs-3"
+#: Of the pairs of one run, in the order in which it uses them.
+RUN_FORMAT = "fewstep-run-pairs-1"
 MAKER = "fewstep pairs"
+_STREAM, _INVERTED_STREAM = "pairs", "inverted pairs"
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,9 @@ class PairMaker:
         device: where the network is.
         real: real samples, from which the ODE is followed to their noise instead.
         resume: go on with what is there.
+        numbers: make these pairs alone, in this order (:func:`numbers_used`); default: all.
+        images_digest: of the real samples' images, so that the folder is not gone on with from others; None: they are
+            known to be the same.
 
     Raises:
         UserError: the folder is in use or holds other pairs.
@@ -90,20 +100,25 @@ class PairMaker:
         device: torch.device | str,
         real: RealSamples | None = None,
         resume: bool = False,
+        numbers: Sequence[int] | None = None,
+        images_digest: str | None = None,
     ) -> None:
+        self.numbers = numbers
         self.conditions, self.settings, self.device, self.real = conditions, settings, device, real
         self.schedule, self.shape = recording.schedule, recording.sample_shape
         self.ode_solver = OdeSolver(denoiser, self.schedule, settings.solver)
         self.rows = real.rows_among(conditions) if real is not None else None
         about = {
-            "format": FORMAT,
+            "format": FORMAT if numbers is None else RUN_FORMAT,
             "source": "noise" if real is None else "images",
             "teacher": identity,
             "conditions": conditions_digest(conditions),
             "shape": list(self.shape),
             **vars(settings),
+            **({} if images_digest is None else {"images": images_digest}),
         }
-        self.shards = Shards.begin(folder, about, MAKER, resume=resume)
+        wanted = None if numbers is None else len(numbers)
+        self.shards = Shards.begin(folder, about, MAKER, resume=resume, wanted=wanted)
 
     def run(self, rank: int = 0, world: int = 1, on_rows: Callable[[int], object] = lambda count: None) -> None:
         """Make this process's shards, every ``world``-th; what is whole already is left as it is.
@@ -124,13 +139,13 @@ class PairMaker:
             parts: list[dict[str, Tensor]] = []
             for first in range(rows.start, rows.stop, self.settings.batch_size):
                 batch = range(first, min(first + self.settings.batch_size, rows.stop))
-                parts.append(self.pairs(batch))
+                parts.append(self.pairs(batch if self.numbers is None else [self.numbers[row] for row in batch]))
                 on_rows(len(batch))
             self.shards.write(number, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     @torch.no_grad()
     def pairs(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """What is stored of these pairs: ``x0``, ``item``, and ``noise`` of real samples; on the CPU."""
+        """What is stored of some pairs, by number: ``x0``, ``item``, and ``noise`` of real samples; on the CPU."""
         settings, dtype = self.settings, getattr(torch, self.settings.dtype)
         noise = pair_noise(settings.seed, indices, self.shape, self.device)
         if self.real is None:
@@ -159,13 +174,22 @@ class StoredPairs:
         folder: that ``fewstep pairs`` made.
         identity: the teacher's :func:`teacher_digest`.
         conditions: the run's; the pairs' items count in them.
+        numbers: that the folder was made with; default: it holds all.
 
     Raises:
         UserError: there are none, they are of another teacher or for other conditions, not complete, or damaged.
     """
 
-    def __init__(self, folder: str | Path, identity: dict[str, str], conditions: Conditions) -> None:
-        self.shards = Shards.find(Path(folder), FORMAT, MAKER)
+    def __init__(
+        self,
+        folder: str | Path,
+        identity: dict[str, str],
+        conditions: Conditions,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
+        kind, wanted = (FORMAT, None) if numbers is None else (RUN_FORMAT, len(numbers))
+        self.shards = Shards.find(Path(folder), kind, MAKER, wanted)
+        self._place = None if numbers is None else {number: place for place, number in enumerate(numbers)}
         self.about = self.shards.about
         for name, mine in (("teacher", identity), ("conditions", conditions_digest(conditions))):
             theirs = self.about[name]
@@ -184,8 +208,8 @@ class StoredPairs:
         return self.about["num"]
 
     def row(self, index: int) -> tuple[Tensor, Tensor, int]:
-        """x0 (...) and noise (...) of one pair, float32 on the CPU, and the number of its item."""
-        row = self.shards.row(index)
+        """x0 (...) and noise (...) of the pair with this number, float32 on the CPU, and the number of its item."""
+        row = self.shards.row(index if self._place is None else self._place[index])
         noise = row["noise"] if "noise" in row else pair_noise(self.about["seed"], [index], self.about["shape"])[0]
         return row["x0"].float(), noise, int(row["item"])
 
@@ -219,12 +243,36 @@ class PairStream:
         return Pairs(x0, noise, self.conditions.select([item for _, _, item in rows]))
 
     def _row(self, seed: int, position: int) -> tuple[Tensor, Tensor, int]:
-        store, name = self.pairs, "pairs"
-        if self.inverted is not None:
-            draw = torch.rand((), generator=keyed_generator(seed, "inverted", position))
-            if float(draw) < self.share:
-                store, name = self.inverted, "inverted pairs"
+        store, name = self.pairs, _STREAM
+        if self.inverted is not None and _is_inverted(seed, position, self.share):
+            store, name = self.inverted, _INVERTED_STREAM
         return store.row(keyed_order(seed, name, len(store), position))
+
+
+def numbers_used(wanted: PairsWanted, num: int, seed: int, positions: int, *, inverted: bool) -> list[int]:
+    """The pairs that a :class:`PairStream` asks for at its first places, each once, in the order of their first use.
+
+    Args:
+        wanted: by the run.
+        num: how many pairs the stream goes through.
+        seed: of the run.
+        positions: how many places of the stream the run uses.
+        inverted: those of real samples are meant.
+    """
+    mixed = wanted.invert_real or wanted.inverted is not None
+    name = _INVERTED_STREAM if inverted else _STREAM
+    used: dict[int, None] = {}
+    for position in range(positions):
+        if len(used) == num:
+            break
+        if not mixed or _is_inverted(seed, position, wanted.inverted_share) == inverted:
+            used[keyed_order(seed, name, num, position)] = None
+    return list(used)
+
+
+def _is_inverted(seed: int, position: int, share: float) -> bool:
+    """Whether a place of a mixed stream has a pair of a real sample."""
+    return float(torch.rand((), generator=keyed_generator(seed, "inverted", position))) < share
 
 
 def pair_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:

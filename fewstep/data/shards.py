@@ -32,29 +32,34 @@ class Shards:
         folder: made by :meth:`begin`, or found by :meth:`find`.
         about: what it is; JSON can hold it. ``format`` names what the tensors are.
         maker: the command that makes such folders, for messages.
+        wanted: only so many rows, the first ones, need be there; more may follow in a later run. Default: all.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], maker: str) -> None:
+    def __init__(self, folder: Path, about: dict[str, Any], maker: str, wanted: int | None = None) -> None:
         self.folder, self.about, self.maker = folder, about, maker
+        self.count: int = about["num"] if wanted is None else wanted
         self._open_shard = functools.lru_cache(_OPEN)(self._open)
 
     @classmethod
-    def begin(cls, folder: Path, about: dict[str, Any], maker: str, *, resume: bool) -> Shards:
+    def begin(
+        cls, folder: Path, about: dict[str, Any], maker: str, *, resume: bool, wanted: int | None = None
+    ) -> Shards:
         """Start a folder, or go on with one that is about the very same.
 
         Raises:
             UserError: it cannot be made, holds something else, or is there already and ``resume`` is not set.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        shards = cls(folder, about, maker)
+        shards = cls(folder, about, maker, wanted)
         others = [path for path in folder.iterdir() if path.suffix != ".partial"]  # before a second writer begins it
         if (folder / _ABOUT).exists():
             theirs = read_about(folder, about["format"], maker)
             if not resume:
                 raise UserError(f"{folder} is begun already; add --resume to go on with it, or choose another --out")
-            if changed := sorted(name for name in about.keys() | theirs.keys() if about.get(name) != theirs.get(name)):
+            # What an earlier version did not write down cannot be compared; its shards are bound to what it wrote.
+            if changed := sorted(name for name in theirs if about.get(name) != theirs[name]):
                 raise UserError(f"{folder} was begun with another {', '.join(changed)}; choose another --out")
-            return shards
+            return cls(folder, theirs, maker, wanted)
         if others:
             raise UserError(f"{folder} is not empty and holds nothing of {maker}; choose another --out")
         text = json.dumps({**about, "sha256": json_sha256(about)}, indent=1, ensure_ascii=False)
@@ -64,13 +69,13 @@ class Shards:
         return shards
 
     @classmethod
-    def find(cls, folder: Path, kind: str, maker: str) -> Shards:
+    def find(cls, folder: Path, kind: str, maker: str, wanted: int | None = None) -> Shards:
         """A complete folder; all of it is read once and checked.
 
         Raises:
             UserError: there is none, or it is of another kind, not complete, or damaged; one line says what to do.
         """
-        shards = cls(folder, read_about(folder, kind, maker), maker)
+        shards = cls(folder, read_about(folder, kind, maker), maker, wanted)
         for number in shards.numbers:
             if not shards.path(number).exists():
                 raise UserError(f"{folder} is not complete: {shards.path(number).name} is missing; {shards._go_on}")
@@ -85,12 +90,12 @@ class Shards:
     @property
     def numbers(self) -> range:
         """The numbers of the shards."""
-        return range(-(-self.about["num"] // self.about["shard_size"]))
+        return range(-(-self.count // self.about["shard_size"]))
 
     def rows(self, number: int) -> range:
         """The rows of a shard."""
         first = number * self.about["shard_size"]
-        return range(first, min(first + self.about["shard_size"], self.about["num"]))
+        return range(first, min(first + self.about["shard_size"], self.count))
 
     def path(self, number: int) -> Path:
         """The file of a shard."""
@@ -113,14 +118,15 @@ class Shards:
             ) from error
 
     def is_whole(self, number: int) -> bool:
-        """Whether a shard is there, belongs to this folder, and is what was written."""
+        """Whether a shard is there with all its rows, belongs to this folder, and is what was written."""
         try:
             with safe_open(str(self.path(number)), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError):
             return False
-        return metadata.get("sha256") == self._digest_of(tensors)
+        rows = min(map(len, tensors.values()), default=0)
+        return rows >= len(self.rows(number)) and metadata.get("sha256") == self._digest_of(tensors)
 
     def _digest_of(self, tensors: dict[str, Tensor]) -> str:
         """The SHA-256 of a shard's tensors and of what its folder is about."""
@@ -140,6 +146,14 @@ class Shards:
         # Memory-mapped: what is asked for is read, and nothing else.
         file = safe_open(str(self.path(number)), framework="pt")
         return file, list(file.keys())
+
+
+def format_of(folder: Path) -> str | None:
+    """What a folder says that its tensors are; None where it says nothing that can be read."""
+    try:
+        return str(json.loads((folder / _ABOUT).read_text(encoding="utf-8"))["format"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_about(folder: Path, kind: str, maker: str) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from fewstep.config.pairs import PairsConfig, PairsWanted
+from fewstep.data.contents import all_of
 from fewstep.data.fingerprint import teacher_digest
-from fewstep.data.images import read_images
-from fewstep.data.pairs import PairMaker, PairSettings, PairStream, StoredPairs
+from fewstep.data.images import image_contents, read_images
+from fewstep.data.pairs import FORMAT, PairMaker, PairSettings, PairStream, StoredPairs, numbers_used
 from fewstep.data.real import RealSamples
+from fewstep.data.shards import format_of
 from fewstep.diffusion.draws import RESPONSE_STEP, Draws
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.schedule import FlowSchedule
@@ -75,10 +77,12 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
     negative = None if negative is None else negative.to(device=device)
     scale, draws = opened.guidance_scale, Draws(config.seed, RESPONSE_STEP, range(2), device)
     refuse_guided_alike(recording, scale, negative, conditions, draws)
-    real = None
+    real, images_digest = None, None
     if config.data is not None:
         images = read_images(config.data)
         on_main(accelerator, lambda: images.refuse_unreadable(progress=True))
+        source = config.data
+        images_digest = on_main(accelerator, lambda: all_of(image_contents(images, source)))
         real = RealSamples(images, recording, conditions, device)
         if accelerator.is_main_process:
             logger.info(real.note)
@@ -104,7 +108,7 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
         # Who comes second finds the folder begun.
         resume = second or config.resume or independent is not None
         about = (out, recording, identity, guided, conditions, settings_of_pairs, device)
-        return PairMaker(*about, real=real, resume=resume)
+        return PairMaker(*about, real=real, resume=resume, images_digest=images_digest)
 
     _make_together(accelerator, begin, independent)
     return out
@@ -120,7 +124,8 @@ def pairs_of_run(
 ) -> PairStream:
     """The pairs that a run trains on, in its keyed order: opened where they are given, else made by its own teacher.
 
-    What is made lies in ``OUT/pairs`` and ``OUT/inverted_pairs``, and a killed run goes on with it.
+    No more are made than the run will use. What is made lies in ``OUT/pairs`` and ``OUT/inverted_pairs``, and a killed
+    run goes on with it.
 
     Args:
         wanted: by the run.
@@ -135,11 +140,17 @@ def pairs_of_run(
     """
     config, conditions = bench.config, bench.conditions
     size = config.batch_size
+    positions = config.max_steps * size * config.gradient_accumulation_steps * accelerator.num_processes
 
-    def made(folder: Path, real: RealSamples | None) -> Path:
+    def made(folder: Path, real: RealSamples | None) -> StoredPairs:
         claim()
+        num = wanted.num if real is None else min(wanted.num, len(real.images))
+        used = numbers_used(wanted, num, config.seed, positions, inverted=real is not None)
+        begun = on_main(accelerator, lambda: format_of(folder))
+        # A folder that was begun for all pairs is gone on with as such.
+        numbers = None if begun == FORMAT or (begun is None and len(used) == num) else used
         settings = PairSettings(
-            num=wanted.num if real is None else min(wanted.num, len(real.images)),
+            num=num,
             steps=wanted.steps,
             solver=wanted.solver,
             shift=_own_shift(bench.recording),
@@ -152,12 +163,12 @@ def pairs_of_run(
 
         def begin(_second: bool) -> PairMaker:
             about = (folder, bench.recording, identity, bench.guided(teacher), conditions, settings, bench.device)
-            return PairMaker(*about, real=real, resume=True)
+            return PairMaker(*about, real=real, resume=True, numbers=numbers)
 
         _make_together(accelerator, begin)
-        return folder
+        return StoredPairs(folder, identity, conditions, numbers)
 
-    def stored(folder: str | Path, source: str, scale: float | list[float] | None) -> StoredPairs:
+    def given(folder: str, source: str, scale: float | list[float] | None) -> StoredPairs:
         found = StoredPairs(folder, identity, conditions)
         if found.about["source"] != source:
             raise UserError(f"the pairs in {folder} were made from {found.about['source']}, and {source} is asked for")
@@ -170,10 +181,14 @@ def pairs_of_run(
         return found
 
     mine = plain_scale(bench.guidance_scale) if wanted.guided or config.guidance_scale is not None else None
-    pairs = stored(wanted.folder or made(Path(config.out) / "pairs", None), "noise", mine)
+    out = Path(config.out)
+    pairs = made(out / "pairs", None) if wanted.folder is None else given(wanted.folder, "noise", mine)
     scale = pairs.about["guidance_scale"] if mine is None else mine
-    inverted = made(Path(config.out) / "inverted_pairs", bench.real) if wanted.invert_real else wanted.inverted
-    real = stored(inverted, "images", scale) if inverted is not None else None
+    real: StoredPairs | None = None
+    if wanted.invert_real:
+        real = made(out / "inverted_pairs", bench.real)
+    elif wanted.inverted is not None:
+        real = given(wanted.inverted, "images", scale)
     return PairStream(pairs, conditions, bench.device, real, wanted.inverted_share)
 
 

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batch, Pairs, Real
+from fewstep.data.pairs import numbers_used
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.phases import Phase
@@ -89,11 +90,13 @@ class DryRun:
     @property
     def pair_evaluations(self) -> int:
         """How often the (guided) teacher is evaluated, in samples, for pairs that the run makes before its training."""
-        wanted = self.config.pairs_wanted
+        config, wanted = self.config, self.config.pairs_wanted
         if wanted is None:
             return 0
-        each = wanted.num * wanted.steps * (2 if wanted.solver == "heun" else 1)
-        return each * ((wanted.folder is None) + wanted.invert_real)
+        positions = config.max_steps * config.batch_size * config.gradient_accumulation_steps
+        made = [False] * (wanted.folder is None) + [True] * wanted.invert_real
+        counts = [len(numbers_used(wanted, wanted.num, config.seed, positions, inverted=which)) for which in made]
+        return sum(counts) * wanted.steps * (2 if wanted.solver == "heun" else 1)
 
     def make_roles(self, *names: str) -> dict[str, Role]:
         """As in a run."""
