@@ -21,6 +21,7 @@ from fewstep.eval.features import Features
 from fewstep.eval.generate import SampleConditions, generate, run_pipeline
 from fewstep.eval.judge import Judge, image_metrics
 from fewstep.eval.models import Model, in_steps
+from fewstep.recording.pipeline import without_safety_checker
 from fewstep.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -44,15 +45,17 @@ def measure(
     evaluations: list[float] = []
     seconds: list[tuple[int, float]] = []
     title = f"{model.name}, {in_steps(steps)}"
-    for samples in generate(
+    made = generate(
         pipeline, call, conditions, range(num), seed=config.seed, batch_size=config.batch_size, description=title
-    ):
-        if sum(map(len, shown)) < config.columns:
-            shown.append(samples.images)
-        if judge and judge.extractor.accepts(tuple(samples.images.shape[1:])):
-            features.append(judge.extractor(samples.images))
-        evaluations.append(samples.evaluations * len(samples.indices))
-        seconds.append((len(samples.indices), samples.seconds))
+    )
+    with without_safety_checker(pipeline):  # what it blackens says nothing of the model
+        for samples in made:
+            if sum(map(len, shown)) < config.columns:
+                shown.append(samples.images)
+            if judge and judge.extractor.accepts(tuple(samples.images.shape[1:])):
+                features.append(judge.extractor(samples.images))
+            evaluations.append(samples.evaluations * len(samples.indices))
+            seconds.append((len(samples.indices), samples.seconds))
     numbers, skipped = image_metrics(config.metrics, features, conditions, judge)
     row: dict[str, Any] = {
         "model": model.name,

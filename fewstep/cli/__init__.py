@@ -77,10 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, words: Sequence[str]) -> int:
+    from fewstep.cli.quiet import quiet_libraries
     from fewstep.training.loop import Interrupted
 
+    program = importlib.import_module(f"fewstep.cli.{COMMANDS[command]}")
     try:
-        importlib.import_module(f"fewstep.cli.{COMMANDS[command]}").run(words)
+        with quiet_libraries():
+            program.run(words)
     except Interrupted:
         print("fewstep: interrupted; a checkpoint is written, --resume goes on from it", file=sys.stderr)
         return 130

@@ -192,7 +192,11 @@ def _front_matter(about: Mapping[str, Any], pipeline: Any, license_fields: Mappi
 
 
 def _subject(about: Mapping[str, Any]) -> str:
-    return {"prompt": '"a photo of a cat"', "label": "class_labels=[0]", None: ""}[about["conditional"]]
+    """What is asked for in the card's code: a prompt or label of the run, where the student comes of one."""
+    example = about.get("example")
+    if about["conditional"] == "prompt":
+        return json.dumps("a photo of a cat" if example is None else example, ensure_ascii=False)
+    return "" if about["conditional"] is None else f"class_labels=[{example or 0}]"
 
 
 def _is_video(pipeline: Any) -> bool:

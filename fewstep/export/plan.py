@@ -49,6 +49,7 @@ class StudentPlan:
         note: one line that says how renoise and scheduler were decided.
         trained_at_every_count: whether the student is trained at the times of every count, not only of ``steps``.
         guidance_range: the guidance scales that the student's network is told in training, None where it is told none.
+        example: a prompt or label that the student was trained for, which its card shows; None where that is not known.
     """
 
     scheduler: Any
@@ -66,6 +67,7 @@ class StudentPlan:
     note: str
     trained_at_every_count: bool = False
     guidance_range: tuple[float, float] | None = None
+    example: str | int | None = None
 
 
 def plan_student(

@@ -205,6 +205,7 @@ def about_student(
         "base_model": names.base_model(base_model),
         **({} if teacher_lora is None else {"teacher_lora": teacher_lora.name}),
         "conditional": recording.conditional,
+        "example": plan.example,
         "call": plan.call,
         "load": absent_parts(recording.pipeline),
         **_about_code(recording.pipeline),

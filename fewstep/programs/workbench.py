@@ -103,6 +103,8 @@ class Workbench:
         self.conditions, negative = conditions_of(config, teacher, device, progress=progress)
         say(self.conditions.cut_note)
         say(self.conditions.note)
+        if items := self.conditions.items():
+            self.describe(example=items[0])
         # Also where the teacher is not guided: a critic may be.
         self.negative = None if negative is None else self.with_default_guidance(negative.to(device=device))
         draws = Draws(config.seed, RESPONSE_STEP, range(2), device)

@@ -52,6 +52,20 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def without_safety_checker(pipeline: Any) -> Iterator[None]:
+    """Inside, no picture is blackened, by pipelines whose checker may be absent: those that have a method to run it."""
+    checker = getattr(pipeline, "safety_checker", None)
+    if checker is None or not hasattr(pipeline, "run_safety_checker"):
+        yield
+        return
+    pipeline.safety_checker = None
+    try:
+        yield
+    finally:
+        pipeline.safety_checker = checker
+
+
 def with_parts(pipeline: Any, **parts: Any) -> Any:
     """A copy of the pipeline object with other components; all else is shared, the pipeline itself stays as it is."""
     other = copy.copy(pipeline)

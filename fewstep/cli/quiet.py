@@ -1,0 +1,50 @@
+"""What other libraries say while a command runs, without the lines that tell a user nothing."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+#: How such lines begin: a part of another class than its pipeline's index names, which the recording's proof covers.
+_USELESS = ("Expected types for ",)
+_LIBRARIES = ("diffusers", "transformers")
+
+
+class _Useful(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_USELESS)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Inside, diffusers and transformers show no bars of loading and writing, and none of the useless lines.
+
+    Errors and warnings of other kinds stay, as do the bars of downloads.
+    """
+    from diffusers.utils import logging as of_diffusers  # they take seconds, and not every command needs them
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as of_transformers
+
+    modules = (of_diffusers, of_transformers)
+    shown = [module.is_progress_bar_enabled() for module in modules]
+    handlers = [handler for name in _LIBRARIES for handler in logging.getLogger(name).handlers]
+    only_useful, downloads = _Useful(), not are_progress_bars_disabled()
+    for module in modules:
+        module.disable_progress_bar()
+    if downloads:  # which transformers' switch turns off too
+        enable_progress_bars()
+    for handler in handlers:
+        handler.addFilter(only_useful)
+    try:
+        with warnings.catch_warnings():
+            # Of a library's own code, in the versions that this package asks for.
+            warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.* is deprecated")
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(only_useful)
+        for module, enabled in zip(modules, shown, strict=True):
+            if enabled:
+                module.enable_progress_bar()
