@@ -5,21 +5,29 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fewstep.teachers.loading import teacher_folder
+from fewstep.teachers.names import teacher_folder
 
 _INDEX = "model_index.json"
 #: What diffusers and transformers read of a component's folder; exports for other runtimes lie beside it.
 _READ = frozenset({".json", ".txt", ".model", ".jinja", ".py", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"})
 
 
-def pipeline_place(name: str) -> Path | None:
-    """Where a teacher lies on this machine, the hub's cache included; None for one that was not fetched yet."""
+def pipeline_place(name: str, revision: str | None = None, subfolder: str | None = None) -> Path | None:
+    """Where a teacher lies on this machine, the hub's cache included; None for one that was not fetched yet.
+
+    Args:
+        name: a folder, a single file, a hub id, or an embedded teacher.
+        revision: of the hub id.
+        subfolder: of the folder or repository.
+    """
     folder = teacher_folder(name)
     if folder is not None:
-        return folder if folder.exists() else None
+        place = folder / subfolder if subfolder is not None else folder
+        return place if place.exists() else None
     from huggingface_hub import try_to_load_from_cache
 
-    index = try_to_load_from_cache(name, _INDEX)
+    inside = f"{subfolder}/{_INDEX}" if subfolder is not None else _INDEX
+    index = try_to_load_from_cache(name, inside, revision=revision)
     return Path(index).parent if isinstance(index, str) else None
 
 

@@ -20,12 +20,15 @@ from fewstep.data.fingerprint import memory_digests
 from fewstep.data.images import image_contents, read_images
 from fewstep.errors import UserError
 from fewstep.teachers.files import pipeline_files, pipeline_place
-from fewstep.teachers.loading import teacher_folder
 from fewstep.teachers.lora import lora_file
+from fewstep.teachers.names import teacher_folder
+from fewstep.teachers.source import CONFIGURATION
 from fewstep.training import checkpoint
 
 FILE = "inputs.json"
 _FORMAT = "fewstep-inputs-1"
+#: Settings that say which files of a teacher are meant, and are no inputs themselves.
+_WHICH = frozenset({"revision", "subfolder", "variant"})
 _IN_MEMORY = "teacher in memory"  # in the place of "teacher": its digests cannot be compared with those of files
 
 
@@ -86,7 +89,7 @@ class RunInputs:
         return self._check(fetched, lora)
 
     def _given(self) -> dict[str, str]:
-        values = {name: getattr(self.config, name) for name in sorted(names_of(type(self.config), "source"))}
+        values = {name: getattr(self.config, name) for name in sorted(names_of(type(self.config), "source") - _WHICH)}
         return {name: value for name, value in values.items() if value is not None}
 
     def _is_here(self, name: str, value: str) -> bool:
@@ -135,21 +138,31 @@ class RunInputs:
         if name == "teacher_lora":
             file = lora or lora_file(value)
             return contents_of(file, [file], known)
-        place, files = _files(name, value)
-        return contents_of(place, files, known)
+        if name == "teacher":
+            return _pipeline(pipeline_place(value, self.config.revision, self.config.subfolder), known)
+        if name == "init" and not (Path(value) / "checkpoints").is_dir():
+            return _pipeline(pipeline_place(value), known)
+        return contents_of(Path(value), _files(name, Path(value)), known)
 
 
-def _files(name: str, value: str) -> tuple[Path, list[Path]]:
-    """Where an input lies and the files that decide what it is; none of what is not there, which its reader says."""
-    place = Path(value)
-    if name == "init" and (steps := checkpoint.steps_in(place / "checkpoints")):
-        return place, [place / "checkpoints" / f"step_{steps[-1]:08d}" / "state.json"]  # it has the others' digests
-    if name in ("teacher", "init"):
-        found = pipeline_place(value)
-        return (found, pipeline_files(found)) if found is not None else (place, [])
+def _pipeline(place: Path | None, known: Contents | None) -> Contents:
+    """Those of a pipeline's files; of a single file also those of the configuration that lies beside it."""
+    if place is None:
+        return {}
+    if not place.is_file():
+        return contents_of(place, pipeline_files(place), known)
+    beside = [file for file in pipeline_files(place.parent) if file.suffix in CONFIGURATION]
+    return {**contents_of(place.parent, beside, known), "the single file": contents_of(place, [place])[""]}
+
+
+def _files(name: str, place: Path) -> list[Path]:
+    """The files that decide what an input is; none of what is not there, which its reader says."""
+    if name == "init":  # the state of another run's newest checkpoint has the digests of the others
+        steps = checkpoint.steps_in(place / "checkpoints")[-1:]
+        return [place / "checkpoints" / f"step_{step:08d}" / "state.json" for step in steps]
     if name == "cache":
-        return place, [file for file in (place / INDEX,) if file.is_file()]  # it has the others' digests
-    return place, sorted(file for file in place.glob("*") if file.name == "about.json" or file.match("shard_*"))
+        return [file for file in (place / INDEX,) if file.is_file()]  # it has the others' digests
+    return sorted(file for file in place.glob("*") if file.name == "about.json" or file.match("shard_*"))
 
 
 def _images(source: str, known: Contents | None) -> Contents:

@@ -77,6 +77,7 @@ def _compared_by_contents(out: Path, theirs: dict[str, Any], config: RunConfig, 
     recorded = read_inputs(out)
     sources = {name for name in names_of(type(config), "source") if theirs.get(name) is not None}
     moved = {name for name in sources if name in recorded and getattr(config, name) is not None}
+    moved |= {"revision", "subfolder"} if "teacher" in moved else set()  # they say where the teacher lies
     left_out = {"init"} if trained and "init" in sources and config.init is None else set()
     return frozenset(moved | left_out)
 

@@ -216,6 +216,35 @@ def test_a_teacher_of_the_hub_is_what_its_cache_holds(here: Path, tmp_path: Path
         RunInputs(config).check_fetched(None)
 
 
+def test_a_single_file_counts_with_the_configuration_beside_it(here: Path, tmp_path: Path):
+    file = here / "teacher" / "model.safetensors"
+    save_file({"a": torch.ones(2)}, file)
+    config = began(tmp_path / "out", teacher=file)
+    assert go_on(config) == ""
+    (here / "teacher" / "scheduler" / "scheduler_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"\(scheduler\) is not"):
+        go_on(config)
+    config = began(tmp_path / "other", teacher=file)
+    one_weight(file)
+    with pytest.raises(UserError, match=r"\(the single file\) is not"):
+        go_on(config)
+
+
+def test_a_teacher_in_a_folder_of_a_folder_may_be_named_otherwise(here: Path, tmp_path: Path):
+    config = RectifiedFlowConfig(teacher=str(here), subfolder="teacher", out=str(tmp_path / "out"))
+    check_folder(tmp_path / "out", "rectified_flow", config)
+    run_inputs = RunInputs(config)
+    assert run_inputs.check_here() == "" and "transformer" in run_inputs.found["teacher"]
+    write_config(tmp_path / "out", "rectified_flow", config)
+    run_inputs.write()
+    assert go_on(resumed(config, teacher=here / "teacher", subfolder=None)) == ""
+    with pytest.raises(UserError, match="--resume: variant differ"):  # other files of the same folder
+        go_on(resumed(config, variant="fp16"))
+    one_weight(here / "teacher" / WEIGHTS)
+    with pytest.raises(UserError, match=r"\(transformer\) is not"):
+        go_on(resumed(config))
+
+
 # --- digests ---------------------------------------------------------------------------------------------------------
 
 
