@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: How such lines begin: a part of another class than its pipeline's index names, which the recording's proof covers.
-_USELESS = ("Expected types for ",)
+#: How such lines begin: a part is of another class than its pipeline's own; the recording's proof covers that.
+_USELESS = ("Expected types for ", "You have passed a non-standard module ")
 _LIBRARIES = ("diffusers", "transformers")
 
 
