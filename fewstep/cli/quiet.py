@@ -24,7 +24,7 @@ def quiet_libraries() -> Iterator[None]:
     Errors and warnings of other kinds stay, as do the bars of downloads.
     """
     from diffusers.utils import logging as of_diffusers  # they take seconds, and not every command needs them
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as of_transformers
 
     modules = (of_diffusers, of_transformers)

@@ -110,8 +110,8 @@ def _captions_to_conditions(
         rows = conditions.rows(items)
     if rows is None:  # what the run does not generate is encoded beside it
         rows = list(range(len(items)))
-        of_prompts = conditions.kind == "prompt"
-        conditions = Conditions(recording, items if of_prompts else None, None if of_prompts else items, device)
+        own: dict[str, list[Any]] = {f"{conditions.kind}s": items}
+        conditions = Conditions(recording, device=device, **own)
     place = dict(zip(distinct, rows, strict=True))
     return [place[caption] for caption in captions], conditions, meaning
 
