@@ -15,6 +15,8 @@ from diffusers import DiffusionPipeline
 from fewstep.export.counts import heed_count
 from fewstep.export.errors import ExportError
 from fewstep.export.step_noise import step_noise_from
+from fewstep.export.student_adapter import has_adapters
+from fewstep.recording.pipeline import modules_of
 from fewstep.recording.plain_call import as_taken
 
 FILE = "fewstep.json"
@@ -89,6 +91,7 @@ def student_class(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type
             return stock.__call__(self, *args, **kwargs, **missing)
 
     def save_pretrained(self: DiffusionPipeline, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        refuse_adapters(self)
         stock.save_pretrained(self, save_directory, *args, **kwargs)
         write_about(Path(save_directory), about)
 
@@ -99,9 +102,19 @@ def student_class(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type
         "__qualname__": stock.__qualname__,
         "fewstep": about,
     }
-    if "lora" not in about:  # a pipeline that carries an adapter saves what it always does
+    if "lora" not in about:  # which would be no whole pipeline
         body["save_pretrained"] = functools.wraps(stock.save_pretrained)(save_pretrained)
     return type(stock.__name__, (stock,), body)
+
+
+def refuse_adapters(pipeline: DiffusionPipeline) -> None:
+    """Raise :class:`ExportError` for a pipeline with adapters: diffusers writes such under names that nothing loads."""
+    held = next((name for name, module in modules_of(pipeline).items() if has_adapters(module)), None)
+    if held is not None:
+        raise ExportError(
+            f"the {held} holds adapters, and a pipeline with such is saved under names that nothing loads: fuse them "
+            "(a student by fewstep.apply(..., fuse=True), others by fuse_lora), and call unload_lora_weights() first"
+        )
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,27 +14,45 @@ from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from fewstep.export.about import fetched, read_about, student_class
+from fewstep.errors import one_line
+from fewstep.export.about import fetched, read_about, refuse_adapters, student_class
 from fewstep.export.errors import ExportError
-from fewstep.recording.pipeline import find_scheduler
+from fewstep.export.student_adapter import (
+    ADAPTER,
+    activate,
+    active_adapters,
+    fuse_adapter,
+    is_fused,
+    remove_adapter,
+    why_not_beside,
+    why_not_fused,
+    why_off,
+)
+from fewstep.recording.pipeline import find_scheduler, is_quantized
 
 #: The name that diffusers looks for.
 LORA_FILE = "pytorch_lora_weights.safetensors"
+#: Of what was trained, as much may be lost to the weights' rounding before a user is told.
+_LOST = 0.1
 
 
-def apply(pipeline: DiffusionPipeline, lora: str | Path, **fetching: Any) -> DiffusionPipeline:
+def apply(pipeline: DiffusionPipeline, lora: str | Path, *, fuse: bool = False, **fetching: Any) -> DiffusionPipeline:
     """Make a pipeline of the base model the student: its call needs a prompt or labels and nothing else.
+
+    The student's adapter is named ``"student"``; adapters that are active stay so, each as strongly as before.
 
     Args:
         pipeline: of the base model, as stock diffusers loads it; it is changed in place.
         lora: a ``student_lora`` folder that fewstep wrote, or its hub id.
+        fuse: add the adapter to the weights for good, which ``save_pretrained`` then writes like any others.
         **fetching: huggingface_hub's download arguments (revision, token, ...) for a hub id.
 
     Returns:
         The same object, now of a subclass of its class. Arguments that are given win over ``fewstep.json``.
 
     Raises:
-        ExportError: not a LoRA student, or one of another model; the pipeline is then as it was.
+        ExportError: not a LoRA student, one of another model, or ``fuse`` for weights that nothing can be added to; the
+            pipeline is then as it was.
     """
     about = read_about(lora, **fetching)
     if "lora" not in about:
@@ -47,12 +67,19 @@ def apply(pipeline: DiffusionPipeline, lora: str | Path, **fetching: Any) -> Dif
         network = pipeline.components.get(component)
         if network is None:
             raise ExportError(f"{lora} is for the {component} of {base}, and {type(pipeline).__name__} has none")
+        if (reason := why_not_beside(network)) is not None:
+            raise ExportError(f"the {component} {reason}")
+        if fuse and (reason := why_not_fused(network)) is not None:
+            raise ExportError(f"no student can be fused into this {component}: {reason}; apply it without fuse")
         weights = fetched(lora, file, **fetching)
         if (reason := _misfit(network, about["component"], weights)) is not None:
             raise ExportError(f"{lora} is for {base} and does not fit this {component}: {reason}")
     fetched(lora, "scheduler/scheduler_config.json", **fetching)
-    ship(pipeline, about, weights.parent)
-    pipeline.__class__ = student_class(type(pipeline), about)
+    _ship_or_leave(pipeline, about, weights.parent, str(lora))
+    if fuse:
+        _fuse(pipeline, about)
+    else:
+        pipeline.__class__ = _with_adapter(type(pipeline), about)
     return pipeline
 
 
@@ -73,15 +100,95 @@ def ship(pipeline: DiffusionPipeline, about: Mapping[str, Any], folder: Path) ->
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # diffusers warns that the file holds nothing for the text encoders
     try:
-        for name, file in lora_files(about).items():
-            if name == component and hasattr(pipeline, "load_lora_weights"):
-                pipeline.load_lora_weights(str(folder), weight_name=file)
-            else:
-                getattr(pipeline, name).load_lora_adapter(str(folder), weight_name=file, prefix=component)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
+            for name, file in lora_files(about).items():
+                network: Any = getattr(pipeline, name)
+                others = active_adapters(network)
+                words = {"weight_name": file, "adapter_name": ADAPTER}
+                # Some pipelines' own loaders look for weights by names that quantised layers do not have.
+                if name == component and hasattr(pipeline, "load_lora_weights") and not is_quantized(network):
+                    pipeline.load_lora_weights(str(folder), **words)
+                else:
+                    network.load_lora_adapter(str(folder), prefix=component, _pipeline=pipeline, **words)
+                activate(network, [*others, ADAPTER])
     finally:
         logging.set_verbosity(verbosity)
     stock = getattr(diffusers, about["scheduler"]).from_pretrained(str(folder), subfolder="scheduler")
     pipeline.register_modules(**{find_scheduler(pipeline): stock})
+
+
+def _ship_or_leave(pipeline: DiffusionPipeline, about: Mapping[str, Any], folder: Path, name: str) -> None:
+    networks: list[Any] = [getattr(pipeline, component) for component in lora_files(about)]
+    before = [active_adapters(network) for network in networks]
+    try:
+        ship(pipeline, about, folder)
+    except Exception as error:  # each pipeline's loader has exceptions of its own
+        for network, others in zip(networks, before, strict=True):
+            remove_adapter(network)
+            if others:
+                activate(network, others)
+        said = f"{type(error).__name__}: {one_line(error)}"[:200]
+        raise ExportError(f"{name} cannot be loaded into this {type(pipeline).__name__} ({said})") from error
+
+
+def _fuse(pipeline: DiffusionPipeline, about: Mapping[str, Any]) -> None:
+    for component in lora_files(about):
+        network = getattr(pipeline, component)
+        lost = fuse_adapter(network)
+        if lost > _LOST:
+            kept = str(next(network.parameters()).dtype).removeprefix("torch.")
+            warnings.warn(
+                f"{lost:.0%} of the student's change of the {component} is lost to the rounding of its {kept} weights; "
+                "fuse it in float32, or apply it without fuse",
+                stacklevel=3,
+            )
+    pipeline.__class__ = _whole(type(pipeline), about)
+
+
+def _whole(stock: type[DiffusionPipeline], about: Mapping[str, Any]) -> type[DiffusionPipeline]:
+    """The class of a student whose weights hold what was trained."""
+    return student_class(stock, {name: value for name, value in about.items() if name != "lora"})
+
+
+def _with_adapter(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type[DiffusionPipeline]:
+    """The class of a student that is an adapter: it says when that is off, and writes nothing that does not load."""
+    filled = student_class(stock, about)
+    components = list(lora_files(about))
+
+    @functools.wraps(stock.__call__)
+    def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+        for component in components:
+            if (reason := why_off(getattr(self, component))) is not None:
+                warnings.warn(
+                    f"this is not the student: its adapter of the {component} {reason}; "
+                    f'set_adapters(["{ADAPTER}", ...]) names all that shall act',
+                    stacklevel=2,
+                )
+        return filled.__call__(self, *args, **kwargs)
+
+    def save_pretrained(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> None:
+        refuse_adapters(self)
+        raise ExportError("the student's adapter is not in this pipeline any more, and what is left is the base model")
+
+    def fuse_lora(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> None:
+        for component in components:
+            if (reason := why_not_fused(getattr(self, component))) is not None:
+                raise ExportError(f"no student can be fused into this {component}: {reason}")
+        stock.fuse_lora(self, *args, **kwargs)
+
+    def unload_lora_weights(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> None:
+        kept = all(is_fused(getattr(self, component)) for component in components)
+        stock.unload_lora_weights(self, *args, **kwargs)
+        if kept:
+            self.__class__ = _whole(stock, about)
+
+    body: dict[str, Any] = {"__call__": call}
+    for method in (save_pretrained, fuse_lora, unload_lora_weights):
+        if hasattr(stock, method.__name__):
+            body[method.__name__] = functools.wraps(getattr(stock, method.__name__))(method)
+    body |= {"__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (filled,), body)
 
 
 def _misfit(network: nn.Module, component: str, weights: Path) -> str | None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from fewstep.data.durable import write_text_durably
 from fewstep.export.about import call_of
-from fewstep.export.apply import lora_files
 from fewstep.export.card_sampling import generator_lines, impossible_counts, samplers, seeds
+from fewstep.export.lora_card import loaders, sections
 from fewstep.recording.pipeline import find_scheduler
 
 #: Stands in a card for the place that its student is loaded from.
@@ -52,6 +52,7 @@ def write_card(
             filter(None, ["## Steps", _grids(about), impossible_counts(about, pipeline), samplers(about, pipeline)])
         ),
         f"## Seeds\n\n{seeds(about, pipeline)}",
+        *sections(about, pipeline),
     ]
     if about["guidance_range"]:
         low, high = about["guidance_range"]
@@ -97,7 +98,7 @@ def snippet(about: Mapping[str, Any], pipeline: Any) -> str:
     if about["noise_follows"] == "global seed":
         lines = ["import functools", "", *lines]
     if lora:
-        lines += _loaders(about, pipeline)
+        lines += loaders(about, pipeline, PLACEHOLDER)
         source = f'{PLACEHOLDER}, subfolder="scheduler"'
         lines.append(f"pipe.{find_scheduler(pipeline)} = {about['scheduler']}.from_pretrained({source})")
     lines += generator_lines(about, pipeline)
@@ -147,18 +148,6 @@ def _stock(about: Mapping[str, Any]) -> str:
         absent += ", trust_remote_code=True"
     source = json.dumps(about["base_model"]) if "lora" in about else PLACEHOLDER
     return f"pipe = DiffusionPipeline.from_pretrained({source}{absent})"
-
-
-def _loaders(about: Mapping[str, Any], pipeline: Any) -> list[str]:
-    """The calls that load a LoRA, one for each network that it is for."""
-    lines = []
-    for name, file in lora_files(about).items():
-        if name == about["component"] and hasattr(pipeline, "load_lora_weights"):
-            lines.append(f"pipe.load_lora_weights({PLACEHOLDER}, weight_name={file!r})")
-        else:
-            prefix = f'prefix="{about["component"]}"'
-            lines.append(f"pipe.{name}.load_lora_adapter({PLACEHOLDER}, {prefix}, weight_name={file!r})")
-    return lines
 
 
 def _loading(about: Mapping[str, Any]) -> str:

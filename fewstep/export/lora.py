@@ -1,12 +1,14 @@
 """Writing a student as a LoRA: the adapter in the format that diffusers loads, its scheduler, fewstep.json and a card.
 
-Without ``lora_adapter_metadata`` such a file forgets its alpha, and the student runs wrong without a warning. So it is
-always written, and the folder is loaded again by stock diffusers and compared, layer by layer.
+A LoRA that is scaled by alpha / rank other than 1 is right in diffusers alone, and there only while its metadata are
+kept: other programs, and diffusers' own converters, take alpha for the rank. So the scale is multiplied into B, and
+alpha is the rank. The folder is loaded again by stock diffusers and compared, layer by layer.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,16 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fewstep.errors import one_line
 from fewstep.export.about import call_of, read_about, write_about
 from fewstep.export.apply import LORA_FILE, lora_files, ship
 from fewstep.export.card import write_card
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
+from fewstep.export.lora_names import further_names
 from fewstep.export.plan import StudentPlan
+from fewstep.export.student_adapter import ADAPTER
 from fewstep.export.whole import about_student, check_counts, license_of
 from fewstep.networks.adapters import AdapterRole, on_the_same_weights
 from fewstep.recording.pipeline import with_parts
@@ -82,21 +88,39 @@ def export_lora(
     out = Path(out)
     refuse_occupied(out)
     about = about_student(recording, plan, method, base_model, training, teacher_lora)
-    adapters = {name: _adapter(role.experts[name], name, teacher_lora) for name in recording.components}
-    about["lora"] = _about_lora(adapters)
+    adapters = adapters_of(recording, role, teacher_lora)
+    about["lora"] = _about_lora(recording, adapters)
     with written(out) as partial:
-        for component, file in lora_files(about).items():
-            _write_adapter(partial / file, adapters[component], about)
-        plan.scheduler.save_pretrained(partial / "scheduler")
+        _write_weights(partial, adapters, plan, about)
         write_about(partial, about)
         license_fields = license_of(recording, base_model, teacher_license)
         card = write_card(about, recording.pipeline, license_fields=license_fields, metrics=metrics, note=plan.note)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        bare = recording.networks
-        if teacher_lora is not None:
-            bare = {name: teacher_lora.without(name, network) for name, network in bare.items()}
-        verify_lora(recording, adapters, bare, plan, partial, about)
+        pipeline = verify_lora(recording, adapters, partial, about, teacher_lora)
+        check_counts(recording, pipeline, plan, call_of(type(pipeline), read_about(partial)))
     return out
+
+
+def rehearse_lora(recording: Recording, role: Role, plan: StudentPlan, teacher_lora: FusedLora | None = None) -> None:
+    """Write an untrained role as a LoRA, and load it as diffusers does: what could not be shipped is not trained.
+
+    Nothing of it is left, and no network is called; the plan's walks were checked when it was made.
+
+    Args:
+        recording: as in :func:`export_lora`, and so are the others.
+        role: that will be exported.
+        plan: of the student.
+        teacher_lora: what was fused into the base model.
+
+    Raises:
+        ExportError: diffusers does not load what would be written.
+    """
+    about = about_student(recording, plan, "", "", None, teacher_lora)
+    adapters = adapters_of(recording, role, teacher_lora)
+    about["lora"] = _about_lora(recording, adapters)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_weights(Path(folder), adapters, plan, about)
+        verify_lora(recording, adapters, Path(folder), about, teacher_lora)
 
 
 @dataclass(frozen=True)
@@ -104,19 +128,12 @@ class Adapter:
     """What a LoRA file holds.
 
     Attributes:
-        factors: layer -> (A, B), of shapes (rank, in, ...) and (out, rank, ...).
-        rank: of most layers; that of the others shows in their factors.
-        alpha: of layers of that rank. All layers are scaled by alpha / rank.
+        factors: layer -> (A, B), of shapes (rank, in, ...) and (out, rank, ...): its weight grows by B A.
+        rank: of most layers; that of the others shows in their factors. Alpha is the rank everywhere.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
     rank: int
-    alpha: float
-
-    @property
-    def scale(self) -> float:
-        """What every product is multiplied with."""
-        return self.alpha / self.rank
 
     def state(self) -> dict[str, Tensor]:
         """The tensors under the names that diffusers loads, without the component's."""
@@ -125,73 +142,99 @@ class Adapter:
 
     def config(self) -> dict[str, Any]:
         """The fields of PEFT's configuration that the tensors do not tell."""
-        config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": list(self.factors)}
+        config = {"r": self.rank, "lora_alpha": self.rank, "target_modules": list(self.factors)}
         ranks = {f"^{path}": len(a) for path, (a, _) in self.factors.items() if len(a) != self.rank}
         if ranks:
-            config |= {"rank_pattern": ranks, "alpha_pattern": {path: n * self.scale for path, n in ranks.items()}}
+            config |= {"rank_pattern": ranks, "alpha_pattern": ranks}
         return config
+
+
+def adapters_of(recording: Recording, role: Role, teacher_lora: FusedLora | None) -> dict[str, Adapter]:
+    """What the file of each network will hold, by the network's name in the pipeline."""
+    return {name: _adapter(role.experts[name], name, teacher_lora) for name in recording.components}
 
 
 def _adapter(role: Role, component: str, teacher_lora: FusedLora | None) -> Adapter:
     """The role's own adapter, or the sum of the teacher's LoRA and it: B A + B' A' = [B B'] [A; A']."""
     assert isinstance(role, AdapterRole)  # what a LoRA is exported of
-    rank, alpha, weights = role.backbone.rank, role.backbone.alpha, role.weights
+    scale, weights = role.backbone.alpha / role.backbone.rank, role.weights
 
     def factor(path: str, name: str) -> Tensor:
         return weights.get_parameter(f"{path}.{name}.weight").detach()
 
-    own = {path: (factor(path, "lora_A"), factor(path, "lora_B")) for path in role.backbone.targets}
-    if teacher_lora is None:
-        return Adapter(own, rank, alpha)
-    # The teacher's products are scaled already, each by its own number, so the sum has the scale 1.
-    factors = {path: (a, b * (alpha / rank)) for path, (a, b) in own.items()}
-    for path, (a, b) in teacher_lora.factors.get(component, {}).items():
+    factors = {path: (factor(path, "lora_A"), factor(path, "lora_B") * scale) for path in role.backbone.targets}
+    added = {} if teacher_lora is None else teacher_lora.factors.get(component, {})
+    for path, (a, b) in added.items():
         if path in factors:
             own_a, own_b = factors[path]
             factors[path] = torch.cat([a.to(own_a), own_a]), torch.cat([b.to(own_b), own_b], dim=1)
         else:
             factors[path] = (a, b)
     ranks = Counter(len(a) for a, _ in factors.values())
-    most = ranks.most_common(1)[0][0]
-    return Adapter(factors, most, most)
+    return Adapter(factors, ranks.most_common(1)[0][0])
 
 
-def _about_lora(adapters: dict[str, Adapter]) -> dict[str, Any]:
+def _about_lora(recording: Recording, adapters: dict[str, Adapter]) -> dict[str, Any]:
     first, *others = adapters
-    about = {"file": LORA_FILE, "rank": adapters[first].rank, "alpha": adapters[first].alpha}
+    rank = adapters[first].rank
+    about: dict[str, Any] = {"file": LORA_FILE, "rank": rank, "alpha": rank, "adapter": ADAPTER}
     if others:
         about["further_files"] = {name: LORA_FILE.replace(".", f"_{name}.") for name in others}
+    about["network"] = type(recording.networks[first]).__name__
     return about
+
+
+def _write_weights(folder: Path, adapters: dict[str, Adapter], plan: StudentPlan, about: dict[str, Any]) -> None:
+    """The adapters' files, for diffusers and for other programs, and the scheduler."""
+    for component, file in lora_files(about).items():
+        adapter = adapters[component]
+        _write_adapter(folder / file, adapter, about)
+        for names in further_names(about["lora"]["network"]):
+            metadata = {"format": "pt", "fewstep": json.dumps(about, default=str)}
+            state = _contiguous(names.state(adapter.factors))
+            save_file(state, folder / names.file_of(component, about["component"]), metadata)
+    plan.scheduler.save_pretrained(folder / "scheduler")
 
 
 def _write_adapter(path: Path, adapter: Adapter, about: dict[str, Any]) -> None:
     """One file, its names under the first network's: the one that pipelines' own loaders look for in every file."""
     prefix = f"{about['component']}."
-    state = {f"{prefix}{k}": v.detach().cpu().contiguous() for k, v in adapter.state().items()}
+    state = {f"{prefix}{key}": value for key, value in adapter.state().items()}
     metadata = {
         "format": "pt",
         "lora_adapter_metadata": json.dumps({f"{prefix}{key}": value for key, value in adapter.config().items()}),
         "fewstep": json.dumps(about, default=str),
     }
-    save_file(state, path, metadata)
+    save_file(_contiguous(state), path, metadata)
+
+
+def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
 
 def verify_lora(
     recording: Recording,
     adapters: dict[str, Adapter],
-    base: dict[str, nn.Module],
-    plan: StudentPlan,
     folder: Path,
     about: dict[str, Any],
-) -> None:
-    """Load ``folder`` into a copy of the base model by stock diffusers; compare every layer, and walk every count.
+    teacher_lora: FusedLora | None = None,
+) -> DiffusionPipeline:
+    """Load ``folder`` into a copy of the base model by stock diffusers, and compare every layer. Returns the pipeline.
 
     Raises:
-        ExportError: a layer is missing, scaled otherwise, switched off or of other weights, or a walk fails.
+        ExportError: diffusers does not load it, or a layer is missing, scaled, switched off or of other weights.
     """
+    base = recording.networks
+    if teacher_lora is not None:
+        base = {name: teacher_lora.without(name, network) for name, network in base.items()}
     networks = {name: on_the_same_weights(network) for name, network in base.items()}
-    pipeline = with_parts(recording.pipeline, **networks)
-    ship(pipeline, about, folder)
+    pipeline: DiffusionPipeline = with_parts(recording.pipeline, **networks)
+    try:
+        ship(pipeline, about, folder)
+    except Exception as error:  # each pipeline's loader has exceptions of its own
+        kind = type(recording.pipeline).__name__
+        said = f"{type(error).__name__}: {one_line(error)}"[:200]
+        raise ExportError(f"diffusers does not load a LoRA student of this {kind} ({said})") from error
     for component, network in networks.items():
         adapter = adapters[component]
         layers = {path: module for path, module in network.named_modules() if isinstance(module, LoraLayer)}
@@ -201,15 +244,14 @@ def verify_lora(
         for path, layer in layers.items():
             if not _holds(layer, adapter, path):
                 raise ExportError(f"the exported LoRA is not what was trained, in {component}.{path}")
-    check_counts(recording, pipeline, plan, call_of(type(pipeline), read_about(folder)))
+    return pipeline
 
 
 def _holds(layer: LoraLayer, adapter: Adapter, path: str) -> bool:
-    active = layer.active_adapters
-    if layer.disable_adapters or len(active) != 1 or active[0] not in layer.lora_A:
+    if layer.disable_adapters or layer.active_adapters != [ADAPTER] or ADAPTER not in layer.lora_A:
         return False
     for name, trained in zip(("lora_A", "lora_B"), adapter.factors[path], strict=True):
-        loaded = getattr(layer, name)[active[0]].weight
-        if not torch.equal(loaded, trained.to(loaded)):
+        loaded = getattr(layer, name)[ADAPTER].weight
+        if loaded.is_meta or not torch.equal(loaded, trained.to(loaded)):
             return False
-    return layer.scaling[active[0]] == adapter.scale
+    return layer.scaling[ADAPTER] == 1.0

@@ -15,7 +15,7 @@ from fewstep.diffusion.phases import Phase
 from fewstep.export.about import FILE
 from fewstep.export.flow_map import flow_map_recording, whole_network
 from fewstep.export.full_precision import in_full_precision
-from fewstep.export.lora import export_lora, why_no_lora
+from fewstep.export.lora import export_lora, rehearse_lora, why_no_lora
 from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
 from fewstep.export.plan import StudentPlan
 from fewstep.export.whole import check_counts, export_student, refuse_own_code
@@ -103,6 +103,11 @@ class Student:
         """Raise ``UserError`` for a student that cannot be written, before it is trained."""
         if WHOLE in self.forms(lora, merge):
             refuse_own_code(self.teacher.pipeline)
+
+    def rehearse(self, role: Role, merge: bool) -> None:
+        """Raise ``UserError`` for a role whose LoRA diffusers would not load, before it is trained."""
+        if LORA in self.forms(role.is_adapter, merge):
+            rehearse_lora(self.teacher, role, self.plan, self.teacher_lora)
 
     def write(
         self,

@@ -154,6 +154,7 @@ def prepare(bench: Workbench, method: str) -> Method:
     config = bench.config
     prepared = method_class(method).prepare(config, bench)
     bench.student.refuse_unwritable(bool(config.lora_rank), config.merge)  # what cannot be is not worth training
+    bench.student.rehearse(sampling_role(prepared.roles), config.merge)
     if config.init is not None:
         initialize(prepared.roles, config.init, bench.student.recording, bench.say, config.trust_remote_code)
     return prepared

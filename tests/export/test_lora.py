@@ -1,4 +1,4 @@
-"""LoRA students: stock diffusers loads what was trained, alpha and all, and refuses what does not fit."""
+"""LoRA students: stock diffusers loads what was trained, and what does not fit is refused."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from lora_students import answers, export, fresh, write_style
 from safetensors import safe_open
 from tiny_pipelines import tiny_stable_diffusion
 from toys import adapter_role
@@ -16,32 +17,9 @@ import fewstep
 from fewstep.export import ExportError, apply, export_lora, export_student, load, loads_lora, lora, plan_student
 from fewstep.export.apply import LORA_FILE
 from fewstep.export.load import base_of
+from fewstep.export.lora_names import BARE, KOHYA
 from fewstep.fashion import teacher_path
 from fewstep.networks.adapters import Backbone
-
-
-def export(recording, out, steps=2, rank=4, alpha=8, renoise="auto", **more):
-    """A LoRA whose adapter does something, with alpha apart from the rank."""
-    role = adapter_role("student", Backbone(recording.network, rank, alpha), recording)
-    more = {"method": "dmd2", "base_model": "example/teacher", **more}
-    return role, export_lora(recording, role, plan_student(recording, steps, renoise=renoise), out, **more)
-
-
-def fresh(recording):
-    """The base model as a user loads it."""
-    from fewstep.recording.pipeline import with_parts
-
-    network = type(recording.network).from_config(recording.network.config)
-    network.load_state_dict(recording.network.state_dict())
-    return with_parts(recording.pipeline, **{recording.component: network.eval()})
-
-
-def answers(recording, network):
-    x = torch.randn(2, *recording.sample_shape, generator=torch.Generator().manual_seed(0))
-    t = torch.full((2,), 0.5, dtype=torch.float64)
-    with torch.no_grad():
-        timestep = recording.schedule.timestep(t)
-        return recording.recipe.call(network, x, timestep, recording.condition(prompts=["a", "b"]))
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "flow"])
@@ -68,15 +46,17 @@ def test_folder_and_file_describe_themselves(recorded, tmp_path):
     recording = recorded("stable_diffusion")
     role, folder = export(recording, tmp_path / "lora")
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert files == {LORA_FILE, "README.md", "fewstep.json", "scheduler/scheduler_config.json"}
+    own = {LORA_FILE, "README.md", "fewstep.json", "scheduler/scheduler_config.json"}
+    assert files == own | {KOHYA.file, BARE.file}
     about = json.loads((folder / "fewstep.json").read_text())
-    assert about["lora"] == {"file": LORA_FILE, "rank": 4, "alpha": 8}
+    lora = {"file": LORA_FILE, "rank": 4, "alpha": 4, "adapter": "student", "network": "UNet2DConditionModel"}
+    assert about["lora"] == lora
     assert about["call"] == {"num_inference_steps": 2, "guidance_scale": 1.0}
     with safe_open(folder / LORA_FILE, "pt") as file:
         metadata, keys = file.metadata(), set(file.keys())
     assert json.loads(metadata["fewstep"]) == about
     config = json.loads(metadata["lora_adapter_metadata"])
-    assert (config["unet.r"], config["unet.lora_alpha"]) == (4, 8)
+    assert (config["unet.r"], config["unet.lora_alpha"]) == (4, 4)
     assert keys == {f"unet.{name}" for name in role.weights.state_dict()}
     from huggingface_hub.repocard import metadata_load
 
@@ -84,16 +64,29 @@ def test_folder_and_file_describe_themselves(recorded, tmp_path):
     assert front["base_model_relation"] == "adapter" and "lora" in front["tags"]
 
 
-def test_a_file_without_its_alpha_is_not_left_behind(recorded, tmp_path, monkeypatch):
-    def forgetful(state, path, metadata):
-        save(state, path, {"format": "pt"})
-
+def test_a_file_that_loads_otherwise_is_not_left_behind(recorded, tmp_path, monkeypatch):
     save = lora.save_file
-    monkeypatch.setattr(lora, "save_file", forgetful)
-    with pytest.raises(ExportError, match="is not what was trained, in unet"):
-        export(recorded("stable_diffusion"), tmp_path / "lora")
-    assert not list(tmp_path.iterdir())
-    export(recorded("stable_diffusion"), tmp_path / "lora", alpha=4)  # alpha = rank is what diffusers assumes
+
+    def weaker(state, path, metadata):
+        save({key: value / 2 if "lora_B" in key else value for key, value in state.items()}, path, metadata)
+
+    def fewer(state, path, metadata):
+        first = next(iter(state)).removesuffix(".lora_A.weight")
+        save({key: value for key, value in state.items() if not key.startswith(first)}, path, {"format": "pt"})
+
+    def half(state, path, metadata):
+        save(dict(list(state.items())[1:]), path, metadata)
+
+    def broken(state, path, metadata):
+        save({f"other.{key}": value for key, value in state.items()}, path, metadata)
+
+    refusals = {weaker: "is not what was trained, in unet", half: "is not what was trained, in unet"}
+    refusals |= {fewer: "loads into other layers", broken: "does not load"}
+    for damage, refusal in refusals.items():
+        monkeypatch.setattr(lora, "save_file", damage)
+        with pytest.raises(ExportError, match=refusal):
+            export(recorded("stable_diffusion"), tmp_path / "lora")
+        assert not list(tmp_path.iterdir())
 
 
 def test_the_recorded_pipeline_stays_as_it_was(recorded, tmp_path):
@@ -110,16 +103,17 @@ def test_the_code_on_the_card_runs_and_agrees(recorded, tmp_path, name, renoise)
     base = tmp_path / "base"
     fresh(recording).save_pretrained(base)
     _, folder = export(recording, tmp_path / "lora", renoise=renoise)
-    images = []
+    style = write_style(recording, tmp_path / "style.safetensors")
+    images, scope = [], {}
     for code in re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S):
         code = code.replace("path/to/this/folder", str(folder)).replace("example/teacher", str(base))
+        code = code.replace("path/to/style.safetensors", str(style))
         if "fewstep" in code:
             code = "import torch\n" + code.replace(").images", ", generator=torch.Generator().manual_seed(0)).images")
-        scope = {}
         exec(code, scope)
         images.append(np.asarray(scope["image"]))
-    assert len(images) == 2
-    assert np.array_equal(*images)
+    assert len(images) == 3 and np.array_equal(*images[:2])
+    assert scope["pipe"].get_active_adapters() == ["student", "style"]
 
 
 def test_a_moved_lora_is_not_put_onto_an_embedded_teacher_for_its_bases_name(recorded, tmp_path, monkeypatch):
@@ -188,15 +182,6 @@ def test_what_is_no_lora_is_refused(recorded, trained, tmp_path):
     assert "cannot be read" in message(fresh(recording), folder)
     damaged.unlink()
     assert f"no {LORA_FILE}" in message(fresh(recording), folder)
-
-
-def test_a_stock_pipeline_saves_itself_with_no_word_of_fewstep(recorded, tmp_path):
-    """An adapter that is loaded is saved by diffusers' own rules; what is written then is no student's folder."""
-    recording = recorded("stable_diffusion")
-    _, folder = export(recording, tmp_path / "lora")
-    apply(fresh(recording), folder).save_pretrained(tmp_path / "again")
-    assert not (tmp_path / "again" / "fewstep.json").exists()
-    assert json.loads((tmp_path / "again" / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
 
 
 def test_a_hub_id_fetches_three_files(recorded, tmp_path, monkeypatch):
