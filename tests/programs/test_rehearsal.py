@@ -21,7 +21,7 @@ from fewstep.programs.workbench import open_workbench
 from fewstep.recording.shake import shaken
 from fewstep.teachers.quantization import QUANTIZATIONS, pipeline_quantization
 
-RUN = {"steps": 2, "max_steps": 1, "batch_size": 1, "log_steps": 1, "report_to": "none", "cpu": True, "renoise": "ode"}
+RUN = {"steps": 2, "max_steps": 2, "batch_size": 1, "log_steps": 1, "report_to": "none", "cpu": True, "renoise": "ode"}
 RUN |= {"critic_updates": 1, "lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-2, "sample_steps": 0}
 
 #: What is tried in the normal suite; a pair of each other family and kind takes seconds, and is of `make soak`.
