@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,13 @@ from tiny_pipelines import tiny_dit, tiny_stable_diffusion
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from fewstep.cli import main
+from fewstep.config.pairs import PairsConfig
+from fewstep.config.run import RunConfig
 from fewstep.eval import evaluate
 from fewstep.programs.distillation import distill
+from fewstep.programs.teacher import TeacherSettings
+from fewstep.trainers._consistency_config import ConsistencyConfig
+from fewstep.trainers._mean_flow_config import MeanFlowConfig
 from fewstep.training.distributed import samples_line
 
 RUN = {"steps": 1, "max_steps": 1, "batch_size": 2, "sample_steps": 1, "report_to": "none", "cpu": True, "lora_rank": 2}
@@ -111,3 +117,17 @@ def test_the_line_counts_all_processes(processes: int, batch: int, micro: int, l
             """A launch that was not started."""
 
     assert samples_line(Launch(), batch, micro) == line
+
+
+@pytest.mark.parametrize(
+    ("config", "variant"),
+    [
+        (RunConfig(teacher="t", out="o", variant="fp16"), "fp16"),
+        (ConsistencyConfig(teacher="t", out="o", variant="lcm"), None),
+        (MeanFlowConfig(teacher="t", out="o", variant="improved"), None),
+        (PairsConfig(teacher="t", out="o", num=1, variant="fp16"), "fp16"),
+    ],
+    ids=["any method", "consistency", "mean_flow", "pairs"],
+)
+def test_a_methods_own_variant_is_none_of_the_teachers_files(config: Any, variant: str | None):
+    assert TeacherSettings.of(config).variant == variant
