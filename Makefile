@@ -2,16 +2,19 @@
 # Another interpreter: make test PYTHON=python3.12. Another place for the environment: make test VENV=/some/folder.
 PYTHON ?= python3
 VENV ?= .venv
+# The oldest admitted libraries have an environment of their own, and wheels for Python 3.11 alone.
+LOWEST ?= .venv-lowest
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test soak lint types bench methods clean
+.PHONY: help demo test test-lowest soak lint types bench methods clean
 
 help:
 	@echo "make demo   distil an embedded teacher on this machine and compare both"
 	@echo "make test   the test suite"
+	@echo "make test-lowest  the tests on a user's path, with the oldest library versions that are admitted (Python 3.11)"
 	@echo "make soak   the long forms of the tests that are cut short in make test"
 	@echo "make lint   ruff, its formatter, and the type checker"
 	@echo "make types  the type checker alone"
@@ -25,6 +28,14 @@ demo: $(VENV)/.demo
 # One worker for each core, one thread in each; a file stays on one worker, so that what it makes is made once.
 test: $(VENV)/.test
 	$(RUN) -m pytest -n auto --dist loadfile --timeout 900 $(PYTEST_ARGS)
+
+# The way of a user, from the demo to a student in other hands, with the oldest versions that pyproject.toml admits.
+ON_THE_PATH := tests/cli/test_demo.py tests/fashion tests/recording/test_pipelines.py tests/teachers/test_weights.py \
+	tests/teachers/test_source.py tests/teachers/test_single_file.py tests/export/test_whole.py tests/export/test_lora.py \
+	tests/end_to_end/test_full.py tests/eval/test_evaluate.py
+
+test-lowest: $(LOWEST)/.lowest
+	$(LOWEST)/bin/python -m pytest $(ON_THE_PATH) --timeout 900 $(PYTEST_ARGS)
 
 soak: $(VENV)/.test
 	$(RUN) -m pytest -m soak $(PYTEST_ARGS)
@@ -53,7 +64,7 @@ methods: $(VENV)/.demo
 	$(RUN) -m fewstep.eval.methods --readme docs/methods.md $(METHODS_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info
 
 # One stamp for each set of packages; pip runs again only when pyproject.toml has changed. venv writes bin/pip last.
 $(VENV)/bin/pip:
@@ -67,6 +78,14 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/pip
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/pip
 	$(INSTALL) -e ".[test]"
+	@touch $@
+
+$(LOWEST)/.lowest: pyproject.toml .ci/lowest_versions.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	|| { echo "the oldest admitted libraries are there for Python 3.11; try: make test-lowest PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python .ci/lowest_versions.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check -c $(LOWEST)/constraints.txt -e ".[test]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
