@@ -20,7 +20,8 @@ QUOTABLE = 5000
 class EvalConfig:
     """What `evaluate` measures.
 
-    teacher: embedded name, folder or hub id; None leaves the teacher's rows out. base: where the base model of
+    teacher: embedded name, folder, single file or hub id; None leaves the teacher's rows out. revision, subfolder,
+    variant: which of its files; default those that the students were distilled from. base: where the base model of
     LoRA students lies, if it is not found by itself. teacher_call: further arguments of the teacher's pipeline
     (guidance_scale, ...). steps: the students' step counts. num: samples in every row. prompts or classes:
     what sample i is asked for (entry i modulo their number); None takes the ten of Fashion-MNIST for its models.
@@ -31,6 +32,9 @@ class EvalConfig:
 
     out: Path = Path("eval")
     teacher: str | None = None
+    revision: str | None = None
+    subfolder: str | None = None
+    variant: str | None = None
     base: str | None = None
     teacher_steps: Sequence[int] = (1, 4, 25)
     teacher_call: dict[str, Any] | None = None
@@ -63,6 +67,12 @@ class EvalConfig:
             raise UserError(f"reference must be auto, fashion or none, not {self.reference}")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise UserError(f"unknown dtype {self.dtype}")
+
+    @property
+    def teacher_files(self) -> dict[str, str]:
+        """What of the teacher's files is told."""
+        told = {"revision": self.revision, "subfolder": self.subfolder, "variant": self.variant}
+        return {name: value for name, value in told.items() if value is not None}
 
     @property
     def torch_device(self) -> torch.device:

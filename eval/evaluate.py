@@ -123,7 +123,11 @@ def _models(students: Sequence[str | Path | Model | Any], config: EvalConfig) ->
     if not students and config.teacher is None:
         raise UserError("nothing to evaluate: give a student's folder or a teacher")
     found = [given if isinstance(given, Model) else student_model(given, base=config.base) for given in students]
-    teacher = [] if config.teacher is None else [teacher_model(config.teacher, config.teacher_call, found)]
+    teacher = (
+        []
+        if config.teacher is None
+        else [teacher_model(config.teacher, config.teacher_call, found, config.teacher_files)]
+    )
     for index, model in enumerate(found):
         if len(found) > 1 and model.source is not None and model.name == "student":
             folder = Path(model.source).resolve()

@@ -25,6 +25,8 @@ class Model:
     pipeline when not given ("infer"). source: folder or hub id it is loaded from, and base that of the model below it
     where it is a LoRA; pipeline: the loaded object. A source or a pipeline must be there; rows of a model without a
     source are not kept for resuming, as nothing identifies it.
+    files: the revision, subfolder and variant of its files, or of its base's, where they were told; of_teacher: those
+    of the teacher that a student was distilled from.
     base_model: the teacher that it is or was distilled from: an embedded name, a folder or a hub id.
     training: the settings it was distilled with, where its card tells them.
     """
@@ -38,6 +40,8 @@ class Model:
     steps: int | None = None
     counts: frozenset[int] | None = None
     kind: Literal["prompt", "label", "infer"] | None = "infer"
+    files: dict[str, str] = field(default_factory=dict)
+    of_teacher: dict[str, str] = field(default_factory=dict)
     base_model: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -51,17 +55,27 @@ class Model:
         # Inside: importing the pipeline classes takes seconds that `fewstep --help` should not pay.
         from fewstep.export.load import load
         from fewstep.export.own_code import is_own_code
+        from fewstep.teachers.single_file import load_single_file
         from fewstep.teachers.weights import load_pipeline
 
         place = self._place()
         if self.base is not None:
             return load(place, base=self.base, dtype=dtype).to(device)
+        found = self._files()
+        if found.is_file:
+            return load_single_file(Path(found.place), dtype=dtype).to(device)
         try:
             own = {"trust_remote_code": True} if is_own_code(place) else {}
-            pipeline = load_pipeline(place, dtype=dtype, **own)
+            pipeline = load_pipeline(found.place, dtype=dtype, **found.words, **own)
         except (OSError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"diffusers cannot load {place}: {first_line(error)}") from error
         return pipeline.to(device)
+
+    def _files(self, *, weights: bool = True) -> Any:
+        """The `fewstep.teachers.source.Source` of its pipeline, or of its base's where it is a LoRA."""
+        from fewstep.teachers.source import find_source
+
+        return find_source(self.base or self._place(), **self.files, flag="the pipeline", weights=weights)
 
     def pipeline_class(self) -> type:
         """The class of its pipeline, without loading any weights. Raises UserError when diffusers does not have it."""
@@ -70,10 +84,11 @@ class Model:
         import diffusers
 
         from fewstep.export.own_code import stock_class_of
+        from fewstep.teachers.single_file import index_of
 
-        place = self.base or self._place()
+        place, files = self.base or self._place(), self._files(weights=False)
         try:
-            name = diffusers.DiffusionPipeline.load_config(place)["_class_name"]
+            name = index_of(files)["_class_name"]
         except (OSError, ValueError) as error:
             raise UserError(f"diffusers cannot read {place}: {first_line(error)}") from error
         found: type | None = getattr(diffusers, name, None) if isinstance(name, str) else stock_class_of(self._place())
@@ -144,10 +159,11 @@ def student_model(student: str | Path | Any, name: str = "student", base: str | 
     """
     # Inside: they import diffusers.
     from fewstep.export.about import read_about
-    from fewstep.export.load import base_of, teacher_of
+    from fewstep.export.load import base_of, teacher_of, told_of_base
 
     about = getattr(student, "fewstep", None)
     source = below = None
+    files: dict[str, str] = {}
     teacher = (about or {}).get("base_model")
     if about is None:
         if not isinstance(student, str | Path):
@@ -156,7 +172,8 @@ def student_model(student: str | Path | Any, name: str = "student", base: str | 
         forms = (path / form for form in ("student", "student_lora"))
         source = str(next((form for form in forms if (form / CARD_NAME).is_file()), student))
         about = read_about(source)
-        below = base_of(source, about, base) if "lora" in about else None
+        if "lora" in about:
+            below, files = base_of(source, about, base), told_of_base(source, about, base)
         teacher = teacher_of(source, about)
     if not isinstance(about.get("steps"), int):
         raise UserError(f"{CARD_NAME} of {student} does not say how many steps it takes; export the student again")
@@ -173,40 +190,42 @@ def student_model(student: str | Path | Any, name: str = "student", base: str | 
         steps=about["steps"],
         counts=None if counts is None else frozenset(counts),
         kind=about.get("conditional", "infer"),
+        files=files,
+        of_teacher={name: value for name, value in about.get("base_files", {}).items() if name != "file"},
         base_model=teacher,
         training=about.get("training") or {},
     )
 
 
-def teacher_model(teacher: str | Path, call: Mapping[str, Any] | None = None, students: Sequence[Model] = ()) -> Model:
-    """A teacher as a `Model`: an embedded name, a pipeline folder, or a hub id; `call` overrides its arguments.
+def teacher_model(
+    teacher: str | Path,
+    call: Mapping[str, Any] | None = None,
+    students: Sequence[Model] = (),
+    files: Mapping[str, str] | None = None,
+) -> Model:
+    """A teacher as a `Model`: an embedded name, a folder, a single file, or a hub id; `call` overrides its arguments.
 
+    files: revision, subfolder and variant, where they are told; else those that one of `students` was distilled from.
     What `call` leaves open: an embedded teacher runs at its stated guidance; the teacher of one of `students` as it
     was distilled from; any other one with its pipeline's defaults. Raises UserError with one line when there is none.
     """
     from fewstep import fashion
-    from fewstep.teachers.names import embedded_name, same_teacher, teacher_folder
+    from fewstep.teachers.names import embedded_name, same_teacher
+    from fewstep.teachers.source import find_source
 
     text = str(teacher)
     given = _without_steps(call or {})
     if (name := embedded_name(text)) is not None:
         arguments = {"guidance_scale": fashion.TEACHERS[name].guidance_scale} | given
-        folder = _pipeline_folder(fashion.teacher_path(name))
+        folder = str(fashion.teacher_path(name))
         return Model(f"teacher {name}", "teacher", arguments, source=folder, base_model=name)
-    found = teacher_folder(text)
-    source = text if found is None else _pipeline_folder(found)
-    trained = next((s.training for s in students if s.base_model is not None and same_teacher(s.base_model, text)), {})
+    theirs = next((s for s in students if s.base_model is not None and same_teacher(s.base_model, text)), None)
+    trained, told = (theirs.training, theirs.of_teacher) if theirs is not None else ({}, {})
+    files = dict(files or told)
+    find_source(text, **files, flag="the teacher", weights=False)
     arguments = _without_steps(trained.get("call") or {})
     arguments |= {key: trained[key] for key in ("guidance_scale", "negative_prompt") if trained.get(key) is not None}
-    return Model("teacher", "teacher", arguments | given, source=source, base_model=text)
-
-
-def _pipeline_folder(path: Path) -> str:
-    if not path.is_dir():
-        raise UserError(f"there is no folder {path}")
-    if not (path / "model_index.json").is_file():
-        raise UserError(f"{path} is not a diffusers pipeline: it has no model_index.json")
-    return str(path)
+    return Model("teacher", "teacher", arguments | given, source=text, files=files, base_model=text)
 
 
 def _without_steps(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,9 @@ def run(words: Sequence[str]) -> None:
     )
     parser.add_argument("students", metavar="DIR", nargs="+", type=str, help="student folders")
     parser.add_argument("--teacher", type=str | None, default=None, help="folder, hub id, fashion-sd or fashion-flow")
+    parser.add_argument("--revision", type=str | None, default=None, help="of a teacher that is a hub id")
+    parser.add_argument("--subfolder", type=str | None, default=None, help="where the teacher lies in it")
+    parser.add_argument("--variant", type=str | None, default=None, help="of the teacher's weights, such as fp16")
     parser.add_argument("--base", type=str | None, default=None, help="of LoRAs: their base model's folder or hub id")
     parser.add_argument("--teacher_steps", type=str, default="1,4,25", help="comma separated")
     parser.add_argument(
@@ -39,6 +42,9 @@ def run(words: Sequence[str]) -> None:
     report = evaluate(
         parsed.students,
         teacher=parsed.teacher,
+        revision=parsed.revision,
+        subfolder=parsed.subfolder,
+        variant=parsed.variant,
         base=parsed.base,
         teacher_steps=step_counts("--teacher_steps", parsed.teacher_steps),
         teacher_call=parsed.teacher_call,

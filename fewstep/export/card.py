@@ -14,6 +14,7 @@ from fewstep.export.about import call_of
 from fewstep.export.card_sampling import generator_lines, impossible_counts, samplers, seeds
 from fewstep.export.lora_card import loaders, sections
 from fewstep.recording.pipeline import find_scheduler
+from fewstep.teachers.names import UNNAMED
 
 #: Stands in a card for the place that its student is loaded from.
 PLACEHOLDER = '"path/to/this/folder"'
@@ -46,7 +47,7 @@ def write_card(
         f"## Use it\n\n```python\n{snippet(about, pipeline)}\n```\n\n"
         "The arguments matter: without them a stock pipeline runs its own number of steps, and most guide. fewstep "
         "fills them in:\n\n"
-        f"```python\n{_loading(about)}\n"
+        f"```python\n{_loading(about, pipeline)}\n"
         f"{_output(pipeline)[0]} = pipe({_subject(about)}){_output(pipeline)[1]}\n```",
         "\n\n".join(
             filter(None, ["## Steps", _grids(about), impossible_counts(about, pipeline), samplers(about, pipeline)])
@@ -93,8 +94,9 @@ def snippet(about: Mapping[str, Any], pipeline: Any) -> str:
     call = call_of(type(pipeline), about)
     arguments = ([subject] if subject else []) + [f"{key}={value!r}" for key, value in call.items()]
     lora = "lora" in about
-    used = ", ".join(sorted(["DiffusionPipeline", *([about["scheduler"]] if lora else [])]))
-    lines = ["import torch", f"from diffusers import {used}", "", _stock(about)]
+    loads, *fetch = _stock(about, pipeline)
+    used = ", ".join(sorted([loads.partition(" = ")[2].partition(".")[0], *([about["scheduler"]] if lora else [])]))
+    lines = ["import torch", f"from diffusers import {used}", *fetch, "", loads]
     if about["noise_follows"] == "global seed":
         lines = ["import functools", "", *lines]
     if lora:
@@ -142,21 +144,36 @@ def _form(about: Mapping[str, Any]) -> str:
     return "a LoRA for a stock" if "lora" in about else "a stock"
 
 
-def _stock(about: Mapping[str, Any]) -> str:
+def _stock(about: Mapping[str, Any], pipeline: Any) -> list[str]:
+    """The line that loads the pipeline, and what else it imports."""
     absent = "".join(f", {name}=None" for name in about["load"])
     if "code" in about:
         absent += ", trust_remote_code=True"
-    source = json.dumps(about["base_model"]) if "lora" in about else PLACEHOLDER
-    return f"pipe = DiffusionPipeline.from_pretrained({source}{absent})"
+    if "lora" not in about:
+        return [f"pipe = DiffusionPipeline.from_pretrained({PLACEHOLDER}{absent})"]
+    told = about.get("base_files", {})
+    if "file" in told:
+        return [f"pipe = {type(pipeline).__name__}.from_single_file({json.dumps(told['file'])}{absent})"]
+    revision, variant = (
+        f", {name}={json.dumps(told[name])}" if name in told else "" for name in ("revision", "variant")
+    )
+    base, inside = about["base_model"], told.get("subfolder")
+    if inside is None or "/" not in base:
+        source = json.dumps(base if inside is None else f"{base}/{inside}")
+        return [f"pipe = DiffusionPipeline.from_pretrained({source}{revision}{variant}{absent})"]
+    # A pipeline has no subfolder for from_pretrained, so that folder of the repository is fetched first.
+    fetched = f'snapshot_download({json.dumps(base)}{revision}, allow_patterns="{inside}/*") + "/{inside}"'
+    load = f"pipe = DiffusionPipeline.from_pretrained({fetched}{variant}{absent})"
+    return [load, "from huggingface_hub import snapshot_download"]
 
 
-def _loading(about: Mapping[str, Any]) -> str:
+def _loading(about: Mapping[str, Any], pipeline: Any) -> str:
     if "lora" not in about:
         return f"import fewstep\n\npipe = fewstep.load({PLACEHOLDER})"
-    return (
-        "import fewstep\nfrom diffusers import DiffusionPipeline\n\n"
-        f"pipe = fewstep.apply({_stock(about).removeprefix('pipe = ')}, {PLACEHOLDER})"
-    )
+    loads, *fetch = _stock(about, pipeline)
+    base = loads.removeprefix("pipe = ")
+    imports = "\n".join(["import fewstep", f"from diffusers import {base.partition('.')[0]}", *fetch])
+    return f"{imports}\n\npipe = fewstep.apply({base}, {PLACEHOLDER})"
 
 
 def pipeline_tag(about: Mapping[str, Any], pipeline: Any) -> str:
@@ -168,7 +185,8 @@ def pipeline_tag(about: Mapping[str, Any], pipeline: Any) -> str:
 def _front_matter(about: Mapping[str, Any], pipeline: Any, license_fields: Mapping[str, str]) -> str:
     lora = "lora" in about
     fields: dict[str, Any] = {
-        "base_model": about["base_model"],
+        # What is no model's name would be a broken link on the hub.
+        **({"base_model": about["base_model"]} if about["base_model"] != UNNAMED else {}),
         **({"base_model_relation": "adapter"} if lora else {}),
         **license_fields,
         "library_name": "diffusers",

@@ -10,15 +10,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from diffusers import DiffusionPipeline
 
-from fewstep.errors import one_line
+from fewstep.errors import UserError, one_line
 from fewstep.export.about import read_about, student_class
 from fewstep.export.apply import apply
 from fewstep.export.errors import ExportError
 from fewstep.export.own_code import is_own_code
 from fewstep.teachers.names import teacher_folder
+from fewstep.teachers.single_file import load_single_file
+from fewstep.teachers.source import Source, find_source
 from fewstep.teachers.weights import load_pipeline
 
 # The words of from_pretrained that also decide where and how a single file is fetched.
@@ -46,22 +49,45 @@ def load(student: str | Path, base: str | Path | None = None, **from_pretrained:
     is_lora = "lora" in about
     if base is not None and not is_lora:
         raise ExportError(f"{student} is a whole pipeline and has no base model; leave the base out")
-    source = base_of(student, about, base) if is_lora else str(student)
+    source = find_base(student, about, base) if is_lora else Source(str(student))
     # Where and in which state the student itself is fetched says nothing of its base.
     words = {key: value for key, value in from_pretrained.items() if not (is_lora and key == "revision")}
     own = {"trust_remote_code": True} if not is_lora and is_own_code(student) else {}
     try:
-        pipeline = load_pipeline(source, **{**about.get("load", {}), **own, **words})
+        words = {**about.get("load", {}), **own, **source.words, **words}
+        if source.is_file:
+            pipeline = load_single_file(Path(source.place), **{"dtype": torch.float32, **words})
+        else:
+            pipeline = load_pipeline(source.place, **words)
     except (OSError, ValueError) as error:
-        raise ExportError(f"{source} does not load: {one_line(error)}") from error
+        raise ExportError(f"{source.place} does not load: {one_line(error)}") from error
     if is_lora:
         return apply(pipeline, student, **fetching)
     pipeline.__class__ = student_class(type(pipeline), about)
     return pipeline
 
 
+def find_base(student: str | Path, about: dict[str, Any], base: str | Path | None = None) -> Source:
+    """The files of a LoRA student's base model; arguments and errors as :func:`base_of`.
+
+    Where it is the model that ``fewstep.json`` means, it is the revision, folder inside and variant that this names.
+    """
+    name = base_of(student, about, base)
+    try:
+        return find_source(name, flag="the base", **told_of_base(student, about, base))
+    except UserError as error:
+        raise ExportError(str(error)) from error
+
+
+def told_of_base(student: str | Path, about: dict[str, Any], base: str | Path | None) -> dict[str, str]:
+    """Revision, folder inside and variant of a LoRA student's base model; none for another one of the caller's."""
+    known = (None, _teacher_of_run(Path(student)), about["base_model"])
+    told = about.get("base_files", {}) if base is None or str(base) in known else {}
+    return {name: value for name, value in told.items() if name != "file"}
+
+
 def base_of(student: str | Path, about: dict[str, Any], base: str | Path | None = None) -> str:
-    """Where the base model of a LoRA student lies: a pipeline's folder, or a hub id.
+    """Where the base model of a LoRA student lies: a pipeline's folder, a single file, or a hub id.
 
     Looked for, in this order: what the caller says; the teacher of the run in whose folder the LoRA lies; the name in
     ``fewstep.json``, which is a hub id, an embedded teacher, or the name of a folder (``./fashion-sd`` for one that is
@@ -80,7 +106,8 @@ def base_of(student: str | Path, about: dict[str, Any], base: str | Path | None 
     for name in (str(base),) if base is not None else (_teacher_of_run(Path(student)), about["base_model"]):
         if name in TEACHERS:
             return str(teacher_path(name))
-        if name and (Path(name) / "model_index.json").is_file():
+        inside = told_of_base(student, about, base).get("subfolder", "")
+        if name and (Path(name).is_file() or (Path(name) / inside / "model_index.json").is_file()):
             return name
         if name and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists():
             return name

@@ -67,6 +67,7 @@ def export_lora(
     metrics: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     teacher_lora: FusedLora | None = None,
+    base_files: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``out`` as a LoRA of the base model, and check it: loaded into that, it holds what was trained.
 
@@ -81,13 +82,14 @@ def export_lora(
         metrics: for the card.
         training: for ``fewstep.json``.
         teacher_lora: what was fused into the base model to make the teacher; the files then hold both.
+        base_files: as in :func:`fewstep.export.export_student`; the card's code loads them.
 
     Raises:
         ExportError: ``out`` is in use, or what stock diffusers loads from it is not what was trained.
     """
     out = Path(out)
     refuse_occupied(out)
-    about = about_student(recording, plan, method, base_model, training, teacher_lora)
+    about = about_student(recording, plan, method, base_model, training, teacher_lora, base_files)
     adapters = adapters_of(recording, role, teacher_lora)
     about["lora"] = _about_lora(recording, adapters)
     with written(out) as partial:

@@ -47,6 +47,7 @@ def export_student(
     training: Mapping[str, Any] | None = None,
     teacher_lora: FusedLora | None = None,
     export_dtype: str | None = None,
+    base_files: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``out`` as a pipeline that stock diffusers loads, and check it: reloaded, it must walk as planned.
 
@@ -67,6 +68,7 @@ def export_student(
         teacher_lora: what was fused into the teacher, and so is in ``network``.
         export_dtype: of the trained network in its files, one of :data:`fewstep.export.precision.EXPORT_DTYPES`; None:
             what the teacher's has in its files.
+        base_files: the revision, subfolder and variant that name the teacher's files beside ``base_model``.
 
     Raises:
         ExportError: ``out`` is in use, a trained number does not fit the dtype, or the written folder does not sample
@@ -80,7 +82,7 @@ def export_student(
         scheduler = {find_scheduler(recording.pipeline): copy.deepcopy(plan.scheduler)}
         student = with_parts(recording.pipeline, **saved, **scheduler)
         save_pipeline(student, partial, own={*saved, *scheduler})
-        about = about_student(recording, plan, method, base_model, training, teacher_lora)
+        about = about_student(recording, plan, method, base_model, training, teacher_lora, base_files)
         publish_no_paths(partial, about["base_model"])
         write_about(partial, about)
         license_fields = license_of(recording, base_model, teacher_license)
@@ -198,11 +200,13 @@ def about_student(
     base_model: str,
     training: Mapping[str, Any] | None,
     teacher_lora: FusedLora | None = None,
+    base_files: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The content of ``fewstep.json``; arguments as in :func:`export_student`."""
     return {
         "method": method,
         "base_model": names.base_model(base_model),
+        **({"base_files": dict(base_files)} if base_files else {}),
         **({} if teacher_lora is None else {"teacher_lora": teacher_lora.name}),
         "conditional": recording.conditional,
         "example": plan.example,

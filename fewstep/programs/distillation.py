@@ -173,6 +173,7 @@ def export(bench: Workbench, method: str, role: Role, encoders: Encoders) -> Wri
         load_unquantized=lambda parts: bench.teacher.settings.load(parts, quantized=False),
         method=method,
         base_model=config.teacher,
+        base_files=None if bench.teacher.source is None else bench.teacher.source.told,
         teacher_license=teacher_license(config.teacher),
         training={k: v for k, v in config.as_dict().items() if k not in private},
     )

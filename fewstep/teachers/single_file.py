@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fewstep.errors import UserError, first_line
-from fewstep.teachers.source import CONFIGURATION
+from fewstep.teachers.source import CONFIGURATION, Source
 from fewstep.teachers.weights import WeightsError, left_out
 
 
@@ -44,6 +44,15 @@ def load_single_file(file: Path, *, dtype: torch.dtype, flag: str = "--teacher",
         if missing := left_out(network):
             raise WeightsError(f"it does not hold the whole {name}: {missing[0]} is missing, of {len(missing)} weights")
     return pipeline.to(dtype)
+
+
+def index_of(source: Source) -> dict[str, Any]:
+    """The content of a pipeline's model_index.json, or of that of a single file's configuration.
+
+    Raises:
+        OSError, ValueError: it cannot be read; UserError: the configuration is not on this machine.
+    """
+    return Source(configuration_of(Path(source.place))).index() if source.is_file else source.index()
 
 
 def configuration_of(file: Path, flag: str = "--teacher") -> Path:

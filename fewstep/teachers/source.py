@@ -62,8 +62,9 @@ class Source:
 
     @property
     def told(self) -> dict[str, str]:
-        """What its user has to say beside the name, to get the same files again."""
-        told = {"revision": self.revision, "subfolder": self.subfolder, "variant": self.variant}
+        """What its user has to say beside the name, to get the same files again; of a single file, its own name."""
+        file = Path(self.place).name if self.is_file else None
+        told = {"revision": self.revision, "subfolder": self.subfolder, "variant": self.variant, "file": file}
         return {name: value for name, value in told.items() if value is not None}
 
 

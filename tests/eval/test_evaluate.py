@@ -238,7 +238,7 @@ MISTAKES = {
     "no such folder": (lambda student: ["/nowhere/at/all"], {}, "there is no folder"),
     "no pipeline": (lambda student: [student / "scheduler"], {}, "no model_index.json"),
     "no card": (lambda student: [student], {}, "it has no fewstep.json"),
-    "no such teacher": (lambda student: [], {"teacher": "/nowhere/at/all"}, "there is no folder"),
+    "no such teacher": (lambda student: [], {"teacher": "/nowhere/at/all"}, "does not exist"),
     "no student": (lambda student: [tiny_ddim()], {}, "a DDIMPipeline is no student"),
     "nothing": (lambda student: [], {}, "nothing to evaluate"),
     "zero steps": (lambda student: [student], {"steps": (0,)}, "step count must be at least 1"),
