@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -197,6 +198,7 @@ def _misfit(network: nn.Module, component: str, weights: Path) -> str | None:
     try:
         with safe_open(weights, "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+            adapter = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     except (OSError, SafetensorError) as error:
         return f"{weights.name} cannot be read ({error})"
     for key, shape in shapes.items():
@@ -209,4 +211,9 @@ def _misfit(network: nn.Module, component: str, weights: Path) -> str | None:
         wanted = getattr(layer, features, layer.weight.shape[1 if factor == "lora_A" else 0])
         if (shape[1] if factor == "lora_A" else shape[0]) != wanted:
             return f"{path} is {tuple(layer.weight.shape)} here"
+    # diffusers would make a layer of what the adapter is said to have, and leave it as it starts.
+    for path in adapter.get(f"{component}.target_modules", ()):
+        for factor in ("lora_A", "lora_B"):
+            if f"{component}.{path}.{factor}.weight" not in shapes:
+                return f"{weights.name} is damaged: it lacks the {factor} of {path}"
     return None

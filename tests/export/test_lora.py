@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from lora_students import answers, export, fresh, write_style
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_pipelines import tiny_stable_diffusion
 from toys import adapter_role
 
@@ -160,6 +161,17 @@ def test_a_lora_of_another_model_is_refused_and_the_pipeline_stays(recorded, tmp
     pipeline.register_modules(unet=type(smaller).from_config(shallow))
     assert "it has no down_blocks.1.attentions" in message(pipeline, unet)
     assert not any("lora" in name for name in pipeline.unet.state_dict())
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_lora_file_that_lacks_a_layer_is_refused(recorded, tmp_path, factor):
+    """PEFT makes the layer all the same, as it is before any training."""
+    _, folder = export(recorded("stable_diffusion"), tmp_path / "lora")
+    with safe_open(folder / LORA_FILE, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    del tensors[next(key for key in tensors if factor in key)]
+    save_file(tensors, folder / LORA_FILE, metadata)
+    assert re.search(rf"is damaged: it lacks the {factor} of \S+", message(fresh(recorded("stable_diffusion")), folder))
 
 
 def test_what_is_no_lora_is_refused(recorded, trained, tmp_path):
