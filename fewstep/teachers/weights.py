@@ -131,7 +131,8 @@ def _found(network: nn.Module, info: dict[str, Any], part: str) -> Loading:
     quantized = is_quantized(network)
 
     def harmless(key: str) -> bool:
-        if any(key == name or key.endswith(f".{name}") for name in computed):
+        # One of the two may have the prefix that base models once had.
+        if any(f".{key}".endswith(f".{name}") or name.endswith(f".{key}") for name in computed):
             return True
         # Beside a quantised weight lie the scales that belong to it: "proj.weight.absmax", "proj.SCB".
         above = list(accumulate(key.split("."), "{}.{}".format))[:-1]

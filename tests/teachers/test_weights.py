@@ -26,6 +26,7 @@ from fewstep.teachers.loading import load_teacher
 from fewstep.teachers.weights import WeightsError, load_pipeline, noted_loading
 
 Tensors = dict[str, Tensor]
+READS_BOTH = tuple(map(int, version("transformers").split(".")[:2])) >= (5, 6)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +121,7 @@ def test_both_names_of_a_text_encoders_weights_are_read(prefix: str, whole: Path
         return {prefix + name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
 
     folder = _changed(whole, tmp_path / "teacher", "text_encoder", renamed)
-    reads_both = tuple(map(int, version("transformers").split(".")[:2])) >= (5, 6)
-    with contextlib.nullcontext() if prefix or reads_both else pytest.raises(WeightsError, match="more are missing"):
+    with contextlib.nullcontext() if prefix or READS_BOTH else pytest.raises(WeightsError, match="more are missing"):
         load_pipeline(folder)
 
 
@@ -188,12 +188,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("family", names(metafunc.config, sample=not soak))
 
 
+def _skip_of_newer(folder: Path) -> None:
+    """transformers before 5.6 does not read every text encoder that later ones write, and says so: see above."""
+    text = (json.loads(path.read_text()) for path in folder.glob("*/config.json"))
+    if any(one.get("architectures") == ["CLIPTextModel"] for one in text) and not READS_BOTH:
+        pytest.skip("this folder's text encoder was written by a transformers that this one cannot read")
+
+
 def test_no_pipeline_of_the_folder_is_refused(family: str, zoo: Path):
+    _skip_of_newer(zoo / family)
     load_teacher(str(zoo / family))
 
 
 @pytest.mark.soak
 def test_no_pipeline_of_the_folder_is_refused_soak(family: str, zoo: Path):
+    _skip_of_newer(zoo / family)
     load_teacher(str(zoo / family))
     beside = zoo.parent / "zoo-image"
     for folder in sorted(path.parent for path in beside.glob("*/model_index.json")):
