@@ -64,6 +64,8 @@ class RunConfig(Settings):
         ema_decay: decay of the student's average, which then is what is sampled and exported; 0 turns it off.
         renoise: how the student moves between steps: fresh noise, ode, or auto for what its scheduler carries best.
         shift: time shift of a flow student's grid; default the teacher's own.
+        dynamic_shift: of a teacher that shifts its times by the size: static for a student with the recorded size's
+            times at every size, keep for one whose scheduler shifts as the teacher's.
         first_timestep: the timestep of a table teacher's student at its first step (DMD2's one-step SDXL: 399).
         first_sigma: the noise level of an EDM teacher's student at its first step (SiD: 2.5); default the top.
         start: what a table teacher's student starts from: noise, or marginal for noise times the first step's sigma.
@@ -115,6 +117,7 @@ class RunConfig(Settings):
     ema_decay: float = 0.0
     renoise: str = "auto"
     shift: float | None = None
+    dynamic_shift: str = "static"
     first_timestep: int | None = None
     first_sigma: float | None = None
     start: str = "noise"
@@ -151,6 +154,7 @@ class RunConfig(Settings):
             )
         self._refuse_unknown("mixed_precision", "no", "bf16")
         self._refuse_unknown("renoise", "auto", "ode", "fresh")
+        self._refuse_unknown("dynamic_shift", "static", "keep")
         if self.shift is not None and not self.shift > 0:
             raise UserError(f"--shift must be positive, not {self.shift}")
         if self.lora_alpha is not None and not self.lora_alpha > 0:

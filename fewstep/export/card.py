@@ -11,7 +11,7 @@ from typing import Any
 
 from fewstep.data.durable import write_text_durably
 from fewstep.export.about import call_of
-from fewstep.export.card_sampling import generator_lines, impossible_counts, samplers, seeds
+from fewstep.export.card_sampling import generator_lines, impossible_counts, samplers, seeds, sizes
 from fewstep.export.lora_card import loaders, sections
 from fewstep.recording.pipeline import find_scheduler
 from fewstep.teachers.names import UNNAMED
@@ -55,6 +55,8 @@ def write_card(
         f"## Seeds\n\n{seeds(about, pipeline)}",
         *sections(about, pipeline),
     ]
+    if other_sizes := sizes(about):
+        parts.append(f"## Other sizes\n\n{other_sizes}")
     if about["guidance_range"]:
         low, high = about["guidance_range"]
         parts.append(

@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 
+from fewstep.export.sizes import size_text
 from fewstep.recording.pipeline import find_scheduler
 
 # Samplers that people swap in, all of one network call a step.
@@ -61,6 +62,39 @@ def impossible_counts(about: Mapping[str, Any], pipeline: Any) -> str:
         "Not at one step: the scheduler's grid is stretched to end at a certain time, which with a single one is 0/0, "
         "and the image is NaN. `fewstep.load` refuses it."
     )
+
+
+def sizes(about: Mapping[str, Any]) -> str:
+    """What the student does at other sizes than the trained one; empty where its teacher does nothing special there."""
+    if "dynamic_shift" not in about:
+        return ""
+    kept, rows = about["dynamic_shift"]["kept"], about["dynamic_shift"]["sizes"]
+    trained = size_text(_size(rows[0]))
+    if kept:
+        text = (
+            "The teacher shifts its times by the size of the sample, and this student's scheduler does the same. It "
+            f"was trained at the times of {trained}; at another size the network is asked at times that it was not "
+            "trained at. These sizes were seen to do what is meant:"
+        )
+        lines = ["| size | shift | times t |", "| --- | --- | --- |"]
+        lines += [
+            f"| {size_text(_size(row))} | {row['teacher_shift']:.4g} | {', '.join(f'{t:.4g}' for t in row['grid'])} |"
+            for row in rows
+        ]
+    else:
+        shift = about["dynamic_shift"]["shift"]
+        text = (
+            "The teacher shifts its times by the size of the sample. This student's scheduler is static: it has the "
+            f"times above, of the shift {shift:.4g}, at every size. It was trained at {trained}; at another size it "
+            "runs, at other times than its teacher would there."
+        )
+        lines = ["| size | the teacher's shift | the student's |", "| --- | --- | --- |"]
+        lines += [f"| {size_text(_size(row))} | {row['teacher_shift']:.4g} | {shift:.4g} |" for row in rows]
+    return f"{text}\n\n" + "\n".join(lines)
+
+
+def _size(row: Mapping[str, Any]) -> dict[str, int]:
+    return {name: row[name] for name in ("height", "width", "num_frames") if name in row}
 
 
 def samplers(about: Mapping[str, Any], pipeline: Any) -> str:

@@ -65,7 +65,13 @@ def moves_boundary(recording: Recording, student: Recording) -> bool:
 
 
 def phased_plan(plan: StudentPlan, phases: Sequence[Phase]) -> StudentPlan:
-    """The plan with those step counts alone that stop where each phase ends: no expert goes further than it learnt."""
+    """The plan with those step counts alone that stop where each phase ends: no expert goes further than it learnt.
+
+    Raises:
+        UserError: the student's times would follow the size, and leave the phases.
+    """
+    if plan.dynamic and len(phases) > 1:
+        raise UserError("--dynamic_shift keep moves the times by the size, and the phases stay; leave it out")
     starts = [phase.start for phase in phases]
     counts = [
         count

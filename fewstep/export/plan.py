@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from fewstep.diffusion.timesteps import descends, even_grid
 from fewstep.export.check import Reference, SchedulerCheck, SchedulerCheckError, walk
 from fewstep.export.errors import ExportError
 from fewstep.export.scheduler import Wish, candidates, wanted_grid
+from fewstep.export.sizes import SizeShift, dynamic_config, size_shifts, walked_sizes
 from fewstep.export.teacher_shift import shifts_by_size, teacher_shift
 from fewstep.export.trace import trace
 from fewstep.recording.pipeline import find_scheduler, with_parts
@@ -50,6 +52,8 @@ class StudentPlan:
         trained_at_every_count: whether the student is trained at the times of every count, not only of ``steps``.
         guidance_range: the guidance scales that the student's network is told in training, None where it is told none.
         example: a prompt or label that the student was trained for, which its card shows; None where that is not known.
+        dynamic: whether its scheduler shifts by the size as the teacher's does; else its grid is one for every size.
+        sizes: the teacher's shifts at several sizes, the trained one first; empty where it has one for all.
     """
 
     scheduler: Any
@@ -68,6 +72,8 @@ class StudentPlan:
     trained_at_every_count: bool = False
     guidance_range: tuple[float, float] | None = None
     example: str | int | None = None
+    dynamic: bool = False
+    sizes: tuple[SizeShift, ...] = ()
 
 
 def plan_student(
@@ -79,6 +85,7 @@ def plan_student(
     first_timestep: int | None = None,
     first_sigma: float | None = None,
     start: str = "noise",
+    dynamic_shift: str = "static",
 ) -> StudentPlan:
     """Find the stock scheduler that carries a student of ``steps`` steps, and prove it on the teacher's weights.
 
@@ -90,6 +97,8 @@ def plan_student(
         first_timestep: start at this entry of a table instead of its top (DMD2's one-step SDXL: 399; SiD: 625).
         first_sigma: start an EDM student at this noise level instead of sigma_max (SiD: 2.5).
         start: ``"noise"``: the first x_t is unit noise; ``"marginal"``: sigma times unit noise (SiD; ODE, tables).
+        dynamic_shift: of a teacher that shifts its grid by the size: ``"static"``: the student has the grid of the
+            recorded size at every size; ``"keep"``: its scheduler shifts as the teacher's, if that holds at several.
 
     Raises:
         ExportError: the wish cannot ship; one line names the reason.
@@ -97,15 +106,20 @@ def plan_student(
     schedule = recording.schedule
     _refuse(recording, steps, renoise, shift, first_timestep, first_sigma, start)
     is_flow = isinstance(schedule, FlowSchedule)
+    keep = dynamic_shift == "keep"
+    if keep and shift is not None:
+        raise ExportError("dynamic_shift keep leaves the shift to the pipeline; leave one of it and the shift out")
+    dynamic = dynamic_config(recording) if keep else None
     wish = Wish(
         schedule=schedule,
         prediction_type=recording.prediction_type,
         steps=steps,
         renoise=renoise,
-        shift=1.0 if not is_flow else teacher_shift(recording) if shift is None else float(shift),
+        shift=_flow_shift(recording, shift, steps if keep else None) if is_flow else 1.0,
         first_timestep=first_timestep,
         first_sigma=first_sigma,
         start=start,
+        dynamic=dynamic,
     )
     if is_flow and not descends(even_grid(steps, wish.shift).tolist()):
         raise ExportError(
@@ -119,6 +133,12 @@ def plan_student(
     def found(way: str, reason: str) -> StudentPlan:
         return _plan(recording, replace(wish, renoise=way), call, reference, reason + origin)
 
+    if keep:
+        try:
+            way = "fresh" if renoise == "fresh" else "ode"
+            return found(way, f"{way} with the teacher's dynamic shift as asked")
+        except SchedulerCheckError as error:
+            raise ExportError(f"dynamic_shift keep: no such student can ship: {error}; take static") from error
     if renoise == "ode":
         return found("ode", "ODE as asked")
     if renoise == "fresh":
@@ -132,6 +152,10 @@ def plan_student(
         return found("fresh", "auto chose fresh noise")
     except SchedulerCheckError as error:
         return found("ode", f"auto chose ODE, since fresh noise cannot ship ({error})")
+
+
+def _flow_shift(recording: Recording, given: float | None, steps: int | None) -> float:
+    return teacher_shift(recording, steps=steps) if given is None else float(given)
 
 
 def student_call(recording: Recording, steps: int) -> dict[str, Any]:
@@ -238,6 +262,13 @@ def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Ref
             if math.isclose(other.grid[0], found.grid[0]) and other.initial_scale == found.initial_scale:
                 grids[count] = other.grid
     grids[wish.steps] = found.grid
+    sizes = size_shifts(recording, wish.steps if wish.dynamic is not None else None)
+    if wish.dynamic is not None:
+
+        def walk_at(size: Mapping[str, int]) -> SchedulerCheck:
+            return check_student(recording, pipeline, {**call, **size}, wish.renoise, wish.steps)
+
+        sizes = walked_sizes(sizes, wish.steps, walk_at)
     return StudentPlan(
         scheduler=scheduler,
         renoise=wish.renoise,
@@ -252,6 +283,8 @@ def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Ref
         prediction_type=recording.prediction_type,
         shift=wish.shift,
         note=f"{reason}: {remark}{_idle(recording, found.timesteps)}",
+        dynamic=wish.dynamic is not None,
+        sizes=sizes,
     )
 
 
@@ -280,11 +313,11 @@ def _first_that_holds(
             return scheduler, found, name
         if all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(found.grid, wanted)):
             return scheduler, found, f"{name}, grid shifted by {wish.shift:.4g}" if is_flow else name
-        if other is None:
+        if other is None and wish.dynamic is None:
             times = ", ".join(f"{t:.4g}" for t in found.grid)
             other = scheduler, found, f"{name}; the pipeline makes its own grid ({times})"
     if other is None:
-        raise SchedulerCheckError("; ".join(dict.fromkeys(failures)))
+        raise SchedulerCheckError("; ".join(dict.fromkeys(failures)) or "the pipeline makes its own grid")
     return other
 
 

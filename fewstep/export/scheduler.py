@@ -40,6 +40,7 @@ class Wish:
         first_sigma: noise level of an EDM student's first step; None: sigma_max.
         start: ``"noise"``: the first x_t is unit noise; ``"marginal"``: sigma times unit noise (SiD).
         last_sigma: the smallest of the sigmas that the pipeline itself passes for this count, None if it passes none.
+        dynamic: config by which the pipeline shifts a flow grid by the size; None: the scheduler shifts, by ``shift``.
     """
 
     schedule: NoiseSchedule
@@ -51,6 +52,7 @@ class Wish:
     first_sigma: float | None = None
     start: str = "noise"
     last_sigma: float | None = None
+    dynamic: dict[str, Any] | None = None
 
 
 def candidates(wish: Wish) -> Iterator[Any]:
@@ -93,6 +95,11 @@ def table_betas(schedule: TableSchedule, length: int) -> list[float]:
 def _flow(wish: Wish, schedule: FlowSchedule) -> Iterator[Any]:
     count = round(schedule.timestep_scale)
     fresh = {"stochastic_sampling": True} if wish.renoise == "fresh" else {}
+    if wish.dynamic is not None:
+        yield FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=count, use_dynamic_shifting=True, **wish.dynamic, **fresh
+        )
+        return
     # Right at every count under pipelines that pass their own sigmas.
     yield FlowMatchEulerDiscreteScheduler(num_train_timesteps=count, shift=wish.shift, **fresh)
     if wish.renoise == "ode":

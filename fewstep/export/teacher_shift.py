@@ -27,7 +27,7 @@ _SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "
 
 def shifts_by_size(recording: Recording) -> bool:
     """Whether the teacher is a flow model whose scheduler leaves the shift to its pipeline."""
-    return isinstance(recording.schedule, FlowSchedule) and bool(_config(recording).get("use_dynamic_shifting"))
+    return isinstance(recording.schedule, FlowSchedule) and bool(teacher_config(recording).get("use_dynamic_shifting"))
 
 
 def teacher_shift(recording: Recording, changes: Mapping[str, Any] | None = None, *, steps: int | None = None) -> float:
@@ -41,7 +41,7 @@ def teacher_shift(recording: Recording, changes: Mapping[str, Any] | None = None
     Raises:
         ExportError: the pipeline leaves the shift open, or its scheduler makes another grid of it than this formula.
     """
-    config = _config(recording)
+    config = teacher_config(recording)
     if not config.get("use_dynamic_shifting"):
         return float(config.get("flow_shift") or config.get("shift") or 1.0)
     count = steps or recording.invocation.steps or 50
@@ -56,7 +56,8 @@ def teacher_shift(recording: Recording, changes: Mapping[str, Any] | None = None
     return shift
 
 
-def _config(recording: Recording) -> Any:
+def teacher_config(recording: Recording) -> Any:
+    """The config of the teacher's own scheduler."""
     return getattr(recording.pipeline, find_scheduler(recording.pipeline)).config
 
 

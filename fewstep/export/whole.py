@@ -23,6 +23,7 @@ from fewstep.export.folder import refuse_occupied, written
 from fewstep.export.plan import StudentPlan, check_student, reference_of
 from fewstep.export.precision import as_computed, as_written
 from fewstep.export.published_paths import publish_no_paths
+from fewstep.export.size_checks import about_sizes, check_sizes
 from fewstep.recording.pipeline import find_scheduler, with_parts
 from fewstep.teachers import names
 from fewstep.teachers.license import teacher_license_of
@@ -140,6 +141,7 @@ def check_counts(
     Raises:
         ExportError: a walk differs from the plan.
     """
+    check_sizes(recording, pipeline, plan, call)
     for count in plan.counts:
         # Every count's scheduler is walked; the weights are the same at all of them and are compared at one.
         compared = reference if count == plan.steps else None
@@ -224,6 +226,7 @@ def about_student(
         "prediction_type": plan.prediction_type,
         "component": recording.component,
         **_about_experts(recording, plan),
+        **about_sizes(plan),
         "scheduler": type(plan.scheduler).__name__,
         "note": plan.note,
         "trained_at_every_count": plan.trained_at_every_count,

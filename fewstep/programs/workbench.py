@@ -97,6 +97,7 @@ class Workbench:
             first_timestep=config.first_timestep,
             first_sigma=config.first_sigma,
             start=config.start,
+            dynamic_shift=config.dynamic_shift,
         )
         say(plan.note)
         self.student = Student(self.recording, self.recording, plan, teacher.lora)
