@@ -100,7 +100,7 @@ def _captions_to_conditions(
     rows: list[int] | None = None
     items: list[Any]
     if conditions.kind == "label":
-        items = distinct if numbers else _places(distinct, images.classes)
+        items = [*(distinct if numbers else _places(distinct, images.classes))]
     elif numbers and _counts(distinct, images.classes, len(conditions)):
         items, rows = [conditions.items()[label] for label in distinct], distinct
     else:
@@ -110,8 +110,10 @@ def _captions_to_conditions(
         rows = conditions.rows(items)
     if rows is None:  # what the run does not generate is encoded beside it
         rows = list(range(len(items)))
-        own: dict[str, list[Any]] = {f"{conditions.kind}s": items}
-        conditions = Conditions(recording, device=device, **own)
+        if conditions.kind == "prompt":
+            conditions = Conditions(recording, prompts=items, device=device)
+        else:
+            conditions = Conditions(recording, labels=items, device=device)
     place = dict(zip(distinct, rows, strict=True))
     return [place[caption] for caption in captions], conditions, meaning
 
