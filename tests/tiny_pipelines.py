@@ -24,11 +24,14 @@ from diffusers import (
     DiTTransformer2DModel,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Kandinsky3Pipeline,
+    Kandinsky3UNet,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    VQModel,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -209,6 +212,36 @@ def tiny_flow(shift: float = 3.0) -> StableDiffusion3Pipeline:
             # Stock diffusers saves this pipeline without its third text encoder, but does not load it again.
             text_encoder_3=T5EncoderModel(_t5_config(len(tokenizer))).eval(),
             tokenizer_3=tokenizer,
+        )
+    return _quiet(pipeline)
+
+
+def tiny_kandinsky3() -> Kandinsky3Pipeline:
+    """Prompts, latents (4, 8, 8); the negative is as long as the prompt, and beside it the prompt's mask is boolean."""
+    with _seeded():
+        tokenizer = tiny_tokenizer()
+        pipeline = Kandinsky3Pipeline(
+            tokenizer=tokenizer,
+            text_encoder=T5EncoderModel(_t5_config(len(tokenizer))).eval(),
+            unet=Kandinsky3UNet(
+                time_embedding_dim=4,
+                groups=2,
+                attention_head_dim=4,
+                block_out_channels=(8, 16),
+                cross_attention_dim=4,
+                encoder_hid_dim=32,
+            ).eval(),
+            scheduler=DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False, timestep_spacing="trailing"),
+            movq=VQModel(
+                block_out_channels=(32, 64),
+                down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+                up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+                latent_channels=4,
+                norm_num_groups=8,
+                norm_type="spatial",
+                num_vq_embeddings=12,
+                vq_embed_dim=4,
+            ).eval(),
         )
     return _quiet(pipeline)
 

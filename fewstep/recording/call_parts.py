@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning.conditioning import Conditioning, mark, remark
+from fewstep.conditioning.tree import Leaf, SampleList, leaves, map_paths
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.observation import NetworkCall, Step
 from fewstep.recording.recipe import Recipe
@@ -73,6 +74,26 @@ def same_conditioning(a: Conditioning, b: Conditioning, ignored: set[str], *, pa
     return one.keys() == two.keys() and all(equal(one[key], two[key], padded) for key in one if key not in ignored)
 
 
+def in_types_of(piece: Conditioning, alone: Conditioning) -> Conditioning:
+    """A guided call's piece with its whole numbers (a mask) in the types that they have without guidance."""
+    types = {path: node.value.dtype for path, node in leaves(alone.tree) if _is_count(node)}
+
+    def cast(path: str, node: Leaf | SampleList) -> Leaf | SampleList:
+        if isinstance(node, Leaf) and _is_count(node) and path in types:
+            return Leaf(node.value.to(types[path]), node.rows)
+        return node
+
+    return Conditioning(map_paths(piece.tree, cast), piece.batch_size)
+
+
+def _is_count(node: Leaf | SampleList) -> bool:
+    return isinstance(node, Leaf) and isinstance(node.value, Tensor) and _counts(node.value)
+
+
+def _counts(value: Tensor) -> bool:
+    return not value.is_floating_point() and not value.is_complex()
+
+
 def equal(a: Any, b: Any, padded: bool = False) -> bool:
     """Whether two arguments agree to rounding, containers included; `padded` as in `same_conditioning`."""
     if padded and b is None:
@@ -82,9 +103,11 @@ def equal(a: Any, b: Any, padded: bool = False) -> bool:
             axis = next(i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n)
             spare = a.shape[axis] - b.shape[axis]
             return spare > 0 and any(equal(a.narrow(axis, start, b.shape[axis]), b) for start in (0, spare))
-        if a.shape != b.shape or a.dtype != b.dtype:
+        if a.shape != b.shape or (a.dtype != b.dtype and not (_counts(a) and _counts(b))):
             return False
-        if not a.is_floating_point():
+        if _counts(a):
+            return torch.equal(a.long(), b.long())  # a mask may be integers alone, and booleans beside another one
+        if a.is_complex():
             return torch.equal(a, b)
         scale = torch.maximum(a.abs().max(), b.abs().max()) if a.numel() else 0
         return a.numel() == 0 or bool((a - b).abs().max() <= 1e-4 * scale)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.recording.call_parts import equal, same_conditioning, without_sample
+from fewstep.recording.call_parts import equal, in_types_of, same_conditioning, without_sample
 from fewstep.recording.denoisers import Denoisers
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.fit import fit_sample
@@ -222,7 +222,7 @@ def record_guided(
         if denoisers.visits is not None:
             formulas, scales = expert_guidance(subject, fit, denoisers.visits, pieces, (name, off_value))
             report = replace(report, expert_formulas=formulas, expert_scales=scales)
-        return report, pieces[1 - positive], guided
+        return report, in_types_of(pieces[1 - positive], denoisers.unguided), guided
     if subject.off and failure is not None:
         raise failure  # the call was guided before, so this is not a pipeline without guidance
     words = "" if failure is None else f"a guided call was tried and failed: {failure}"
