@@ -20,6 +20,7 @@ from fewstep.programs.methods import method_class
 from fewstep.programs.workbench import open_workbench
 from fewstep.recording.shake import shaken
 from fewstep.teachers.quantization import QUANTIZATIONS, pipeline_quantization
+from fewstep.teachers.source import Source
 
 RUN = {"steps": 2, "max_steps": 2, "batch_size": 1, "log_steps": 1, "report_to": "none", "cpu": True, "renoise": "ode"}
 RUN |= {"critic_updates": 1, "lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-2, "sample_steps": 0}
@@ -100,7 +101,7 @@ def test_every_family_and_quantisation_trains_to_a_lora_that_goes_onto_its_base(
     assert any(value.abs().max() > 0 for key, value in load_file(folder / LORA_FILE).items() if "lora_B" in key)
     words: dict[str, Any] = {}
     if quantization is not None:
-        words["quantization_config"] = pipeline_quantization(quantization, str(base_folder), teacher.dtype)
+        words["quantization_config"] = pipeline_quantization(quantization, Source(base_folder), teacher.dtype)
     for more in ({}, words) if words else ({},):
         base = DiffusionPipeline.from_pretrained(base_folder, torch_dtype=teacher.dtype, **more)
         if more:
@@ -115,9 +116,8 @@ def test_the_loader_of_flux_still_fails_on_weights_of_quanto(zoo: Path, tmp_path
     """What the card says of it; where it does not any more, the card and :func:`ship` may be simpler."""
     pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
     folder = distill(str(zoo / "Flux"), "dmd2", out=str(tmp_path / "run"), **flux(zoo, tmp_path))
-    config = pipeline_quantization(
-        "quanto_int8", str(zoo / "Flux"), DiffusionPipeline.from_pretrained(zoo / "Flux").dtype
-    )
+    dtype = DiffusionPipeline.from_pretrained(zoo / "Flux").dtype
+    config = pipeline_quantization("quanto_int8", Source(zoo / "Flux"), dtype)
     base = FluxPipeline.from_pretrained(zoo / "Flux", quantization_config=config)
     with pytest.raises(KeyError):
         base.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="student")

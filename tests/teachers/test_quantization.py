@@ -28,6 +28,7 @@ from fewstep.recording.pipeline import is_quantized, is_quantized_layer
 from fewstep.recording.shake import shaken
 from fewstep.teachers import quantization
 from fewstep.teachers.quantization import QUANTIZATIONS, denoiser_classes, pipeline_quantization
+from fewstep.teachers.source import Source
 from fewstep.training.checkpoint import load_latest
 from tests.whole_runs import whole_run
 
@@ -200,7 +201,7 @@ def test_by_diffusers_own_quantisation(name: str, teacher: Path, prompts: str, t
         expected = base.get_submodule(path).weight + 2.0 * product
         torch.testing.assert_close(merged.get_submodule(path).weight, expected)
     # On the base in full precision, and in the few bits that it was trained on.
-    config = pipeline_quantization(name, str(teacher), torch.float32)
+    config = pipeline_quantization(name, Source(teacher), torch.float32)
     for words in ({}, {"quantization_config": config}):
         loaded = DiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32, **words)
         student = apply(loaded, tmp_path / "a" / "student_lora")
