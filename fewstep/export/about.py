@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from diffusers import DiffusionPipeline
 
 from fewstep.export.counts import heed_count
 from fewstep.export.errors import ExportError
+from fewstep.export.heeded import what_is_not_heeded
+from fewstep.export.related_record import refuse_strength, relative_of
 from fewstep.export.step_noise import step_noise_from
 from fewstep.export.student_adapter import has_adapters
 from fewstep.recording.pipeline import modules_of
@@ -78,15 +81,28 @@ def call_of(stock: type[DiffusionPipeline], about: Mapping[str, Any]) -> dict[st
 
 
 def student_class(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type[DiffusionPipeline]:
-    """A subclass of ``stock`` that fills in the call, under its name, so that what it saves names the stock class."""
-    signature = inspect.signature(stock.__call__)
-    own = call_of(stock, about)
+    """A subclass of ``stock`` that fills in the call, under its name, so that what it saves names the stock class.
+
+    Args:
+        stock: the student's own pipeline class, or a relative of it that was walked at export.
+        about: the content of its ``fewstep.json``.
+
+    Raises:
+        ExportError: the student is wrong under this class, or was not tried under it.
+    """
+    signature, relative = inspect.signature(stock.__call__), relative_of(stock, about)
+    filled = call_of(stock, about if relative is None else relative)
+    usual = {name: parameter.default for name, parameter in signature.parameters.items()} | filled
 
     @functools.wraps(stock.__call__)
     def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(self, *args, **kwargs).arguments
-        missing = {name: value for name, value in own.items() if name not in given}
+        missing = {name: value for name, value in filled.items() if name not in given}
         heed_count(self, about, given)
+        if (unheeded := what_is_not_heeded(given, usual, about.get("guidance_range"))) is not None:
+            warnings.warn(unheeded, stacklevel=2)
+        if relative is not None:
+            refuse_strength(stock, relative, {**missing, **given})
         with step_noise_from(self, given.get("generator") if about["renoise"] == "fresh" else None):
             return stock.__call__(self, *args, **kwargs, **missing)
 

@@ -18,6 +18,7 @@ from torch import nn
 from fewstep.errors import one_line
 from fewstep.export.about import fetched, read_about, refuse_adapters, student_class
 from fewstep.export.errors import ExportError
+from fewstep.export.related_record import relative_of
 from fewstep.export.student_adapter import (
     ADAPTER,
     activate,
@@ -60,6 +61,7 @@ def apply(pipeline: DiffusionPipeline, lora: str | Path, *, fuse: bool = False, 
         raise ExportError(f"{lora} is a whole pipeline, no LoRA; load it with fewstep.load")
     if hasattr(pipeline, "fewstep"):
         raise ExportError("this pipeline is a student already; load its base model anew")
+    relative_of(type(pipeline), about)  # which refuses a class under which the student is wrong
     base = about["base_model"]
     for name, value in about.get("config", {}).items():
         if (own := pipeline.config.get(name)) != value:

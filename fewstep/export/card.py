@@ -13,6 +13,7 @@ from fewstep.data.durable import write_text_durably
 from fewstep.export.about import call_of
 from fewstep.export.card_sampling import generator_lines, impossible_counts, samplers, seeds, sizes
 from fewstep.export.lora_card import loaders, sections
+from fewstep.export.related_card import related_section
 from fewstep.recording.pipeline import find_scheduler
 from fewstep.teachers.names import UNNAMED
 
@@ -63,6 +64,8 @@ def write_card(
             "## Guidance\n\nThe network is told the guidance, and is called once a step whatever it is: "
             f"`guidance_scale` may be anything from {low:g} to {high:g}, for which it was trained."
         )
+    if (section := related_section(about, PLACEHOLDER)) is not None:
+        parts.append(section)
     if metrics:
         parts.append(f"## Numbers\n\n{_table(metrics)}")
     licensed = (

@@ -280,3 +280,38 @@ def _demand(value: Tensor, expected: Tensor, tolerance: float, text: str) -> flo
 
 def _name(pipeline: Any) -> str:
     return f"{type(getattr(pipeline, find_scheduler(pipeline))).__name__} under {type(pipeline).__name__}"
+
+
+def follow(
+    pipeline: Any,
+    arguments: dict[str, Any],
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    renoise: str,
+    component_at: Callable[[float], str],
+    *,
+    checked: bool = True,
+) -> tuple[Trace, tuple[float, ...]]:
+    """Run a pipeline that need not start at the top, and check every step that it makes; its times are returned too.
+
+    Args:
+        pipeline: as the others in :func:`walk`.
+        arguments: of its call.
+        schedule: the teacher's.
+        prediction_type: what the network says.
+        renoise: ``"ode"`` or ``"fresh"``.
+        component_at: the component that training calls at a scheduler's timestep.
+        checked: whether each step must lead to the next sample; not where the pipeline keeps a part of the picture.
+
+    Raises:
+        SchedulerCheckError: a step is not the student's, or its times do not descend. What the pipeline itself raises
+            passes through.
+    """
+    teller, name = _Teller(schedule, prediction_type), _name(pipeline)
+    seen = trace(pipeline, arguments, teller)
+    times = _times(name, seen.steps, len(seen.steps), schedule)
+    if checked:
+        _check_steps(name, seen.steps, times, teller, renoise)
+    for step in seen.steps:
+        _check_called(name, step, component_at(step.timestep))
+    return seen, tuple(min(float(t[0]), 1.0) for t in times)

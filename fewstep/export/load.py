@@ -19,6 +19,7 @@ from fewstep.export.about import read_about, student_class
 from fewstep.export.apply import apply
 from fewstep.export.errors import ExportError
 from fewstep.export.own_code import is_own_code
+from fewstep.export.related_record import relative_class
 from fewstep.teachers.names import teacher_folder
 from fewstep.teachers.single_file import load_single_file
 from fewstep.teachers.source import Source, find_source
@@ -28,12 +29,22 @@ from fewstep.teachers.weights import load_pipeline
 _FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
-def load(student: str | Path, base: str | Path | None = None, **from_pretrained: Any) -> DiffusionPipeline:
+def load(
+    student: str | Path,
+    base: str | Path | None = None,
+    *,
+    pipeline: str | type[DiffusionPipeline] | None = None,
+    **from_pretrained: Any,
+) -> DiffusionPipeline:
     """Load a student's pipeline; its call needs a prompt or labels and nothing else.
 
     Args:
         student: a folder that fewstep wrote, a whole pipeline or a LoRA, or a hub id (``"owner/name"``).
         base: of a LoRA: where its base model lies; default where :func:`base_of` finds it.
+        pipeline: another pipeline class of the family, or its name, or what it is for: ``"image-to-image"``,
+            ``"inpainting"``, ``"image-to-video"``, ``"video-to-video"``, ``"controlnet"``,
+            ``"controlnet-image-to-image"``, ``"controlnet-inpainting"``. Its call also needs its pictures, and refuses
+            a strength at which the student is wrong. A control network is given as ``controlnet``.
         from_pretrained: passed on to ``DiffusionPipeline.from_pretrained``.
 
     Returns:
@@ -41,30 +52,36 @@ def load(student: str | Path, base: str | Path | None = None, **from_pretrained:
 
     Raises:
         ExportError: no such folder or hub repository, not a pipeline, not a student, files that do not hold the weights
-            of its networks, a LoRA without its base, or one with code that is not this package's own and that
-            ``trust_remote_code=True`` did not allow.
+            of its networks, a LoRA without its base, one with code that is not this package's own and that
+            ``trust_remote_code=True`` did not allow, or a pipeline under which the student is wrong.
     """
     fetching = {key: value for key, value in from_pretrained.items() if key in _FETCHING}
     about = read_about(student, **fetching)
     is_lora = "lora" in about
     if base is not None and not is_lora:
         raise ExportError(f"{student} is a whole pipeline and has no base model; leave the base out")
+    kind = DiffusionPipeline if pipeline is None else relative_class(about, pipeline, from_pretrained)
     source = find_base(student, about, base) if is_lora else Source(str(student))
+    if source.is_file and pipeline is not None:
+        raise ExportError(
+            f"the base {source.place} is a single file, which loads as its own pipeline alone; save it as a folder "
+            "(save_pretrained) and give that as the base"
+        )
     # Where and in which state the student itself is fetched says nothing of its base.
     words = {key: value for key, value in from_pretrained.items() if not (is_lora and key == "revision")}
     own = {"trust_remote_code": True} if not is_lora and is_own_code(student) else {}
     try:
         words = {**about.get("load", {}), **own, **source.words, **words}
         if source.is_file:
-            pipeline = load_single_file(Path(source.place), **{"dtype": torch.float32, **words})
+            loaded = load_single_file(Path(source.place), **{"dtype": torch.float32, **words})
         else:
-            pipeline = load_pipeline(source.place, **words)
+            loaded = load_pipeline(source.place, kind, **words)
     except (OSError, ValueError) as error:
         raise ExportError(f"{source.place} does not load: {one_line(error)}") from error
     if is_lora:
-        return apply(pipeline, student, **fetching)
-    pipeline.__class__ = student_class(type(pipeline), about)
-    return pipeline
+        return apply(loaded, student, **fetching)
+    loaded.__class__ = student_class(type(loaded), about)
+    return loaded
 
 
 def find_base(student: str | Path, about: dict[str, Any], base: str | Path | None = None) -> Source:

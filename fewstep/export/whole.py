@@ -23,6 +23,7 @@ from fewstep.export.folder import refuse_occupied, written
 from fewstep.export.plan import StudentPlan, check_student, reference_of
 from fewstep.export.precision import as_computed, as_written
 from fewstep.export.published_paths import publish_no_paths
+from fewstep.export.related_walk import walk_relatives
 from fewstep.export.size_checks import about_sizes, check_sizes
 from fewstep.recording.pipeline import find_scheduler, with_parts
 from fewstep.teachers import names
@@ -212,7 +213,9 @@ def about_student(
         **({} if teacher_lora is None else {"teacher_lora": teacher_lora.name}),
         "conditional": recording.conditional,
         "example": plan.example,
+        "pipeline": type(recording.pipeline).__name__,
         "call": plan.call,
+        "related": walk_relatives(recording, plan),
         "load": absent_parts(recording.pipeline),
         **_about_code(recording.pipeline),
         "steps": plan.steps,

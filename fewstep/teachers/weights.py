@@ -60,18 +60,21 @@ class Loading:
         return f"the files of its {self.part} do not fit {kind}: {'; '.join(found)}"
 
 
-def load_pipeline(place: str | Path, **words: Any) -> DiffusionPipeline:
-    """``DiffusionPipeline.from_pretrained``, which refuses what it would start at random or leave out.
+def load_pipeline(
+    place: str | Path, kind: type[DiffusionPipeline] = DiffusionPipeline, /, **words: Any
+) -> DiffusionPipeline:
+    """``from_pretrained`` of a pipeline class, which refuses what it would start at random or leave out.
 
     Args:
         place: a folder or a hub id.
+        kind: the class; default the one that the files name.
         words: of ``from_pretrained``. Parts that are given are not looked at.
 
     Raises:
         WeightsError: a file lacks weights of its network, has others than it, or some of another shape.
     """
     with noted_loading() as loadings:
-        pipeline = DiffusionPipeline.from_pretrained(place, **words)
+        pipeline = kind.from_pretrained(place, **words)
     misfits = [words for loading in loadings if (words := loading.misfit()) is not None]
     if misfits:
         raise WeightsError(

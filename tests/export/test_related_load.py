@@ -1,0 +1,172 @@
+"""``fewstep.load(pipeline=...)``: which class it loads, what that fills in, and what it refuses or warns of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+)
+from relatives import picture, run
+from toys import adapter_role
+
+from fewstep.export import ExportError, apply, export_lora, export_student, load, plan_student
+from fewstep.export.heeded import what_is_not_heeded
+from fewstep.networks.adapters import Backbone
+from fewstep.recording import Recording
+
+
+@pytest.fixture(scope="module")
+def student(recorded: Callable[[str], Recording], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of four steps, by fresh noise."""
+    recording = recorded("stable_diffusion")
+    out = tmp_path_factory.mktemp("related") / "student"
+    return export_student(
+        recording, recording.network, plan_student(recording, 4), out, method="dmd2", base_model="example/teacher"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kind"),
+    [
+        ("image-to-image", StableDiffusionImg2ImgPipeline),
+        ("StableDiffusionImg2ImgPipeline", StableDiffusionImg2ImgPipeline),
+        (StableDiffusionImg2ImgPipeline, StableDiffusionImg2ImgPipeline),
+        ("inpainting", StableDiffusionInpaintPipeline),
+    ],
+)
+def test_a_class_its_name_or_its_task_is_loaded(student: Path, wanted: Any, kind: type) -> None:
+    """And what it saves names the stock class and can be loaded the same way again."""
+    pipeline = load(student, pipeline=wanted)
+    assert isinstance(pipeline, kind) and type(pipeline) is not kind
+    assert type(pipeline).__name__ == kind.__name__
+
+
+def test_the_call_is_filled_in(student: Path) -> None:
+    """A plain ``from_pretrained`` or ``from_pipe`` of the same class makes 40 guided calls."""
+    pipeline = load(student, pipeline="image-to-image")
+    pipeline.set_progress_bar_config(disable=True)
+    rows: list[int] = []
+    pipeline.unet.register_forward_pre_hook(lambda _module, arguments: rows.append(len(arguments[0])))
+    pipeline("the cat", image=picture(16))
+    assert rows == [1, 1, 1]  # of four steps at the class's own strength of 0.8, unguided
+
+
+def test_a_strength_that_would_be_wrong_is_refused_before_anything_runs(student: Path) -> None:
+    """With the nearest one that works, which does."""
+    pipeline = load(student, pipeline="image-to-image")
+    pipeline.set_progress_bar_config(disable=True)
+    calls: list[int] = []
+    pipeline.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    for strength, advice in (
+        (1.0, r"0\.99 \(3 calls from timestep 749\)"),
+        (0.2, r"0\.25 \(1 call from timestep 249\)"),
+    ):
+        with pytest.raises(ExportError, match=f"nearest strength that works is {advice}") as refusal:
+            pipeline("the cat", image=picture(16), strength=strength)
+        assert "\n" not in str(refusal.value) and calls == []
+    with pytest.raises(ExportError, match=r"at 1 steps.*take 2 or 3 or 4 steps"):
+        pipeline("the cat", image=picture(16), num_inference_steps=1)
+    assert run(pipeline, "unet", prompt="the cat", image=picture(16), strength=0.25)[:2] == (1, 249.0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        (StableDiffusionInstructPix2PixPipeline, "not for StableDiffusionInstructPix2PixPipeline"),
+        (StableDiffusionXLImg2ImgPipeline, "not tried under StableDiffusionXLImg2ImgPipeline; there are Stable"),
+        ("image-to-video", "not tried under image-to-video"),
+        ("no such thing", "not tried under no such thing"),
+        ("controlnet", r"give controlnet=\.\.\."),
+    ],
+)
+def test_other_pipelines_are_refused(student: Path, wanted: Any, reason: str) -> None:
+    """One line says why, or what there is."""
+    with pytest.raises(ExportError, match=reason):
+        load(student, pipeline=wanted)
+
+
+def test_a_control_network_is_given(student: Path) -> None:
+    """The pipeline's call is the student's."""
+    unet = load(student).unet
+    control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8))
+    pipeline = load(student, pipeline="controlnet", controlnet=control)
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline, StableDiffusionControlNetPipeline)
+    assert run(pipeline, "unet", prompt="the cat", image=picture(16))[:2] == (4, 999.0)
+
+
+def test_what_a_relative_saves_is_a_student(student: Path, tmp_path: Path) -> None:
+    """Of the relative's class."""
+    load(student, pipeline="inpainting").save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert isinstance(again, StableDiffusionInpaintPipeline)
+    assert again.fewstep["related"] == load(student).fewstep["related"]
+
+
+def test_a_lora_student_loads_as_a_relative(recorded: Callable[[str], Recording], tmp_path: Path) -> None:
+    """Of its base model; and a base under which the student is wrong is left as it was."""
+    recording = recorded("stable_diffusion")
+    recording.pipeline.save_pretrained(tmp_path / "base")
+    role = adapter_role("student", Backbone(recording.network, 4, 4), recording)
+    plan = plan_student(recording, 2, renoise="ode")
+    folder = export_lora(recording, role, plan, tmp_path / "lora", method="dmd2", base_model="example/teacher")
+    pipeline = load(folder, base=tmp_path / "base", pipeline="image-to-image")
+    pipeline.set_progress_bar_config(disable=True)
+    assert run(pipeline, "unet", prompt="the cat", image=picture(16), strength=0.6)[:2] == (1, 499.0)
+    other = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "base", safety_checker=None)
+    scheduler = other.scheduler
+    with pytest.raises(ExportError, match="not for StableDiffusionInstructPix2PixPipeline"):
+        apply(other, folder)
+    assert other.scheduler is scheduler and not hasattr(other.unet, "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("given", "usual", "guidance_range", "words"),
+    [
+        (
+            {"guidance_scale": 7.5},
+            {"guidance_scale": 1.0},
+            None,
+            "guidance_scale=1 alone, so leave out guidance_scale=7.5",
+        ),
+        ({"true_cfg_scale": 4.0}, {"true_cfg_scale": 1.0, "guidance_scale": 3.5}, None, "leave out true_cfg_scale=4"),
+        ({"guidance_scale": 7.0}, {"true_cfg_scale": 1.0, "guidance_scale": 3.5}, None, "guidance_scale=3.5 alone"),
+        ({"negative_prompt": "ugly"}, {"guidance_scale": 1.0}, None, "leave out negative_prompt"),
+        ({"negative_prompt": ["", "ugly"]}, {"guidance_scale": 1.0}, (2, 8), "leave out negative_prompt"),
+        ({"negative_prompt_embeds": torch.zeros(1)}, {}, None, "leave out negative_prompt_embeds"),
+        ({"guidance_scale": 9.0}, {"guidance_scale": 4.0}, (2, 8), "guidance_scale from 2 to 8 alone"),
+        ({"guidance_scale": 6.0}, {"guidance_scale": 4.0}, (2, 8), None),
+        ({"guidance_scale": 0.0}, {"guidance_scale": 1.0}, None, None),
+        ({"guidance_scale": 1.0, "negative_prompt": "", "prompt": "x"}, {"guidance_scale": 1.0}, None, None),
+        ({"negative_prompt": None, "guidance_rescale": 0.7}, {"guidance_scale": 1.0}, None, None),
+    ],
+)
+def test_what_a_student_cannot_heed(
+    given: dict[str, Any], usual: dict[str, Any], guidance_range: tuple[float, float] | None, words: str | None
+) -> None:
+    """A negative prompt, and a guidance that it was not trained at."""
+    told = what_is_not_heeded(given, usual, guidance_range)
+    assert told is None if words is None else words in told
+
+
+def test_one_warning_for_all_that_is_not_heeded(student: Path) -> None:
+    """Whatever is given at once; a right call has none."""
+    pipeline = load(student)
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.warns(UserWarning, match="guidance in its weights") as seen:
+        pipeline("the cat", negative_prompt="ugly", guidance_scale=7.5)
+    assert len([warning for warning in seen if "guidance in its weights" in str(warning.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipeline("the cat")
