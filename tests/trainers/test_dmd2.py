@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from toys import (
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.data.batch import Batch, Real
 from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.renoising import Renoised
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule
 from fewstep.errors import UserError
@@ -164,6 +166,27 @@ def test_the_critic_learns_at_all_times_and_is_compared_with_the_teacher_at_thos
     assert asked.span("teacher", trained=False) == asked.span("critic", trained=False) == (near(0.3), near(0.7))
     lowest, highest = asked.span("critic", trained=True)
     assert 1e-3 <= lowest < 0.01 and 0.99 < highest <= 1
+
+
+def test_the_head_judges_at_all_times_whatever_the_range_and_the_shift_of_the_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    method = vector_method(config(tmp_path, time_min=0.3, time_max=0.7, gan_weight=0.1, critic_updates=1, data="x"))
+    method.tap = FeatureTap("map")
+    judged: list[Tensor] = []
+
+    def logits(seen: Renoised, _of: Batch | Real) -> Tensor:
+        judged.append(seen.t)
+        return seen.x_t.sum(1)
+
+    monkeypatch.setattr(method, "logits", logits)
+    given = batch(0, range(512))
+    real = Real(torch.zeros(512, 6), given.conditioning)
+    for _ in method.turns(0, replace(given, given_real=real)):
+        pass
+    assert len(judged) == 3  # the student's sample in its own turn, then a fake and a real one in the critic's
+    for times in judged:
+        assert 1e-3 <= times.min() < 0.01 and 0.99 < times.max() <= 1
 
 
 def test_the_lag_is_one_while_the_critic_still_is_the_teacher(tmp_path: Path):
