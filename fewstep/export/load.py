@@ -90,8 +90,9 @@ def find_base(student: str | Path, about: dict[str, Any], base: str | Path | Non
     Where it is the model that ``fewstep.json`` means, it is the revision, folder inside and variant that this names.
     """
     name = base_of(student, about, base)
+    told: dict[str, Any] = told_of_base(student, about, base)
     try:
-        return find_source(name, flag="the base", **told_of_base(student, about, base))
+        return find_source(name, flag="the base", **told)
     except UserError as error:
         raise ExportError(str(error)) from error
 

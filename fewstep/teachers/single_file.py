@@ -32,7 +32,7 @@ def load_single_file(file: Path, *, dtype: torch.dtype, flag: str = "--teacher",
     """
     configuration = configuration_of(file, flag)
     kind = getattr(diffusers, str(DiffusionPipeline.load_config(configuration)["_class_name"]), None)
-    if not hasattr(kind, "from_single_file"):
+    if kind is None or not hasattr(kind, "from_single_file"):
         raise UserError(f"{flag} {file}: diffusers reads no {getattr(kind, '__name__', 'such pipeline')} from one file")
     # In the file's own precision first: what is missing has no storage, and cannot be cast.
     try:

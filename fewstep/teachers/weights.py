@@ -75,7 +75,7 @@ def load_pipeline(
     """
     with noted_loading() as loadings:
         pipeline = kind.from_pretrained(place, **words)
-    misfits = [words for loading in loadings if (words := loading.misfit()) is not None]
+    misfits = [misfit for loading in loadings if (misfit := loading.misfit()) is not None]
     if misfits:
         raise WeightsError(
             f"{'; '.join(misfits)}. It would run with random weights, or without some: fetch the files anew, or "
