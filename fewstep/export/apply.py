@@ -61,7 +61,6 @@ def apply(pipeline: DiffusionPipeline, lora: str | Path, *, fuse: bool = False, 
         raise ExportError(f"{lora} is a whole pipeline, no LoRA; load it with fewstep.load")
     if hasattr(pipeline, "fewstep"):
         raise ExportError("this pipeline is a student already; load its base model anew")
-    relative_of(type(pipeline), about)  # which refuses a class under which the student is wrong
     base = about["base_model"]
     for name, value in about.get("config", {}).items():
         if (own := pipeline.config.get(name)) != value:
@@ -77,6 +76,7 @@ def apply(pipeline: DiffusionPipeline, lora: str | Path, *, fuse: bool = False, 
         weights = fetched(lora, file, **fetching)
         if (reason := _misfit(network, about["component"], weights)) is not None:
             raise ExportError(f"{lora} is for {base} and does not fit this {component}: {reason}")
+    relative_of(type(pipeline), about)  # which refuses a class under which the student is wrong
     fetched(lora, "scheduler/scheduler_config.json", **fetching)
     _ship_or_leave(pipeline, about, weights.parent, str(lora))
     if fuse:
