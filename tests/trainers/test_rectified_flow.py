@@ -225,6 +225,7 @@ def test_a_run_that_is_stopped_while_it_makes_its_pairs_goes_on_with_them(tmp_pa
 
     monkeypatch.setattr(pairs.Shards, "write", fail_at_the_second)
     settings = {**TINY, "out": str(tmp_path / "run"), "num_pairs": 600, "pair_steps": 1, "batch_size": 256}
+    settings["max_steps"] = 3  # which use all of them
     with pytest.raises(KeyboardInterrupt):
         distill(tiny_ddim(), "rectified_flow", **settings)
     monkeypatch.setattr(pairs.Shards, "write", lambda self, *rest: (made.append(rest[0]), write(self, *rest)))
@@ -239,7 +240,7 @@ def test_real_images_join_the_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     data.mkdir()
     for number in range(3):
         Image.new("RGB", (8, 8), (80 * number, 0, 0)).save(data / f"{number}.png")
-    settings = {**TINY, "data": str(data), "inverted_share": 0.9, "max_steps": 4}
+    settings = {**TINY, "data": str(data), "inverted_share": 0.9, "max_steps": 4, "batch_size": 50}
     loops: list[Loop] = []
     monkeypatch.setattr(distillation, "Loop", lambda *given, **named: loops.append(Loop(*given, **named)) or loops[0])
     distill(tiny_ddim(), "rectified_flow", out=str(tmp_path / "run"), **settings)
