@@ -294,6 +294,8 @@ def follow(
 ) -> tuple[Trace, tuple[float, ...]]:
     """Run a pipeline that need not start at the top, and check every step that it makes; its times are returned too.
 
+    It may make none at all.
+
     Args:
         pipeline: as the others in :func:`walk`.
         arguments: of its call.
@@ -309,6 +311,8 @@ def follow(
     """
     teller, name = _Teller(schedule, prediction_type), _name(pipeline)
     seen = trace(pipeline, arguments, teller)
+    if not seen.steps:
+        return seen, ()
     times = _times(name, seen.steps, len(seen.steps), schedule)
     if checked:
         _check_steps(name, seen.steps, times, teller, renoise)

@@ -95,10 +95,11 @@ def export_lora(
     with written(out) as partial:
         _write_weights(partial, adapters, plan, about)
         write_about(partial, about)
-        license_fields = license_of(recording, base_model, teacher_license)
-        card = write_card(about, recording.pipeline, license_fields=license_fields, metrics=metrics, note=plan.note)
-        (partial / "README.md").write_text(card, encoding="utf-8")
         pipeline = verify_lora(recording, adapters, partial, about, teacher_lora)
+        license_fields = license_of(recording, base_model, teacher_license)
+        # The card is about the pipeline with the student's scheduler, not with the teacher's.
+        card = write_card(about, pipeline, license_fields=license_fields, metrics=metrics, note=plan.note)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         check_counts(recording, pipeline, plan, call_of(type(pipeline), read_about(partial)))
     return out
 

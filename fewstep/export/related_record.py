@@ -98,6 +98,8 @@ def _in_words(outcome: Outcome) -> str:
 
 def _known(about: Mapping[str, Any]) -> str:
     """What there is to choose from."""
+    if "related" not in about:
+        return "an older fewstep exported it, which tried no other pipeline: --resume of its run exports it again"
     right = {kind: record["task"] for kind, record in about.get("related", {}).items() if "why_not" not in record}
     if not right:
         return "no other pipeline of its family takes a picture and is right with it"

@@ -117,6 +117,21 @@ def test_the_code_on_the_card_runs_and_agrees(recorded, tmp_path, name, renoise)
     assert scope["pipe"].get_active_adapters() == ["student", "style"]
 
 
+@pytest.mark.parametrize(("name", "renoise"), [("stable_diffusion", "fresh"), ("flow", "ode")])
+def test_the_card_says_of_steps_and_seeds_what_a_whole_students_says(recorded, tmp_path, name, renoise):
+    recording = recorded(name)
+    _, folder = export(recording, tmp_path / "lora", renoise=renoise)
+    plan = plan_student(recording, 2, renoise=renoise)
+    whole = export_student(recording, recording.network, plan, tmp_path / "whole", method="dmd2", base_model="a/b")
+
+    def told(student):
+        card = (student / "README.md").read_text()
+        return [re.search(rf"## {heading}\n.*?(?=\n## )", card, re.S)[0] for heading in ("Steps", "Seeds")]
+
+    assert told(folder) == told(whole)
+    assert ("Other samplers" in told(folder)[0]) == (renoise == "fresh")
+
+
 def test_a_moved_lora_is_not_put_onto_an_embedded_teacher_for_its_bases_name(recorded, tmp_path, monkeypatch):
     recording = recorded("stable_diffusion")
     base = tmp_path / "mine" / "fashion-sd"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +96,21 @@ def test_other_pipelines_are_refused(student: Path, wanted: Any, reason: str) ->
     """One line says why, or what there is."""
     with pytest.raises(ExportError, match=reason):
         load(student, pipeline=wanted)
+
+
+@pytest.mark.parametrize("lacking", [("related",), ("related", "pipeline", "example", "load")])
+def test_a_student_of_an_older_version_says_that_nothing_was_tried(
+    student: Path, tmp_path: Path, lacking: tuple[str, ...]
+) -> None:
+    """Its own pipeline loads as ever; what it would be under others is not known, and not called wrong."""
+    old = shutil.copytree(student, tmp_path / "old")
+    about = json.loads((old / "fewstep.json").read_text())
+    kept = {name: value for name, value in about.items() if name not in lacking}
+    (old / "fewstep.json").write_text(json.dumps(kept))
+    assert type(load(old)).__name__ == "StableDiffusionPipeline"
+    for wanted in ("image-to-image", StableDiffusionImg2ImgPipeline):
+        with pytest.raises(ExportError, match=r"not tried under .*older fewstep .* --resume of its run exports it"):
+            load(old, pipeline=wanted)
 
 
 def test_a_control_network_is_given(student: Path) -> None:

@@ -109,6 +109,23 @@ def test_a_picture_noised_to_another_time_is_found(monkeypatch: pytest.MonkeyPat
     assert "counts" not in wrong
 
 
+@pytest.mark.parametrize("renoise", ["ode", "fresh"])
+def test_a_strength_that_leaves_no_step_says_so(
+    monkeypatch: pytest.MonkeyPatch, recorded: Recorded, renoise: str
+) -> None:
+    """Of every class that rounds down, under every scheduler, in the same words, so that they share a table."""
+    kinds = (
+        StableDiffusionImg2ImgPipeline,
+        StableDiffusionInpaintPipeline,
+        diffusers.StableDiffusionControlNetImg2ImgPipeline,
+        diffusers.StableDiffusionControlNetInpaintPipeline,
+    )
+    found = walked(monkeypatch, recorded("stable_diffusion"), 2, renoise, *kinds)
+    assert [found[kind.__name__]["counts"]["2"][0] for kind in kinds] == [
+        {"above": 0.0, "below": 0.5, "why_not": "it makes no step"}
+    ] * len(kinds)
+
+
 def test_inpainting_at_the_top_is_right_only_if_the_picture_stays(
     monkeypatch: pytest.MonkeyPatch, recorded: Recorded
 ) -> None:
