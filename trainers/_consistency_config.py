@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fewstep.config.checks import settled
+from fewstep.config.checks import setting, settled
 from fewstep.config.run import RunConfig
 from fewstep.diffusion import ode
 from fewstep.diffusion.discretization import (
@@ -62,6 +62,7 @@ class ConsistencyConfig(RunConfig):
 
     Args:
         variant: lcm or cd (distillation), ct, ict or ect (training from --data); what is not given is as in its paper.
+        teacher_variant: of the teacher's weights, such as fp16; what other methods call --variant.
         solver: how the neighbour is reached: euler or heun (a step of the guided teacher's ODE), none (the same noise).
         distance: mse, l1, l2_norm, l2_norm_squared, pseudo_huber_norm or pseudo_huber_elementwise.
         huber_c: c of pseudo-Huber distances (lcm: 0.001, ict: 0.00054 times the root of a sample's size, ect: 0).
@@ -85,6 +86,7 @@ class ConsistencyConfig(RunConfig):
 
     steps: int = 8
     variant: str = "lcm"
+    teacher_variant: str | None = setting("source", None)
     solver: str | None = None
     distance: str | None = None
     huber_c: float | None = None

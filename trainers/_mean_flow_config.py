@@ -27,6 +27,7 @@ class MeanFlowConfig(RunConfig):
         steps: the largest number of steps; one student makes all smaller numbers too.
         variant: mean_flow, alpha_flow (towards it by finite steps, whose share alpha falls from 1 to 0, where it is
             mean_flow), or improved (the derivative along the student's own velocity).
+        teacher_variant: of the teacher's weights, such as fp16; what other methods call --variant.
         velocity: of the flow that is averaged: data (noise minus real image), teacher (guided), or auto: data where
             there is --data.
         pairs: without --data: folder that fewstep pairs made, whose samples are trained on; default: --num_pairs are
@@ -62,6 +63,7 @@ class MeanFlowConfig(RunConfig):
 
     steps: int = 8
     variant: str = "mean_flow"
+    teacher_variant: str | None = setting("source", None)
     velocity: str = "auto"
     pairs: str | None = setting("source", None)
     num_pairs: int = 8192

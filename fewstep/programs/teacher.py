@@ -12,8 +12,6 @@ from diffusers import DiffusionPipeline
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning
-from fewstep.config.checks import names_of
-from fewstep.config.run import RunConfig
 from fewstep.data.condition_cache import ConditionCache
 from fewstep.data.conditions import Conditions, read_classes, read_prompts
 from fewstep.diffusion.draws import Draws
@@ -48,13 +46,13 @@ class TeacherSettings:
     def of(cls, settings: Any) -> TeacherSettings:
         """Those among the settings of a program.
 
-        A method may have a setting of its own that is called like one of the teacher's, as ``variant`` of consistency
-        and MeanFlow: it says nothing of the teacher's files.
+        A method whose own ``variant`` is one of its paper's (consistency, MeanFlow) calls that of the teacher's weights
+        ``teacher_variant``.
         """
-        names = {f.name for f in fields(cls) if hasattr(settings, f.name)}
-        if isinstance(settings, RunConfig):
-            names -= names_of(RunConfig, "source") - names_of(type(settings), "source")
-        return cls(**{name: getattr(settings, name) for name in names})
+        told = {f.name: getattr(settings, f.name) for f in fields(cls) if hasattr(settings, f.name)}
+        if hasattr(settings, "teacher_variant"):
+            told["variant"] = settings.teacher_variant
+        return cls(**told)
 
     @cached_property
     def source(self) -> Source:

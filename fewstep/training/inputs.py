@@ -28,7 +28,7 @@ from fewstep.training import checkpoint
 FILE = "inputs.json"
 _FORMAT = "fewstep-inputs-1"
 #: Settings that say which files of a teacher are meant, and are no inputs themselves.
-_WHICH = frozenset({"revision", "subfolder", "variant"})
+_WHICH = frozenset({"revision", "subfolder", "variant", "teacher_variant"})
 _IN_MEMORY = "teacher in memory"  # in the place of "teacher": its digests cannot be compared with those of files
 
 

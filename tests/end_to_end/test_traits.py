@@ -41,7 +41,7 @@ def walked(bench: Workbench, _method: str, role: Role, _encoders: Any) -> Writte
     student, recording, plan = role.stock_network(), bench.recording, bench.student.plan
     reference = reference_of(recording, {recording.component: student})
     pipeline = with_parts(recording.pipeline, network=student, scheduler=plan.scheduler)
-    check_counts(recording, pipeline, plan, reference)
+    check_counts(recording, pipeline, plan, plan.call, reference)
     teacher = recording.network.state_dict()
     assert any(not torch.equal(value, teacher[name]) for name, value in student.state_dict().items())
     return Written((), "")

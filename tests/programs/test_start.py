@@ -125,9 +125,11 @@ def test_the_line_counts_all_processes(processes: int, batch: int, micro: int, l
         (RunConfig(teacher="t", out="o", variant="fp16"), "fp16"),
         (ConsistencyConfig(teacher="t", out="o", variant="lcm"), None),
         (MeanFlowConfig(teacher="t", out="o", variant="improved"), None),
+        (ConsistencyConfig(teacher="t", out="o", teacher_variant="fp16"), "fp16"),
+        (MeanFlowConfig(teacher="t", out="o", teacher_variant="fp16"), "fp16"),
         (PairsConfig(teacher="t", out="o", num=1, variant="fp16"), "fp16"),
     ],
-    ids=["any method", "consistency", "mean_flow", "pairs"],
+    ids=["any method", "consistency", "mean_flow", "consistency told", "mean_flow told", "pairs"],
 )
 def test_a_methods_own_variant_is_none_of_the_teachers_files(config: Any, variant: str | None):
     assert TeacherSettings.of(config).variant == variant
