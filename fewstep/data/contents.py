@@ -28,7 +28,7 @@ def contents_of(root: Path, files: Iterable[Path], known: Mapping[str, Mapping[s
 
     Args:
         root: a folder, whose name does not count; or the only file, whose name does not count either.
-        files: below ``root``.
+        files: below ``root``; one elsewhere, as a list of images may name it, counts by its whole path.
         known: what was found earlier; a folder is not read again where no file's time or size has changed.
 
     Raises:
@@ -36,8 +36,7 @@ def contents_of(root: Path, files: Iterable[Path], known: Mapping[str, Mapping[s
     """
     folders: dict[str, list[Path]] = {}
     for file in files:
-        folder = "" if file.parent == root or file == root else file.relative_to(root).parent.as_posix()
-        folders.setdefault(folder, []).append(file)
+        folders.setdefault(_name(root, file).rpartition("/")[0], []).append(file)
     known = known or {}
     return {folder: _folder(root, sorted(own), known.get(folder, {})) for folder, own in sorted(folders.items())}
 
@@ -70,7 +69,7 @@ def file_digest(path: Path) -> str:
 
 
 def _folder(root: Path, files: list[Path], known: Mapping[str, Any]) -> dict[str, Any]:
-    names = ["" if file == root else file.relative_to(root).as_posix() for file in files]
+    names = [_name(root, file) for file in files]
     stats = [file.stat() for file in files]
     seen = _seen(names, stats)
     digest = known.get("sha256")
@@ -82,6 +81,12 @@ def _folder(root: Path, files: list[Path], known: Mapping[str, Any]) -> dict[str
     settled = max(stat.st_ctime for stat in stats) < time.time() - _SETTLED
     size = sum(stat.st_size for stat in stats)
     return {"files": len(files), "bytes": size, "sha256": digest, "seen": seen if settled else None}
+
+
+def _name(root: Path, file: Path) -> str:
+    if file == root:
+        return ""
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix()
 
 
 def _seen(names: list[str], stats: list[os.stat_result]) -> str:

@@ -201,7 +201,7 @@ def _from_metadata(folder: Path) -> RealImages:
         try:
             row = json.loads(line)
             files.append(folder / row["file_name"])
-            captions.append(row["text"] if "text" in row else int(row["label"]))
+            captions.append(row["text"] if "text" in row else _label(row["label"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{source}, line {number}: wants file_name and text or label") from error
         if not isinstance(captions[-1], str if "text" in row else int):
@@ -211,6 +211,13 @@ def _from_metadata(folder: Path) -> RealImages:
         if not files[-1].is_file():
             raise UserError(f"{source}, line {number}: there is no file {files[-1]}")
     return RealImages(files, captions, sources=(source,), passed_over=passed_over_line(unlisted(folder, files)))
+
+
+def _label(value: Any) -> int:
+    """A whole number, as JSON has it or as a text; half a class, or true, is a mistake."""
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError(value)
+    return int(value)
 
 
 def _from_idx(images: Path) -> RealImages:

@@ -74,7 +74,7 @@ def run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None = Non
     out = Path(config.out)
     accelerator = join_launch(config.cpu, log_with=trackers(config.report_to), project_dir=config.out)
     main = accelerator.is_main_process
-    resuming = check_folder(out, method, config)
+    resuming = check_folder(out, method, config, in_memory=pipeline is not None)
     accelerator.wait_for_everyone()
 
     def say(line: str) -> None:

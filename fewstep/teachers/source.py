@@ -17,9 +17,11 @@ from fewstep.teachers.names import embedded_name, teacher_folder
 
 logger = logging.getLogger("fewstep")
 
-# The files of a network's weights, in the names of diffusers and transformers, old and new, whole and in shards.
+#: The files of a network's weights, in the names of diffusers and transformers, old and new, whole and in shards.
 _SHARD = r"(?:-\d{5}-of-\d{5})?"
-_WEIGHTS = re.compile(rf"(?:diffusion_pytorch_|pytorch_)?model{_SHARD}(?:\.([\w-]+?))?{_SHARD}\.(?:safetensors|bin)")
+WEIGHTS = re.compile(
+    rf"(?:diffusion_pytorch_|pytorch_)?model{_SHARD}(?:\.(?P<variant>[\w-]+?))?{_SHARD}\.(?P<format>safetensors|bin)"
+)
 # What other libraries and older formats need, and a pipeline does not.
 _FOREIGN = ["*.ckpt", "*.msgpack", "*.onnx", "*.onnx_data", "*.h5", "*.ot", "*.gguf"]
 
@@ -165,9 +167,9 @@ def variants(files: Iterable[str]) -> dict[str, set[str | None]]:
     """
     held: dict[str, set[str | None]] = {}
     for file in map(PurePosixPath, files):
-        match = _WEIGHTS.fullmatch(file.name)
+        match = WEIGHTS.fullmatch(file.name)
         if match is not None and len(file.parts) == 2:
-            held.setdefault(file.parts[0], set()).add(match[1])
+            held.setdefault(file.parts[0], set()).add(match["variant"])
     return held
 
 

@@ -32,6 +32,11 @@ _WHICH = frozenset({"revision", "subfolder", "variant", "teacher_variant"})
 _IN_MEMORY = "teacher in memory"  # in the place of "teacher": its digests cannot be compared with those of files
 
 
+def recorded_as(setting: str, in_memory: bool) -> str:
+    """Under which name the digests of an input are kept; ``in_memory`` says whether the teacher was handed over so."""
+    return _IN_MEMORY if in_memory and setting == "teacher" else setting
+
+
 def read_inputs(out: Path) -> dict[str, Contents]:
     """The digests that were taken when the run in ``out`` began, by setting; none of a run that is new, or took none.
 
@@ -101,7 +106,7 @@ class RunInputs:
     def _check(self, given: dict[str, str], lora: Path | None = None) -> str:
         begun, fresh, changed = (self.out / "config.yaml").exists(), [], []
         for name, value in given.items():
-            key = _IN_MEMORY if name == "teacher" and self.pipeline is not None else name
+            key = recorded_as(name, self.pipeline is not None)
             contents = self._contents(name, value, self.recorded.get(key), lora)
             if not contents:
                 continue
@@ -139,18 +144,20 @@ class RunInputs:
             file = lora or lora_file(value)
             return contents_of(file, [file], known)
         if name == "teacher":
-            return _pipeline(pipeline_place(value, self.config.revision, self.config.subfolder), known)
+            # A method's own setting may be called variant, and says nothing of files.
+            variant = self.config.variant if "variant" in names_of(type(self.config), "source") else None
+            return _pipeline(pipeline_place(value, self.config.revision, self.config.subfolder), known, variant)
         if name == "init" and not (Path(value) / "checkpoints").is_dir():
             return _pipeline(pipeline_place(value), known)
         return contents_of(Path(value), _files(name, Path(value)), known)
 
 
-def _pipeline(place: Path | None, known: Contents | None) -> Contents:
+def _pipeline(place: Path | None, known: Contents | None, variant: str | None = None) -> Contents:
     """Those of a pipeline's files; of a single file also those of the configuration that lies beside it."""
     if place is None:
         return {}
     if not place.is_file():
-        return contents_of(place, pipeline_files(place), known)
+        return contents_of(place, pipeline_files(place, variant), known)
     beside = [file for file in pipeline_files(place.parent) if file.suffix in CONFIGURATION]
     return {**contents_of(place.parent, beside, known), "the single file": contents_of(place, [place])[""]}
 

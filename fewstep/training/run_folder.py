@@ -13,13 +13,19 @@ from fewstep.config.run import RunConfig
 from fewstep.data.durable import write_durably
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
-from fewstep.training.inputs import read_inputs
+from fewstep.training.inputs import read_inputs, recorded_as
 
 _CONFIG, _PARTIAL = "config.yaml", ".config.yaml.partial"
 
 
-def check_folder(out: Path, method: str, config: RunConfig) -> bool:
+def check_folder(out: Path, method: str, config: RunConfig, in_memory: bool = False) -> bool:
     """Whether there is a checkpoint to go on from; nothing is written but an empty folder.
+
+    Args:
+        out: the run's folder.
+        method: its name.
+        config: of the run.
+        in_memory: the teacher was handed over as a pipeline.
 
     Raises:
         UserError: the folder cannot be written, holds another run, or ``--resume`` does not fit what is there.
@@ -44,7 +50,7 @@ def check_folder(out: Path, method: str, config: RunConfig) -> bool:
     except (OSError, yaml.YAMLError, TypeError, ValueError) as error:  # unreadable, or YAML that is no table
         raise UserError(f"{file} cannot be read; choose another --out") from error
     steps = checkpoint.steps_in(out / "checkpoints")
-    may_change = _may_change(config) | _compared_by_contents(out, theirs, config, bool(steps))
+    may_change = _may_change(config) | _compared_by_contents(out, theirs, config, bool(steps), in_memory)
     if changed := _differences(theirs, _described(method, config), may_change):
         raise UserError(
             f"--resume: {', '.join(changed)} differ from {file}; give the run its old settings or another --out"
@@ -69,14 +75,18 @@ def _may_change(config: RunConfig) -> frozenset[str]:
     return names_of(type(config), "machine", "watching", "export", "length") - {"cpu"} - stays
 
 
-def _compared_by_contents(out: Path, theirs: dict[str, Any], config: RunConfig, trained: bool) -> frozenset[str]:
+def _compared_by_contents(
+    out: Path, theirs: dict[str, Any], config: RunConfig, trained: bool, in_memory: bool
+) -> frozenset[str]:
     """Inputs that may lie elsewhere by now, because :class:`fewstep.training.inputs.RunInputs` compares what they are.
 
     What came of ``--init`` is in the checkpoint, so it may be left out once there is one.
     """
     recorded = read_inputs(out)
     sources = {name for name in names_of(type(config), "source") if theirs.get(name) is not None}
-    moved = {name for name in sources if name in recorded and getattr(config, name) is not None}
+    given = {name for name in sources if getattr(config, name) is not None}
+    # Of files and of what is in memory the digests are not of one kind: there only the names can be compared.
+    moved = {name for name in given if recorded_as(name, in_memory) in recorded}
     moved |= {"revision", "subfolder"} if "teacher" in moved else set()  # they say where the teacher lies
     left_out = {"init"} if trained and "init" in sources and config.init is None else set()
     return frozenset(moved | left_out)

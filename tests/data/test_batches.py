@@ -109,6 +109,8 @@ def test_metadata_gives_texts_or_labels(tmp_path: Path):
         ('{"file_name": "0.png", "text": null}', "line 1: the text must be a string, not None"),
         ('{"file_name": "0.png", "text": ["x"]}', "the text must be a string"),
         ('{"file_name": "0.png", "text": "x"}\n{"file_name": "0.png", "label": 1}', "line 2: give every image a text"),
+        ('{"file_name": "0.png", "label": 3.7}', "line 1: wants file_name and text or label"),
+        ('{"file_name": "0.png", "label": true}', "line 1: wants file_name and text or label"),
         ('{"file_name": "0.png", "text": "\xe9"}', "not UTF-8"),
     ],
 )

@@ -11,12 +11,9 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import tiny_dit, tiny_stable_diffusion
-from torch import nn
 
 from fewstep.cli import main
 from fewstep.config.run import RunConfig
-from fewstep.data.contents import changed_folders, contents_of
-from fewstep.data.fingerprint import memory_digests
 from fewstep.errors import UserError
 from fewstep.programs.cache import cache
 from fewstep.programs.distillation import distill
@@ -159,6 +156,53 @@ def test_what_decides_nothing_may_change(here: Path, tmp_path: Path):
     assert go_on(config) == ""
 
 
+@pytest.mark.parametrize("named", ["absolute", "../beside/0.png"])
+def test_images_that_a_list_names_elsewhere_count_too(here: Path, tmp_path: Path, named: str):
+    """An absolute name stopped every run."""
+    picture = here / "beside" / "0.png"
+    shutil.copytree(here / "data" / "bag", picture.parent)
+    row = {"file_name": str(picture) if named == "absolute" else named, "text": "a bag"}
+    (here / "data" / "metadata.jsonl").write_text(json.dumps(row))
+    config = began(tmp_path / "out", data=here / "data")
+    assert go_on(config) == ""
+    other_picture(picture)
+    with pytest.raises(UserError, match=r"beside\) is not what it was"):
+        go_on(config)
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        "diffusion_pytorch_model.fp16.safetensors",
+        "diffusion_pytorch_model.bin",
+        "diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+        "diffusion_pytorch_model.safetensors.index.fp16.json",
+        "diffusion_pytorch_model.non_ema.safetensors",
+    ],
+)
+def test_weights_that_are_not_loaded_may_come_beside_those_that_are(here: Path, tmp_path: Path, added: str):
+    """As in the hub's cache, when another program fetches another variant of the same model."""
+    config = began(tmp_path / "out", teacher=here / "teacher")
+    (here / "teacher" / "transformer" / added).write_bytes(b"{}")
+    assert go_on(config) == ""
+    one_weight(here / "teacher" / WEIGHTS)
+    with pytest.raises(UserError, match=r"\(transformer\) is not what it was"):
+        go_on(config)
+
+
+def test_of_a_variant_its_weights_count_and_the_plain_ones_of_parts_without(here: Path, tmp_path: Path):
+    plain = here / "teacher" / WEIGHTS
+    half = plain.with_name("diffusion_pytorch_model.fp16.safetensors")
+    shutil.copy(plain, half)
+    shutil.copy(plain, plain.with_name("diffusion_pytorch_model.bf16.safetensors"))
+    config = began(tmp_path / "out", teacher=here / "teacher", variant="fp16")
+    one_weight(plain), one_weight(plain.with_name("diffusion_pytorch_model.bf16.safetensors"))
+    assert go_on(config) == ""
+    one_weight(here / "teacher/vae/diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=r"\(vae\) is not what it was"):
+        go_on(config)
+
+
 def test_a_run_without_digests_goes_on_with_one_line_and_has_them_then(here: Path, tmp_path: Path):
     config = began(tmp_path / "out", teacher=here / "teacher", prompts=here / "prompts.txt")
     (tmp_path / "out" / FILE).unlink()  # as an earlier version left it
@@ -245,60 +289,6 @@ def test_a_teacher_in_a_folder_of_a_folder_may_be_named_otherwise(here: Path, tm
         go_on(resumed(config))
 
 
-# --- digests ---------------------------------------------------------------------------------------------------------
-
-
-def test_files_are_not_read_again_while_their_times_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file = tmp_path / "a" / "b.bin"
-    file.parent.mkdir()
-    file.write_bytes(b"1" * 100)
-    young = contents_of(tmp_path, [file])
-    assert young["a"]["seen"] is None  # it could change again within the clock's tick
-    monkeypatch.setattr("fewstep.data.contents._SETTLED", -1.0)
-    known = contents_of(tmp_path, [file])
-    with monkeypatch.context() as patch:
-        patch.setattr("fewstep.data.contents.file_digest", lambda path: pytest.fail("it was read again"))
-        assert contents_of(tmp_path, [file], known) == known
-    before = file.stat()
-    file.write_bytes(b"2" * 100)
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # set back, as an unpacked archive does
-    assert changed_folders(known, contents_of(tmp_path, [file], known)) == ["a"]
-
-
-@pytest.mark.parametrize("place", [0, 2**24 + 5, 2**26 + 17])
-def test_of_a_large_file_blocks_count(tmp_path: Path, place: int):
-    path = tmp_path / "large.bin"
-    with path.open("wb") as file:
-        file.truncate(2**26 + 18)
-    before = contents_of(path, [path])
-    with path.open("r+b") as file:
-        file.seek(place)
-        file.write(b"x")
-    assert changed_folders(before, contents_of(path, [path])) == [""]
-
-
-class Packed(nn.Parameter):
-    """As a quantising library holds weights: a parameter that is not its own numbers."""
-
-    def __new__(cls, data: torch.Tensor) -> "Packed":
-        return torch.Tensor._make_subclass(cls, data, False)
-
-
-def test_a_pipeline_in_memory_counts_by_its_bits_quantised_or_not():
-    pipeline = tiny_dit()
-    before = memory_digests(pipeline)
-    assert memory_digests(tiny_dit()) == before
-    with torch.no_grad():
-        weight = list(pipeline.vae.parameters())[-1].view(-1)
-        weight[-1] = torch.nextafter(weight[-1], torch.tensor(9.0))
-    assert changed_folders(before, memory_digests(pipeline)) == ["vae"]
-    layer = pipeline.transformer.proj_out_2
-    layer.weight = Packed(torch.ones(layer.weight.shape, dtype=torch.int8))
-    packed = memory_digests(pipeline)
-    layer.weight = Packed(layer.weight.data.index_fill(0, torch.tensor([3]), 2))
-    assert changed_folders(packed, memory_digests(pipeline)) == ["transformer"]
-
-
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
@@ -329,3 +319,23 @@ def test_a_pipeline_that_is_handed_over_is_compared_too(tmp_path: Path):
         list(pipeline.transformer.parameters())[-1].view(-1)[-1].add_(1e-3)
     with pytest.raises(UserError, match=r"\(transformer\) is not what it was"):
         distill(pipeline, max_steps=3, resume=True, **settings)
+
+
+def test_a_pipeline_that_is_handed_over_is_not_taken_for_the_files_that_a_run_began_with(here: Path, tmp_path: Path):
+    """Digests of both kinds cannot be compared: any pipeline went on with a run of any folder."""
+    config = resumed(began(tmp_path / "out", teacher=here / "teacher"), teacher="another/model")
+    with pytest.raises(UserError, match="--resume: teacher differ"):
+        check_folder(tmp_path / "out", "rectified_flow", config, in_memory=True)
+
+
+def test_a_pipeline_that_is_handed_over_may_have_another_name(tmp_path: Path):
+    out = tmp_path / "out"
+    config = RectifiedFlowConfig(teacher="one", out=str(out))
+    check_folder(out, "rectified_flow", config, in_memory=True)
+    run_inputs = RunInputs(config, tiny_dit())
+    assert run_inputs.check_here() == ""
+    write_config(out, "rectified_flow", config)
+    run_inputs.write()
+    config = resumed(config, teacher="another")
+    check_folder(out, "rectified_flow", config, in_memory=True)
+    assert RunInputs(config, tiny_dit()).check_here() == ""
