@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,18 @@ def call_of(stock: type[DiffusionPipeline], about: Mapping[str, Any]) -> dict[st
     return as_taken(stock, about["call"])
 
 
-def student_class(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type[DiffusionPipeline]:
+def student_class(
+    stock: type[DiffusionPipeline],
+    about: dict[str, Any],
+    *,
+    warned_of: Callable[[DiffusionPipeline], Sequence[str]] = lambda _: (),
+) -> type[DiffusionPipeline]:
     """A subclass of ``stock`` that fills in the call, under its name, so that what it saves names the stock class.
 
     Args:
         stock: the student's own pipeline class, or a relative of it that was walked at export.
         about: the content of its ``fewstep.json``.
+        warned_of: what of the pipeline a caller is warned of, asked at each call.
 
     Raises:
         ExportError: the student is wrong under this class, or was not tried under it.
@@ -98,6 +104,8 @@ def student_class(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type
     def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(self, *args, **kwargs).arguments
         missing = {name: value for name, value in filled.items() if name not in given}
+        for text in warned_of(self):
+            warnings.warn(text, stacklevel=2)
         heed_count(self, about, given)
         if (unheeded := what_is_not_heeded(given, usual, about.get("guidance_range"))) is not None:
             warnings.warn(unheeded, stacklevel=2)

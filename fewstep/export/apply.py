@@ -156,19 +156,18 @@ def _whole(stock: type[DiffusionPipeline], about: Mapping[str, Any]) -> type[Dif
 
 def _with_adapter(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type[DiffusionPipeline]:
     """The class of a student that is an adapter: it says when that is off, and writes nothing that does not load."""
-    filled = student_class(stock, about)
     components = list(lora_files(about))
 
-    @functools.wraps(stock.__call__)
-    def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
-        for component in components:
-            if (reason := why_off(getattr(self, component))) is not None:
-                warnings.warn(
-                    f"this is not the student: its adapter of the {component} {reason}; "
-                    f'set_adapters(["{ADAPTER}", ...]) names all that shall act',
-                    stacklevel=2,
-                )
-        return filled.__call__(self, *args, **kwargs)
+    def warned_of(pipeline: DiffusionPipeline) -> list[str]:
+        found = [(component, why_off(getattr(pipeline, component))) for component in components]
+        return [
+            f"this is not the student: its adapter of the {component} {reason}; "
+            f'set_adapters(["{ADAPTER}", ...]) names all that shall act'
+            for component, reason in found
+            if reason is not None
+        ]
+
+    filled = student_class(stock, about, warned_of=warned_of)
 
     def save_pretrained(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> None:
         refuse_adapters(self)
@@ -186,7 +185,7 @@ def _with_adapter(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type
         if kept:
             self.__class__ = _whole(stock, about)
 
-    body: dict[str, Any] = {"__call__": call}
+    body: dict[str, Any] = {}
     for method in (save_pretrained, fuse_lora, unload_lora_weights):
         if hasattr(stock, method.__name__):
             body[method.__name__] = functools.wraps(getattr(stock, method.__name__))(method)

@@ -54,8 +54,8 @@ def _table(about: Mapping[str, Any], right: Mapping[str, Mapping[str, Any]]) -> 
 def _strength(row: Range) -> str:
     if row.low == row.high:
         return f"{row.low:.4g}"
-    low = f"{'from' if row.holds_low else 'above'} {row.low:.4g}"
-    return f"{low} {'to' if row.holds_high else 'to below'} {row.high:.4g}"
+    low, high = row.shown_ends()
+    return f"{'from' if row.holds_low else 'above'} {low:g} {'to' if row.holds_high else 'to below'} {high:g}"
 
 
 def _outcome(row: Range) -> str:

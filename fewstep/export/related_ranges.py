@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 # How far inside of a range that does not hold its end the nearest strength is named.
 _INSIDE = 0.01
+# People write a strength with as many digits behind the point, or fewer.
+_DIGITS = 4
 # What of an outcome fewstep.json tells.
 _TOLD = ("calls", "timestep", "time", "why_not")
 
@@ -55,11 +58,20 @@ class Range:
         return above and (strength <= self.high if self.holds_high else strength < self.high)
 
     def nearest(self, strength: float) -> float:
-        """The strength in it that is nearest to another one, an open end kept away from."""
+        """The strength in it that is nearest to another one, in few digits, an open end kept away from."""
+        if self.holds(strength):
+            return strength
         inside = min(_INSIDE, (self.high - self.low) / 2)
-        low = self.low if self.holds_low else self.low + inside
-        high = self.high if self.holds_high else self.high - inside
-        return round(min(max(strength, low), high), 6)
+        if strength <= self.low:
+            near, up = (self.low if self.holds_low else self.low + inside), True
+        else:
+            near, up = (self.high if self.holds_high else self.high - inside), False
+        short = _in_digits(near, up=up)
+        return short if self.holds(short) else near
+
+    def shown_ends(self) -> tuple[float, float]:
+        """Its ends in few digits, such that every strength of so many digits lies on the right side of them."""
+        return _in_digits(self.low, up=self.holds_low), _in_digits(self.high, up=not self.holds_high)
 
     def as_json(self) -> dict[str, Any]:
         """The row in ``fewstep.json``, its ends under ``from`` and ``to`` or, where open, ``above`` and ``below``."""
@@ -73,6 +85,13 @@ class Range:
         outcome = Outcome(**{name: row[name] for name in _TOLD if name in row})
         low, high = ("from" if "from" in row else "above"), ("to" if "to" in row else "below")
         return cls(float(row[low]), float(row[high]), "from" in row, "to" in row, outcome)
+
+
+def _in_digits(end: float, *, up: bool) -> float:
+    """Rounded up or down to the digits that people write; 2/3 is neither 0.6667 nor 0.6666."""
+    tens = 10**_DIGITS
+    steps = round(end * tens, _DIGITS)  # what is whole but for its last bits is whole
+    return (math.ceil(steps) if up else math.floor(steps)) / tens
 
 
 def ranges(count: int, run: Callable[[float], Outcome]) -> list[Range]:

@@ -73,6 +73,22 @@ def test_adapters_that_are_active_stay_so_each_as_strong_as_before(student):
     assert np.abs(found - pictured(recording, folder, in_weights(recording, role))).max() > 1e-3
 
 
+def test_warnings_are_about_the_callers_own_line(student):
+    recording, _, folder, _ = student
+    pipeline = apply(fresh(recording), folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.disable_lora()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        pipeline(**CALL, negative_prompt="ugly", num_inference_steps=7)
+    own = [str(warning.message) for warning in seen if warning.filename == __file__]
+    assert [next(word for word in ("not the student", "not at 7", "leave out") if word in text) for text in own] == [
+        "not the student",
+        "not at 7",
+        "leave out",
+    ]
+
+
 def test_adapters_that_are_off_stay_off(student):
     recording, role, folder, style = student
     alone = pictured(recording, folder, in_weights(recording, role))

@@ -187,3 +187,24 @@ def test_one_warning_for_all_that_is_not_heeded(student: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         pipeline("the cat")
+
+
+def test_a_refusal_names_a_strength_that_works_at_three_steps(
+    recorded: Callable[[str], Recording], tmp_path: Path
+) -> None:
+    """A flow's picture counts up to 2/3 of the way there, which no decimal number is; and below, at the default."""
+    recording = recorded("flow")
+    plan = plan_student(recording, 3, renoise="ode")
+    folder = export_student(
+        recording, recording.network, plan, tmp_path / "student", method="dmd2", base_model="example/teacher"
+    )
+    pipeline = load(folder, pipeline="image-to-image")
+    pipeline.set_progress_bar_config(disable=True)
+    for strength in (0.7, 1.0):
+        with pytest.raises(
+            ExportError, match=r"nearest strength that works is 0\.6666 \(2 calls from timestep"
+        ) as refusal:
+            pipeline("the cat", image=picture(16), strength=strength)
+        assert "ignores the picture" in str(refusal.value)
+    assert run(pipeline, "transformer", prompt="the cat", image=picture(16), strength=0.6666)[0] == 2
+    assert "to 0.6666 |" in (folder / "README.md").read_text()

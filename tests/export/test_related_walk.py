@@ -234,3 +234,24 @@ def test_ranges_of_both_roundings(calls: Callable[[int, float], int], expected: 
         near = nearest(rows, strength)
         assert near is not None and calls(4, near) > 0
     assert at(rows, 0.0) is None and at(rows, 1.01) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 7])
+@pytest.mark.parametrize("calls", [lambda n, s: int(n * s), lambda n, s: n - int(n - n * s)])
+def test_strengths_of_four_digits_are_told_right_where_a_step_is_no_such_number(
+    calls: Callable[[int, float], int], count: int
+) -> None:
+    """2/3 has no end: what the card and a refusal say is rounded to the side that is true."""
+
+    def run(strength: float) -> Outcome:
+        made = calls(count, strength)
+        return Outcome(made, float(made), 1.0) if 0 < made < count else Outcome(why_not="none")
+
+    rows = ranges(count, run)
+    shown = [Range(*row.shown_ends(), row.holds_low, row.holds_high, row.outcome) for row in rows]
+    for strength in [k / 1000 for k in range(1, 1001)] + [0.3333, 0.3334, 0.6666, 0.6667, 2 / 3, 1 / 3]:
+        told, near = at(shown, round(strength, 4)), nearest(rows, strength)
+        assert told is not None and told.outcome == run(round(strength, 4)), strength
+        if near is not None:
+            typed = at(rows, near if near == strength else float(f"{near:.4f}"))
+            assert typed is not None and typed.outcome.why_not is None, (strength, near)
