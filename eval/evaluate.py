@@ -22,7 +22,7 @@ from fewstep.eval.judge import Judge
 from fewstep.eval.models import Model, in_steps, student_model, teacher_model
 from fewstep.eval.report import Report
 from fewstep.eval.rows import measure, read_row, row_key, write_row
-from fewstep.export.card import write_numbers
+from fewstep.export.card.card import write_numbers
 from fewstep.version import __version__
 
 logger = logging.getLogger(__name__)

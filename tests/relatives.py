@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from fewstep.export.about import student_class
-from fewstep.export.card import PLACEHOLDER
-from fewstep.export.plan import StudentPlan
-from fewstep.export.related import CONTROL, made_of, text_unrepaired
-from fewstep.export.related_call import pictures
-from fewstep.export.related_card import related_section
-from fewstep.export.related_stubs import StandIns
-from fewstep.export.related_walk import walk_relatives
+from fewstep.export.card.card import PLACEHOLDER
+from fewstep.export.card.related import related_section
+from fewstep.export.related.call import pictures
+from fewstep.export.related.classes import CONTROL, made_of, text_unrepaired
+from fewstep.export.related.stubs import StandIns
+from fewstep.export.related.walk import walk_relatives
+from fewstep.export.walk.plan import StudentPlan
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import find_scheduler, with_parts
 

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from fewstep.export.counts import heed_count
 from fewstep.export.errors import ExportError
 from fewstep.export.heeded import what_is_not_heeded
-from fewstep.export.related_record import refuse_strength, relative_of
+from fewstep.export.related.record import refuse_strength, relative_of
 from fewstep.export.step_noise import step_noise_from
 from fewstep.export.student_adapter import has_adapters
 from fewstep.recording.pipeline import modules_of

@@ -18,7 +18,7 @@ from torch import nn
 from fewstep.errors import one_line
 from fewstep.export.about import fetched, read_about, refuse_adapters, student_class
 from fewstep.export.errors import ExportError
-from fewstep.export.related_record import relative_of
+from fewstep.export.related.record import relative_of
 from fewstep.export.student_adapter import (
     ADAPTER,
     activate,

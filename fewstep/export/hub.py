@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.errors import UserError, first_line
-from fewstep.export.card import PLACEHOLDER
+from fewstep.export.card.card import PLACEHOLDER
 
 
 def publish(folders: Sequence[Path], repository: str, private: bool = False) -> str:

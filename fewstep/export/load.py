@@ -19,7 +19,7 @@ from fewstep.export.about import read_about, student_class
 from fewstep.export.apply import apply
 from fewstep.export.errors import ExportError
 from fewstep.export.own_code import is_own_code
-from fewstep.export.related_record import relative_class
+from fewstep.export.related.record import relative_class
 from fewstep.teachers.names import teacher_folder
 from fewstep.teachers.single_file import load_single_file
 from fewstep.teachers.source import Source, find_source

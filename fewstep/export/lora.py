@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from fewstep.errors import one_line
 from fewstep.export.about import call_of, read_about, write_about
 from fewstep.export.apply import LORA_FILE, lora_files, ship
-from fewstep.export.card import write_card
+from fewstep.export.card.card import write_card
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
 from fewstep.export.lora_names import further_names
-from fewstep.export.plan import StudentPlan
 from fewstep.export.student_adapter import ADAPTER
+from fewstep.export.walk.plan import StudentPlan
 from fewstep.export.whole import about_student, check_counts, license_of
 from fewstep.networks.adapters import AdapterRole, on_the_same_weights
 from fewstep.recording.pipeline import with_parts

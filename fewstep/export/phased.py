@@ -23,7 +23,7 @@ from fewstep.recording.experts import Expert
 from fewstep.recording.pipeline import find_scheduler
 
 if TYPE_CHECKING:
-    from fewstep.export.plan import StudentPlan
+    from fewstep.export.walk.plan import StudentPlan
     from fewstep.recording import Recording
 
 #: The argument by which stock classes with room for two networks are told where they change, a share of all timesteps.

@@ -17,7 +17,7 @@ from fewstep.export.flow_map import flow_map_recording, whole_network
 from fewstep.export.full_precision import in_full_precision
 from fewstep.export.lora import export_lora, rehearse_lora, why_no_lora
 from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
-from fewstep.export.plan import StudentPlan
+from fewstep.export.walk.plan import StudentPlan
 from fewstep.export.whole import check_counts, export_student, refuse_own_code
 from fewstep.networks.flow_map import SECOND_TIME
 from fewstep.networks.roles import Role

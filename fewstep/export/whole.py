@@ -15,16 +15,16 @@ from torch import nn
 
 from fewstep.errors import one_line
 from fewstep.export.about import call_of, read_about, write_about
-from fewstep.export.card import write_card
-from fewstep.export.check import Reference
+from fewstep.export.card.card import write_card
 from fewstep.export.copied_parts import save_pipeline
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
-from fewstep.export.plan import StudentPlan, check_student, reference_of
 from fewstep.export.precision import as_computed, as_written
 from fewstep.export.published_paths import publish_no_paths
-from fewstep.export.related_walk import walk_relatives
-from fewstep.export.size_checks import about_sizes, check_sizes
+from fewstep.export.related.walk import walk_relatives
+from fewstep.export.walk.check import Reference
+from fewstep.export.walk.plan import StudentPlan, check_student, reference_of
+from fewstep.export.walk.size_checks import about_sizes, check_sizes
 from fewstep.recording.pipeline import find_scheduler, with_parts
 from fewstep.teachers import names
 from fewstep.teachers.license import teacher_license_of

@@ -23,7 +23,7 @@ from fewstep.diffusion.draws import RESPONSE_STEP, Draws
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.errors import UserError
-from fewstep.export.teacher_shift import teacher_shift
+from fewstep.export.walk.teacher_shift import teacher_shift
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.roles import Role

@@ -76,7 +76,7 @@ def same_conditioning(a: Conditioning, b: Conditioning, ignored: set[str], *, pa
 
 def in_types_of(piece: Conditioning, alone: Conditioning) -> Conditioning:
     """A guided call's piece with its whole numbers (a mask) in the types that they have without guidance."""
-    types = {path: node.value.dtype for path, node in leaves(alone.tree) if _is_count(node)}
+    types = {path: node.value.dtype for path, node in leaves(alone.tree) if isinstance(node, Leaf) and _is_count(node)}
 
     def cast(path: str, node: Leaf | SampleList) -> Leaf | SampleList:
         if isinstance(node, Leaf) and _is_count(node) and path in types:
@@ -86,8 +86,8 @@ def in_types_of(piece: Conditioning, alone: Conditioning) -> Conditioning:
     return Conditioning(map_paths(piece.tree, cast), piece.batch_size)
 
 
-def _is_count(node: Leaf | SampleList) -> bool:
-    return isinstance(node, Leaf) and isinstance(node.value, Tensor) and _counts(node.value)
+def _is_count(node: Leaf) -> bool:
+    return isinstance(node.value, Tensor) and _counts(node.value)
 
 
 def _counts(value: Tensor) -> bool:

@@ -11,7 +11,7 @@ from tiny_pipelines import tiny_flow, tiny_stable_diffusion
 
 from fewstep.data.encoders import Encoders
 from fewstep.errors import UserError
-from fewstep.export.plan import check_student, plan_student
+from fewstep.export.walk.plan import check_student, plan_student
 from fewstep.recording import Recording, RecordingError, record
 from fewstep.teachers.loading import load_teacher
 

@@ -19,8 +19,8 @@ from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.rollout import rollout
 from fewstep.errors import UserError
 from fewstep.export.apply import apply
-from fewstep.export.check import SchedulerCheckError
-from fewstep.export.plan import check_student, plan_student
+from fewstep.export.walk.check import SchedulerCheckError
+from fewstep.export.walk.plan import check_student, plan_student
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.programs.distillation import distill, prepare

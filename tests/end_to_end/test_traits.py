@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fewstep.errors import UserError
-from fewstep.export.plan import check_student, reference_of
 from fewstep.export.student import Written
+from fewstep.export.walk.plan import check_student, reference_of
 from fewstep.export.whole import check_counts
 from fewstep.networks.roles import Role
 from fewstep.programs import distillation

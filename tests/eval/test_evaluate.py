@@ -13,7 +13,7 @@ from fewstep.errors import UserError
 from fewstep.eval import Model, Report, evaluate, rows, sample
 from fewstep.eval.judge import Judge
 from fewstep.eval.models import student_model, teacher_model
-from fewstep.export.card import write_numbers
+from fewstep.export.card.card import write_numbers
 from fewstep.fashion import TEACHERS
 
 OPTIONS = {

@@ -13,7 +13,7 @@ from diffusers import (
 )
 
 from fewstep.export import SchedulerCheckError, plan_student
-from fewstep.export.plan import check_student, reference_of
+from fewstep.export.walk.plan import check_student, reference_of
 from fewstep.recording.pipeline import with_parts
 from fewstep.recording.shake import shaken
 
@@ -122,7 +122,7 @@ def test_other_weights_are_seen(recorded, trained):
 
 
 def test_nan_fails():
-    from fewstep.export.check import _demand
+    from fewstep.export.walk.check import _demand
 
     with pytest.raises(SchedulerCheckError, match="off by nan"):
         _demand(torch.tensor([float("nan")]), torch.zeros(1), 1.0, "x")

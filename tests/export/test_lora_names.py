@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.export import apply
 from fewstep.export.apply import LORA_FILE
-from fewstep.export.lora_card import sampling_elsewhere, simple_schedule
+from fewstep.export.card.lora import sampling_elsewhere, simple_schedule
 from fewstep.export.lora_names import DIFFUSION_MODEL, KOHYA, READERS, WAN, further_names
 from fewstep.networks.adapters import attention_linears
 from fewstep.recording import record

@@ -15,7 +15,7 @@ from diffusers import (
 from tiny_pipelines import TINY, tiny_edm, tiny_flow, tiny_stable_diffusion
 
 from fewstep.export import ExportError, plan_student
-from fewstep.export.teacher_shift import teacher_shift
+from fewstep.export.walk.teacher_shift import teacher_shift
 from fewstep.recording import record
 
 

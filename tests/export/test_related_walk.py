@@ -21,8 +21,8 @@ from diffusers import (
 from diffusers.pipelines import auto_pipeline
 
 from fewstep.export import plan_student, related_walk
-from fewstep.export.related import related_classes, related_names
-from fewstep.export.related_ranges import Outcome, Range, at, nearest, ranges
+from fewstep.export.related.classes import related_classes, related_names
+from fewstep.export.related.ranges import Outcome, Range, at, nearest, ranges
 from fewstep.recording import Recording
 
 Recorded = Callable[[str], Recording]
@@ -182,8 +182,8 @@ def test_classes_whose_packages_are_missing_are_passed_over(monkeypatch: pytest.
     lacking.__getattr__ = lookup  # type: ignore[method-assign]
     lacking.__dict__.update(dict.fromkeys(()))
     monkeypatch.setitem(sys.modules, package.__name__, lacking)
-    monkeypatch.setattr("fewstep.export.related.related_names", lambda _stock: names)
-    monkeypatch.setattr("fewstep.export.related.diffusers", lacking)
+    monkeypatch.setattr("fewstep.export.related.classes.related_names", lambda _stock: names)
+    monkeypatch.setattr("fewstep.export.related.classes.diffusers", lacking)
     found = {kind.__name__ for kind in related_classes(StableDiffusionPipeline)}
     assert {"StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"}.isdisjoint(found)
     assert "StableDiffusionInstructPix2PixPipeline" in found

@@ -8,8 +8,8 @@ import torch
 from diffusers import LCMScheduler
 
 from fewstep.export import plan_student
-from fewstep.export.card_sampling import samplers
-from fewstep.export.plan import check_student
+from fewstep.export.card.sampling import samplers
+from fewstep.export.walk.plan import check_student
 from fewstep.recording.pipeline import with_parts
 
 SWAPPED = (

@@ -15,8 +15,8 @@ from fewstep.diffusion.phases import Phase
 from fewstep.errors import UserError
 from fewstep.export import ExportError, export_student, plan_student
 from fewstep.export.phased import phased_plan
-from fewstep.export.size_checks import check_sizes
-from fewstep.export.sizes import SizeShift
+from fewstep.export.walk.size_checks import check_sizes
+from fewstep.export.walk.sizes import SizeShift
 from fewstep.recording import record
 from fewstep.recording.pipeline import with_parts
 

@@ -8,9 +8,9 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Stable
 from tiny_pipelines import TINY, tiny_flow
 
 from fewstep.export import ExportError, plan_student
-from fewstep.export.check import SchedulerCheckError
-from fewstep.export.plan import check_student, reference_of, student_call
-from fewstep.export.teacher_shift import shifts_by_size, teacher_shift
+from fewstep.export.walk.check import SchedulerCheckError
+from fewstep.export.walk.plan import check_student, reference_of, student_call
+from fewstep.export.walk.teacher_shift import shifts_by_size, teacher_shift
 from fewstep.recording import record
 from fewstep.recording.pipeline import find_scheduler, with_parts
 

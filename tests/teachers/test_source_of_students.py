@@ -89,7 +89,7 @@ def test_a_lora_of_a_single_file(prompts: str, tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_the_cards_code_names_the_files_of_a_hub_id(told: dict[str, str], line: str):
-    from fewstep.export.card import snippet
+    from fewstep.export.card.card import snippet
 
     pipeline = tiny_stable_diffusion()
     about = {

@@ -15,7 +15,7 @@ import torch
 from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule
 from fewstep.diffusion.timesteps import shift_time
 from fewstep.export.errors import ExportError
-from fewstep.export.trace import Trace, trace
+from fewstep.export.walk.trace import Trace, trace
 from fewstep.recording.pipeline import find_scheduler
 
 if TYPE_CHECKING:

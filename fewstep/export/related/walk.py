@@ -21,20 +21,20 @@ from diffusers import ConfigMixin
 from diffusers.utils import logging
 
 from fewstep.errors import one_line
-from fewstep.export.check import follow
 from fewstep.export.errors import ExportError
-from fewstep.export.related import made_of, missing_package, related_classes, text_unrepaired
-from fewstep.export.related_call import STRENGTH, call_of, default_strength, picture_arguments, pictures, task_of
-from fewstep.export.related_ranges import Outcome, Range, nearest, ranges
-from fewstep.export.related_stubs import Heard, StandIns, remembering, stood_in
-from fewstep.export.related_told import Form, OtherTaskError, form_of, share, starts_from
+from fewstep.export.related.call import STRENGTH, call_of, default_strength, picture_arguments, pictures, task_of
+from fewstep.export.related.classes import made_of, missing_package, related_classes, text_unrepaired
+from fewstep.export.related.ranges import Outcome, Range, nearest, ranges
+from fewstep.export.related.stubs import Heard, StandIns, remembering, stood_in
+from fewstep.export.related.told import Form, OtherTaskError, form_of, share, starts_from
+from fewstep.export.walk.check import follow
 from fewstep.networks.adapters import on_the_same_weights
 from fewstep.recording import RecordingError
 from fewstep.recording.pipeline import find_scheduler, modules_of, with_parts
 
 if TYPE_CHECKING:
-    from fewstep.export.plan import StudentPlan
-    from fewstep.export.trace import Trace
+    from fewstep.export.walk.plan import StudentPlan
+    from fewstep.export.walk.trace import Trace
     from fewstep.recording import Recording
 
 # Of what the network is told, the part that another picture changes; at less the picture cannot be seen in the result.

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fewstep.export.check import SchedulerCheck
 from fewstep.export.errors import ExportError
-from fewstep.export.plan import StudentPlan, check_student
-from fewstep.export.sizes import walked_sizes
-from fewstep.export.teacher_shift import teacher_shift
+from fewstep.export.walk.check import SchedulerCheck
+from fewstep.export.walk.plan import StudentPlan, check_student
+from fewstep.export.walk.sizes import walked_sizes
+from fewstep.export.walk.teacher_shift import teacher_shift
 
 if TYPE_CHECKING:
     from fewstep.recording import Recording

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fewstep.diffusion.prediction import expand
 from fewstep.export.errors import ExportError
-from fewstep.export.related_stubs import Heard, StandIns
-from fewstep.export.trace import Trace
+from fewstep.export.related.stubs import Heard, StandIns
+from fewstep.export.walk.trace import Trace
 from fewstep.recording.observation import NetworkCall
 
 # Of sorted values of size one, by what the sample's dtype leaves of them.

@@ -11,9 +11,9 @@ from typing import Any
 
 from fewstep.data.durable import write_text_durably
 from fewstep.export.about import call_of
-from fewstep.export.card_sampling import generator_lines, impossible_counts, samplers, seeds, sizes
-from fewstep.export.lora_card import loaders, sections
-from fewstep.export.related_card import related_section
+from fewstep.export.card.lora import loaders, sections
+from fewstep.export.card.related import related_section
+from fewstep.export.card.sampling import generator_lines, impossible_counts, samplers, seeds, sizes
 from fewstep.recording.pipeline import find_scheduler
 from fewstep.teachers.names import UNNAMED
 

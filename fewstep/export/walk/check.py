@@ -21,7 +21,7 @@ from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.diffusion.timesteps import descends
 from fewstep.errors import one_line
 from fewstep.export.errors import ExportError
-from fewstep.export.trace import Trace, TracedStep, replay, trace
+from fewstep.export.walk.trace import Trace, TracedStep, replay, trace
 from fewstep.recording import Recipe
 from fewstep.recording.pipeline import find_scheduler
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fewstep.export.related_call import STRENGTH
-from fewstep.export.related_ranges import Range
-from fewstep.export.related_record import rows_at
+from fewstep.export.related.call import STRENGTH
+from fewstep.export.related.ranges import Range
+from fewstep.export.related.record import rows_at
 
 
 def related_section(about: Mapping[str, Any], place: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fewstep.export.related import PICTURES, parameters, takes_control
+from fewstep.export.related.classes import PICTURES, parameters, takes_control
 from fewstep.recording.invocation import SUBJECT_ARGUMENTS
 
 #: The argument that says how much of a picture is kept, in diffusers' word.

@@ -7,7 +7,7 @@ from typing import Any
 
 import diffusers
 
-from fewstep.export.sizes import size_text
+from fewstep.export.walk.sizes import size_text
 from fewstep.recording.pipeline import find_scheduler
 
 # Samplers that people swap in, all of one network call a step.

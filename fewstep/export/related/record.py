@@ -9,9 +9,9 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from fewstep.export.errors import ExportError
-from fewstep.export.related import CONTROL, missing_package, takes_control
-from fewstep.export.related_call import STRENGTH
-from fewstep.export.related_ranges import Outcome, Range, at, nearest
+from fewstep.export.related.call import STRENGTH
+from fewstep.export.related.classes import CONTROL, missing_package, takes_control
+from fewstep.export.related.ranges import Outcome, Range, at, nearest
 
 
 def relative_class(

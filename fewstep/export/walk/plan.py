@@ -1,6 +1,6 @@
 """Planning a student before it is trained: its scheduler, its grid, its call, and the proof that they go together.
 
-Everything is found by running the teacher's own pipeline with candidate schedulers (:mod:`fewstep.export.check`); the
+Everything is found by running the teacher's own pipeline with candidate schedulers (:mod:`.check`); the
 first whose walk holds wins. The trainer then trains on the grid that the shipped scheduler was seen to visit.
 """
 
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule, TrigFlowSchedule
 from fewstep.diffusion.timesteps import descends, even_grid
-from fewstep.export.check import Reference, SchedulerCheck, SchedulerCheckError, walk
 from fewstep.export.errors import ExportError
-from fewstep.export.scheduler import Wish, candidates, wanted_grid
-from fewstep.export.sizes import SizeShift, dynamic_config, size_shifts, walked_sizes
-from fewstep.export.teacher_shift import shifts_by_size, teacher_shift
-from fewstep.export.trace import trace
+from fewstep.export.walk.check import Reference, SchedulerCheck, SchedulerCheckError, walk
+from fewstep.export.walk.scheduler import Wish, candidates, wanted_grid
+from fewstep.export.walk.sizes import SizeShift, dynamic_config, size_shifts, walked_sizes
+from fewstep.export.walk.teacher_shift import shifts_by_size, teacher_shift
+from fewstep.export.walk.trace import trace
 from fewstep.recording.pipeline import find_scheduler, with_parts
 
 if TYPE_CHECKING:

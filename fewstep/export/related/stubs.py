@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewstep.export.errors import ExportError
-from fewstep.export.related import CONTROL
+from fewstep.export.related.classes import CONTROL
 from fewstep.recording import Recording
 from fewstep.recording.capture import capture_changes
 from fewstep.recording.observation import NetworkCall

@@ -1,7 +1,7 @@
 """Which stock scheduler can carry a student: the candidates, in order of preference.
 
 A student's grid travels in the config of a stock diffusers scheduler. Which class serves depends on what the pipeline
-passes to it (sigmas, only a count, eta, a generator), and that is found by trying: see :mod:`fewstep.export.plan`.
+passes to it (sigmas, only a count, eta, a generator), and that is found by trying: see :mod:`fewstep.export.walk.plan`.
 """
 
 from __future__ import annotations
