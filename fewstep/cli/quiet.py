@@ -13,13 +13,23 @@ _LIBRARIES = ("diffusers", "transformers")
 
 
 class _Useful(logging.Filter):
+    """Passes a line that tells a user something, once: a command loads a pipeline several times over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(_USELESS)
+        text = record.getMessage()
+        if text.startswith(_USELESS) or text in self._said:
+            return False
+        self._said.add(text)
+        return True
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Inside, diffusers and transformers show no bars of loading and writing, and none of the useless lines.
+    """Inside, diffusers and transformers show no bars of loading and writing, no useless line, and no line twice.
 
     Errors and warnings of other kinds stay, as do the bars of downloads.
     """
@@ -30,12 +40,13 @@ def quiet_libraries() -> Iterator[None]:
     modules = (of_diffusers, of_transformers)
     shown = [module.is_progress_bar_enabled() for module in modules]
     handlers = [handler for name in _LIBRARIES for handler in logging.getLogger(name).handlers]
-    only_useful, downloads = _Useful(), not are_progress_bars_disabled()
+    downloads = not are_progress_bars_disabled()
     for module in modules:
         module.disable_progress_bar()
     if downloads:  # which transformers' switch turns off too
         enable_progress_bars()
-    for handler in handlers:
+    filters = [(handler, _Useful()) for handler in handlers]  # each its own: a line may go to several of them
+    for handler, only_useful in filters:
         handler.addFilter(only_useful)
     try:
         with warnings.catch_warnings():
@@ -43,7 +54,7 @@ def quiet_libraries() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.* is deprecated")
             yield
     finally:
-        for handler in handlers:
+        for handler, only_useful in filters:
             handler.removeFilter(only_useful)
         for module, enabled in zip(modules, shown, strict=True):
             if enabled:

@@ -1,0 +1,54 @@
+"""What other libraries say while a command runs."""
+
+import logging
+
+import pytest
+from diffusers.utils import logging as of_diffusers
+from transformers.utils import logging as of_transformers
+
+from fewstep.cli.quiet import quiet_libraries
+
+USELESS = "Expected types for text_encoder: (<class 'A'>,), got <class 'B'>."
+CHECKER = "You have disabled the safety checker for <class 'A'> by passing `safety_checker=None`."
+
+
+@pytest.fixture(params=["diffusers", "transformers"])
+def said(request):
+    """A library's logger, and the lines that reach a user through its handlers."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    root = logging.getLogger(request.param)
+    root.addHandler(handler)
+    yield root.getChild("pipelines"), lines
+    root.removeHandler(handler)
+
+
+def test_a_useless_line_is_gone_and_a_useful_one_is_said_once(said):
+    logger, lines = said
+    with quiet_libraries():
+        for text in (USELESS, CHECKER, "weights are missing", CHECKER, USELESS):
+            logger.warning(text)
+    assert lines == [CHECKER, "weights are missing"]
+
+
+def test_what_is_said_afterwards_is_as_before(said):
+    logger, lines = said
+    with pytest.raises(KeyError), quiet_libraries():
+        raise KeyError
+    for text in (USELESS, CHECKER, CHECKER):
+        logger.warning(text)
+    assert lines == [USELESS, CHECKER, CHECKER]
+
+
+@pytest.mark.parametrize("library", [of_diffusers, of_transformers])
+@pytest.mark.parametrize("shown", [True, False])
+def test_bars_of_loading_are_off_inside_and_then_as_before(library, shown):
+    before = library.is_progress_bar_enabled()
+    (library.enable_progress_bar if shown else library.disable_progress_bar)()
+    try:
+        with quiet_libraries():
+            assert not library.is_progress_bar_enabled()
+        assert library.is_progress_bar_enabled() == shown
+    finally:
+        (library.enable_progress_bar if before else library.disable_progress_bar)()
