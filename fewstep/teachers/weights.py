@@ -8,6 +8,8 @@ version, and of those that a class says it leaves out.
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,6 +67,9 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """``from_pretrained`` of a pipeline class, which refuses what it would start at random or leave out.
 
+    A part that a folder was saved without (Stable Diffusion 3 without its T5) is absent here too; diffusers loads such
+    a folder only where it is told ``text_encoder_3=None``.
+
     Args:
         place: a folder or a hub id.
         kind: the class; default the one that the files name.
@@ -74,7 +79,7 @@ def load_pipeline(
         WeightsError: a file lacks weights of its network, has others than it, or some of another shape.
     """
     with noted_loading() as loadings:
-        pipeline = kind.from_pretrained(place, **words)
+        pipeline = kind.from_pretrained(place, **{**_absent_parts(Path(place), kind), **words})
     misfits = [misfit for loading in loadings if (misfit := loading.misfit()) is not None]
     if misfits:
         raise WeightsError(
@@ -83,6 +88,16 @@ def load_pipeline(
             "already is taken as it is"
         )
     return pipeline
+
+
+def _absent_parts(folder: Path, kind: type[DiffusionPipeline]) -> dict[str, None]:
+    """The parts that a pipeline's folder names and does not have, those apart that another class does not know."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a hub id, or for from_pretrained to say what is wrong
+        return {}
+    known = index if kind is DiffusionPipeline else inspect.signature(kind).parameters
+    return {name: None for name, entry in index.items() if entry == [None, None] and name in known}
 
 
 @contextmanager
