@@ -47,6 +47,7 @@ def load_teacher(
                 raise UserError(f"{flag} {name} is a single file, which --quantization does not read; leave one out")
             pipeline = load_single_file(Path(source.place), dtype=dtype, flag=flag, **parts)
         else:
+            _refuse_lacking(source, parts, f"{flag} {name}")
             how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **source.words}
             if quantization is not None:
                 how["quantization_config"] = pipeline_quantization(quantization, source, dtype)
@@ -63,3 +64,14 @@ def load_teacher(
         raise UserError(f"{flag} {name} cannot be loaded as a diffusers pipeline: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return without_hooks(pipeline) if quantization is not None else pipeline
+
+
+def _refuse_lacking(source: Source, given: dict[str, Any], teacher: str) -> None:
+    """Raise for a part without a folder: the libraries would look for its files in the pipeline's own."""
+    if isinstance(source.place, Path):
+        lacking = sorted(part for part in source.parts() - given.keys() if not (source.place / part).is_dir())
+        if lacking:
+            raise UserError(
+                f"{teacher} lacks {', '.join(lacking)}: its model_index.json names "
+                f"{'them' if len(lacking) > 1 else 'it'}, and there is no such folder; fetch its files anew"
+            )

@@ -62,6 +62,16 @@ class Source:
         on_hub = {"revision": self.revision} if isinstance(self.place, str) and self.revision is not None else {}
         return dict(DiffusionPipeline.load_config(self.place, **on_hub))
 
+    def parts(self) -> set[str]:
+        """The names of the parts that its index names, each of which lies in a folder of that name.
+
+        Raises:
+            OSError, ValueError: the index cannot be read.
+        """
+        # The class of a pipeline with code of its own is such a pair, too.
+        pairs = {n: e for n, e in self.index().items() if isinstance(e, list | tuple) and not n.startswith("_")}
+        return {name for name, entry in pairs.items() if entry and entry[0] is not None}
+
     @property
     def told(self) -> dict[str, str]:
         """What its user has to say beside the name, to get the same files again; of a single file, its own name."""
@@ -187,8 +197,7 @@ def _files(source: Source) -> list[str] | None:
     if isinstance(place, Path):
         files = [path.relative_to(place).as_posix() for path in place.glob("*/*")]
     try:
-        index = source.index()
+        parts = source.parts()
     except (OSError, ValueError):  # it is for from_pretrained to say what is wrong
         return None
-    parts = {name for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is not None}
     return [file for file in files if file.partition("/")[0] in parts]

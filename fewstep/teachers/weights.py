@@ -132,7 +132,8 @@ def _noting(load: Callable[..., Any], note: Callable[[Loading], None]) -> Callab
         try:
             answer = load(cls, place, *args, output_loading_info=True, **words)
         except (ValueError, RuntimeError) as error:  # diffusers' words for another shape name the key, and not the part
-            raise WeightsError(f"its {part} does not load: {first_line(error)}") from error
+            said, _, _ = first_line(error).partition(" If you want")  # arguments that users of a command cannot give
+            raise WeightsError(f"its {part} does not load: {said}") from error
         if not isinstance(answer, tuple):  # diffusers' FlashPack files, which are read whole or not at all
             return answer
         network, info = answer
@@ -161,7 +162,9 @@ def _found(network: nn.Module, info: dict[str, Any], part: str) -> Loading:
         type(network),
         missing=sorted({*info["missing_keys"], *left_out(network)}),
         unexpected=sorted(key for key in info["unexpected_keys"] if not harmless(key)),
-        shapes=sorted(f"{key} {_shape(of_file)}, not {_shape(own)}," for key, of_file, own in info["mismatched_keys"]),
+        shapes=sorted(
+            f"{key} {_shape(of_file)} instead of {_shape(own)}" for key, of_file, own in info["mismatched_keys"]
+        ),
     )
 
 

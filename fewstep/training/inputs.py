@@ -144,8 +144,8 @@ class RunInputs:
             file = lora or lora_file(value)
             return contents_of(file, [file], known)
         if name == "teacher":
-            # A method's own setting may be called variant, and says nothing of files.
-            variant = self.config.variant if "variant" in names_of(type(self.config), "source") else None
+            # Of a method whose own setting is called variant, that of the teacher's files has another name.
+            variant = getattr(self.config, "teacher_variant" if hasattr(self.config, "teacher_variant") else "variant")
             return _pipeline(pipeline_place(value, self.config.revision, self.config.subfolder), known, variant)
         if name == "init" and not (Path(value) / "checkpoints").is_dir():
             return _pipeline(pipeline_place(value), known)

@@ -83,8 +83,18 @@ def test_weights_that_do_not_fit_are_refused_by_name(
     else:
         # transformers leaves the prefix of its base models out, or puts it before.
         assert first in text or first.removeprefix("text_model.") in text
+        assert ",," not in text and "low_cpu_mem_usage" not in text  # no setting of any command
     if change is _under_other_names:
         assert "more are missing" in text and "more are not known to it" in text
+
+
+@pytest.mark.parametrize("parts", [["vae"], ["text_encoder"], ["tokenizer"], ["scheduler", "unet"]])
+def test_a_part_without_a_folder_is_named(parts: list[str], whole: Path, tmp_path: Path):
+    """The libraries look for its files in the pipeline's own folder, and name that."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(*parts))
+    with pytest.raises(UserError, match=f"teacher lacks {', '.join(parts)}: its model_index.json names"):
+        load_teacher(str(folder))
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet"])

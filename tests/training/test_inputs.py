@@ -14,10 +14,12 @@ from tiny_pipelines import tiny_dit, tiny_stable_diffusion
 
 from fewstep.cli import main
 from fewstep.config.run import RunConfig
+from fewstep.data.contents import changed_folders
 from fewstep.errors import UserError
 from fewstep.programs.cache import cache
 from fewstep.programs.distillation import distill
 from fewstep.programs.pairs import make_pairs
+from fewstep.trainers._consistency_config import ConsistencyConfig
 from fewstep.trainers._rectified_flow_config import RectifiedFlowConfig
 from fewstep.training import checkpoint
 from fewstep.training.inputs import FILE, RunInputs
@@ -196,8 +198,12 @@ def test_of_a_variant_its_weights_count_and_the_plain_ones_of_parts_without(here
     shutil.copy(plain, half)
     shutil.copy(plain, plain.with_name("diffusion_pytorch_model.bf16.safetensors"))
     config = began(tmp_path / "out", teacher=here / "teacher", variant="fp16")
+    of_consistency = ConsistencyConfig(teacher=config.teacher, teacher_variant="fp16", out=str(tmp_path / "new"))
+    (one := RunInputs(of_consistency)).check_here()
     one_weight(plain), one_weight(plain.with_name("diffusion_pytorch_model.bf16.safetensors"))
     assert go_on(config) == ""
+    (two := RunInputs(of_consistency)).check_here()
+    assert not changed_folders(one.found["teacher"], two.found["teacher"])
     one_weight(here / "teacher/vae/diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match=r"\(vae\) is not what it was"):
         go_on(config)
