@@ -14,6 +14,8 @@ from diffusers import DiffusionPipeline
 from relatives import STRENGTHS, about_of, promises, real, run, shown
 
 from fewstep.export import ExportError, plan_student
+from fewstep.export.card.card import PLACEHOLDER
+from fewstep.export.card.related import related_section
 from fewstep.recording import Recording, record
 
 Recorded = Callable[[str], Recording]
@@ -121,3 +123,12 @@ def test_card_is_what_happens_in_every_family(zoo: Path, family: str, renoise: s
         if "cannot ship" not in str(error):
             raise
         pytest.skip(str(error))
+
+
+def test_the_card_names_the_package_that_a_relative_needs() -> None:
+    """What fewstep.load would refuse until it is there."""
+    row = {"from": 0, "to": 1, "calls": 2, "timestep": 999.0, "time": 1.0}
+    own: dict[str, Any] = {"task": "video-to-video", "images": ["video"], "call": {}, "counts": {"2": [row]}}
+    for needs, told in (({"needs": "ftfy"}, True), ({}, False)):
+        text = related_section({"counts": [2], "related": {"WanVideoToVideoPipeline": own | needs}}, PLACEHOLDER) or ""
+        assert ("`WanVideoToVideoPipeline`: `pip install ftfy` first." in text) == told

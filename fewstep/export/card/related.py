@@ -32,6 +32,9 @@ def related_section(about: Mapping[str, Any], place: str) -> str | None:
         _table(about, right),
     ]
     parts += [f"`{name}`: {record['remark']}." for name, record in right.items() if "remark" in record]
+    for package in sorted({record["needs"] for record in right.values() if "needs" in record}):
+        needing = ", ".join(f"`{name}`" for name, record in right.items() if record.get("needs") == package)
+        parts.append(f"{needing}: `pip install {package}` first.")
     if len(right) < len(related):
         parts.append("Other pipelines of the family are not for this student; `fewstep.json` says why, of each.")
     return "\n\n".join(parts)
