@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
 from relatives import picture, run
@@ -45,6 +46,7 @@ def student(recorded: Callable[[str], Recording], tmp_path_factory: pytest.TempP
         ("StableDiffusionImg2ImgPipeline", StableDiffusionImg2ImgPipeline),
         (StableDiffusionImg2ImgPipeline, StableDiffusionImg2ImgPipeline),
         ("inpainting", StableDiffusionInpaintPipeline),
+        ("text-to-image", StableDiffusionPipeline),
     ],
 )
 def test_a_class_its_name_or_its_task_is_loaded(student: Path, wanted: Any, kind: type) -> None:

@@ -13,6 +13,9 @@ from fewstep.export.related.call import STRENGTH
 from fewstep.export.related.classes import CONTROL, missing_package, takes_control
 from fewstep.export.related.ranges import Outcome, Range, at, nearest
 
+#: What a student's own pipeline is for, where it takes prompts.
+_OWN_TASKS = ("text-to-image", "text-to-video")
+
 
 def relative_class(
     about: Mapping[str, Any], wanted: str | type[DiffusionPipeline], parts: Mapping[str, Any]
@@ -28,6 +31,8 @@ def relative_class(
         ExportError: the student is wrong under it, was not tried under it, or a control network is missing.
     """
     name = wanted if isinstance(wanted, str) else wanted.__name__
+    if name in _OWN_TASKS and about.get("conditional") == "prompt":
+        name = about.get("pipeline", name)
     related = about.get("related", {})
     for_it = [kind for kind, record in related.items() if name == record["task"]]
     right = [kind for kind in for_it if "why_not" not in related[kind]]
