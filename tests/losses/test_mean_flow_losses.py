@@ -77,3 +77,10 @@ def test_a_target_of_alpha_flow_comes_to_mean_flows():
     assert errors[1] < 2e-2 * errors[0] and errors[2] < 2e-2 * errors[1]
     assert torch.equal(alpha_flow_target(velocity, z, 1.0), velocity)
     assert float(alpha_flow_target(100 * velocity, z, 1.0, 4.0).abs().max()) == 4.0
+
+
+def test_a_gap_counts_between_zero_and_one():
+    velocity, derivative = torch.randn(2, 3, 4, dtype=torch.float64)
+    gap = torch.tensor([-0.5, 0.25, 1.5], dtype=torch.float64)
+    expected = velocity - torch.tensor([[0.0], [0.25], [1.0]], dtype=torch.float64) * derivative
+    torch.testing.assert_close(mean_flow_target(velocity, derivative, gap), expected)
