@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from toys import adapter_role
 
 from fewstep.export import export_lora, plan_student
@@ -36,7 +37,9 @@ def fresh(recording: Recording) -> Any:
     """The base model as a user loads it."""
     network = type(recording.network).from_config(recording.network.config)
     network.load_state_dict(recording.network.state_dict())
-    return with_parts(recording.pipeline, **{recording.component: network.eval()})
+    parts = recording.pipeline.components
+    copies = {name: copy.deepcopy(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    return with_parts(recording.pipeline, **{**copies, recording.component: network.eval()})
 
 
 def answers(recording: Recording, network: Any) -> Tensor:

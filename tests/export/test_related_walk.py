@@ -20,7 +20,8 @@ from diffusers import (
 )
 from diffusers.pipelines import auto_pipeline
 
-from fewstep.export import plan_student, related_walk
+from fewstep.export import plan_student
+from fewstep.export.related import walk as related_walk
 from fewstep.export.related.classes import related_classes, related_names
 from fewstep.export.related.ranges import Outcome, Range, at, nearest, ranges
 from fewstep.recording import Recording
