@@ -28,6 +28,7 @@ from fewstep.export.card.card import write_card
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
 from fewstep.export.lora_names import further_names
+from fewstep.export.related.walk import walk_relatives
 from fewstep.export.student_adapter import ADAPTER
 from fewstep.export.walk.plan import StudentPlan
 from fewstep.export.whole import about_student, check_counts, license_of
@@ -90,6 +91,7 @@ def export_lora(
     out = Path(out)
     refuse_occupied(out)
     about = about_student(recording, plan, method, base_model, training, teacher_lora, base_files)
+    about["related"] = walk_relatives(recording, plan)
     adapters = adapters_of(recording, role, teacher_lora)
     about["lora"] = _about_lora(recording, adapters)
     with written(out) as partial:

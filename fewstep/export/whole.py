@@ -85,6 +85,7 @@ def export_student(
         student = with_parts(recording.pipeline, **saved, **scheduler)
         save_pipeline(student, partial, own={*saved, *scheduler})
         about = about_student(recording, plan, method, base_model, training, teacher_lora, base_files)
+        about["related"] = walk_relatives(recording, plan)
         publish_no_paths(partial, about["base_model"])
         write_about(partial, about)
         license_fields = license_of(recording, base_model, teacher_license)
@@ -205,7 +206,7 @@ def about_student(
     teacher_lora: FusedLora | None = None,
     base_files: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The content of ``fewstep.json``; arguments as in :func:`export_student`."""
+    """The content of ``fewstep.json`` but for the relatives, which are walked; arguments as :func:`export_student`."""
     return {
         "method": method,
         "base_model": names.base_model(base_model),
@@ -215,7 +216,6 @@ def about_student(
         "example": plan.example,
         "pipeline": type(recording.pipeline).__name__,
         "call": plan.call,
-        "related": walk_relatives(recording, plan),
         "load": absent_parts(recording.pipeline),
         **_about_code(recording.pipeline),
         "steps": plan.steps,
