@@ -11,7 +11,6 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -31,6 +30,7 @@ from fewstep.export.student_adapter import (
     why_off,
 )
 from fewstep.recording.pipeline import find_scheduler, is_quantized
+from fewstep.recording.quiet import only_errors
 
 #: The name that diffusers looks for.
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -100,23 +100,19 @@ def ship(pipeline: DiffusionPipeline, about: Mapping[str, Any], folder: Path) ->
         folder: with the adapters and ``scheduler/``.
     """
     component = about["component"]
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # diffusers warns that the file holds nothing for the text encoders
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
-            for name, file in lora_files(about).items():
-                network: Any = getattr(pipeline, name)
-                others = active_adapters(network)
-                words = {"weight_name": file, "adapter_name": ADAPTER}
-                # Some pipelines' own loaders look for weights by names that quantised layers do not have.
-                if name == component and hasattr(pipeline, "load_lora_weights") and not is_quantized(network):
-                    pipeline.load_lora_weights(str(folder), **words)
-                else:
-                    network.load_lora_adapter(str(folder), prefix=component, _pipeline=pipeline, **words)
-                activate(network, [*others, ADAPTER])
-    finally:
-        logging.set_verbosity(verbosity)
+    # diffusers warns that the file holds nothing for the text encoders.
+    with only_errors(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
+        for name, file in lora_files(about).items():
+            network: Any = getattr(pipeline, name)
+            others = active_adapters(network)
+            words = {"weight_name": file, "adapter_name": ADAPTER}
+            # Some pipelines' own loaders look for weights by names that quantised layers do not have.
+            if name == component and hasattr(pipeline, "load_lora_weights") and not is_quantized(network):
+                pipeline.load_lora_weights(str(folder), **words)
+            else:
+                network.load_lora_adapter(str(folder), prefix=component, _pipeline=pipeline, **words)
+            activate(network, [*others, ADAPTER])
     stock = getattr(diffusers, about["scheduler"]).from_pretrained(str(folder), subfolder="scheduler")
     pipeline.register_modules(**{find_scheduler(pipeline): stock})
 

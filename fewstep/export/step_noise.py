@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fewstep.recording.hooks import method_replaced
 from fewstep.recording.pipeline import find_scheduler
 
 
@@ -48,16 +49,9 @@ def step_noise_from(pipeline: Any, generator: torch.Generator | Sequence[torch.G
 @contextlib.contextmanager
 def step_replaced(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:
     """While active, ``step`` stands in for ``scheduler.step``."""
-    before = vars(scheduler).get("step")
     # wraps() keeps the signature visible: pipelines inspect it to decide which arguments they pass.
-    scheduler.step = functools.wraps(scheduler.step)(step)
-    try:
+    with method_replaced(scheduler, "step", functools.wraps(scheduler.step)(step)):
         yield
-    finally:
-        if before is None:
-            del scheduler.step
-        else:
-            scheduler.step = before
 
 
 def _of_rows(

@@ -1,4 +1,4 @@
-"""Hooks on modules for the length of a context: they see every call, and may change it."""
+"""Hooks on modules and methods replaced, for the length of a context: every call is seen, and may be changed."""
 
 from __future__ import annotations
 
@@ -33,3 +33,15 @@ def hooked(
             if after is not None:
                 stack.callback(module.register_forward_hook(partial(after, name), with_kwargs=True).remove)
         yield
+
+
+@contextlib.contextmanager
+def method_replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a function takes the place of one of the owner's methods; a replacement that it had comes back."""
+    own = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
+    owner.__dict__[name] = function
+    try:
+        yield
+    finally:
+        del owner.__dict__[name]
+        owner.__dict__.update(own)

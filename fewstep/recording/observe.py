@@ -22,7 +22,7 @@ from fewstep.recording.capture import capture, capture_changes, scrambled
 from fewstep.recording.cut_texts import quiet_about_cuts
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.finite import refuse_unfinite_conditioning, refuse_unfinite_step
-from fewstep.recording.hooks import hooked
+from fewstep.recording.hooks import hooked, method_replaced
 from fewstep.recording.observation import NetworkCall, Observation, Step, Stop, Stub
 from fewstep.recording.pictures import advice
 from fewstep.recording.pipeline import evaluating, find_decoder, find_scheduler, modules_of
@@ -171,7 +171,7 @@ def _watched(
         stack.enter_context(hooked({component: module}, before=enter, after=leave))
         if stub is not None and stubbed:
             stand_in = _stand_in(module.forward, stub, seen, seed=sum(map(ord, component)))
-            stack.enter_context(_method(module, "forward", stand_in))
+            stack.enter_context(method_replaced(module, "forward", stand_in))
         yield
 
 
@@ -187,18 +187,6 @@ def _stand_in(forward: Callable[..., Any], stub: Stub, seen: Observation, seed: 
         return scrambled(output, noise) if stub.scramble else capture(output)
 
     return stand_in
-
-
-@contextlib.contextmanager
-def _method(owner: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a function takes the place of one of the owner's methods."""
-    own = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
-    owner.__dict__[name] = function
-    try:
-        yield
-    finally:
-        del owner.__dict__[name]
-        owner.__dict__.update(own)
 
 
 @contextlib.contextmanager
@@ -222,4 +210,4 @@ def _decode_caught(decoder: nn.Module, seen: Observation) -> contextlib.Abstract
         seen.decoder_input = capture(z)
         raise Stop
 
-    return _method(decoder, "decode", decode)
+    return method_replaced(decoder, "decode", decode)

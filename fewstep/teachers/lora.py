@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
 from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fewstep.errors import UserError, first_line, one_line
+from fewstep.recording.quiet import only_errors
 from fewstep.teachers.names import called
 
 _ADAPTER = "teacher"
@@ -163,31 +163,24 @@ def _load(pipeline: DiffusionPipeline, name: str, file: Path, keys: list[str]) -
     if not adaptable:
         raise UserError(f"--teacher_lora: diffusers loads no LoRA into the networks of a {type(pipeline).__name__}")
     words = {"weight_name": file.name, "adapter_name": _ADAPTER, "use_safetensors": True}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        if hasattr(pipeline, "load_lora_weights"):
-            pipeline.load_lora_weights(str(file.parent), **words)
-        else:
-            prefix = adaptable[0] if any(key.startswith(f"{adaptable[0]}.") for key in keys) else None
-            pipeline.components[adaptable[0]].load_lora_adapter(str(file.parent), prefix=prefix, **words)
+        with only_errors():
+            if hasattr(pipeline, "load_lora_weights"):
+                pipeline.load_lora_weights(str(file.parent), **words)
+            else:
+                prefix = adaptable[0] if any(key.startswith(f"{adaptable[0]}.") for key in keys) else None
+                pipeline.components[adaptable[0]].load_lora_adapter(str(file.parent), prefix=prefix, **words)
     except Exception as error:  # each format of LoRA files has a converter with exceptions of its own
         _unload(pipeline, adaptable)
         raise UserError(f"--teacher_lora {name} is not for this teacher: {one_line(error)[:200]}") from error
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _products(pipeline: DiffusionPipeline, file: Path, keys: list[str]) -> int:
     """How many layers a file changes, in diffusers' own names: other formats hold several of its layers as one."""
     state: Any = dict.fromkeys(keys)
     if hasattr(pipeline, "lora_state_dict"):
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()
-        try:
+        with only_errors():
             state = pipeline.lora_state_dict(str(file.parent), weight_name=file.name, use_safetensors=True)
-        finally:
-            logging.set_verbosity(verbosity)
         state = state[0] if isinstance(state, tuple) else state
     return max(_count(list(state)), _count(keys))
 

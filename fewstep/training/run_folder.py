@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def check_folder(out: Path, method: str, config: RunConfig, in_memory: bool = Fa
         theirs = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, TypeError, ValueError) as error:  # unreadable, or YAML that is no table
         raise UserError(f"{file} cannot be read; choose another --out") from error
+    # A setting that was not there yet when the run began was what its default is now.
+    theirs = {field.name: field.default for field in fields(config) if field.default is not MISSING} | theirs
     steps = checkpoint.steps_in(out / "checkpoints")
     may_change = _may_change(config) | _compared_by_contents(out, theirs, config, bool(steps), in_memory)
     if changed := _differences(theirs, _described(method, config), may_change):

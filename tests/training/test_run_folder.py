@@ -1,5 +1,6 @@
 """A run's folder: claimed once, resumed only with the settings that its weights depend on."""
 
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,21 @@ def test_settings_that_cannot_be_read_are_refused_in_one_line(tmp_path: Path, co
     with pytest.raises(UserError, match=r"config\.yaml") as caught:
         check_folder(out, "dmd2", config(out, resume=True))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(f.name for f in fields(RunConfig) if f.default is not MISSING))
+def test_a_setting_that_was_not_there_yet_when_a_run_began_is_its_default(tmp_path: Path, name: str):
+    """Each of them was new once; no run that an earlier version began could be resumed by the next one."""
+    out = claimed(tmp_path)
+    kept = yaml.safe_load((out / "config.yaml").read_text())
+    (out / "config.yaml").write_text(yaml.safe_dump({key: value for key, value in kept.items() if key != name}))
+    assert not check_folder(out, "dmd2", config(out, resume=True))
+
+
+def test_a_setting_that_was_not_there_yet_may_not_be_given_on_a_resume(tmp_path: Path):
+    out = claimed(tmp_path)
+    kept = yaml.safe_load((out / "config.yaml").read_text())
+    assert kept.pop("dynamic_shift") != "keep"
+    (out / "config.yaml").write_text(yaml.safe_dump(kept))
+    with pytest.raises(UserError, match="--resume: dynamic_shift differ"):
+        check_folder(out, "dmd2", config(out, resume=True, dynamic_shift="keep"))

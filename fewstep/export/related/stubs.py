@@ -20,6 +20,7 @@ from fewstep.export.errors import ExportError
 from fewstep.export.related.classes import CONTROL
 from fewstep.recording import Recording
 from fewstep.recording.capture import capture_changes
+from fewstep.recording.hooks import method_replaced
 from fewstep.recording.observation import NetworkCall
 from fewstep.recording.pipeline import modules_of
 
@@ -130,14 +131,15 @@ def stood_in(pipeline: Any, stand_ins: StandIns, picture: int, heard: Heard) -> 
         for name in (*recording.components, CONTROL):
             if name in networks:
                 answer = _NO_CONTROL if name == CONTROL else recording.codec.stub
-                stack.enter_context(_replaced(networks[name], "forward", _telling(networks[name], name, answer, heard)))
+                telling = _telling(networks[name], name, answer, heard)
+                stack.enter_context(method_replaced(networks[name], "forward", telling))
         decoder = recording.codec.decoder
         if decoder in networks:
 
             def encode(pixels: Tensor, *_: Any, **__: Any) -> Encoded:
                 return stand_ins.encoded(pixels, picture)
 
-            stack.enter_context(_replaced(networks[decoder], "encode", encode))
+            stack.enter_context(method_replaced(networks[decoder], "encode", encode))
         yield
 
 
@@ -152,7 +154,7 @@ def remembering(pipeline: Any, *others: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, network in modules_of(pipeline).items():
             if name not in others:
-                stack.enter_context(_replaced(network, "forward", _from_memory(network)))
+                stack.enter_context(method_replaced(network, "forward", _from_memory(network)))
         yield
 
 
@@ -186,15 +188,3 @@ def _from_memory(network: nn.Module) -> Callable[..., Any]:
         return answer
 
     return recall
-
-
-@contextlib.contextmanager
-def _replaced(owner: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a function takes the place of one of the object's methods; a replacement that it had comes back."""
-    own = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
-    owner.__dict__[name] = function
-    try:
-        yield
-    finally:
-        del owner.__dict__[name]
-        owner.__dict__.update(own)

@@ -8,17 +8,14 @@ what the student was trained for. What holds is written into ``fewstep.json``.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import json
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ConfigMixin
-from diffusers.utils import logging
 
 from fewstep.errors import one_line
 from fewstep.export.errors import ExportError
@@ -31,6 +28,7 @@ from fewstep.export.walk.check import follow
 from fewstep.networks.adapters import on_the_same_weights
 from fewstep.recording import RecordingError
 from fewstep.recording.pipeline import find_scheduler, modules_of, with_parts
+from fewstep.recording.quiet import only_errors
 
 if TYPE_CHECKING:
     from fewstep.export.walk.plan import StudentPlan
@@ -90,7 +88,7 @@ def _walked(recording: Recording, plan: StudentPlan, found: list[type]) -> dict[
     except (RecordingError, NotImplementedError, RuntimeError) as error:  # the way to its pictures cannot be read
         why = f"the student's way to its pictures was not understood: {one_line(error)}"
         return {kind.__name__: {"task": task_of(kind, stock), "why_not": why} for kind in found}
-    with _quiet(), remembering(walker.student, *recording.components, recording.codec.decoder or ""):
+    with only_errors(), remembering(walker.student, *recording.components, recording.codec.decoder or ""):
         return {kind.__name__: {"task": task_of(kind, stock), **walker.of(kind)} for kind in found}
 
 
@@ -217,17 +215,6 @@ class _Walker:
     def _form(self, heard: Heard) -> Form:
         times = frozenset(rule.argument for rule in self.recording.recipe.times)
         return form_of(heard.of(*self.recording.components)[0], times, self.recording.recipe.sample.argument)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, diffusers says nothing of what it thinks of the calls that are tried."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _in_full(outcome: Outcome) -> str:
