@@ -66,7 +66,7 @@ def fewstep_commands() -> list[list[str]]:
     for _, words in commands():
         if words[0] == "fewstep":
             found.append(words[1:])
-        elif words[:2] == ["accelerate", "launch"]:
+        elif words[0] == "torchrun" or words[:2] == ["accelerate", "launch"]:
             module = words[words.index("-m") + 1]
             assert module.startswith("fewstep.trainers.")
             found.append(["distill", module.rpartition(".")[2], *words[words.index("-m") + 2 :]])
@@ -121,7 +121,7 @@ def test_a_fresh_machine_needs_python_and_make_only() -> None:
 
 
 def test_other_commands_are_known() -> None:
-    known = ("fewstep", "accelerate", "make", "pip", "python", ".venv/bin/python")
+    known = ("fewstep", "accelerate", "torchrun", "make", "pip", "python", ".venv/bin/python")
     assert [words for _, words in commands() if words[0] not in known] == []
     modules = {words[words.index("-m") + 1] for _, words in commands() if words[0].endswith("python")}
     # pre-commit comes with the dev extra, which the tests do without.
