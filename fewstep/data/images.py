@@ -7,23 +7,22 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from fewstep.data.contents import Contents, contents_of
 from fewstep.data.durable import json_sha256
 from fewstep.data.image_folders import SUFFIXES, find_images, passed_over_line, unlisted
-from fewstep.errors import UserError, one_line
+from fewstep.data.image_opening import UNREADABLE, fitted, opened, upright, why_unreadable
+from fewstep.errors import UserError
 
 _AT_ONCE = 4096  # images that are handed to the readers together
 _NAMED = 5  # of the files that cannot be read
@@ -64,7 +63,7 @@ class RealImages:
             tqdm(total=len(self), desc="check images", delay=2, disable=not progress) as bar,
         ):
             for first in range(0, len(self), _AT_ONCE):
-                for reason in readers.map(_why_unreadable, self.files[first : first + _AT_ONCE]):
+                for reason in readers.map(why_unreadable, self.files[first : first + _AT_ONCE]):
                     bad += [reason] if reason else []
                     bar.update()
         if bad:
@@ -74,63 +73,20 @@ class RealImages:
             )
 
     def image(self, index: int, channels: int, height: int, width: int) -> Tensor:
-        """Float (C, H, W) in [0, 1]: scaled until it covers the size, then cropped at the centre."""
+        """uint8 (C, H, W): scaled until it covers the size, then cropped at the centre.
+
+        Raises:
+            UserError: it cannot be read; it is named.
+        """
         if isinstance(self.files, Tensor):
             pixels = self.files[index]
-            picture = Image.fromarray(
-                pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
-            )
-        else:
-            try:
-                with _opened(self.files[index]) as opened:
-                    picture = upright(opened)
-            except _UNREADABLE as error:
-                raise UserError(
-                    f"{self.files[index]} is not an image that can be read; remove it from --data"
-                ) from error
-        picture = picture.convert("L" if channels == 1 else "RGB")
-        if picture.size != (width, height):
-            scale = max(width / picture.width, height / picture.height)
-            size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-            picture = picture.resize(size, Image.Resampling.LANCZOS)
-            left, top = (picture.width - width) // 2, (picture.height - height) // 2
-            picture = picture.crop((left, top, left + width, top + height))
-        array = torch.from_numpy(np.array(picture)).float() / 255
-        return array.reshape(height, width, channels).permute(2, 0, 1)
-
-
-#: What Pillow says of damaged files, and the system of files that it does not give.
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image with all its pixels read."""
-    with Image.open(path) as picture:
-        picture.load()
-        yield picture
-
-
-def _why_unreadable(path: Path) -> str:
-    """The name of a file that is no image and the reason; empty for an image."""
-    try:
-        with _opened(path) as picture:
-            upright(picture)
-    except _UNREADABLE as error:
-        return f"{path} ({one_line(error)[:100]})"
-    return ""
-
-
-def upright(picture: Image.Image) -> Image.Image:
-    """A picture as it is meant to be seen: turned as its camera says, transparency on white, 16 bits of grey as 8."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture).astype(np.uint16) // 257).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture)
-    return picture
+            array = pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
+            return fitted(Image.fromarray(array), channels, height, width)
+        try:
+            with opened(self.files[index]) as picture:
+                return fitted(upright(picture), channels, height, width)
+        except UNREADABLE as error:
+            raise UserError(f"{self.files[index]} is not an image that can be read; remove it from --data") from error
 
 
 def read_images(source: str) -> RealImages:

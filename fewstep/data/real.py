@@ -66,7 +66,7 @@ class RealSamples:
         fresh: dict[int, Tensor] = {}
         if missing:
             pixels = torch.stack([self.images.image(row, *self._size) for row in missing])
-            fresh = dict(zip(missing, self._encode(pixels).cpu()))
+            fresh = dict(zip(missing, self._encode(pixels.float() / 255).cpu()))
             if (len(self._cache) + len(missing)) * self._bytes <= _CACHE_LIMIT:
                 self._cache |= fresh
         x0 = [fresh[row] if row in fresh else self._cache[row] for row in rows]

@@ -142,7 +142,7 @@ def test_idx_files_are_padded_to_a_side_of_32(tmp_path: Path, suffix: str):
     idx(tmp_path / f"train-labels-idx1-ubyte{suffix}", torch.tensor([3, 1], dtype=torch.uint8))
     images = read_images(str(tmp_path))
     assert images.captions == [3, 1]
-    image = images.image(0, 1, 32, 32)
+    image = images.image(0, 1, 32, 32).float() / 255
     torch.testing.assert_close(image[0, 2:30, 2:30], pixels[0].float() / 255)
     assert not image[0, :2].any()
 
@@ -182,7 +182,7 @@ def test_images_cover_the_wanted_size_and_are_cropped_at_the_centre(tmp_path: Pa
     wide.save(tmp_path / "wide.png")
     image = RealImages([tmp_path / "wide.png"], None).image(0, 3, 8, 8)
     assert image.shape == (3, 8, 8)
-    assert image.min() == 1  # the white middle third
+    assert image.min() == 255  # the white middle third
 
 
 def test_images_are_seen_as_they_are_meant_to_be(tmp_path: Path):
@@ -195,9 +195,11 @@ def test_images_are_seen_as_they_are_meant_to_be(tmp_path: Path):
     Image.fromarray(np.full((8, 8), 65535 // 4, np.uint16)).save(tmp_path / "deep.png")
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     images = RealImages([tmp_path / f"{name}.png" for name in ("turned", "deep", "clear")], None)
-    assert torch.equal(images.image(0, 1, 8, 8), torch.tensor([1.0] * 4 + [0.0] * 4).reshape(1, 8, 1).expand(1, 8, 8))
-    assert float(images.image(1, 1, 8, 8).mean()) == pytest.approx(0.25, abs=0.01)
-    assert torch.equal(images.image(2, 3, 8, 8), torch.ones(3, 8, 8))
+    assert torch.equal(
+        images.image(0, 1, 8, 8), torch.tensor([255] * 4 + [0] * 4, dtype=torch.uint8).reshape(1, 8, 1).expand(1, 8, 8)
+    )
+    assert float(images.image(1, 1, 8, 8).float().mean()) == pytest.approx(255 / 4, abs=1)
+    assert bool((images.image(2, 3, 8, 8) == 255).all())
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path: Path):
