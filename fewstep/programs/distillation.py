@@ -26,9 +26,10 @@ from fewstep.training.initialization import initialize
 from fewstep.training.inputs import RunInputs
 from fewstep.training.loop import Loop, sampling_role
 from fewstep.training.method import Method
-from fewstep.training.monitor import Monitor, trackers
+from fewstep.training.monitor import Monitor
 from fewstep.training.previews import Previews
 from fewstep.training.run_folder import check_folder, write_config
+from fewstep.training.trackers import trackers
 
 logger = logging.getLogger("fewstep")
 
@@ -113,11 +114,15 @@ def run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None = Non
         # 5. The training.
         monitor = Monitor(out, config.max_steps, accelerator)
         if accelerator.log_with:
-            accelerator.init_trackers("logs")
+            machine = names_of(type(config), "machine")
+            shown = {name: value for name, value in config.as_dict().items() if name not in machine}
+            monitor.start_trackers({"method": method, **shown})
 
         def save_samples(step: int) -> None:
             path = out / "samples" / f"step_{step:08d}.png"
             previews.save(path, bench.guided(teacher), role, bench.sampler)
+            if path.exists():
+                monitor.show(step, path)
 
         loop = Loop(
             prepared,

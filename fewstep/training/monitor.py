@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, is_tensorboard_available
 from tqdm.auto import tqdm
 
-from fewstep.errors import UserError
+from fewstep.training.trackers import Trackers
 
 #: Shown beside the progress bar: the numbers that tell whether training goes well.
 _SHOWN = {
@@ -24,27 +22,6 @@ _SHOWN = {
     "student/x0_std": "std",
     "student/teacher_std": "teacher std",
 }
-
-
-def trackers(report_to: str) -> list[str] | None:
-    """The names of accelerate's trackers that ``--report_to`` asks for; None for none.
-
-    Raises:
-        UserError: accelerate knows no such tracker, or its package is not installed.
-    """
-    if report_to == "none":
-        return None
-    if report_to == "auto":
-        return ["tensorboard"] if is_tensorboard_available() else None
-    names = [name.strip() for name in report_to.split(",")]
-    known = sorted(str(kind) for kind in LoggerType if kind != LoggerType.ALL)
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"--report_to {unknown[0]!r}: it is auto, none, or among {', '.join(known)}")
-    # accelerate passes over a tracker that is not installed without a word.
-    installed = {str(kind) for kind in get_available_trackers()}
-    if missing := [name for name in names if name not in installed]:
-        raise UserError(f"--report_to {missing[0]}: that tracker is not installed; install it, or leave it out")
-    return names
 
 
 class Monitor:
@@ -58,13 +35,17 @@ class Monitor:
 
     def __init__(self, out: Path, max_steps: int, accelerator: Accelerator) -> None:
         self.path = out / "metrics.jsonl"
-        self._accelerator = accelerator
+        self._trackers = Trackers(accelerator)
         self._active = accelerator.is_main_process
         self._max_steps = max_steps
         self._bar: tqdm[Any] | None = None
         self._postfix: dict[str, str] = {}
         self._file: IO[str] | None = None
         self._started = time.monotonic()
+
+    def start_trackers(self, settings: Mapping[str, Any]) -> None:
+        """Start the trackers that the launch asked for, and tell them the run's settings."""
+        self._trackers.start(self.path.parent, settings)
 
     def resume(self, step: int) -> None:
         """Forget the lines after ``step``; they will be written again."""
@@ -88,9 +69,14 @@ class Monitor:
             return
         row = {"step": step, "seconds": round(time.monotonic() - self._started, 2), **values}
         self._open().write(json.dumps(row) + "\n")
-        self._accelerator.log(dict(values), step=step)
+        self._trackers.log(step, values)
         self._postfix |= {short: f"{values[name]:.3g}" for name, short in _SHOWN.items() if name in values}
         self._progress(step).set_postfix(self._postfix)
+
+    def show(self, step: int, picture: Path) -> None:
+        """Hand the sample grid of a step to the trackers."""
+        if self._active:
+            self._trackers.log_picture(step, "samples", picture)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to ``step`` steps done."""
@@ -105,10 +91,8 @@ class Monitor:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """End the log and the trackers, but not the process group, as accelerate's ``end_training`` would."""
-        for tracker in self._accelerator.trackers:
-            tracker.finish()
-        self._accelerator.trackers = []
+        """End the log and the trackers."""
+        self._trackers.finish()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
