@@ -21,6 +21,7 @@ from fewstep.programs.pairs import pairs_of_run
 from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.pipeline import name_of
 from fewstep.teachers.license import teacher_license
+from fewstep.training.checkpoint import find_latest
 from fewstep.training.distributed import Processes, join_launch, on_main, samples_line
 from fewstep.training.initialization import initialize
 from fewstep.training.inputs import RunInputs
@@ -83,6 +84,9 @@ def run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None = Non
             logger.info(line)
 
     say(samples_line(accelerator, config.batch_size, config.gradient_accumulation_steps))
+    # One process looks, or they might go on from different checkpoints.
+    found = on_main(accelerator, lambda: find_latest(out / "checkpoints")) if resuming else None
+    say("" if found is None else found.note)
     inputs = RunInputs(config, pipeline)
     say(on_main(accelerator, inputs.check_here))
 
@@ -133,8 +137,10 @@ def run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None = Non
             monitor=monitor,
             on_samples=save_samples,
         )
-        if resuming:
-            loop.resume()
+        if found is not None:
+            loop.resume(found)
+        else:
+            monitor.resume(0)  # of a run whose checkpoints were taken away
         try:
             loop.run()
         finally:

@@ -2,6 +2,9 @@
 
 ``OUT/checkpoints/step_00000500/`` holds one safetensors file of weights and one of optimizer state per trainable role
 and ``state.json`` with the counters, the method, the size and SHA-256 of every file, and a SHA-256 of all that.
+
+A checkpoint gets its name when all of it is on the disk, and loses it before anything of it is removed. What is broken
+all the same, as a disk or a copy can break files, is passed over in favour of the newest whole one, which says so.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,35 @@ from torch import Tensor
 from fewstep.data.durable import file_sha256, flush, json_sha256
 from fewstep.errors import UserError
 
+_STATE = "state.json"
+# Of the run alone: what is being written, and what is being removed.
+_PARTIAL, _REMOVED = ".partial_", ".removed_"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint, every file of which is what was written.
+
+    Attributes:
+        folder: of the checkpoint.
+        state: as :func:`save` was given it, with ``step`` and ``files``.
+        note: one line for people where newer ones are damaged, else empty.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+    note: str = ""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """File stem -> name -> tensor, as :func:`save` was given them."""
+        files = (self.folder / name for name in self.state["files"])
+        return {file.stem: load_file(file) for file in files}
+
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
+    """Write the checkpoint of ``step``, in the place of one that is there, and remove all but the newest ``keep``.
+
+    Damaged ones do not count among those that are kept: they go when whole ones that are newer are enough.
 
     Args:
         folder: ``OUT/checkpoints``.
@@ -33,29 +63,30 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     Raises:
         UserError: the disk is full or does not take it; the older checkpoints are untouched.
     """
-    final = folder / f"step_{step:08d}"
-    if final.exists():
-        return final
-    partial = folder / f".partial_{step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
+    final, partial = _path(folder, step), folder / f"{_PARTIAL}{step:08d}"
     try:
+        _remove_left_over(folder)
         _write(partial, step, tensors, state)
+        if final.exists():
+            _remove(final)
         os.rename(partial, final)
         flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        kept = steps_in(folder)
+        kept = [old for old in steps_in(folder) if old < step and _looks_whole(_path(folder, old))]
         raise UserError(
             f"the checkpoint of step {step} could not be written ({error}); make room on the disk, then --resume"
             + (f" from step {kept[-1]}" if kept else "")
         ) from error
-    for old in steps_in(folder)[:-keep]:
-        shutil.rmtree(folder / f"step_{old:08d}")
+    _keep_newest(folder, step, keep)
     return final
 
 
 def _write(partial: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    partial.mkdir(parents=True)
+    if not partial.parent.exists():
+        partial.parent.mkdir(parents=True)
+        flush(partial.parent.parent)
+    partial.mkdir()
     files = {}
     for stem, values in tensors.items():
         path = partial / f"{stem}.safetensors"
@@ -64,39 +95,121 @@ def _write(partial: Path, step: int, tensors: dict[str, dict[str, Tensor]], stat
         save_file(copies, path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     content = {"step": step, **state, "files": files}
-    (partial / "state.json").write_text(json.dumps({**content, "sha256": json_sha256(content)}, indent=1))
-    for path in partial.iterdir():  # the rename below must not become durable before what it names
+    (partial / _STATE).write_text(json.dumps({**content, "sha256": json_sha256(content)}, indent=1))
+    for path in [*partial.iterdir(), partial]:  # the rename must not become durable before what it names
         flush(path)
 
 
+def _keep_newest(folder: Path, step: int, keep: int) -> None:
+    """Remove what is older than the newest ``keep`` whole ones up to ``step``, which was just written.
+
+    Newer ones are damaged, or it would have been gone on from them; they are replaced when their step comes.
+    """
+    whole = 0
+    for old in reversed(steps_in(folder)):
+        path = _path(folder, old)
+        if whole >= keep:
+            _remove(path)
+        elif old <= step:
+            whole += old == step or _looks_whole(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that none is ever seen with a part of its files."""
+    unnamed = path.with_name(_REMOVED + path.name)
+    os.rename(path, unnamed)
+    shutil.rmtree(unnamed)
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Remove what a kill left of a checkpoint that was being written or removed."""
+    for path in [*folder.glob(f"{_PARTIAL}*"), *folder.glob(f"{_REMOVED}*")]:
+        shutil.rmtree(path)
+
+
 def steps_in(folder: Path) -> list[int]:
-    """The steps of the complete checkpoints in ``folder``, ascending."""
+    """The steps of the checkpoints in ``folder``, ascending; one of them may be damaged."""
     numbers = (path.name.removeprefix("step_") for path in folder.glob("step_*") if path.is_dir())
     return sorted(int(number) for number in numbers if number.isdecimal())
 
 
-def load_latest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """State and tensors of the newest checkpoint in ``folder``, as :func:`save` was given them.
+def find_latest(folder: Path) -> Found:
+    """The newest whole checkpoint in ``folder``; all of it is read once and checked. Nothing is changed.
 
     Raises:
-        UserError: there is none, or a file of it is missing, truncated or altered.
+        UserError: there is none.
     """
     steps = steps_in(folder)
     if not steps:
         raise UserError(f"{folder} holds no checkpoint to go on from; leave out --resume to start afresh")
-    path = folder / f"step_{steps[-1]:08d}"
-    advice = f"the checkpoint {path} is damaged ({{}}); remove that folder to go on from the one before"
+    damaged: dict[int, str] = {}
+    for step in reversed(steps):
+        path = _path(folder, step)
+        try:
+            state = _read_state(path)
+            _refuse_altered(path, state)
+        except _DamagedError as error:
+            damaged[step] = str(error)
+            continue
+        return Found(path, state, _note(folder, step, damaged))
+    told = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
+    raise UserError(f"no checkpoint in {folder} is whole ({told}); put one back, or remove that folder to start afresh")
+
+
+def load_latest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """State and tensors of the newest whole checkpoint in ``folder``, as :func:`save` was given them.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = find_latest(folder)
+    return found.state, found.tensors()
+
+
+class _DamagedError(Exception):
+    """A file of a checkpoint is missing or is not what was written."""
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
+def _read_state(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads((path / "state.json").read_text())
-        intact = state.pop("sha256") == json_sha256(state)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(advice.format("state.json cannot be read")) from error
-    if not intact or state["step"] != steps[-1]:
-        raise UserError(advice.format("state.json is not what was written"))
-    tensors = {}
+        state = dict(json.loads((path / _STATE).read_text()))
+        digest = state.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _DamagedError(f"{_STATE} cannot be read") from error
+    if digest != json_sha256(state) or path.name != f"step_{state['step']:08d}":
+        raise _DamagedError(f"{_STATE} is not what was written")
+    return state
+
+
+def _refuse_altered(path: Path, state: dict[str, Any], *, read: bool = True) -> None:
     for name, expected in state["files"].items():
         file = path / name
-        if not file.exists() or file.stat().st_size != expected["bytes"] or file_sha256(file) != expected["sha256"]:
-            raise UserError(advice.format(f"{name} is not what was written"))
-        tensors[file.stem] = load_file(file)
-    return state, tensors
+        try:
+            same = file.stat().st_size == expected["bytes"] and (not read or file_sha256(file) == expected["sha256"])
+        except OSError as error:
+            raise _DamagedError(f"{name} cannot be read") from error
+        if not same:
+            raise _DamagedError(f"{name} is not what was written")
+
+
+def _looks_whole(path: Path) -> bool:
+    """Whether a checkpoint has all its files in their sizes; what is in them is not read."""
+    try:
+        _refuse_altered(path, _read_state(path), read=False)
+    except _DamagedError:
+        return False
+    return True
+
+
+def _note(folder: Path, step: int, damaged: dict[int, str]) -> str:
+    if not damaged:
+        return ""
+    told = "; ".join(f"step {number}: {why}" for number, why in damaged.items())
+    return (
+        f"{len(damaged)} newer checkpoint{'s' * (len(damaged) > 1)} in {folder} cannot be used ({told}): going on "
+        f"from step {step}, and what came after is trained again"
+    )

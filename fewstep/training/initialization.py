@@ -43,7 +43,9 @@ def initialize(
     source = Path(init)
     if (source / "checkpoints").is_dir():
         _refuse_other_prediction(init, _prediction_of_run(source), recording)
-        _, tensors = checkpoint.load_latest(source / "checkpoints")
+        found = checkpoint.find_latest(source / "checkpoints")
+        say(found.note)
+        tensors = found.tensors()
         for name in (name for name in roles if name == "student" or name.startswith("critic")):
             if name in tensors:
                 _refuse_other_form(init, source, roles[name], tensors[name])

@@ -165,8 +165,7 @@ def _pipeline(place: Path | None, known: Contents | None, variant: str | None = 
 def _files(name: str, place: Path) -> list[Path]:
     """The files that decide what an input is; none of what is not there, which its reader says."""
     if name == "init":  # the state of another run's newest checkpoint has the digests of the others
-        steps = checkpoint.steps_in(place / "checkpoints")[-1:]
-        return [place / "checkpoints" / f"step_{step:08d}" / "state.json" for step in steps]
+        return [checkpoint.find_latest(place / "checkpoints").folder / "state.json"]
     if name == "cache":
         return [file for file in (place / INDEX,) if file.is_file()]  # it has the others' digests
     return sorted(file for file in place.glob("*") if file.name == "about.json" or file.match("shard_*"))

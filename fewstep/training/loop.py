@@ -64,6 +64,7 @@ class Loop:
             role.name: RoleOptimizer(role, config, method.learning_rate(role.name)) for role in trainable
         }
         self.step = 0
+        self._kept = -1  # the step of the newest checkpoint that this process knows to be whole
         self._interrupted = False
         self._recent: dict[str, Tensor] = {}
 
@@ -85,13 +86,17 @@ class Loop:
                     raise Interrupted
         self.monitor.close()
 
-    def resume(self) -> None:
-        """Go on from the newest checkpoint.
+    def resume(self, found: checkpoint.Found | None = None) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            found: the checkpoint, where the processes agreed on one; default: the newest whole one.
 
         Raises:
-            UserError: it is missing, damaged, or of another method.
+            UserError: there is none, or it is of another method.
         """
-        state, tensors = checkpoint.load_latest(self.checkpoints)
+        found = found or checkpoint.find_latest(self.checkpoints)
+        state = found.state
         if state["method"] != self.method_name:
             raise UserError(
                 f"{self.checkpoints} was written by {state['method']}, not {self.method_name}; choose another --out"
@@ -101,6 +106,7 @@ class Loop:
                 f"{self.checkpoints} was written by {state['processes']} processes, not {self.processes.count}; "
                 "start as many, or the batch is another one"
             )
+        tensors = found.tensors()
         for name, role in self.method.roles.items():
             if name in tensors:
                 role.load_state_dict(tensors[name])
@@ -108,7 +114,7 @@ class Loop:
             optimizer.load_state(tensors[f"{name}_optimizer"])
             optimizer.renewed_at = state["renewed_at"][name]
         self._recent = {name: value.to(self.device) for name, value in tensors["unlogged"].items()}
-        self.step = state["step"]
+        self.step = self._kept = state["step"]
         self.monitor.resume(self.step)
 
     # --- one step -----------------------------------------------------------------------------------------------
@@ -187,15 +193,17 @@ class Loop:
         for name, optimizer in self.optimizers.items():
             bad = int(optimizer.first_bad_step)
             if bad >= 0:
-                kept = checkpoint.steps_in(self.checkpoints)
                 raise UserError(
                     f"the gradient of the {name} was not finite in step {bad}; stopped with the checkpoint of step "
-                    f"{kept[-1] if kept else 0} kept: lower the learning rate or --mixed_precision no, then --resume"
+                    f"{self._kept} kept: lower the learning rate or --mixed_precision no, then --resume"
                 )
 
     def _save(self) -> None:
+        if self._kept == self.step:
+            return
         self._check_finite()
         self._main_process_only(self._write_checkpoint)
+        self._kept = self.step
 
     def _write_checkpoint(self) -> None:
         self.monitor.flush()

@@ -12,6 +12,7 @@ from typing import IO, Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from fewstep.data.durable import write_text_durably
 from fewstep.training.trackers import Trackers
 
 #: Shown beside the progress bar: the numbers that tell whether training goes well.
@@ -59,9 +60,7 @@ class Monitor:
                 continue
             if keep:
                 kept.append(line)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(partial, self.path)
+        write_text_durably(self.path, "".join(f"{line}\n" for line in kept))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the numbers of one step, after ``step`` steps are done."""

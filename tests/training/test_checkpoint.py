@@ -1,7 +1,9 @@
 """Checkpoints are whole or refused in one line; only the newest are kept."""
 
 import json
+import re
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,10 @@ def test_folders_of_other_names_are_left_alone(tmp_path: Path):
     assert checkpoint.steps_in(tmp_path) == [1]
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
@@ -68,16 +74,35 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("name", ["student.safetensors", "student_optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", [truncate, alter, empty, Path.unlink])
-def test_damage_is_refused_in_one_line_that_names_the_folder(tmp_path: Path, name: str, damage):
-    write(tmp_path, 5)
+DAMAGES = [truncate, alter, empty, Path.unlink]
+FILES = ["student.safetensors", "student_optimizer.safetensors", "state.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_passed_over_in_one_line_and_left_where_it_is(tmp_path: Path, name: str, damage):
+    write(tmp_path, 4, 5)
     damage(tmp_path / "step_00000005" / name)
-    with pytest.raises(UserError, match="step_00000005 is damaged") as caught:
+    before = contents(tmp_path)
+    found = checkpoint.find_latest(tmp_path)
+    assert (found.state["step"], found.folder) == (4, tmp_path / "step_00000004")
+    assert torch.equal(found.tensors()["student"]["w"], torch.full((3,), 4.0))
+    assert re.search(rf"step 5: {re.escape(name)} .*going on from step 4", found.note)
+    assert "\n" not in found.note
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_where_none_is_whole_one_line_says_what_each_lacks(tmp_path: Path, name: str, damage):
+    write(tmp_path, 4, 5)
+    truncate(tmp_path / "step_00000004" / "state.json")
+    damage(tmp_path / "step_00000005" / name)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=rf"step 5: {re.escape(name)} .*; step 4: state\.json cannot") as caught:
         checkpoint.load_latest(tmp_path)
     assert "\n" not in str(caught.value)
-    assert name in str(caught.value)
-    assert "remove that folder" in str(caught.value)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -91,12 +116,48 @@ def test_a_state_that_was_edited_is_refused(tmp_path: Path, key: str, value: obj
         checkpoint.load_latest(tmp_path)
 
 
+def test_a_checkpoint_under_another_name_is_not_taken_for_that_step(tmp_path: Path):
+    write(tmp_path, 5)
+    shutil.copytree(tmp_path / "step_00000005", tmp_path / "step_00000009")
+    assert checkpoint.find_latest(tmp_path).folder.name == "step_00000005"
+
+
+def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path: Path):
+    write(tmp_path, 4, 5)
+    alter(tmp_path / "step_00000005" / "student.safetensors")
+    write(tmp_path, 5)
+    assert checkpoint.find_latest(tmp_path).note == ""
+    assert checkpoint.load_latest(tmp_path)[0]["step"] == 5
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_limit_never_counts_damaged_ones_in_the_place_of_whole_ones(tmp_path: Path, keep: int):
+    write(tmp_path, 10, 20, 27, 30, keep=9)
+    truncate(tmp_path / "step_00000027" / "student.safetensors")
+    alter(tmp_path / "step_00000030" / "student.safetensors")  # of its size it is whole
+    write(tmp_path, 28, keep=keep)
+    # The one that is newer than what was gone on from stays until its step comes, or the run has passed it.
+    assert checkpoint.steps_in(tmp_path) == {1: [28, 30], 2: [20, 27, 28, 30]}[keep]
+    assert checkpoint.find_latest(tmp_path).state["step"] == 28
+    write(tmp_path, 31, 32, keep=keep)
+    assert checkpoint.steps_in(tmp_path) == [31, 32][-keep:]
+
+
 @pytest.mark.parametrize("content", ["[]", "3", "null"])
 def test_a_state_that_is_no_object_is_refused(tmp_path: Path, content: str):
     write(tmp_path, 5)
     (tmp_path / "step_00000005" / "state.json").write_text(content)
     with pytest.raises(UserError, match=r"state\.json"):
         checkpoint.load_latest(tmp_path)
+
+
+@pytest.mark.parametrize("left", [".partial_00000007", ".removed_step_00000007"])
+def test_what_a_kill_left_is_never_seen_and_goes_with_the_next_one(tmp_path: Path, left: str):
+    write(tmp_path, 1, 7)
+    (tmp_path / "step_00000007").rename(tmp_path / left)
+    assert checkpoint.find_latest(tmp_path).state["step"] == 1
+    write(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
 
 
 def test_the_checkpoint_before_a_removed_one_can_be_loaded(tmp_path: Path):

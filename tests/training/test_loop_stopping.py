@@ -12,7 +12,7 @@ from fewstep.errors import UserError
 from fewstep.training import checkpoint
 from fewstep.training.distributed import Processes
 from fewstep.training.loop import Interrupted
-from tests.training.loop_runs import Watched, config, run, weights
+from tests.training.loop_runs import Watched, config, rows, run, weights
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,38 @@ def test_a_stopped_run_can_be_resumed_from_the_kept_checkpoint(tmp_path: Path):
     loop.resume()
     loop.run()
     assert torch.equal(weights(resumed.roles["student"]), weights(whole.roles["student"]))
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_as_if_nothing_had_been(tmp_path: Path):
+    settings = {"checkpointing_steps": 2}
+    whole = TinyMethod()
+    run(tmp_path / "whole", whole, **settings)
+    run(tmp_path / "broken", TinyMethod(), **settings)
+    folder = tmp_path / "broken" / "checkpoints"
+    (folder / "step_00000006" / "student.safetensors").write_bytes(b"half")
+    resumed = TinyMethod()
+    loop = make_loop(resumed, config(tmp_path / "broken", **settings))
+    loop.resume()
+    assert loop.step == 4
+    loop.run()
+    assert torch.equal(weights(resumed.roles["student"]), weights(whole.roles["student"]))
+    assert [row["step"] for row in rows(tmp_path / "broken")] == [1, 2, 3, 4, 5, 6]
+    found = checkpoint.find_latest(folder)
+    assert (found.state["step"], found.note) == (6, "")
+
+
+def test_a_stop_at_a_step_with_a_checkpoint_writes_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Interrupting(TinyMethod):
+        def turns(self, step, batch):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield from super().turns(step, batch)
+
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *given: saved.append(given[1]) or save(*given))
+    with pytest.raises(Interrupted):
+        run(tmp_path, Interrupting(), checkpointing_steps=2)
+    assert saved == [0, 2, 4]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
