@@ -122,11 +122,12 @@ def run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None = Non
             shown = {name: value for name, value in config.as_dict().items() if name not in machine}
             monitor.start_trackers({"method": method, **shown})
 
-        def save_samples(step: int) -> None:
+        def save_samples(step: int) -> dict[str, float]:
             path = out / "samples" / f"step_{step:08d}.png"
-            previews.save(path, bench.guided(teacher), role, bench.sampler)
+            spread = previews.save(path, bench.guided(teacher), role, bench.sampler)
             if path.exists():
                 monitor.show(step, path)
+            return spread
 
         loop = Loop(
             prepared,

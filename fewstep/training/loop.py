@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -42,7 +41,8 @@ class Loop:
         batches: what it trains on.
         processes: this process among all.
         monitor: log, progress bar and trackers; it acts on the main process only.
-        on_samples: called with the number of steps done, on the main process, when a sample grid is due.
+        on_samples: called with the number of steps done, on the main process, when samples are due; it says how they
+            vary, for the log.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Loop:
         batches: Batches,
         processes: Processes,
         monitor: Monitor,
-        on_samples: Callable[[int], None],
+        on_samples: Callable[[int], dict[str, float]],
     ) -> None:
         self.method, self.method_name, self.config, self.batches = method, method_name, config, batches
         self.device, self.processes, self.monitor, self.on_samples = batches.device, processes, monitor, on_samples
@@ -74,13 +74,15 @@ class Loop:
             self._save()
         with self._signals():
             while self.step < self.config.max_steps:
-                self._one_step()
+                numbers = self._one_step()
                 done = self.step
                 last = done == self.config.max_steps
+                if self.config.sample_steps and (last or done % self.config.sample_steps == 0):
+                    numbers |= self._sample()
+                if numbers:
+                    self.monitor.log(done, numbers)
                 if last or done % self.config.checkpointing_steps == 0:
                     self._save()
-                if self.config.sample_steps and (last or done % self.config.sample_steps == 0):
-                    self._main_process_only(partial(self.on_samples, done))
                 if self._stop_wanted():
                     self._save()
                     raise Interrupted
@@ -119,7 +121,8 @@ class Loop:
 
     # --- one step -----------------------------------------------------------------------------------------------
 
-    def _one_step(self) -> None:
+    def _one_step(self) -> dict[str, float]:
+        """Play one step. Returns what there is to log of it: nothing in most steps."""
         logging = (
             (self.step + 1) % self.config.log_steps == 0 or self.step + 1 == self.config.max_steps or self.step == 0
         )
@@ -138,11 +141,13 @@ class Loop:
                 self._update_averages()
         self._recent.update(log)
         self.step += 1
-        if logging:
-            self._check_finite()
-            self.monitor.log(self.step, self._mean_over_processes(self._recent))
-            self._recent = {}
         self.monitor.advance(self.step)
+        if not logging:
+            return {}
+        self._check_finite()
+        numbers = self._mean_over_processes(self._recent)
+        self._recent = {}
+        return numbers
 
     def _advance(
         self, turns: list[Iterator[Turn | Renew]], share: float, log: dict[str, Tensor]
@@ -229,6 +234,12 @@ class Loop:
             values /= self.processes.count
         means = dict(zip(names, values.tolist(), strict=True))
         return {name: means[name] for name in log}
+
+    def _sample(self) -> dict[str, float]:
+        """Samples of this step. Returns what there is to log of them, on the main process."""
+        numbers: dict[str, float] = {}
+        self._main_process_only(lambda: numbers.update(self.on_samples(self.step)))
+        return numbers
 
     def _main_process_only(self, action: Callable[[], None]) -> None:
         if self.processes.rank == 0:

@@ -1,4 +1,4 @@
-"""Sample grids of a run: the teacher's samples above the student's, of the same noise and conditions."""
+"""Samples of a run, the teacher's beside the student's, of the same noise and conditions: as a grid and as numbers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fewstep.recording import Recording
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.pipeline import without_safety_checker
 from fewstep.training.pictures import save_grid
+from fewstep.training.spread import beside
 
 _SHOWN = 8  # samples in a grid
 _TEACHER_STEPS = 25  # of the teacher's row in it
@@ -44,7 +45,8 @@ class Previews:
     ) -> None:
         self.config, self.recording, self.conditions, self.device = config, recording, conditions, device
         self.with_default_guidance = with_default_guidance
-        self._teacher: Tensor | None = None
+        self._teacher: Tensor | None = None  # its samples, and their pictures
+        self._teacher_pictures: Tensor | None = None
         #: Why no grid is made, though grids were asked for; else empty.
         self.note = ""
         if config.sample_steps:
@@ -53,26 +55,38 @@ class Previews:
             except RecordingError as error:
                 self.note = f"no sample grids: {error}"
 
-    def save(self, path: Path, teacher: Denoiser, student: Denoiser, sampler: Sampler) -> None:
-        """Write the grid, where one can be made; ``teacher`` under its guidance, ``student`` walked by ``sampler``."""
-        if self.note:
-            return
+    def save(self, path: Path, teacher: Denoiser, student: Denoiser, sampler: Sampler) -> dict[str, float]:
+        """Write the grid, where one can be made; ``teacher`` under its guidance, ``student`` walked by ``sampler``.
+
+        Returns:
+            What :func:`fewstep.training.spread.beside` says of the samples, for the log.
+        """
         if self._teacher is None:
-            self._teacher = self._pictures(teacher, ode_sampler(self.recording.schedule, _TEACHER_STEPS))
-        if self._teacher.dim() in (4, 5):  # images or videos; sound is not shown
-            save_grid([self._teacher, self._pictures(student, sampler)], path)
+            self._teacher = self._samples(teacher, ode_sampler(self.recording.schedule, _TEACHER_STEPS))
+        samples = self._samples(student, sampler)
+        if not self.note:
+            if self._teacher_pictures is None:
+                self._teacher_pictures = self._pictures(self._teacher)
+            if self._teacher_pictures.dim() in (4, 5):  # images or videos; sound is not shown
+                save_grid([self._teacher_pictures, self._pictures(samples)], path)
+        return beside(samples, self._teacher)
 
     @torch.no_grad()
-    def _pictures(self, denoiser: Denoiser, sampler: Sampler) -> Tensor:
-        """Images or videos in [0, 1], made in batches of the size that training fits."""
+    def _samples(self, denoiser: Denoiser, sampler: Sampler) -> Tensor:
+        """x0 (N, ...) on the host, made in batches of the size that training fits."""
         pieces = []
         for first in range(0, _SHOWN, self.config.batch_size):
             indices = range(first, min(first + self.config.batch_size, _SHOWN))
             draws = Draws(self.config.seed, PREVIEWS_STEP, indices, self.device)
             conditioning = self.conditions.select([index % len(self.conditions) for index in indices])
             conditioning = self.with_default_guidance(conditioning)
-            x0 = draw_sample(denoiser, sampler, draws, self.recording.sample_shape, conditioning)
-            # The checker's word is for those who are shown pictures; here they show how the training goes.
-            with without_safety_checker(self.recording.pipeline):
-                pieces.append(self.recording.decode(x0).float().cpu())
+            pieces.append(draw_sample(denoiser, sampler, draws, self.recording.sample_shape, conditioning).cpu())
         return torch.cat(pieces)
+
+    @torch.no_grad()
+    def _pictures(self, samples: Tensor) -> Tensor:
+        """Images or videos in [0, 1] of x0 (N, ...), decoded as many at a time as training fits."""
+        pieces = samples.split(self.config.batch_size)
+        # The checker's word is for those who are shown pictures; here they show how the training goes.
+        with without_safety_checker(self.recording.pipeline):
+            return torch.cat([self.recording.decode(x0.to(self.device)).float().cpu() for x0 in pieces])

@@ -62,9 +62,10 @@ def test_where_no_way_leads_to_images_a_run_goes_without_grids(tmp_path: Path, m
 def test_sound_is_not_drawn(tmp_path: Path, monkeypatch) -> None:
     recording = record(tiny_pipelines.tiny_ddim())
     previews = Previews(RunConfig(teacher="t", out=""), recording, None, torch.device("cpu"), lambda told: told)
+    monkeypatch.setattr(previews, "_samples", lambda *_: torch.randn(2, 2, 8))
     monkeypatch.setattr(previews, "_pictures", lambda *_: torch.zeros(2, 2, 8))
-    previews.save(tmp_path / "a.png", None, None, None)
-    assert not (tmp_path / "a.png").exists()
+    numbers = previews.save(tmp_path / "a.png", None, None, None)
+    assert not (tmp_path / "a.png").exists() and numbers["samples/student_std"] > 0
 
 
 def test_a_solver_of_edm_is_no_few_step_scheduler() -> None:

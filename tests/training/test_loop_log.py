@@ -52,9 +52,16 @@ def test_a_run_that_broke_off_between_two_log_lines_goes_on_with_the_same_lines(
 
 def test_samples_are_asked_for_when_due_and_at_the_end(tmp_path: Path):
     asked: list[int] = []
-    loop = make_loop(TinyMethod(), config(tmp_path, max_steps=7, sample_steps=3), on_samples=asked.append)
-    loop.run()
+
+    def sampled(step: int) -> dict[str, float]:
+        asked.append(step)
+        return {"samples/student_std": step / 10}
+
+    settings = {"max_steps": 7, "sample_steps": 3, "log_steps": 2}
+    make_loop(TinyMethod(), config(tmp_path, **settings), on_samples=sampled).run()
     assert asked == [3, 6, 7]
+    logged = {row["step"]: row.get("samples/student_std") for row in rows(tmp_path)}
+    assert logged == {1: None, 2: None, 3: 0.3, 4: None, 6: 0.6, 7: 0.7}
 
 
 def test_logging_less_changes_no_weight(tmp_path: Path):
