@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from fewstep.config.checks import names_of
@@ -23,9 +24,10 @@ from fewstep.recording.pipeline import name_of
 from fewstep.teachers.license import teacher_license
 from fewstep.training.checkpoint import find_latest
 from fewstep.training.distributed import Processes, join_launch, on_main, samples_line
+from fewstep.training.fate import shared_fate
 from fewstep.training.initialization import initialize
 from fewstep.training.inputs import RunInputs
-from fewstep.training.loop import Loop, sampling_role
+from fewstep.training.loop import Interrupted, Loop, sampling_role
 from fewstep.training.method import Method
 from fewstep.training.monitor import Monitor
 from fewstep.training.previews import Previews
@@ -72,10 +74,14 @@ def run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None = Non
         fewstep.training.loop.Interrupted: after Ctrl-C, with a checkpoint written.
     """
     config = config.resolved()
-    # 1. This process among those of the launch, and the run's folder.
-    out = Path(config.out)
     accelerator = join_launch(config.cpu, log_with=trackers(config.report_to), project_dir=config.out)
-    main = accelerator.is_main_process
+    with shared_fate(accelerator, Interrupted):
+        return _run(config, method, pipeline, accelerator)
+
+
+def _run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None, accelerator: Accelerator) -> Path:
+    # 1. This process among those of the launch, and the run's folder.
+    out, main = Path(config.out), accelerator.is_main_process
     resuming = check_folder(out, method, config, in_memory=pipeline is not None)
     accelerator.wait_for_everyone()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +22,8 @@ Result = TypeVar("Result")
 
 _BUCKET = 2**24  # elements in one all-reduce: 64 MB of float32
 
-# While one process exports or uploads a student, the others wait for it; NCCL's own patience is ten minutes.
+# While one process exports or uploads a student, the others wait for it; NCCL's own patience is ten minutes. A process
+# that dies meanwhile is not waited for: fewstep.training.fate.
 _PATIENCE = timedelta(hours=6)
 
 
@@ -29,15 +33,32 @@ def join_launch(cpu: bool, **options: Any) -> Accelerator:
     Args:
         cpu: stay on the CPU even where there is a GPU.
         **options: of :class:`accelerate.Accelerator`.
+
+    Raises:
+        UserError: accelerate was told to launch several processes, and this is the only one.
     """
+    _refuse_lone_process()
     return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)], **options)
 
 
-def samples_line(accelerator: Accelerator, batch_size: int, micro_batches: int) -> str:
-    """One line for people: how many processes there are, and how many samples a step has on all of them.
+def _refuse_lone_process() -> None:
+    """Raises where ``accelerate launch --num_processes N`` started one process, as it does without --multi_gpu.
 
-    ``accelerate launch --num_processes N`` starts one process on a CPU without a word.
+    It says nothing then, but only where N is more than 1 does it set a port to meet at, and a launcher of several says
+    how many there are. A run with another batch than was meant costs its user days, and starting it again seconds.
     """
+    counts = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # torch's and those of MPI
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if by_accelerate and not any(name in os.environ for name in counts):
+        raise UserError(
+            "accelerate launch was told to start several processes, and started this one alone, as it does where there "
+            f"are not several GPUs: start torchrun --nproc_per_node N {shlex.join(sys.orig_argv[1:])}; if one process "
+            "is meant, leave out --num_processes, and unset MASTER_PORT"
+        )
+
+
+def samples_line(accelerator: Accelerator, batch_size: int, micro_batches: int) -> str:
+    """One line for people: how many processes there are, and how many samples a step has on all of them."""
     count = accelerator.num_processes
     factors = [f"{batch_size} sample{'s' * (batch_size != 1)}"]
     factors += [f"{micro_batches} micro-batches"] if micro_batches > 1 else []
