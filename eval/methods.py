@@ -29,7 +29,7 @@ from fewstep.eval.benchmark.cell_results import RESULTS, read_result, state, why
 from fewstep.eval.benchmark.cell_runs import Runner, network_calls
 from fewstep.eval.benchmark.cells import Cell, CellPlan, read_plan
 from fewstep.eval.benchmark.comparison import compare, insert
-from fewstep.training.loop import Interrupted
+from fewstep.training.stopping import Interrupted
 
 PICTURE = "methods.png"
 

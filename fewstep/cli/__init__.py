@@ -1,14 +1,19 @@
 """The command line, one file for each command.
 
-Exit codes: 0 done, 2 the user can mend it (one line on stderr says how), 130 interrupted after a checkpoint.
+Exit codes: 0 done, 2 the user can mend it (one line on stderr says how), 130 interrupted by Ctrl-C or SIGTERM, of a
+training after a checkpoint. Another code is a bug, and comes with its traceback.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from fewstep.errors import UserError, first_line
 from fewstep.version import __version__
@@ -56,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if words[0] not in COMMANDS:
             raise UserError(f"there is no command {words[0]!r}; there are: {', '.join(COMMANDS)}")
-        return _run(words[0], words[1:])
+        with _termination_heeded():
+            return _run(words[0], words[1:])
     except UserError as error:
         print(f"fewstep: {error}", file=sys.stderr)
         return 2
@@ -72,13 +78,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fewstep: {first_line(error)} Lower --batch_size; {_LESS_MEMORY}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fewstep: interrupted", file=sys.stderr)
+        kept = "; --resume goes on with what is finished" if words[:1] in (["distill"], ["pairs"], ["cache"]) else ""
+        print(f"fewstep: interrupted{kept}", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _termination_heeded() -> Iterator[None]:
+    """SIGTERM ends the program as Ctrl-C does, so that it removes what it has half written."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # whoever runs it there handles signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(command: str, words: Sequence[str]) -> int:
     from fewstep.cli.quiet import quiet_libraries
-    from fewstep.training.loop import Interrupted
+    from fewstep.training.stopping import Interrupted
 
     program = importlib.import_module(f"fewstep.cli.{COMMANDS[command]}")
     try:

@@ -27,11 +27,12 @@ from fewstep.training.distributed import Processes, join_launch, on_main, sample
 from fewstep.training.fate import shared_fate
 from fewstep.training.initialization import initialize
 from fewstep.training.inputs import RunInputs
-from fewstep.training.loop import Interrupted, Loop, sampling_role
+from fewstep.training.loop import Loop, sampling_role
 from fewstep.training.method import Method
 from fewstep.training.monitor import Monitor
 from fewstep.training.previews import Previews
 from fewstep.training.run_folder import check_folder, write_config
+from fewstep.training.stopping import Interrupted
 from fewstep.training.trackers import trackers
 
 logger = logging.getLogger("fewstep")
@@ -50,7 +51,7 @@ def distill(teacher: str | Path | DiffusionPipeline, method: str = "dmd2", **set
 
     Raises:
         UserError: for everything that a user can mend.
-        fewstep.training.loop.Interrupted: after Ctrl-C, with a checkpoint written.
+        fewstep.training.stopping.Interrupted: after Ctrl-C, with a checkpoint written.
     """
     pipeline = teacher if isinstance(teacher, DiffusionPipeline) else None
     name = str(teacher) if pipeline is None else name_of(pipeline)
@@ -71,7 +72,7 @@ def run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None = Non
 
     Raises:
         UserError: for everything that a user can mend.
-        fewstep.training.loop.Interrupted: after Ctrl-C, with a checkpoint written.
+        fewstep.training.stopping.Interrupted: after Ctrl-C, with a checkpoint written.
     """
     config = config.resolved()
     accelerator = join_launch(config.cpu, log_with=trackers(config.report_to), project_dir=config.out)

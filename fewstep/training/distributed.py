@@ -91,6 +91,13 @@ def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
+def host_group() -> dist.ProcessGroup:
+    """A group of all processes of a launch that talks over the hosts' network, whatever their devices; all must ask."""
+    group = dist.new_group(timeout=_PATIENCE, backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # as every process is in it
+    return group
+
+
 def leave_launch() -> None:
     """Leave the process group: the last thing that a process does, for nothing can be waited for afterwards."""
     if dist.is_available() and dist.is_initialized():

@@ -6,11 +6,8 @@ gradients over processes itself. Between two logged steps the host reads nothing
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -25,10 +22,7 @@ from fewstep.training.distributed import Processes
 from fewstep.training.method import Method, Renew, TargetMethod, Turn
 from fewstep.training.monitor import Monitor
 from fewstep.training.optimization import RoleOptimizer
-
-
-class Interrupted(Exception):  # noqa: N818 - a wish of the user, not an error
-    """Ctrl-C or a termination signal was obeyed: the step was finished and a checkpoint written."""
+from fewstep.training.stopping import Interrupted, Stopping
 
 
 class Loop:
@@ -65,14 +59,14 @@ class Loop:
         }
         self.step = 0
         self._kept = -1  # the step of the newest checkpoint that this process knows to be whole
-        self._interrupted = False
+        self.stopping = Stopping(processes)
         self._recent: dict[str, Tensor] = {}
 
     def run(self) -> None:
         """Train. Raises :class:`Interrupted` after a signal, ``UserError`` when a gradient was not finite."""
-        if self.step == 0:
-            self._save()
-        with self._signals():
+        with self.stopping.noted():
+            if self.step == 0:
+                self._save()
             while self.step < self.config.max_steps:
                 numbers = self._one_step()
                 done = self.step
@@ -83,7 +77,7 @@ class Loop:
                     self.monitor.log(done, numbers)
                 if last or done % self.config.checkpointing_steps == 0:
                     self._save()
-                if self._stop_wanted():
+                if self.stopping.agreed():
                     self._save()
                     raise Interrupted
         self.monitor.close()
@@ -246,32 +240,6 @@ class Loop:
             action()
         if self.processes.count > 1:
             dist.barrier()
-
-    # --- signals ------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        def note(_signal: int, _frame: FrameType | None) -> None:
-            self._interrupted = True
-
-        try:
-            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: whoever runs the loop there handles signals
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _stop_wanted(self) -> bool:
-        if self.processes.count == 1:
-            return self._interrupted
-        if self.step % self.config.log_steps:  # processes agree where they wait for each other anyway
-            return False
-        wanted = torch.tensor(float(self._interrupted), device=self.device)
-        dist.all_reduce(wanted)
-        return bool(wanted > 0)
 
 
 def sampling_role(roles: dict[str, Role]) -> Role:

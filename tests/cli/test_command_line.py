@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from fewstep.cli import main
+from fewstep.cli import COMMANDS, main
 from fewstep.cli.distill import distill_config
 from fewstep.errors import UserError
 from fewstep.training.run_folder import write_config
@@ -315,6 +315,27 @@ def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_exits_130(teacher: str
     assert "--resume" in errors.splitlines()[-1]
     newest = sorted((out / "checkpoints").glob("step_*"))[-1]
     assert json.loads((newest / "state.json").read_text())["step"] > 0
+
+
+@pytest.mark.parametrize("command", ["distill", "pairs", "eval"])
+def test_termination_ends_every_command_as_ctrl_c_does(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def program(_words: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            seen.append("what is half written is removed")
+
+    monkeypatch.setattr(f"fewstep.cli.{COMMANDS[command]}.run", program)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([command]) == 130
+    assert seen and signal.getsignal(signal.SIGTERM) is before
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ("--resume" in line) == (command != "eval")
 
 
 def test_a_runs_own_config_starts_another_like_it(tmp_path: Path) -> None:

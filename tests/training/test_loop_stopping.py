@@ -11,7 +11,7 @@ from toys import TinyMethod, make_loop
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
 from fewstep.training.distributed import Processes
-from fewstep.training.loop import Interrupted
+from fewstep.training.stopping import Interrupted
 from tests.training.loop_runs import Watched, config, rows, run, weights
 
 

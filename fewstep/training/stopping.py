@@ -1,0 +1,67 @@
+"""Stopping before the end: a signal lets the step be finished, and all processes stop after the same one."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from fewstep.training.distributed import Processes, host_group
+
+_AGAIN = 1.0  # seconds after which a second Ctrl-C is another one: launchers pass on what the processes hear themselves
+
+
+class Interrupted(Exception):  # noqa: N818 - a wish of the user, not an error
+    """Ctrl-C or a termination signal was obeyed: the step was finished and a checkpoint written."""
+
+
+class Stopping:
+    """Whether the user, or the machine, wants a run to stop.
+
+    Args:
+        processes: this process among all.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._signal: int | None = None
+        self._since = 0.0
+        # Over the hosts' network: to ask after every step must not make a host wait for its device.
+        self._group = host_group() if processes.count > 1 else None
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """In this block SIGINT and SIGTERM are noted; a second Ctrl-C ends it with ``KeyboardInterrupt``.
+
+        A signal that comes after the last question is given to whoever handles signals after the block.
+        """
+        try:
+            before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: whoever runs the loop there handles signals
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._signal is not None:
+            signal.raise_signal(self._signal)
+
+    def agreed(self) -> bool:
+        """Whether all processes stop now, because one was told to; each of them must ask after every step."""
+        if self._group is None:
+            return self._signal is not None
+        told = torch.tensor(int(self._signal is not None))
+        dist.all_reduce(told, group=self._group)
+        return bool(told)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signal is None:
+            self._signal, self._since = number, now
+        elif number == signal.SIGINT and now - self._since > _AGAIN:
+            raise KeyboardInterrupt
