@@ -216,6 +216,8 @@ def teacher_model(
     text = str(teacher)
     given = _without_steps(call or {})
     if (name := embedded_name(text)) is not None:
+        if files:
+            raise UserError(f"{name} is embedded, and has one set of files; leave out {', '.join(files)}")
         arguments = {"guidance_scale": fashion.TEACHERS[name].guidance_scale} | given
         folder = str(fashion.teacher_path(name))
         return Model(f"teacher {name}", "teacher", arguments, source=folder, base_model=name)

@@ -1,6 +1,7 @@
 """A few samples of a student (or a teacher) as one picture."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,12 +22,16 @@ def sample(
     seed: int = 0,
     num: int = 1,
     base: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
     out: str | Path,
     device: str | None = None,
 ) -> Path:
     """Write `num` samples as the PNG file `out`, and return its path.
 
     directory: a student's folder, or a teacher's folder or embedded name (then `steps` must be given, unless embedded).
+    revision, subfolder, variant: which of a teacher's files are meant; a student's say that themselves.
     base: where the base model of a LoRA student lies, if it is not found by itself.
     prompt or label: what the pipeline is conditioned on, as it needs. steps: default the student's own count.
     One image is saved as it is, several side by side; a video as a row of up to eight frames.
@@ -42,7 +47,8 @@ def sample(
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     if num < 1:
         raise UserError(f"num must be at least 1, not {num}")
-    model = _model(directory, base)
+    told = {"revision": revision, "subfolder": subfolder, "variant": variant}
+    model = _model(directory, base, {name: value for name, value in told.items() if value is not None})
     if base is not None and model.base is None:
         raise UserError(f"{directory} is a whole pipeline and has no base model; leave the base out")
     count = next((n for n in (steps, model.steps, _embedded_steps(model)) if n is not None), None)
@@ -70,11 +76,13 @@ def sample(
     return path
 
 
-def _model(directory: str | Path, base: str | None) -> Model:
+def _model(directory: str | Path, base: str | None, files: Mapping[str, str]) -> Model:
     folder = Path(directory)
     if any((place / CARD_NAME).is_file() for place in (folder, folder / "student", folder / "student_lora")):
+        if files:
+            raise UserError(f"{directory} is a student, which has one set of files; leave out {', '.join(files)}")
         return student_model(folder, base=base)
-    return teacher_model(directory)
+    return teacher_model(directory, files=files)
 
 
 def _embedded_steps(model: Model) -> int | None:

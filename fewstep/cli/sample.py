@@ -12,6 +12,9 @@ def run(words: Sequence[str]) -> None:
     """Write samples of a student into one PNG file."""
     parser = Parser(prog="fewstep sample", description="Sample from a student, with the call on its card.")
     parser.add_argument("directory", metavar="DIR", type=str, help="a student's folder (or a teacher's, with --steps)")
+    parser.add_argument("--revision", type=str | None, default=None, help="of a teacher that is a hub id")
+    parser.add_argument("--subfolder", type=str | None, default=None, help="where the teacher lies in it")
+    parser.add_argument("--variant", type=str | None, default=None, help="of the teacher's weights, such as fp16")
     parser.add_argument("--base", type=str | None, default=None, help="of a LoRA: its base model's folder or hub id")
     parser.add_argument("--prompt", type=str | None, default=None)
     parser.add_argument("--class", dest="label", type=int | None, default=None, help="a class label")
@@ -28,6 +31,9 @@ def run(words: Sequence[str]) -> None:
         seed=parsed.seed,
         num=parsed.num,
         base=parsed.base,
+        revision=parsed.revision,
+        subfolder=parsed.subfolder,
+        variant=parsed.variant,
         out=parsed.out,
     )
     print(path)

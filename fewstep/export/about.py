@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 
 from fewstep.export.counts import heed_count
 from fewstep.export.errors import ExportError
-from fewstep.export.heeded import what_is_not_heeded
+from fewstep.export.heeded import what_is_not_heeded, what_is_untrained
 from fewstep.export.related.record import refuse_strength, relative_of
 from fewstep.export.step_noise import step_noise_from
 from fewstep.export.student_adapter import has_adapters
@@ -109,7 +109,10 @@ def student_class(
         heed_count(self, about, given)
         if (unheeded := what_is_not_heeded(given, usual, about.get("guidance_range"))) is not None:
             warnings.warn(unheeded, stacklevel=2)
-        if relative is not None:
+        if relative is None:
+            if (untrained := what_is_untrained(given, about.get("untrained_pictures", ()))) is not None:
+                warnings.warn(untrained, stacklevel=2)
+        else:
             refuse_strength(stock, relative, {**missing, **given})
         with step_noise_from(self, given.get("generator") if about["renoise"] == "fresh" else None):
             return stock.__call__(self, *args, **kwargs, **missing)

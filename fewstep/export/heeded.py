@@ -1,4 +1,4 @@
-"""What of a call a student cannot heed: a negative prompt, and a guidance that it was not trained at."""
+"""What of a call a student cannot heed: a negative prompt, a guidance or a picture that it was not trained at."""
 
 from __future__ import annotations
 
@@ -31,6 +31,19 @@ def what_is_not_heeded(
         trained.append(f"{_TOLD} from {guidance_range[0]:g} to {guidance_range[1]:g}")
     alone = f" and was trained at {', '.join(trained)} alone" if trained else ""
     return f"this student has its guidance in its weights{alone}, so leave out {told}"
+
+
+def what_is_untrained(given: Mapping[str, Any], pictures: Sequence[str]) -> str | None:
+    """The words of a warning, or None.
+
+    Args:
+        given: the arguments of the call.
+        pictures: the arguments by which the student's pipeline may be told a picture, and was not in training.
+    """
+    told = [name for name in pictures if given.get(name) is not None]
+    if not told:
+        return None
+    return f"this student was trained without pictures, so what it makes of {', '.join(told)} is not known"
 
 
 def _is_other_scale(name: str, value: Any, usual: Any, guidance_range: Sequence[float] | None) -> bool:

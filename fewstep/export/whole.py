@@ -25,6 +25,7 @@ from fewstep.export.related.walk import walk_relatives
 from fewstep.export.walk.check import Reference
 from fewstep.export.walk.plan import StudentPlan, check_student, reference_of
 from fewstep.export.walk.size_checks import about_sizes, check_sizes
+from fewstep.recording.pictures import own_pictures
 from fewstep.recording.pipeline import find_scheduler, with_parts
 from fewstep.teachers import names
 from fewstep.teachers.license import teacher_license_of
@@ -216,6 +217,7 @@ def about_student(
         "example": plan.example,
         "pipeline": type(recording.pipeline).__name__,
         "call": plan.call,
+        "untrained_pictures": own_pictures(type(recording.pipeline)),
         "load": absent_parts(recording.pipeline),
         **_about_code(recording.pipeline),
         "steps": plan.steps,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import traceback
 from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import PIL.Image
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from fewstep.recording.errors import RecordingError
@@ -62,14 +64,27 @@ def picture_arguments(pipeline_class: type) -> list[str]:
     return [name for name, hint in hints.items() if _takes_picture(name, hint)]
 
 
+def own_pictures(pipeline_class: type) -> list[str]:
+    """The :func:`picture_arguments` but for an adapter's, which all pipelines of some families take and none needs."""
+    return [name for name in picture_arguments(pipeline_class) if "ip_adapter" not in name]
+
+
 def advice(pipeline: Any, arguments: Mapping[str, Any], error: Exception) -> str:
     """What to do about a call that failed: a package, or a picture that it may need, may be all that it lacks."""
     if isinstance(error, NameError | ImportError) and error.name:
         return f"install {error.name}, which this pipeline uses"
+    if (scheduler := _scheduler_that_raised(error)) is not None:
+        return f"its {scheduler} raised that, so its configuration may not fit this pipeline"
     check = "check the arguments of the call"
-    # Every pipeline of some families takes an adapter's picture, and none needs it without the adapter.
-    wanting = [key for key in picture_arguments(type(pipeline)) if "ip_adapter" not in key and key not in arguments]
+    wanting = [key for key in own_pictures(type(pipeline)) if key not in arguments]
     return check if not wanting else f"if it is for want of {', '.join(wanting)}: {_NOT_YET}; else {check}"
+
+
+def _scheduler_that_raised(error: Exception) -> str | None:
+    """The class of the scheduler in whose method an error was raised; None where it was raised elsewhere."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = frames[-1].f_locals.get("self") if frames else None
+    return type(raised_in).__name__ if isinstance(raised_in, SchedulerMixin) else None
 
 
 def _takes_picture(name: str, hint: Any) -> bool:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    DiffusionPipeline,
+    FluxKontextPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -26,7 +28,7 @@ from toys import adapter_role
 from fewstep.export import ExportError, apply, export_lora, export_student, load, plan_student
 from fewstep.export.heeded import what_is_not_heeded
 from fewstep.networks.adapters import Backbone
-from fewstep.recording import Recording
+from fewstep.recording import Recording, record
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +191,23 @@ def test_one_warning_for_all_that_is_not_heeded(student: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         pipeline("the cat")
+
+
+def test_an_editing_pipeline_says_that_no_picture_was_trained(zoo: Path, tmp_path: Path) -> None:
+    """Flux Kontext works from a prompt alone, and is distilled so; its users give it a picture."""
+    stock = DiffusionPipeline.from_pretrained(zoo / "Flux", local_files_only=True)
+    call = {"height": 8, "width": 8, "max_sequence_length": 48, "max_area": 64}
+    recording = record(FluxKontextPipeline(**stock.components), prompt="a", **call)
+    plan = plan_student(recording, 2, renoise="ode")
+    folder = export_student(recording, recording.network, plan, tmp_path / "student", method="dmd2", base_model="a/b")
+    assert "`FluxKontextPipeline` also takes `image`. This student was trained" in (folder / "README.md").read_text()
+    pipeline = load(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.warns(UserWarning, match="trained without pictures, so what it makes of image is not known"):
+        pipeline(prompt="a", image=picture(16), _auto_resize=False)  # which would make it a thousand pixels wide
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipeline(prompt="a")
 
 
 def test_a_refusal_names_a_strength_that_works_at_three_steps(

@@ -15,6 +15,7 @@ from diffusers import (
     CogVideoXVideoToVideoPipeline,
     ControlNetModel,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
     FluxPipeline,
     LTXConditionPipeline,
@@ -122,6 +123,15 @@ def test_editing_pipelines_are_recorded_without_a_picture(zoo: Path) -> None:
     call = {"prompt": "a", "height": 8, "width": 8, "max_sequence_length": 48, "max_area": 64}
     assert record(pipeline, **call).conditional == "prompt"
     _refused(pipeline, f"was given image: {NOT_YET}", image=torch.zeros(1, 3, 8, 8), **call)
+
+
+@pytest.mark.parametrize("name", ["Sana", "HunyuanVideo"])
+def test_a_scheduler_that_does_not_fit_is_not_a_want_of_pictures(zoo: Path, name: str) -> None:
+    """Neither tells its scheduler a shift by the size, as Flux does."""
+    pipeline = _loaded(zoo / name)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    text = _refused(pipeline, "its FlowMatchEulerDiscreteScheduler raised that, so its configuration may not fit")
+    assert "mu" in text and "check the arguments" not in text and "for want of" not in text
 
 
 def test_ip_adapters() -> None:

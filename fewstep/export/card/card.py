@@ -64,6 +64,11 @@ def write_card(
             "## Guidance\n\nThe network is told the guidance, and is called once a step whatever it is: "
             f"`guidance_scale` may be anything from {low:g} to {high:g}, for which it was trained."
         )
+    if told := about.get("untrained_pictures"):
+        parts.append(
+            f"## Pictures\n\n`{stock}` also takes {', '.join(f'`{name}`' for name in told)}. This student was trained "
+            "from its prompts alone: what it makes of a picture is not known."
+        )
     if (section := related_section(about, PLACEHOLDER)) is not None:
         parts.append(section)
     if metrics:
