@@ -22,7 +22,8 @@ class PairsConfig(Settings):
         variant: of the weights, such as fp16; default the plain ones, or where there are none the only variant.
         out: folder for the pairs.
         num: how many; with --data default all images.
-        prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers.
+        prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers; or whatever --data
+            takes that has texts, of which each is one.
         classes: class labels such as 0-9 or 1,5,7, for class-conditional teachers.
         cache: folder of fewstep cache, in the place of prompts or classes.
         call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
@@ -32,6 +33,8 @@ class PairsConfig(Settings):
         solver: euler (DDIM for tables) or heun (twice the network calls).
         teacher_lora: the teacher is its pipeline with this LoRA: a safetensors file, a folder of one, or a hub id.
         data: real images; the ODE is followed from them to their noise. What they show must be among the prompts.
+        data_text: which column, field of a .json or suffix has the texts of images; default text, caption or txt.
+        data_workers: threads that read images beside the work; 0 reads them when they are wanted.
         batch_size: samples in one call of the network.
         shard_size: pairs in one file, which is also what is lost when a process is killed.
         dtype: of the stored samples: float32, float16 or bfloat16.
@@ -60,6 +63,8 @@ class PairsConfig(Settings):
     solver: str = "euler"
     teacher_lora: str | None = None
     data: str | None = None
+    data_text: str | None = None
+    data_workers: int = 2
     batch_size: int = 16
     shard_size: int = 256
     dtype: str = "float32"
@@ -75,6 +80,7 @@ class PairsConfig(Settings):
         if self.num is None and self.data is None:
             raise UserError("--num is needed: how many pairs to make")
         self._refuse_below_one("num", "teacher_steps", "batch_size", "shard_size")
+        self._refuse_negative("data_workers")
         self._refuse_unknown("solver", *SOLVERS)
         self._refuse_unknown("dtype", "float32", "float16", "bfloat16")
         self._refuse_unknown("mixed_precision", "no", "bf16")

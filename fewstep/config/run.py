@@ -31,14 +31,18 @@ class RunConfig(Settings):
         variant: of the weights, such as fp16; default the plain ones, or where there are none the only variant.
         out: folder for the student, checkpoints, samples and logs.
         steps: number of network calls the student makes per sample.
-        prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers.
+        prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers; or whatever --data
+            takes that has texts, of which each is one.
         classes: class labels such as 0-9 or 1,5,7, for class-conditional teachers.
         cache: a folder of ``fewstep cache``, in the place of prompts or classes.
         call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
         guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own. A network
             with embedded guidance is told this value instead, teacher and student alike.
         negative_prompt: what guidance leads away from; default the pipeline's own.
-        data: real images: a folder with class sub-folders or a metadata.jsonl, a folder of idx files, or "fashion".
+        data: real images: a folder with class sub-folders, a metadata.jsonl or .csv, or texts beside them; WebDataset
+            or parquet shards (a file, a folder, a pattern); a folder of idx files; or "fashion".
+        data_text: which column, field of a .json or suffix has the texts of images; default text, caption or txt.
+        data_workers: threads that read images beside the training; 0 reads them when they are wanted.
         teacher_lora: the teacher is its pipeline with this LoRA: a safetensors file, a folder of one, or a hub id.
         init: another run's folder (its last student, critics and heads) or a pipeline folder (student only).
         lora_rank: rank of LoRA adapters for student and critic on the frozen teacher; 0 trains full copies instead.
@@ -95,6 +99,8 @@ class RunConfig(Settings):
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     data: str | None = setting("source", None)
+    data_text: str | None = None
+    data_workers: int = setting("machine", 2)
     teacher_lora: str | None = setting("source", None)
     init: str | None = setting("source", None)
     lora_rank: int = 0
@@ -143,7 +149,7 @@ class RunConfig(Settings):
         self._refuse_below_one("steps", "max_steps", "batch_size", "gradient_accumulation_steps")
         self._refuse_below_one("checkpointing_steps", "log_steps", "checkpoints_total_limit")
         self._refuse_negative("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed")
-        self._refuse_negative("lora_rank")
+        self._refuse_negative("lora_rank", "data_workers")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -95,6 +95,7 @@ class Batches:
         device: of the batches.
         real: real samples, None in a run without.
         pairs: of noise and sample, None where the method asked for none.
+        announce: told the seed and the places of the real samples that this process will want in the next step.
     """
 
     conditions: Source[AnyConditioning]
@@ -102,6 +103,7 @@ class Batches:
     device: torch.device
     real: Source[Real] | None = None
     pairs: Source[Pairs] | None = None
+    announce: Callable[[int, list[int]], None] | None = None
 
     def micro_batch(self, seed: int, step: int, indices: range, per_step: int, logging: bool) -> Batch:
         """One micro-batch of one process.
@@ -114,12 +116,15 @@ class Batches:
             logging: whether the step is logged.
         """
         positions = [step * per_step + index for index in indices]
+        real = self.real.batch(seed, positions) if self.real is not None else None
+        if self.announce is not None:
+            self.announce(seed, [position + per_step for position in positions])
         return Batch(
             size=len(indices),
             shape=self.shape,
             conditioning=self.conditions.batch(seed, positions),
             draws=Draws(seed, step, indices, self.device),
-            given_real=self.real.batch(seed, positions) if self.real is not None else None,
+            given_real=real,
             logging=logging,
             given_pairs=self.pairs.batch(seed, positions) if self.pairs is not None else None,
         )

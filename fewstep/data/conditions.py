@@ -14,6 +14,8 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning, RaggedConditioning, join
 from fewstep.conditioning.stacking import Stack, in_memory, one_of_each_kind
 from fewstep.data.condition_cache import ConditionCache
+from fewstep.data.image_shards import find_shards
+from fewstep.data.images import read_images
 from fewstep.data.padding import Padding, find_padding
 from fewstep.diffusion.draws import keyed_order
 from fewstep.errors import UserError
@@ -25,12 +27,23 @@ _LOOKED_AT = 64  # items, each of a shape of its own, that decide whether paddin
 _STACKED = 1000  # items that are encoded before they are stacked
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """The non-empty lines of a UTF-8 file; a line ends at a newline alone.
+def read_prompts(path: str | Path, text: str | None = None, index: Path | None = None) -> list[str]:
+    """The non-empty lines of a UTF-8 file, which end at a newline alone; or the texts of a set of images, each once.
+
+    Args:
+        path: of the file, or of the images as ``--data`` takes them.
+        text: which column, field or suffix has the images' texts; None: what is there.
+        index: folder in which it is kept what shards hold.
 
     Raises:
         UserError: the file is missing, not UTF-8, or holds no prompt.
     """
+    if Path(path).is_dir() or find_shards(str(path)):
+        images = read_images(str(path), text, index)
+        texts = images.texts
+        if texts is None:
+            raise UserError(f"--prompts {path} has images without texts")
+        return [one for one in dict.fromkeys(texts) if one]
     try:
         # Neither splitlines nor text mode: a prompt may hold the other characters that they take for the end of a line.
         lines = [line.strip() for line in Path(path).read_bytes().decode("utf-8-sig").split("\n")]

@@ -50,11 +50,11 @@ def find_images(root: Path) -> ImageFolder:
     return ImageFolder(found, tuple(folder.name for folder in folders), +passed_over)
 
 
-def unlisted(root: Path, listed: list[Path]) -> Counter[str]:
-    """The visible images below a folder that its metadata.jsonl does not list."""
+def unlisted(root: Path, listed: list[Path], table: str) -> Counter[str]:
+    """The visible images below a folder that its table (metadata.jsonl) does not list."""
     known = {file.resolve() for file in listed}
     others = (path for path in _below(root) if path.suffix.lower() in SUFFIXES)
-    return +Counter({"not in metadata.jsonl": sum(path.resolve() not in known for path in others)})
+    return +Counter({f"not in {table}": sum(path.resolve() not in known for path in others)})
 
 
 def is_hidden(path: Path) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,12 @@ from fewstep.data.contents import Contents, contents_of
 from fewstep.data.durable import json_sha256
 from fewstep.data.image_folders import SUFFIXES, find_images, passed_over_line, unlisted
 from fewstep.data.image_opening import UNREADABLE, fitted, opened, upright, why_unreadable
+from fewstep.data.image_shards import ImageShards, find_shards
+from fewstep.data.image_tables import find_table, read_table, read_texts_beside
 from fewstep.errors import UserError
 
 _AT_ONCE = 4096  # images that are handed to the readers together
+_CHECKED = 50_000  # images that are read before a run at most
 _NAMED = 5  # of the files that cannot be read
 
 
@@ -33,24 +36,26 @@ class RealImages:
     """Real images and what each shows.
 
     Attributes:
-        files: paths, or a uint8 tensor (N, C, H, W).
+        files: paths, shards, or a uint8 tensor (N, C, H, W).
         captions: a text or a label for each, None where the data says nothing.
         classes: the names of all class folders, in the order of their numbers; empty where there are none.
         sources: the files that they were read from, the images' own apart.
         passed_over: how many files of the folder are no data, and why: the end of a line for people, or empty.
+        texts: for a teacher of prompts, in the place of ``captions``; None where the data has no texts of images.
     """
 
-    files: list[Path] | Tensor
-    captions: list[str] | list[int] | None
+    files: list[Path] | ImageShards | Tensor
+    captions: Sequence[str] | Sequence[int] | None
     classes: tuple[str, ...] = ()
     sources: tuple[Path, ...] = ()
     passed_over: str = ""
+    texts: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def refuse_unreadable(self, progress: bool = False) -> None:
-        """Read every image once, so that none stops a run in its middle.
+        """Read every image once, or of large sets some of all, so that none stops a run in its middle.
 
         Raises:
             UserError: some cannot be read; they are named.
@@ -58,19 +63,25 @@ class RealImages:
         if isinstance(self.files, Tensor):
             return
         bad: list[str] = []
+        wanted = self.read_ahead_of_a_run()
         with (
             ThreadPoolExecutor(os.cpu_count()) as readers,
-            tqdm(total=len(self), desc="check images", delay=2, disable=not progress) as bar,
+            tqdm(total=len(wanted), desc="check images", delay=2, disable=not progress) as bar,
         ):
-            for first in range(0, len(self), _AT_ONCE):
-                for reason in readers.map(why_unreadable, self.files[first : first + _AT_ONCE]):
+            for first in range(0, len(wanted), _AT_ONCE):
+                some = [self.files[number] for number in wanted[first : first + _AT_ONCE]]
+                for reason in readers.map(why_unreadable, some):
                     bad += [reason] if reason else []
                     bar.update()
         if bad:
             named = ", ".join(bad[:_NAMED]) + (", ..." if len(bad) > _NAMED else "")
             raise UserError(
-                f"{len(bad):,} of {len(self):,} images of --data cannot be read: {named}; mend or remove them"
+                f"{len(bad):,} of {len(wanted):,} images of --data cannot be read: {named}; mend or remove them"
             )
+
+    def read_ahead_of_a_run(self) -> range:
+        """The numbers of the images that :meth:`refuse_unreadable` reads: all, or evenly spaced ones of a large set."""
+        return range(0, len(self), -(-len(self) // _CHECKED))
 
     def image(self, index: int, channels: int, height: int, width: int) -> Tensor:
         """uint8 (C, H, W): scaled until it covers the size, then cropped at the centre.
@@ -89,18 +100,28 @@ class RealImages:
             raise UserError(f"{self.files[index]} is not an image that can be read; remove it from --data") from error
 
 
-def read_images(source: str) -> RealImages:
+def read_images(
+    source: str, text: str | None = None, index: Path | None = None, *, progress: bool = False
+) -> RealImages:
     """Real images from ``--data``.
 
-    A folder with a ``metadata.jsonl`` (``file_name`` and ``text`` or ``label``), with class sub-folders, with idx files
-    (MNIST's format, 28 x 28 padded to 32 x 32), or the word ``fashion`` for the images shipped with the package.
+    A folder with a ``metadata.jsonl`` or ``metadata.csv`` (``file_name`` and ``text`` or ``label``), with class
+    sub-folders, with a text beside each image, with idx files (MNIST's format, 28 x 28 padded to 32 x 32), or the word
+    ``fashion`` for the images shipped with the package; or shards (:mod:`.tar_shards`, :mod:`.parquet_shards`): one, a
+    folder of them, or a pattern.
 
     Hidden files and folders are no data. Class folders of which those with images are called by numbers are labels;
     else each has the number of its place among all visible folders in alphabetical order, as in every image-folder
     data set, whether it holds images or not.
 
+    Args:
+        source: where they are.
+        text: ``--data_text``: which column, field or suffix has the texts; None: what is there.
+        index: folder in which it is kept what shards hold.
+        progress: show how far shards are looked through.
+
     Raises:
-        UserError: the folder is missing, empty, or of none of these forms.
+        UserError: the folder is missing, empty, or of none of these forms, or samples of shards cannot be used.
     """
     if source == "fashion":
         from fewstep.fashion import training_images  # data of 3 MB, read only when asked for
@@ -109,23 +130,31 @@ def read_images(source: str) -> RealImages:
         images, labels = training_images()
         return RealImages(images, labels.tolist(), sources=(verified(TRAINING_IMAGES),))
     folder = Path(source)
+    shards = find_shards(source)
     if not folder.is_dir():
-        raise UserError(f"--data {source} is not a folder")
-    if (folder / "metadata.jsonl").is_file():
-        return _from_metadata(folder)
+        if shards:
+            return _from_shards(shards, index, text, progress)
+        raise UserError(f"--data {source} is not a folder, and no shards (.tar, .parquet)")
+    if (table := find_table(folder)) is not None:
+        return _from_table(table, text)
     if idx_files := sorted(folder.glob("train-images-idx3-ubyte*")):
         return _from_idx(idx_files[0])
     found = find_images(folder)
-    passed_over = passed_over_line(found.passed_over)
+    if shards:
+        if found.files:
+            raise UserError(f"--data {source} holds images and shards; give the shards as {folder}/*{shards[0].suffix}")
+        return _from_shards(shards, index, text, progress)
     if not found.files:
-        forms = f"no images ({', '.join(sorted(SUFFIXES))}), no metadata.jsonl, no idx files"
-        raise UserError(f"--data {source} holds {forms}{passed_over}")
+        forms = f"no images ({', '.join(sorted(SUFFIXES))}), no metadata.jsonl, no idx files, no shards"
+        raise UserError(f"--data {source} holds {forms}{passed_over_line(found.passed_over)}")
+    texts = read_texts_beside(found.files, found.passed_over)
+    passed_over = passed_over_line(+found.passed_over)
     if not found.classes:
-        return RealImages(found.files, None, passed_over=passed_over)
+        return RealImages(found.files, None, passed_over=passed_over, texts=texts)
     names = [file.parent.name for file in found.files]
     # Folders called 0, 1, ..., 10 are labels: their alphabetical order (0, 1, 10, 2) would exchange classes.
     captions: list[Any] = [int(name) for name in names] if all(map(str.isdecimal, names)) else names
-    return RealImages(found.files, captions, found.classes, passed_over=passed_over)
+    return RealImages(found.files, captions, found.classes, passed_over=passed_over, texts=texts)
 
 
 def image_contents(images: RealImages, source: str, known: Contents | None = None) -> Contents:
@@ -136,44 +165,25 @@ def image_contents(images: RealImages, source: str, known: Contents | None = Non
         source: where.
         known: what was found earlier.
     """
+    if isinstance(images.files, ImageShards):
+        return images.files.contents(known)
     files = [*images.sources, *([] if isinstance(images.files, Tensor) else images.files)]
     root = Path(source) if Path(source).is_dir() else files[0]
-    shown = {"sha256": json_sha256([images.classes, images.captions])}
+    told = [images.texts] if images.texts is not None and images.texts is not images.captions else []
+    shown = {"sha256": json_sha256([images.classes, images.captions, *told])}
     return {**contents_of(root, files, known), "what they show": shown}
 
 
-def _from_metadata(folder: Path) -> RealImages:
-    source = folder / "metadata.jsonl"
-    try:
-        # Not splitlines: a caption may hold the other characters that it takes for the end of a line.
-        lines = source.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 text") from error
-    if lines == [""]:
-        raise UserError(f"{source} is empty")
-    files: list[Path] = []
-    captions: list[Any] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            files.append(folder / row["file_name"])
-            captions.append(row["text"] if "text" in row else _label(row["label"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{source}, line {number}: wants file_name and text or label") from error
-        if not isinstance(captions[-1], str if "text" in row else int):
-            raise UserError(f"{source}, line {number}: the text must be a string, not {captions[-1]!r}")
-        if type(captions[-1]) is not type(captions[0]):
-            raise UserError(f"{source}, line {number}: give every image a text, or every image a label")
-        if not files[-1].is_file():
-            raise UserError(f"{source}, line {number}: there is no file {files[-1]}")
-    return RealImages(files, captions, sources=(source,), passed_over=passed_over_line(unlisted(folder, files)))
+def _from_table(table: Path, text: str | None) -> RealImages:
+    files, texts, labels = read_table(table, text)
+    passed_over = passed_over_line(unlisted(table.parent, files, table.name))
+    shown: list[str] | list[int] | None = labels if labels is not None else texts
+    return RealImages(files, shown, sources=(table,), passed_over=passed_over, texts=texts)
 
 
-def _label(value: Any) -> int:
-    """A whole number, as JSON has it or as a text; half a class, or true, is a mistake."""
-    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-        raise ValueError(value)
-    return int(value)
+def _from_shards(paths: list[Path], index: Path | None, text: str | None, progress: bool) -> RealImages:
+    images = ImageShards(paths, index, text, progress)
+    return RealImages(images, images.labels, passed_over=passed_over_line(images.passed_over), texts=images.texts)
 
 
 def _from_idx(images: Path) -> RealImages:

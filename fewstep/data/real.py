@@ -13,6 +13,7 @@ from fewstep.data.batch import Real
 from fewstep.data.conditions import Conditions
 from fewstep.data.image_folders import some_of
 from fewstep.data.images import RealImages
+from fewstep.data.read_ahead import ReadAhead
 from fewstep.diffusion.draws import keyed_order
 from fewstep.errors import UserError
 from fewstep.recording import Recording
@@ -32,6 +33,7 @@ class RealSamples:
         recording: of the teacher.
         conditions: of the run; its items are what labels of a text-conditioned teacher refer to.
         device: where batches are put.
+        workers: threads that read images; 0 reads them when they are asked for.
 
     Attributes:
         note: one line: how many images there are, what each class folder stands for, and what was passed over.
@@ -41,23 +43,34 @@ class RealSamples:
     """
 
     def __init__(
-        self, images: RealImages, recording: Recording, conditions: Conditions, device: torch.device | str = "cpu"
+        self,
+        images: RealImages,
+        recording: Recording,
+        conditions: Conditions,
+        device: torch.device | str = "cpu",
+        *,
+        workers: int = 0,
     ) -> None:
         self.images = images
         self._encode = recording.encode
         self._device = device
-        self._size = recording.decode(torch.zeros(1, *recording.sample_shape)).shape[1:]
-        if len(self._size) != 3:
-            raise UserError("--data gives images, and this teacher makes videos; train without --data")
+        self._reader = ReadAhead(images, image_size(recording), workers)
         self._rows, self._conditions, meaning = _captions_to_conditions(images, recording, conditions, device)
-        self.note = f"--data: {len(images):,} images{meaning}{images.passed_over}"
+        self.note = f"--data: {len(images):,} images{meaning}{_checked(images)}{images.passed_over}"
         self._cache: dict[int, Tensor] = {}
         self._bytes = 4 * int(np.prod(recording.sample_shape))
 
     def batch(self, seed: int, positions: Sequence[int]) -> Real:
         """The real samples at these places of the run's endless, keyed stream."""
-        rows = [keyed_order(seed, "real", len(self.images), position) for position in positions]
+        rows = self._rows_at(seed, positions)
         return Real(self.x0(rows), self._conditions.select([self._rows[row] for row in rows]))
+
+    def announce(self, seed: int, positions: Sequence[int]) -> None:
+        """The places that are asked for next: their images are read while the device is at work."""
+        self._reader.announce(row for row in self._rows_at(seed, positions) if row not in self._cache)
+
+    def _rows_at(self, seed: int, positions: Sequence[int]) -> list[int]:
+        return [keyed_order(seed, "real", len(self.images), position) for position in positions]
 
     @torch.no_grad()
     def x0(self, rows: Sequence[int]) -> Tensor:
@@ -65,8 +78,9 @@ class RealSamples:
         missing = [row for row in dict.fromkeys(rows) if row not in self._cache]
         fresh: dict[int, Tensor] = {}
         if missing:
-            pixels = torch.stack([self.images.image(row, *self._size) for row in missing])
-            fresh = dict(zip(missing, self._encode(pixels.float() / 255).cpu()))
+            # Each alone: what an image becomes depends neither on its batch nor on where a run was resumed.
+            pixels = (self._reader.take(missing).float() / 255).split(1)
+            fresh = dict(zip(missing, torch.cat([self._encode(one) for one in pixels]).cpu()))
             if (len(self._cache) + len(missing)) * self._bytes <= _CACHE_LIMIT:
                 self._cache |= fresh
         x0 = [fresh[row] if row in fresh else self._cache[row] for row in rows]
@@ -84,28 +98,52 @@ class RealSamples:
         return self._rows
 
 
+def image_size(recording: Recording) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a teacher makes.
+
+    Raises:
+        UserError: it makes videos.
+    """
+    size = recording.decode(torch.zeros(1, *recording.sample_shape)).shape[1:]
+    if len(size) != 3:
+        raise UserError("--data gives images, and this teacher makes videos; train without --data")
+    return (size[0], size[1], size[2])
+
+
+def _checked(images: RealImages) -> str:
+    """How many images are read before a run, where that is not all of them."""
+    count = len(images.read_ahead_of_a_run())
+    return f"; {count:,} of them, evenly spaced, are read before training" if count < len(images) else ""
+
+
 def _captions_to_conditions(
     images: RealImages, recording: Recording, conditions: Conditions, device: torch.device | str
 ) -> tuple[list[int], Conditions, str]:
     """For each image the row of its condition, the conditions that these rows count in, and in words what is what."""
     if conditions.kind is None:
         return [0] * len(images), conditions, ""
-    captions: list[Any] | None = images.captions  # texts or labels
+    captions: Sequence[Any] | None = images.captions  # texts or labels
+    classes = images.classes
+    if conditions.kind == "prompt" and images.texts is not None:
+        captions, classes = images.texts, ()
     if captions is None:
         raise UserError(
-            "--data has images without captions, and this teacher is conditioned; add class folders or metadata.jsonl"
+            "--data has texts alone, and this teacher takes labels; add .cls, a column label, or class folders"
+            if images.texts is not None
+            else "--data has images without captions, and this teacher is conditioned; "
+            "add class folders or metadata.jsonl"
         )
     distinct = sorted(set(captions))
     numbers = all(isinstance(caption, int) for caption in distinct)
     rows: list[int] | None = None
     items: list[Any]
     if conditions.kind == "label":
-        items = [*(distinct if numbers else _places(distinct, images.classes))]
-    elif numbers and _counts(distinct, images.classes, len(conditions)):
+        items = [*(distinct if numbers else _places(distinct, classes))]
+    elif numbers and _counts(distinct, classes, len(conditions)):
         items, rows = [conditions.items()[label] for label in distinct], distinct
     else:
         items = [str(caption) for caption in distinct]
-    meaning = _meaning(images.classes, dict(zip(distinct, items, strict=True)), conditions.kind)
+    meaning = _meaning(classes, dict(zip(distinct, items, strict=True)), conditions.kind)
     if rows is None:
         rows = conditions.rows(items)
     if rows is None:  # what the run does not generate is encoded beside it

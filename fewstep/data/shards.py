@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.data.durable import json_sha256, write_durably
+from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.errors import UserError
 
 _ABOUT = "about.json"
@@ -51,7 +52,9 @@ class Shards:
         """
         folder.mkdir(parents=True, exist_ok=True)
         shards = cls(folder, about, maker, wanted)
-        others = [path for path in folder.iterdir() if path.suffix != ".partial"]  # before a second writer begins it
+        others = [
+            path for path in folder.iterdir() if path.suffix != ".partial" and path.name != INDEX_FOLDER
+        ]  # before a second writer begins it
         if (folder / _ABOUT).exists():
             theirs = read_about(folder, about["format"], maker)
             if not resume:

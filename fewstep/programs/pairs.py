@@ -18,6 +18,7 @@ from fewstep.data.fingerprint import teacher_digest
 from fewstep.data.images import image_contents, read_images
 from fewstep.data.pairs import FORMAT, PairMaker, PairSettings, PairStream, StoredPairs, numbers_used
 from fewstep.data.real import RealSamples
+from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.data.shards import format_of
 from fewstep.diffusion.draws import RESPONSE_STEP, Draws
 from fewstep.diffusion.intervals import TimedScale
@@ -77,13 +78,15 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
     negative = None if negative is None else negative.to(device=device)
     scale, draws = opened.guidance_scale, Draws(config.seed, RESPONSE_STEP, range(2), device)
     refuse_guided_alike(recording, scale, negative, conditions, draws)
+    out = Path(config.out)
     real, images_digest = None, None
     if config.data is not None:
-        images = read_images(config.data)
+        source, index = config.data, out / INDEX_FOLDER
+        on_main(accelerator, lambda: len(read_images(source, config.data_text, index, progress=True)))
+        images = read_images(source, config.data_text, index)
         on_main(accelerator, lambda: images.refuse_unreadable(progress=True))
-        source = config.data
         images_digest = on_main(accelerator, lambda: all_of(image_contents(images, source)))
-        real = RealSamples(images, recording, conditions, device)
+        real = RealSamples(images, recording, conditions, device, workers=config.data_workers)
         if accelerator.is_main_process:
             logger.info(real.note)
     settings_of_pairs = PairSettings(
@@ -101,7 +104,6 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
     identity = teacher_digest(recording)
     frozen = make_roles(RoleSettings(mixed_precision=config.mixed_precision), recording, (), device)["teacher"]
     guided = GuidedDenoiser(frozen, negative, scale)
-    out = Path(config.out)
     independent = config.share
 
     def begin(second: bool) -> PairMaker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.data.condition_cache import ConditionCache
 from fewstep.data.conditions import Conditions, read_classes, read_prompts
+from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.errors import UserError
@@ -171,9 +173,11 @@ def guidance_of(settings: TeacherSettings, recording: Recording) -> float | Time
 class ConditionSettings(Protocol):
     """The settings that say what is generated for; :class:`fewstep.config.run.RunConfig` documents them."""
 
+    out: str
     prompts: str | None
     classes: str | None
     cache: str | None
+    data_text: str | None
 
 
 def conditions_of(
@@ -192,7 +196,9 @@ def conditions_of(
         cache.check(recording, name, teacher.lora is not None)
         conditions = Conditions(recording, device=device, cache=cache, progress=progress)
         return conditions, cache.negative()
-    prompts = read_prompts(settings.prompts) if settings.prompts is not None else None
+    prompts: list[str] | None = None
+    if settings.prompts is not None:
+        prompts = read_prompts(settings.prompts, settings.data_text, Path(settings.out) / INDEX_FOLDER)
     if prompts is None and embedded_name(name):
         from fewstep.fashion import PROMPTS
 

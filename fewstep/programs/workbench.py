@@ -6,6 +6,7 @@ A method is prepared at it (:class:`fewstep.training.method.Bench`). It writes n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -18,6 +19,7 @@ from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batches, Pairs, Source
 from fewstep.data.images import read_images
 from fewstep.data.real import RealSamples
+from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.diffusion.draws import OBSERVATION_STEP, RESPONSE_STEP, Draws
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.phases import Phase, describe
@@ -113,7 +115,8 @@ class Workbench:
         refuse_guided_alike(self.recording, scale, self.negative, self.conditions, draws, told)
         self.real: RealSamples | None = None
         if config.data is not None:
-            self.real = RealSamples(read_images(config.data), teacher.recording, self.conditions, device)
+            images = read_images(config.data, config.data_text, Path(config.out) / INDEX_FOLDER)
+            self.real = RealSamples(images, teacher.recording, self.conditions, device, workers=config.data_workers)
             say(self.real.note)
 
     @property
@@ -207,7 +210,8 @@ class Workbench:
         """What the run trains on; real samples that were inverted come as ``pairs`` alone."""
         wanted = self.config.pairs_wanted
         real = None if wanted is not None and wanted.invert_real else self.real
-        return Batches(self.conditions, self.recording.sample_shape, self.device, real, pairs)
+        announce = None if real is None else real.announce
+        return Batches(self.conditions, self.recording.sample_shape, self.device, real, pairs, announce)
 
     def _tapped(self, role: Role) -> tuple[FeatureTap, Tensor]:
         """Where a role's features are tapped, and those of two samples of noise."""

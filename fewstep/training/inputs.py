@@ -18,6 +18,7 @@ from fewstep.data.contents import Contents, changed_folders, contents_of
 from fewstep.data.durable import json_sha256, write_text_durably
 from fewstep.data.fingerprint import memory_digests
 from fewstep.data.images import image_contents, read_images
+from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.errors import UserError
 from fewstep.teachers.files import pipeline_files, pipeline_place
 from fewstep.teachers.lora import lora_file
@@ -137,9 +138,10 @@ class RunInputs:
         if name == "teacher" and self.pipeline is not None:
             return memory_digests(self.pipeline)
         if name == "prompts":
-            return {"": {"sha256": json_sha256(read_prompts(value))}}
+            prompts = read_prompts(value, self.config.data_text, self.out / INDEX_FOLDER)
+            return {"": {"sha256": json_sha256(prompts)}}
         if name == "data":
-            return _images(value, known)
+            return self._images(value, known)
         if name == "teacher_lora":
             file = lora or lora_file(value)
             return contents_of(file, [file], known)
@@ -150,6 +152,12 @@ class RunInputs:
         if name == "init" and not (Path(value) / "checkpoints").is_dir():
             return _pipeline(pipeline_place(value), known)
         return contents_of(Path(value), _files(name, Path(value)), known)
+
+    def _images(self, source: str, known: Contents | None) -> Contents:
+        images = read_images(source, self.config.data_text, self.out / INDEX_FOLDER, progress=True)
+        if known is None:
+            images.refuse_unreadable(progress=True)
+        return image_contents(images, source, known)
 
 
 def _pipeline(place: Path | None, known: Contents | None, variant: str | None = None) -> Contents:
@@ -169,13 +177,6 @@ def _files(name: str, place: Path) -> list[Path]:
     if name == "cache":
         return [file for file in (place / INDEX,) if file.is_file()]  # it has the others' digests
     return sorted(file for file in place.glob("*") if file.name == "about.json" or file.match("shard_*"))
-
-
-def _images(source: str, known: Contents | None) -> Contents:
-    images = read_images(source)
-    if known is None:
-        images.refuse_unreadable(progress=True)
-    return image_contents(images, source, known)
 
 
 def _listed(folders: list[str]) -> str:

@@ -12,6 +12,7 @@ import yaml
 from fewstep.config.checks import names_of
 from fewstep.config.run import RunConfig
 from fewstep.data.durable import write_durably
+from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
 from fewstep.training.inputs import read_inputs, recorded_as
@@ -41,7 +42,7 @@ def check_folder(out: Path, method: str, config: RunConfig, in_memory: bool = Fa
     if not file.exists():
         if config.resume:
             raise UserError(f"--resume: {out} holds no run; leave out --resume to start one")
-        if any(path.name != _PARTIAL for path in out.iterdir()):
+        if any(path.name not in (_PARTIAL, INDEX_FOLDER) for path in out.iterdir()):
             raise UserError(f"--out {out} is not empty and holds no run of fewstep; choose another folder")
         return False
     if not config.resume:
