@@ -46,6 +46,16 @@ def write_parquet(path: Path, columns: Mapping[str, Sequence[Any]], rows_in_a_gr
     return path
 
 
+def two_samples(shard: Path, **changed: bytes | str | None) -> Path:
+    """A shard of two samples, with members changed, added or (None) left out."""
+    members: dict[str, bytes | str] = {"a.jpg": jpeg(0), "a.txt": "one", "b.jpg": jpeg(1), "b.txt": "two"}
+    members |= {name.replace("_", "."): value for name, value in changed.items() if value is not None}
+    for name in changed:
+        if changed[name] is None:
+            del members[name.replace("_", ".")]
+    return write_tar(shard, members)
+
+
 def folder_with_a_table(root: Path) -> Path:
     root.mkdir()
     for k, caption in enumerate(CAPTIONS):
