@@ -42,5 +42,15 @@ def test_every_setting_of_a_method_is_of_one_kind(method: str) -> None:
 def test_a_students_card_says_nothing_of_the_machine() -> None:
     """Where things lie; which of a teacher's files are meant, fewstep.json says by itself."""
     private = {"teacher", "teacher_lora", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init"}
-    private |= {"push_to_hub", "hub_private", "resume", "cpu", "report_to", "revision", "subfolder", "variant"}
+    private |= {
+        "push_to_hub",
+        "hub_private",
+        "data_workers",
+        "resume",
+        "cpu",
+        "report_to",
+        "revision",
+        "subfolder",
+        "variant",
+    }
     assert names_of(RectifiedFlowConfig, "source", "machine") == private
