@@ -88,7 +88,8 @@ def _child(rank: int, count: int, port: int, work: Callable[[int], object], said
             state._reset_state()
         AcceleratorState._reset_state(reset_partial_state=True)
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        if count > 1:
+            os.environ |= {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"}
         result = work(rank)
         code = result if isinstance(result, int) else 0
     except BaseException:

@@ -67,9 +67,9 @@ def fewstep_commands() -> list[list[str]]:
         if words[0] == "fewstep":
             found.append(words[1:])
         elif words[0] == "torchrun" or words[:2] == ["accelerate", "launch"]:
-            module = words[words.index("-m") + 1]
-            assert module.startswith("fewstep.trainers.")
-            found.append(["distill", module.rpartition(".")[2], *words[words.index("-m") + 2 :]])
+            module, rest = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+            assert module.startswith("fewstep.trainers.") or module == "fewstep.cli"
+            found.append(rest if module == "fewstep.cli" else ["distill", module.rpartition(".")[2], *rest])
     return found
 
 

@@ -61,6 +61,11 @@ class Dmd2Config(ScoreConfig):
             raise UserError("--swiftbrush knows neither --gan_weight nor --normalizer_min: leave them out")
 
     @property
+    def couples_samples(self) -> bool:
+        """f-distill weighs a sample by the mean over the others."""
+        return self.f_divergence != "none"
+
+    @property
     def has_head(self) -> bool:
         """Whether the critic has a GAN head."""
         return self.gan_weight > 0 or self.f_divergence != "none"

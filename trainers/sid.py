@@ -39,6 +39,7 @@ from fewstep.losses.score_identity import score_identity, score_identity_weight
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.trainers._sid_config import SidConfig
+from fewstep.training.distributed import sum_over_processes
 from fewstep.training.method import Bench, Turn
 
 # An EDM critic learns at these (Karras et al. 2022, Table 1), any other where it is compared with the teacher.
@@ -96,7 +97,7 @@ class Sid:
         discriminator = None
         if config.adversarial != "none":
             tap, shape = bench.tap(critic), bench.recording.sample_shape
-            discriminator = CriticDiscriminator(config, critic, tap, shape)
+            discriminator = CriticDiscriminator(config, critic, tap, shape, sum_over_processes)
         return cls(config, roles, *guided, in_training, bench.sampler, discriminator)
 
     def learning_rate(self, role: str) -> float:

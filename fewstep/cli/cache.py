@@ -7,10 +7,13 @@ from typing import Any
 
 from fewstep.config.parsing import Parser, parse, with_values
 from fewstep.programs.cache import cache
+from fewstep.training.distributed import leave_launch
 
 
 def run(words: Sequence[str]) -> None:
     """Encode prompts or labels into a folder for ``fewstep distill --cache``."""
+    from accelerate import PartialState
+
     parser = Parser(prog="fewstep cache", description="Encode prompts or labels once, for fewstep distill --cache.")
     parser.add_argument("--teacher", type=str, required=True, help="folder, file, hub id, or an embedded name")
     parser.add_argument("--revision", type=str | None, default=None, help="branch, tag or commit of a hub id")
@@ -27,4 +30,6 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="let it run code from its own folder")
     parsed = parse(parser, with_values(words, {"resume", "cpu", "trust_remote_code"}))
     folder = cache(**vars(parsed))
-    print(f"the cache is in {folder}; fewstep distill METHOD --teacher {parsed.teacher} --cache {folder} reads it")
+    if PartialState().is_main_process:
+        print(f"the cache is in {folder}; fewstep distill METHOD --teacher {parsed.teacher} --cache {folder} reads it")
+    leave_launch()

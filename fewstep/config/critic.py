@@ -96,6 +96,11 @@ class AdversarialConfig(RunConfig):
         elif self.data is None:
             raise UserError(f"--adversarial {self.adversarial} needs real images: give --data, or leave it out")
 
+    @property
+    def couples_samples(self) -> bool:
+        """SiDA averages over the batch before the samples' weights come in."""
+        return self.adversarial == "sida"
+
 
 class Kappas(NamedTuple):
     """The scales of the critic in its own loss, of the critic in the student's loss, and of the teacher."""

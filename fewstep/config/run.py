@@ -212,6 +212,11 @@ class RunConfig(Settings):
         return False
 
     @property
+    def couples_samples(self) -> bool:
+        """Whether the samples of a micro-batch weigh each other, so that another size of it is another training."""
+        return False
+
+    @property
     def pairs_wanted(self) -> PairsWanted | None:
         """The noise-sample pairs that the run trains on; a method may want some."""
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -21,10 +22,18 @@ class CriticDiscriminator:
         critic: trained to tell the two apart beside its denoising.
         tap: where its features are taken.
         shape: of one sample.
+        total: sums tensors over processes in place, so that a batch is that of all of them.
     """
 
-    def __init__(self, config: AdversarialConfig, critic: Role, tap: FeatureTap, shape: tuple[int, ...]) -> None:
-        self.critic, self.tap, self.start_step = critic, tap, config.gan_start_step or 0
+    def __init__(
+        self,
+        config: AdversarialConfig,
+        critic: Role,
+        tap: FeatureTap,
+        shape: tuple[int, ...],
+        total: Callable[[Iterable[Tensor]], None] | None = None,
+    ) -> None:
+        self.critic, self.tap, self.start_step, self.total = critic, tap, config.gan_start_step or 0, total
         #: SiDA averages over the batch before the samples' weights come in: micro-batches do not add up to their batch.
         self.over_batch = config.adversarial == "sida"
         # Both papers sum the main losses over a sample, and multiply the student's by 100. Of their adversarial losses
@@ -41,11 +50,12 @@ class CriticDiscriminator:
         """Half the cross entropies of real and fake; logits (B, n), ``weight``: (B,), which SiDA has. Returns ()."""
         real, fake = clamped_cross_entropy(logits_real, real=True), clamped_cross_entropy(logits_fake, real=False)
         each = (real + fake) / 2
-        return weighted_mean(each, weight, over_batch=True) if self.over_batch else each.mean()
+        return weighted_mean(each, weight, over_batch=True, total=self.total) if self.over_batch else each.mean()
 
     def student_loss(self, logits_fake: Tensor, weight: Tensor) -> Tensor:
         """The cross entropy of fake samples with the label "real"; logits (B, n), ``weight``: (B,). Returns ()."""
-        return weighted_mean(clamped_cross_entropy(logits_fake, real=True), weight, self.over_batch)
+        each = clamped_cross_entropy(logits_fake, real=True)
+        return weighted_mean(each, weight, self.over_batch, self.total)
 
 
 def pooled_logits(features: Tensor) -> Tensor:

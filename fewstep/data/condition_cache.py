@@ -131,6 +131,8 @@ class ConditionCache:
 class CacheWriter:
     """Writes a cache, shard after shard; killed at any moment, it goes on where it was.
 
+    A copy of it writes shards of the same cache in another process.
+
     Args:
         folder: of the cache.
         recording: of the teacher.
@@ -193,16 +195,22 @@ class CacheWriter:
         """The prompts or labels of one shard."""
         return self.items[shard * self.size : (shard + 1) * self.size]
 
-    def add(self, encoded: Sequence[Conditioning]) -> None:
-        """Write the next shard.
+    def write(self, number: int, encoded: Sequence[Conditioning]) -> dict[str, Any]:
+        """Write a shard. Returns what the index will say of it, once :meth:`enter` is told.
 
         Raises:
             UserError: the disk is full or does not take it; what was written before is untouched.
         """
-        number = len(self.index["shards"])
         items = self.of(number)
-        entry = self._write_stack(f"shard_{number:05d}.safetensors", encoded, items)
-        self.index["shards"].append({**entry, "items": len(items)})
+        return {**self._write_stack(f"shard_{number:05d}.safetensors", encoded, items), "items": len(items)}
+
+    def enter(self, shards: Sequence[dict[str, Any]]) -> None:
+        """Name the next shards in the index, which were written by this process or by others.
+
+        Raises:
+            UserError: the disk is full or does not take it; what was entered before stays.
+        """
+        self.index["shards"] += shards
         self._save_index()
 
     def _write_stack(self, name: str, encoded: Sequence[Conditioning], items: list[Any]) -> dict[str, Any]:

@@ -122,6 +122,15 @@ class CutPrompts:
         )
 
 
+def joined_cuts(cuts: Sequence[CutPrompts]) -> CutPrompts:
+    """Those of several processes as one."""
+    joined = CutPrompts()
+    for cut in cuts:
+        joined.count += cut.count
+        joined.limits |= cut.limits
+    return joined
+
+
 def encode_each(
     recording: Recording, items: Sequence[Any], cut: CutPrompts, bar: tqdm[Any] | None = None
 ) -> Iterator[Conditioning]:

@@ -151,12 +151,12 @@ class Shards:
         return file, list(file.keys())
 
 
-def format_of(folder: Path) -> str | None:
-    """What a folder says that its tensors are; None where it says nothing that can be read."""
+def begun_about(folder: Path) -> dict[str, Any]:
+    """What a folder says that it is about, unchecked; nothing where it says nothing that can be read."""
     try:
-        return str(json.loads((folder / _ABOUT).read_text(encoding="utf-8"))["format"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return dict(json.loads((folder / _ABOUT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def read_about(folder: Path, kind: str, maker: str) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,10 +29,29 @@ def clamped_cross_entropy(logits: Tensor, real: bool, limit: float = 10.0) -> Te
     return F.softplus(-logits if real else logits).flatten(1).mean(1)
 
 
-def weighted_mean(losses: Tensor, weight: Tensor, over_batch: bool) -> Tensor:
-    """mean(weight * losses), or with ``over_batch`` mean(weight) * mean(losses); both (B,). Returns ().
+def weighted_mean(
+    losses: Tensor,
+    weight: Tensor,
+    over_batch: bool,
+    total: Callable[[Iterable[Tensor]], None] | None = None,
+) -> Tensor:
+    """mean(weight * losses), or with ``over_batch`` mean(weight) * mean(losses); both (B,), no gradient to the weight.
 
     SiDA averages its adversarial loss over the whole batch before the samples' weights come in (its released code).
+
+    Args:
+        losses: of each sample.
+        weight: of each sample.
+        over_batch: as SiDA does.
+        total: sums tensors over processes in place, so that SiDA's batch is that of all of them.
+
+    Returns:
+        (), whose mean over the processes is that of the whole batch.
     """
-    weight = weight.to(losses)
-    return weight.mean() * losses.mean() if over_batch else (weight * losses).mean()
+    weight = weight.detach().to(losses)
+    if not over_batch:
+        return (weight * losses).mean()
+    sums = torch.stack([weight.sum(), torch.ones_like(weight).sum()])
+    if total is not None:
+        total([sums])
+    return sums[0] / sums[1] * losses.mean()

@@ -7,14 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 
 from fewstep.data.condition_cache import CacheWriter
-from fewstep.data.conditions import CutPrompts, check_items, encode_each, encoding_bar, read_classes, read_prompts
+from fewstep.data.conditions import (
+    CutPrompts,
+    check_items,
+    encode_each,
+    encoding_bar,
+    joined_cuts,
+    read_classes,
+    read_prompts,
+)
 from fewstep.errors import UserError
 from fewstep.programs.teacher import TeacherSettings, open_teacher
+from fewstep.recording import Recording
 from fewstep.recording.pipeline import name_of
-from fewstep.training.distributed import join_launch
+from fewstep.training.distributed import join_launch, on_main
+from fewstep.training.fate import shared_fate
 
 logger = logging.getLogger("fewstep")
 
@@ -37,7 +49,8 @@ def cache(
 ) -> Path:
     """Encode prompts or class labels, each alone, for ``fewstep distill --cache``: ``fewstep cache`` as a function.
 
-    Killed at any moment, it goes on with ``resume``: what a finished shard holds is not encoded again.
+    Killed at any moment, it goes on with ``resume``: what a finished shard holds is not encoded again. The
+    processes of a launch share the work, and the files are bit-equal whatever their number.
 
     Args:
         teacher: folder, single .safetensors file, hub id, embedded name, or a loaded pipeline.
@@ -67,8 +80,6 @@ def cache(
     texts = read_prompts(prompts) if isinstance(prompts, str | Path) else prompts
     labels = read_classes(classes) if isinstance(classes, str) else classes
     launch = join_launch(cpu)
-    if launch.num_processes > 1:
-        raise UserError("fewstep cache encodes in one process: start it without accelerate launch or torchrun")
     pipeline = teacher if isinstance(teacher, DiffusionPipeline) else None
     name = str(teacher) if pipeline is None else name_of(pipeline)
     settings = TeacherSettings(
@@ -80,18 +91,36 @@ def cache(
         teacher_lora=teacher_lora,
         trust_remote_code=trust_remote_code,
     )
-    recording = open_teacher(settings, launch.device, pipeline).recording
-    items = check_items(recording, texts, labels)
-    if not items:
-        raise UserError(f"{name} is conditioned on nothing, so there is nothing to encode; train without --cache")
-    writer = CacheWriter(out, recording, name, items, shard_size, resume)
-    done = len(items) - sum(len(writer.of(shard)) for shard in writer.missing)
-    if done:
-        logger.info(f"{done} of {len(items)} are there already")
-    cut = CutPrompts()
-    with encoding_bar(recording, len(items), done=done) as bar:
-        for shard in writer.missing:
-            writer.add(list(encode_each(recording, writer.of(shard), cut, bar)))
-    if note := cut.note(len(items) - done):
-        logger.info(note)
+    with shared_fate(launch):
+        recording = open_teacher(settings, launch.device, pipeline).recording
+        items = check_items(recording, texts, labels)
+        if not items:
+            raise UserError(f"{name} is conditioned on nothing, so there is nothing to encode; train without --cache")
+        # Each process gets a copy of the writer that one of them began.
+        writer = on_main(launch, lambda: CacheWriter(out, recording, name, items, shard_size, resume))
+        _encode_together(launch, recording, writer)
     return writer.folder
+
+
+def _encode_together(launch: Accelerator, recording: Recording, writer: CacheWriter) -> None:
+    """Every process encodes a shard, and one of them enters all of these in the index; until none is missing."""
+    missing, rank, world, main = writer.missing, launch.process_index, launch.num_processes, launch.is_main_process
+    to_do = sum(len(writer.of(shard)) for shard in missing)
+    done = len(writer.items) - to_do
+    if done and main:
+        logger.info(f"{done} of {len(writer.items)} are there already")
+    cut = CutPrompts()
+    mine = sum(len(writer.of(shard)) for shard in missing[rank::world])
+    with encoding_bar(recording, done + mine, done=done, disable=not main) as bar:
+        for first in range(0, len(missing), world):
+            written = [
+                writer.write(shard, list(encode_each(recording, writer.of(shard), cut, bar)))
+                for shard in missing[first : first + world][rank : rank + 1]
+            ]
+            written = gather_object(written)
+            if main:
+                writer.enter(written)
+    cuts = gather_object([cut])
+    if main and (note := joined_cuts(cuts).note(to_do)):
+        logger.info(note)
+    launch.wait_for_everyone()

@@ -32,6 +32,7 @@ from fewstep.training.method import Method
 from fewstep.training.monitor import Monitor
 from fewstep.training.previews import Previews
 from fewstep.training.run_folder import check_folder, write_config
+from fewstep.training.shares import kept_batch
 from fewstep.training.stopping import Interrupted
 from fewstep.training.trackers import trackers
 
@@ -90,10 +91,13 @@ def _run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None, acc
         if main and line:
             logger.info(line)
 
-    say(samples_line(accelerator, config.batch_size, config.gradient_accumulation_steps))
     # One process looks, or they might go on from different checkpoints.
     found = on_main(accelerator, lambda: find_latest(out / "checkpoints")) if resuming else None
-    say("" if found is None else found.note)
+    if found is not None:
+        say(found.note)
+        config, note = kept_batch(config, found.state, accelerator.num_processes)
+        say(note)
+    say(samples_line(accelerator, config.batch_size, config.gradient_accumulation_steps))
     inputs = RunInputs(config, pipeline)
     say(on_main(accelerator, inputs.check_here))
 

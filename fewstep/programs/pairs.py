@@ -19,7 +19,7 @@ from fewstep.data.images import image_contents, read_images
 from fewstep.data.pairs import FORMAT, PairMaker, PairSettings, PairStream, StoredPairs, numbers_used
 from fewstep.data.real import RealSamples
 from fewstep.data.shard_index import INDEX_FOLDER
-from fewstep.data.shards import format_of
+from fewstep.data.shards import begun_about
 from fewstep.diffusion.draws import RESPONSE_STEP, Draws
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.schedule import FlowSchedule
@@ -39,6 +39,7 @@ from fewstep.programs.workbench import Workbench
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import name_of
 from fewstep.training.distributed import join_launch, on_main
+from fewstep.training.fate import shared_fate
 
 logger = logging.getLogger("fewstep")
 
@@ -68,6 +69,12 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
         known = ", ".join(field.name for field in fields(PairsConfig))
         raise UserError(f"pairs have no such setting: {error}; there are: {known}") from error
     accelerator = join_launch(config.cpu)
+    with shared_fate(accelerator):
+        _make_pairs(config, pipeline, accelerator)
+    return Path(config.out)
+
+
+def _make_pairs(config: PairsConfig, pipeline: DiffusionPipeline | None, accelerator: Accelerator) -> None:
     device = accelerator.device
     opened = open_teacher(TeacherSettings.of(config), device, pipeline)
     recording = opened.recording
@@ -113,7 +120,6 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
         return PairMaker(*about, real=real, resume=resume, images_digest=images_digest)
 
     _make_together(accelerator, begin, independent)
-    return out
 
 
 def pairs_of_run(
@@ -148,9 +154,9 @@ def pairs_of_run(
         claim()
         num = wanted.num if real is None else min(wanted.num, len(real.images))
         used = numbers_used(wanted, num, config.seed, positions, inverted=real is not None)
-        begun = on_main(accelerator, lambda: format_of(folder))
-        # A folder that was begun for all pairs is gone on with as such.
-        numbers = None if begun == FORMAT or (begun is None and len(used) == num) else used
+        begun = on_main(accelerator, lambda: begun_about(folder))
+        # A folder that was begun for all pairs is gone on with as such, and one of other batches in those.
+        numbers = None if begun.get("format") == FORMAT or (not begun and len(used) == num) else used
         settings = PairSettings(
             num=num,
             steps=wanted.steps,
@@ -158,8 +164,8 @@ def pairs_of_run(
             shift=_own_shift(bench.recording),
             guidance_scale=plain_scale(bench.guidance_scale),
             seed=config.seed,
-            batch_size=size,
-            shard_size=size * max(1, _ROWS // size),
+            batch_size=begun.get("batch_size", size),
+            shard_size=begun.get("shard_size", size * max(1, _ROWS // size)),
             mixed_precision=config.mixed_precision,
         )
 

@@ -22,6 +22,7 @@ from fewstep.training.distributed import Processes
 from fewstep.training.method import Method, Renew, TargetMethod, Turn
 from fewstep.training.monitor import Monitor
 from fewstep.training.optimization import RoleOptimizer
+from fewstep.training.shares import Share, refuse_other_batch
 from fewstep.training.stopping import Interrupted, Stopping
 
 
@@ -57,6 +58,8 @@ class Loop:
         self.optimizers = {
             role.name: RoleOptimizer(role, config, method.learning_rate(role.name)) for role in trainable
         }
+        self.share = Share.of(config, processes.count)
+        self._batch_state = self.share.state()
         self.step = 0
         self._kept = -1  # the step of the newest checkpoint that this process knows to be whole
         self.stopping = Stopping(processes)
@@ -97,11 +100,8 @@ class Loop:
             raise UserError(
                 f"{self.checkpoints} was written by {state['method']}, not {self.method_name}; choose another --out"
             )
-        if state["processes"] != self.processes.count:
-            raise UserError(
-                f"{self.checkpoints} was written by {state['processes']} processes, not {self.processes.count}; "
-                "start as many, or the batch is another one"
-            )
+        refuse_other_batch(Path(self.config.out), state, self.share)
+        self._batch_state = state.get("batch", self._batch_state)
         tensors = found.tensors()
         for name, role in self.method.roles.items():
             if name in tensors:
@@ -120,12 +120,12 @@ class Loop:
         logging = (
             (self.step + 1) % self.config.log_steps == 0 or self.step + 1 == self.config.max_steps or self.step == 0
         )
-        accumulation = self.config.gradient_accumulation_steps
-        turns = [self.method.turns(self.step, self._batch(micro, logging)) for micro in range(accumulation)]
-        share = 1 / (accumulation * self.processes.count)
+        micro_batches = range(self.share.micro_batches)
+        turns = [self.method.turns(self.step, self._batch(micro, logging)) for micro in micro_batches]
+        part = 1 / (self.share.micro_batches * self.processes.count)
         # What a turn reports stays until the next logged step: a student that moves every fifth step is logged too.
         log: dict[str, Tensor] = {}
-        while (turn := self._advance(turns, share, log)) is not None:
+        while (turn := self._advance(turns, part, log)) is not None:
             if isinstance(turn, Renew):
                 self._renew(turn)
                 continue
@@ -139,13 +139,12 @@ class Loop:
         if not logging:
             return {}
         self._check_finite()
-        numbers = self._mean_over_processes(self._recent)
+        means = self._means_over_processes(self._recent)
         self._recent = {}
-        return numbers
+        values = torch.stack([value.detach().float().to(self.device) for value in means.values()])
+        return dict(zip(means, values.tolist(), strict=True))
 
-    def _advance(
-        self, turns: list[Iterator[Turn | Renew]], share: float, log: dict[str, Tensor]
-    ) -> Turn | Renew | None:
+    def _advance(self, turns: list[Iterator[Turn | Renew]], part: float, log: dict[str, Tensor]) -> Turn | Renew | None:
         """Play the next turn of every micro-batch; their gradients add up in the parameters."""
         played: Turn | Renew | None = None
         for micro, generator in enumerate(turns):
@@ -153,24 +152,21 @@ class Loop:
             if micro and (type(turn), getattr(turn, "role", None)) != (type(played), getattr(played, "role", None)):
                 raise RuntimeError(f"micro-batches left their lockstep: {turn} after {played}")
             if isinstance(turn, Turn):
-                self._backward(turn, share)
+                self._backward(turn, part)
                 for name, value in turn.log.items():
                     log[name] = log.get(name, 0) + value.detach() / len(turns)
             played = turn
         return played
 
-    def _backward(self, turn: Turn, share: float) -> None:
+    def _backward(self, turn: Turn, part: float) -> None:
         tensors = [tensor for tensor, _ in turn.backward]
-        gradients = [torch.ones_like(t) * share if g is None else g.to(t.dtype) * share for t, g in turn.backward]
+        gradients = [torch.ones_like(t) * part if g is None else g.to(t.dtype) * part for t, g in turn.backward]
         # inputs= keeps the gradients of the other roles None, and skips the work of computing them.
         torch.autograd.backward(tensors, gradients, inputs=self.optimizers[turn.role].parameters)
 
     def _batch(self, micro: int, logging: bool) -> Batch:
-        config = self.config
-        per_step = config.batch_size * config.gradient_accumulation_steps * self.processes.count
-        first = (self.processes.rank * config.gradient_accumulation_steps + micro) * config.batch_size
-        indices = range(first, first + config.batch_size)
-        return self.batches.micro_batch(config.seed, self.step, indices, per_step, logging)
+        indices = self.share.indices(self.processes.rank, micro)
+        return self.batches.micro_batch(self.config.seed, self.step, indices, self.share.samples, logging)
 
     def _update_averages(self) -> None:
         roles = self.method.roles
@@ -201,6 +197,8 @@ class Loop:
         if self._kept == self.step:
             return
         self._check_finite()
+        # One process writes for all, and each that goes on has then what they had on average.
+        self._recent = self._means_over_processes(self._recent)
         self._main_process_only(self._write_checkpoint)
         self._kept = self.step
 
@@ -216,17 +214,18 @@ class Loop:
         state = {
             "method": self.method_name,
             "processes": self.processes.count,
+            "batch": self._batch_state,
             "renewed_at": {name: optimizer.renewed_at for name, optimizer in self.optimizers.items()},
         }
         checkpoint.save(self.checkpoints, self.step, tensors, state, self.config.checkpoints_total_limit)
 
-    def _mean_over_processes(self, log: dict[str, Tensor]) -> dict[str, float]:
+    def _means_over_processes(self, log: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.processes.count == 1 or not log:
+            return log
         names = sorted(log)  # methods may fill their logs in another order on each process
         values = torch.stack([log[name].detach().float().to(self.device) for name in names])
-        if self.processes.count > 1:
-            dist.all_reduce(values)
-            values /= self.processes.count
-        means = dict(zip(names, values.tolist(), strict=True))
+        dist.all_reduce(values)
+        means = dict(zip(names, values / self.processes.count, strict=True))
         return {name: means[name] for name in log}
 
     def _sample(self) -> dict[str, float]:

@@ -47,19 +47,31 @@ def check_folder(out: Path, method: str, config: RunConfig, in_memory: bool = Fa
         return False
     if not config.resume:
         raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or choose another folder")
-    try:
-        theirs = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:  # unreadable, or YAML that is no table
-        raise UserError(f"{file} cannot be read; choose another --out") from error
+    theirs = read_config(out)
     # A setting that was not there yet when the run began was what its default is now.
     theirs = {field.name: field.default for field in fields(config) if field.default is not MISSING} | theirs
     steps = checkpoint.steps_in(out / "checkpoints")
     may_change = _may_change(config) | _compared_by_contents(out, theirs, config, bool(steps), in_memory)
+    if steps:  # fewstep.training.shares compares their product with that of the checkpoint
+        may_change |= {"batch_size", "gradient_accumulation_steps"}
     if changed := _differences(theirs, _described(method, config), may_change):
         raise UserError(
             f"--resume: {', '.join(changed)} differ from {file}; give the run its old settings or another --out"
         )
     return bool(steps)
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    """The settings of the run in ``out``, with its method.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    file = out / _CONFIG
+    try:
+        return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:  # unreadable, or YAML that is no table
+        raise UserError(f"{file} cannot be read; choose another --out") from error
 
 
 def write_config(out: Path, method: str, config: RunConfig) -> None:

@@ -32,7 +32,7 @@ def recording() -> Recording:
 def write(folder: Path, recording: Recording, items: list[Any], size: int = 2, stop: int | None = None, **more) -> Path:
     writer = CacheWriter(folder, recording, "tiny", items, size, more.get("resume", False))
     for shard in list(writer.missing)[:stop]:
-        writer.add(list(encode_each(recording, writer.of(shard), CutPrompts())))
+        writer.enter([writer.write(shard, list(encode_each(recording, writer.of(shard), CutPrompts())))])
     return folder
 
 
@@ -75,7 +75,7 @@ def test_only_rows_that_are_asked_for_are_read(
     big = [Conditioning({"text": Leaf(torch.full((1, 2000), float(n)), 1)}, 1) for n in range(40)]
     writer = CacheWriter(tmp_path / "c", recording, "tiny", list(map(str, range(40))), 20, False)
     for shard in writer.missing:
-        writer.add(big[shard * 20 : shard * 20 + 20])
+        writer.enter([writer.write(shard, big[shard * 20 : shard * 20 + 20])])
     read: list[int] = []
 
     class Counted:

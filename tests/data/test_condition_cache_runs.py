@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from tiny_pipelines import tiny_dit, tiny_stable_diffusion
 
 import fewstep
 from fewstep.cli import main
-from fewstep.errors import UserError
 from fewstep.programs import distillation
 from fewstep.programs.methods import method_class
 from fewstep.teachers.loading import load_teacher
@@ -119,12 +116,3 @@ def test_bad_input_is_one_line(teacher: str, prompts: str, tmp_path: Path, capsy
         assert main(words) == 2, words
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fewstep: ")]
         assert len(lines) == 1 and expected in lines[0], lines
-
-
-def test_a_cache_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several would encode everything into the same files."""
-    launch = SimpleNamespace(num_processes=2, process_index=1, device=torch.device("cpu"))
-    monkeypatch.setattr("fewstep.programs.cache.join_launch", lambda _cpu: launch)
-    with pytest.raises(UserError, match="encodes in one process: start it without accelerate launch or torchrun"):
-        fewstep.cache(tiny_stable_diffusion(), tmp_path / "cache", prompts=PROMPTS)
-    assert not (tmp_path / "cache").exists()

@@ -10,7 +10,6 @@ from toys import TinyMethod, make_loop
 
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
-from fewstep.training.distributed import Processes
 from fewstep.training.stopping import Interrupted
 from tests.training.loop_runs import Watched, config, rows, run, weights
 
@@ -105,11 +104,10 @@ def test_another_methods_checkpoint_is_refused(tmp_path: Path):
         other.resume()
 
 
-def test_another_number_of_processes_is_refused(tmp_path: Path):
+def test_a_step_of_other_samples_is_refused(tmp_path: Path):
     run(tmp_path, max_steps=1)
-    other = make_loop(TinyMethod(), config(tmp_path))
-    other.processes = Processes(rank=0, count=2)
-    with pytest.raises(UserError, match="written by 1 processes, not 2"):
+    other = make_loop(TinyMethod(), config(tmp_path, batch_size=8))
+    with pytest.raises(UserError, match="has 4 samples, not 8"):
         other.resume()
 
 

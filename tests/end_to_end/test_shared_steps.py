@@ -1,0 +1,211 @@
+"""Several processes, and one, with the same samples in a step: the same losses, gradients and weights."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewstep.programs import distillation
+from fewstep.recording.shake import shaken
+from fewstep.training import checkpoint, optimization
+from fewstep.training.run_folder import read_config
+from tests.forked import well
+from tests.tiny_pipelines import tiny_dit
+
+RUN = {"classes": "0-2", "steps": 2, "max_steps": 4, "log_steps": 1, "lr": 1e-4, "sample_steps": 0, "cpu": True}
+RUN |= {"report_to": "none", "guidance_scale": 5.0}
+CRITIC = {"critic_updates": 1}
+PAIRS = {"num_pairs": 16, "pair_steps": 2}
+LORA = {"lora_rank": 2, "merge": True}
+#: Name -> method and settings; ``data`` stands for images.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dmd2": ("dmd2", {**CRITIC, "gan_weight": 1e-2, "data": "", "ema_decay": 0.5}),
+    "dmd2, decoupled": ("dmd2", {**CRITIC, "decoupled": "hybrid"}),
+    "f-distill": ("dmd2", {**CRITIC, "f_divergence": "js", "f_bins": 4, "f_momentum": 0.5, "data": ""}),
+    "phased": ("phased_dmd", {**CRITIC, "steps": 2, "phases": [1, 1], "phase_steps": 2}),
+    # At first the critic is the teacher: only another guidance tells them apart.
+    "sid": ("sid", {**CRITIC, "critic_guidance": 1.0}),
+    "sida": (
+        "sid",
+        {
+            **CRITIC,
+            "critic_guidance": 1.0,
+            "adversarial": "sida",
+            "gan_weight": 1.0,
+            "gan_critic_weight": 1.0,
+            "data": "",
+        },
+    ),
+    "consistency": ("consistency", {}),
+    "mean flow": ("mean_flow", {**PAIRS, "apart": 0.75}),
+    "rectified flow": ("rectified_flow", {**PAIRS, "steps": 1}),
+}
+EVERY = [
+    pytest.param(
+        case, lora, marks=[] if (case, lora) == ("dmd2", False) else pytest.mark.soak, id=case + " lora" * lora
+    )
+    for case in CASES
+    for lora in (False, True)
+]
+#: Logged numbers that are no means over samples: roots, ratios, and norms, which have their own comparison.
+NO_MEANS = ("_std", "/lag", "/derivative", "/gradient", "/gradient_norm", "seconds", "step", "/velocity_error")
+#: A constant that is added to all keys changes no attention: the gradient is rounding alone, and so is AdamW's step.
+NO_GRADIENT = "to_k.bias"
+#: Of each of two processes.
+SHARE = {"batch_size": 2, "gradient_accumulation_steps": 1}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run left: its first logged numbers, its first gradients after the sum, and its last weights."""
+
+    losses: dict[str, float]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def images(folder: Path) -> str:
+    for label in range(3):
+        (folder / str(label)).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (16, 16), (40 * number, 80 * label, 90)).save(folder / str(label) / f"{number}.png")
+    return str(folder)
+
+
+def train(pipeline: Any, out: Path, method: str, settings: dict[str, Any], rank: int = 0) -> None:
+    """A run without its export, in a process of its own; the gradients of its first step lie beside it."""
+    noted: list[Tensor] = []
+    add_up = optimization.sum_over_processes
+
+    def noting(tensors: list[Tensor]) -> None:
+        add_up(tensors)
+        if not (out / "metrics.jsonl").exists():
+            noted.extend(tensor.clone() for tensor in tensors)
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fewstep").setLevel(logging.INFO)
+    optimization.sum_over_processes = noting
+    distillation.export = lambda *_: SimpleNamespace(note="", folders=[])
+    distillation.distill(pipeline, method, out=str(out), **{**RUN, **settings})
+    save_file({f"{number:05d}": tensor for number, tensor in enumerate(noted)}, f"{out}_{rank}.safetensors")
+
+
+def trained(place: Path, pipeline: Any, case: str, processes: int, share: dict[str, int], **more: Any) -> Trained:
+    """One run of a case on several processes."""
+    method, settings = CASES[case]
+    settings = {**settings, **share, **more}
+    if "data" in settings:
+        settings["data"] = str(place.parent / "images")
+    work = partial(train, pipeline, place, method, settings)
+    well(processes, lambda rank: work(rank), Path(f"{place}_said"))
+    return found(place)
+
+
+def found(place: Path) -> Trained:
+    lines = (place / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    losses = {name: value for name, value in first.items() if not name.endswith(NO_MEANS)}
+    tensors = checkpoint.load_latest(place / "checkpoints")[1]
+    weights = {f"{role}/{name}": value for role, held in tensors.items() for name, value in held.items()}
+    weights = {name: value for name, value in weights.items() if "optimizer" not in name and "unlogged" not in name}
+    return Trained(losses, load_file(f"{place}_0.safetensors"), weights)
+
+
+def largest(tensors: Iterable[Tensor]) -> float:
+    return max(float(tensor.abs().max()) for tensor in tensors)
+
+
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
+    """Relative to each tensor's largest entry, or a thousandth of that of all: there are tensors of rounding alone."""
+    assert ours.keys() == theirs.keys() and ours
+    least = 1e-3 * largest(ours.values())
+    apart = {name: largest([value - theirs[name]]) / max(largest([value]), least) for name, value in ours.items()}
+    assert max(apart.values()) < tolerance, apart
+
+
+def assert_same_weights(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+    """Relative to each tensor's largest entry, or of an adapter, whose second factor starts at zero, to its role's."""
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        role = name.partition("/")[0] + "/"
+        of = [held for one, held in ours.items() if one.startswith(role)] if "lora_" in name else [value]
+        if not name.endswith(NO_GRADIENT):
+            assert largest([value - theirs[name]]) <= tolerance * largest(of), name
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Iterator[Any]:
+    pipeline = tiny_dit()
+    with shaken(pipeline.transformer):
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shared")
+    images(folder / "images")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(teacher: Any, place: Path) -> Callable[[str, bool], Trained]:
+    """What two processes make of a case; run once."""
+
+    @functools.cache
+    def run(case: str, lora: bool) -> Trained:
+        return trained(place / f"{case} {lora} two", teacher, case, 2, SHARE, **(LORA if lora else {}))
+
+    return run
+
+
+@pytest.mark.parametrize(("case", "lora"), EVERY)
+def test_two_processes_are_one_with_the_same_samples(
+    teacher: Any, place: Path, undisturbed: Callable[[str, bool], Trained], case: str, lora: bool
+) -> None:
+    two = undisturbed(case, lora)
+    more = {**(LORA if lora else {}), "batch_size": 2 * SHARE["batch_size"]}
+    one = trained(place / f"{case} {lora} one", teacher, case, 1, SHARE, **more)
+    highest = max(map(abs, one.losses.values()))
+    assert two.losses == pytest.approx(one.losses, rel=0, abs=1e-6 * highest)
+    # Of a consistency model both sides of the loss are close, and their difference has lost digits.
+    assert_same_gradients(one.gradients, two.gradients, 1e-4 if case == "consistency" else 1e-5)
+    assert_same_weights(one.weights, two.weights)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.soak), pytest.param(2, 2, marks=pytest.mark.soak)]
+)
+@pytest.mark.parametrize(("case", "lora"), EVERY)
+def test_a_run_goes_on_with_another_number_of_processes(
+    teacher: Any,
+    place: Path,
+    undisturbed: Callable[[str, bool], Trained],
+    case: str,
+    lora: bool,
+    first: int,
+    then: int,
+) -> None:
+    """By the same line: the settings that keep a step's samples are found, said, and written down."""
+    out, more = place / f"{case} {lora} {first} {then}", LORA if lora else {}
+    share = {**SHARE, "batch_size": SHARE["batch_size"] * 2 // first}  # one process does what two do
+    trained(out, teacher, case, first, share, **more, max_steps=2)
+    found = trained(out, teacher, case, then, share, **more, resume=True)
+    whole = undisturbed(case, lora)
+    assert_same_weights(whole.weights, found.weights)
+    assert first != then or all(torch.equal(value, found.weights[name]) for name, value in whole.weights.items())
+    settings, said = read_config(out), Path(f"{out}_said/stderr_0.txt").read_text()
+    assert settings["batch_size"] * settings["gradient_accumulation_steps"] * then == 2 * SHARE["batch_size"]
+    assert ("a step keeps its 4 samples" in said) == (first != then)
