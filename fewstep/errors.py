@@ -13,3 +13,11 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """All of an exception's words on one line; its type's name where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def of_the_system(error: BaseException) -> bool:
+    """Whether an exception is the system's own word about a file: no space, no permission. Others may be bugs.
+
+    Libraries in Rust (safetensors, tokenizers) raise exceptions of their own, which quote it.
+    """
+    return error.errno is not None if isinstance(error, OSError) else "(os error " in str(error)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from fewstep.errors import UserError, first_line
+from fewstep.errors import UserError, first_line, of_the_system, one_line
 from fewstep.version import __version__
 
 USAGE = """fewstep: few-step distillation of diffusion and flow-matching pipelines
@@ -66,13 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"fewstep: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        # With a number it is the system's own word about a file: no space, no permission. Others may be bugs.
-        if error.errno is None:
-            raise
-        print(f"fewstep: {error}; mend that and start again, with --resume where a run was going on", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
+    except Exception as error:
+        if of_the_system(error):
+            advice = "mend that and start again, with --resume where a run was going on"
+            print(f"fewstep: {one_line(error)}; {advice}", file=sys.stderr)
+            return 2
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for every command
             raise
         print(f"fewstep: {first_line(error)} Lower --batch_size; {_LESS_MEMORY}", file=sys.stderr)

@@ -47,6 +47,12 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def flush_tree(folder: Path) -> None:
+    """Wait until a folder, with all that is in it, is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's content."""
     with path.open("rb") as file:

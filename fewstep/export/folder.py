@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fewstep.data.durable import flush, flush_tree
 from fewstep.export.about import FILE
 from fewstep.export.errors import ExportError
 
@@ -22,18 +23,44 @@ def refuse_occupied(out: Path) -> None:
 
 @contextmanager
 def written(out: Path) -> Iterator[Path]:
-    """Gives a new folder to write into; it takes the place of ``out`` when the block ends well, else it goes."""
-    partial = out.parent / f".{out.name}.partial"
+    """Gives a new folder to write into; it takes the place of ``out`` when the block ends well, else it goes.
+
+    At any moment, and whatever happens, ``out`` is the older folder, or the new one with all its files on the disk.
+    Only a kill between two renames leaves none; then the next call brings the older one back first.
+    """
+    partial, old = out.parent / f".{out.name}.partial", _aside(out)
+    _bring_back(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        flush_tree(partial)
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            os.rename(out, old)
+        os.rename(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        _bring_back(out)
         raise
-    old = out.parent / f".{out.name}.old"
+    flush(out.parent)
     shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
+
+
+def remove_student(out: Path) -> None:
+    """Remove a student's folder, so that it is never seen with a part of its files; nothing else is touched."""
+    old = _aside(out)
+    shutil.rmtree(old, ignore_errors=True)  # of a kill at the same place
+    if (out / FILE).is_file():
         os.rename(out, old)
-    os.rename(partial, out)
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old)
+
+
+def _aside(out: Path) -> Path:
+    return out.parent / f".{out.name}.old"
+
+
+def _bring_back(out: Path) -> None:
+    """Undo the first of the two renames."""
+    if _aside(out).exists() and not out.exists():
+        os.rename(_aside(out), out)

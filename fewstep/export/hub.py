@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fewstep.data.durable import write_text_durably
 from fewstep.errors import UserError, first_line
 from fewstep.export.card.card import PLACEHOLDER
 
@@ -35,10 +36,10 @@ def _push(folder: Path, repository: str, private: bool) -> str:
     hub = HfApi()
     try:
         made = hub.create_repo(repository, private=private or None, exist_ok=True)
-        card.write_text(text.replace(PLACEHOLDER, f'"{made.repo_id}"'), encoding="utf-8")
+        write_text_durably(card, text.replace(PLACEHOLDER, f'"{made.repo_id}"'))
         hub.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="A few-step student by fewstep")
     except Exception as error:  # the client's own errors, its transport's and the system's have no common class
-        card.write_text(text, encoding="utf-8")
+        write_text_durably(card, text)
         raise UserError(
             f"the hub did not take {repository} ({first_line(error)}); the student is whole in {folder}: mend that, "
             "then --resume pushes it again"

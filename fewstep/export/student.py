@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from fewstep.diffusion.phases import Phase
-from fewstep.export.about import FILE
 from fewstep.export.flow_map import flow_map_recording, whole_network
+from fewstep.export.folder import remove_student
 from fewstep.export.full_precision import in_full_precision
 from fewstep.export.lora import export_lora, rehearse_lora, why_no_lora
 from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
@@ -153,8 +152,7 @@ class Student:
                 recording, network = student.recording, whole_network(role)
             export_student(recording, network, self.plan, out / WHOLE, export_dtype=export_dtype, **about)
         for stale in {WHOLE, LORA}.difference(forms):
-            if (out / stale / FILE).is_file():
-                shutil.rmtree(out / stale)
+            remove_student(out / stale)
         note = f"{student.why_whole}: exported merged, as a pipeline" if lora and LORA not in forms else ""
         return Written(tuple(out / form for form in forms), note)
 

@@ -78,7 +78,7 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
             f"the checkpoint of step {step} could not be written ({error}); make room on the disk, then --resume"
             + (f" from step {kept[-1]}" if kept else "")
         ) from error
-    _keep_newest(folder, step, keep)
+    keep_newest(folder, step, keep)
     return final
 
 
@@ -100,11 +100,12 @@ def _write(partial: Path, step: int, tensors: dict[str, dict[str, Tensor]], stat
         flush(path)
 
 
-def _keep_newest(folder: Path, step: int, keep: int) -> None:
-    """Remove what is older than the newest ``keep`` whole ones up to ``step``, which was just written.
+def keep_newest(folder: Path, step: int, keep: int) -> None:
+    """Remove what is older than the newest ``keep`` whole ones up to ``step``, which is whole, and what a kill left.
 
     Newer ones are damaged, or it would have been gone on from them; they are replaced when their step comes.
     """
+    _remove_left_over(folder)
     whole = 0
     for old in reversed(steps_in(folder)):
         path = _path(folder, old)

@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from fewstep.errors import UserError, one_line
+from fewstep.errors import UserError, of_the_system, one_line
 
 logger = logging.getLogger("fewstep")
 
@@ -209,7 +209,7 @@ def _tell(line: str) -> None:
 
 def _for_people(error: BaseException) -> bool:
     """Whether an exception says all there is to say in its line; of any other one a traceback is shown."""
-    return isinstance(error, UserError | OSError | KeyboardInterrupt | torch.OutOfMemoryError)
+    return of_the_system(error) or isinstance(error, UserError | OSError | KeyboardInterrupt | torch.OutOfMemoryError)
 
 
 def _code(error: BaseException) -> int:

@@ -70,6 +70,9 @@ class Loop:
         with self.stopping.noted():
             if self.step == 0:
                 self._save()
+            else:  # a kill may have come before the ones that are too many were removed
+                limit = self.config.checkpoints_total_limit
+                self._main_process_only(lambda: checkpoint.keep_newest(self.checkpoints, self.step, limit))
             while self.step < self.config.max_steps:
                 numbers = self._one_step()
                 done = self.step

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.data.durable import write_durably
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Float images in [0, 1], any shape, as uint8: rounded half up and clipped."""
@@ -31,4 +33,5 @@ def save_grid(rows: Sequence[Tensor], path: Path, pad: int = 2) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, 2))
     scale = max(1, round(64 / rows[0].shape[-1]))  # pictures of 32 pixels are hard to judge on a screen
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
+    larger = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    write_durably(path, lambda unfinished: larger.save(unfinished, format="PNG"))
