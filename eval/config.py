@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fewstep.config.values import refuse_misfits
 from fewstep.errors import UserError
 from fewstep.eval.metrics.table import IMAGE_METRICS
 
@@ -54,6 +55,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         self.out = Path(self.out)
+        refuse_misfits(self)
         for name in ("num", "batch_size", "columns", "latency_calls"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")

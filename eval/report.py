@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.durable import write_text_durably
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.eval.metrics.table import IMAGE_METRICS
 from fewstep.eval.models import in_steps
+from fewstep.reading import read_json
 
 SCHEMA = 1
 # metric -> (column title, how a value is printed); fd_test has columns of its own.
@@ -57,11 +58,16 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> "Report":
-        """Read a ``report.json``. Raises UserError when it has another schema."""
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if content.pop("schema", None) != SCHEMA:
+        """Read a ``report.json``. Raises UserError when it cannot be read, or has another schema."""
+        try:
+            content = dict(read_json(Path(path)))
+            known = content.pop("schema", None) == SCHEMA
+            report = cls(**content) if known else None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} is no report that can be read: {first_line(error)}") from error
+        if report is None:
             raise UserError(f"{path} is not a report of this version")
-        return cls(**content)
+        return report
 
     def save(self, out: Path) -> None:
         """Write ``report.json`` and ``report.md`` into the folder `out`."""

@@ -21,6 +21,7 @@ from fewstep.eval.features import Features
 from fewstep.eval.generate import SampleConditions, generate, run_pipeline
 from fewstep.eval.judge import Judge, image_metrics
 from fewstep.eval.models import Model, in_steps
+from fewstep.reading import read_json
 from fewstep.recording.pipeline import without_safety_checker
 from fewstep.version import __version__
 
@@ -112,10 +113,10 @@ def read_row(out: Path, key: str | None) -> tuple[dict[str, Any], Tensor] | None
     if key is None or not path.is_file():
         return None
     try:
-        with np.load(path.with_suffix(".npz")) as stored:
+        with np.load(path.with_suffix(".npz"), allow_pickle=False) as stored:
             images = torch.from_numpy(stored["images"])
-        return json.loads(path.read_text(encoding="utf-8")), images
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return dict(read_json(path)), images
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
         logger.warning("%s is damaged: the row is measured again", path)
         return None
 

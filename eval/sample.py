@@ -6,11 +6,14 @@ from pathlib import Path
 
 import torch
 
+from fewstep.config.values import MOST, shown
 from fewstep.data.durable import write_durably
 from fewstep.errors import UserError
 from fewstep.eval.generate import SampleConditions, generate
 from fewstep.eval.grid import contact_sheet, tile, to_pil
 from fewstep.eval.models import CARD_NAME, Model, student_model, teacher_model
+
+_MOST = 4096  # samples in one picture
 
 
 def sample(
@@ -45,8 +48,8 @@ def sample(
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    if num < 1:
-        raise UserError(f"num must be at least 1, not {num}")
+    if not 1 <= num <= _MOST:
+        raise UserError(f"num must be between 1 and {_MOST:,}, for one picture, not {shown(num)}")
     told = {"revision": revision, "subfolder": subfolder, "variant": variant}
     model = _model(directory, base, {name: value for name, value in told.items() if value is not None})
     if base is not None and model.base is None:
@@ -54,8 +57,8 @@ def sample(
     count = next((n for n in (steps, model.steps, _embedded_steps(model)) if n is not None), None)
     if count is None:
         raise UserError(f"{directory} does not say how many steps it takes: give steps")
-    if count < 1:
-        raise UserError(f"steps must be at least 1, not {count}")
+    if not 1 <= count <= MOST["steps"]:
+        raise UserError(f"steps must be between 1 and {MOST['steps']:,}, not {shown(count)}")
     reason = model.why_not(count)
     if reason:
         raise UserError(reason)

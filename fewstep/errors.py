@@ -10,6 +10,11 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0].strip() or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """A text on one line, with the characters that would end it or steer a terminal as their escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text.strip())
+
+
 def one_line(error: BaseException) -> str:
     """All of an exception's words on one line; its type's name where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

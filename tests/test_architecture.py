@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("fewstep", "trainers", "pipelines", "eval")
 #: Rooms by floor, from the ground up: a module imports from its own room and from lower floors, nothing else.
 FLOORS = (
-    ("errors", "version"),
+    ("errors", "reading", "version"),
     ("conditioning", "kernels"),
     ("diffusion", "fashion"),
     ("losses", "config", "recording"),

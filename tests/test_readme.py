@@ -24,7 +24,7 @@ from tests.test_architecture import first_sentence
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES)
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", *PAGES)
 #: What the documents name and the tree does not have yet.
 TO_COME = {
     "fewstep/kernels/",

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from fewstep.errors import UserError, first_line, of_the_system, one_line
+from fewstep.errors import UserError, first_line, of_the_system, one_line, printable
 from fewstep.version import __version__
 
 USAGE = """fewstep: few-step distillation of diffusion and flow-matching pipelines
@@ -64,17 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _termination_heeded():
             return _run(words[0], words[1:])
     except UserError as error:
-        print(f"fewstep: {error}", file=sys.stderr)
-        return 2
+        return _refused(str(error))
     except Exception as error:
         if of_the_system(error):
-            advice = "mend that and start again, with --resume where a run was going on"
-            print(f"fewstep: {one_line(error)}; {advice}", file=sys.stderr)
-            return 2
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for every command
+            return _refused(f"{one_line(error)}; mend that and start again, with --resume where a run was going on")
+        if not _is_lack_of_memory(error):
             raise
-        print(f"fewstep: {first_line(error)} Lower --batch_size; {_LESS_MEMORY}", file=sys.stderr)
-        return 2
+        return _refused(f"{first_line(error)} Lower --batch_size; {_LESS_MEMORY}")
     except KeyboardInterrupt:
         kept = "; --resume goes on with what is finished" if words[:1] in (["distill"], ["pairs"], ["cache"]) else ""
         print(f"fewstep: interrupted{kept}", file=sys.stderr)
@@ -96,6 +92,18 @@ def _termination_heeded() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _refused(message: str) -> int:
+    """Say in one line what the user can mend, and give the exit code."""
+    print(f"fewstep: {printable(message)}", file=sys.stderr)
+    return 2
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """A GPU's or the machine's; torch, which says both in a way of its own, is not imported for every command."""
+    names = (type(error).__name__, str(error))
+    return isinstance(error, MemoryError) or names[0] == "OutOfMemoryError" or "DefaultCPUAllocator" in names[1]
 
 
 def _run(command: str, words: Sequence[str]) -> int:

@@ -15,6 +15,7 @@ from fewstep.programs.planning.call_counts import Calls, forward_passes
 from fewstep.programs.planning.counting import PERIOD
 from fewstep.programs.planning.plan import LEFT_OUT, Plan, Planner, size
 
+_MOST = 10**12  # of any unit
 _UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 
 
@@ -53,7 +54,7 @@ def memory_bytes(text: str) -> int:
         UserError: it is none of these.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
+    if match is None or match[2].upper() not in _UNITS or not 0 < float(match[1]) < _MOST:
         raise UserError(f"--memory takes a size such as 24GB or 80GiB, not {text!r}")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.tree import decode, encode
+from fewstep.reading import parse_json
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Stack:
         number, row = self._home[place]
         group = self.groups[number]
         tensors: dict[str, Tensor] = {}
-        for name in _names(group.tree):
+        for name in names_in(group.tree):
             full = f"{number}.{name}"
             value = self._row(full, row) if name in group.stacked else self._tensor(full)
             tensors[name] = value.clone()
@@ -112,8 +113,15 @@ def to_json(groups: Sequence[Group]) -> str:
 
 
 def from_json(text: str) -> list[Group]:
-    """The groups that :func:`to_json` wrote."""
-    return [Group(g["kind"], g["tree"], tuple(g["items"]), frozenset(g["stacked"])) for g in json.loads(text)]
+    """The groups that :func:`to_json` wrote.
+
+    Raises:
+        ValueError, TypeError, IndexError, KeyError, AttributeError: it did not.
+    """
+    groups = [Group(g["kind"], g["tree"], tuple(g["items"]), frozenset(g["stacked"])) for g in parse_json(text)]
+    for group in groups:
+        decode(group.tree, dict.fromkeys(names_in(group.tree), torch.empty(0)))
+    return groups
 
 
 def one_of_each_kind(stacks: Iterable[Stack], size: int) -> list[int]:
@@ -125,11 +133,11 @@ def one_of_each_kind(stacks: Iterable[Stack], size: int) -> list[int]:
     return list(first.values())
 
 
-def _names(tree: Any) -> Iterator[str]:
+def names_in(tree: Any) -> Iterator[str]:
     """The names of the tensors in an encoded tree."""
     if isinstance(tree, list):
         if len(tree) == 2 and tree[0] == "tensor" and isinstance(tree[1], str):
             yield tree[1]
         else:
             for child in tree:
-                yield from _names(child)
+                yield from names_in(child)

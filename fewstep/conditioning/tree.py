@@ -5,7 +5,7 @@ A tree is made of dicts, lists and tuples with :class:`Leaf` and :class:`SampleL
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,8 +135,12 @@ def encode(node: Any, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"a conditioning with a {type(node).__name__} cannot be saved: only tensors and plain values can")
 
 
-def decode(code: list[Any], tensors: dict[str, Tensor]) -> Any:
-    """The tree or plain value that `encode` turned into JSON."""
+def decode(code: list[Any], tensors: Mapping[str, Tensor]) -> Any:
+    """The tree or plain value that `encode` turned into JSON.
+
+    Raises:
+        ValueError, TypeError, IndexError, KeyError: `encode` did not write it.
+    """
     kind, *rest = code
     if kind == "leaf":
         return Leaf(decode(rest[1], tensors), rest[0])
@@ -149,4 +153,11 @@ def decode(code: list[Any], tensors: dict[str, Tensor]) -> Any:
     if kind in ("list", "tuple"):
         children = [decode(child, tensors) for child in rest[0]]
         return tuple(children) if kind == "tuple" else children
-    return getattr(torch, rest[0]) if kind == "dtype" else rest[0]
+    if kind == "dtype":
+        dtype = getattr(torch, rest[0])
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{rest[0]} is no dtype")
+        return dtype
+    if kind != "value":
+        raise ValueError(f"there is no node of the kind {kind!r}")
+    return rest[0]

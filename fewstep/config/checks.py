@@ -6,6 +6,7 @@ import math
 from dataclasses import MISSING, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
+from fewstep.config.values import refuse_misfits
 from fewstep.errors import UserError
 
 #: What a setting is about. It decides what a resumed run may change, what is published with a student, and what makes
@@ -46,6 +47,13 @@ def settled(value: Value | None) -> Value:
 
 class Settings:
     """Base of the dataclasses that the command line fills; every check raises :class:`UserError`."""
+
+    def _refuse_misfits(self, *required: str) -> None:
+        """Values of another type than their settings', numbers that are none or too large, texts that no file holds.
+
+        Those that are ``required`` must not be empty where they are given.
+        """
+        refuse_misfits(self, frozenset(required))
 
     def _refuse_below_one(self, *names: str) -> None:
         """Settings that must be numbers of at least 1, where they are set."""

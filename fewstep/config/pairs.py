@@ -77,6 +77,7 @@ class PairsConfig(Settings):
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        self._refuse_misfits("teacher", "out", "prompts", "classes", "cache", "data", "teacher_lora")
         if self.num is None and self.data is None:
             raise UserError("--num is needed: how many pairs to make")
         self._refuse_below_one("num", "teacher_steps", "batch_size", "shard_size")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, fields
-from pathlib import PurePath
 from typing import Any, Self
 
-from fewstep.config.checks import Settings, setting
+from fewstep.config.checks import Settings, names_of, setting
 from fewstep.config.pairs import PairsWanted
 from fewstep.errors import UserError
 
@@ -140,12 +139,7 @@ class RunConfig(Settings):
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None and "None" not in str(field.type):
-                raise UserError(f"--{field.name} must have a value, and it is null")
-            if isinstance(value, PurePath):
-                setattr(self, field.name, str(value))
+        self._refuse_misfits(*(names_of(type(self), "source", "machine") - {"out"}))  # a plan has none
         self._refuse_below_one("steps", "max_steps", "batch_size", "gradient_accumulation_steps")
         self._refuse_below_one("checkpointing_steps", "log_steps", "checkpoints_total_limit")
         self._refuse_negative("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed")

@@ -21,10 +21,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.conditioning.stacking import Stack, from_json, one_of_each_kind, stack, to_json
+from fewstep.conditioning.stacking import Stack, from_json, names_in, one_of_each_kind, stack, to_json
+from fewstep.data.cache_form import is_well_formed
 from fewstep.data.durable import file_sha256, json_sha256, write_durably
 from fewstep.data.fingerprint import fingerprint
 from fewstep.errors import UserError
+from fewstep.reading import parse_json, read_json
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import is_quantized
 
@@ -114,17 +116,26 @@ class ConditionCache:
         return item.map_tensors(lambda tensor: tensor.to(self._dtypes.get(tensor.dtype, tensor.dtype)))
 
     def _read(self, shard: int) -> tuple[Stack, list[Any]]:
-        return self._open(self.index["shards"][shard]["file"])
+        entry = self.index["shards"][shard]
+        stack, items = self._open(entry["file"])
+        if not len(stack) == len(items) == entry["items"]:
+            raise UserError(_damaged(self.folder, entry["file"]))
+        return stack, items
 
     def _open(self, name: str) -> tuple[Stack, list[Any]]:
         path = self.folder / name
         try:
             # Memory-mapped: a row that is asked for is read, and nothing else.
             file = safe_open(str(path), framework="pt")
-            content = json.loads(file.metadata()[FORMAT])
-            groups, items = from_json(content["groups"]), content["items"]
+            content = parse_json(file.metadata()[FORMAT])
+            groups, items = from_json(content["groups"]), list(content["items"])
+            for number, group in enumerate(groups):
+                for name in names_in(group.tree):
+                    shape = file.get_slice(f"{number}.{name}").get_shape()  # raises where there is no such tensor
+                    if name in group.stacked and shape[0] != len(group.items):
+                        raise ValueError(f"{name} has {shape[0]} rows for {len(group.items)} items")
             return Stack(groups, file.get_tensor, lambda name, row: file.get_slice(name)[row : row + 1][0]), items
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, LookupError, AttributeError, TypeError, ValueError) as error:
             raise UserError(_damaged(self.folder, path.name)) from error
 
 
@@ -241,7 +252,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         UserError: it is damaged, or of another version.
     """
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = read_json(folder / INDEX)
         known, digest = index["format"] == FORMAT, index.pop("sha256", None)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -252,7 +263,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         raise UserError(
             f"the cache {folder} is of another version of fewstep ({theirs!r}, not {FORMAT!r}); make it again"
         )
-    if digest != json_sha256(index):
+    if digest != json_sha256(index) or not is_well_formed(index):
         raise UserError(_damaged(folder, INDEX))
     return index
 

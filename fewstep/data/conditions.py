@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning, RaggedConditioning, join
 from fewstep.conditioning.stacking import Stack, in_memory, one_of_each_kind
+from fewstep.config.values import shown
 from fewstep.data.condition_cache import ConditionCache
 from fewstep.data.image_shards import find_shards
 from fewstep.data.images import read_images
@@ -23,6 +24,7 @@ from fewstep.recording import Recording
 from fewstep.recording.cut_texts import cut_texts
 
 _MOST_CLASSES = 10**6  # a longer range is a slip of the keyboard, and its list would fill the memory
+_MOST_DIGITS = 18  # of a label
 _LOOKED_AT = 64  # items, each of a shape of its own, that decide whether padding serves
 _STACKED = 1000  # items that are encoded before they are stacked
 
@@ -66,10 +68,11 @@ def read_classes(text: str) -> list[int]:
     labels: list[int] = []
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
-        if not low.isdecimal() or (dash and not high.isdecimal()) or int(high or low) < int(low):
-            raise UserError(f"--classes takes labels such as 0-9 or 1,5,7, not {text!r}")
-        if int(high or low) - int(low) >= _MOST_CLASSES:
-            raise UserError(f"--classes {text} are more than {_MOST_CLASSES:,} labels")
+        numbers = low.isdecimal() and (high.isdecimal() or not dash) and max(len(low), len(high)) <= _MOST_DIGITS
+        if not numbers or int(high or low) < int(low):
+            raise UserError(f"--classes takes labels such as 0-9 or 1,5,7, not {shown(text)}")
+        if len(labels) + int(high or low) - int(low) >= _MOST_CLASSES:
+            raise UserError(f"--classes {shown(text)} are more than {_MOST_CLASSES:,} labels")
         labels += range(int(low), int(high or low) + 1)
     return labels
 

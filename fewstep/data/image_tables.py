@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from fewstep.data.text_names import LABELS, TEXTS, as_label, only_one
 from fewstep.errors import UserError
+from fewstep.reading import parse_json
 
 #: Tables as ``datasets`` has them in a folder of images: one row for each, ``file_name`` and what it shows.
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -46,7 +46,7 @@ def read_table(table: Path, text: str | None) -> tuple[list[Path], list[str] | N
     for number, content in _rows(table):
         line = f"{table}, line {number}"
         try:
-            row = json.loads(content) if isinstance(content, str) else content
+            row = parse_json(content) if isinstance(content, str) else content
             name, label = text or only_one(TEXTS, row), only_one(LABELS, row)
             files.append(table.parent / row["file_name"])
             if name is None and label is None:

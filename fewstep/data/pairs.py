@@ -30,12 +30,21 @@ from fewstep.diffusion.draws import PAIRS_STEP, Draws, keyed_generator, keyed_or
 from fewstep.diffusion.ode import OdeSolver, inversion_times, teacher_times
 from fewstep.diffusion.prediction import add_noise
 from fewstep.errors import UserError
+from fewstep.reading import Kinds, misfit
 from fewstep.recording import Recording
 
 FORMAT = "fewstep-pairs-3"
 #: Of the pairs of one run, in the order in which it uses them.
 RUN_FORMAT = "fewstep-run-pairs-1"
 MAKER = "fewstep pairs"
+_OF_PAIRS: Kinds = {
+    "source": str,
+    "teacher": dict,
+    "conditions": dict,
+    "shape": list,
+    "seed": int,
+    "guidance_scale": (int, float, list),
+}
 _STREAM, _INVERTED_STREAM = "pairs", "inverted pairs"
 
 
@@ -191,6 +200,8 @@ class StoredPairs:
         self.shards = Shards.find(Path(folder), kind, MAKER, wanted)
         self._place = None if numbers is None else {number: place for place, number in enumerate(numbers)}
         self.about = self.shards.about
+        if wrong := misfit(self.about, _OF_PAIRS):
+            raise _useless(folder, f"of its about.json, {wrong}")
         for name, mine in (("teacher", identity), ("conditions", conditions_digest(conditions))):
             theirs = self.about[name]
             differing = sorted(p for p in mine.keys() | theirs.keys() if mine.get(p) != theirs.get(p))
@@ -203,9 +214,23 @@ class StoredPairs:
                 raise UserError(
                     f"the pairs in {folder} were made for other prompts or classes; give those that they were made for"
                 )
+        self._refuse_misshapen(len(conditions))
+
+    def _refuse_misshapen(self, conditions: int) -> None:
+        """Raise where the digests agree and the rows are no pairs: anybody can make a digest."""
+        noise_is_stored = self.about["source"] == "images"
+        for number in self.shards.numbers:
+            shapes, rows = self.shards.shapes(number), len(self.shards.rows(number))
+            sample = [rows, *self.about["shape"]]
+            held = {"x0": sample, "item": [rows], **({"noise": sample} if noise_is_stored else {})}
+            if {name: [rows, *shape[1:]] for name, shape in shapes.items()} != held:
+                raise _useless(self.shards.folder, f"{self.shards.path(number).name} holds {shapes}")
+            items = self.shards.column(number, "item")
+            if items.is_floating_point() or not 0 <= int(items.min()) <= int(items.max()) < conditions:
+                raise _useless(self.shards.folder, f"{self.shards.path(number).name} is for other prompts or classes")
 
     def __len__(self) -> int:
-        return self.about["num"]
+        return int(self.about["num"])
 
     def row(self, index: int) -> tuple[Tensor, Tensor, int]:
         """x0 (...) and noise (...) of the pair with this number, float32 on the CPU, and the number of its item."""
@@ -247,6 +272,10 @@ class PairStream:
         if self.inverted is not None and _is_inverted(seed, position, self.share):
             store, name = self.inverted, _INVERTED_STREAM
         return store.row(keyed_order(seed, name, len(store), position))
+
+
+def _useless(folder: str | Path, why: str) -> UserError:
+    return UserError(f"the pairs in {folder} cannot be used: {why}; make them again with {MAKER}")
 
 
 def numbers_used(wanted: PairsWanted, num: int, seed: int, positions: int, *, inverted: bool) -> list[int]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from fewstep.data.durable import json_sha256, write_durably
 from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.errors import UserError
+from fewstep.reading import misfit, read_json
 
 _ABOUT = "about.json"
 _OPEN = 64  # shards at a time; each is a file and its table of contents, not its content
@@ -139,6 +140,17 @@ class Shards:
             state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return state.hexdigest()
 
+    def shapes(self, number: int) -> dict[str, list[int]]:
+        """The shapes of a shard's tensors, (rows, ...), by name."""
+        file, names = self._open_shard(number)
+        return {name: list(file.get_slice(name).get_shape()) for name in names}
+
+    def column(self, number: int, name: str) -> Tensor:
+        """All rows of one tensor of a shard, (rows, ...)."""
+        file, _ = self._open_shard(number)
+        whole: Tensor = file.get_tensor(name)
+        return whole
+
     def row(self, index: int) -> dict[str, Tensor]:
         """One row of every tensor, read alone."""
         number, place = divmod(index, self.about["shard_size"])
@@ -154,7 +166,7 @@ class Shards:
 def begun_about(folder: Path) -> dict[str, Any]:
     """What a folder says that it is about, unchecked; nothing where it says nothing that can be read."""
     try:
-        return dict(json.loads((folder / _ABOUT).read_text(encoding="utf-8")))
+        return dict(read_json(folder / _ABOUT))
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -166,7 +178,7 @@ def read_about(folder: Path, kind: str, maker: str) -> dict[str, Any]:
         UserError: it holds no such thing, or one of another version, or the file is damaged.
     """
     try:
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        about: dict[str, Any] = read_json(folder / _ABOUT)
         digest = about.pop("sha256")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{folder} holds nothing of {maker}; make it with {maker} --out {folder}") from error
@@ -174,6 +186,8 @@ def read_about(folder: Path, kind: str, maker: str) -> dict[str, Any]:
         raise UserError(f"{folder / _ABOUT} cannot be read; make the folder again with {maker}") from error
     if about.get("format") != kind:
         raise UserError(f"{folder} holds {about.get('format')!r}, not {kind!r}; make it again with {maker}")
-    if digest != json_sha256(about):
+    # A digest can be made by anybody, so what follows from these is checked too.
+    wrong = misfit(about, {"num": int, "shard_size": int}) or min(about["num"], about["shard_size"]) < 1
+    if wrong or digest != json_sha256(about):
         raise UserError(f"{folder / _ABOUT} is not what was written; make the folder again with {maker}")
     return about

@@ -6,7 +6,6 @@ each member lies, and an image is read from there alone.
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fewstep.data.image_folders import SUFFIXES, is_hidden
 from fewstep.data.shard_index import Samples
 from fewstep.data.text_names import LABELS, TEXTS, as_label, only_one
 from fewstep.errors import UserError, one_line
+from fewstep.reading import parse_json
 
 _BLOCK = 512
 _META = re.compile(r"__[^/]*__($|/)")  # of a whole shard, by webdataset's convention
@@ -107,7 +107,7 @@ class TarShard:
         """What a sample's members say of its image. Raises :class:`ValueError` where they cannot be read."""
         fields: dict[str, Any] = {}
         if "json" in members:
-            fields = json.loads(self._content(members["json"]))
+            fields = parse_json(self._content(members["json"]))
             if not isinstance(fields, dict):
                 raise ValueError("its .json is no table")
         name = self.text or only_one(TEXTS, [*(name for name in TEXTS if name in members)] or fields)

@@ -13,12 +13,15 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from fewstep.errors import one_line
+from fewstep.export.about_form import why_misshapen
 from fewstep.export.counts import heed_count
 from fewstep.export.errors import ExportError
 from fewstep.export.heeded import what_is_not_heeded, what_is_untrained
 from fewstep.export.related.record import refuse_strength, relative_of
 from fewstep.export.step_noise import step_noise_from
 from fewstep.export.student_adapter import has_adapters
+from fewstep.reading import inside, read_json
 from fewstep.recording.pipeline import modules_of
 from fewstep.recording.plain_call import as_taken
 
@@ -33,19 +36,25 @@ def read_about(student: str | Path, **fetching: Any) -> dict[str, Any]:
     """
     path = fetched(student, FILE, **fetching)
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(about["call"], dict):
-            raise TypeError("call is not a table")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{FILE} of {student} is damaged ({error!r}); export the student again") from error
+        about: dict[str, Any] = read_json(path)
+        reason = why_misshapen(about)
+    except (OSError, ValueError) as error:
+        reason = one_line(error)
+    if reason is not None:
+        raise ExportError(f"{FILE} of {student} is damaged ({reason}); export the student again")
     return about
 
 
 def fetched(student: str | Path, name: str, **fetching: Any) -> Path:
     """Where a file of a student lies, downloaded if need be; arguments and errors as :func:`read_about`."""
+    if not isinstance(student, str | Path):
+        raise ExportError(f"a student is a folder or a hub id, and this is a {type(student).__name__}")
     folder = Path(student)
+    try:
+        path = inside(folder, name)
+    except ValueError as error:
+        raise ExportError(f"{student} names a file outside of its folder ({name!r}), which is not read") from error
     if folder.is_dir():
-        path = folder / name
         if path.is_file():
             return path
         if not (folder / FILE).is_file() and not (folder / "model_index.json").is_file():
@@ -114,7 +123,7 @@ def student_class(
                 warnings.warn(untrained, stacklevel=2)
         else:
             refuse_strength(stock, relative, {**missing, **given})
-        with step_noise_from(self, given.get("generator") if about["renoise"] == "fresh" else None):
+        with step_noise_from(self, given.get("generator") if about.get("renoise") == "fresh" else None):
             return stock.__call__(self, *args, **kwargs, **missing)
 
     def save_pretrained(self: DiffusionPipeline, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

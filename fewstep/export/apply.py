@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from fewstep.export.student_adapter import (
     why_not_fused,
     why_off,
 )
+from fewstep.reading import parse_json
 from fewstep.recording.pipeline import find_scheduler, is_quantized
 from fewstep.recording.quiet import only_errors
 
@@ -113,7 +113,11 @@ def ship(pipeline: DiffusionPipeline, about: Mapping[str, Any], folder: Path) ->
             else:
                 network.load_lora_adapter(str(folder), prefix=component, _pipeline=pipeline, **words)
             activate(network, [*others, ADAPTER])
-    stock = getattr(diffusers, about["scheduler"]).from_pretrained(str(folder), subfolder="scheduler")
+    named = about.get("scheduler", "")
+    kind: Any = getattr(diffusers, named, None)
+    if not issubclass(kind if isinstance(kind, type) else object, diffusers.SchedulerMixin):
+        raise ValueError(f"{named!r} is no scheduler of this diffusers")
+    stock = kind.from_pretrained(str(folder), subfolder="scheduler")
     pipeline.register_modules(**{find_scheduler(pipeline): stock})
 
 
@@ -195,21 +199,24 @@ def _misfit(network: nn.Module, component: str, weights: Path) -> str | None:
     try:
         with safe_open(weights, "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
-            adapter = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except (OSError, SafetensorError) as error:
-        return f"{weights.name} cannot be read ({error})"
+            adapter = parse_json((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        return f"{weights.name} cannot be read ({one_line(error)})"
     for key, shape in shapes.items():
         path, _, factor = key.removeprefix(f"{component}.").removesuffix(".weight").rpartition(".")
         layer = modules.get(path)
-        if layer is None:
+        if layer is None or getattr(layer, "weight", None) is None:
             return f"it has no {path}"
+        if len(shape) < 2:
+            return f"{weights.name} is damaged: its {key} has the shape {list(shape)}"
         # A quantised weight has a shape of its own.
         features = "in_features" if factor == "lora_A" else "out_features"
         wanted = getattr(layer, features, layer.weight.shape[1 if factor == "lora_A" else 0])
         if (shape[1] if factor == "lora_A" else shape[0]) != wanted:
             return f"{path} is {tuple(layer.weight.shape)} here"
     # diffusers would make a layer of what the adapter is said to have, and leave it as it starts.
-    for path in adapter.get(f"{component}.target_modules", ()):
+    targets = adapter.get(f"{component}.target_modules", ()) if isinstance(adapter, dict) else ()
+    for path in targets if isinstance(targets, list) else ():
         for factor in ("lora_A", "lora_B"):
             if f"{component}.{path}.{factor}.weight" not in shapes:
                 return f"{weights.name} is damaged: it lacks the {factor} of {path}"

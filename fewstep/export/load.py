@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import DiffusionPipeline
 
 from fewstep.errors import UserError, one_line
@@ -20,6 +19,7 @@ from fewstep.export.apply import apply
 from fewstep.export.errors import ExportError
 from fewstep.export.own_code import is_own_code
 from fewstep.export.related.record import relative_class
+from fewstep.reading import read_yaml
 from fewstep.teachers.names import teacher_folder
 from fewstep.teachers.single_file import load_single_file
 from fewstep.teachers.source import Source, find_source
@@ -151,7 +151,7 @@ def teacher_of(student: str | Path, about: dict[str, Any]) -> str | None:
 def _teacher_of_run(folder: Path) -> str | None:
     """What a run was given as its teacher; None where ``folder`` is no part of one."""
     try:
-        teacher = yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))["teacher"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        teacher = read_yaml(folder.parent / "config.yaml")["teacher"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return teacher if isinstance(teacher, str) else None

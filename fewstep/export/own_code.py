@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import diffusers
+
+from fewstep.reading import read_json
 
 _STOCK = re.compile(r"^from diffusers import (\w+) as Stock  # <- stock$", re.M)
 _EXPERTS = re.compile(r"^EXPERTS: tuple\[str, \.\.\.\] = (\([\w', ]*\))  # <- experts$", re.M)
@@ -21,6 +22,8 @@ def is_own_code(folder: str | Path) -> bool:
     code = _code_file(folder)
     if code is None:
         return False
+    if not _looks_inside_alone(folder):
+        return False
     own = next((path for path in _pipelines() if path.name == code.name), None)
     # A part of the pipeline whose class is in the same file has a copy of it beside its weights.
     copies = list(folder.rglob("*.py"))
@@ -30,6 +33,14 @@ def is_own_code(folder: str | Path) -> bool:
         and _without_choices(own) is not None
         and all(_without_choices(path) == _without_choices(own) for path in copies)
     )
+
+
+def _looks_inside_alone(folder: Path) -> bool:
+    """Whether no part of a folder's pipeline can bring code from elsewhere: by a path for a name, or by a link."""
+    entries = [entry for entry in read_json(folder / "model_index.json").values() if isinstance(entry, list)]
+    named = [name for entry in entries for name in entry if name is not None]
+    plain = all(isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*", name) for name in named)
+    return plain and not any(path.is_symlink() and path.is_dir() for path in folder.rglob("*"))
 
 
 def stock_class_of(folder: str | Path) -> type[Any] | None:
@@ -44,7 +55,7 @@ def stock_class_of(folder: str | Path) -> type[Any] | None:
 def _code_file(folder: Path) -> Path | None:
     """The file at the root that ``model_index.json`` names as the home of the pipeline's class."""
     try:
-        named = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+        named = read_json(folder / "model_index.json")["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not isinstance(named, list) or not named or not re.fullmatch(r"\w+", str(named[0])):

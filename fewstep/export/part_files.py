@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import safe_open
 from torch import nn
+
+from fewstep.reading import read_json
+
+logger = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
 #: What settings, vocabularies and templates are written in. Weights are safetensors, or the part is not copied.
@@ -87,15 +92,26 @@ def _sets(stem: str, source: Path) -> Iterator[WeightFiles]:
         index = source / (f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json")
         whole = source / (f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors")
         if index.is_file():
-            content = json.loads(index.read_text(encoding="utf-8"))
-            renamed = {name: _without(variant, name) for name in content["weight_map"].values()}
-            files = {new: source / old for old, new in renamed.items()}
+            try:
+                content = read_json(index)
+                renamed = {name: _without(variant, _plain(name)) for name in content["weight_map"].values()}
+                files = {new: source / old for old, new in renamed.items()}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                logger.debug("%s is no index of weights that can be copied (%s)", index, error)
+                continue
             content["weight_map"] = {key: renamed[name] for key, name in content["weight_map"].items()}
             written = json.dumps(content, indent=2).encode() + b"\n" if variant else index.read_bytes()
             if all(path.is_file() for path in files.values()):
                 yield (f"{stem}.safetensors.index.json", written), files
         elif whole.is_file():
             yield None, {f"{stem}.safetensors": whole}
+
+
+def _plain(name: Any) -> str:
+    """The name of a file in the same folder. Raises ``ValueError`` for any other, which would lead out of the copy."""
+    if not isinstance(name, str) or PurePath(name).name != name:
+        raise ValueError(f"{name!r} is no file in this folder")
+    return name
 
 
 def _stem(part: nn.Module) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path, PureWindowsPath
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 #: Endings of the settings in which libraries write down where a part was loaded from.
 _ORIGINS = ("name_or_path", "_file")
@@ -23,7 +26,11 @@ def publish_no_paths(folder: Path, base_model: str) -> None:
         base_model: what the teacher is called in public.
     """
     for path in folder.rglob("*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:  # a part of the teacher, and a student is not lost for it
+            logger.warning("%s is copied as it is: %s", path.name, error)
+            continue
         published = _published(content, base_model)
         if published != content:
             path.write_text(json.dumps(published, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 
+from fewstep.config.values import number_within
 from fewstep.data.condition_cache import CacheWriter
 from fewstep.data.conditions import (
     CutPrompts,
@@ -73,8 +74,7 @@ def cache(
     Raises:
         UserError: for everything that a user can mend.
     """
-    if shard_size < 1:
-        raise UserError(f"--shard_size must be at least 1, not {shard_size}")
+    number_within("--shard_size", shard_size, 2**31 - 1)
     if prompts is not None and classes is not None:
         raise UserError("give --prompts or --classes, not both")
     texts = read_prompts(prompts) if isinstance(prompts, str | Path) else prompts

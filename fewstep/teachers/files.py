@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+from fewstep.reading import read_json
 from fewstep.teachers.names import teacher_folder
 from fewstep.teachers.source import WEIGHTS
 
@@ -53,7 +53,7 @@ def pipeline_files(place: Path, variant: str | None = None) -> list[Path]:
     if not index.is_file():
         return []
     try:
-        entries = dict(json.loads(index.read_text(encoding="utf-8")))
+        entries = dict(read_json(index))
     except (ValueError, TypeError):  # loading it says what is wrong
         entries = {}
     components = [place / name for name, entry in entries.items() if isinstance(entry, list) and any(entry)]

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from fewstep.errors import UserError, first_line
 from fewstep.teachers.quantization import pipeline_quantization, without_hooks
 from fewstep.teachers.single_file import load_single_file
-from fewstep.teachers.source import Source, find_source
+from fewstep.teachers.source import Source, find_source, refuse_no_table
 from fewstep.teachers.weights import WeightsError, load_pipeline
 
 
@@ -67,8 +67,14 @@ def load_teacher(
 
 
 def _refuse_lacking(source: Source, given: dict[str, Any], teacher: str) -> None:
-    """Raise for a part without a folder: the libraries would look for its files in the pipeline's own."""
+    """Raise for a part without a folder, or with a configuration that is none.
+
+    The libraries look for the files of the one in the pipeline's own folder, and do not name the other.
+    """
     if isinstance(source.place, Path):
+        loaded = sorted(source.parts() - given.keys())
+        for file in (file for part in loaded for file in (source.place / part).glob("*config.json")):
+            refuse_no_table(file, f"{teacher} cannot be loaded: its {file.relative_to(source.place)}")
         lacking = sorted(part for part in source.parts() - given.keys() if not (source.place / part).is_dir())
         if lacking:
             raise UserError(

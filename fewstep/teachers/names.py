@@ -30,6 +30,14 @@ def teacher_folder(name: str) -> Path | None:
     return None if looks_like_hub_id and not path.exists() else path
 
 
+def resolved(path: Path) -> Path:
+    """Where a path leads once its links are followed; itself where they lead in a ring."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # the one of newer versions of Python, the other of older ones
+        return path.absolute()
+
+
 def embedded_name(name: str) -> str | None:
     """The embedded teacher that a name or the path of its folder means; None for any other teacher."""
     from fewstep.fashion import TEACHERS, teacher_path
@@ -37,7 +45,7 @@ def embedded_name(name: str) -> str | None:
     folder = teacher_folder(name)
     if folder is None:
         return None
-    return next((known for known in TEACHERS if folder.resolve() == teacher_path(known).resolve()), None)
+    return next((known for known in TEACHERS if resolved(folder) == resolved(teacher_path(known))), None)
 
 
 def base_model(name: str) -> str:
@@ -61,13 +69,13 @@ def called(path: Path) -> str:
     In the hub's cache it is the hub id that it was fetched from. Where the own name says nothing (``checkpoint-1000``,
     ``diffusers``) it is the nearest above it that says something; a user's name is none.
     """
-    resolved = path.resolve()
+    real = resolved(path)
     # In the cache links lead from a telling path to one that is not; a user's links may lead into the cache.
-    for place in (path.absolute(), resolved):
+    for place in (path.absolute(), real):
         for folder in (place, *place.parents):
             if (cached := _CACHED.fullmatch(folder.name)) is not None:
                 return f"{cached[1]}/{cached[2]}"
-    for place in (resolved, *resolved.parents):
+    for place in (real, *real.parents):
         if place == Path.home() or place.parent.name in ("home", "Users"):
             break
         own = place.stem if place.suffix == ".safetensors" else place.name
@@ -78,5 +86,5 @@ def called(path: Path) -> str:
 
 def same_teacher(one: str, other: str) -> bool:
     """Whether two names mean one teacher: by its folder where both lie here, else by what a model card calls them."""
-    folders = [folder.resolve() for name in (one, other) if (folder := teacher_folder(name)) and folder.exists()]
+    folders = [resolved(folder) for name in (one, other) if (folder := teacher_folder(name)) and folder.exists()]
     return folders[0] == folders[1] if len(folders) == 2 else base_model(one) == base_model(other)

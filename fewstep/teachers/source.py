@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import list_repo_files, snapshot_download
 
 from fewstep.errors import UserError, first_line
+from fewstep.reading import read_json
 from fewstep.teachers.names import embedded_name, teacher_folder
 
 logger = logging.getLogger("fewstep")
@@ -121,9 +122,29 @@ def find_source(
         what = "does not exist" if missing else "is not a diffusers pipeline: it has no model_index.json"
         inside = f", folder {subfolder}," if subfolder is not None else ""
         raise UserError(f"{flag} {name}{inside} {what}")
+    if isinstance(source.place, Path):
+        _refuse_odd_parts(source.place, f"{flag} {name}")
     if not weights:
         return source
     return Source(source.place, revision, subfolder, _variant(source, variant, f"{flag} {name}"))
+
+
+def refuse_no_table(file: Path, what: str) -> dict[str, Any]:
+    """The table in a JSON file; :class:`UserError` says where there is none that ``what`` is damaged."""
+    try:
+        table = read_json(file)
+        if not isinstance(table, dict):
+            raise ValueError("it is no table")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} is damaged ({first_line(error)}); fetch its files anew") from error
+    return table
+
+
+def _refuse_odd_parts(place: Path, teacher: str) -> None:
+    """Raise for an index that is no table, and for one whose parts would be looked for elsewhere."""
+    index = refuse_no_table(place / "model_index.json", f"{teacher} cannot be loaded: its model_index.json")
+    if odd := [name for name in index if not re.fullmatch(r"\w+", name)]:
+        raise UserError(f"{teacher} cannot be loaded: its model_index.json names {odd[0]!r}, which is no folder in it")
 
 
 def _refuse(why: str, flag: str, name: str, **told: str | None) -> None:

@@ -9,7 +9,6 @@ version, and of those that a class says it leaves out.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fewstep.errors import UserError, first_line
+from fewstep.reading import read_json
 from fewstep.recording.pipeline import is_quantized
 
 _NAMED = 3  # keys that a message names of each kind
@@ -93,8 +93,8 @@ def load_pipeline(
 def _absent_parts(folder: Path, kind: type[DiffusionPipeline]) -> dict[str, None]:
     """The parts that a pipeline's folder names and does not have, those apart that another class does not know."""
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a hub id, or for from_pretrained to say what is wrong
+        index = dict(read_json(folder / "model_index.json"))
+    except (OSError, ValueError, TypeError):  # a hub id, or for from_pretrained to say what is wrong
         return {}
     known = index if kind is DiffusionPipeline else inspect.signature(kind).parameters
     return {name: None for name, entry in index.items() if entry == [None, None] and name in known}

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.data.durable import file_sha256, flush, json_sha256
-from fewstep.errors import UserError
+from fewstep.errors import UserError, one_line
+from fewstep.reading import misfit, read_json
 
 _STATE = "state.json"
 # Of the run alone: what is being written, and what is being removed.
@@ -43,9 +44,16 @@ class Found:
     note: str = ""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """File stem -> name -> tensor, as :func:`save` was given them."""
-        files = (self.folder / name for name in self.state["files"])
-        return {file.stem: load_file(file) for file in files}
+        """File stem -> name -> tensor, as :func:`save` was given them.
+
+        Raises:
+            UserError: a file is what was written, and holds no tensors.
+        """
+        files = [self.folder / name for name in self.state["files"]]
+        try:
+            return {file.stem: load_file(file) for file in files}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.folder} is no checkpoint: {one_line(error)}; remove that folder") from error
 
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
@@ -177,11 +185,16 @@ def _path(folder: Path, step: int) -> Path:
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        state = dict(json.loads((path / _STATE).read_text()))
+        state = dict(read_json(path / _STATE))
         digest = state.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _DamagedError(f"{_STATE} cannot be read") from error
-    if digest != json_sha256(state) or path.name != f"step_{state['step']:08d}":
+    # A digest can be made by anybody, and a file's name may lead anywhere.
+    wrong = misfit(state, {"step": int, "files": dict}) or any(
+        PurePath(name).name != name or misfit(entry, {"bytes": int, "sha256": str})
+        for name, entry in state["files"].items()
+    )
+    if wrong or digest != json_sha256(state) or path.name != f"step_{state['step']:08d}":
         raise _DamagedError(f"{_STATE} is not what was written")
     return state
 

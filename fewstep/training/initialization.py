@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor, nn
 
 from fewstep.diffusion.schedule import from_scheduler
 from fewstep.errors import UserError
 from fewstep.networks.adapters import AdapterRole
 from fewstep.networks.roles import Role, follow
+from fewstep.reading import read_json, read_yaml
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import find_scheduler
 from fewstep.teachers.loading import load_teacher
@@ -114,16 +113,16 @@ def _prediction_of_run(source: Path) -> str | None:
     """What the exported student of a run says; None where it was not exported yet."""
     for form in ("student", "student_lora"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return json.loads((source / form / "fewstep.json").read_text(encoding="utf-8"))["prediction_type"]
+            return str(read_json(source / form / "fewstep.json")["prediction_type"])
     return None
 
 
 def _alpha_of_run(source: Path) -> float | None:
     """The alpha of a run's adapters; None where its configuration does not say."""
     try:
-        settings = yaml.safe_load((source / "config.yaml").read_text(encoding="utf-8"))
-        return settings["lora_alpha"] or settings["lora_rank"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        settings = read_yaml(source / "config.yaml")
+        return float(settings["lora_alpha"] or settings["lora_rank"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -20,6 +20,7 @@ from fewstep.data.fingerprint import memory_digests
 from fewstep.data.images import image_contents, read_images
 from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.errors import UserError
+from fewstep.reading import read_json
 from fewstep.teachers.files import pipeline_files, pipeline_place
 from fewstep.teachers.lora import lora_file
 from fewstep.teachers.names import teacher_folder
@@ -45,7 +46,7 @@ def read_inputs(out: Path) -> dict[str, Contents]:
         UserError: they cannot be read.
     """
     try:
-        kept = json.loads((out / FILE).read_text(encoding="utf-8"))
+        kept = read_json(out / FILE)
         inputs, digest = dict(kept["inputs"]), kept["sha256"]
     except FileNotFoundError:
         return {}

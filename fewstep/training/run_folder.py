@@ -14,6 +14,7 @@ from fewstep.config.run import RunConfig
 from fewstep.data.durable import write_durably
 from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.errors import UserError
+from fewstep.reading import read_yaml
 from fewstep.training import checkpoint
 from fewstep.training.inputs import read_inputs, recorded_as
 
@@ -32,6 +33,8 @@ def check_folder(out: Path, method: str, config: RunConfig, in_memory: bool = Fa
     Raises:
         UserError: the folder cannot be written, holds another run, or ``--resume`` does not fit what is there.
     """
+    if not config.out:
+        raise UserError("--out is empty; name a folder for the run")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,8 +72,8 @@ def read_config(out: Path) -> dict[str, Any]:
     """
     file = out / _CONFIG
     try:
-        return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:  # unreadable, or YAML that is no table
+        return dict(read_yaml(file))
+    except (OSError, TypeError, ValueError) as error:  # unreadable, or YAML that is no table
         raise UserError(f"{file} cannot be read; choose another --out") from error
 
 

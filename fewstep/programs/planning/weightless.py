@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fewstep.errors import UserError, first_line
+from fewstep.reading import read_json
 from fewstep.teachers.single_file import configuration_of
 from fewstep.teachers.source import CONFIGURATION, find_source
 
@@ -64,8 +64,8 @@ def weightless_teacher(
         UserError: there is no such thing, it is not a pipeline, or it cannot be built from configuration files.
     """
     folder = _configuration_folder(name, revision, subfolder)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     try:
+        index = dict(read_json(folder / "model_index.json"))
         parts = {
             part: None if entry[0] is None else _part(_class_of(*entry), folder / part, mode)
             for part, entry in index.items()
@@ -153,9 +153,14 @@ def _configuration_folder(name: str, revision: str | None, subfolder: str | None
 
 def _class_of(library: str, name: str) -> Any:
     """The class of a part, as model_index.json names it; some stand in a pipeline's own module."""
-    pipelines = importlib.import_module("diffusers.pipelines")
-    module = getattr(pipelines, library) if hasattr(pipelines, library) else importlib.import_module(library)
-    return getattr(module, name)
+    if library in _LIBRARIES:
+        return getattr(importlib.import_module(library), name)
+    # To import any module that a file names would be to run it.
+    return getattr(getattr(importlib.import_module("diffusers.pipelines"), library), name)
+
+
+#: The libraries that a part's class may come from, beside diffusers' own pipelines.
+_LIBRARIES = ("diffusers", "transformers")
 
 
 def _part(kind: Any, folder: Path, mode: FakeTensorMode) -> Any:
