@@ -173,9 +173,9 @@ class _Other:
             return
         here_first = os.environ.get("LOCAL_RANK") == "0"
         if words is None and (here_first or self.rank == 1):
-            _tell(f"process 0 died; {_ADVICE}")
+            _tell(f"process 0 died; {_ADVICE}", "\n")
         elif words is not None and here_first:  # on a machine that has not read it yet
-            _tell(words["ended"])
+            _tell(words["ended"], "\n")
         os._exit(1 if words is None else words["code"])
 
 
@@ -201,9 +201,10 @@ def _kept_alive(connection: Connection[Any, Any]) -> Connection[Any, Any]:
     return connection
 
 
-def _tell(line: str) -> None:
-    with tqdm.external_write_mode(sys.stderr):  # a bar is no line
-        logger.error(f"fewstep: {line}")
+def _tell(line: str, begin: str = "") -> None:
+    """Log a line. The first process may have left a bar where it should begin: it knows that, others ``begin`` anew."""
+    with tqdm.external_write_mode(sys.stderr):
+        logger.error(f"{begin}fewstep: {line}")
     sys.stderr.flush()
 
 

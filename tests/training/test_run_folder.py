@@ -85,7 +85,14 @@ def test_a_folder_that_an_earlier_version_claimed_is_gone_on_with(tmp_path: Path
 def test_what_a_resumed_run_may_change(tmp_path: Path):
     """The names before settings had kinds, and a later one; cpu is not among them: a run stays on its device."""
     names = {"out", "merge", "push_to_hub", "hub_private", "max_steps", "resume", "report_to"}
-    names |= {"checkpointing_steps", "checkpoints_total_limit", "log_steps", "sample_steps", "export_dtype"}
+    names |= {
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "log_steps",
+        "sample_steps",
+        "export_dtype",
+        "data_workers",
+    }
     assert run_folder._may_change(config(tmp_path)) == names
     curriculum = ConsistencyConfig(teacher="t", out=str(tmp_path), data="d", variant="ict")
     assert run_folder._may_change(curriculum) == names - {"max_steps"}

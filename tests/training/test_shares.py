@@ -1,14 +1,18 @@
 """A step keeps its samples on any number of processes, or the run is refused with what would keep them."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_run import train
 
 from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.training.run_folder import write_config
 from fewstep.training.shares import Share, kept_batch, refuse_other_batch, shared_out
+from tests.forked import well
 
 
 class Coupled(RunConfig):
@@ -100,3 +104,18 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 4 samples"):
         kept_batch(config(tmp_path, 3, 1), {"processes": 2}, 2)
     refuse_other_batch(tmp_path, {"processes": 2}, Share(2, 1, 2))
+
+
+def test_a_checkpoint_between_two_logged_lines_keeps_what_all_processes_have_to_log(tmp_path: Path) -> None:
+    """The student moves in every second step only, so its numbers wait for the next line."""
+    settings = {"batch_size": 2, "log_steps": 4, "checkpointing_steps": 3, "max_steps": 8, "checkpoints_total_limit": 9}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    well(2, lambda _rank: train(whole, settings), tmp_path / "said")
+    shutil.copytree(whole, parts)
+    for step in (6, 8):
+        shutil.rmtree(parts / "checkpoints" / f"step_{step:08d}")
+    well(2, lambda _rank: train(parts, settings), tmp_path / "said")
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    rows = [{row["step"]: row for row in map(json.loads, each)} for each in lines]
+    assert {**rows[0][4], "seconds": 0} == {**rows[1][4], "seconds": 0}
+    assert "student/matching" in rows[0][4]
