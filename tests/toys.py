@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning, Leaf
 from fewstep.config.run import RunConfig
+from fewstep.critic.denoising import sample_log
 from fewstep.data.batch import Batch, Batches
 from fewstep.diffusion.draws import keyed_order
 from fewstep.diffusion.prediction import add_noise
@@ -174,7 +175,8 @@ class TinyMethod:
             with torch.no_grad():
                 verdicts = [self.roles[name](x_t, t, batch.conditioning) for name in ("teacher", "critic")]
             loss, gradient = distribution_matching(x0, *verdicts)
-            yield Turn("student", [(x0, gradient * self.spoiler("student", step))], {"student/matching": loss})
+            log = {"student/matching": loss} | sample_log(x0, verdicts[0])
+            yield Turn("student", [(x0, gradient * self.spoiler("student", step))], log)
         x0 = x0.detach()
         x_t, t = self.noised(x0, batch, "critic")
         weight = native_weight("flow", self.schedule, t)

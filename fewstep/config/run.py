@@ -78,6 +78,11 @@ class RunConfig(Settings):
         checkpoints_total_limit: how many checkpoints are kept.
         log_steps: steps between lines in metrics.jsonl.
         sample_steps: steps between sample grids; 0 turns them off.
+        stop_on: what ends a run: nan (a gradient or a weight that is not finite), collapse (that, and samples that are
+            constant, alike or over-saturated, an explosion, a standstill), or never (an update that is not finite is
+            left out); whatever is wrong is said in any case.
+        rollbacks: how often a run, instead of ending so, goes back to its last good checkpoint, and on from there with
+            half the learning rates and other random draws.
         report_to: trackers of accelerate, comma separated, or "auto" for TensorBoard where it is installed, or "none".
         seed: of every random draw.
         resume: go on from the last checkpoint in out.
@@ -132,6 +137,8 @@ class RunConfig(Settings):
     checkpoints_total_limit: int = setting("watching", 2)
     log_steps: int = setting("watching", 10)
     sample_steps: int = setting("watching", 500)
+    stop_on: str = setting("watching", "nan")
+    rollbacks: int = setting("watching", 0)
     report_to: str = setting("machine", "auto")
     seed: int = 0
     resume: bool = setting("machine", False)
@@ -143,7 +150,7 @@ class RunConfig(Settings):
         self._refuse_below_one("steps", "max_steps", "batch_size", "gradient_accumulation_steps")
         self._refuse_below_one("checkpointing_steps", "log_steps", "checkpoints_total_limit")
         self._refuse_negative("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed")
-        self._refuse_negative("lora_rank", "data_workers")
+        self._refuse_negative("lora_rank", "data_workers", "rollbacks")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
@@ -153,6 +160,7 @@ class RunConfig(Settings):
                 "cannot follow split backward passes"
             )
         self._refuse_unknown("mixed_precision", "no", "bf16")
+        self._refuse_unknown("stop_on", "nan", "collapse", "never")
         self._refuse_unknown("renoise", "auto", "ode", "fresh")
         self._refuse_unknown("dynamic_shift", "static", "keep")
         if self.shift is not None and not self.shift > 0:

@@ -142,13 +142,17 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdecimal())
 
 
-def find_latest(folder: Path) -> Found:
+def find_latest(folder: Path, up_to: int | None = None) -> Found:
     """The newest whole checkpoint in ``folder``; all of it is read once and checked. Nothing is changed.
+
+    Args:
+        folder: ``OUT/checkpoints``.
+        up_to: pass over those of later steps.
 
     Raises:
         UserError: there is none.
     """
-    steps = steps_in(folder)
+    steps = [step for step in steps_in(folder) if up_to is None or step <= up_to]
     if not steps:
         raise UserError(f"{folder} holds no checkpoint to go on from; leave out --resume to start afresh")
     damaged: dict[int, str] = {}
@@ -163,6 +167,13 @@ def find_latest(folder: Path) -> Found:
         return Found(path, state, _note(folder, step, damaged))
     told = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
     raise UserError(f"no checkpoint in {folder} is whole ({told}); put one back, or remove that folder to start afresh")
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps than this one, newest first."""
+    for later in reversed(steps_in(folder)):
+        if later > step:
+            _remove(_path(folder, later))
 
 
 def load_latest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

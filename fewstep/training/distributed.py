@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -144,3 +144,20 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+
+    def of_main(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` gives on the main process, which alone does it, on every process."""
+        if self.count == 1:
+            return work()
+        told = [work() if self.rank == 0 else None]
+        dist.broadcast_object_list(told)
+        (result,) = told
+        return cast(Result, result)
+
+    def first(self, value: Result | None) -> Result | None:
+        """The first process's value that is one; None where every process's is None."""
+        if self.count == 1:
+            return value
+        told: list[Result | None] = [None] * self.count
+        dist.all_gather_object(told, value)
+        return next((one for one in told if one is not None), None)

@@ -19,11 +19,14 @@ from fewstep.errors import UserError
 from fewstep.networks.roles import FOLLOWERS, Role, follow, update_average
 from fewstep.training import checkpoint
 from fewstep.training.distributed import Processes
+from fewstep.training.guard import Guard
 from fewstep.training.method import Method, Renew, TargetMethod, Turn
 from fewstep.training.monitor import Monitor
-from fewstep.training.optimization import RoleOptimizer
+from fewstep.training.optimization import Faults, RoleOptimizer
 from fewstep.training.shares import Share, refuse_other_batch
 from fewstep.training.stopping import Interrupted, Stopping
+from fewstep.training.verdict import Trouble
+from fewstep.training.watch import Watch
 
 
 class Loop:
@@ -54,37 +57,54 @@ class Loop:
         self.method, self.method_name, self.config, self.batches = method, method_name, config, batches
         self.device, self.processes, self.monitor, self.on_samples = batches.device, processes, monitor, on_samples
         self.checkpoints = Path(config.out) / "checkpoints"
+        self.faults = Faults(halting=config.stop_on != "never")
         trainable = (role for role in method.roles.values() if role.parameters())
         self.optimizers = {
-            role.name: RoleOptimizer(role, config, method.learning_rate(role.name)) for role in trainable
+            role.name: RoleOptimizer(role, config, method.learning_rate(role.name), self.faults) for role in trainable
         }
         self.share = Share.of(config, processes.count)
         self._batch_state = self.share.state()
+        self.watch = Watch(config, self.checkpoints, processes)
+        self.guard = Guard(method, self.optimizers, self.faults, processes, self._held, self._batches)
         self.step = 0
         self._kept = -1  # the step of the newest checkpoint that this process knows to be whole
         self.stopping = Stopping(processes)
         self._recent: dict[str, Tensor] = {}
 
     def run(self) -> None:
-        """Train. Raises :class:`Interrupted` after a signal, ``UserError`` when a gradient was not finite."""
+        """Train.
+
+        Raises:
+            Interrupted: after a signal.
+            UserError: something went wrong on which the run is to end (``--stop_on``), and no roll-back is left.
+        """
         with self.stopping.noted():
             if self.step == 0:
+                self._refuse_start()
                 self._save()
             else:  # a kill may have come before the ones that are too many were removed
                 limit = self.config.checkpoints_total_limit
                 self._main_process_only(lambda: checkpoint.keep_newest(self.checkpoints, self.step, limit))
             while self.step < self.config.max_steps:
                 numbers = self._one_step()
-                done = self.step
-                last = done == self.config.max_steps
-                if self.config.sample_steps and (last or done % self.config.sample_steps == 0):
+                stopping = self.stopping.agreed()
+                last = self.step == self.config.max_steps
+                saving = last or stopping or self.step % self.config.checkpointing_steps == 0
+                sampling = self.config.sample_steps and (last or self.step % self.config.sample_steps == 0)
+                trouble = self.guard.look(self.step) if numbers or saving else None
+                if trouble is None and sampling:
                     numbers |= self._sample()
-                if numbers:
-                    self.monitor.log(done, numbers)
-                if last or done % self.config.checkpointing_steps == 0:
+                if trouble is None and (numbers or sampling):
+                    self.monitor.log(self.step, numbers)
+                    trouble = self.watch.look({"step": self.step, **numbers})
+                    if trouble is not None and trouble.kind == "nan":
+                        trouble = self.guard.traced(trouble, self.step)
+                if trouble is not None:
+                    self._end_or_go_back(trouble)
+                    continue
+                if saving:
                     self._save()
-                if self.stopping.agreed():
-                    self._save()
+                if stopping:
                     raise Interrupted
         self.monitor.close()
 
@@ -105,6 +125,8 @@ class Loop:
             )
         refuse_other_batch(Path(self.config.out), state, self.share)
         self._batch_state = state.get("batch", self._batch_state)
+        self.watch.resume(self.monitor.resume(state["step"]))
+        self.faults.clear()
         tensors = found.tensors()
         for name, role in self.method.roles.items():
             if name in tensors:
@@ -112,9 +134,9 @@ class Loop:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state(tensors[f"{name}_optimizer"])
             optimizer.renewed_at = state["renewed_at"][name]
+            optimizer.slowed = self.watch.slowed
         self._recent = {name: value.to(self.device) for name, value in tensors["unlogged"].items()}
         self.step = self._kept = state["step"]
-        self.monitor.resume(self.step)
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -123,8 +145,7 @@ class Loop:
         logging = (
             (self.step + 1) % self.config.log_steps == 0 or self.step + 1 == self.config.max_steps or self.step == 0
         )
-        micro_batches = range(self.share.micro_batches)
-        turns = [self.method.turns(self.step, self._batch(micro, logging)) for micro in micro_batches]
+        turns = [self.method.turns(self.step, batch) for batch in self._batches(self.step, logging)]
         part = 1 / (self.share.micro_batches * self.processes.count)
         # What a turn reports stays until the next logged step: a student that moves every fifth step is logged too.
         log: dict[str, Tensor] = {}
@@ -141,7 +162,6 @@ class Loop:
         self.monitor.advance(self.step)
         if not logging:
             return {}
-        self._check_finite()
         means = self._means_over_processes(self._recent)
         self._recent = {}
         values = torch.stack([value.detach().float().to(self.device) for value in means.values()])
@@ -167,9 +187,11 @@ class Loop:
         # inputs= keeps the gradients of the other roles None, and skips the work of computing them.
         torch.autograd.backward(tensors, gradients, inputs=self.optimizers[turn.role].parameters)
 
-    def _batch(self, micro: int, logging: bool) -> Batch:
-        indices = self.share.indices(self.processes.rank, micro)
-        return self.batches.micro_batch(self.config.seed, self.step, indices, self.share.samples, logging)
+    def _batches(self, step: int, logging: bool = False) -> Iterator[Batch]:
+        """The micro-batches of a step on this process."""
+        for micro in range(self.share.micro_batches):
+            indices = self.share.indices(self.processes.rank, micro)
+            yield self.batches.micro_batch(self.watch.seed, step, indices, self.share.samples, logging)
 
     def _update_averages(self) -> None:
         roles = self.method.roles
@@ -187,32 +209,37 @@ class Loop:
 
     # --- between steps ------------------------------------------------------------------------------------------
 
-    def _check_finite(self) -> None:
-        for name, optimizer in self.optimizers.items():
-            bad = int(optimizer.first_bad_step)
-            if bad >= 0:
-                raise UserError(
-                    f"the gradient of the {name} was not finite in step {bad}; stopped with the checkpoint of step "
-                    f"{self._kept} kept: lower the learning rate or --mixed_precision no, then --resume"
-                )
+    def _refuse_start(self) -> None:
+        if (trouble := self.guard.look(0)) is not None:
+            raise UserError(f"{trouble.words}: no run can start from that")
+
+    def _end_or_go_back(self, trouble: Trouble) -> None:
+        found = self.watch.way_back(trouble, self.step)
+        if found is not None:
+            self.resume(found)
+            return
+        raise UserError(
+            f"{trouble.words}; stopped with the checkpoint of step {self._kept} kept: --resume --rollbacks "
+            f"{len(self.watch.rollbacks) + 1} goes back to the last good one, and on with lower learning rates"
+        )
 
     def _save(self) -> None:
         if self._kept == self.step:
             return
-        self._check_finite()
         # One process writes for all, and each that goes on has then what they had on average.
         self._recent = self._means_over_processes(self._recent)
         self._main_process_only(self._write_checkpoint)
         self._kept = self.step
 
+    def _held(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors of a checkpoint, by file and name."""
+        roles = self.method.roles.items()
+        tensors = {name: role.state_dict() for name, role in roles if name in self.optimizers or name in FOLLOWERS}
+        return tensors | {f"{name}_optimizer": optimizer.state() for name, optimizer in self.optimizers.items()}
+
     def _write_checkpoint(self) -> None:
         self.monitor.flush()
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for name, role in self.method.roles.items():
-            if name in self.optimizers or name in FOLLOWERS:
-                tensors[name] = role.state_dict()
-        for name, optimizer in self.optimizers.items():
-            tensors[f"{name}_optimizer"] = optimizer.state()
+        tensors = self._held()
         tensors["unlogged"] = self._recent  # a resumed run's next line says what an undisturbed run's would
         state = {
             "method": self.method_name,

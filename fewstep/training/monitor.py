@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from fewstep.data.durable import write_text_durably
 from fewstep.training.trackers import Trackers
+from fewstep.training.verdict import read_log
 
 #: Shown beside the progress bar: the numbers that tell whether training goes well.
 _SHOWN = {
@@ -48,19 +49,16 @@ class Monitor:
         """Start the trackers that the launch asked for, and tell them the run's settings."""
         self._trackers.start(self.path.parent, settings)
 
-    def resume(self, step: int) -> None:
-        """Forget the lines after ``step``; they will be written again."""
+    def resume(self, step: int) -> list[dict[str, float]]:
+        """Forget the lines after ``step``; they will be written again. Returns the others, on the main process."""
         if not self._active or not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(errors="replace").split("\n"):
-            try:
-                keep = json.loads(line)["step"] <= step
-            except (ValueError, TypeError, KeyError):  # a line that a kill cut short, or that is not ours
-                continue
-            if keep:
-                kept.append(line)
-        write_text_durably(self.path, "".join(f"{line}\n" for line in kept))
+            return []
+        if self._file is not None:  # of a run that goes back; the next line opens what is left
+            self._file.close()
+            self._file = None
+        kept = [row for row in read_log(self.path) if row["step"] <= step]
+        write_text_durably(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))
+        return kept
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the numbers of one step, after ``step`` steps are done."""

@@ -17,26 +17,57 @@ class _AdamW(torch.optim.AdamW):
     found_inf: Tensor
 
 
+class Faults:
+    """The first step in which a gradient was not finite, for each role of a run: noted on the device, read seldom.
+
+    Args:
+        halting: after one no role is updated any more, so that whoever looks for the cause finds the weights of then;
+            else only that update is left out.
+    """
+
+    def __init__(self, halting: bool = True) -> None:
+        self.halting = halting
+        #: By role, () int64; -1 while there is none.
+        self.first: dict[str, Tensor] = {}
+
+    def watch(self, role: str, device: torch.device) -> None:
+        """Have a place for a role."""
+        self.first[role] = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def clear(self) -> None:
+        """Forget what was noted, and update again."""
+        for first in self.first.values():
+            first.fill_(-1)
+
+    def note(self, role: str, step: int, bad: Tensor) -> Tensor:
+        """Note whether a role's gradient is bad in a step, (). Returns 1.0 where nothing is to be updated, else 0.0."""
+        first = self.first[role]
+        first.copy_(torch.where(bad & (first < 0), step, first))
+        return (torch.stack(list(self.first.values())) >= 0).any().float() if self.halting else bad.float()
+
+
 class RoleOptimizer:
-    """AdamW for one role, which skips an update whose gradient is not finite and remembers the first such step.
+    """AdamW for one role, which skips an update whose gradient is not finite.
 
     Args:
         role: whose trainable parameters are updated.
         config: of the run.
         lr: peak learning rate.
+        faults: where such gradients are noted, for all roles of a run.
     """
 
-    def __init__(self, role: Role, config: RunConfig, lr: float) -> None:
+    def __init__(self, role: Role, config: RunConfig, lr: float, faults: Faults | None = None) -> None:
         self.role = role
+        self.faults = Faults() if faults is None else faults
+        #: The learning rate is multiplied by this.
+        self.slowed = 1.0
         self.lr = lr
         self.max_grad_norm = config.max_grad_norm
         self.warmup = config.lr_warmup_steps
         self.parameters = role.parameters()
+        self.faults.watch(role.name, self.parameters[0].device)
         self._betas, self._weight_decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
         self.renew(0)
-        device = self.parameters[0].device
-        #: The first step whose gradient was not finite, -1 while there is none. Read it only when a wait is fine.
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
     def renew(self, step: int) -> None:
         """Forget all momentum and warm up again from ``step``."""
@@ -57,11 +88,9 @@ class RoleOptimizer:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.max_grad_norm > 0:
             torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        bad = ~torch.isfinite(norm)
-        self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), step, self.first_bad_step)
-        self.adamw.found_inf = (self.first_bad_step >= 0).float()
+        self.adamw.found_inf = self.faults.note(self.role.name, step, ~torch.isfinite(norm))
         for group in self.adamw.param_groups:
-            group["lr"] = self.lr * min(1.0, (step - self.renewed_at + 1) / (self.warmup + 1))
+            group["lr"] = self.lr * self.slowed * min(1.0, (step - self.renewed_at + 1) / (self.warmup + 1))
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return norm
