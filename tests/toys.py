@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning, Leaf
 from fewstep.config.run import RunConfig
-from fewstep.critic.denoising import sample_log
 from fewstep.data.batch import Batch, Batches
 from fewstep.diffusion.draws import keyed_order
 from fewstep.diffusion.prediction import add_noise
@@ -175,7 +174,7 @@ class TinyMethod:
             with torch.no_grad():
                 verdicts = [self.roles[name](x_t, t, batch.conditioning) for name in ("teacher", "critic")]
             loss, gradient = distribution_matching(x0, *verdicts)
-            log = {"student/matching": loss} | sample_log(x0, verdicts[0])
+            log = {"student/matching": loss, "student/teacher_mean": verdicts[0].mean()}
             yield Turn("student", [(x0, gradient * self.spoiler("student", step))], log)
         x0 = x0.detach()
         x_t, t = self.noised(x0, batch, "critic")

@@ -26,6 +26,7 @@ USAGE = """fewstep: few-step distillation of diffusion and flow-matching pipelin
   fewstep cache --teacher ... --out DIR encode prompts or labels once, for distill --cache
   fewstep pairs --teacher ... --out DIR make noise-sample pairs of a teacher
   fewstep distill METHOD --teacher ...  train a student
+  fewstep verdict OUT                   say whether a training works, from its log
   fewstep sample DIR --out FILE.png     sample from a student
   fewstep eval DIR [DIR ...] --out DIR  measure students beside their teacher
 
@@ -42,6 +43,7 @@ COMMANDS = {
     "cache": "cache",
     "pairs": "pairs",
     "distill": "distill",
+    "verdict": "verdict",
     "sample": "sample",
     "eval": "evaluate",
 }

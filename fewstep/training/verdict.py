@@ -25,8 +25,12 @@ FAR_OUT = 2.0
 GRIDS = 2
 #: A critic's loss, or a gradient, explodes when its level is above this multiple of the lowest that it had.
 EXPLODED = {"denoising": 10.0, "gradient_norm": 100.0}
+#: Before an explosion all was well as long as the numbers came down to this multiple of that level.
+CALM = 2.0
 #: A level is the median of so many successive numbers, and it is compared with those of so many.
 RECENT, REMEMBERED = 5, 60
+#: A critic whose lag is on average (the median of twice as many) above this is far worse than the teacher.
+LAGGING = 2.0
 #: What stands still differs by less than this share of itself.
 STILL = 1e-6
 #: Samples that are the same in so many successive grids stand still.
@@ -40,7 +44,7 @@ class Trouble:
     """Something that is wrong with a run.
 
     Attributes:
-        kind: "nan", "constant", "alike", "far out", "explosion" or "standstill".
+        kind: "nan", "constant", "alike", "far out", "explosion", "standstill" or "lagging".
         what: the numbers that show it.
         since: the first step whose numbers do.
         good: the last step before it whose numbers did not; 0 where there is none.
@@ -84,7 +88,7 @@ class History:
 
 def troubles(history: History) -> list[Trouble]:
     """What is wrong at the end of a history."""
-    return [*_not_numbers(history), *_samples(history), *_explosions(history), *_standstills(history)]
+    return [*_not_numbers(history), *_samples(history), *_explosions(history), *_lessons(history)]
 
 
 def judged(rows: Iterable[Mapping[str, float]]) -> list[tuple[Trouble, int | None]]:
@@ -187,11 +191,13 @@ def _explosions(history: History) -> list[Trouble]:
         if lowest > 0 and now > EXPLODED[what] * lowest:
             since = next(step for step, value in values[-RECENT:] if value > EXPLODED[what] * lowest)
             words = f"since step {since} {name} explodes: it is about {now:.3g}, and was about {lowest:.3g}"
-            found.append(Trouble("explosion", name, since, history.before(name, since), words))
+            good = max((step for step, value in values if step < since and value <= CALM * lowest), default=0)
+            found.append(Trouble("explosion", name, since, good, words))
     return found
 
 
-def _standstills(history: History) -> list[Trouble]:
+def _lessons(history: History) -> list[Trouble]:
+    """Who learns nothing, or too slowly."""
     found = []
     for name in history.names():
         role, _, what = name.rpartition("/")
@@ -202,6 +208,11 @@ def _standstills(history: History) -> list[Trouble]:
         if what == "gradient_norm" and all(value == 0 for _, value in values):
             words = f"since step {since} the {role} learns nothing: its gradient is zero"
             found.append(Trouble("standstill", role, since, history.before(name, since), words))
+        lately = [value for _, value in history.last(name, 2 * RECENT)]
+        if what == "lag" and len(lately) == 2 * RECENT and median(lately) > LAGGING:
+            words = f"since step {since} the {role} does not follow: of the student's samples it knows less than the "
+            words += f"teacher, {name} is about {median(lately):.3g}"
+            found.append(Trouble("lagging", role, since, history.before(name, since), words))
         if what == "lag" and all(abs(value - 1) < STILL for _, value in values):
             words = f"since step {since} the {role} stands still: it says what the teacher says, {name} is 1"
             found.append(Trouble("standstill", role, since, history.before(name, since), words))

@@ -87,9 +87,8 @@ class Watch:
         # What stands still would stand as still at a lower learning rate.
         if len(self.rollbacks) >= self.config.rollbacks or trouble.kind == "standstill":
             return None
-        try:
-            found = checkpoint.find_latest(self.checkpoints, trouble.good)
-        except UserError:  # the newest from before is gone already
+        found = self._last_good(trouble, step)
+        if found is None:
             return None
         checkpoint.remove_after(self.checkpoints, found.state["step"])
         noted = [*self.rollbacks, {"from": step, "to": found.state["step"], "why": trouble.words}]
@@ -104,6 +103,17 @@ class Watch:
             self.config.rollbacks,
         )
         return found
+
+    def _last_good(self, trouble: Trouble, step: int) -> checkpoint.Found | None:
+        ends = [trouble.good]
+        if self.rollbacks and step <= self.rollbacks[-1]["from"]:  # that one did not help: further back
+            ends.insert(0, min(trouble.good, self.rollbacks[-1]["to"] - 1))
+        for up_to in ends:
+            try:
+                return checkpoint.find_latest(self.checkpoints, up_to)
+            except UserError:  # it is gone already
+                continue
+        return None
 
     @property
     def _file(self) -> Path:
