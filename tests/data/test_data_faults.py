@@ -1,0 +1,84 @@
+"""Pairs, caches and rows of an evaluation after a fault at any operation: they go on to the very same files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_pipelines import tiny_stable_diffusion
+
+from fewstep.data.condition_cache import CacheWriter, ConditionCache
+from fewstep.data.conditions import CutPrompts, encode_each
+from fewstep.data.shards import Shards
+from fewstep.eval.rows import read_row, write_row
+from fewstep.recording import Recording, record
+from tests.faults import Faults, every_fault
+
+KINDS = pytest.mark.parametrize("kind", ["death", "power", "full"])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Of what counts: a kill may leave what it was writing, under a name that nobody reads."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".partial"}
+
+
+@KINDS
+def test_shards(kind: str, tmp_path: Path):
+    def write(root: Path, resume: bool = False) -> None:
+        shards = Shards.begin(root, {"format": "f", "num": 5, "shard_size": 2}, "make", resume=resume)
+        for number in shards.numbers:
+            if not shards.is_whole(number):
+                shards.write(number, {"x": torch.arange(2.0 * number, 2 * number + len(shards.rows(number)))})
+
+    write(tmp_path / "whole")
+
+    def check(root: Path, fault: Faults) -> None:
+        write(root, resume=True)
+        Shards.find(root, "f", "make")
+        assert files(root) == files(tmp_path / "whole"), fault.happened
+
+    every_fault(kind, write, check, at_least=12)
+
+
+@pytest.fixture(scope="module")
+def recording() -> Recording:
+    return record(tiny_stable_diffusion(), prompt="a")
+
+
+@KINDS
+def test_a_cache(kind: str, recording: Recording, tmp_path: Path):
+    prompts = ["a cat", "a dog", "b"]
+    encoded = dict(zip(prompts, encode_each(recording, prompts, CutPrompts())))
+
+    def write(root: Path, resume: bool = False) -> None:
+        writer = CacheWriter(root, recording, "tiny", prompts, 2, resume)
+        for shard in writer.missing:
+            writer.enter([writer.write(shard, [encoded[prompt] for prompt in writer.of(shard)])])
+
+    write(tmp_path / "whole")
+
+    def check(root: Path, fault: Faults) -> None:
+        write(root, resume=True)
+        assert len(ConditionCache(root)) == 3
+        assert files(root) == files(tmp_path / "whole"), fault.happened
+
+    every_fault(kind, write, check, at_least=20)
+
+
+@KINDS
+def test_a_row_of_an_evaluation(kind: str):
+    images = torch.arange(12, dtype=torch.uint8).reshape(1, 3, 2, 2)
+
+    def check(root: Path, fault: Faults) -> None:
+        found = read_row(root, "key")
+        if found is not None:  # else it is measured again
+            assert found[0] == {"nfe": 1} and torch.equal(found[1], images), fault.happened
+        write_row(root, "key", {"nfe": 1}, images)
+        assert read_row(root, "key") is not None
+
+    every_fault(
+        kind,
+        lambda root: write_row(root, "key", {"nfe": 1}, images),
+        check,
+        at_least=6,
+        before=lambda root: (root / "rows").mkdir(parents=True),
+    )

@@ -1,0 +1,90 @@
+"""SIGKILL at random moments of a run, from its start to its export: what it makes in the end is bit-equal all the same.
+
+Each start is a process forked from this one, killed after a random part of what an undisturbed one takes.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.cli import main
+from fewstep.training import checkpoint
+from tests import tiny_pipelines
+
+TRAINING = "--report_to none --max_steps 12 --batch_size 2 --log_steps 1 --checkpointing_steps 2 --num_pairs 24"
+COMMAND = f"distill rectified_flow --classes 0-2 --cpu {TRAINING} --sample_steps 6"
+#: Files that hold the name of the folder that they lie in.
+NAMED = ("config.yaml", "fewstep.json", "README.md")
+
+
+def start(words: list[str], said: Path) -> int:
+    process = os.fork()
+    if process == 0:
+        with said.open("a") as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+            code = 1
+            try:
+                torch.set_num_threads(1)
+                code = main(words)
+            finally:
+                os._exit(code)
+    return process
+
+
+def killed_and_resumed(words: list[str], out: Path, kills: int) -> int:
+    """Run to the end, killed so many times on the way; returns how many kills hit."""
+    moments, hits, longest = random.Random(0), 0, 0.0
+    said = out.parent / "said.txt"
+    for number in range(kills + 100):
+        resume = ["--resume"] if (out / "config.yaml").exists() or (number and words[0] != "distill") else []
+        resume = resume if out.exists() else []
+        began = time.monotonic()
+        process = start([*words, "--out", str(out), *resume], said)
+        if number < kills:
+            # Beyond what a start takes, or every kill would hit the loading of the teacher.
+            limit = began + moments.uniform(0.3, 1.0) * (longest or 8.0)
+            while time.monotonic() < limit and os.waitpid(process, os.WNOHANG) == (0, 0):
+                time.sleep(0.002)
+            try:
+                os.kill(process, signal.SIGKILL)
+                hits += os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+            except (ProcessLookupError, ChildProcessError):
+                longest = time.monotonic() - began  # it was done: from now on the whole command is what there is to hit
+        else:
+            code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            assert code == 0, said.read_text()[-3000:]
+            return hits
+    raise AssertionError
+
+
+def contents(out: Path) -> dict[str, object]:
+    """What counts: not the clock's part of the log, the folder's own name, and a name of a process that was killed."""
+    found: dict[str, object] = {}
+    for path in out.rglob("*"):
+        name = str(path.relative_to(out))
+        if path.name == "metrics.jsonl":
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            found[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+        elif path.is_file() and not path.name.startswith((".about.json.", *NAMED)):
+            found[name] = path.read_bytes()
+    return found
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.soak)])
+def test_a_run_that_was_killed_at_any_moment_ends_like_one_that_was_not(kills: int, tmp_path: Path) -> None:
+    tiny_pipelines.tiny_dit().save_pretrained(tmp_path / "teacher")
+    words = [*COMMAND.split(), "--teacher", str(tmp_path / "teacher")]
+    whole = start([*words, "--out", str(tmp_path / "whole")], tmp_path / "whole.txt")
+    assert os.waitpid(whole, 0)[1] == 0, (tmp_path / "whole.txt").read_text()
+    hits = killed_and_resumed(words, tmp_path / "killed", kills)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert hits >= kills // 2
+    states = [checkpoint.find_latest(tmp_path / name / "checkpoints") for name in ("whole", "killed")]
+    assert states[0].state == states[1].state and states[1].state["step"] == 12
