@@ -22,6 +22,10 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--call", type=dict[str, Any] | None, default=None, help="JSON for its call, as in the run")
     parser.add_argument("--prompts", type=str | None, default=None, help="UTF-8 file, one a line")
     parser.add_argument("--classes", type=str | None, default=None, help="labels such as 0-9")
+    parser.add_argument("--data", type=str | None, default=None, help="images, encoded for fewstep distill --data")
+    parser.add_argument("--data_text", type=str | None, default=None, help="which column, field or suffix has texts")
+    parser.add_argument("--data_workers", type=int, default=2, help="threads that read images")
+    parser.add_argument("--dtype", type=str, default="float32", help="of images: float32, float16 or bfloat16")
     parser.add_argument("--teacher_lora", type=str | None, default=None, help="the teacher's LoRA, as in the run")
     parser.add_argument("--out", type=str, required=True, help="folder of the cache")
     parser.add_argument("--shard_size", type=int, default=1000, help="items in one file")
@@ -31,5 +35,6 @@ def run(words: Sequence[str]) -> None:
     parsed = parse(parser, with_values(words, {"resume", "cpu", "trust_remote_code"}))
     folder = cache(**vars(parsed))
     if PartialState().is_main_process:
-        print(f"the cache is in {folder}; fewstep distill METHOD --teacher {parsed.teacher} --cache {folder} reads it")
+        flag = "--cache" if parsed.data is None else "--data"
+        print(f"the cache is in {folder}; fewstep distill METHOD --teacher {parsed.teacher} {flag} {folder} reads it")
     leave_launch()

@@ -25,6 +25,7 @@ from fewstep.data.image_opening import UNREADABLE, fitted, opened, upright, why_
 from fewstep.data.image_shards import ImageShards, find_shards
 from fewstep.data.image_tables import find_table, read_table, read_texts_beside
 from fewstep.errors import UserError
+from fewstep.recording import Recording
 
 _AT_ONCE = 4096  # images that are handed to the readers together
 _CHECKED = 50_000  # images that are read before a run at most
@@ -155,6 +156,18 @@ def read_images(
     # Folders called 0, 1, ..., 10 are labels: their alphabetical order (0, 1, 10, 2) would exchange classes.
     captions: list[Any] = [int(name) for name in names] if all(map(str.isdecimal, names)) else names
     return RealImages(found.files, captions, found.classes, passed_over=passed_over, texts=texts)
+
+
+def image_size(recording: Recording) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a teacher makes.
+
+    Raises:
+        UserError: it makes videos.
+    """
+    size = recording.decode(torch.zeros(1, *recording.sample_shape)).shape[1:]
+    if len(size) != 3:
+        raise UserError("--data gives images, and this teacher makes videos; train without --data")
+    return (size[0], size[1], size[2])
 
 
 def image_contents(images: RealImages, source: str, known: Contents | None = None) -> Contents:

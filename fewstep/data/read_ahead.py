@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-
-from fewstep.data.images import RealImages
 
 
 class ReadAhead:
@@ -17,13 +15,12 @@ class ReadAhead:
     What is given does not depend on the number of threads, nor on what was announced.
 
     Args:
-        images: what is read.
-        size: (C, H, W) of all of them.
+        read: gives the tensor of a row; all are of one shape.
         workers: threads; 0 reads when images are asked for.
     """
 
-    def __init__(self, images: RealImages, size: tuple[int, int, int], workers: int) -> None:
-        self._images, self._size = images, size
+    def __init__(self, read: Callable[[int], Tensor], workers: int) -> None:
+        self._read = read
         self._pool = ThreadPoolExecutor(workers, "fewstep-images") if workers else None
         self._coming: dict[int, Future[Tensor]] = {}
 
@@ -32,15 +29,15 @@ class ReadAhead:
         if self._pool is not None:
             for row in rows:
                 if row not in self._coming:
-                    self._coming[row] = self._pool.submit(self._images.image, row, *self._size)
+                    self._coming[row] = self._pool.submit(self._read, row)
 
     def take(self, rows: Sequence[int]) -> Tensor:
-        """uint8 (B, C, H, W) of the images with these numbers.
+        """(B, ...) of the rows with these numbers.
 
         Raises:
             UserError: one cannot be read.
         """
         self.announce(rows)
         coming = self._coming
-        read = [coming.pop(r).result() if r in coming else self._images.image(r, *self._size) for r in rows]
+        read = [coming.pop(r).result() if r in coming else self._read(r) for r in rows]
         return torch.stack(read)

@@ -12,7 +12,8 @@ from torch import Tensor
 from fewstep.data.batch import Real
 from fewstep.data.conditions import Conditions
 from fewstep.data.image_folders import some_of
-from fewstep.data.images import RealImages
+from fewstep.data.images import RealImages, image_size
+from fewstep.data.latents import Latents
 from fewstep.data.read_ahead import ReadAhead
 from fewstep.diffusion.draws import keyed_order
 from fewstep.errors import UserError
@@ -29,7 +30,7 @@ class RealSamples:
     by numbers, else they count in alphabetical order, empty ones too.
 
     Args:
-        images: what was read.
+        images: what was read, or is encoded already.
         recording: of the teacher.
         conditions: of the run; its items are what labels of a text-conditioned teacher refer to.
         device: where batches are put.
@@ -44,7 +45,7 @@ class RealSamples:
 
     def __init__(
         self,
-        images: RealImages,
+        images: RealImages | Latents,
         recording: Recording,
         conditions: Conditions,
         device: torch.device | str = "cpu",
@@ -54,9 +55,14 @@ class RealSamples:
         self.images = images
         self._encode = recording.encode
         self._device = device
-        self._reader = ReadAhead(images, image_size(recording), workers)
+        if isinstance(images, Latents):
+            images.refuse_other_teacher(recording)
+            self._reader = ReadAhead(images.x0, workers)
+        else:
+            size = image_size(recording)
+            self._reader = ReadAhead(lambda row: images.image(row, *size), workers)
         self._rows, self._conditions, meaning = _captions_to_conditions(images, recording, conditions, device)
-        self.note = f"--data: {len(images):,} images{meaning}{_checked(images)}{images.passed_over}"
+        self.note = f"--data: {len(images):,} images{meaning}{_about(images)}"
         self._cache: dict[int, Tensor] = {}
         self._bytes = 4 * int(np.prod(recording.sample_shape))
 
@@ -75,6 +81,8 @@ class RealSamples:
     @torch.no_grad()
     def x0(self, rows: Sequence[int]) -> Tensor:
         """The images with these numbers in the network's space, (B, ...)."""
+        if isinstance(self.images, Latents):
+            return self._reader.take(rows).to(self._device, non_blocking=True)
         missing = [row for row in dict.fromkeys(rows) if row not in self._cache]
         fresh: dict[int, Tensor] = {}
         if missing:
@@ -98,26 +106,17 @@ class RealSamples:
         return self._rows
 
 
-def image_size(recording: Recording) -> tuple[int, int, int]:
-    """(C, H, W) of the images that a teacher makes.
-
-    Raises:
-        UserError: it makes videos.
-    """
-    size = recording.decode(torch.zeros(1, *recording.sample_shape)).shape[1:]
-    if len(size) != 3:
-        raise UserError("--data gives images, and this teacher makes videos; train without --data")
-    return (size[0], size[1], size[2])
-
-
-def _checked(images: RealImages) -> str:
-    """How many images are read before a run, where that is not all of them."""
+def _about(images: RealImages | Latents) -> str:
+    """The end of a line: what was passed over, and how many images are read before a run where that is not all."""
+    if isinstance(images, Latents):
+        return ", encoded already"
     count = len(images.read_ahead_of_a_run())
-    return f"; {count:,} of them, evenly spaced, are read before training" if count < len(images) else ""
+    some = f"; {count:,} of them, evenly spaced, are read before training" if count < len(images) else ""
+    return some + images.passed_over
 
 
 def _captions_to_conditions(
-    images: RealImages, recording: Recording, conditions: Conditions, device: torch.device | str
+    images: RealImages | Latents, recording: Recording, conditions: Conditions, device: torch.device | str
 ) -> tuple[list[int], Conditions, str]:
     """For each image the row of its condition, the conditions that these rows count in, and in words what is what."""
     if conditions.kind is None:

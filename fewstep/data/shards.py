@@ -157,6 +157,15 @@ class Shards:
         file, names = self._open_shard(number)
         return {name: file.get_slice(name)[place : place + 1][0] for name in names}
 
+    def tensor(self, index: int, name: str) -> Tensor:
+        """One row of one tensor, read alone."""
+        number, place = divmod(index, self.about["shard_size"])
+        return self._open_shard(number)[0].get_slice(name)[place : place + 1][0]
+
+    def whole(self, number: int, name: str) -> Tensor:
+        """All rows of one tensor of a shard."""
+        return self._open_shard(number)[0].get_tensor(name)
+
     def _open(self, number: int) -> tuple[Any, list[str]]:
         # Memory-mapped: what is asked for is read, and nothing else.
         file = safe_open(str(self.path(number)), framework="pt")

@@ -23,6 +23,7 @@ from fewstep.data.conditions import (
     read_prompts,
 )
 from fewstep.errors import UserError
+from fewstep.programs.latents import cache_images
 from fewstep.programs.teacher import TeacherSettings, open_teacher
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import name_of
@@ -38,6 +39,10 @@ def cache(
     *,
     prompts: str | Path | Sequence[str] | None = None,
     classes: str | Sequence[int] | None = None,
+    data: str | Path | None = None,
+    data_text: str | None = None,
+    data_workers: int = 2,
+    dtype: str = "float32",
     call: dict[str, Any] | None = None,
     teacher_lora: str | None = None,
     revision: str | None = None,
@@ -50,6 +55,8 @@ def cache(
 ) -> Path:
     """Encode prompts or class labels, each alone, for ``fewstep distill --cache``: ``fewstep cache`` as a function.
 
+    With ``data``, images are encoded instead, for ``fewstep distill --data``.
+
     Killed at any moment, it goes on with ``resume``: what a finished shard holds is not encoded again. The
     processes of a launch share the work, and the files are bit-equal whatever their number.
 
@@ -58,6 +65,10 @@ def cache(
         out: folder of the cache.
         prompts: for a text-conditioned teacher: a UTF-8 file with one prompt a line, or the prompts themselves.
         classes: for a class-conditional one: labels such as ``"0-9"``, or the labels themselves.
+        data: images, as ``fewstep distill --data`` takes them, to be encoded in the place of prompts or labels.
+        data_text: which column, field of a .json or suffix has the texts of images; default text, caption or txt.
+        data_workers: threads that read images; 0 reads them when they are wanted.
+        dtype: of encoded images: float32, float16 or bfloat16.
         call: further keyword arguments of the teacher's pipeline, the same as of the runs that shall read the cache.
         teacher_lora: as of the runs; only one that changes a text encoder makes another cache.
         revision: branch, tag or commit of a hub id.
@@ -75,8 +86,12 @@ def cache(
         UserError: for everything that a user can mend.
     """
     number_within("--shard_size", shard_size, 2**31 - 1)
-    if prompts is not None and classes is not None:
-        raise UserError("give --prompts or --classes, not both")
+    if sum(given is not None for given in (prompts, classes, data)) > 1:
+        raise UserError("give one of --prompts, --classes and --data, not several")
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise UserError(f"--dtype must be one of float32, float16, bfloat16, not {dtype!r}")
+    if data_workers < 0:
+        raise UserError(f"--data_workers must not be negative, and is {data_workers}")
     texts = read_prompts(prompts) if isinstance(prompts, str | Path) else prompts
     labels = read_classes(classes) if isinstance(classes, str) else classes
     launch = join_launch(cpu)
@@ -92,6 +107,19 @@ def cache(
         trust_remote_code=trust_remote_code,
     )
     with shared_fate(launch):
+        if data is not None:
+            return cache_images(
+                settings,
+                pipeline,
+                str(data),
+                Path(out),
+                launch,
+                text=data_text,
+                workers=data_workers,
+                shard_size=shard_size,
+                dtype=dtype,
+                resume=resume,
+            )
         recording = open_teacher(settings, launch.device, pipeline).recording
         items = check_items(recording, texts, labels)
         if not items:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from fewstep.config.pairs import PairsConfig, PairsWanted
 from fewstep.data.contents import all_of
 from fewstep.data.fingerprint import teacher_digest
-from fewstep.data.images import image_contents, read_images
+from fewstep.data.latents import data_contents, read_data, refuse_unusable
 from fewstep.data.pairs import FORMAT, PairMaker, PairSettings, PairStream, StoredPairs, numbers_used
 from fewstep.data.real import RealSamples
 from fewstep.data.shard_index import INDEX_FOLDER
@@ -89,10 +89,10 @@ def _make_pairs(config: PairsConfig, pipeline: DiffusionPipeline | None, acceler
     real, images_digest = None, None
     if config.data is not None:
         source, index = config.data, out / INDEX_FOLDER
-        on_main(accelerator, lambda: len(read_images(source, config.data_text, index, progress=True)))
-        images = read_images(source, config.data_text, index)
-        on_main(accelerator, lambda: images.refuse_unreadable(progress=True))
-        images_digest = on_main(accelerator, lambda: all_of(image_contents(images, source)))
+        on_main(accelerator, lambda: len(read_data(source, config.data_text, index, progress=True)))
+        images = read_data(source, config.data_text, index)
+        on_main(accelerator, lambda: refuse_unusable(images, progress=True))
+        images_digest = on_main(accelerator, lambda: all_of(data_contents(images, source)))
         real = RealSamples(images, recording, conditions, device, workers=config.data_workers)
         if accelerator.is_main_process:
             logger.info(real.note)

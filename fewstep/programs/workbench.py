@@ -17,7 +17,7 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batches, Pairs, Source
-from fewstep.data.images import read_images
+from fewstep.data.latents import read_data
 from fewstep.data.real import RealSamples
 from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.diffusion.draws import OBSERVATION_STEP, RESPONSE_STEP, Draws
@@ -115,7 +115,7 @@ class Workbench:
         refuse_guided_alike(self.recording, scale, self.negative, self.conditions, draws, told)
         self.real: RealSamples | None = None
         if config.data is not None:
-            images = read_images(config.data, config.data_text, Path(config.out) / INDEX_FOLDER)
+            images = read_data(config.data, config.data_text, Path(config.out) / INDEX_FOLDER)
             self.real = RealSamples(images, teacher.recording, self.conditions, device, workers=config.data_workers)
             say(self.real.note)
 

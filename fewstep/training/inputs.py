@@ -17,7 +17,7 @@ from fewstep.data.conditions import read_prompts
 from fewstep.data.contents import Contents, changed_folders, contents_of
 from fewstep.data.durable import json_sha256, write_text_durably
 from fewstep.data.fingerprint import memory_digests
-from fewstep.data.images import image_contents, read_images
+from fewstep.data.latents import data_contents, read_data, refuse_unusable
 from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.errors import UserError
 from fewstep.reading import read_json
@@ -155,10 +155,10 @@ class RunInputs:
         return contents_of(Path(value), _files(name, Path(value)), known)
 
     def _images(self, source: str, known: Contents | None) -> Contents:
-        images = read_images(source, self.config.data_text, self.out / INDEX_FOLDER, progress=True)
+        images = read_data(source, self.config.data_text, self.out / INDEX_FOLDER, progress=True)
         if known is None:
-            images.refuse_unreadable(progress=True)
-        return image_contents(images, source, known)
+            refuse_unusable(images, progress=True)
+        return data_contents(images, source, known)
 
 
 def _pipeline(place: Path | None, known: Contents | None, variant: str | None = None) -> Contents:
