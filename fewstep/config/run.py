@@ -39,7 +39,8 @@ class RunConfig(Settings):
             with embedded guidance is told this value instead, teacher and student alike.
         negative_prompt: what guidance leads away from; default the pipeline's own.
         data: real images: a folder with class sub-folders, a metadata.jsonl or .csv, or texts beside them; WebDataset
-            or parquet shards (a file, a folder, a pattern); a folder of idx files; "fashion"; or what fewstep cache --data made of them.
+            or parquet shards (a file, a folder, a pattern); a folder of idx files; "fashion"; or a folder that fewstep
+            cache --data made.
         data_text: which column, field of a .json or suffix has the texts of images; default text, caption or txt.
         data_workers: threads that read images beside the training; 0 reads them when they are wanted.
         teacher_lora: the teacher is its pipeline with this LoRA: a safetensors file, a folder of one, or a hub id.

@@ -1,7 +1,7 @@
 """Real images in a teacher's space on the disk: encoded once, in shards, and read row by row by any number of runs.
 
 A folder is one of :mod:`fewstep.data.shards`. Row i holds ``x0``; a shard also holds what its images show, so that a
-run needs nothing else of them: ``captions`` and ``texts`` of :class:`fewstep.data.images.RealImages`, as numbers or packed.
+run needs nothing else of them: ``captions`` and ``texts`` of :class:`.RealImages`, as numbers or packed.
 """
 
 from __future__ import annotations
