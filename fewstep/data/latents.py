@@ -18,7 +18,7 @@ from fewstep.data.fingerprint import part_digest
 from fewstep.data.images import RealImages, image_contents, image_size, read_images
 from fewstep.data.packed_texts import pack, unpack
 from fewstep.data.read_ahead import ReadAhead
-from fewstep.data.shards import Shards, format_of, read_about
+from fewstep.data.shards import Shards, begun_about, read_about
 from fewstep.errors import UserError, one_line
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import find_decoder
@@ -102,7 +102,7 @@ def read_data(
     source: str, text: str | None = None, index: Path | None = None, *, progress: bool = False
 ) -> RealImages | Latents:
     """What ``--data`` names: images (:func:`fewstep.data.images.read_images`), or such that are encoded already."""
-    if format_of(Path(source)) == FORMAT:
+    if begun_about(Path(source)).get("format") == FORMAT:
         return Latents(Path(source))
     return read_images(source, text, index, progress=progress)
 
