@@ -25,9 +25,10 @@ help:
 demo: $(VENV)/.demo
 	$(VENV)/bin/fewstep demo $(DEMO_ARGS)
 
-# One worker for each core, one thread in each; a file stays on one worker, so that what it makes is made once.
+# One worker for each core, one thread in each; a file stays on one worker, so that what it makes is made once. The
+# longest files come first (tests/conftest.py).
 test: $(VENV)/.test
-	$(RUN) -m pytest -n auto --dist loadfile --timeout 900 $(PYTEST_ARGS)
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder --timeout 900 $(PYTEST_ARGS)
 
 # The way of a user, from the demo to a student in other hands, with the oldest versions that pyproject.toml admits.
 ON_THE_PATH := tests/cli/test_demo.py tests/fashion tests/recording/test_pipelines.py tests/teachers/test_weights.py \

@@ -1,5 +1,6 @@
 """Options and guards of all tests: where golden numbers and tiny pipelines lie; no network, one thread, fixed seeds."""
 
+import gc
 import os
 import random
 import socket
@@ -17,6 +18,8 @@ import torch
 from fewstep.pytest_plugin import add_options
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared"
+#: The files that take longest: they begin first, or one core would wait for another at the end.
+_LONGEST = ("programs/test_plan.py", "end_to_end/test_full.py", "cli/test_demo.py", "end_to_end/test_zoo.py")
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0", "::", ""})
 
 
@@ -35,6 +38,18 @@ def pytest_configure(config: pytest.Config) -> None:
         setattr(config.option, f"{name}_given", given is not None)
         default = _BESIDE / name
         setattr(config.option, name, Path(given) if given is not None else default if default.is_dir() else None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collection made stays until the end; every collection of garbage would look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

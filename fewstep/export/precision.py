@@ -44,11 +44,11 @@ def as_written(
 
 def as_computed(recording: Recording, written: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Written networks in the dtypes that the teacher's have in memory: what a load of the files gives."""
-    computed = {}
+    computed, usual = {}, recording.dtype
     for name, network in written.items():
         teacher = recording.networks.get(name)
         dtypes = {} if teacher is None else {key: value.dtype for key, value in teacher.state_dict().items()}
-        computed[name] = _cast(network, {key: dtypes.get(key, recording.dtype) for key in network.state_dict()})
+        computed[name] = _cast(network, {key: dtypes.get(key, usual) for key in network.state_dict()})
     return computed
 
 

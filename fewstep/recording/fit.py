@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.recording.dtypes import dtype_name
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.observation import Step
-from fewstep.recording.recipe import OutputRule, SampleRule, TimeRule, dtype_name
+from fewstep.recording.recipe import OutputRule, SampleRule, TimeRule
 
 
 def fit_sample(component: str, steps: list[Step]) -> SampleRule:

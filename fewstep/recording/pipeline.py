@@ -42,14 +42,17 @@ def find_decoder(pipeline: Any) -> str | None:
 @contextlib.contextmanager
 def evaluating(*networks: nn.Module) -> Iterator[None]:
     """The networks in eval mode: in train mode a label embedding drops labels at random, which no recipe reproduces."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    try:
+    modules = [module for network in networks for module in network.modules()]
+    modes = [module.training for module in modules]
+    if any(modes):
         for network in networks:
             network.eval()
+    try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, training in zip(modules, modes):
+            if module.training != training:
+                module.training = training
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.recording.dtypes import network_dtype
 
 
 @dataclass(frozen=True)
@@ -293,20 +294,6 @@ class Recipe:
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the JSON of a recipe ({error})") from error
-
-
-def network_dtype(network: nn.Module) -> torch.dtype:
-    """The dtype of most of the network's own floating-point weights: some networks keep a few in float32."""
-    sizes: dict[torch.dtype, int] = {}
-    for name, parameter in network.named_parameters():
-        if parameter.is_floating_point() and ".lora_" not in name:
-            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
-    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" for torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _tuples(data: dict[str, Any], *names: str) -> dict[str, tuple[Any, ...]]:

@@ -14,6 +14,7 @@ from fewstep.conditioning.conditioning import Conditioning, remark
 from fewstep.diffusion.intervals import TimeIntervals
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.recording.call_parts import mark_arguments, without_sample
+from fewstep.recording.dtypes import network_dtype
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.experts import Expert, Visits, components_of, expert_at
 from fewstep.recording.formula import GuidedCall
@@ -21,7 +22,7 @@ from fewstep.recording.guided import GuidanceReport
 from fewstep.recording.hooks import hooked
 from fewstep.recording.invocation import Invocation
 from fewstep.recording.pipeline import evaluating
-from fewstep.recording.recipe import Recipe, network_dtype
+from fewstep.recording.recipe import Recipe
 from fewstep.recording.subject import Subject
 
 # Any count will do for a run that ends before the network's first call.

@@ -10,6 +10,7 @@ import torch
 from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule, TableSchedule, from_scheduler
 from fewstep.recording.call_parts import equal, mark_arguments, without_sample
 from fewstep.recording.denoisers import Denoisers
+from fewstep.recording.dtypes import dtype_name, network_dtype
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.experts import Expert, components_of, expert_at
 from fewstep.recording.few_step import refuse_few_step, refuse_fixed_grid
@@ -19,7 +20,7 @@ from fewstep.recording.guided import embedded_paths, record_guided, switch_off, 
 from fewstep.recording.invocation import read_invocation
 from fewstep.recording.observation import Observation, Step, Stub
 from fewstep.recording.pipeline import find_scheduler, modules_of
-from fewstep.recording.recipe import Recipe, TimeRule, dtype_name, network_dtype
+from fewstep.recording.recipe import Recipe, TimeRule
 from fewstep.recording.recording import Recording
 from fewstep.recording.shake import shaken
 from fewstep.recording.subject import Subject

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.recording.codec import Codec, read_codec
+from fewstep.recording.dtypes import dtype_name
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.pipeline import find_scheduler
 from fewstep.recording.proof import Proof, prove
-from fewstep.recording.recipe import dtype_name
 from fewstep.recording.recorded import Recorded
 
 

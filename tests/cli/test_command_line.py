@@ -34,6 +34,19 @@ def text_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def finished(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, to be read; who writes into it takes a copy."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert train(teacher, out) == 0
+    return out
+
+
+def copy_of(finished: Path, out: Path) -> Path:
+    """A finished run, moved."""
+    return Path(shutil.copytree(finished, out))
+
+
 def run(*words: str) -> int:
     return main(list(words))
 
@@ -51,6 +64,8 @@ def train(teacher: str, out: Path, *words: str) -> int:
         "none",
         "--log_steps",
         "1",
+        "--sample_steps",
+        "0",
     ]
     return run("distill", "dmd2", "--teacher", teacher, "--out", str(out), *common, *words)
 
@@ -135,11 +150,10 @@ def test_a_damaged_teacher_is_named(
 
 
 def test_init_of_another_family_is_one_line(
-    teacher: str, text_teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    teacher: str, finished: Path, text_teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "p.txt").write_text("a cat\n")
-    assert train(teacher, tmp_path / "run") == 0
-    for init, word in ((tmp_path / "run", "do not fit"), (teacher, "do not fit"), ("/nowhere", "--init /nowhere")):
+    for init, word in ((finished, "do not fit"), (teacher, "do not fit"), ("/nowhere", "--init /nowhere")):
         code = train(text_teacher, tmp_path / "o", "--prompts", str(tmp_path / "p.txt"), "--init", str(init))
         refused(capsys, code, word)
 
@@ -197,9 +211,10 @@ def test_a_refused_run_leaves_no_run_behind(text_teacher: str, tmp_path: Path) -
     assert train(text_teacher, tmp_path / "out", "--prompts", str(prompts)) == 0
 
 
-def test_a_used_folder_is_not_overwritten(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    assert train(teacher, out) == 0
+def test_a_used_folder_is_not_overwritten(
+    teacher: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy_of(finished, tmp_path / "out")
     before = (out / "metrics.jsonl").read_text()
     refused(capsys, train(teacher, out), "--resume")
     refused(capsys, train(teacher, out, "--resume", "--lr", "0.5"), "lr")
@@ -213,11 +228,10 @@ def test_a_used_folder_is_not_overwritten(teacher: str, tmp_path: Path, capsys: 
 
 
 def test_resume_without_a_run_and_from_a_damaged_checkpoint(
-    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    teacher: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(capsys, train(teacher, tmp_path / "none", "--resume"), "no run")
-    out = tmp_path / "out"
-    assert train(teacher, out) == 0
+    out = copy_of(finished, tmp_path / "out")
     weights = sorted((out / "checkpoints").glob("*/student.safetensors"))[-1]
     weights.write_bytes(weights.read_bytes()[:-100])
     refused(capsys, train(teacher, out, "--resume", "--max_steps", "3"), "damaged", "student.safetensors")
@@ -249,12 +263,13 @@ def test_a_loss_that_explodes_stops_with_step_role_and_checkpoint(
     assert (out / "checkpoints" / "step_00000000" / "state.json").is_file()
 
 
-def test_probe_sample_and_eval(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_probe_sample_and_eval(
+    teacher: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("probe", teacher) == 0
     shown = capsys.readouterr().out
     assert "unet" in shown and "proof" in shown
-    assert train(teacher, tmp_path / "out") == 0
-    student = str(tmp_path / "out" / "student")
+    student = str(copy_of(finished, tmp_path / "out") / "student")
     assert run("sample", student, "--out", str(tmp_path / "s.png"), "--num", "2", "--seed", "3") == 0
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
     assert run("eval", student, "--steps", "1,2", "--num", "4", "--out", str(tmp_path / "report")) == 0

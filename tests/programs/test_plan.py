@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,21 @@ from fewstep.cli.plan import memory_bytes
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.errors import UserError
 from fewstep.programs.methods import method_class, methods
-from fewstep.programs.planning.counting import mean_calls
+from fewstep.programs.planning import counting
+from fewstep.programs.planning.counting import PERIOD, mean_calls
 from fewstep.programs.planning.dry_run import DryRun
 from fewstep.programs.planning.plan import Planner, weigh
 from fewstep.programs.planning.weightless import answering, fake_tensors, weightless_teacher
 from fewstep.recording import record
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_period() -> Iterator[None]:
+    """Calls are counted over fewer steps than those of a plan, a fifth of its time; one test below counts them all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "PERIOD", 20)
+        patch.setattr(counting, "_SEARCHED", 5)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -122,19 +132,22 @@ def test_a_network_that_would_be_told_its_guidance_is_planned_without_the_new_in
 
 def test_the_numbers_of_a_plan_are_those_of_its_parts(teachers: Callable) -> None:
     _, folder, _ = teachers("dit")
-    full = fewstep.plan(folder, batch_size=1, ema_decay=0.9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "PERIOD", PERIOD)
+        planner = Planner(method_class("dmd2").Config(teacher=folder, out="", batch_size=1), "dmd2")
+        full = planner.plan(ema_decay=0.9)
     network = full.parameters["transformer"] * 4
     assert full.roles["teacher"].weights == full.roles["ema"].weights == pytest.approx(network, rel=0.1)
     assert (full.roles["student"].gradients, full.roles["student"].optimizer) == (network, 2 * network)
     assert full.roles["ema"].optimizer == 0
     assert full.held == full.kept + sum(role.weights for role in full.roles.values()) + 2 * 2 * network
-    lora = fewstep.plan(folder, batch_size=1, lora_rank=1)
+    lora = planner.plan(lora_rank=1)
     assert lora.roles["teacher"].weights < network / 5  # the weights are the pipeline's own: adapters only
     assert lora.roles["student"].gradients < network / 5
-    checkpointed = fewstep.plan(folder, batch_size=8, gradient_checkpointing=True, mixed_precision="bf16")
+    checkpointed = planner.plan(batch_size=8, gradient_checkpointing=True, mixed_precision="bf16")
     assert checkpointed.roles["teacher"].weights == pytest.approx(network / 2, rel=0.1)
-    assert checkpointed.moments["critic"].graph < 0.8 * fewstep.plan(folder, batch_size=8).moments["critic"].graph
-    accumulated = fewstep.plan(folder, batch_size=1, ema_decay=0.9, gradient_accumulation_steps=8)
+    assert checkpointed.moments["critic"].graph < 0.8 * planner.plan(batch_size=8).moments["critic"].graph
+    accumulated = planner.plan(ema_decay=0.9, gradient_accumulation_steps=8)
     more = accumulated.moments["critic"].peak - full.moments["critic"].peak
     assert 0.2 * network < more <= network  # the first micro-batch's gradients beside the second's graph
     assert full.calls["critic"].to_parameters == pytest.approx(1)
@@ -169,13 +182,32 @@ def test_a_changed_setting_is_planned_as_a_run_that_is_told_it(teachers: Callabl
 
 def test_what_does_not_fit_comes_with_advice(teachers: Callable, capsys: pytest.CaptureFixture) -> None:
     _, folder, _ = teachers("dit")
-    many, one = (fewstep.plan(folder, batch_size=batch).peak for batch in (64, 1))
-    assert main(["plan", folder, "--batch_size", "64", "--memory", f"{(many + one) / 2e6}MB"]) == 0
+    planner = Planner(method_class("dmd2").Config(teacher=folder, out="", batch_size=64), "dmd2")
+    many, one = planner.plan(), planner.plan(batch_size=1)
+    assert main(["plan", folder, "--batch_size", "64", "--memory", f"{(many.peak + one.peak) / 2e6}MB"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("fits           no: ")
     assert "; it would fit with --" in last
-    assert main(["plan", folder, "--batch_size", "1", "--memory", "0.01MB"]) == 0
-    assert "even with " in capsys.readouterr().out.splitlines()[-1]
+    assert planner.advice(many, 10_000).startswith("even with --")
+
+
+def test_plans_that_make_the_same_calls_are_counted_once(teachers: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting takes as long as weighing, and advice makes five plans."""
+    _, folder, _ = teachers("dit")
+    counted = []
+
+    def noted(config: Any, *rest: Any) -> Any:
+        counted.append(config)
+        return mean_calls(config, *rest)
+
+    monkeypatch.setattr("fewstep.programs.planning.plan.mean_calls", noted)
+    planner = Planner(method_class("dmd2").Config(teacher=folder, out="", batch_size=1, lora_rank=2), "dmd2")
+    first = planner.plan()
+    assert planner.plan(mixed_precision="bf16", gradient_checkpointing=True, lora_rank=4).calls == first.calls
+    assert len(counted) == 1
+    rarer = planner.plan(critic_updates=10)
+    assert rarer.calls["student"].to_parameters == pytest.approx(first.calls["student"].to_parameters / 2)
+    assert len(counted) == 2
 
 
 def test_sizes_of_memory() -> None:

@@ -128,6 +128,10 @@ def stood_in(pipeline: Any, stand_ins: StandIns, picture: int, heard: Heard) -> 
     recording = stand_ins.recording
     networks = modules_of(pipeline)
     with contextlib.ExitStack() as stack:
+        # At every call diffusers asks each part of each network, thousands of them, whether it is offloaded, several
+        # times; those of the twins are not, and none but the text encoder's run, which is not trained here.
+        for network in networks.values():
+            stack.enter_context(method_replaced(network, "modules", functools.partial(_itself, network)))
         for name in (*recording.components, CONTROL):
             if name in networks:
                 answer = _NO_CONTROL if name == CONTROL else recording.codec.stub
@@ -156,6 +160,10 @@ def remembering(pipeline: Any, *others: str) -> Iterator[None]:
             if name not in others:
                 stack.enter_context(method_replaced(network, "forward", _from_memory(network)))
         yield
+
+
+def _itself(network: nn.Module) -> Iterator[nn.Module]:
+    yield network
 
 
 def _telling(network: nn.Module, name: str, answer: Any, heard: Heard) -> Callable[..., Any]:

@@ -150,6 +150,7 @@ class Planner:
         with answering(self.pipeline, self.mode):
             self.recording = record(self.pipeline, **TeacherSettings.of(config).recorded_call)
         self.device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
+        self._counted: list[tuple[RunConfig, int, dict[str, Calls]]] = []
 
     def plan(self, **changes: Any) -> Plan:
         """Of the run, with some settings changed.
@@ -169,7 +170,7 @@ class Planner:
             for role in method.roles.values():
                 for module in role.added.values():
                     pretend(module, self.mode)
-            step = costliest_step(config, self.method, recording)
+            step, calls = self._counts(config)
             with world():
                 moments = weigh(method, dry_run, step)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -196,8 +197,24 @@ class Planner:
             kept=tensor_bytes(*kept),
             roles=_roles(method, kept),
             moments=moments,
-            calls=mean_calls(config, self.method, recording),
+            calls=calls,
         )
+
+    def _counts(self, config: RunConfig) -> tuple[int, dict[str, Calls]]:
+        """The run's most costly step, and the network calls of a step: counted once for plans that make the same calls.
+
+        Precision, checkpointing and what the weights are kept in change what a call takes and none of the calls; of an
+        adapter's rank it matters whether there is one.
+        """
+        rank = min(1, config.lora_rank)
+        config = replace(config, mixed_precision="no", gradient_checkpointing=False, quantization=None, lora_rank=rank)
+        for known, step, calls in self._counted:
+            if known == config:
+                return step, calls
+        step = costliest_step(config, self.method, self.recording)
+        calls = mean_calls(config, self.method, self.recording)
+        self._counted.append((config, step, calls))
+        return step, calls
 
     def _quantized(self, quantization: str, mixed_precision: str) -> Recording:
         """The recording on networks whose linear layers have the sizes of quantised ones.
