@@ -42,11 +42,6 @@ def finished(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def copy_of(finished: Path, out: Path) -> Path:
-    """A finished run, moved."""
-    return Path(shutil.copytree(finished, out))
-
-
 def run(*words: str) -> int:
     return main(list(words))
 
@@ -214,7 +209,7 @@ def test_a_refused_run_leaves_no_run_behind(text_teacher: str, tmp_path: Path) -
 def test_a_used_folder_is_not_overwritten(
     teacher: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = copy_of(finished, tmp_path / "out")
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
     before = (out / "metrics.jsonl").read_text()
     refused(capsys, train(teacher, out), "--resume")
     refused(capsys, train(teacher, out, "--resume", "--lr", "0.5"), "lr")
@@ -231,7 +226,7 @@ def test_resume_without_a_run_and_from_a_damaged_checkpoint(
     teacher: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(capsys, train(teacher, tmp_path / "none", "--resume"), "no run")
-    out = copy_of(finished, tmp_path / "out")
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
     for weights in (out / "checkpoints").glob("*/student.safetensors"):  # else it goes on from one that is whole
         weights.write_bytes(weights.read_bytes()[:-100])
     refused(capsys, train(teacher, out, "--resume", "--max_steps", "3"), "is whole", "student.safetensors")
@@ -269,7 +264,7 @@ def test_probe_sample_and_eval(
     assert run("probe", teacher) == 0
     shown = capsys.readouterr().out
     assert "unet" in shown and "proof" in shown
-    student = str(copy_of(finished, tmp_path / "out") / "student")
+    student = str(Path(shutil.copytree(finished, tmp_path / "out")) / "student")
     assert run("sample", student, "--out", str(tmp_path / "s.png"), "--num", "2", "--seed", "3") == 0
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
     assert run("eval", student, "--steps", "1,2", "--num", "4", "--out", str(tmp_path / "report")) == 0
