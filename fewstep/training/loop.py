@@ -185,7 +185,7 @@ class Loop:
         tensors = [tensor for tensor, _ in turn.backward]
         gradients = [torch.ones_like(t) * part if g is None else g.to(t.dtype) * part for t, g in turn.backward]
         # inputs= keeps the gradients of the other roles None, and skips the work of computing them.
-        torch.autograd.backward(tensors, gradients, inputs=self.optimizers[turn.role].parameters)
+        torch.autograd.backward(tensors, gradients, inputs=self.optimizers[turn.role].held.leaves)
 
     def _batches(self, step: int, logging: bool = False) -> Iterator[Batch]:
         """The micro-batches of a step on this process."""

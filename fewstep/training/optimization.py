@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fewstep.config.run import RunConfig
 from fewstep.networks.roles import Role
-from fewstep.training.distributed import fill_absent, sum_over_processes
+from fewstep.training.held import Held
 
 
 class _AdamW(torch.optim.AdamW):
@@ -54,24 +54,27 @@ class RoleOptimizer:
         config: of the run.
         lr: peak learning rate.
         faults: where such gradients are noted, for all roles of a run.
+        held: the parameters as this process holds them; default whole.
     """
 
-    def __init__(self, role: Role, config: RunConfig, lr: float, faults: Faults | None = None) -> None:
+    def __init__(
+        self, role: Role, config: RunConfig, lr: float, faults: Faults | None = None, held: Held | None = None
+    ) -> None:
         self.role = role
+        self.held = held or Held(role)
         self.faults = Faults() if faults is None else faults
         #: The learning rate is multiplied by this.
         self.slowed = 1.0
         self.lr = lr
         self.max_grad_norm = config.max_grad_norm
         self.warmup = config.lr_warmup_steps
-        self.parameters = role.parameters()
-        self.faults.watch(role.name, self.parameters[0].device)
+        self.faults.watch(role.name, self.held.own[0].device)
         self._betas, self._weight_decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
         self.renew(0)
 
     def renew(self, step: int) -> None:
         """Forget all momentum and warm up again from ``step``."""
-        self.adamw = _AdamW(self.parameters, lr=self.lr, betas=self._betas, weight_decay=self._weight_decay, fused=True)
+        self.adamw = _AdamW(self.held.own, lr=self.lr, betas=self._betas, weight_decay=self._weight_decay, fused=True)
         self.renewed_at = step
 
     def update(self, step: int) -> Tensor:
@@ -79,13 +82,10 @@ class RoleOptimizer:
 
         A parameter without a gradient on every process stays as it is, and so do its momenta.
         """
-        if self.role.gradients_vary:
-            fill_absent(self.parameters)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = self.held.reduce()
         if not gradients:
             raise RuntimeError(f"no parameter of the {self.role.name} got a gradient in step {step}")
-        sum_over_processes(gradients)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self.held.norm(gradients)
         if self.max_grad_norm > 0:
             torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         self.adamw.found_inf = self.faults.note(self.role.name, step, ~torch.isfinite(norm))
@@ -97,7 +97,7 @@ class RoleOptimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Momenta and step counters as a flat dict of tensors."""
-        names = [name for name, _ in self.role.named_parameters()]
+        names = self.held.names
         states = self.adamw.state_dict()["state"]
         return {f"{names[k]}/{key}": value for k, entry in states.items() for key, value in entry.items()}
 
@@ -105,7 +105,7 @@ class RoleOptimizer:
         """Load what :meth:`state` gave; the parameters must be those it was made with."""
         full = self.adamw.state_dict()
         full["state"] = {}
-        for k, (name, _) in enumerate(self.role.named_parameters()):
+        for k, name in enumerate(self.held.names):
             entry = {key.rpartition("/")[2]: v for key, v in state.items() if key.rpartition("/")[0] == name}
             if entry:
                 full["state"][k] = entry

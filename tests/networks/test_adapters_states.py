@@ -130,8 +130,8 @@ def test_a_base_in_bfloat16_has_adapters_gradients_and_optimizer_in_float32(tmp_
     x, t = torch.randn(2, *recorded.sample_shape), torch.tensor([0.4, 0.9], dtype=torch.float64)
     x0 = student(x, t, recorded.condition(["a", "b"]))
     assert x0.dtype == torch.float32
-    x0.square().mean().backward(inputs=optimizer.parameters)
-    assert {p.grad.dtype for p in optimizer.parameters} == {torch.float32}
+    x0.square().mean().backward(inputs=optimizer.held.leaves)
+    assert {p.grad.dtype for p in optimizer.held.own} == {torch.float32}
     optimizer.update(0)
     assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
     floating = [v for v in optimizer.state().values() if v.is_floating_point()]
