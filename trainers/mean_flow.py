@@ -133,6 +133,11 @@ class MeanFlow:
         """Of the student."""
         return self.config.lr
 
+    @property
+    def uneven(self) -> bool:
+        """Where the times differ in some samples, a process may have none of these, or none of the others."""
+        return 0 < self.config.apart < 1
+
     def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
         """One update of the student in every step (Alg. 1)."""
         # 1. Points of the flow at times t, second times r, which differ in some rows, and the velocity there.

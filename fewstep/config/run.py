@@ -75,6 +75,10 @@ class RunConfig(Settings):
         start: what a table teacher's student starts from: noise, or marginal for noise times the first step's sigma.
         mixed_precision: no (float32) or bf16 (autocast, and a bfloat16 teacher).
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        sharding: how roles lie on several processes: none (each has all of them), full (each has a part), or hybrid
+            (full within a group of processes; every group has a copy).
+        sharding_group: with --sharding hybrid, processes in a group; default those of one machine.
+        sharding_offload: with --sharding, the parts lie in the CPU's memory while they are not computed with.
         checkpointing_steps: steps between checkpoints.
         checkpoints_total_limit: how many checkpoints are kept.
         log_steps: steps between lines in metrics.jsonl.
@@ -134,6 +138,9 @@ class RunConfig(Settings):
     start: str = "noise"
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
+    sharding: str = setting("machine", "none")
+    sharding_group: int | None = setting("machine", None)
+    sharding_offload: bool = setting("machine", False)
     checkpointing_steps: int = setting("watching", 500)
     checkpoints_total_limit: int = setting("watching", 2)
     log_steps: int = setting("watching", 10)
@@ -172,6 +179,7 @@ class RunConfig(Settings):
             if getattr(self, name) and not self.lora_rank:
                 raise UserError(f"--{name} belongs to adapters: give --lora_rank, or leave it out")
         self._check_quantization()
+        self._check_sharding()
         if self.export_dtype is not None:
             self._refuse_unknown("export_dtype", "float32", "bfloat16", "float16")
             if self.lora_rank and not self.merge:
@@ -194,6 +202,17 @@ class RunConfig(Settings):
             raise UserError("--full_critic is a copy to train, which --quantization has not; leave one of them out")
         if self.teacher_lora is not None:
             raise UserError("--teacher_lora cannot be fused into weights of --quantization; leave one of them out")
+
+    def _check_sharding(self) -> None:
+        self._refuse_unknown("sharding", "none", "full", "hybrid")
+        self._refuse_below_one("sharding_group")
+        if self.sharding_group is not None and self.sharding != "hybrid":
+            raise UserError("--sharding_group belongs to --sharding hybrid: give that, or leave it out")
+        if self.sharding == "none":
+            if self.sharding_offload:
+                raise UserError("--sharding_offload belongs to --sharding: give full or hybrid, or leave it out")
+        elif self.quantization is not None:
+            raise UserError("--quantization cannot be divided by --sharding; leave one of them out")
 
     def consequences(self) -> dict[str, Any]:
         """Settings that follow from the others where they were not given; a method adds its own to ``super()``'s."""

@@ -209,12 +209,15 @@ class Conditions:
             self.count, kinds = 1, []
         self.padding: Padding | None = None
         self.note = ""
+        #: Whether a batch may take several calls of the network.
+        self.grouped = False
         if len(kinds) > 1:
             some = {self.items()[row]: self._item(row) for row in kinds[:: -(-len(kinds) // _LOOKED_AT)]}
             self.padding = find_padding(recording, some)
             if self.padding is not None:
                 self.note = f"{self.kind}s of several lengths are padded; the mask was proven to hide that"
             elif isinstance(join(list(some.values())), RaggedConditioning):
+                self.grouped = True
                 self.note = f"{self.kind}s of several lengths: each batch is called in groups of equal length"
 
     def __len__(self) -> int:

@@ -223,12 +223,21 @@ def follow(roles: dict[str, Role]) -> None:
 
 
 @torch.no_grad()
-def update_average(average: Role, role: Role, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * role, over all floating tensors that both own; others are copied."""
+def update_average(
+    average: Role, role: Role, decay: float, here: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> None:
+    """average <- decay * average + (1 - decay) * role, over all floating tensors that both own; others are copied.
+
+    Args:
+        average: that moves.
+        role: that it follows.
+        decay: in [0, 1].
+        here: of a tensor of either, what lies on this process.
+    """
     pairs = []
     for part, module in average.modules.items():
         ours, theirs = module.state_dict(), role.modules[part].state_dict()
-        pairs += [(ours[name], value) for name, value in theirs.items()]
+        pairs += [(here(ours[name]), here(value)) for name, value in theirs.items()]
     floating = [(a, b) for a, b in pairs if a.is_floating_point()]
     torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], 1 - decay)
     _copy((a, b) for a, b in pairs if not a.is_floating_point())

@@ -19,6 +19,7 @@ from fewstep.export.student import LORA, WHOLE, Written
 from fewstep.networks.roles import Role
 from fewstep.programs.methods import method_class
 from fewstep.programs.pairs import pairs_of_run
+from fewstep.programs.sharded_run import ShardedRun, refuse_undividable
 from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.pipeline import name_of
 from fewstep.teachers.license import teacher_license
@@ -127,6 +128,9 @@ def _run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None, acc
         claim()
 
         # 5. The training.
+        sharded = None
+        if config.sharding != "none" and accelerator.num_processes > 1:
+            sharded = ShardedRun(bench, prepared, role, accelerator)
         monitor = Monitor(out, config.max_steps, accelerator)
         if accelerator.log_with:
             machine = names_of(type(config), "machine")
@@ -134,9 +138,9 @@ def _run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None, acc
             monitor.start_trackers({"method": method, **shown})
 
         def save_samples(step: int) -> dict[str, float]:
-            path = out / "samples" / f"step_{step:08d}.png"
+            path = out / "samples" / f"step_{step:08d}.png" if main else None
             spread = previews.save(path, bench.guided(teacher), role, bench.sampler)
-            if path.exists():
+            if path is not None and path.exists():
                 monitor.show(step, path)
             return spread
 
@@ -148,6 +152,7 @@ def _run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None, acc
             processes=Processes(accelerator.process_index, accelerator.num_processes),
             monitor=monitor,
             on_samples=save_samples,
+            holding=None if sharded is None else sharded.sharding,
         )
         if found is not None:
             loop.resume(found)
@@ -159,6 +164,7 @@ def _run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None, acc
             monitor.close()
 
         # 6. The student, which one process writes.
+        role = role if sharded is None else sharded.whole_student()
         if main:
             written = export(bench, method, role, encoders)
             say(written.note)
@@ -178,6 +184,8 @@ def prepare(bench: Workbench, method: str) -> Method:
     prepared = method_class(method).prepare(config, bench)
     bench.student.refuse_unwritable(bool(config.lora_rank), config.merge)  # what cannot be is not worth training
     bench.student.rehearse(sampling_role(prepared.roles), config.merge)
+    if config.sharding != "none":
+        refuse_undividable(bench, prepared)
     if config.init is not None:
         initialize(prepared.roles, config.init, bench.student.recording, bench.say, config.trust_remote_code)
     return prepared

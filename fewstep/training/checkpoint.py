@@ -1,7 +1,8 @@
 """Checkpoints: complete or absent, never half written, never unpickled.
 
 ``OUT/checkpoints/step_00000500/`` holds one safetensors file of weights and one of optimizer state per trainable role
-and ``state.json`` with the counters, the method, the size and SHA-256 of every file, and a SHA-256 of all that.
+(of a sharded run one file for each process, :mod:`fewstep.training.shard_files`) and ``state.json`` with the counters,
+the method, the size and SHA-256 of every file, and a SHA-256 of all that.
 
 A checkpoint gets its name when all of it is on the disk, and loses it before anything of it is removed. What is broken
 all the same, as a disk or a copy can break files, is passed over in favour of the newest whole one, which says so.
@@ -12,6 +13,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -23,6 +26,7 @@ from torch import Tensor
 from fewstep.data.durable import file_sha256, flush, json_sha256
 from fewstep.errors import UserError, one_line
 from fewstep.reading import misfit, read_json
+from fewstep.training import shard_files
 
 _STATE = "state.json"
 # Of the run alone: what is being written, and what is being removed.
@@ -43,12 +47,19 @@ class Found:
     state: dict[str, Any]
     note: str = ""
 
+    @property
+    def sharded(self) -> list[str] | None:
+        """The stems of which its files hold parts; None where they are the files."""
+        return self.state.get("sharded")
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """File stem -> name -> tensor, as :func:`save` was given them.
+        """File stem -> name -> whole tensor, as :func:`save` was given them.
 
         Raises:
             UserError: a file is what was written, and holds no tensors.
         """
+        if self.sharded is not None:
+            return shard_files.read(self.folder, self.sharded)
         files = [self.folder / name for name in self.state["files"]]
         try:
             return {file.stem: load_file(file) for file in files}
@@ -58,8 +69,6 @@ class Found:
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of ``step``, in the place of one that is there, and remove all but the newest ``keep``.
-
-    Damaged ones do not count among those that are kept: they go when whole ones that are newer are enough.
 
     Args:
         folder: ``OUT/checkpoints``.
@@ -71,10 +80,32 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     Raises:
         UserError: the disk is full or does not take it; the older checkpoints are untouched.
     """
+    with written(folder, step, state, keep) as partial:
+        for stem, values in tensors.items():
+            # Copies, because a file cannot hold tensors that share memory, as tied weights do.
+            copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in values.items()}
+            save_file(copies, partial / f"{stem}.safetensors")
+    return _path(folder, step)
+
+
+@contextmanager
+def written(folder: Path, step: int, state: dict[str, Any], keep: int) -> Iterator[Path]:
+    """Inside, the files of a checkpoint are written to the folder that is given; afterwards it has its name.
+
+    Damaged checkpoints do not count among those that are kept: they go when whole ones that are newer are enough.
+
+    Raises:
+        UserError: the disk is full or does not take it; the older checkpoints are untouched.
+    """
     final, partial = _path(folder, step), folder / f"{_PARTIAL}{step:08d}"
     try:
         _remove_left_over(folder)
-        _write(partial, step, tensors, state)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            flush(folder.parent)
+        partial.mkdir()
+        yield partial
+        _seal(partial, step, state)
         if final.exists():
             _remove(final)
         os.rename(partial, final)
@@ -87,21 +118,12 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
             + (f" from step {kept[-1]}" if kept else "")
         ) from error
     keep_newest(folder, step, keep)
-    return final
 
 
-def _write(partial: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    if not partial.parent.exists():
-        partial.parent.mkdir(parents=True)
-        flush(partial.parent.parent)
-    partial.mkdir()
-    files = {}
-    for stem, values in tensors.items():
-        path = partial / f"{stem}.safetensors"
-        # Copies, because a file cannot hold tensors that share memory, as tied weights do.
-        copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in values.items()}
-        save_file(copies, path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def _seal(partial: Path, step: int, state: dict[str, Any]) -> None:
+    """Say in a last file what the others are, and have all of them on the disk."""
+    paths = sorted(partial.iterdir())
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths}
     content = {"step": step, **state, "files": files}
     (partial / _STATE).write_text(json.dumps({**content, "sha256": json_sha256(content)}, indent=1))
     for path in [*partial.iterdir(), partial]:  # the rename must not become durable before what it names

@@ -138,6 +138,11 @@ def _several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def local_processes() -> int:
+    """How many processes of the launch run on this machine, as their launcher says; else all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among all."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.networks.roles import Role
+from fewstep.training import checkpoint
 from fewstep.training.distributed import fill_absent, sum_over_processes
 
 
@@ -31,7 +34,7 @@ class Held:
         self.own: list[Tensor] = self.leaves
 
     def reduce(self) -> list[Tensor]:
-        """Sum the gradients of a turn over processes. Returns those that there are, each the gradient of one of ``own``."""
+        """Sum the gradients of a turn over processes. Returns those that there are, each of one of ``own``."""
         if self.gradients_vary:
             fill_absent(self.own)
         gradients = [parameter.grad for parameter in self.own if parameter.grad is not None]
@@ -41,3 +44,31 @@ class Held:
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The norm () of all gradients that :meth:`reduce` gave, the same on every process."""
         return torch.nn.utils.get_total_norm(gradients)
+
+
+class Holding:
+    """How the processes of a run hold its roles: whole, every process alike. :mod:`.sharding` has the other way."""
+
+    #: Whether every pass of a network needs all processes.
+    together = False
+
+    def held(self, role: Role) -> Held:
+        """The trainable parameters of a role."""
+        return Held(role)
+
+    def here(self, tensor: Tensor) -> Tensor:
+        """What of a tensor lies on this process."""
+        return tensor
+
+    def save(
+        self, folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
+    ) -> None:
+        """Write a checkpoint as :func:`fewstep.training.checkpoint.save`; the main process alone calls it.
+
+        Where the processes work ``together``, all of them call it, each with what it holds.
+        """
+        checkpoint.save(folder, step, tensors, state, keep)
+
+    def tensors(self, found: checkpoint.Found, roles: dict[str, Role]) -> dict[str, dict[str, Tensor]]:
+        """File stem -> name -> tensor of a checkpoint: of weights as roles take them, else what lies here."""
+        return found.tensors()

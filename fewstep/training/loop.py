@@ -20,6 +20,7 @@ from fewstep.networks.roles import FOLLOWERS, Role, follow, update_average
 from fewstep.training import checkpoint
 from fewstep.training.distributed import Processes
 from fewstep.training.guard import Guard
+from fewstep.training.held import Holding
 from fewstep.training.method import Method, Renew, TargetMethod, Turn
 from fewstep.training.monitor import Monitor
 from fewstep.training.optimization import Faults, RoleOptimizer
@@ -40,7 +41,8 @@ class Loop:
         processes: this process among all.
         monitor: log, progress bar and trackers; it acts on the main process only.
         on_samples: called with the number of steps done, on the main process, when samples are due; it says how they
-            vary, for the log.
+            vary, for the log. Where the processes work together, it is called on all of them.
+        holding: how the processes hold the roles; default whole.
     """
 
     def __init__(
@@ -53,14 +55,19 @@ class Loop:
         processes: Processes,
         monitor: Monitor,
         on_samples: Callable[[int], dict[str, float]],
+        holding: Holding | None = None,
     ) -> None:
         self.method, self.method_name, self.config, self.batches = method, method_name, config, batches
         self.device, self.processes, self.monitor, self.on_samples = batches.device, processes, monitor, on_samples
+        self.holding = holding or Holding()
         self.checkpoints = Path(config.out) / "checkpoints"
         self.faults = Faults(halting=config.stop_on != "never")
         trainable = (role for role in method.roles.values() if role.parameters())
         self.optimizers = {
-            role.name: RoleOptimizer(role, config, method.learning_rate(role.name), self.faults) for role in trainable
+            role.name: RoleOptimizer(
+                role, config, method.learning_rate(role.name), self.faults, self.holding.held(role)
+            )
+            for role in trainable
         }
         self.share = Share.of(config, processes.count)
         self._batch_state = self.share.state()
@@ -127,7 +134,7 @@ class Loop:
         self._batch_state = state.get("batch", self._batch_state)
         self.watch.resume(self.monitor.resume(state["step"]))
         self.faults.clear()
-        tensors = found.tensors()
+        tensors = self.holding.tensors(found, self.method.roles)
         for name, role in self.method.roles.items():
             if name in tensors:
                 role.load_state_dict(tensors[name])
@@ -196,10 +203,11 @@ class Loop:
     def _update_averages(self) -> None:
         roles = self.method.roles
         if "ema" in roles:
-            update_average(roles["ema"], roles["student"], self.config.ema_decay)
+            update_average(roles["ema"], roles["student"], self.config.ema_decay, self.holding.here)
         if "target" in roles:
             assert isinstance(self.method, TargetMethod)  # the contract of a method with this role
-            update_average(roles["target"], roles["student"], self.method.target_decay(self.step))
+            decay = self.method.target_decay(self.step)
+            update_average(roles["target"], roles["student"], decay, self.holding.here)
 
     def _renew(self, renew: Renew) -> None:
         self.method.roles[renew.role].copy_weights(self.method.roles[renew.like])
@@ -228,7 +236,7 @@ class Loop:
             return
         # One process writes for all, and each that goes on has then what they had on average.
         self._recent = self._means_over_processes(self._recent)
-        self._main_process_only(self._write_checkpoint)
+        self._on_main_process(self._write_checkpoint, self.holding.together)
         self._kept = self.step
 
     def _held(self) -> dict[str, dict[str, Tensor]]:
@@ -247,7 +255,7 @@ class Loop:
             "batch": self._batch_state,
             "renewed_at": {name: optimizer.renewed_at for name, optimizer in self.optimizers.items()},
         }
-        checkpoint.save(self.checkpoints, self.step, tensors, state, self.config.checkpoints_total_limit)
+        self.holding.save(self.checkpoints, self.step, tensors, state, self.config.checkpoints_total_limit)
 
     def _means_over_processes(self, log: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.processes.count == 1 or not log:
@@ -261,11 +269,11 @@ class Loop:
     def _sample(self) -> dict[str, float]:
         """Samples of this step. Returns what there is to log of them, on the main process."""
         numbers: dict[str, float] = {}
-        self._main_process_only(lambda: numbers.update(self.on_samples(self.step)))
+        self._on_main_process(lambda: numbers.update(self.on_samples(self.step)), self.holding.together)
         return numbers
 
-    def _main_process_only(self, action: Callable[[], None]) -> None:
-        if self.processes.rank == 0:
+    def _on_main_process(self, action: Callable[[], None], together: bool) -> None:
+        if self.processes.rank == 0 or together:
             action()
         if self.processes.count > 1:
             dist.barrier()

@@ -166,3 +166,13 @@ class TargetMethod(Method, Protocol):
     def target_decay(self, step: int) -> float:
         """After the student's turn of a step the loop sets target <- decay * target + (1 - decay) * student."""
         ...
+
+
+@runtime_checkable
+class UnevenMethod(Method, Protocol):
+    """A method whose processes may call a network unequally often in one turn, so that they cannot share it."""
+
+    @property
+    def uneven(self) -> bool:
+        """Whether it is so under these settings."""
+        ...

@@ -55,8 +55,10 @@ class Previews:
             except RecordingError as error:
                 self.note = f"no sample grids: {error}"
 
-    def save(self, path: Path, teacher: Denoiser, student: Denoiser, sampler: Sampler) -> dict[str, float]:
+    def save(self, path: Path | None, teacher: Denoiser, student: Denoiser, sampler: Sampler) -> dict[str, float]:
         """Write the grid, where one can be made; ``teacher`` under its guidance, ``student`` walked by ``sampler``.
+
+        Without a ``path`` the samples are made alone, for a process that takes part in them.
 
         Returns:
             What :func:`fewstep.training.spread.beside` says of the samples, for the log.
@@ -64,7 +66,7 @@ class Previews:
         if self._teacher is None:
             self._teacher = self._samples(teacher, ode_sampler(self.recording.schedule, _TEACHER_STEPS))
         samples = self._samples(student, sampler)
-        if not self.note:
+        if not self.note and path is not None:
             if self._teacher_pictures is None:
                 self._teacher_pictures = self._pictures(self._teacher)
             if self._teacher_pictures.dim() in (4, 5):  # images or videos; sound is not shown

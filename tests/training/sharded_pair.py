@@ -1,0 +1,280 @@
+"""Sharded runs of a tiny teacher on a few processes, beside the same runs on one: a program, for tests.
+
+    python tests/training/sharded_pair.py OUT CASE [CASE ...]        two processes (four for a case of groups of two)
+
+The processes are forked from one that has imported everything. ``OUT/found.json`` says of each case how far apart the
+two sides are. The one process takes the processes' samples as its micro-batches: the same global batch, and the same
+arithmetic for each sample.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fewstep.networks.roles import NetworkRole
+from fewstep.programs.distillation import prepare
+from fewstep.programs.methods import method_class
+from fewstep.programs.workbench import open_workbench
+from fewstep.training.checkpoint import find_latest
+from fewstep.training.distributed import Processes
+from fewstep.training.loop import Loop
+from fewstep.training.sharding import Sharding, open_mesh
+from tests import tiny_pipelines
+
+DMD2: dict[str, Any] = {"method": "dmd2", "critic_updates": 1}
+LORA: dict[str, Any] = {"lora_rank": 2}
+#: How a case differs from a run of a flow teacher; ``offload`` and ``group`` are those of the sharding.
+CASES: dict[str, dict[str, Any]] = {
+    "dmd2": {**DMD2, "ema_decay": 0.5},
+    "dmd2_lora": {**DMD2, **LORA, "ema_decay": 0.5},
+    "dmd2_full_critic": {**DMD2, **LORA, "full_critic": True},
+    "dmd2_gan": {**DMD2, "gan_weight": 0.1, "data": "images"},
+    "dmd2_gan_lora": {**DMD2, **LORA, "gan_weight": 0.1, "data": "images"},
+    "dmd2_unet": {**DMD2, "teacher": "tiny_stable_diffusion"},
+    "dmd2_shared_embedding": {**DMD2, "teacher": "tiny_dit", "classes": "0-3", "prompts": None, "guidance_scale": 2.0},
+    "dmd2_tied": {**DMD2, "tie": True},
+    "dmd2_accumulation": {**DMD2, "gradient_accumulation_steps": 2},
+    "dmd2_checkpointing": {**DMD2, "gradient_checkpointing": True},
+    "dmd2_checkpointing_lora": {**DMD2, **LORA, "gradient_checkpointing": True},
+    "dmd2_bf16": {**DMD2, "mixed_precision": "bf16"},
+    "dmd2_bf16_lora": {**DMD2, **LORA, "mixed_precision": "bf16"},
+    "dmd2_offload": {**DMD2, "offload": True},
+    "dmd2_groups": {**DMD2, "group": 2},
+    "dmd2_groups_lora": {**DMD2, **LORA, "group": 2},
+    "sid": {"method": "sid"},
+    "sid_lora": {"method": "sid", **LORA},
+    "consistency": {"method": "consistency", "target_decay": 0.5},
+    "consistency_lora": {"method": "consistency", "target_decay": 0.5, **LORA},
+    "phased": {"method": "phased_dmd", "critic_updates": 1, "phase_steps": 2},
+    "phased_lora": {"method": "phased_dmd", "critic_updates": 1, "phase_steps": 2, **LORA},
+    "mean_flow": {"method": "mean_flow", "data": "images", "apart": 1.0},
+    "mean_flow_lora": {"method": "mean_flow", "data": "images", "apart": 1.0, **LORA},
+}
+_STEPS, _BATCH = 4, 2
+_PROMPTS = ("red shoe", "blue coat", "green bag", "old hat")
+
+
+class Silence:
+    """A monitor that says nothing."""
+
+    def __getattr__(self, _name: str) -> Any:
+        return lambda *_args, **_kwargs: None
+
+
+class Run:
+    """One side of a case: its loop, and what its first step gave."""
+
+    def __init__(self, out: Path, case: dict[str, Any], processes: Processes) -> None:
+        settings = {"steps": 2, "prompts": "prompts.txt", **case}
+        method, teacher = settings.pop("method"), settings.pop("teacher", "tiny_flow")
+        offload, group, tie = (settings.pop(name, None) for name in ("offload", "group", "tie"))
+        settings = {name: value for name, value in settings.items() if name not in ("resumed", "from")}
+        for name in ("prompts", "data"):
+            if settings.get(name):
+                settings[name] = str(out.parent / settings[name])
+        count = _count(case)
+        settings["gradient_accumulation_steps"] = settings.get("gradient_accumulation_steps", 1) * (
+            count // processes.count
+        )
+        config = method_class(method).Config(
+            teacher="tiny",
+            out=str(out),
+            batch_size=_BATCH,
+            max_steps=_STEPS,
+            lr=1e-3,
+            log_steps=1,
+            sample_steps=0,
+            checkpointing_steps=2,
+            report_to="none",
+            **settings,
+        )
+        pipeline = getattr(tiny_pipelines, teacher)()
+        if tie:
+            first, second = pipeline.transformer.transformer_blocks
+            second.ff.net[0].proj.weight = first.ff.net[0].proj.weight
+        bench = open_workbench(config, "cpu", pipeline)
+        self.method = prepare(bench, method)
+        self.sharding = None
+        if processes.count > 1:
+            self.sharding = Sharding(open_mesh("cpu", processes.count, group), bool(offload))
+
+            def probe(role: NetworkRole) -> None:
+                role.denoiser(*bench.two_samples())
+
+            self.sharding.shard(list(self.method.roles.values()), probe)
+        self.loop = Loop(
+            self.method,
+            method,
+            config.resolved(),
+            batches=bench.batches(),
+            processes=processes,
+            monitor=Silence(),  # type: ignore[arg-type]
+            on_samples=lambda _step: {},
+            holding=self.sharding,
+        )
+        self.gradients: dict[str, Tensor] = {}
+
+    def train(self, steps: int) -> dict[str, float]:
+        """Go on for some steps. Returns the numbers of the first of them."""
+        with self._noted():
+            numbers = self.loop._one_step()
+        for _ in range(steps - 1):
+            self.loop._one_step()
+        return numbers
+
+    def resume(self, out: Path) -> None:
+        """Go on from a checkpoint, of however many processes."""
+        found = find_latest(out / "checkpoints")
+        self.loop.resume(replace(found, state={**found.state, "processes": self.loop.processes.count}))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Of every role, whole."""
+        states = {name: role.state_dict() for name, role in self.method.roles.items()}
+        return {f"{name}.{key}": _whole(v) for name, state in states.items() for key, v in state.items()}
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """Inside, the first gradients of every role are kept."""
+        before = {name: optimizer.held.reduce for name, optimizer in self.loop.optimizers.items()}
+        for name, optimizer in self.loop.optimizers.items():
+            optimizer.held.reduce = lambda name=name: self._keep(name, before[name]())  # type: ignore[method-assign]
+        yield
+        for name, optimizer in self.loop.optimizers.items():
+            optimizer.held.reduce = before[name]  # type: ignore[method-assign]
+
+    def _keep(self, name: str, gradients: list[Tensor]) -> list[Tensor]:
+        held = self.loop.optimizers[name].held
+        parameters = dict(self.method.roles[name].named_parameters())
+        for key, own in zip(held.names, held.own, strict=True):
+            if own.grad is not None:
+                self.gradients.setdefault(f"{name}.{key}", _whole(own.grad.detach(), parameters[key]))
+        return gradients
+
+
+def _count(case: dict[str, Any]) -> int:
+    return 4 if case.get("group") else 2
+
+
+def _whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """All of a tensor of which this process holds a part."""
+    like = tensor if like is None else like
+    if not isinstance(like, DTensor):
+        return tensor.detach().clone()
+    part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(part, mesh, placements, shape=like.shape, stride=like.stride()).full_tensor().clone()
+
+
+def play(out: Path, case: dict[str, Any], processes: Processes) -> None:
+    """One side of a case, and what it resumes: its own checkpoint of step 2, and (``other``) one process's."""
+    run = Run(out, case, processes)
+    found: dict[str, dict[str, Tensor]] = {}
+    losses = {name: torch.tensor(value, dtype=torch.float64) for name, value in run.train(2).items()}
+    run.loop._save()
+    run.train(_STEPS - 2)
+    found |= {"losses": losses, "gradients": run.gradients, "weights": run.weights()}
+    if case.get("resumed"):
+        again = Run(out, case, processes)
+        again.resume(out)
+        again.train(_STEPS - 2)
+        found["again"] = again.weights()
+    if case.get("from"):
+        other = Run(out.parent / "unused", case, processes)
+        other.resume(out.parent / case["from"])
+        other.train(_STEPS - 2)
+        found["other"] = other.weights()
+    if processes.rank == 0:
+        for name, tensors in found.items():
+            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, out / f"{name}.safetensors")
+
+
+def in_processes(out: Path, case: dict[str, Any]) -> None:
+    """Play a case in forked processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    children = []
+    for rank in range(_count(case)):
+        child = os.fork()
+        if child == 0:
+            try:
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                dist.init_process_group("gloo", rank=rank, world_size=_count(case))
+                play(out, case, Processes(rank, _count(case)))
+                dist.destroy_process_group()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        children.append(child)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    if any(codes):
+        sys.exit(f"a process of {out.name} failed")
+
+
+def compare(one: Path, several: Path, name: str, *, floor: float = 1e-5) -> float:
+    """The largest difference between both sides, relative to each tensor's largest entry.
+
+    A tensor that is next to nothing (a key's bias has no gradient but rounding) counts as ``floor`` of the largest.
+    """
+    left, right = (load_file(folder / f"{name}.safetensors") for folder in (one, several))
+    if left.keys() != right.keys():
+        return float("inf")
+    sizes = {key: float(value.double().abs().max()) for key, value in left.items()}
+    least = floor * max(sizes.values())
+    return max(float((left[k].double() - right[k].double()).abs().max()) / max(sizes[k], least) for k in left)
+
+
+def main(out: Path, names: list[str]) -> None:
+    """Both sides of some cases. A name may end in ``+resume``: then both sides go on from both sides' checkpoints."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "prompts.txt").write_text("\n".join(_PROMPTS))
+    (out / "images").mkdir(exist_ok=True)
+    rows = []
+    for number, prompt in enumerate(_PROMPTS):
+        Image.new("RGB", (64, 64), (60 * number, 90, 200 - 50 * number)).save(out / "images" / f"{number}.png")
+        rows.append(json.dumps({"file_name": f"{number}.png", "text": prompt}))
+    (out / "images" / "metadata.jsonl").write_text("\n".join(rows))
+    found: dict[str, dict[str, float]] = {}
+    for name in names:
+        case, resumed = CASES[name.removesuffix("+resume")], name.endswith("+resume")
+        one, several = out / f"{name}_one", out / f"{name}_several"
+        play(one, case, Processes())
+        several.mkdir(exist_ok=True)
+        in_processes(several, case | ({"resumed": True, "from": one.name} if resumed else {}))
+        found[name] = {what: compare(one, several, what) for what in ("gradients", "weights")}
+        found[name]["losses"] = compare(one, several, "losses", floor=1e-2)
+        if resumed:
+            weights, again = (load_file(several / f"{what}.safetensors") for what in ("weights", "again"))
+            found[name]["again"] = float(sum(not torch.equal(weights[key], again[key]) for key in weights))
+            other = load_file(several / "other.safetensors")
+            save_file(other, several / "weights.safetensors")
+            found[name]["one_to_several"] = compare(one, several, "weights")
+            back = Run(out / "unused", case, Processes())
+            back.resume(several)
+            back.train(_STEPS - 2)
+            save_file({k: v.contiguous() for k, v in back.weights().items()}, several / "weights.safetensors")
+            found[name]["several_to_one"] = compare(one, several, "weights")
+        (out / "found.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), sys.argv[2:])
