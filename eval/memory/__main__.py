@@ -3,6 +3,7 @@
     python -m fewstep.eval.memory roles            LoRA roles against full copies, on a UNet of 135 M parameters
     python -m fewstep.eval.memory plans            what `fewstep plan` says against what is measured, on four shapes
     python -m fewstep.eval.memory quantized [NAME] LoRA roles on a quantised network against a bfloat16 one
+    python -m fewstep.eval.memory sharding         a process of a sharded run of two against one of a data-parallel run
     python -m fewstep.eval.memory sdxl             a LoRA run of DMD2 on an SDXL-shaped UNet at 1024 px (needs a GPU)
 
 Measured is the most that a process held: on a GPU torch's peak of allocated memory, on a CPU (Linux only) the peak of
@@ -29,6 +30,7 @@ import torch
 from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.eval.memory.shapes import SHAPES
+from fewstep.eval.memory.sharding import compare_sharding
 from fewstep.programs.methods import method_class
 from fewstep.programs.planning.counting import costliest_step
 from fewstep.programs.planning.dry_run import DryRun, backward, move_averages
@@ -154,13 +156,17 @@ def main(words: Sequence[str]) -> int:
             compare_plans(words[1:] or COMPARED)
         elif words[:1] == ["quantized"]:
             compare_quantized(*words[1:])
+        elif list(words) == ["sharding"]:
+            compare_sharding()
         elif list(words) == ["sdxl"]:
             if not torch.cuda.is_available():
                 raise UserError("an SDXL-shaped run is measured on a GPU, and there is none")
             name, planned = torch.cuda.get_device_name(), estimate("sdxl", **SDXL)
             print(f"{name}: {size(measure('sdxl', **SDXL))}, planned {size(planned)}")
         else:
-            raise UserError("python -m fewstep.eval.memory roles | plans [SHAPE ...] | quantized [NAME] | sdxl")
+            raise UserError(
+                "python -m fewstep.eval.memory roles | plans [SHAPE ...] | quantized [NAME] | sharding | sdxl"
+            )
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

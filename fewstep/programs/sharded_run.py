@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.networks.roles import NetworkRole, Role
 from fewstep.programs.workbench import Workbench
+from fewstep.recording import Recording
 from fewstep.training.distributed import local_processes
 from fewstep.training.method import Method, UnevenMethod
 from fewstep.training.sharding import Sharding, open_mesh, shell_of
@@ -42,7 +43,7 @@ class ShardedRun:
         self.sharding.shard(list(method.roles.values()), partial(_probe, bench))
         self._emptied = bench.teacher.reload is not None
         if self._emptied:
-            self._empty_teacher()
+            free_teacher(bench.recording, self.teacher, keep=self.main)
 
     def whole_student(self) -> Role:
         """The exported role as an ordinary one, on the main process alone; every process calls this.
@@ -62,14 +63,21 @@ class ShardedRun:
         self.sharding.gather(self.exported, self._shell, self.bench.device, self.main)
         return self._shell
 
-    def _empty_teacher(self) -> None:
-        """Free what the teacher's role holds as well; of what it holds in another dtype the main process keeps all."""
-        for name, network in self.bench.recording.networks.items():
-            parts = dict(self.teacher.experts[name].denoiser.network.named_parameters())
-            for key, parameter in network.named_parameters():
-                same = _part_of(parts, key).dtype == parameter.dtype
-                nothing = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-                parameter.data = parameter.data.cpu() if self.main and not same else nothing
+
+def free_teacher(recording: Recording, teacher: Role, keep: bool) -> None:
+    """Free of a teacher's own networks what its role holds as well.
+
+    Args:
+        recording: of the teacher.
+        teacher: the role, on the mesh.
+        keep: what the role holds in another dtype, in the memory of the CPU.
+    """
+    for name, network in recording.networks.items():
+        parts = dict(teacher.experts[name].denoiser.network.named_parameters())
+        for key, parameter in network.named_parameters():
+            same = _part_of(parts, key).dtype == parameter.dtype
+            nothing = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            parameter.data = parameter.data.cpu() if keep and not same else nothing
 
 
 def refuse_undividable(bench: Workbench, method: Method) -> None:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from fewstep.errors import one_line
 
@@ -40,11 +41,17 @@ def write(folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
         OSError: a process could not write.
     """
     flat = {f"{stem}/{name}": value.detach() for stem, values in tensors.items() for name, value in values.items()}
+    seen: set[int] = set()
+    for key, value in flat.items():  # a file cannot hold tensors that share memory, as tied weights do
+        memory = (value.to_local() if isinstance(value, DTensor) else value).data_ptr()
+        flat[key] = value.clone() if memory in seen else value
+        seen.add(memory)
     planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     try:
         save(flat, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), planner=planner)
     except CheckpointException as error:
-        raise OSError(one_line(error)) from error
+        cause, _ = next(iter(error.failures.values()))
+        raise OSError(one_line(cause)) from error
 
 
 def read(folder: Path, stems: Sequence[str], empty: Empty = whole) -> dict[str, dict[str, Tensor]]:

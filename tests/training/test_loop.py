@@ -188,7 +188,7 @@ def test_renew_resets_weights_momenta_average_and_warm_up(tmp_path: Path):
     assert not student.adamw.state
     assert critic.adamw.state
     assert (student.renewed_at, critic.renewed_at) == (3, 0)
-    student.parameters[0].grad = torch.ones_like(student.parameters[0])
+    student.held.own[0].grad = torch.ones_like(student.held.own[0])
     student.update(4)
     assert student.adamw.param_groups[0]["lr"] == pytest.approx(1e-3 * 2 / 6)
 
