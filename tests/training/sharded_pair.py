@@ -16,7 +16,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +139,7 @@ class Run:
 
     def resume(self, out: Path) -> None:
         """Go on from a checkpoint, of however many processes."""
-        found = find_latest(out / "checkpoints")
-        self.loop.resume(replace(found, state={**found.state, "processes": self.loop.processes.count}))
+        self.loop.resume(find_latest(out / "checkpoints"))
 
     def weights(self) -> dict[str, Tensor]:
         """Of every role, whole."""
