@@ -91,7 +91,7 @@ class Loop:
                 self._save()
             else:  # a kill may have come before the ones that are too many were removed
                 limit = self.config.checkpoints_total_limit
-                self._main_process_only(lambda: checkpoint.keep_newest(self.checkpoints, self.step, limit))
+                self._on_main_process(lambda: checkpoint.keep_newest(self.checkpoints, self.step, limit))
             while self.step < self.config.max_steps:
                 numbers = self._one_step()
                 stopping = self.stopping.agreed()
@@ -272,7 +272,7 @@ class Loop:
         self._on_main_process(lambda: numbers.update(self.on_samples(self.step)), self.holding.together)
         return numbers
 
-    def _on_main_process(self, action: Callable[[], None], together: bool) -> None:
+    def _on_main_process(self, action: Callable[[], None], together: bool = False) -> None:
         if self.processes.rank == 0 or together:
             action()
         if self.processes.count > 1:

@@ -1,7 +1,8 @@
 """Tensors that lie divided over processes, in safetensors files: each process writes and reads its own parts.
 
 Layout and planning are those of ``torch.distributed.checkpoint``, in its Hugging Face storage, which keeps where a part
-belongs in the header of its file: nothing is pickled, and any number of processes puts the parts together again.
+belongs in the header of its file: nothing is pickled, and any number of processes puts the parts together again. That
+storage is younger than the oldest torch that is admitted, and is imported when it is used.
 """
 
 from __future__ import annotations
@@ -13,12 +14,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from fewstep.errors import one_line
@@ -40,6 +35,11 @@ def write(folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
     Raises:
         OSError: a process could not write.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     flat = {f"{stem}/{name}": value.detach() for stem, values in tensors.items() for name, value in values.items()}
     seen: set[int] = set()
     for key, value in flat.items():  # a file cannot hold tensors that share memory, as tied weights do
@@ -62,6 +62,10 @@ def read(folder: Path, stems: Sequence[str], empty: Empty = whole) -> dict[str, 
         stems: that it was written with; some may have no tensor.
         empty: makes what is read into.
     """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     flat: dict[str, Tensor] = {}
     for key, about in stored.items():
