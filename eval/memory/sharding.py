@@ -68,7 +68,7 @@ def run(side: str) -> int:
         sharding.shard(list(method.roles.values()), lambda role: role.denoiser(x, t, batch.conditioning))
         free_teacher(dry_run.recording, method.roles["teacher"], keep=False)
     optimizers = {
-        name: RoleOptimizer(role, config, config.lr, holding.held(role))
+        name: RoleOptimizer(role, config, config.lr, held=holding.held(role))
         for name, role in method.roles.items()
         if role.parameters()
     }

@@ -33,6 +33,7 @@ class Guard:
         processes: this process among all.
         held: all tensors of a checkpoint, by file and name.
         batches: the micro-batches of a step, made again.
+        traces: whether a step can be played again here, in search of the first tensor that is not finite.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Guard:
         processes: Processes,
         held: Callable[[], Mapping[str, Mapping[str, Tensor]]],
         batches: Callable[[int], Iterable[Batch]],
+        traces: bool = True,
     ) -> None:
         self.method, self.optimizers, self.faults, self.processes = method, optimizers, faults, processes
-        self.held, self.batches = held, batches
+        self.held, self.batches, self.traces = held, batches, traces
 
     def look(self, done: int) -> Trouble | None:
         """What is not finite after ``done`` steps in all that a checkpoint holds, or was not in a gradient.
@@ -81,6 +83,8 @@ class Guard:
 
     def _where(self, step: int) -> tuple[str, int]:
         """Words for the first tensor that is not finite, and the last step from which going on might help."""
+        if not self.traces:
+            return "", step
         states = {name: optimizer.state() for name, optimizer in self.optimizers.items()}
         held = self.processes.first(find_held(self.method.roles, states))
         if held is not None:

@@ -33,6 +33,11 @@ class Held:
         self.leaves: list[Tensor] = [parameter for _, parameter in named]
         self.own: list[Tensor] = self.leaves
 
+    @property
+    def device(self) -> torch.device:
+        """Where the processes meet, and the norm is."""
+        return self.own[0].device
+
     def reduce(self) -> list[Tensor]:
         """Sum the gradients of a turn over processes. Returns those that there are, each of one of ``own``."""
         if self.gradients_vary:

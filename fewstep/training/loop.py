@@ -72,7 +72,8 @@ class Loop:
         self.share = Share.of(config, processes.count)
         self._batch_state = self.share.state()
         self.watch = Watch(config, self.checkpoints, processes)
-        self.guard = Guard(method, self.optimizers, self.faults, processes, self._held, self._batches)
+        how = (self._here, self._batches, not self.holding.together)
+        self.guard = Guard(method, self.optimizers, self.faults, processes, *how)
         self.step = 0
         self._kept = -1  # the step of the newest checkpoint that this process knows to be whole
         self.stopping = Stopping(processes)
@@ -271,6 +272,11 @@ class Loop:
         numbers: dict[str, float] = {}
         self._on_main_process(lambda: numbers.update(self.on_samples(self.step)), self.holding.together)
         return numbers
+
+    def _here(self) -> dict[str, dict[str, Tensor]]:
+        """What :meth:`_held` says, as far as it lies on this process."""
+        held = self._held().items()
+        return {stem: {name: self.holding.here(v) for name, v in values.items()} for stem, values in held}
 
     def _on_main_process(self, action: Callable[[], None], together: bool = False) -> None:
         if self.processes.rank == 0 or together:

@@ -68,7 +68,7 @@ class RoleOptimizer:
         self.lr = lr
         self.max_grad_norm = config.max_grad_norm
         self.warmup = config.lr_warmup_steps
-        self.faults.watch(role.name, self.held.own[0].device)
+        self.faults.watch(role.name, self.held.device)
         self._betas, self._weight_decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
         self.renew(0)
 
@@ -87,8 +87,9 @@ class RoleOptimizer:
             raise RuntimeError(f"no parameter of the {self.role.name} got a gradient in step {step}")
         norm = self.held.norm(gradients)
         if self.max_grad_norm > 0:
-            torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        self.adamw.found_inf = self.faults.note(self.role.name, step, ~torch.isfinite(norm))
+            scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, scale.to(gradients[0].device))
+        self.adamw.found_inf = self.faults.note(self.role.name, step, ~torch.isfinite(norm)).to(gradients[0].device)
         for group in self.adamw.param_groups:
             group["lr"] = self.lr * self.slowed * min(1.0, (step - self.renewed_at + 1) / (self.warmup + 1))
         self.adamw.step()

@@ -31,6 +31,8 @@ from fewstep.training.distributed import sum_over_processes
 from fewstep.training.divide import divide, tied, watch
 from fewstep.training.held import Held, Holding
 
+_CPU = torch.device("cpu")
+
 
 def open_mesh(device: str, processes: int, group: int | None = None) -> DeviceMesh:
     """The processes of a launch, in order: groups of ``group``, each with one copy of everything; default one group.
@@ -143,8 +145,8 @@ class Sharding(Holding):
             own = like(stem, name, value.shape)
             if own is None:
                 return value
-            value = value.to(own.device_mesh.device_type)
-            return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
+            divided = distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None).to_local()
+            return _with_part(own, divided.to(own.to_local().device))
 
         if found.sharded is not None:
             tensors = shard_files.read(found.folder, found.sharded, empty)
@@ -160,7 +162,10 @@ class Sharding(Holding):
     @torch.no_grad()
     def whole(self, parameter: Tensor) -> Tensor:
         """All of a parameter; every process calls this."""
-        return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        if not isinstance(parameter, DTensor):
+            return parameter.detach()
+        part = parameter.to_local().to(_device_of(self.mesh))  # where the processes meet, though it lies elsewhere
+        return _with_part(parameter, part).full_tensor()
 
     @torch.no_grad()
     def gather(self, role: Role, onto: Role, device: torch.device | str, main: bool) -> None:
@@ -206,7 +211,7 @@ class _HeldInPart(Held):
     def __init__(self, role: Role, leaves: dict[int, Tensor], mesh: DeviceMesh) -> None:
         super().__init__(role)
         self._parameters = self.leaves
-        self._group, self._device = mesh.get_group(mesh.ndim - 1), mesh.device_type
+        self._group, self._device = mesh.get_group(mesh.ndim - 1), _device_of(mesh)
         self.leaves = [leaves.get(id(p), p) for p in self._parameters]
         self.own = [p.to_local().detach() if isinstance(p, DTensor) else p for p in self._parameters]
 
@@ -224,7 +229,11 @@ class _HeldInPart(Held):
         for gradient in gradients:
             squares[id(gradient) in whole] += torch.linalg.vector_norm(gradient).square().to(self._device)
         dist.all_reduce(squares[False], group=self._group)
-        return (squares[False] + squares[True]).sqrt().to(self.own[0].device)
+        return (squares[False] + squares[True]).sqrt()
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     def _whole(self) -> Iterator[Tensor]:
         return (own for own, p in zip(self.own, self._parameters, strict=True) if not isinstance(p, DTensor))
@@ -234,9 +243,18 @@ def _as_part(value: Tensor, like: Tensor | None) -> Tensor:
     """A part of a parameter's momentum, told of what it is a part."""
     if not isinstance(like, DTensor) or value.shape != like.to_local().shape:
         return value
-    return DTensor.from_local(
-        value, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    return _with_part(like, value)
+
+
+def _with_part(like: DTensor, part: Tensor) -> DTensor:
+    """A tensor that is divided as another one, of which this is the part here."""
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def _device_of(mesh: DeviceMesh) -> torch.device:
+    """This process's device on a mesh."""
+    return torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else _CPU
 
 
 def _write_together(folder: Path | None, tensors: dict[str, dict[str, Tensor]]) -> None:

@@ -73,7 +73,7 @@ class Silence:
     """A monitor that says nothing."""
 
     def __getattr__(self, _name: str) -> Any:
-        return lambda *_args, **_kwargs: None
+        return lambda *_args, **_kwargs: []
 
 
 class Run:

