@@ -32,6 +32,8 @@ def both_sides(out: Path, *names: str) -> dict[str, dict[str, float]]:
 def agrees(found: dict[str, float], name: str = "") -> bool:
     if name == "dmd2_bf16":  # units change the order in which bfloat16 gradients of shared inputs are added
         return found["losses"] < 1e-3 and found["gradients"] < 2e-2 and found["weights"] < 1e-1
+    if name == "dmd2_unet":  # its keys' biases have no gradient but rounding, which AdamW makes steps of
+        return found["losses"] < LOSSES and found["gradients"] < GRADIENTS and found["weights"] < 10 * WEIGHTS
     return found["losses"] < LOSSES and found["gradients"] < GRADIENTS and found["weights"] < WEIGHTS
 
 
