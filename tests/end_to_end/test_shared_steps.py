@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fewstep.programs import distillation
 from fewstep.recording.shake import shaken
-from fewstep.training import checkpoint, optimization
+from fewstep.training import checkpoint, held
 from fewstep.training.run_folder import read_config
 from tests.forked import well
 from tests.tiny_pipelines import tiny_dit
@@ -91,7 +91,7 @@ def images(folder: Path) -> str:
 def train(pipeline: Any, out: Path, method: str, settings: dict[str, Any], rank: int = 0) -> None:
     """A run without its export, in a process of its own; the gradients of its first step lie beside it."""
     noted: list[Tensor] = []
-    add_up = optimization.sum_over_processes
+    add_up = held.sum_over_processes
 
     def noting(tensors: list[Tensor]) -> None:
         add_up(tensors)
@@ -100,7 +100,7 @@ def train(pipeline: Any, out: Path, method: str, settings: dict[str, Any], rank:
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fewstep").setLevel(logging.INFO)
-    optimization.sum_over_processes = noting
+    held.sum_over_processes = noting
     distillation.export = lambda *_: SimpleNamespace(note="", folders=[])
     distillation.distill(pipeline, method, out=str(out), **{**RUN, **settings})
     save_file({f"{number:05d}": tensor for number, tensor in enumerate(noted)}, f"{out}_{rank}.safetensors")
@@ -122,7 +122,7 @@ def found(place: Path) -> Trained:
     first = json.loads(lines[0])
     losses = {name: value for name, value in first.items() if not name.endswith(NO_MEANS)}
     tensors = checkpoint.load_latest(place / "checkpoints")[1]
-    weights = {f"{role}/{name}": value for role, held in tensors.items() for name, value in held.items()}
+    weights = {f"{role}/{name}": value for role, kept in tensors.items() for name, value in kept.items()}
     weights = {name: value for name, value in weights.items() if "optimizer" not in name and "unlogged" not in name}
     return Trained(losses, load_file(f"{place}_0.safetensors"), weights)
 
@@ -144,7 +144,7 @@ def assert_same_weights(ours: dict[str, Tensor], theirs: dict[str, Tensor], tole
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         role = name.partition("/")[0] + "/"
-        of = [held for one, held in ours.items() if one.startswith(role)] if "lora_" in name else [value]
+        of = [kept for one, kept in ours.items() if one.startswith(role)] if "lora_" in name else [value]
         if not name.endswith(NO_GRADIENT):
             assert largest([value - theirs[name]]) <= tolerance * largest(of), name
 
