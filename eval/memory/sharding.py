@@ -64,7 +64,7 @@ def run(side: str) -> int:
     if side == "full":
         holding = sharding = Sharding(open_mesh("cpu", accelerator.num_processes))
         batch = dry_run.batch(0)
-        x, t = torch.zeros(batch.shape), torch.full((batch.size,), 0.5, dtype=torch.float64)
+        x, t = torch.zeros(batch.size, *batch.shape), torch.full((batch.size,), 0.5, dtype=torch.float64)
         sharding.shard(list(method.roles.values()), lambda role: role.denoiser(x, t, batch.conditioning))
         free_teacher(dry_run.recording, method.roles["teacher"], keep=False)
     optimizers = {
