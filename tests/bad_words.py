@@ -117,7 +117,9 @@ def values() -> Iterator[Bad]:
         ("--x",),
     ):
         yield Bad(
-            f"cache {' '.join(flags)[:30]}", (*cache, *flags), flags[0][2:] if flags[0] != "--classes" else "not both"
+            f"cache {' '.join(flags)[:30]}",
+            (*cache, *flags),
+            flags[0][2:] if flags[0] != "--classes" else "several",
         )
     for words in (
         (),

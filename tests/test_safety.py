@@ -37,7 +37,7 @@ NEVER = {
     "torch.hub.load",
 }
 #: Those that start another program, with a list of words and no shell.
-STARTS = {"fewstep.eval.memory.__main__"}
+STARTS = {"fewstep.eval.memory.__main__", "fewstep.eval.memory.sharding"}
 
 
 def risky(node: ast.AST) -> str | None:

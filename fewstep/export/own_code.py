@@ -38,8 +38,9 @@ def is_own_code(folder: str | Path) -> bool:
 def _looks_inside_alone(folder: Path) -> bool:
     """Whether no part of a folder's pipeline can bring code from elsewhere: by a path for a name, or by a link."""
     entries = [entry for entry in read_json(folder / "model_index.json").values() if isinstance(entry, list)]
-    named = [name for entry in entries for name in entry if name is not None]
-    plain = all(isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*", name) for name in named)
+    # A part is two words; what else is in a list (the times of phases) names nothing.
+    named = [name for entry in entries for name in entry if isinstance(name, str)]
+    plain = all(re.fullmatch(r"\w+(\.\w+)*", name) for name in named)
     return plain and not any(path.is_symlink() and path.is_dir() for path in folder.rglob("*"))
 
 

@@ -6,7 +6,6 @@ Everything here is a function of the lines of ``metrics.jsonl`` in their order, 
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from fewstep.errors import UserError
+from fewstep.reading import parse_json
 
 #: Samples are constant, or alike, where the spread within them, or between them, is below this share of the teacher's.
 CONSTANT = 0.1
@@ -122,7 +122,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in text.split("\n"):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):

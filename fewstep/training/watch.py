@@ -14,7 +14,8 @@ from typing import Any
 
 from fewstep.config.run import RunConfig
 from fewstep.data.durable import write_text_durably
-from fewstep.errors import UserError
+from fewstep.errors import UserError, one_line
+from fewstep.reading import misfit, read_json
 from fewstep.training import checkpoint
 from fewstep.training.distributed import Processes
 from fewstep.training.verdict import History, Trouble, troubles
@@ -27,6 +28,10 @@ SLOWER = 0.5
 ENDING = {"nan": ("nan",), "collapse": ("nan", "constant", "alike", "far out", "explosion", "standstill"), "never": ()}
 #: The draws of a run that was rolled back are those of a seed that is so far away from its own.
 _SEEDS_APART = 2**32
+
+
+def _misfit(rollback: Any) -> str | None:
+    return misfit(rollback, {"from": int, "to": int, "why": str})
 
 
 class Watch:
@@ -72,7 +77,16 @@ class Watch:
 
     def _read(self) -> list[dict[str, Any]]:
         file = self._file
-        return list(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
+        if not file.exists():
+            return []
+        try:
+            noted = read_json(file)
+            wrong = "it is no list" if not isinstance(noted, list) else next(filter(None, map(_misfit, noted)), None)
+        except (OSError, ValueError) as error:
+            wrong = one_line(error)
+        if wrong is not None:
+            raise UserError(f"{file} is not what was written ({wrong}); remove it to go on at the full learning rates")
+        return list(noted)
 
     def _look(self, row: Mapping[str, float]) -> Trouble | None:
         self._history.add(row)

@@ -131,7 +131,7 @@ def test_trackers_that_are_unknown_or_not_installed_are_named(
 ) -> None:
     words = ["--teacher", teacher, "--out", str(tmp_path / "out"), "--cpu"]
     refused(capsys, run("distill", "dmd2", *words, "--report_to", "tensorboard,foo"), "foo", "tensorboard")
-    monkeypatch.setattr("fewstep.training.monitor.get_available_trackers", list)
+    monkeypatch.setattr("fewstep.training.trackers.get_available_trackers", list)
     refused(capsys, run("distill", "dmd2", *words, "--report_to", "wandb"), "wandb", "not installed")
 
 

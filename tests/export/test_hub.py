@@ -94,7 +94,7 @@ def test_a_hub_that_fails_is_one_line_and_the_student_stays(
 
 def test_names_that_are_none(tmp_path: Path) -> None:
     for name in ("a/b/c", "", "a b", "/x"):
-        with pytest.raises(UserError, match="--push_to_hub takes owner/name"):
+        with pytest.raises(UserError, match="--push_to_hub takes owner/name" if name else "--push_to_hub is empty"):
             RunConfig(teacher="t", out=str(tmp_path), push_to_hub=name)
     with pytest.raises(UserError, match="--hub_private belongs to --push_to_hub"):
         RunConfig(teacher="t", out=str(tmp_path), hub_private=True)

@@ -15,8 +15,10 @@ from toys import TinyMethod, TinyNetwork, make_loop, role
 from fewstep.errors import UserError
 from fewstep.networks.roles import follow
 from fewstep.training import checkpoint
+from fewstep.training.distributed import Processes
 from fewstep.training.finite import any_not_finite
 from fewstep.training.loop import Loop
+from fewstep.training.watch import Watch
 from tests.training.loop_runs import config, rows, weights
 
 NAN = float("nan")
@@ -71,7 +73,7 @@ def weight_of(name: str, part: str = "network") -> Callable[[Spoiled], None]:
 def momentum_of(name: str, what: str, value: float = NAN) -> Callable[[Spoiled], None]:
     def spoil(method: Spoiled) -> None:
         optimizer = method.loop.optimizers[name]
-        optimizer.adamw.state[optimizer.parameters[0]][what].view(-1)[3] = value
+        optimizer.adamw.state[optimizer.held.own[0]][what].view(-1)[3] = value
 
     return spoil
 
@@ -208,3 +210,12 @@ def test_any_number_that_is_not_finite_is_seen_and_large_ones_are_none() -> None
             bad[2, 3] = value
             assert any_not_finite([large, bad.to(dtype), torch.ones(3, dtype=torch.int64)])
     assert not any_not_finite([large, torch.zeros(0), torch.arange(3)]) and not any_not_finite([])
+
+
+@pytest.mark.parametrize("content", ["{}", "[", '[{"from": 3}]', "[[]]", '[{"from": 3, "to": "1", "why": ""}]'])
+def test_a_note_of_roll_backs_that_is_none_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "rollbacks.json").write_text(content)
+    with pytest.raises(UserError, match="remove it to go on at the full learning rates") as refused:
+        Watch(config(tmp_path), tmp_path / "checkpoints", Processes()).resume([])
+    assert "\n" not in str(refused.value)

@@ -92,6 +92,11 @@ def test_what_a_resumed_run_may_change(tmp_path: Path):
         "sample_steps",
         "export_dtype",
         "data_workers",
+        "sharding",
+        "sharding_group",
+        "sharding_offload",
+        "stop_on",
+        "rollbacks",
     }
     assert run_folder._may_change(config(tmp_path)) == names
     curriculum = ConsistencyConfig(teacher="t", out=str(tmp_path), data="d", variant="ict")
