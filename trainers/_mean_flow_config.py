@@ -101,7 +101,6 @@ class MeanFlowConfig(RunConfig):
             raise UserError(f"--renoise must be ode for a mean flow, not {self.renoise!r}")
         self._refuse_below_one("num_pairs", "pair_steps")
         self._refuse_negative("weight_power", "weight_constant", "omega", "tangent_warmup", "alpha_first_step")
-        self._refuse_not_finite("time_mean", "r_mean")
         for name in ("time_std", "r_std", "time_shift", "alpha_clamp"):
             value = getattr(self, name)
             if value is not None and not value > 0:

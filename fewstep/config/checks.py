@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import MISSING, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
@@ -68,13 +67,6 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value >= 0:  # so that not-a-number is refused too
                 raise UserError(f"--{name} must not be negative, and it is {value}")
-
-    def _refuse_not_finite(self, *names: str) -> None:
-        """Settings that must be numbers of any sign, where they are set."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise UserError(f"--{name} must be a number, not {value}")
 
     def _refuse_unknown(self, name: str, *known: str) -> None:
         """A setting that must be one of these words."""

@@ -136,7 +136,6 @@ class CriticGuidanceConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._refuse_unknown("guidance", "long_short", *FIXED)
-        self._refuse_not_finite("critic_guidance", "critic_training_guidance")
         if not 0 <= self.critic_dropout < 1:
             raise UserError(f"--critic_dropout must be in [0, 1), not {self.critic_dropout}")
         if self.guidance in FIXED:

@@ -188,7 +188,6 @@ class RunConfig(Settings):
             raise UserError(f"--push_to_hub takes owner/name, not {self.push_to_hub!r}")
         if self.hub_private and self.push_to_hub is None:
             raise UserError("--hub_private belongs to --push_to_hub: give a repository, or leave it out")
-        self._refuse_not_finite("guidance_scale")
         if self.prompts is not None and self.classes is not None:
             raise UserError("give --prompts or --classes, not both")
         if self.cache is not None and (self.prompts is not None or self.classes is not None):

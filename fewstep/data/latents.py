@@ -92,10 +92,10 @@ class _Shown(Sequence[Any]):
             yield from self._of(shard)
 
     def _of(self, shard: int) -> list[Any]:
-        content = self._shards.whole(shard, self._name)
+        content = self._shards.column(shard, self._name)
         if self._kind == "label":
             return content.tolist()
-        return [text[:-1] for text in unpack(self._shards.whole(shard, f"{self._name}_ends"), content)]
+        return [text[:-1] for text in unpack(self._shards.column(shard, f"{self._name}_ends"), content)]
 
 
 def read_data(

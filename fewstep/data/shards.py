@@ -162,10 +162,6 @@ class Shards:
         number, place = divmod(index, self.about["shard_size"])
         return self._open_shard(number)[0].get_slice(name)[place : place + 1][0]
 
-    def whole(self, number: int, name: str) -> Tensor:
-        """All rows of one tensor of a shard."""
-        return self._open_shard(number)[0].get_tensor(name)
-
     def _open(self, number: int) -> tuple[Any, list[str]]:
         # Memory-mapped: what is asked for is read, and nothing else.
         file = safe_open(str(self.path(number)), framework="pt")

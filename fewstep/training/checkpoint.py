@@ -198,16 +198,6 @@ def remove_after(folder: Path, step: int) -> None:
             _remove(_path(folder, later))
 
 
-def load_latest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """State and tensors of the newest whole checkpoint in ``folder``, as :func:`save` was given them.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = find_latest(folder)
-    return found.state, found.tensors()
-
-
 class _DamagedError(Exception):
     """A file of a checkpoint is missing or is not what was written."""
 

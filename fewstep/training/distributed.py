@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from fewstep.errors import UserError
@@ -77,18 +77,7 @@ def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     Raises:
         UserError: that of ``work``, on every process.
     """
-    if accelerator.num_processes == 1:
-        return work()
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = str(error)
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+    return Processes(accelerator.process_index, accelerator.num_processes).of_main(work)
 
 
 def host_group() -> dist.ProcessGroup:
@@ -151,12 +140,23 @@ class Processes:
     count: int = 1
 
     def of_main(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` gives on the main process, which alone does it, on every process."""
+        """What ``work`` gives on the main process, which alone does it, on every process.
+
+        Raises:
+            UserError: that of ``work``, on every process.
+        """
         if self.count == 1:
             return work()
-        told = [work() if self.rank == 0 else None]
-        dist.broadcast_object_list(told)
-        (result,) = told
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = work()
+            except UserError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome)
+        result, refused = outcome
+        if refused is not None:
+            raise UserError(refused)
         return cast(Result, result)
 
     def first(self, value: Result | None) -> Result | None:

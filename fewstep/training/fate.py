@@ -33,7 +33,7 @@ from fewstep.errors import UserError, of_the_system, one_line
 logger = logging.getLogger("fewstep")
 
 _MEETING = 60.0  # seconds for every process to make its connection
-_NEWS = 4.0  # seconds in which a process that failed hears whether another one's end was the reason
+_NEWS = 10.0  # seconds in which a process that failed hears whether another one's end was the reason
 _SAME = 1.0  # seconds in which the first process may fail for the same reason as another one, and say so itself
 _GOODBYE = 2.0  # seconds in which the others end
 _KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 6, "TCP_USER_TIMEOUT": 50_000}  # s, s, times, ms
@@ -173,9 +173,9 @@ class _Other:
             return
         here_first = os.environ.get("LOCAL_RANK") == "0"
         if words is None and (here_first or self.rank == 1):
-            _tell(f"process 0 died; {_ADVICE}", "\n")
+            _tell(f"process 0 died; {_ADVICE}")
         elif words is not None and here_first:  # on a machine that has not read it yet
-            _tell(words["ended"], "\n")
+            _tell(words["ended"])
         os._exit(1 if words is None else words["code"])
 
 
@@ -201,10 +201,10 @@ def _kept_alive(connection: Connection[Any, Any]) -> Connection[Any, Any]:
     return connection
 
 
-def _tell(line: str, begin: str = "") -> None:
-    """Log a line. The first process may have left a bar where it should begin: it knows that, others ``begin`` anew."""
+def _tell(line: str) -> None:
+    """Log a line of its own, also where another process has just left a bar or half a line in the same terminal."""
     with tqdm.external_write_mode(sys.stderr):
-        logger.error(f"{begin}fewstep: {line}")
+        logger.error(f"\nfewstep: {line}")
     sys.stderr.flush()
 
 

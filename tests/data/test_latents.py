@@ -148,8 +148,8 @@ def test_latents_are_known_by_their_contents(tmp_path: Path, recording: Recordin
     source = image_sets.tars(tmp_path / "data")
     shards = encoded(recording, source, tmp_path / "latents").shards
     known = data_contents(Latents(tmp_path / "latents"), str(tmp_path / "latents"))
-    whole = shards.whole(1, "x0")
-    texts = {name: shards.whole(1, name) for name in ("texts", "texts_ends", "captions")}
+    whole = shards.column(1, "x0")
+    texts = {name: shards.column(1, name) for name in ("texts", "texts_ends", "captions")}
     Shards(shards.folder, shards.about, shards.maker).write(1, {"x0": whole + 1, **texts})
     now = data_contents(Latents(tmp_path / "latents"), str(tmp_path / "latents"))
     assert changed_folders(known, now) != []

@@ -21,7 +21,7 @@ from fewstep.programs.pairs import make_pairs
 from fewstep.programs.planning.dry_run import DryRun
 from fewstep.recording import record
 from fewstep.trainers._rectified_flow_config import RectifiedFlowConfig
-from fewstep.training.checkpoint import load_latest
+from tests.checkpoints import load_latest
 
 RUN = {"steps": 1, "batch_size": 4, "pair_steps": 2, "guidance_scale": 1.0, "sample_steps": 0, "report_to": "none"}
 RUN |= {"cpu": True, "lr": 1e-2, "lora_rank": 2}

@@ -30,7 +30,7 @@ from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording import record
 from fewstep.recording.pipeline import with_parts
 from fewstep.recording.shake import shaken
-from fewstep.training.checkpoint import load_latest
+from tests.checkpoints import load_latest
 from tests.floors import declared
 
 EXPERTS = ("transformer", "transformer_2")

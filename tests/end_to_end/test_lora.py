@@ -23,7 +23,7 @@ from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.methods import method_class
 from fewstep.programs.workbench import open_workbench
 from fewstep.recording.shake import shaken
-from fewstep.training.checkpoint import load_latest
+from tests.checkpoints import load_latest
 from tests.whole_runs import whole_run
 
 TINY_RUN = {"steps": 2, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True}

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fewstep.programs import distillation
 from fewstep.recording.shake import shaken
-from fewstep.training import checkpoint, held
+from fewstep.training import held
 from fewstep.training.run_folder import read_config
+from tests.checkpoints import load_latest
 from tests.forked import well
 from tests.tiny_pipelines import tiny_dit
 
@@ -121,7 +122,7 @@ def found(place: Path) -> Trained:
     lines = (place / "metrics.jsonl").read_text().splitlines()
     first = json.loads(lines[0])
     losses = {name: value for name, value in first.items() if not name.endswith(NO_MEANS)}
-    tensors = checkpoint.load_latest(place / "checkpoints")[1]
+    tensors = load_latest(place / "checkpoints")[1]
     weights = {f"{role}/{name}": value for role, kept in tensors.items() for name, value in kept.items()}
     weights = {name: value for name, value in weights.items() if "optimizer" not in name and "unlogged" not in name}
     return Trained(losses, load_file(f"{place}_0.safetensors"), weights)

@@ -23,7 +23,7 @@ from fewstep.programs.distillation import run as run_method
 from fewstep.programs.methods import method_class
 from fewstep.recording.shake import shaken
 from fewstep.teachers.lora import fuse_teacher_lora, with_own_weights
-from fewstep.training.checkpoint import load_latest
+from tests.checkpoints import load_latest
 from tests.whole_runs import whole_run
 
 SETTINGS = {"steps": 2, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True, "lr": 1e-2}

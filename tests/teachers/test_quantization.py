@@ -29,7 +29,7 @@ from fewstep.recording.shake import shaken
 from fewstep.teachers import quantization
 from fewstep.teachers.quantization import QUANTIZATIONS, denoiser_classes, pipeline_quantization
 from fewstep.teachers.source import Source
-from fewstep.training.checkpoint import load_latest
+from tests.checkpoints import load_latest
 from tests.whole_runs import whole_run
 
 RUN = {"steps": 2, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True}

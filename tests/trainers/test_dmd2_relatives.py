@@ -23,7 +23,7 @@ from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.programs.distillation import distill
 from fewstep.programs.planning.call_counts import Calls
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
-from fewstep.training import checkpoint
+from tests.checkpoints import load_latest
 from tests.floors import declared
 from tests.trainers.test_dmd2 import GRID, TABLE, Pictures, config, gan_method
 
@@ -220,8 +220,8 @@ def test_the_bins_are_resumed(tmp_path: Path):
     loop = make_loop(again, again.config, (1, 8, 8), conditions=Labels(None), real=Pictures())
     loop.resume()
     loop.run()
-    _, ours = checkpoint.load_latest(tmp_path / "parts" / "checkpoints")
-    _, theirs = checkpoint.load_latest(tmp_path / "whole" / "checkpoints")
+    _, ours = load_latest(tmp_path / "parts" / "checkpoints")
+    _, theirs = load_latest(tmp_path / "whole" / "checkpoints")
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert "divergence.bins" in ours["critic"]
 

@@ -13,8 +13,8 @@ from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.networks.roles import Role
-from fewstep.training import checkpoint
 from fewstep.training.method import Renew, Turn
+from tests.checkpoints import load_latest
 from tests.trainers.toy_phased_dmd import KINDS, config, method
 
 
@@ -216,7 +216,7 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path: Path, stop: int):
     loop.resume()
     loop.run()
     (ours_state, ours), (theirs_state, theirs) = (
-        checkpoint.load_latest(tmp_path / name / "checkpoints") for name in ("parts", "whole")
+        load_latest(tmp_path / name / "checkpoints") for name in ("parts", "whole")
     )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert ours_state["renewed_at"] == theirs_state["renewed_at"] == {"student": 4, "critic": 4}

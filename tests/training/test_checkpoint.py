@@ -11,6 +11,7 @@ import torch
 
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
+from tests.checkpoints import load_latest
 
 
 def write(folder: Path, *steps: int, keep: int = 3) -> None:
@@ -21,7 +22,7 @@ def write(folder: Path, *steps: int, keep: int = 3) -> None:
 
 def test_what_was_saved_is_loaded_and_the_newest_wins(tmp_path: Path):
     write(tmp_path, 2, 10)
-    state, tensors = checkpoint.load_latest(tmp_path)
+    state, tensors = load_latest(tmp_path)
     assert (state["step"], state["method"]) == (10, "tiny")
     assert torch.equal(tensors["student"]["w"], torch.full((3,), 10.0))
     assert tensors["student_optimizer"] == {}
@@ -30,7 +31,7 @@ def test_what_was_saved_is_loaded_and_the_newest_wins(tmp_path: Path):
 def test_tensors_that_share_memory_or_are_views_are_saved_as_they_look(tmp_path: Path):
     base = torch.arange(6.0).reshape(2, 3)
     checkpoint.save(tmp_path, 0, {"role": {"a": base, "b": base.T, "c": base[0]}}, {}, 1)
-    loaded = checkpoint.load_latest(tmp_path)[1]["role"]
+    loaded = load_latest(tmp_path)[1]["role"]
     assert torch.equal(loaded["b"], base.T)
     assert torch.equal(loaded["c"], base[0])
 
@@ -46,7 +47,7 @@ def test_a_half_written_checkpoint_is_not_seen_and_is_replaced(tmp_path: Path):
     (tmp_path / ".partial_00000002" / "student.safetensors").write_bytes(b"half")
     assert checkpoint.steps_in(tmp_path) == [1]
     write(tmp_path, 2)
-    assert checkpoint.load_latest(tmp_path)[0]["step"] == 2
+    assert load_latest(tmp_path)[0]["step"] == 2
     assert not list(tmp_path.glob(".partial*"))
 
 
@@ -100,7 +101,7 @@ def test_where_none_is_whole_one_line_says_what_each_lacks(tmp_path: Path, name:
     damage(tmp_path / "step_00000005" / name)
     before = contents(tmp_path)
     with pytest.raises(UserError, match=rf"step 5: {re.escape(name)} .*; step 4: state\.json cannot") as caught:
-        checkpoint.load_latest(tmp_path)
+        load_latest(tmp_path)
     assert "\n" not in str(caught.value)
     assert contents(tmp_path) == before
 
@@ -113,7 +114,7 @@ def test_a_state_that_was_edited_is_refused(tmp_path: Path, key: str, value: obj
     path = tmp_path / "step_00000005" / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(UserError, match=r"state\.json"):
-        checkpoint.load_latest(tmp_path)
+        load_latest(tmp_path)
 
 
 def test_a_checkpoint_under_another_name_is_not_taken_for_that_step(tmp_path: Path):
@@ -127,7 +128,7 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path: Path):
     alter(tmp_path / "step_00000005" / "student.safetensors")
     write(tmp_path, 5)
     assert checkpoint.find_latest(tmp_path).note == ""
-    assert checkpoint.load_latest(tmp_path)[0]["step"] == 5
+    assert load_latest(tmp_path)[0]["step"] == 5
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -148,7 +149,7 @@ def test_a_state_that_is_no_object_is_refused(tmp_path: Path, content: str):
     write(tmp_path, 5)
     (tmp_path / "step_00000005" / "state.json").write_text(content)
     with pytest.raises(UserError, match=r"state\.json"):
-        checkpoint.load_latest(tmp_path)
+        load_latest(tmp_path)
 
 
 @pytest.mark.parametrize("left", [".partial_00000007", ".removed_step_00000007"])
@@ -165,12 +166,12 @@ def test_the_checkpoint_before_a_removed_one_can_be_loaded(tmp_path: Path):
     for path in (tmp_path / "step_00000005").iterdir():
         path.unlink()
     (tmp_path / "step_00000005").rmdir()
-    assert checkpoint.load_latest(tmp_path)[0]["step"] == 4
+    assert load_latest(tmp_path)[0]["step"] == 4
 
 
 def test_no_checkpoint_is_said_so(tmp_path: Path):
     with pytest.raises(UserError, match="holds no checkpoint"):
-        checkpoint.load_latest(tmp_path / "nowhere")
+        load_latest(tmp_path / "nowhere")
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoint(tmp_path: Path) -> None:

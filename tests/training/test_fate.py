@@ -12,10 +12,16 @@ from forked import Ended, forked
 from fewstep import cli
 from fewstep.cli import distill
 from fewstep.errors import UserError
+from fewstep.training import fate
 from fewstep.training.distributed import join_launch, leave_launch
 from fewstep.training.fate import shared_fate
 
 SOON = 20.0  # seconds; without the shared fate, those who wait in a collective wait for hours
+
+
+@pytest.fixture(autouse=True)
+def _news_come_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fate, "_NEWS", 4.0)
 
 
 def launch(folder: Path, rank: int, end: str, waiting: str = "collective") -> list[Ended]:

@@ -19,6 +19,7 @@ from fewstep.training.distributed import Processes
 from fewstep.training.finite import any_not_finite
 from fewstep.training.loop import Loop
 from fewstep.training.watch import Watch
+from tests.checkpoints import load_latest
 from tests.training.loop_runs import config, rows, weights
 
 NAN = float("nan")
@@ -121,7 +122,7 @@ def test_what_is_not_finite_is_named_and_the_last_checkpoint_is_good(case: str, 
     assert "step 4 " in words or f"step {shown} " in words, words
     assert "stopped with the checkpoint of step 4 kept: --resume --rollbacks 1" in words
     assert loop.step <= 6, "the run went on"
-    state, tensors = checkpoint.load_latest(tmp_path / "checkpoints")
+    state, tensors = load_latest(tmp_path / "checkpoints")
     assert state["step"] == 4
     assert not any(any_not_finite(values.values()) for values in tensors.values())
 
@@ -198,7 +199,7 @@ def test_no_other_role_moves_after_a_gradient_that_is_not_finite(tmp_path: Path)
     loop = started(tmp_path, method, log_steps=12, checkpointing_steps=4)
     with pytest.raises(UserError, match="checkpoint of step 4 kept"):
         loop.run()
-    kept = checkpoint.load_latest(tmp_path / "checkpoints")[1]["critic"]
+    kept = load_latest(tmp_path / "checkpoints")[1]["critic"]
     assert torch.equal(kept["network.inner.weight"], method.roles["critic"].state_dict()["network.inner.weight"])
 
 

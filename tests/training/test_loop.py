@@ -9,9 +9,9 @@ from torch import Tensor
 from toys import TinyMethod, TinyNetwork, make_loop, role
 
 from fewstep.networks.roles import follow
-from fewstep.training import checkpoint
 from fewstep.training.loop import sampling_role
 from fewstep.training.method import Renew, Turn
+from tests.checkpoints import load_latest
 from tests.training.loop_runs import Watched, config, rows, run, weights
 
 # --- turns -----------------------------------------------------------------------------------------------------------
@@ -207,5 +207,5 @@ def test_a_renewed_role_survives_a_checkpoint(tmp_path: Path, stop: int):
     loop.run()
     for name in ("student", "critic", "ema"):
         assert torch.equal(weights(resumed.roles[name]), weights(whole.roles[name]))
-    states = [checkpoint.load_latest(tmp_path / part / "checkpoints")[1] for part in ("whole", "parts")]
+    states = [load_latest(tmp_path / part / "checkpoints")[1] for part in ("whole", "parts")]
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)

@@ -11,6 +11,7 @@ from toys import TinyMethod, make_loop
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
 from fewstep.training.stopping import Interrupted
+from tests.checkpoints import load_latest
 from tests.training.loop_runs import Watched, config, rows, run, weights
 
 
@@ -26,7 +27,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_spoils_nothing(
         loop.run()
     assert "\n" not in str(caught.value)
     assert f"checkpoint of step {kept} kept" in str(caught.value)
-    state, tensors = checkpoint.load_latest(tmp_path / "checkpoints")
+    state, tensors = load_latest(tmp_path / "checkpoints")
     assert state["step"] == kept
     assert all(torch.isfinite(value).all() for values in tensors.values() for value in values.values())
     before = next(before for at, name, before in method.history if (at, name) == (step, role))
@@ -92,7 +93,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_gives_the_handlers_back(
     with pytest.raises(Interrupted):
         run(tmp_path, method)
     assert signal.getsignal(number) is handler
-    state, tensors = checkpoint.load_latest(tmp_path / "checkpoints")
+    state, tensors = load_latest(tmp_path / "checkpoints")
     assert state["step"] == 3
     torch.testing.assert_close(tensors["critic"], method.roles["critic"].state_dict(), rtol=0, atol=0)
 

@@ -11,6 +11,7 @@ import torch
 from tiny_run import train
 
 from fewstep.training import checkpoint
+from tests.checkpoints import load_latest
 
 SCRIPT = Path(__file__).parents[1] / "tiny_run.py"
 
@@ -31,7 +32,7 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 
 def files(out: Path) -> dict:
-    state, _ = checkpoint.load_latest(out / "checkpoints")
+    state, _ = load_latest(out / "checkpoints")
     return state["files"]
 
 
@@ -65,7 +66,7 @@ def one_big_batch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_same_run(out: Path, other: Path) -> None:
     for row, other_row in zip(metrics(out), metrics(other), strict=True):
         assert row == pytest.approx(other_row, rel=1e-6, abs=1e-6)
-    ours, theirs = (checkpoint.load_latest(folder / "checkpoints")[1] for folder in (out, other))
+    ours, theirs = (load_latest(folder / "checkpoints")[1] for folder in (out, other))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
