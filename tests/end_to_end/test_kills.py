@@ -1,7 +1,8 @@
 """SIGKILL at random moments of a run, from its start to its export: what it makes in the end is bit-equal all the same.
 
-Each start is killed after a random part of what an undisturbed one takes. It is forked from a process that has imported
-the package and done nothing else: what other tests leave in this one is not in it.
+Each start is killed after a random part of what an undisturbed one takes; of several processes, a random one is. They
+are forked from a process that has imported the package and done nothing else: what other tests leave in this one is not
+in it.
 """
 
 import json
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from multiprocessing.context import ForkServerProcess
@@ -25,12 +27,14 @@ TRAINING = "--report_to none --max_steps 12 --batch_size 2 --log_steps 1 --check
 COMMAND = f"distill rectified_flow --classes 0-2 --cpu {TRAINING} --sample_steps 6"
 CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["fewstep.trainers.rectified_flow", "fewstep.cli", "diffusers"])
+SOON = 60.0  # seconds after which the others of a launch have ended
 #: Files that hold the name of the folder that they lie in.
 NAMED = ("config.yaml", "fewstep.json", "README.md")
 
 
-def run(words: list[str], said: Path) -> None:
+def run(words: list[str], said: Path, place: dict[str, str]) -> None:
     """In a process of its own: the command, whose lines go to a file."""
+    os.environ |= place
     with said.open("a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -38,13 +42,31 @@ def run(words: list[str], said: Path) -> None:
         sys.exit(main(words))
 
 
-def start(words: list[str], said: Path) -> ForkServerProcess:
-    process = CLEAN.Process(target=run, args=(words, said))
-    process.start()
-    return process
+def start(words: list[str], said: Path, count: int = 1) -> list[ForkServerProcess]:
+    """The processes of one launch, in the order of their ranks."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    processes = []
+    for rank in range(count):
+        place = {**shared, "RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
+        process = CLEAN.Process(target=run, args=(words, said, {name: str(value) for name, value in place.items()}))
+        process.start()
+        processes.append(process)
+    return processes
 
 
-def killed_and_resumed(words: list[str], out: Path, kills: int, seconds: float) -> int:
+def finish(words: list[str], said: Path, count: int) -> float:
+    """Run undisturbed; returns the seconds that it took."""
+    began = time.monotonic()
+    processes = start(words, said, count)
+    for process in processes:
+        process.join()
+    assert all(process.exitcode == 0 for process in processes), said.read_text()[-3000:]
+    return time.monotonic() - began
+
+
+def killed_and_resumed(words: list[str], out: Path, kills: int, seconds: float, count: int) -> int:
     """Run to the end, killed so many times on the way, if a machine of changing speed lets it; returns the kills.
 
     Args:
@@ -52,6 +74,7 @@ def killed_and_resumed(words: list[str], out: Path, kills: int, seconds: float) 
         out: its folder.
         kills: that are wanted.
         seconds: that it took undisturbed; what is left of it takes less, and is taken anew whenever a kill came late.
+        count: of its processes, one of which is killed; the others have to end by themselves.
     """
     moments, hits = random.Random(0), 0
     said = out.parent / "said.txt"
@@ -59,17 +82,18 @@ def killed_and_resumed(words: list[str], out: Path, kills: int, seconds: float) 
         if hits == kills:
             break
         began = time.monotonic()
-        process = start([*words, "--out", str(out), *_resume(out)], said)
-        process.join(moments.uniform(0.2, 0.9) * seconds)
-        process.kill()
-        process.join()
-        if process.exitcode == -signal.SIGKILL:
+        processes = start([*words, "--out", str(out), *_resume(out)], said, count)
+        victim = processes[moments.randrange(count)]
+        victim.join(moments.uniform(0.2, 0.9) * seconds)
+        victim.kill()
+        for process in processes:
+            process.join(SOON)
+        assert all(process.exitcode is not None for process in processes), said.read_text()[-3000:]
+        if victim.exitcode == -signal.SIGKILL:
             hits += 1
         else:
             seconds = time.monotonic() - began
-    process = start([*words, "--out", str(out), *_resume(out)], said)
-    process.join()
-    assert process.exitcode == 0, said.read_text()[-3000:]
+    finish([*words, "--out", str(out), *_resume(out)], said, count)
     return hits
 
 
@@ -93,17 +117,24 @@ def contents(out: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.soak)])
-def test_a_run_that_was_killed_at_any_moment_ends_like_one_that_was_not(kills: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("count", "kills", "flags"),
+    [
+        (1, 2, ""),
+        pytest.param(1, 20, "", marks=pytest.mark.soak),
+        pytest.param(2, 20, "", marks=pytest.mark.soak),
+        pytest.param(2, 10, "--sharding full", marks=pytest.mark.soak),
+    ],
+)
+def test_a_run_that_was_killed_at_any_moment_ends_like_one_that_was_not(
+    count: int, kills: int, flags: str, tmp_path: Path
+) -> None:
     tiny_pipelines.tiny_dit().save_pretrained(tmp_path / "teacher")
-    words = [*COMMAND.split(), "--teacher", str(tmp_path / "teacher")]
-    start(["--version"], tmp_path / "version.txt").join()  # with which the process that all others come from begins
-    began = time.monotonic()
-    whole = start([*words, "--out", str(tmp_path / "whole")], tmp_path / "whole.txt")
-    whole.join()
-    assert whole.exitcode == 0, (tmp_path / "whole.txt").read_text()
-    hits = killed_and_resumed(words, tmp_path / "killed", kills, time.monotonic() - began)
+    words = [*COMMAND.split(), *flags.split(), "--teacher", str(tmp_path / "teacher")]
+    finish(["--version"], tmp_path / "version.txt", 1)  # with which the process that all others come from begins
+    seconds = finish([*words, "--out", str(tmp_path / "whole")], tmp_path / "whole.txt", count)
+    hits = killed_and_resumed(words, tmp_path / "killed", kills, seconds, count)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert hits >= kills // 2
+    assert hits >= kills / 2
     states = [checkpoint.find_latest(tmp_path / name / "checkpoints") for name in ("whole", "killed")]
     assert states[0].state == states[1].state and states[1].state["step"] == 12

@@ -3,7 +3,7 @@
     python tests/training/sharded_pair.py OUT CASE [CASE ...]        two processes (four for a case of groups of two)
 
 The processes are forked from one that has imported everything. ``OUT/found.json`` says of each case how far apart the
-two sides are. The one process takes the processes' samples as its micro-batches: the same global batch, and the same
+two sides are, and how many tensors of its averages are not those that whole students make of whole averages. The one process takes the processes' samples as its micro-batches: the same global batch, and the same
 arithmetic for each sample.
 """
 
@@ -26,9 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fewstep.networks.roles import NetworkRole
+from fewstep.data.fingerprint import teacher_digest
+from fewstep.data.pairs import PairStream, StoredPairs
+from fewstep.networks.roles import FOLLOWERS, NetworkRole, Role
 from fewstep.programs.distillation import prepare
 from fewstep.programs.methods import method_class
+from fewstep.programs.pairs import make_pairs
 from fewstep.programs.workbench import open_workbench
 from fewstep.training.checkpoint import find_latest
 from fewstep.training.distributed import Processes
@@ -64,6 +67,8 @@ CASES: dict[str, dict[str, Any]] = {
     "phased_lora": {"method": "phased_dmd", "critic_updates": 1, "phase_steps": 2, **LORA},
     "mean_flow": {"method": "mean_flow", "data": "images", "apart": 1.0},
     "mean_flow_lora": {"method": "mean_flow", "data": "images", "apart": 1.0, **LORA},
+    "rectified_flow": {"method": "rectified_flow", "pairs": "pairs", "ema_decay": 0.5},
+    "rectified_flow_lora": {"method": "rectified_flow", "pairs": "pairs", "ema_decay": 0.5, **LORA},
 }
 _STEPS, _BATCH = 4, 2
 _PROMPTS = ("red shoe", "blue coat", "green bag", "old hat")
@@ -84,7 +89,7 @@ class Run:
         method, teacher = settings.pop("method"), settings.pop("teacher", "tiny_flow")
         offload, group, tie = (settings.pop(name, None) for name in ("offload", "group", "tie"))
         settings = {name: value for name, value in settings.items() if name not in ("resumed", "from")}
-        for name in ("prompts", "data"):
+        for name in ("prompts", "data", "pairs"):
             if settings.get(name):
                 settings[name] = str(out.parent / settings[name])
         count = _count(case)
@@ -108,6 +113,10 @@ class Run:
             first, second = pipeline.transformer.transformer_blocks
             second.ff.net[0].proj.weight = first.ff.net[0].proj.weight
         bench = open_workbench(config, "cpu", pipeline)
+        pairs = None
+        if settings.get("pairs"):
+            stored = StoredPairs(settings["pairs"], teacher_digest(bench.recording), bench.conditions)
+            pairs = PairStream(stored, bench.conditions, bench.device)
         self.method = prepare(bench, method)
         self.sharding = None
         if processes.count > 1:
@@ -121,20 +130,31 @@ class Run:
             self.method,
             method,
             config.resolved(),
-            batches=bench.batches(),
+            batches=bench.batches(pairs),
             processes=processes,
             monitor=Silence(),  # type: ignore[arg-type]
             on_samples=lambda _step: {},
             holding=self.sharding,
         )
         self.gradients: dict[str, Tensor] = {}
+        #: Of the roles that follow the student, by name: whole, moved here by whole students.
+        self.averages = {name: _all(role) for name, role in self.method.roles.items() if name in FOLLOWERS}
 
     def train(self, steps: int) -> dict[str, float]:
         """Go on for some steps. Returns the numbers of the first of them."""
         with self._noted():
-            numbers = self.loop._one_step()
+            numbers = self._step()
         for _ in range(steps - 1):
-            self.loop._one_step()
+            self._step()
+        return numbers
+
+    def _step(self) -> dict[str, float]:
+        numbers = self.loop._one_step()
+        student = _all(self.method.roles["student"]) if self.averages else {}
+        for name, average in self.averages.items():
+            decay = self.loop.config.ema_decay if name == "ema" else self.method.target_decay(self.loop.step - 1)
+            for key, value in student.items():
+                average[key].lerp_(value, 1 - decay)
         return numbers
 
     def resume(self, out: Path) -> None:
@@ -143,8 +163,7 @@ class Run:
 
     def weights(self) -> dict[str, Tensor]:
         """Of every role, whole."""
-        states = {name: role.state_dict() for name, role in self.method.roles.items()}
-        return {f"{name}.{key}": _whole(v) for name, state in states.items() for key, v in state.items()}
+        return _named({name: _all(role) for name, role in self.method.roles.items()})
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
@@ -169,6 +188,15 @@ def _count(case: dict[str, Any]) -> int:
     return 4 if case.get("group") else 2
 
 
+def _all(role: Role) -> dict[str, Tensor]:
+    """Of a role, whole."""
+    return {key: _whole(value) for key, value in role.state_dict().items()}
+
+
+def _named(states: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+
+
 def _whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     """All of a tensor of which this process holds a part."""
     like = tensor if like is None else like
@@ -187,6 +215,7 @@ def play(out: Path, case: dict[str, Any], processes: Processes) -> None:
     run.loop._save()
     run.train(_STEPS - 2)
     found |= {"losses": losses, "gradients": run.gradients, "weights": run.weights()}
+    found["averages"] = _named(run.averages)
     if case.get("resumed"):
         again = Run(out, case, processes)
         again.resume(out)
@@ -250,6 +279,9 @@ def main(out: Path, names: list[str]) -> None:
         Image.new("RGB", (64, 64), (60 * number, 90, 200 - 50 * number)).save(out / "images" / f"{number}.png")
         rows.append(json.dumps({"file_name": f"{number}.png", "text": prompt}))
     (out / "images" / "metadata.jsonl").write_text("\n".join(rows))
+    if any("pairs" in CASES[name.removesuffix("+resume")] for name in names):
+        settings = {"prompts": str(out / "prompts.txt"), "num": 16, "teacher_steps": 2, "batch_size": 2}
+        make_pairs(tiny_pipelines.tiny_flow(), out=str(out / "pairs"), cpu=True, **settings)
     found: dict[str, dict[str, float]] = {}
     for name in names:
         case, resumed = CASES[name.removesuffix("+resume")], name.endswith("+resume")
@@ -259,8 +291,11 @@ def main(out: Path, names: list[str]) -> None:
         in_processes(several, case | ({"resumed": True, "from": one.name} if resumed else {}))
         found[name] = {what: compare(one, several, what) for what in ("gradients", "weights")}
         found[name]["losses"] = compare(one, several, "losses", floor=1e-2)
+        weights = load_file(several / "weights.safetensors")
+        averages = load_file(several / "averages.safetensors")
+        found[name]["averages"] = float(sum(not torch.equal(weights[key], averages[key]) for key in averages))
         if resumed:
-            weights, again = (load_file(several / f"{what}.safetensors") for what in ("weights", "again"))
+            again = load_file(several / "again.safetensors")
             found[name]["again"] = float(sum(not torch.equal(weights[key], again[key]) for key in weights))
             other = load_file(several / "other.safetensors")
             save_file(other, several / "weights.safetensors")

@@ -2,16 +2,22 @@
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
 from tiny_run import train
 
-from fewstep.training import checkpoint
+from fewstep.training import checkpoint, fate
+from fewstep.training.distributed import join_launch
+from fewstep.training.fate import shared_fate
 from tests.checkpoints import load_latest
+from tests.forked import Ended, forked
 
 SCRIPT = Path(__file__).parents[1] / "tiny_run.py"
 
@@ -38,13 +44,17 @@ def files(out: Path) -> dict:
 
 def kill_and_compare(tmp_path: Path, kills: int, max_steps: int) -> int:
     hits = int(run(tmp_path, "--kills", kills, "--max_steps", max_steps, "--log_steps", 4, "--seed", 1))
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    compare_killed(tmp_path, max_steps)
+    return hits
+
+
+def compare_killed(folder: Path, max_steps: int) -> None:
+    whole, killed = folder / "whole", folder / "killed"
     assert checkpoint.steps_in(killed / "checkpoints")[-1] == max_steps
     assert files(killed) == files(whole)  # sizes and SHA-256 of all weights and optimizer states
     steps = [row["step"] for row in metrics(killed)]
     assert len(steps) == len(set(steps))
     assert metrics(killed) == metrics(whole)
-    return hits
 
 
 def test_killed_runs_go_on_and_end_bit_for_bit_like_the_undisturbed_one(tmp_path: Path):
@@ -54,6 +64,38 @@ def test_killed_runs_go_on_and_end_bit_for_bit_like_the_undisturbed_one(tmp_path
 @pytest.mark.soak
 def test_twenty_kills_change_nothing(tmp_path: Path):
     assert kill_and_compare(tmp_path, kills=20, max_steps=2500) >= 15
+
+
+def launch(out: Path, max_steps: int, victim: int | None = None, moment: float = 0.0) -> list[Ended]:
+    """Two processes that train or go on; one of them may be killed after so many seconds."""
+
+    def work(rank: int) -> None:
+        with shared_fate(join_launch(cpu=True)):
+            if rank == victim:
+                Timer(moment, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            train(out, {"batch_size": 4, "max_steps": max_steps, "log_steps": 4, "checkpointing_steps": 3})
+
+    return forked(2, work, out.parent / "said")
+
+
+@pytest.mark.parametrize(("kills", "max_steps"), [(4, 60), pytest.param(20, 600, marks=pytest.mark.soak)])
+def test_one_of_two_processes_is_killed_and_the_run_ends_bit_for_bit_like_the_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, max_steps: int
+):
+    monkeypatch.setattr(fate, "_NEWS", 4.0)
+    undisturbed = launch(tmp_path / "whole", max_steps)
+    assert [end.code for end in undisturbed] == [0, 0], undisturbed
+    moments, hits, longest = random.Random(0), 0, max(end.seconds for end in undisturbed)
+    for kill in range(8 * kills):
+        if hits == kills:
+            break
+        victim = kill % 2
+        ended = launch(tmp_path / "killed", max_steps, victim, moments.uniform(0, longest / kills))
+        hits += ended[victim].code == -signal.SIGKILL
+        assert ended[1 - victim].code in (0, 1), ended  # it ended by itself
+    assert [end.code for end in launch(tmp_path / "killed", max_steps)] == [0, 0]
+    compare_killed(tmp_path, max_steps)
+    assert hits >= kills / 2
 
 
 @pytest.fixture(scope="module")

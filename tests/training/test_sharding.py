@@ -30,6 +30,8 @@ def both_sides(out: Path, *names: str) -> dict[str, dict[str, float]]:
 
 
 def agrees(found: dict[str, float], name: str = "") -> bool:
+    if found["averages"] != 0:  # tensors that are not, to the bit, what whole averages of whole students are
+        return False
     if name == "dmd2_bf16":  # units change the order in which bfloat16 gradients of shared inputs are added
         return found["losses"] < 1e-3 and found["gradients"] < 2e-2 and found["weights"] < 1e-1
     if name == "dmd2_unet":  # its keys' biases have no gradient but rounding, which AdamW makes steps of
@@ -44,7 +46,7 @@ def test_adapters_on_a_divided_backbone_train_as_on_a_whole_one(tmp_path: Path) 
 
 @pytest.mark.soak
 def test_a_divided_run_resumes_to_the_bit_and_with_other_processes(tmp_path: Path) -> None:
-    found = both_sides(tmp_path / "pair", "dmd2+resume", "dmd2_lora+resume")
+    found = both_sides(tmp_path / "pair", "dmd2+resume", "dmd2_lora+resume", "rectified_flow+resume")
     for one in found.values():
         assert agrees(one), found
         assert one["again"] == 0, found
