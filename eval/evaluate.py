@@ -12,20 +12,24 @@ from typing import Any
 import torch
 
 from fewstep.data.conditions import read_classes
-from fewstep.data.durable import write_durably
+from fewstep.data.durable import json_sha256, write_durably
 from fewstep.errors import UserError
 from fewstep.eval.config import QUOTABLE, EvalConfig
 from fewstep.eval.features import FashionExtractor, fashion_reference
 from fewstep.eval.generate import NonFiniteImagesError, SampleConditions
 from fewstep.eval.grid import GridRow, draw_grid
 from fewstep.eval.judge import Judge
+from fewstep.eval.metrics.table import IMAGE_METRICS
 from fewstep.eval.models import Model, in_steps, student_model, teacher_model
-from fewstep.eval.report import Report
+from fewstep.eval.report import Measure, Report, protocol
+from fewstep.eval.report.pictures import write_pictures
 from fewstep.eval.rows import measure, read_row, row_key, write_row
 from fewstep.export.card.card import write_numbers
 from fewstep.version import __version__
 
 logger = logging.getLogger(__name__)
+
+CLOCK = ("latency_ms", "latency_p90_ms", "images_per_second")
 
 
 def evaluate(
@@ -79,8 +83,9 @@ def evaluate(
             else:
                 logger.info("%s at %d steps: taken from %s", model.name, steps, config.out / "rows")
             # The name is no part of the key: the same folder may stand in another list this time.
-            row = {**cached[0], "model": model.name}
+            row = _row({**cached[0], "model": model.name}, config, judge)
             skipped += row.pop("skipped")
+            row["pictures"] = write_pictures(config.out, f"row_{len(rows):02d}", cached[1])
             rows.append(row)
             pictures.append(GridRow(f"{model.name}, {in_steps(steps)}", cached[1]))
 
@@ -88,10 +93,7 @@ def evaluate(
         raise UserError("nothing could be evaluated: " + " ".join(skipped))
     report = _report(rows, list(dict.fromkeys(skipped)), plans, config, judge)
     report.save(config.out)
-    shown = {conditions for _, conditions in plans}
-    # Column labels only where every row shows the same conditions.
-    labels = plans[0][1].take(range(config.columns)) if len(shown) == 1 and plans[0][1].kind else []
-    grid = draw_grid(pictures, [str(label) for label in labels])
+    grid = draw_grid(pictures, report.conditions["shown"])
     write_durably(config.out / "grid.png", lambda path: grid.save(path, format="PNG"))
     _put_on_cards(models, report)
     return report
@@ -109,6 +111,7 @@ def _put_on_cards(models: Sequence[Model], report: Report) -> None:
             f"{'teacher' if row['role'] == 'teacher' else 'student'}, {in_steps(row['steps'])}": {
                 "NFE": row["nfe"],
                 **row["metrics"],
+                **{name: row["speed"][name] for name in CLOCK if row["speed"]},
             }
             for row in [*teacher, *own]
         }
@@ -183,6 +186,46 @@ def _step_counts(model: Model, config: EvalConfig, skipped: list[str]) -> list[i
     return [steps for steps, reason in reasons.items() if reason is None]
 
 
+def _row(row: dict[str, Any], config: EvalConfig, judge: Judge | None) -> dict[str, Any]:
+    """A row as reports have it: what the clock says stands beside its conditions."""
+    metrics = {name: value for name, value in row["metrics"].items() if name not in CLOCK}
+    clock = {name: row["metrics"][name] for name in CLOCK if name in row["metrics"]}
+    speed = {**clock, **row["speed"]} if row["speed"] else None
+    num = config.num if judge else min(config.num, max(config.columns, 2 * config.batch_size))
+    row.pop("floor")
+    return {**row, "num": num, "metrics": metrics, "spread": {}, "speed": speed}
+
+
+def _measures(judge: Judge) -> dict[str, Measure]:
+    """What the judge's numbers are."""
+    fields = judge.fields(0)
+    made = {
+        name: Measure(
+            title=name,
+            group={"precision": "prdc", "recall": "prdc"}.get(name, name),
+            format=metric.format,
+            better="higher",
+            extractor=fields["extractor"],
+            weights_sha256=fields["weights_sha256"],
+            resize=fields["resize"],
+            reference=fields["id"],
+            n_ref=fields["n_ref"],
+        )
+        for metric in IMAGE_METRICS
+        for name in metric.names
+    }
+    floor = judge.reference.floor
+    known = next((name for name, value in judge.reference.floors.items() if value == floor), "other real images")
+    made["fd_test"] = dataclasses.replace(
+        made["fd_test"],
+        title=f"{fields['metric']} (test)",
+        better="lower",
+        floor=floor,
+        floor_of="it was not measured" if floor is None else known,
+    )
+    return made
+
+
 def _report(
     rows: list[dict[str, Any]],
     skipped: list[str],
@@ -202,9 +245,32 @@ def _report(
         notes.append(f"Only {len(asked)} classes were generated, and the reference holds all of them.")
     judged = any("fd_test" in row["metrics"] for row in rows)
     reference = judge.fields(config.num) if judge is not None and judged else None
+    if judge and judged:
+        others = {name: value for name, value in judge.reference.floors.items() if value != judge.reference.floor}
+        notes += [f"{judge.reference.metric} (test) of {name}: {value:.3f}." for name, value in others.items()]
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     settings["students"] = [model.source for model, _ in plans if model.role == "student"]
     notes += [note for model, _ in plans if (note := model.guidance_note())]
     versions = {"fewstep": __version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
-    return Report(rows, config.num, config.seed, reference, skipped, notes, settings, versions)
+    asked_for = list(dict.fromkeys(conditions for _, conditions in plans))
+    told = asked_for[0] if len(asked_for) == 1 else SampleConditions()
+    return Report(
+        protocol(
+            num=config.num,
+            seed=config.seed,
+            conditions_sha256=json_sha256([dataclasses.asdict(conditions) for conditions in asked_for]),
+            image_format="uint8, rounded half up",
+        ),
+        rows,
+        _measures(judge) if judge is not None else {},
+        config.num,
+        config.seed,
+        # What a column shows only where every row shows the same.
+        {"kind": told.kind, "shown": [str(v) for v in told.take(range(config.columns))] if told.kind else []},
+        reference,
+        skipped,
+        notes,
+        settings,
+        versions,
+    )
