@@ -3,8 +3,9 @@
     python tests/training/sharded_pair.py OUT CASE [CASE ...]        two processes (four for a case of groups of two)
 
 The processes are forked from one that has imported everything. ``OUT/found.json`` says of each case how far apart the
-two sides are, and how many tensors of its averages are not those that whole students make of whole averages. The one process takes the processes' samples as its micro-batches: the same global batch, and the same
-arithmetic for each sample.
+two sides are, and how many tensors of its averages are not those that whole students make of whole averages. The one
+process takes the processes' samples as its micro-batches: the same global batch, and the same arithmetic for each
+sample.
 """
 
 from __future__ import annotations
