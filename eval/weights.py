@@ -155,6 +155,8 @@ def read_state(found: Found) -> dict[str, Tensor]:
         if found.path.suffix == ".safetensors":
             return load_file(found.path)
         state = torch.load(found.path, map_location="cpu", weights_only=True)
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]  # a checkpoint, which says more than its weights
     except (OSError, SafetensorError) as error:
         raise UserError(f"{found.path} cannot be read: {one_line(error)}") from error
     except Exception as error:  # torch raises what its unpickler met: RuntimeError, EOFError, KeyError, ...
