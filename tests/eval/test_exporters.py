@@ -315,3 +315,8 @@ def test_kinds_names_and_files_are_asked_for(tmp_path: Path) -> None:
         export("hpsv3", samples(1), tmp_path / "out", model="../x")
     with pytest.raises(UserError, match="no prompts belong to 'adm'"):
         read_items("adm", tmp_path)
+
+
+def test_the_page_of_benchmarks_has_every_kind() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.M) == list(EXPORTERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -270,3 +271,19 @@ def test_a_backbone_is_chosen_by_its_name(folder: Path) -> None:
 def test_an_unknown_group_is_said_with_all_there_are() -> None:
     with pytest.raises(UserError, match=", ".join(SCORERS)):
         open_scorer("beauty", Weights())
+
+
+def test_the_page_of_scorers_names_every_file_with_its_hash_and_every_number() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scorers.md").read_text(encoding="utf-8")
+    files = [
+        *clip_tokens.MERGES,
+        *pick.FILES,
+        *hps.FILES,
+        aesthetic.HEAD,
+        *(file for b in BACKBONES for file in b.files),
+    ]
+    for file in files:
+        assert file.sha256 is None or f"`{file.sha256}`" in page, file.name
+        assert f"`{file.name}`" in page or file.name.startswith("CLIP-ViT-g-14-laion2B-s12B-b42K/"), file.name
+    assert set(re.findall(r"`([0-9a-f]{64})`", page)) == {file.sha256 for file in files} - {None}
+    assert set(re.findall(r"^\| `(\w+)` \| `", page, re.M)) == set(SCORERS)
