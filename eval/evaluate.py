@@ -204,7 +204,7 @@ def _measures(judge: Judge) -> dict[str, Measure]:
             title=name,
             group={"precision": "prdc", "recall": "prdc"}.get(name, name),
             format=metric.format,
-            better="higher",
+            better="near" if name == "diversity" else "higher",
             extractor=fields["extractor"],
             weights_sha256=fields["weights_sha256"],
             resize=fields["resize"],
@@ -246,8 +246,8 @@ def _report(
     judged = any("fd_test" in row["metrics"] for row in rows)
     reference = judge.fields(config.num) if judge is not None and judged else None
     if judge and judged:
-        others = {name: value for name, value in judge.reference.floors.items() if value != judge.reference.floor}
-        notes += [f"{judge.reference.metric} (test) of {name}: {value:.3f}." for name, value in others.items()]
+        floors = "; ".join(f"{name} {value:.3f}" for name, value in judge.reference.floors.items())
+        notes += [f"{judge.reference.metric} (test) of others: {floors}."] if len(judge.reference.floors) > 1 else []
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     settings["students"] = [model.source for model, _ in plans if model.role == "student"]
     notes += [note for model, _ in plans if (note := model.guidance_note())]

@@ -1,4 +1,4 @@
-"""The result of an evaluation: numbers with everything needed to read them, as JSON, markdown and plain text."""
+"""The result of an evaluation: numbers with everything needed to read them, as JSON, markdown, text and a page."""
 
 from fewstep.eval.report.content import SCHEMA
 from fewstep.eval.report.measure import Measure

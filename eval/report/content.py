@@ -66,9 +66,9 @@ class Content:
         teachers = [row for row in self.rows if row["role"] == "teacher"]
         return max(teachers, key=lambda row: row["steps"], default=None)
 
-    def principal(self) -> str | None:
-        """The measure that headlines and charts begin with: the first Fréchet distance, else the first of quality."""
-        quality = self.of_quality()
+    def principal(self, row: Mapping[str, Any] | None = None) -> str | None:
+        """The measure, of those a row has, that its headline begins with: a Fréchet distance, else one of quality."""
+        quality = [name for name in self.of_quality() if row is None or name in row["metrics"]]
         return next((name for name in quality if self.measures[name].group in FRECHET), next(iter(quality), None))
 
     def of_quality(self) -> list[str]:

@@ -12,12 +12,13 @@ from fewstep.eval.report import words
 from fewstep.eval.report.check import problem
 from fewstep.eval.report.content import SCHEMA, Content
 from fewstep.eval.report.measure import Measure
+from fewstep.eval.report.page import page
 from fewstep.eval.report.table import markdown_table, markdown_text, text_table
 from fewstep.reading import read_json
 
 
 class Report(Content):
-    """What `fewstep.eval.evaluate` returns and writes as ``report.json`` and ``report.md``; fields as of `Content`."""
+    """What `fewstep.eval.evaluate` returns and writes as ``report.json``, ``.md`` and ``.html``; see `Content`."""
 
     @classmethod
     def load(cls, path: Path | str) -> Report:
@@ -40,7 +41,7 @@ class Report(Content):
         return cls(**_fields(content))
 
     def save(self, out: Path) -> None:
-        """Write ``report.json`` and ``report.md`` into the folder `out`.
+        """Write ``report.json``, ``report.md`` and ``report.html`` into the folder `out`, where the pictures are.
 
         Raises:
             ValueError: it holds what :meth:`load` would refuse.
@@ -51,6 +52,7 @@ class Report(Content):
             raise ValueError(f"this report could not be read again: {wrong}")
         write_text_durably(out / "report.json", text)
         write_text_durably(out / "report.md", self.markdown())
+        write_text_durably(out / "report.html", page(self, out))
 
     def headlines(self) -> list[str]:
         """One sentence per student row: first number of quality beside floor and teacher, speed-up, cost."""

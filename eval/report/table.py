@@ -80,7 +80,7 @@ def _names(report: Content) -> Iterator[Column]:
 
 
 def _numbers(report: Content) -> Iterator[Column]:
-    teacher, principal = report.baseline(), report.principal()
+    teacher, principal = report.baseline(), {report.principal(row) for row in report.rows}
     for name, measure in report.measures.items():
         values = [row["metrics"].get(name) for row in report.rows]
         spreads = [row["spread"].get(name) for row in report.rows]
@@ -90,7 +90,7 @@ def _numbers(report: Content) -> Iterator[Column]:
             floors = [None if value is None else measure.floor for value in values]
             shown = ["" if floor is None else measure.printed(floor) for floor in floors]
             yield Column("floor", shown, floors, about=f"of {measure.title}: {measure.floor_of}")
-        if name == principal and measure.has_floor:
+        if name in principal and measure.has_floor:
             own = "teacher" if report.joined or teacher is None else f"teacher {teacher['steps']}"
             for title, key, pattern in (("x floor", "to_floor", "{:.1f}"), (f"x {own}", "to_teacher", "{:.2f}")):
                 read = partial(_relative, f"{name}_{key}")

@@ -21,8 +21,9 @@ def headlines(report: Content) -> list[str]:
 
 def _facts(report: Content, row: Mapping[str, Any]) -> Iterator[str]:
     teacher = report.baseline()
-    for name in dict.fromkeys([report.principal(), next(iter(report.independent()), None)]):
-        if name is None or name not in row["metrics"]:
+    independent = next((name for name in report.independent() if name in row["metrics"]), None)
+    for name in dict.fromkeys([report.principal(row), independent]):
+        if name is None:
             continue
         measure, beside = report.measures[name], []
         if measure.floor is not None:

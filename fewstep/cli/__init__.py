@@ -29,6 +29,7 @@ USAGE = """fewstep: few-step distillation of diffusion and flow-matching pipelin
   fewstep verdict OUT                   say whether a training works, from its log
   fewstep sample DIR --out FILE.png     sample from a student
   fewstep eval DIR [DIR ...] --out DIR  measure students beside their teacher
+  fewstep compare DIR DIR --out DIR     join reports of several evaluations
 
 fewstep COMMAND --help lists the flags of a command; fewstep distill METHOD --help those of a method.
 """
@@ -46,6 +47,7 @@ COMMANDS = {
     "verdict": "verdict",
     "sample": "sample",
     "eval": "evaluate",
+    "compare": "compare",
 }
 
 
