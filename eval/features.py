@@ -20,10 +20,14 @@ class Features:
 
 
 class Extractor(Protocol):
-    """Images -> features. name, sha256 (of the weights) and resize travel with every number made from them."""
+    """Images -> features. What it is called, of which weights it is and how it resizes travels with every number.
+
+    verified: whether sha256, the hash of the weights, is a published one.
+    """
 
     name: str
     sha256: str
+    verified: bool
     resize: str
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
@@ -68,6 +72,7 @@ class FashionExtractor:
     """The embedded classifier: 64 features and 10 class logits of 32x32 pictures."""
 
     name = "fashion-classifier-64"
+    verified = True
     resize = "none (32x32)"
 
     def __init__(self, device: torch.device | str = "cpu", batch_size: int = 500) -> None:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -178,19 +177,30 @@ def load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: Path) -
         UserError: a name is missing, one is unknown, or a shape differs.
     """
     wanted = network.state_dict()
-    shapes = [
-        f"{name} is {_size(state[name])}, not {_size(tensor)}"
-        for name, tensor in wanted.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    differences = (("lacks", wanted.keys() - state.keys()), ("has also", state.keys() - wanted.keys()), ("", shapes))
-    for word, names in differences:
-        if names:
-            shown = ", ".join(sorted(names)[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN))
-            raise UserError(f"{path} does not fit {type(network).__name__}: {f'it {word} ' * bool(word)}{shown}")
+    refuse_misfits(state, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, path, type(network).__name__)
     network.load_state_dict({name: state[name].to(tensor.dtype) for name, tensor in wanted.items()}, assign=True)
     return network.eval().requires_grad_(False)
 
 
-def _size(tensor: Any) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"
+def refuse_misfits(
+    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path, network: str
+) -> None:
+    """Raise UserError unless tensors have these names and shapes, all of them and no others."""
+    misshapen = [
+        f"{name} is {_size(tuple(state[name].shape))}, not {_size(shape)}"
+        for name, shape in shapes.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    differences = (
+        ("it lacks ", shapes.keys() - state.keys()),
+        ("it has also ", state.keys() - shapes.keys()),
+        ("", misshapen),
+    )
+    for words, names in differences:
+        if names:
+            rest = f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN)
+            raise UserError(f"{path} does not fit {network}: {words}{', '.join(sorted(names)[:_SHOWN])}{rest}")
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a number"

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fewstep.eval.metrics.distances import distances
+
 
 def manifold_radii(features: Tensor, k: int = 3, chunk: int = 1000) -> Tensor:
     """Distance of each row of features (N, d) to its k-th nearest other row, float64 (N,).
@@ -14,7 +16,7 @@ def manifold_radii(features: Tensor, k: int = 3, chunk: int = 1000) -> Tensor:
         raise ValueError(f"{len(features)} samples have no {k}-th nearest neighbour; generate more")
     points = features.double()
     # The k+1 smallest, because the nearest point is the row itself.
-    return torch.cat([_distances(part, points).kthvalue(k + 1, dim=1).values for part in points.split(chunk)])
+    return torch.cat([distances(part, points).kthvalue(k + 1, dim=1).values for part in points.split(chunk)])
 
 
 def precision_recall(
@@ -33,12 +35,7 @@ def precision_recall(
     fake_inside = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
     real_inside = []
     for start in range(0, len(real), chunk):
-        distances = _distances(real[start : start + chunk], fake)
-        fake_inside |= (distances <= real_radii[start : start + chunk, None]).any(0)
-        real_inside.append((distances <= fake_radii).any(1))
+        apart = distances(real[start : start + chunk], fake)
+        fake_inside |= (apart <= real_radii[start : start + chunk, None]).any(0)
+        real_inside.append((apart <= fake_radii).any(1))
     return fake_inside.double().mean().item(), torch.cat(real_inside).double().mean().item()
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances (len(a), len(b)); through a matrix product, in float64 where its cancellation is harmless."""
-    return torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")

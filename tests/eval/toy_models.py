@@ -158,6 +158,7 @@ class ToyExtractor:
 
     name = "toy"
     sha256 = "f00d"
+    verified = True
     resize = "none"
 
     def __init__(self) -> None:
