@@ -15,5 +15,6 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     """
     a, b = a.double(), b.double()
     size = a.square().sum(1)[:, None] + b.square().sum(1)
-    squared = size - 2 * (a @ b.T)
-    return torch.where(squared > _ROUNDING * size, squared, 0).sqrt()
+    squared = torch.addmm(size, a, b.T, alpha=-2)
+    # In place: these matrices are what takes memory and time.
+    return squared.masked_fill_(squared <= size.mul_(_ROUNDING), 0).sqrt_()
