@@ -27,6 +27,7 @@ TRAINING = "--report_to none --max_steps 12 --batch_size 2 --log_steps 1 --check
 COMMAND = f"distill rectified_flow --classes 0-2 --cpu {TRAINING} --sample_steps 6"
 CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["fewstep.trainers.rectified_flow", "fewstep.cli", "diffusers"])
+MET = " processes on cpu"  # in the first line of a launch
 SOON = 60.0  # seconds after which the others of a launch have ended
 #: Files that hold the name of the folder that they lie in.
 NAMED = ("config.yaml", "fewstep.json", "README.md")
@@ -76,14 +77,18 @@ def killed_and_resumed(words: list[str], out: Path, kills: int, seconds: float, 
         seconds: that it took undisturbed; what is left of it takes less, and is taken anew whenever a kill came late.
         count: of its processes, one of which is killed; the others have to end by themselves.
     """
-    moments, hits = random.Random(0), 0
+    moments, hits, met = random.Random(0), 0, 0
     said = out.parent / "said.txt"
+    said.touch()
     for _ in range(8 * kills):
         if hits == kills:
             break
         began = time.monotonic()
         processes = start([*words, "--out", str(out), *_resume(out)], said, count)
         victim = processes[moments.randrange(count)]
+        while count > 1 and victim.exitcode is None and said.read_text().count(MET) == met:
+            time.sleep(0.01)  # until they have met, their launcher would end the others, and there is none here
+        met = said.read_text().count(MET)
         victim.join(moments.uniform(0.2, 0.9) * seconds)
         victim.kill()
         for process in processes:

@@ -209,7 +209,10 @@ def _whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def play(out: Path, case: dict[str, Any], processes: Processes) -> None:
-    """One side of a case, and what it resumes: its own checkpoint of step 2, and (``other``) one process's."""
+    """One side of a case, and what it resumes: its own checkpoint of step 2, and (``other``) one process's.
+
+    Its own is gone on from by the run that wrote it (``back``) and by another one (``again``).
+    """
     run = Run(out, case, processes)
     found: dict[str, dict[str, Tensor]] = {}
     losses = {name: torch.tensor(value, dtype=torch.float64) for name, value in run.train(2).items()}
@@ -218,6 +221,10 @@ def play(out: Path, case: dict[str, Any], processes: Processes) -> None:
     found |= {"losses": losses, "gradients": run.gradients, "weights": run.weights()}
     found["averages"] = _named(run.averages)
     if case.get("resumed"):
+        run.averages = {}
+        run.resume(out)  # as a run that goes back does
+        run.train(_STEPS - 2)
+        found["back"] = run.weights()
         again = Run(out, case, processes)
         again.resume(out)
         again.train(_STEPS - 2)
@@ -296,8 +303,9 @@ def main(out: Path, names: list[str]) -> None:
         averages = load_file(several / "averages.safetensors")
         found[name]["averages"] = float(sum(not torch.equal(weights[key], averages[key]) for key in averages))
         if resumed:
-            again = load_file(several / "again.safetensors")
-            found[name]["again"] = float(sum(not torch.equal(weights[key], again[key]) for key in weights))
+            for what in ("again", "back"):
+                theirs = load_file(several / f"{what}.safetensors")
+                found[name][what] = float(sum(not torch.equal(weights[key], theirs[key]) for key in weights))
             other = load_file(several / "other.safetensors")
             save_file(other, several / "weights.safetensors")
             found[name]["one_to_several"] = compare(one, several, "weights")
