@@ -20,6 +20,7 @@ from fewstep.data.durable import json_sha256
 from fewstep.data.shards import read_about
 from fewstep.eval.report import Report
 from fewstep.training.checkpoint import find_latest
+from fewstep.training.counters import counters
 from tests.bad_inputs import NO_TABLES, NO_TENSORS, NO_YAML, Bad, copied, spoilt
 from tests.tiny_pipelines import tiny_ddim, tiny_stable_diffusion
 
@@ -153,7 +154,7 @@ def _pairs(case: Path, place: Path) -> Any:
 def _checkpoint(case: Path, place: Path) -> Any:
     (case / "x").rename(case / "step_00000001")
     try:
-        return find_latest(case)
+        return counters(find_latest(case))
     finally:
         (case / "step_00000001").rename(case / "x")
 
@@ -180,6 +181,16 @@ def forged() -> Iterator[Bad]:
         content = index | change
         text = json.dumps(content | {"sha256": json_sha256(content)}).encode()
         yield Bad(f"a cache with {name}", make=_file("index.json", text), says="damaged", call=_cache)
+    state: dict[str, Any] = {"step": 1, "files": {}, "method": "dmd2", "processes": 1, "renewed_at": {}}
+    for name, content in {
+        "no counters": {"step": 1, "files": {}},
+        "a method that is no name": state | {"method": None},
+        "no process": state | {"processes": 0},
+        "a batch of no samples": state | {"batch": {"samples": 0, "given": [1, 1]}},
+        "a batch that is half a sample": state | {"batch": {"samples": 0.5, "given": [1, 1]}},
+    }.items():
+        text = json.dumps(content | {"sha256": json_sha256(content)}).encode()
+        yield Bad(f"a checkpoint with {name}", make=_file("state.json", text), says="state.json", call=_checkpoint)
     about: dict[str, Any] = {"format": "fewstep-pairs-3", "num": 1, "shard_size": 1}
     for name, change in {
         "no rows": {"num": 0},

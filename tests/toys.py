@@ -110,7 +110,7 @@ def make_loop(
     conditions: Labels | None = None,
     real=None,
     pairs=None,
-    on_samples: Callable[[int], dict[str, float]] = lambda step: {},
+    on_samples: Callable[[int, Callable[[], None]], dict[str, float]] = lambda step, pause: {},
     name: str = "tiny",
 ) -> Loop:
     """The real loop with a real monitor, on the CPU, for this process of however many there are."""

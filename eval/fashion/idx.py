@@ -1,6 +1,8 @@
 """Read the Fashion-MNIST idx files, pad to 32x32 and split off the images that train nothing."""
 
 import gzip
+import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 IMAGES_TYPE, LABELS_TYPE = 0x0803, 0x0801
+_MOST_BYTES = 2**26  # of a file: the largest of the data set, unpacked, has 47,040,016
 SPLIT_SEED = 20170825
 HELD_BACK_PER_CLASS = 500
 SHIPPED_PER_CLASS = 1000
@@ -52,17 +55,22 @@ def _read_idx(folder: Path, name: str, expected_type: int) -> np.ndarray:
             "or pass --data with a folder that holds the four Fashion-MNIST idx files"
         )
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}): fetch it again") from error
+    if len(content) > _MOST_BYTES:
+        raise UserError(
+            f"{path} holds more than {_MOST_BYTES:,} bytes, and is no file of Fashion-MNIST: fetch it again"
+        )
     dimensions = expected_type & 0xFF
     header = np.frombuffer(content, dtype=">u4", count=min(1 + dimensions, len(content) // 4))
     if len(header) != 1 + dimensions or header[0] != expected_type:
         raise UserError(f"{path} is not the idx file it should be: fetch it again")
     shape = tuple(int(size) for size in header[1:])
     values = np.frombuffer(content, dtype=np.uint8, offset=4 * len(header))
-    if values.size != np.prod(shape):
-        raise UserError(f"{path} is cut short ({values.size} values of {np.prod(shape)}): fetch it again")
+    if values.size != math.prod(shape):
+        raise UserError(f"{path} is cut short ({values.size} values of {math.prod(shape)}): fetch it again")
     return values.reshape(shape)
 
 

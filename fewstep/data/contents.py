@@ -76,7 +76,7 @@ def _folder(root: Path, files: list[Path], known: Mapping[str, Any]) -> dict[str
     if not digest or known.get("seen") != seen:
         state = hashlib.sha256()
         for name, file in zip(names, files, strict=True):
-            state.update(f"{name}\0{file_digest(file)}\0".encode())
+            state.update(_bytes(f"{name}\0{file_digest(file)}\0"))
         digest = state.hexdigest()
     settled = max(stat.st_ctime for stat in stats) < time.time() - _SETTLED
     size = sum(stat.st_size for stat in stats)
@@ -93,5 +93,10 @@ def _seen(names: list[str], stats: list[os.stat_result]) -> str:
     """What files look like from outside; the times of change and the inodes are those that no program can set back."""
     state = hashlib.sha256()
     for name, stat in zip(names, stats, strict=True):
-        state.update(f"{name}\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}\0".encode())
+        state.update(_bytes(f"{name}\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}\0"))
     return state.hexdigest()
+
+
+def _bytes(text: str) -> bytes:
+    """UTF-8, but for what of a name is none, which is as it is on the disk."""
+    return text.encode("utf-8", "surrogateescape")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import struct
 import zlib
@@ -29,6 +30,7 @@ from fewstep.recording import Recording
 
 _AT_ONCE = 4096  # images that are handed to the readers together
 _CHECKED = 50_000  # images that are read before a run at most
+_MOST_IDX = 2**30  # bytes of an idx file, unpacked: the largest of MNIST's kind, EMNIST, has 640 million
 _NAMED = 5  # of the files that cannot be read
 
 
@@ -218,7 +220,10 @@ def read_idx(path: Path) -> Tensor:
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         kind, rank = struct.unpack(">HBB", file.read(4))[1:]
         shape = struct.unpack(f">{rank}I", file.read(4 * rank))
-        data = file.read()
-    if kind != 8 or len(data) != int(np.prod(shape)):
+        size = math.prod(shape)
+        if size > _MOST_IDX:
+            raise ValueError(f"{path} says that it holds {size:,} bytes, which is more than {_MOST_IDX:,}")
+        data = file.read(size + 1)  # a packed file may hold far more than it says
+    if kind != 8 or len(data) != size:
         raise ValueError(f"{path} is not an idx file of bytes, or is truncated")
     return torch.from_numpy(np.frombuffer(data, np.uint8).reshape(shape).copy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.pipeline import name_of
 from fewstep.teachers.license import teacher_license
 from fewstep.training.checkpoint import find_latest
+from fewstep.training.counters import counters
 from fewstep.training.distributed import Processes, join_launch, on_main, samples_line
 from fewstep.training.fate import shared_fate
 from fewstep.training.initialization import initialize
@@ -96,7 +98,7 @@ def _run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None, acc
     found = on_main(accelerator, lambda: find_latest(out / "checkpoints")) if resuming else None
     if found is not None:
         say(found.note)
-        config, note = kept_batch(config, found.state, accelerator.num_processes)
+        config, note = kept_batch(config, counters(found), accelerator.num_processes)
         say(note)
     say(samples_line(accelerator, config.batch_size, config.gradient_accumulation_steps))
     inputs = RunInputs(config, pipeline)
@@ -137,9 +139,9 @@ def _run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None, acc
             shown = {name: value for name, value in config.as_dict().items() if name not in machine}
             monitor.start_trackers({"method": method, **shown})
 
-        def save_samples(step: int) -> dict[str, float]:
+        def save_samples(step: int, pause: Callable[[], None]) -> dict[str, float]:
             path = out / "samples" / f"step_{step:08d}.png" if main else None
-            spread = previews.save(path, bench.guided(teacher), role, bench.sampler)
+            spread = previews.save(path, bench.guided(teacher), role, bench.sampler, pause)
             if path is not None and path.exists():
                 monitor.show(step, path)
             return spread

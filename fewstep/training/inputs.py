@@ -128,7 +128,7 @@ class RunInputs:
         """Keep the digests with the run."""
         inputs = {**self.recorded, **self.found}
         content = {"format": _FORMAT, "inputs": inputs, "sha256": json_sha256(inputs)}
-        write_text_durably(self.out / FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_text_durably(self.out / FILE, json.dumps(content, indent=1) + "\n")
 
     def _without_init(self, changed: list[str]) -> str:
         alone = all(line.startswith("--init ") for line in changed)

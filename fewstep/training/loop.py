@@ -18,6 +18,7 @@ from fewstep.data.batch import Batch, Batches
 from fewstep.errors import UserError
 from fewstep.networks.roles import FOLLOWERS, Role, follow, update_average
 from fewstep.training import checkpoint
+from fewstep.training.counters import counters
 from fewstep.training.distributed import Processes
 from fewstep.training.guard import Guard
 from fewstep.training.held import Holding
@@ -41,7 +42,8 @@ class Loop:
         processes: this process among all.
         monitor: log, progress bar and trackers; it acts on the main process only.
         on_samples: called with the number of steps done, on the main process, when samples are due; it says how they
-            vary, for the log. Where the processes work together, it is called on all of them.
+            vary, for the log. Where the processes work together, it is called on all of them. What it is called with
+            besides, it calls between two network calls: the run may have to stop there.
         holding: how the processes hold the roles; default whole.
     """
 
@@ -54,7 +56,7 @@ class Loop:
         batches: Batches,
         processes: Processes,
         monitor: Monitor,
-        on_samples: Callable[[int], dict[str, float]],
+        on_samples: Callable[[int, Callable[[], None]], dict[str, float]],
         holding: Holding | None = None,
     ) -> None:
         self.method, self.method_name, self.config, self.batches = method, method_name, config, batches
@@ -75,6 +77,8 @@ class Loop:
         how = (self._here, self._batches, not self.holding.together)
         self.guard = Guard(method, self.optimizers, self.faults, processes, *how)
         self.step = 0
+        #: The numbers of this step, where it was left before its samples were made; they are logged together.
+        self._owed: dict[str, float] | None = None
         self._kept = -1  # the step of the newest checkpoint that this process knows to be whole
         self.stopping = Stopping(processes)
         self._recent: dict[str, Tensor] = {}
@@ -93,15 +97,20 @@ class Loop:
             else:  # a kill may have come before the ones that are too many were removed
                 limit = self.config.checkpoints_total_limit
                 self._on_main_process(lambda: checkpoint.keep_newest(self.checkpoints, self.step, limit))
-            while self.step < self.config.max_steps:
-                numbers = self._one_step()
+            while self._owed is not None or self.step < self.config.max_steps:
+                numbers, self._owed = self._one_step() if self._owed is None else self._owed, None
                 stopping = self.stopping.agreed()
                 last = self.step == self.config.max_steps
                 saving = last or stopping or self.step % self.config.checkpointing_steps == 0
                 sampling = self.config.sample_steps and (last or self.step % self.config.sample_steps == 0)
-                trouble = self.guard.look(self.step) if numbers or saving else None
+                trouble = self.guard.look(self.step) if numbers or saving or sampling else None
                 if trouble is None and sampling:
-                    numbers |= self._sample()
+                    samples = None if stopping else self._sample()
+                    if samples is None:  # whoever goes on makes them first
+                        self._owed = numbers
+                        self._save()
+                        raise Interrupted
+                    numbers |= samples
                 if trouble is None and (numbers or sampling):
                     self.monitor.log(self.step, numbers)
                     trouble = self.watch.look({"step": self.step, **numbers})
@@ -126,25 +135,31 @@ class Loop:
             UserError: there is none, or it is of another method.
         """
         found = found or checkpoint.find_latest(self.checkpoints)
-        state = found.state
+        state = counters(found)
         if state["method"] != self.method_name:
             raise UserError(
                 f"{self.checkpoints} was written by {state['method']}, not {self.method_name}; choose another --out"
             )
         refuse_other_batch(Path(self.config.out), state, self.share)
         self._batch_state = state.get("batch", self._batch_state)
-        self.watch.resume(self.monitor.resume(state["step"]))
-        self.faults.clear()
         tensors = self.holding.tensors(found, self.method.roles)
+        absent = {"unlogged", *self._held()} - tensors.keys() | self.optimizers.keys() - state["renewed_at"].keys()
+        if absent:
+            raise UserError(f"{found.folder} holds nothing of {', '.join(sorted(absent))}; choose another --out")
         for name, role in self.method.roles.items():
             if name in tensors:
                 role.load_state_dict(tensors[name])
+        self._owed = state.get("owed")
+        self.watch.resume(self.monitor.resume(state["step"] - (self._owed is not None)))
+        self.faults.clear()
         for name, optimizer in self.optimizers.items():
             optimizer.load_state(tensors[f"{name}_optimizer"])
             optimizer.renewed_at = state["renewed_at"][name]
             optimizer.slowed = self.watch.slowed
         self._recent = {name: value.to(self.device) for name, value in tensors["unlogged"].items()}
         self.step = self._kept = state["step"]
+        if self._owed is not None:
+            self.monitor.advance(self.step)
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -255,6 +270,7 @@ class Loop:
             "processes": self.processes.count,
             "batch": self._batch_state,
             "renewed_at": {name: optimizer.renewed_at for name, optimizer in self.optimizers.items()},
+            **({} if self._owed is None else {"owed": self._owed}),
         }
         self.holding.save(self.checkpoints, self.step, tensors, state, self.config.checkpoints_total_limit)
 
@@ -267,10 +283,16 @@ class Loop:
         means = dict(zip(names, values / self.processes.count, strict=True))
         return {name: means[name] for name in log}
 
-    def _sample(self) -> dict[str, float]:
-        """Samples of this step. Returns what there is to log of them, on the main process."""
+    def _sample(self) -> dict[str, float] | None:
+        """Samples of this step. Returns what there is to log of them, on the main process; None: the run is to stop."""
         numbers: dict[str, float] = {}
-        self._on_main_process(lambda: numbers.update(self.on_samples(self.step)), self.holding.together)
+        samples = self.on_samples
+        try:
+            self.stopping.of_main(
+                lambda: numbers.update(samples(self.step, self.stopping.pause)), self.holding.together
+            )
+        except Interrupted:
+            return None
         return numbers
 
     def _here(self) -> dict[str, dict[str, Tensor]]:

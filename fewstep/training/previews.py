@@ -55,26 +55,38 @@ class Previews:
             except RecordingError as error:
                 self.note = f"no sample grids: {error}"
 
-    def save(self, path: Path | None, teacher: Denoiser, student: Denoiser, sampler: Sampler) -> dict[str, float]:
-        """Write the grid, where one can be made; ``teacher`` under its guidance, ``student`` walked by ``sampler``.
+    def save(
+        self,
+        path: Path | None,
+        teacher: Denoiser,
+        student: Denoiser,
+        sampler: Sampler,
+        pause: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
+        """Write the grid, where one can be made.
 
-        Without a ``path`` the samples are made alone, for a process that takes part in them.
+        Args:
+            path: of the grid; without it the samples are made alone, for a process that takes part in them.
+            teacher: under its guidance.
+            student: walked by ``sampler``.
+            sampler: of the student.
+            pause: called before each network call, and before pictures are decoded; what it raises leaves no grid.
 
         Returns:
             What :func:`fewstep.training.spread.beside` says of the samples, for the log.
         """
         if self._teacher is None:
-            self._teacher = self._samples(teacher, ode_sampler(self.recording.schedule, _TEACHER_STEPS))
-        samples = self._samples(student, sampler)
+            self._teacher = self._samples(teacher, ode_sampler(self.recording.schedule, _TEACHER_STEPS), pause)
+        samples = self._samples(student, sampler, pause)
         if not self.note and path is not None:
             if self._teacher_pictures is None:
-                self._teacher_pictures = self._pictures(self._teacher)
+                self._teacher_pictures = self._pictures(self._teacher, pause)
             if self._teacher_pictures.dim() in (4, 5):  # images or videos; sound is not shown
-                save_grid([self._teacher_pictures, self._pictures(samples)], path)
+                save_grid([self._teacher_pictures, self._pictures(samples, pause)], path)
         return beside(samples, self._teacher)
 
     @torch.no_grad()
-    def _samples(self, denoiser: Denoiser, sampler: Sampler) -> Tensor:
+    def _samples(self, denoiser: Denoiser, sampler: Sampler, pause: Callable[[], None]) -> Tensor:
         """x0 (N, ...) on the host, made in batches of the size that training fits."""
         pieces = []
         for first in range(0, _SHOWN, self.config.batch_size):
@@ -82,13 +94,18 @@ class Previews:
             draws = Draws(self.config.seed, PREVIEWS_STEP, indices, self.device)
             conditioning = self.conditions.select([index % len(self.conditions) for index in indices])
             conditioning = self.with_default_guidance(conditioning)
-            pieces.append(draw_sample(denoiser, sampler, draws, self.recording.sample_shape, conditioning).cpu())
+            shape = self.recording.sample_shape
+            x0 = draw_sample(denoiser, sampler, draws, shape, conditioning, on_step=lambda *_: pause())
+            pieces.append(x0.cpu())
         return torch.cat(pieces)
 
     @torch.no_grad()
-    def _pictures(self, samples: Tensor) -> Tensor:
+    def _pictures(self, samples: Tensor, pause: Callable[[], None]) -> Tensor:
         """Images or videos in [0, 1] of x0 (N, ...), decoded as many at a time as training fits."""
-        pieces = samples.split(self.config.batch_size)
+        pieces = []
         # The checker's word is for those who are shown pictures; here they show how the training goes.
         with without_safety_checker(self.recording.pipeline):
-            return torch.cat([self.recording.decode(x0.to(self.device)).float().cpu() for x0 in pieces])
+            for x0 in samples.split(self.config.batch_size):
+                pause()
+                pieces.append(self.recording.decode(x0.to(self.device)).float().cpu())
+        return torch.cat(pieces)

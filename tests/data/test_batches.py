@@ -157,6 +157,27 @@ def test_a_truncated_idx_file_is_refused(tmp_path: Path):
         read_images(str(tmp_path))
 
 
+def test_an_idx_file_is_unpacked_no_further_than_it_says_and_may_not_say_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    packed = tmp_path / "train-images-idx3-ubyte.gz"
+    idx(packed, torch.zeros(2, 28, 28, dtype=torch.uint8))
+    packed.write_bytes(gzip.compress(gzip.decompress(packed.read_bytes()) + bytes(1000)))
+    asked, read = [], gzip.GzipFile.read
+
+    def noting(file: gzip.GzipFile, size: int = -1) -> bytes:
+        asked.append(size)
+        return read(file, size)
+
+    monkeypatch.setattr(gzip.GzipFile, "read", noting)
+    with pytest.raises(ValueError, match="not an idx file"):
+        read_idx(packed)
+    assert asked == [4, 12, 2 * 28 * 28 + 1]
+    monkeypatch.setattr("fewstep.data.images._MOST_IDX", 1567)
+    with pytest.raises(ValueError, match="says that it holds 1,568 bytes"):
+        read_idx(packed)
+
+
 def test_idx_files_that_do_not_belong_together_or_are_damaged_are_refused(tmp_path: Path):
     idx(tmp_path / "train-images-idx3-ubyte.gz", torch.randint(0, 255, (2, 28, 28)).to(torch.uint8))
     idx(tmp_path / "train-labels-idx1-ubyte.gz", torch.tensor([3], dtype=torch.uint8))

@@ -61,6 +61,19 @@ def test_broken_files_are_refused(folder):
     (folder / f"{images}.gz").write_bytes((folder / f"{labels}.gz").read_bytes())
     with pytest.raises(UserError, match="not the idx file"):
         idx.load(folder)
+    (folder / f"{images}.gz").write_bytes(whole[:60] + b"\xff" * 30 + whole[90:])
+    with pytest.raises(UserError, match="cannot be read"):
+        idx.load(folder)
+
+
+def test_a_packed_file_is_unpacked_no_further_than_the_data_set_goes(folder, monkeypatch):
+    monkeypatch.setattr(idx, "_MOST_BYTES", 5_000_000)  # the training images have 4.7 million
+    assert len(idx.load(folder).train) == 1000
+    images, _ = idx.FILES["test"]
+    whole = gzip.decompress((folder / f"{images}.gz").read_bytes())
+    (folder / f"{images}.gz").write_bytes(gzip.compress(whole + bytes(6_000_000)))
+    with pytest.raises(UserError, match=r"more than 5,000,000 bytes"):
+        idx.load(folder)
 
 
 def _train(work, stop_at=None):

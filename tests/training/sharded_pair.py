@@ -134,7 +134,7 @@ class Run:
             batches=bench.batches(pairs),
             processes=processes,
             monitor=Silence(),  # type: ignore[arg-type]
-            on_samples=lambda _step: {},
+            on_samples=lambda _step, _pause: {},
             holding=self.sharding,
         )
         self.gradients: dict[str, Tensor] = {}

@@ -53,7 +53,7 @@ def test_a_run_that_broke_off_between_two_log_lines_goes_on_with_the_same_lines(
 def test_samples_are_asked_for_when_due_and_at_the_end(tmp_path: Path):
     asked: list[int] = []
 
-    def sampled(step: int) -> dict[str, float]:
+    def sampled(step: int, _pause: object) -> dict[str, float]:
         asked.append(step)
         return {"samples/student_std": step / 10}
 

@@ -34,7 +34,7 @@ class DrivenOut:
     def __init__(self) -> None:
         self.seen: list[int] = []
 
-    def __call__(self, step: int) -> dict[str, float]:
+    def __call__(self, step: int, _pause: object) -> dict[str, float]:
         self.seen.append(step)
         wide = 5.0 if step in (7, 8) and self.seen.count(step) == 1 else 1.0
         names = ("std", "within", "between")
@@ -46,7 +46,7 @@ def train(
     out: Path,
     processes: int,
     make: Callable[[], TinyMethod],
-    on_samples: Callable[[int], dict[str, float]] = lambda step: {},
+    on_samples: Callable[[int, object], dict[str, float]] = lambda step, pause: {},
     **settings,
 ) -> None:
     """A run on so many processes, resumed where ``out`` holds a checkpoint; each leaves its weights."""
@@ -109,7 +109,7 @@ def test_a_collapse_ends_both_where_nothing_is_to_be_gone_back(tmp_path: Path) -
         loop = make_loop(
             TinyMethod(), config(tmp_path, stop_on="collapse", sample_steps=1, max_steps=12), on_samples=DrivenOut()
         )
-        with pytest.raises(UserError, match="over-saturated.*--resume --rollbacks 1"):
+        with pytest.raises(UserError, match=r"over-saturated.*--resume --rollbacks 1"):
             loop.run()
         return 0 if loop.step == 8 else 1
 

@@ -43,7 +43,7 @@ def toy_loop(out: Path, spoil: Callable[[Dmd2], None] = lambda method: None, kin
     spoil(method)
 
     @torch.no_grad()
-    def sampled(step: int) -> dict[str, float]:
+    def sampled(step: int, _pause: object) -> dict[str, float]:
         labels = Labels().batch(0, list(range(32)))
         both = (draw_sample(roles[n], sampler, Draws(0, -2, range(32)), (6,), labels) for n in ("student", "teacher"))
         return beside(*both)
