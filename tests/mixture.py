@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from toys import unconditional
+
+from fewstep.diffusion.draws import PREVIEWS_STEP, Draws
+from fewstep.diffusion.rollout import draw_sample, ode_sampler
+from fewstep.training.loop import sampling_role
+from fewstep.training.spread import beside
 
 
 class MixtureTeacher(nn.Module):
@@ -38,3 +47,17 @@ def mixture_sample(count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     which = torch.randint(3, (count,), generator=generator)
     return torch.tensor(MixtureTeacher.MEANS)[which] + 0.3 * torch.randn(count, 2, generator=generator)
+
+
+def spread_of(method: Any) -> Callable[[int, object], dict[str, float]]:
+    """What a run's sample grids say for its log: 32 samples of the student beside the teacher's of the same noise."""
+
+    @torch.no_grad()
+    def sampled(_step: int, _pause: object) -> dict[str, float]:
+        sampler, count = method.sampler, 32
+        walks = ((sampling_role(method.roles), sampler), (method.roles["teacher"], ode_sampler(sampler.schedule, 25)))
+        draws = (Draws(0, PREVIEWS_STEP, range(count)) for _ in walks)
+        both = zip(walks, draws, strict=True)
+        return beside(*(draw_sample(who, walk, noise, (2,), unconditional(count)) for (who, walk), noise in both))
+
+    return sampled

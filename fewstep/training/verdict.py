@@ -59,10 +59,15 @@ class Trouble:
 
 
 class History:
-    """The latest numbers of a run by name: as many as a verdict looks at."""
+    """The latest numbers of a run by name: as many as a verdict looks at.
+
+    Attributes:
+        varied: how the student's samples have ever varied enough not to be constant: "within", "between".
+    """
 
     def __init__(self, rows: Iterable[Mapping[str, float]] = ()) -> None:
         self._values: dict[str, deque[tuple[int, float]]] = {}
+        self.varied: set[str] = set()
         for row in rows:
             self.add(row)
 
@@ -72,6 +77,15 @@ class History:
             if name not in ("step", "seconds"):
                 kept = self._values.setdefault(name, deque(maxlen=REMEMBERED))
                 kept.append((int(row["step"]), value))
+        for what in ("within", "between"):
+            ours, theirs = (row.get(f"samples/{who}_{what}", 0.0) for who in ("student", "teacher"))
+            if theirs > 0 and ours >= CONSTANT * theirs:
+                self.varied.add(what)
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the method has a critic."""
+        return any(name.endswith("/denoising") for name in self._values)
 
     def names(self) -> list[str]:
         """Of all numbers, sorted."""
@@ -149,6 +163,9 @@ def _samples(history: History) -> list[Trouble]:
         ("within", "constant", "each sample of the student is nearly of one colour: within it the spread is"),
         ("between", "alike", "the student's samples are nearly all alike: the spread between them is"),
     ):
+        # Without a critic it learns given ends, and may stay as blurred as it began for a long time before it does.
+        if not history.has_critic and what not in history.varied:
+            continue
         ratios = [(step, ours / theirs) for step, ours, theirs in spread[what] if theirs > 0]
         if len(ratios) == GRIDS and all(r < CONSTANT for _, r in ratios) and ratios[-1][1] <= ratios[0][1]:
             found.append(_of_grids(history, kind, words, spread[what]))
@@ -177,7 +194,7 @@ def _explosions(history: History) -> list[Trouble]:
     """A critic that gets far worse, or gradients that get far larger, than they once were."""
     found = []
     names = history.names()
-    has_critic = any(name.endswith("/denoising") for name in names)
+    has_critic = history.has_critic
     for name in names:
         role, _, what = name.rpartition("/")
         # Where there is a critic the student's gradient begins at nothing: critic and teacher say the same.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixture import MixtureTeacher, energy_distance, mixture_sample
+from mixture import MixtureTeacher, energy_distance, mixture_sample, spread_of
 from torch import Tensor, nn
 from toys import Labels, make_loop, role, unconditional
 
@@ -17,6 +17,8 @@ from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.networks.flow_map import FlowMapDenoiser
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.mean_flow import MeanFlow, MeanFlowConfig
+from fewstep.training.verdict import judged
+from tests.training.loop_runs import rows
 
 SCHEDULE = FlowSchedule()
 GRIDS = {steps: tuple((steps - k) / steps for k in range(steps)) for steps in (1, 2, 4, 8)}
@@ -84,11 +86,12 @@ def trained(out: Path, from_teacher: bool, **settings) -> MeanFlow:
         "checkpointing_steps": 9000,
         "ema_decay": 0.995,
     }
-    config = MeanFlowConfig(teacher="mixture", out=str(out), batch_size=128, **defaults, **settings)
+    config = MeanFlowConfig(teacher="mixture", out=str(out), batch_size=128, **(defaults | settings))
     guided = GuidedDenoiser(roles["teacher"], None, 1.0)
     method = MeanFlow(config, roles, guided, Sampler(SCHEDULE, GRIDS[8], "ode"))
     real, pairs = (Samples(Real), None) if config.data else (None, Samples(Pairs))
-    make_loop(method, config, (2,), conditions=Labels(None), real=real, pairs=pairs).run()
+    data = {"conditions": Labels(None), "real": real, "pairs": pairs}
+    make_loop(method, config, (2,), **data, on_samples=spread_of(method)).run()
     return method
 
 
@@ -123,3 +126,11 @@ def test_one_checkpoint_draws_from_the_mixture_and_every_doubling_of_its_steps_h
         found[0] < (0.4 if run == "alpha_flow" else 0.25) and found[1] < 0.06 and found[2] < 0.015 and found[3] < 0.006
     ), found
     assert found == sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize(("from_teacher", "lr"), [(True, 1e-3), (False, 5e-3)])
+def test_a_healthy_run_raises_no_alarm(from_teacher: bool, lr: float, tmp_path: Path):
+    trained(tmp_path, from_teacher, max_steps=60, lr=lr, log_steps=1, sample_steps=5)
+    log = rows(tmp_path)
+    assert sum("samples/apart" in row for row in log) == 12
+    assert [trouble.words for trouble, _ in judged(log)] == []

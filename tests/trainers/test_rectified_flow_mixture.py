@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
-from mixture import MixtureTeacher, energy_distance, mixture_sample
+from mixture import MixtureTeacher, energy_distance, mixture_sample, spread_of
 from toys import Labels, make_loop, role, unconditional
 
 from fewstep.data.batch import Pairs
@@ -14,6 +15,8 @@ from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.networks.roles import Role
 from fewstep.trainers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
+from fewstep.training.verdict import judged
+from tests.training.loop_runs import rows
 
 SCHEDULE = FlowSchedule()
 TIMES = teacher_times(SCHEDULE, 50)
@@ -38,9 +41,10 @@ def trained(out: Path, **settings) -> RectifiedFlow:
     networks = {"teacher": MixtureTeacher(), "student": MixtureTeacher()}
     roles = {name: role(name, net, SCHEDULE, "sample", name == "student") for name, net in networks.items()}
     defaults = {"report_to": "none", "sample_steps": 0, "log_steps": 1000, "checkpointing_steps": 5000}
-    config = RectifiedFlowConfig(teacher="mixture", out=str(out), batch_size=64, **defaults, **settings)
+    config = RectifiedFlowConfig(teacher="mixture", out=str(out), batch_size=64, **(defaults | settings))
     method = RectifiedFlow(config, roles, Sampler(SCHEDULE, (1.0,), "ode"))
-    make_loop(method, config, (2,), conditions=Labels(None), pairs=InMemory(roles["teacher"], 4096)).run()
+    data = {"conditions": Labels(None), "pairs": InMemory(roles["teacher"], 4096)}
+    make_loop(method, config, (2,), **data, on_samples=spread_of(method)).run()
     return method
 
 
@@ -72,3 +76,12 @@ def test_reflow_straightens_the_paths_and_keeps_where_they_lead(tmp_path: Path):
 def test_distillation_to_one_step_draws_from_the_mixture(tmp_path: Path):
     student = trained(tmp_path, max_steps=1200, lr=1e-2, times="grid").student
     assert distance(student, 1) < 0.015  # 0.005 here
+
+
+@pytest.mark.parametrize(("times", "lr"), [("u_shaped", 1e-3), ("u_shaped", 2e-2), ("grid", 5e-3)])
+def test_a_healthy_run_raises_no_alarm(times: str, lr: float, tmp_path: Path):
+    """In one step its student begins with the mean of all, and stays there for 1,000 steps before it spreads."""
+    trained(tmp_path, max_steps=100, lr=lr, times=times, log_steps=1, sample_steps=5)
+    log = rows(tmp_path)
+    assert sum("samples/apart" in row for row in log) == 20
+    assert [trouble.words for trouble, _ in judged(log)] == []

@@ -180,10 +180,16 @@ def grids(*values: tuple[float, float, float]) -> list[dict[str, float]]:
     return [{"step": 100 * k, "samples/apart": k, **row} for k, row in enumerate(both, 1)]
 
 
+def with_critic(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{**row, "critic/denoising": 1.0} for row in lines]
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (grids((1, 0.09, 1), (1, 0.09, 1)), "since step 100 each sample of the student is nearly of one colour"),
+        (grids((1, 1, 1), (1, 0.09, 1), (1, 0.09, 1)), "since step 200 each sample of the student is nearly of one"),
+        (with_critic(grids((1, 0.09, 1), (1, 0.09, 1))), "since step 100 each sample of the student is nearly of one"),
+        (grids(*[(1, 1, 1)], *[(1, 1, 0.04)] * 70), "since step 7000 the student's samples are nearly all alike"),
         (grids((1, 1, 1), (1, 1, 0.05), (1, 1, 0.04)), "since step 200 the student's samples are nearly all alike"),
         (grids((2.1, 1, 1), (2.5, 1, 1)), "over-saturated: their standard deviation is 2.5, the teacher's 1"),
         (
@@ -204,7 +210,8 @@ def test_what_is_wrong_is_said_with_its_numbers_and_since_when(lines: list[dict[
 @pytest.mark.parametrize(
     "lines",
     [
-        grids((1, 0.05, 0.05), (1, 0.07, 0.08)),  # blurred as at the start, and better with every grid
+        with_critic(grids((1, 0.05, 0.05), (1, 0.07, 0.08))),  # blurred as at the start, and better with every grid
+        grids((1, 0.01, 0.01), *[(1, 0.005, 0.01)] * 20),  # a one-step student of a rectified flow, for long
         grids((4, 1, 1), (3, 1, 1)),
         grids((1, 0.05, 1)),  # one grid is chance
         log("critic/denoising", *[1.0] * 9, *[9.0] * 9),
@@ -212,7 +219,7 @@ def test_what_is_wrong_is_said_with_its_numbers_and_since_when(lines: list[dict[
         log("critic/lag", *[0.999] * 9, *[1.9] * 20),
         log("critic/lag", float("inf")),
         log("student/gradient_norm", 0.0, *[1.0] * 9),
-        [{**row, "critic/denoising": 1.0} for row in log("student/gradient_norm", *[1e-4] * 9, *[1.0] * 9)],
+        with_critic(log("student/gradient_norm", *[1e-4] * 9, *[1.0] * 9)),
     ],
 )
 def test_what_healthy_runs_show_too_is_not_said(lines: list[dict[str, float]]) -> None:
