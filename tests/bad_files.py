@@ -71,6 +71,8 @@ def files() -> Iterator[Bad]:
             f"about.json of pairs {kind}", make=_file("about.json", content), says="about.json|holds None", call=_pairs
         )
         yield Bad(f"report.json {kind}", make=_file("report.json", content), says="report", call=_report)
+        words = ("compare", "{case}/x", "{place}/images", "--out", "{case}/out")
+        yield Bad(f"compare: report.json {kind}", words, "report.json is no report", _file("report.json", content))
     for kind, content in NO_YAML.items():
         config = ("distill", "dmd2", "--config", "{case}/c.yaml", *DISTIL[2:])
         yield Bad(f"--config {kind}", config, "", named("c.yaml", content))

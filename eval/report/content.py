@@ -61,6 +61,11 @@ class Content:
         """The content of ``report.json``."""
         return {"schema": SCHEMA, **asdict(self)}
 
+    @property
+    def title(self) -> str:
+        """Of its page."""
+        return "Comparison" if self.joined else "Evaluation"
+
     def baseline(self) -> dict[str, Any] | None:
         """The teacher's row with the most steps, or None."""
         teachers = [row for row in self.rows if row["role"] == "teacher"]

@@ -16,8 +16,8 @@ from fewstep.data.image_opening import UNREADABLE, opened, upright
 BUDGET = 12 * 2**20
 #: The longest side that a picture may have, tried from the first on.
 SIDES = (768, 512, 384, 256, 192, 128, 64)
-#: Of a pixel of a JPEG as text: sides at which pictures cannot fit are not tried.
-LEAST_BYTES = 0.1
+#: Pictures by which it is judged at which side all of them will fit.
+SAMPLED = 8
 #: Up to this side a picture stays as it is.
 LARGEST_PNG = 192
 #: A picture of so few pixels is shown by whole pixels.
@@ -28,7 +28,7 @@ MOST_PIXELS = 2**26
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as a data URI, with its size in pixels; small: shown by whole pixels."""
+    """A picture as a data URI, with its size in pixels."""
 
     uri: str
     width: int
@@ -38,6 +38,11 @@ class Picture:
     def small(self) -> bool:
         """Whether it is shown enlarged, without smoothing."""
         return max(self.width, self.height) <= SMALL
+
+    @property
+    def wide(self) -> bool:
+        """Whether it takes the whole width, as the contact sheet of a video does."""
+        return self.width > 2 * self.height
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,11 @@ class Embedded:
     def columns(self) -> int:
         """Of the row with the most pictures."""
         return max(map(len, self.rows), default=0)
+
+    @property
+    def size(self) -> int:
+        """Bytes that they take, as text."""
+        return sum(len(picture.uri) for row in self.rows for picture in row if picture is not None)
 
 
 def embed(folder: Path, rows: Sequence[Sequence[str]], budget: int = BUDGET) -> Embedded:
@@ -68,8 +78,7 @@ def embed(folder: Path, rows: Sequence[Sequence[str]], budget: int = BUDGET) -> 
     most = columns = max(map(len, rows), default=0)
     while True:
         shown = [names[:columns] for names in rows]
-        number = sum(map(len, shown))
-        for side in [side for side in SIDES if number * side**2 * LEAST_BYTES <= budget] or SIDES[-1:]:
+        for side in _likely(folder, [name for names in shown for name in names], budget):
             made, fits, reduced = _encode(folder, shown, side, budget)
             if not fits:
                 continue
@@ -79,6 +88,16 @@ def embed(folder: Path, rows: Sequence[Sequence[str]], budget: int = BUDGET) -> 
                 notes.append(f"Only the first {columns} of {most} pictures of each row have room here.")
             return Embedded(made, notes)
         columns //= 2
+
+
+def _likely(folder: Path, names: Sequence[str], budget: int) -> tuple[int, ...]:
+    """The sides to try: from that on at which some of the pictures say that all will fit."""
+    some = [image for name in names[:: max(1, len(names) // SAMPLED)] if (image := _open(folder, name)) is not None]
+    for place, side in enumerate(SIDES):
+        size = sum(len(_picture(image, side)[0].uri) for image in some)
+        if size * len(names) <= budget * len(some):
+            return SIDES[place:]
+    return SIDES[-1:]
 
 
 def _encode(

@@ -50,6 +50,7 @@
     image.src = source.src;
     image.alt = source.alt;
     image.className = source.className;
+    stage.classList.toggle("wide", source.classList.contains("wide"));
   };
   const word = (choice) => choice.options[choice.selectedIndex].text;
   const move = () => {

@@ -25,13 +25,12 @@ LONGEST = 300
 COLOURS = 8  # in page.css
 
 
-def page(report: Content, folder: Path, *, title: str = "Evaluation", budget: int = BUDGET) -> str:
+def page(report: Content, folder: Path, *, budget: int = BUDGET) -> str:
     """The content of ``report.html``.
 
     Args:
         report: to show.
         folder: that the rows' pictures are relative to.
-        title: its heading.
         budget: bytes that its pictures may take, as text.
     """
     environment = jinja2.Environment(
@@ -42,7 +41,7 @@ def page(report: Content, folder: Path, *, title: str = "Evaluation", budget: in
     pictures = embed(folder, [row["pictures"] for row in report.rows], budget)
     measured = [name for name in [report.principal(), *report.of_quality()] if name is not None]
     return environment.from_string(_own("page.html")).render(
-        title=title,
+        title=report.title,
         policy=_policy(style, script),
         style=style,
         script=script,
@@ -55,6 +54,7 @@ def page(report: Content, folder: Path, *, title: str = "Evaluation", budget: in
         size=(chart.WIDTH, chart.HEIGHT),
         plot=(chart.LEFT, chart.RIGHT, chart.BOTTOM),
         pictures=pictures,
+        budget=budget,
         shown=[_condition(report, column) for column in range(pictures.columns)],
         baseline=_place_of_baseline(report),
         measured=words.provenance(report) + words.timing(report),

@@ -68,7 +68,7 @@ class Report(Content):
 
     def markdown(self) -> str:
         """The content of ``report.md``."""
-        lines = ["# Evaluation", "", markdown_table(self), ""]
+        lines = [f"# {self.title}", "", markdown_table(self), ""]
         lines += [f"- {markdown_text(sentence)}" for sentence in words.sentences(self)]
         lines += [] if self.joined else ["", "![grid](grid.png)"]
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())

@@ -29,7 +29,10 @@ def chromium() -> str | None:
 
 
 class Browser:
-    """One page. events: what the page said and asked for, from the beginning."""
+    """One page. events: what the page said and asked for, from the beginning.
+
+    Raises OSError where the program does not start, or does not answer.
+    """
 
     def __init__(self, program: str, profile: Path) -> None:
         ends = *os.pipe(), *os.pipe()
@@ -51,10 +54,14 @@ class Browser:
         self.events: list[dict[str, Any]] = []
         self._unread, self._number = b"", 0
         self._session: str | None = None
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.ask(f"{domain}.enable")
+        try:
+            target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+            self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self.ask(f"{domain}.enable")
+        except OSError:
+            self.close()
+            raise
 
     def close(self) -> None:
         self._process.terminate()
