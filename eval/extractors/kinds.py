@@ -11,10 +11,11 @@ from fewstep.errors import UserError
 from fewstep.eval.extractors.clip_image import ClipImageExtractor
 from fewstep.eval.extractors.dinov2 import Dinov2Extractor
 from fewstep.eval.extractors.inception import InceptionExtractor
-from fewstep.eval.features import Extractor
+from fewstep.eval.features import Extractor, FashionExtractor
 from fewstep.eval.weights import Weights
 
-#: What makes each kind, of weights and a device. The first of a family is the one of published numbers.
+#: What makes each kind, of weights and a device. The first of a family is the one of published numbers; the weights of
+#: the last come with the package.
 EXTRACTORS: Mapping[str, Callable[[Weights, torch.device | str], Extractor]] = {
     "inception": InceptionExtractor,
     "inception-legacy_tensorflow": partial(InceptionExtractor, mode="legacy_tensorflow"),
@@ -23,6 +24,7 @@ EXTRACTORS: Mapping[str, Callable[[Weights, torch.device | str], Extractor]] = {
     "dino-base": partial(Dinov2Extractor, size="base"),
     "dino-small": partial(Dinov2Extractor, size="small"),
     "clip": ClipImageExtractor,
+    "fashion": lambda _, device: FashionExtractor(device),
 }
 
 

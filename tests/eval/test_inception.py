@@ -161,7 +161,7 @@ def test_another_file_or_network_is_refused(tmp_path, folder):
         InceptionExtractor(told(tmp_path, STATE), mode="legacy_pytorch")(pictures(1))
 
 
-@pytest.mark.parametrize("kind", EXTRACTORS)
+@pytest.mark.parametrize("kind", [kind for kind in EXTRACTORS if kind != "fashion"])
 def test_every_kind_says_in_one_sentence_what_it_lacks(tmp_path, monkeypatch, kind):
     monkeypatch.delenv("FEWSTEP_WEIGHTS", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -172,6 +172,11 @@ def test_every_kind_says_in_one_sentence_what_it_lacks(tmp_path, monkeypatch, ki
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="unknown extractor swav; there are inception"):
         open_extractor("swav", Weights())
+
+
+def test_the_embedded_classifier_lacks_nothing():
+    extractor = open_extractor("fashion", Weights())
+    assert extractor.verified and frechet_name(extractor) == "FD-fashion-classifier-64"
 
 
 # --- beside clean-fid -------------------------------------------------------------------------------------------------
