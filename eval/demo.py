@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from fewstep.errors import UserError
+from fewstep.eval import known_rows
 from fewstep.eval.evaluate import evaluate
 from fewstep.eval.report import Report
 from fewstep.fashion import TEACHERS
@@ -15,9 +16,10 @@ from fewstep.programs import distillation
 from fewstep.programs.methods import method_class
 
 METHOD = "dmd2"
-#: Samples in every row. Quoted reports have 5,000; the demo has to end while somebody waits.
-DEMO_SAMPLES = 2000
-TEACHER_STEPS = (1, 2, 4, 25)
+#: Samples in every row, those of the teacher's shipped rows. Quoted reports have 5,000; the demo has to end while
+#: somebody waits.
+DEMO_SAMPLES = known_rows.NUM
+LATENCY_CALLS = 5
 
 
 def demo(
@@ -28,6 +30,7 @@ def demo(
     seed: int = 0,
     max_steps: int | None = None,
     num: int | None = None,
+    measure_teacher: bool = False,
 ) -> Report:
     """Distil ``teacher`` to ``steps`` with DMD2 and evaluate it; a second call goes on where the first one stopped.
 
@@ -38,6 +41,7 @@ def demo(
         seed: of the training.
         max_steps: training steps, default the shipped recipe's.
         num: samples in every row of the report.
+        measure_teacher: measure the teacher's rows here, also where they ship with the package.
 
     Raises:
         UserError: there is no such teacher, or ``out`` holds another run.
@@ -56,8 +60,11 @@ def demo(
     return evaluate(
         [student],
         teacher=teacher,
-        teacher_steps=TEACHER_STEPS,
+        teacher_steps=known_rows.STEPS,
+        measure_teacher=measure_teacher,
         steps=counts,
         num=num or DEMO_SAMPLES,
+        images="shown",
+        latency_calls=LATENCY_CALLS,
         out=out / "report",
     )

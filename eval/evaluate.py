@@ -1,35 +1,45 @@
 """The evaluation: students and their teacher, the same seeds and conditions, one row per model and step count."""
 
+from __future__ import annotations
+
 import dataclasses
-import importlib.metadata
-import json
 import logging
-import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
-from fewstep.data.conditions import read_classes
-from fewstep.data.durable import json_sha256, write_durably
+from fewstep.data.durable import write_durably
 from fewstep.errors import UserError
-from fewstep.eval.config import QUOTABLE, EvalConfig
-from fewstep.eval.features import FashionExtractor, fashion_reference
-from fewstep.eval.generate import NonFiniteImagesError, SampleConditions
+from fewstep.eval.cards import put_on_cards
+from fewstep.eval.claim import claim
+from fewstep.eval.comparing import Comparison, compare_with
+from fewstep.eval.conditions import SampleConditions, conditions_of, with_trained_classes
+from fewstep.eval.config import EvalConfig
+from fewstep.eval.exporters import Sample, export
+from fewstep.eval.features import Extractor
+from fewstep.eval.generate import NonFiniteImagesError
 from fewstep.eval.grid import GridRow, draw_grid
 from fewstep.eval.judge import Judge
-from fewstep.eval.metrics.table import IMAGE_METRICS
-from fewstep.eval.models import Model, in_steps, student_model, teacher_model
-from fewstep.eval.report import Measure, Report, protocol
-from fewstep.eval.report.pictures import write_pictures
-from fewstep.eval.rows import measure, read_row, row_key, write_row
-from fewstep.export.card.card import write_numbers
-from fewstep.version import __version__
+from fewstep.eval.known_rows import known_row
+from fewstep.eval.lineup import line_up, own_steps, step_counts
+from fewstep.eval.models import Model, in_steps
+from fewstep.eval.panel import Panel, open_panel
+from fewstep.eval.report import Report
+from fewstep.eval.reporting import protocol_of, report_of
+from fewstep.eval.rows import Row
+from fewstep.eval.samples import SampleSet
+from fewstep.eval.scorers import Scorer
+from fewstep.eval.sources import ModelSource, unique_names
+from fewstep.eval.speed import device_name
+from fewstep.eval.timing import time_rows
+from fewstep.training.distributed import Processes
 
 logger = logging.getLogger(__name__)
-
-CLOCK = ("latency_ms", "latency_p90_ms", "images_per_second")
 
 
 def evaluate(
@@ -37,240 +47,221 @@ def evaluate(
     config: EvalConfig | None = None,
     *,
     judge: Judge | None = None,
+    extractors: Mapping[str, Extractor] | None = None,
+    scorers: Mapping[str, Scorer] | None = None,
+    processes: Processes | None = None,
     **options: Any,
 ) -> Report:
-    """Measure students beside their teacher; write ``report.json``, ``report.md`` and ``grid.png`` into ``config.out``.
+    """Measure students beside their teacher; write ``report.json``, ``report.md``, pictures into ``config.out``.
 
-    students: folders, hub ids, pipelines of `fewstep.load`, or `Model` objects.
+    Samples that were made are kept there, and used again by the next run of the same configuration, also where a
+    process was killed in its middle. Several processes of a launch share the work, and give the same numbers.
 
-    options: fields of `EvalConfig`, over those of `config`. judge: extractor and reference to use instead of the
-    embedded ones. Finished rows are kept in ``out/rows`` and reused by the next run of the same configuration.
+    Args:
+        students: folders, hub ids, pipelines of `fewstep.load`, or `Model` objects.
+        config: what is measured; ``options`` are fields of it, over those of ``config``.
+        judge: extractor and reference in the place of the embedded ones.
+        extractors: networks in the place of the published ones, by kind ("inception", "dino", "clip").
+        scorers: likewise, by the group of their numbers.
+        processes: of the launch; every one of them calls this. Default: this one alone.
 
-    Raises UserError with one line, for whatever a caller can get wrong.
+    Returns:
+        the report, on every process.
+
+    Raises:
+        UserError: with one line, for whatever a caller can get wrong.
     """
-    known = {item.name for item in dataclasses.fields(EvalConfig)}
-    if set(options) - known:
-        raise UserError(f"unknown option {', '.join(sorted(set(options) - known))}")
-    config = dataclasses.replace(config or EvalConfig(), **options)
-    models = _models(students, config)
+    told = EvalConfig.with_options(config, options)
+    return prepared(students, told, judge, extractors, scorers, processes).run()
+
+
+def prepared(
+    students: Sequence[str | Path | Model | Any],
+    config: EvalConfig,
+    judge: Judge | None = None,
+    extractors: Mapping[str, Extractor] | None = None,
+    scorers: Mapping[str, Scorer] | None = None,
+    processes: Processes | None = None,
+) -> Evaluation:
+    """An evaluation whose settings are checked, before anything is made; arguments as of :func:`evaluate`."""
+    models = line_up(students, config)
     fashion = any(model.embedded for model in models)
     if not fashion:
-        config = _with_trained_classes(config, models)
-    plans = [(model, _conditions(model, config, fashion)) for model in models]
-    if judge is None and _is_fashion(config, plans, fashion):
-        judge = Judge(FashionExtractor(config.torch_device), fashion_reference())
-    try:
-        (config.out / "rows").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write into {config.out}: {error.strerror}") from error
-
-    rows: list[dict[str, Any]] = []
-    pictures: list[GridRow] = []
+        config = with_trained_classes(config, models)
+    conditions = [conditions_of(model, config, fashion) for model in models]
     skipped: list[str] = []
-    for model, conditions in plans:
-        pipeline = None
-        for steps in _step_counts(model, config, skipped):
-            key = row_key(model, conditions, steps, config, judge)
-            cached = read_row(config.out, key)
-            if cached is None:
-                pipeline = pipeline or model.load(config.torch_device, getattr(torch, config.dtype))
-                try:
-                    cached = measure(pipeline, model, conditions, steps, config, judge)
-                except NonFiniteImagesError as error:
-                    skipped.append(f"{model.name} at {in_steps(steps)} is left out: {error}.")
-                    continue
-                write_row(config.out, key, *cached)
-            else:
-                logger.info("%s at %d steps: taken from %s", model.name, steps, config.out / "rows")
-            # The name is no part of the key: the same folder may stand in another list this time.
-            row = _row({**cached[0], "model": model.name}, config, judge)
-            skipped += row.pop("skipped")
-            row["pictures"] = write_pictures(config.out, f"row_{len(rows):02d}", cached[1])
-            rows.append(row)
-            pictures.append(GridRow(f"{model.name}, {in_steps(steps)}", cached[1]))
-
-    if not rows:
+    counts = step_counts(models, config, skipped)
+    if not any(counts):
         raise UserError("nothing could be evaluated: " + " ".join(skipped))
-    report = _report(rows, list(dict.fromkeys(skipped)), plans, config, judge)
-    report.save(config.out)
-    grid = draw_grid(pictures, report.conditions["shown"])
-    write_durably(config.out / "grid.png", lambda path: grid.save(path, format="PNG"))
-    _put_on_cards(models, report)
-    return report
+    known = fashion or any(one.kind == "prompt" and one.labels for one in conditions)
+    comparison = compare_with(config, judge, known_clothes=known)
+    panel = open_panel(
+        config,
+        fashion=judge is not None or known,
+        prompted=any(one.kind == "prompt" for one in conditions),
+        extractors={**(extractors or {}), **({} if judge is None else {"fashion": judge.extractor})},
+        scorers=scorers,
+        unfit=comparison.unfit,
+    )
+    work = Evaluation(config, panel, comparison, processes or Processes())
+    for model, asked, own in zip(models, conditions, counts):
+        if comparison.kind == model.role == "teacher" and panel.extractors:  # its own row is the floor of all
+            own = sorted({*own, own_steps(model, config)})
+        work.add(model, asked, own)
+    work.skipped += skipped
+    return work
 
 
-def _put_on_cards(models: Sequence[Model], report: Report) -> None:
-    """Each student's card in a folder gets its own rows and the teacher's."""
-    teacher = [row for row in report.rows if row["role"] == "teacher"]
-    for model in models:
-        folder = Path(model.source) if model.role == "student" and model.source else None
-        own = [row for row in report.rows if row["model"] == model.name]
-        if folder is None or not own or not (folder / "README.md").is_file():
-            continue
-        rows = {
-            f"{'teacher' if row['role'] == 'teacher' else 'student'}, {in_steps(row['steps'])}": {
-                "NFE": row["nfe"],
-                **row["metrics"],
-                **{name: row["speed"][name] for name in CLOCK if row["speed"]},
-            }
-            for row in [*teacher, *own]
-        }
+@dataclass
+class Evaluation:
+    """One evaluation, whose settings are checked.
+
+    Args:
+        config: of it.
+        panel: who judges.
+        comparison: what with.
+        processes: that share the work.
+
+    Attributes:
+        sources: of the rows.
+        skipped: one sentence for each row that is not there.
+    """
+
+    config: EvalConfig
+    panel: Panel
+    comparison: Comparison
+    processes: Processes
+    sources: list[ModelSource] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    _loaded: dict[int, Any] = field(default_factory=dict)
+
+    def add(self, model: Model, conditions: SampleConditions, counts: Sequence[int]) -> None:
+        """A model at some step counts."""
+        self.sources += [self._source(model, conditions, steps, self.config.seed) for steps in counts]
+        unique_names(self.sources)
+
+    def run(self) -> Report:
+        """Make the samples, then the numbers of all rows, then the timings. See :func:`evaluate`."""
+        self.processes.of_main(lambda: claim(self.config.out, protocol_of(self.sources, self.config)))
+        rows = []
+        for source in self.sources:
+            try:
+                rows.append(self._row(source))
+            except NonFiniteImagesError as error:
+                self.skipped.append(f"{source.model.name} at {in_steps(source.steps)} is left out: {error}.")
+        if not rows:
+            raise UserError("nothing could be evaluated: " + " ".join(self.skipped))
+        judges = self._judges(rows)
+        return self.processes.of_main(lambda: self._finished(rows, judges))
+
+    def _row(self, source: ModelSource) -> Row:
+        known = None
+        if not self.config.measure_teacher and self.comparison.kind == "fashion":
+            known = known_row(source)
+        few = source if known is None else dataclasses.replace(source, num=min(source.num, self.config.columns))
+        return Row(source, self._samples(few), known)
+
+    def _finished(self, rows: Sequence[Row], judges: Mapping[str, Judge]) -> Report:
+        """What one process does for all: numbers, timings, report, pictures, cards."""
+        for row in rows:
+            row.measure(self.panel, judges)
+        timings = self._timings(rows)
+        report = report_of(rows, timings, self.panel, self.comparison, judges, self.config, self.skipped)
         try:
-            write_numbers(folder, rows, " ".join(report.provenance()))
+            report.save(self.config.out)
+            self._draw(rows)
         except OSError as error:
-            logger.warning("the card of %s is left as it is: %s", folder, error.strerror)
+            raise UserError(f"{self.config.out} could not be written ({error}); make room, start it again") from error
+        for kind in self.config.export:
+            for row in rows:
+                self._export(kind, row)
+        put_on_cards([row.source.model for row in rows], report)
+        return report
 
+    def _export(self, kind: str, row: Row) -> None:
+        """A row's samples in a benchmark's layout, where they are not there already."""
+        out = self.config.out / "exports" / kind / row.samples.name
+        if out.is_dir():
+            return
+        source, paths = row.source, row.samples.picture_paths(row.source.num)
+        prompts: Sequence[str | None] = source.prompts(range(source.num)) or [None] * source.num
+        samples = (Sample(index, *one) for index, one in enumerate(zip(prompts, paths, strict=True)))
+        told = self.config.export_prompts
+        done = export(kind, samples, out, None if told is None else Path(told), source.name)
+        logger.info("%s: %d samples in %s; %s", kind, done.samples, done.folder, " ".join((done.command, *done.notes)))
 
-def _models(students: Sequence[str | Path | Model | Any], config: EvalConfig) -> list[Model]:
-    """The teacher first, then the students, under distinct names."""
-    if not students and config.teacher is None:
-        raise UserError("nothing to evaluate: give a student's folder or a teacher")
-    found = [given if isinstance(given, Model) else student_model(given, base=config.base) for given in students]
-    teacher = (
-        []
-        if config.teacher is None
-        else [teacher_model(config.teacher, config.teacher_call, found, config.teacher_files)]
-    )
-    for index, model in enumerate(found):
-        if len(found) > 1 and model.source is not None and model.name == "student":
-            folder = Path(model.source).resolve()
-            told = folder.parent if folder.name in ("student", "student_lora") else folder
-            model.name = f"student {index + 1} ({told.name})"
-            # Readers of the report tell the teacher's rows by that word.
-            if "teacher" in model.name:
-                model.name = f"student {index + 1}"
-    return teacher + found
+    def _timings(self, rows: Sequence[Row]) -> list[dict[str, Any] | None]:
+        if "speed" not in self.panel.groups:
+            return [None] * len(rows)
+        teachers = [n for n, row in enumerate(rows) if row.source.model.role == "teacher"]
+        baseline = max(teachers, key=lambda n: rows[n].source.steps, default=None)
 
+        def load(source: ModelSource) -> Any:
+            key = id(source.model)
+            if key not in self._loaded:
+                self._loaded[key] = self._load(source.model)
+            return self._loaded[key]
 
-def _with_trained_classes(config: EvalConfig, models: Sequence[Model]) -> EvalConfig:
-    """Where nothing was asked for: the classes that the first student was distilled with (cards name no prompts)."""
-    classes = next((model.training["classes"] for model in models if model.training.get("classes")), None)
-    if classes is None or config.prompts is not None or config.classes is not None:
-        return config
-    return dataclasses.replace(config, classes=read_classes(classes))
+        return [*time_rows([row.source for row in rows], load, self.config, baseline)]
 
+    def _source(self, model: Model, asked: SampleConditions, steps: int, seed: int, label: str = "") -> ModelSource:
+        def load() -> Any:
+            if id(model) not in self._loaded:
+                self._loaded.clear()  # one at a time, until they are timed side by side
+                self._loaded[id(model)] = self._load(model)
+            return self._loaded[id(model)]
 
-def _conditions(model: Model, config: EvalConfig, fashion: bool) -> SampleConditions:
-    """What the model's samples are asked for; `fashion`: the ten classes of Fashion-MNIST are the default."""
-    from fewstep.fashion import PROMPTS
+        return ModelSource(model, asked, steps, self._num, seed, load, self._machine, label)
 
-    kind = model.condition_kind()
-    if kind == "prompt":
-        if config.prompts is None and not fashion:
-            raise UserError(f"{model.name} takes prompts, and none were given (--prompts FILE)")
-        if config.prompts is None and any(not 0 <= k < len(PROMPTS) for k in config.classes or ()):
-            raise UserError(f"classes must lie between 0 and {len(PROMPTS) - 1}")
-        chosen = config.prompts or [PROMPTS[k] for k in config.classes or range(len(PROMPTS))]
-        known = all(prompt in PROMPTS for prompt in chosen)
-        return SampleConditions("prompt", tuple(chosen), tuple(PROMPTS.index(p) for p in chosen) if known else ())
-    if kind == "label":
-        if config.classes is None:
-            raise UserError(f"{model.name} takes class labels, and none were given (--classes 0-9)")
-        return SampleConditions("label", tuple(config.classes), tuple(config.classes))
-    return SampleConditions()
+    def _load(self, model: Model) -> Any:
+        return model.load(self.config.torch_device, getattr(torch, self.config.dtype))
 
+    @cached_property
+    def _num(self) -> int:
+        """Samples in a row: where nobody looks at them, no more than are shown and timed."""
+        if self.panel.extractors or self.panel.scorers:
+            return self.config.num
+        return min(self.config.num, max(self.config.columns, self.config.batch_size))
 
-def _is_fashion(config: EvalConfig, plans: Sequence[tuple[Model, SampleConditions]], fashion: bool) -> bool:
-    """Whether the embedded reference is the right one: asked for, or the models or their prompts come from there."""
-    if config.reference != "auto":
-        return config.reference == "fashion"
-    return fashion or any(conditions.kind == "prompt" and conditions.labels for _, conditions in plans)
+    @cached_property
+    def _machine(self) -> tuple[str, ...]:
+        """What the rounding of samples depends on."""
+        return (device_name(self.config.torch_device), self.config.dtype)
 
+    def _samples(self, source: Any, *, views: bool = True, what: str | None = None) -> SampleSet:
+        """The complete samples of a source."""
+        kept = source.num if self.config.images == "all" else self.config.columns
+        looking = self.panel.views() if views else [v for v in self.panel.views() if v.kind in self.panel.extractors]
+        samples = SampleSet(source, self.config.out, looking, kept, self.config.batch_size, self.processes)
+        main = self.processes.rank == 0
+        with tqdm(desc=what or source.title, unit="sample", disable=not main) as bar:
+            samples.complete(bar.update)
+        return samples
 
-def _step_counts(model: Model, config: EvalConfig, skipped: list[str]) -> list[int]:
-    """The step counts to run; each refused one leaves its sentence in `skipped`."""
-    if model.role == "teacher":
-        return list(config.teacher_steps)
-    reasons = {steps: model.why_not(steps) for steps in config.steps}
-    skipped += [reason for reason in reasons.values() if reason]
-    return [steps for steps, reason in reasons.items() if reason is None]
+    def _judges(self, rows: Sequence[Row]) -> dict[str, Judge]:
+        """By the kind of extractor, each with what it compares with."""
+        if not self.panel.extractors:
+            return {}
 
+        def of_teacher(seed: int) -> tuple[ModelSource, SampleSet]:
+            teacher = next(source for source in self.sources if source.model.role == "teacher")
+            steps = own_steps(teacher.model, self.config)
+            source = self._source(teacher.model, teacher.conditions, steps, seed, "reference")
+            return source, self._samples(source, views=False, what="reference")
 
-def _row(row: dict[str, Any], config: EvalConfig, judge: Judge | None) -> dict[str, Any]:
-    """A row as reports have it: what the clock says stands beside its conditions."""
-    metrics = {name: value for name, value in row["metrics"].items() if name not in CLOCK}
-    clock = {name: row["metrics"][name] for name in CLOCK if name in row["metrics"]}
-    speed = {**clock, **row["speed"]} if row["speed"] else None
-    num = config.num if judge else min(config.num, max(config.columns, 2 * config.batch_size))
-    row.pop("floor")
-    return {**row, "num": num, "metrics": metrics, "spread": {}, "speed": speed}
+        def of_images(source: Any) -> SampleSet:
+            return self._samples(source, views=False, what=source.name)
 
+        shape = rows[0].samples.shape
+        return self.comparison.judges(self.panel, shape, of_teacher, of_images)
 
-def _measures(judge: Judge) -> dict[str, Measure]:
-    """What the judge's numbers are."""
-    fields = judge.fields(0)
-    made = {
-        name: Measure(
-            title=name,
-            group={"precision": "prdc", "recall": "prdc"}.get(name, name),
-            format=metric.format,
-            better="near" if name == "diversity" else "higher",
-            extractor=fields["extractor"],
-            weights_sha256=fields["weights_sha256"],
-            resize=fields["resize"],
-            reference=fields["id"],
-            n_ref=fields["n_ref"],
-        )
-        for metric in IMAGE_METRICS
-        for name in metric.names
-    }
-    floor = judge.reference.floor
-    known = next((name for name, value in judge.reference.floors.items() if value == floor), "other real images")
-    made["fd_test"] = dataclasses.replace(
-        made["fd_test"],
-        title=f"{fields['metric']} (test)",
-        better="lower",
-        floor=floor,
-        floor_of="it was not measured" if floor is None else known,
-    )
-    return made
-
-
-def _report(
-    rows: list[dict[str, Any]],
-    skipped: list[str],
-    plans: Sequence[tuple[Model, SampleConditions]],
-    config: EvalConfig,
-    judge: Judge | None,
-) -> Report:
-    notes = []
-    if judge and config.num < QUOTABLE:
-        notes.append(
-            f"Fewer than {QUOTABLE:,} samples raise every Fréchet distance: compare within this report, quote none."
-        )
-    if judge and config.num < 2 * judge.reference.features.shape[1]:
-        notes.append("So few samples leave the covariance singular: the Fréchet distances are mostly bias.")
-    asked = {label for _, conditions in plans for label in conditions.labels}
-    if judge and asked and len(asked) < len(judge.reference.labels.unique()):
-        notes.append(f"Only {len(asked)} classes were generated, and the reference holds all of them.")
-    judged = any("fd_test" in row["metrics"] for row in rows)
-    reference = judge.fields(config.num) if judge is not None and judged else None
-    if judge and judged:
-        floors = "; ".join(f"{name} {value:.3f}" for name, value in judge.reference.floors.items())
-        notes += [f"{judge.reference.metric} (test) of others: {floors}."] if len(judge.reference.floors) > 1 else []
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    settings["students"] = [model.source for model, _ in plans if model.role == "student"]
-    notes += [note for model, _ in plans if (note := model.guidance_note())]
-    versions = {"fewstep": __version__, "python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
-    asked_for = list(dict.fromkeys(conditions for _, conditions in plans))
-    told = asked_for[0] if len(asked_for) == 1 else SampleConditions()
-    return Report(
-        protocol(
-            num=config.num,
-            seed=config.seed,
-            conditions_sha256=json_sha256([dataclasses.asdict(conditions) for conditions in asked_for]),
-            image_format="uint8, rounded half up",
-        ),
-        rows,
-        _measures(judge) if judge is not None else {},
-        config.num,
-        config.seed,
-        # What a column shows only where every row shows the same.
-        {"kind": told.kind, "shown": [str(v) for v in told.take(range(config.columns))] if told.kind else []},
-        reference,
-        skipped,
-        notes,
-        settings,
-        versions,
-    )
+    def _draw(self, rows: Sequence[Row]) -> None:
+        """``grid.png``."""
+        columns = self.config.columns
+        pictures = [GridRow(row.source.title, row.samples.pictures(columns)) for row in rows]
+        # Column labels only where every row shows the same conditions.
+        shown = {row.source.conditions for row in rows}
+        asked = rows[0].source.conditions
+        labels = asked.take(range(columns)) if len(shown) == 1 and asked.kind else []
+        grid = draw_grid(pictures, [str(label) for label in labels])
+        write_durably(self.config.out / "grid.png", lambda path: grid.save(path, format="PNG"))

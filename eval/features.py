@@ -41,21 +41,22 @@ class Extractor(Protocol):
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images as an extractor sees them.
+    """What samples are compared with, as an extractor sees it: real images, or the teacher's own samples.
 
-    features: (n, d); labels: int64 (n,); mean: float64 (d,); covariance: float64 (d, d).
-    metric: what a Fréchet distance to it is called. floor: what held-back real images score against it. floors: that
-    and other such scores (real images after the autoencoder), by name.
+    features: (n, d), or None where statistics are all there is; labels: int64 (n,), or None where unknown.
+    mean: float64 (d,); covariance: float64 (d, d); count: n.
+    metric: what a Fréchet distance to it is called. floors: what other samples of the same kind score in that distance
+    (held-back real images, real images after the autoencoder), by name; the first is the floor.
     """
 
     name: str
     metric: str
     extractor_sha256: str
-    features: Tensor
-    labels: Tensor
+    features: Tensor | None
+    labels: Tensor | None
     mean: Tensor
     covariance: Tensor
-    floor: float | None = None
+    count: int
     floors: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -82,7 +83,8 @@ class FashionExtractor:
         self.sha256: str = fashion.reference().classifier_sha256
         self.device = torch.device(device)
         self.batch_size = batch_size
-        self._classifier: Any = fashion.load_classifier(self.device)
+        # Channels last takes 0.6 times as long on a CPU.
+        self._classifier: Any = fashion.load_classifier(self.device).to(memory_format=torch.channels_last)
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """32x32, grey or RGB."""
@@ -102,14 +104,15 @@ def fashion_reference() -> Reference:
 
     stored = fashion.reference()
     names = {"real": "5,000 held-back real images", "autoencoder": "the same through the teachers' autoencoder"}
+    features = torch.as_tensor(stored.features).float()
     return Reference(
         name="the 10,000 test images of Fashion-MNIST",
         metric="FD-fashion",
         extractor_sha256=stored.classifier_sha256,
-        features=torch.as_tensor(stored.features).float(),
+        features=features,
         labels=torch.as_tensor(stored.labels).long(),
         mean=torch.as_tensor(stored.mean, dtype=torch.float64),
         covariance=torch.as_tensor(stored.covariance, dtype=torch.float64),
-        floor=stored.floors["real"],
-        floors={names.get(name, name): value for name, value in stored.floors.items()},
+        count=len(features),
+        floors={names[name]: stored.floors[name] for name in names},
     )

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fewstep.errors import UserError
+from fewstep.eval.conditions import SampleConditions
 from fewstep.export.step_noise import step_noise_from, step_replaced
 from fewstep.recording.invocation import SUBJECT_ARGUMENTS
 from fewstep.recording.pipeline import find_scheduler, modules_of
@@ -34,33 +35,6 @@ from fewstep.recording.plain_call import as_taken
 
 class NonFiniteImagesError(UserError):
     """The pipeline returned NaN or infinity: the model diverged, or its scheduler cannot run this step count."""
-
-
-@dataclass(frozen=True)
-class SampleConditions:
-    """What sample i is asked for: entry ``i % len(values)``.
-
-    kind: "prompt", "label" or None (unconditional). values: prompts or class numbers; empty when unconditional.
-    labels: the class each value stands for (what the agreement metric compares with), or empty when unknown.
-    """
-
-    kind: Literal["prompt", "label"] | None = None
-    values: tuple[str | int, ...] = ()
-    labels: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.kind is not None and not self.values:
-            raise UserError(f"no {self.kind}s to generate for: the list is empty")
-        if self.labels and len(self.labels) != len(self.values):
-            raise UserError(f"{len(self.values)} {self.kind}s but {len(self.labels)} labels")
-
-    def take(self, indices: Sequence[int]) -> list[str | int]:
-        """The values of the samples `indices`."""
-        return [self.values[i % len(self.values)] for i in indices]
-
-    def take_labels(self, indices: Sequence[int]) -> Tensor:
-        """The classes of the samples `indices`, int64 (len(indices),)."""
-        return torch.tensor([self.labels[i % len(self.labels)] for i in indices], dtype=torch.int64)
 
 
 @dataclass(frozen=True)

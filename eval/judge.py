@@ -1,112 +1,148 @@
 """The judge of images: an extractor, the reference it is compared with, and the metrics made from both."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.eval.features import Extractor, Features, Reference
-from fewstep.eval.generate import SampleConditions
+from fewstep.eval.conditions import SampleConditions
+from fewstep.eval.features import Extractor, Reference
 from fewstep.eval.metrics.precision_recall import manifold_radii
-from fewstep.eval.metrics.table import IMAGE_METRICS
+from fewstep.eval.metrics.table import Metric
 
 
 @dataclass
 class Judge:
-    """An extractor and the reference it is compared with, whose neighbour radii are computed once."""
+    """An extractor and the reference it is compared with, whose neighbour radii are computed once.
+
+    reference: None where there is nothing to compare with. training: features (m, d) of the images that the teacher
+    learnt from, where they are told.
+    """
 
     extractor: Extractor
-    reference: Reference
+    reference: Reference | None
+    training: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.extractor.sha256 != self.reference.extractor_sha256:
+        self._radii: dict[int, Tensor] = {}
+        if self.reference is not None and self.extractor.sha256 != self.reference.extractor_sha256:
             raise ValueError(f"the reference {self.reference.name} was not made with {self.extractor.name}")
 
-    @cached_property
-    def radii(self) -> Tensor:
-        """Neighbour radii of the reference, for precision."""
-        return manifold_radii(self.reference.features)
-
-    def fields(self, num: int) -> dict[str, Any]:
-        """What has to travel with every number this judge gives, for `num` generated images."""
-        return {
-            "id": self.reference.name,
-            "metric": self.reference.metric,
-            "extractor": self.extractor.name,
-            "weights_sha256": self.extractor.sha256,
-            "resize": self.extractor.resize,
-            "n_gen": num,
-            "n_ref": len(self.reference.features),
-            "image_format": "uint8, rounded half up",
-            "floors": dict(self.reference.floors),
-        }
+    def radii(self, k: int) -> Tensor:
+        """Distances of the reference's samples to their k-th neighbours. Raises ValueError for statistics alone."""
+        if self.reference is None or self.reference.features is None:
+            raise ValueError("the reference has no samples of its own")
+        if k not in self._radii:
+            self._radii[k] = manifold_radii(self.reference.features, k)
+        return self._radii[k]
 
 
 @dataclass(frozen=True)
 class MetricInputs:
     """What metrics are made of; each names what it needs of it (`fewstep.eval.metrics.table`).
 
-    features: float (N, d). logits: float (N, classes), or None when the extractor does not classify. labels: int64
-    (N,), the classes asked for, or None when unknown. The reference's are `reference`, `reference_features` (n, d) and
-    `reference_radii` (n,).
+    judge: of the view. column: what its extractor made of all samples, by name; (N, ...), or (N, parts, ...) where it
+    looks at several frames or patches of each. conditions: what the samples were asked for.
     """
 
     judge: Judge
-    features: Tensor
-    logits: Tensor | None
-    labels: Tensor | None
+    column: Callable[[str], Tensor | None]
+    conditions: SampleConditions
+
+    @cached_property
+    def _features(self) -> Tensor:
+        found = self.column("features")
+        if found is None:
+            raise ValueError(f"{self.judge.extractor.name} does not look at these samples")
+        return found
 
     @property
-    def reference(self) -> Reference:
+    def _parts(self) -> int:
+        return self._features.shape[1] if self._features.ndim == 3 else 1
+
+    @cached_property
+    def features(self) -> Tensor:
+        """Float (N, d); frames and patches count as samples."""
+        return self._features.flatten(0, -2)
+
+    @property
+    def logits(self) -> Tensor | None:
+        """Float (N, classes), or None where the extractor does not classify."""
+        found = self.column("logits")
+        return None if found is None else found.flatten(0, -2)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The classes asked for, int64 (N,), or None where they are not known."""
+        if not self.conditions.labels:
+            return None
+        return self.conditions.take_labels(range(len(self._features))).repeat_interleave(self._parts)
+
+    @property
+    def subjects(self) -> Tensor:
+        """Which prompt or label each sample has, int64 (N,): zeros where all are asked for the same, or for nothing."""
+        count = len(self._features)
+        found = self.conditions.subjects(count)
+        return (torch.zeros(count, dtype=torch.int64) if found is None else found).repeat_interleave(self._parts)
+
+    @property
+    def reference(self) -> Reference | None:
         """What the samples are compared with."""
         return self.judge.reference
 
     @property
-    def reference_features(self) -> Tensor:
-        """Of the real images."""
-        return self.judge.reference.features
+    def reference_features(self) -> Tensor | None:
+        """Of the reference's images, (n, d)."""
+        return None if self.judge.reference is None else self.judge.reference.features
 
     @property
-    def reference_radii(self) -> Tensor:
-        """Neighbour radii of the real images, computed when they are first wanted."""
+    def reference_radii(self) -> Callable[[int], Tensor]:
+        """Neighbour radii of the reference's images by k, computed when they are first wanted."""
         return self.judge.radii
+
+    @property
+    def training_features(self) -> Tensor | None:
+        """Of the images that the teacher learnt from, (m, d)."""
+        return self.judge.training
 
     def lacking(self, needs: Sequence[str]) -> str | None:
         """Why something of `needs` is not there, or None where all is."""
+        if self.column("features") is None:
+            return f"{self.judge.extractor.name} takes images of another size"
         if "labels" in needs and self.labels is None:
             return "the classes of these samples are not known"
         if "logits" in needs and self.logits is None:
             return f"{self.judge.extractor.name} does not classify"
+        if self.reference is None and {"reference", "reference_features", "reference_radii"} & set(needs):
+            return "there is nothing to compare with (--reference)"
+        if {"reference_features", "reference_radii"} & set(needs) and self.reference_features is None:
+            return "the reference has statistics alone, and no images"
+        if "training_features" in needs and self.training_features is None:
+            return "the images that the teacher learnt from are not given (--train_data)"
         return None
 
 
-def image_metrics(
-    wanted: Sequence[str], parts: Sequence[Features], conditions: SampleConditions, judge: Judge | None
-) -> tuple[dict[str, float], list[str]]:
-    """The image metrics among `wanted`, and one plain sentence for each that could not be computed.
-
-    parts: the features of samples 0, 1, 2, ... in order; empty when the images do not fit the extractor.
-    """
-    asked = [(metric, names) for metric in IMAGE_METRICS if (names := [n for n in metric.names if n in wanted])]
-    if judge is None or not parts:
-        unfit = "no embedded extractor knows these images" if judge is None else "the extractor takes another size"
-        return {}, [f"{name} is skipped: {unfit}." for _, names in asked for name in names]
-    features = torch.cat([part.features for part in parts])
-    logits = [part.logits for part in parts if part.logits is not None]
-    labels = conditions.take_labels(range(len(features))) if conditions.labels else None
-    inputs = MetricInputs(judge, features, torch.cat(logits) if logits else None, labels)
+def numbers_of(
+    metrics: Sequence[Metric], inputs: MetricInputs
+) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
+    """Metrics of one view: their numbers, the standard errors of some, and why others are not there, by group."""
     numbers: dict[str, float] = {}
-    skipped: list[str] = []
-    for metric, names in asked:
+    spread: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    for metric in metrics:
         reason = inputs.lacking(metric.needs)
         if reason is None:
             try:
-                numbers |= {name: value for name, value in metric.numbers(inputs).items() if name in names}
+                estimates = metric.numbers(inputs)
             except ValueError as error:
                 reason = str(error)
+            else:
+                numbers |= {name: one.value for name, one in estimates.items()}
+                spread |= {name: one.error for name, one in estimates.items() if one.error is not None}
         if reason is not None:
-            skipped += [f"{name} is skipped: {reason}." for name in names]
-    return numbers, skipped
+            reasons[metric.group] = reason
+    return numbers, spread, reasons

@@ -9,7 +9,8 @@ import torch
 from fewstep.config.values import MOST, shown
 from fewstep.data.durable import write_durably
 from fewstep.errors import UserError
-from fewstep.eval.generate import SampleConditions, generate
+from fewstep.eval.conditions import SampleConditions
+from fewstep.eval.generate import generate
 from fewstep.eval.grid import contact_sheet, tile, to_pil
 from fewstep.eval.models import CARD_NAME, Model, student_model, teacher_model
 

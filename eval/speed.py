@@ -1,4 +1,8 @@
-"""How fast: latency of one call, throughput of a batch, and the conditions both were measured under."""
+"""How fast: latency and throughput of several models side by side, and the conditions they were measured under.
+
+A machine's speed changes from minute to minute, so numbers that were taken one after the other do not compare. Here
+every round times each model once, in turn, and what is compared are the ratios within a round.
+"""
 
 import platform
 import statistics
@@ -9,53 +13,68 @@ from typing import Any
 
 import torch
 
+_WARMUPS = 1
+
 
 @dataclass(frozen=True)
-class Latency:
-    """Seconds of one call: median and 90th percentile over `calls` calls."""
+class Timing:
+    """Seconds of one model's calls, and how they compare with the baseline's calls of the same rounds.
+
+    median, p90: over ``rounds`` calls. ratio: median of baseline / own seconds, how many times as fast as the baseline
+    it is; low, high: its quartiles. None for the baseline, and where there is none.
+    """
 
     median: float
     p90: float
-    calls: int
+    rounds: int
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
 
 
-def latency(
-    call: Callable[[], object], *, device: torch.device, calls: int = 20, warmup: int = 2, budget: float = 60.0
-) -> Latency:
-    """Time `call` after `warmup` untimed calls; the device is waited for before each reading of the clock.
+def side_by_side(
+    calls: Sequence[Callable[[], object]],
+    *,
+    device: torch.device,
+    rounds: int = 20,
+    budget: float = 60.0,
+    baseline: int | None = None,
+) -> list[Timing]:
+    """Time each of `calls` once a round, after an untimed call of each; the device is waited for around each.
 
-    budget: seconds after which no further call starts (slow teachers), but at least one is timed; the count is
-    part of the result. Raises ValueError for calls < 1.
+    budget: seconds after which no further round starts (slow teachers), but at least one is timed; the count is part
+    of the result. baseline: which of the calls the others are compared with. Raises ValueError for rounds < 1.
     """
-    if calls < 1:
-        raise ValueError("latency needs at least one call")
+    if rounds < 1:
+        raise ValueError("a timing needs at least one round")
     started = time.perf_counter()
-    for _ in range(warmup):
-        call()
-        if time.perf_counter() - started > budget:
+    for _ in range(_WARMUPS):
+        for call in calls:
+            call()
+    seconds: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds if calls else 0):
+        if number and time.perf_counter() - started > budget:
             break
-    seconds: list[float] = []
-    while len(seconds) < calls and (not seconds or time.perf_counter() - started < budget):
-        _wait_for(device)
-        before = time.perf_counter()
-        call()
-        _wait_for(device)
-        seconds.append(time.perf_counter() - before)
-    ordered = sorted(seconds)
+        for own, call in zip(seconds, calls):
+            _wait_for(device)
+            before = time.perf_counter()
+            call()
+            _wait_for(device)
+            own.append(time.perf_counter() - before)
+    theirs = None if baseline is None else seconds[baseline]
+    return [_timing(own, None if own is theirs else theirs) for own in seconds]
+
+
+def _timing(own: Sequence[float], baseline: Sequence[float] | None) -> Timing:
+    ordered = sorted(own)
     # Nearest rank: the smallest measured value that at least 90 % of the calls do not exceed.
     p90 = ordered[-(-len(ordered) * 9 // 10) - 1]
-    return Latency(statistics.median(ordered), p90, len(ordered))
-
-
-def throughput(batch_seconds: Sequence[tuple[int, float]], batch_size: int) -> float:
-    """Samples per second at `batch_size`, from (size, seconds) of the batches of a run, by their median.
-
-    The first full batch is the warm-up, smaller ones are left out. Raises ValueError when nothing else is there.
-    """
-    full = [seconds for size, seconds in batch_seconds if size == batch_size]
-    if len(full) < 2:
-        raise ValueError(f"a throughput needs two batches of {batch_size}")
-    return batch_size / statistics.median(full[1:])
+    timing = (statistics.median(ordered), p90, len(ordered))
+    if baseline is None:
+        return Timing(*timing)
+    ratios = [theirs / mine for theirs, mine in zip(baseline, own)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
+    return Timing(*timing, middle, low, high)
 
 
 def device_name(device: torch.device) -> str:

@@ -97,9 +97,10 @@ def test_json_and_yaml_of_others_are_read_in_bounds() -> None:
     plain = {
         "fewstep.conditioning.conditioning",  # of a caller's own file
         "fewstep.conditioning.stacking",  # of a text that was made a line above
+        "fewstep.data.durable",  # of a text that was made in the same line
         "fewstep.data.fingerprint",  # of a tokenizer in memory
         "fewstep.data.shard_index",  # of a file beside the shards, which is made anew where it is none
-        "fewstep.eval.evaluate",  # of settings
+        "fewstep.eval.report.report",  # of a text that was made a line above
         "fewstep.export.published_paths",  # of a folder that is being written; it catches depth itself
         "fewstep.pipelines.flow_map",  # of a student's folder; these files import nothing of the package
         "fewstep.pipelines.phased",

@@ -12,19 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.data.durable import write_text_durably
+from fewstep.data.image_opening import opened
 from fewstep.errors import UserError
 from fewstep.eval.benchmark.cell_results import Result
 from fewstep.eval.benchmark.cells import Cell, Training, digest
 from fewstep.eval.config import EvalConfig
-from fewstep.eval.features import FashionExtractor, fashion_reference
-from fewstep.eval.generate import SampleConditions
-from fewstep.eval.judge import Judge
+from fewstep.eval.evaluate import evaluate
 from fewstep.eval.models import Model, student_model, teacher_model
-from fewstep.eval.rows import measure
 from fewstep.export.folder import written
 from fewstep.fashion import PROMPTS
 from fewstep.programs import distillation
@@ -38,13 +37,15 @@ from fewstep.version import __version__
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("fd_test", "agreement", "recall")
+METRICS = ("fd_test", "agreement", "prdc")
+#: Of their numbers, those that are kept.
+KEPT = ("fd_test", "agreement", "recall")
 #: Samples in a cell's strip: one of each class.
 COLUMNS = len(PROMPTS)
 
 
 class Runner:
-    """Runs cells; what several of them need is made once.
+    """Runs cells.
 
     Args:
         work: folder of the trainings.
@@ -52,7 +53,6 @@ class Runner:
 
     def __init__(self, work: Path) -> None:
         self.work = work
-        self._judge: Judge | None = None
 
     def run(self, cell: Cell) -> tuple[Result, Tensor]:
         """Train where that is not done yet, then evaluate. Returns the numbers and the first samples.
@@ -78,7 +78,7 @@ class Runner:
             seed=cell.seed,
             num=cell.num,
             nfe=row["nfe"],
-            metrics={name: row["metrics"][name] for name in METRICS},
+            metrics={name: row["metrics"][name] for name in KEPT},
             seconds={name: round(s) for name, s in (trained | {"evaluation": time.process_time() - started}).items()},
             calls=calls,
             versions=versions(),
@@ -89,12 +89,18 @@ class Runner:
         return result, images
 
     def _evaluate(self, model: Model, cell: Cell) -> tuple[dict[str, Any], Tensor]:
-        config = EvalConfig(num=cell.num, metrics=METRICS, columns=COLUMNS)
-        if self._judge is None:
-            self._judge = Judge(FashionExtractor(config.torch_device), fashion_reference())
-        conditions = SampleConditions("prompt", tuple(PROMPTS), tuple(range(len(PROMPTS))))
-        pipeline = model.load(config.torch_device, torch.float32)
-        return measure(pipeline, model, conditions, cell.steps, config, self._judge)
+        out = self.work / f"{cell.file}.{digest(cell.content())}.report"
+        config = EvalConfig(out, num=cell.num, metrics=METRICS, columns=COLUMNS, images="shown", steps=(cell.steps,))
+        report = evaluate([model], config, teacher_steps=(cell.steps,))
+        (row,) = report.rows
+        return row, torch.stack([_pixels(out / picture) for picture in row["pictures"]])
+
+
+def _pixels(path: Path) -> Tensor:
+    """uint8 (C, H, W)."""
+    with opened(path) as picture:
+        pixels = torch.from_numpy(np.array(picture))
+    return pixels[None] if pixels.ndim == 2 else pixels.movedim(-1, 0)
 
 
 def train(training: Training, seed: int, work: Path) -> tuple[Path, float]:

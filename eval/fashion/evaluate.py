@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from fewstep.eval.metrics.agreement import agreement
 from fewstep.eval.metrics.frechet import feature_statistics, frechet_distance
 from fewstep.fashion.classifier import FashionClassifier, extract
 from fewstep.fashion.prompts import PROMPTS
@@ -86,8 +87,8 @@ def measure(
         images = sample(pipeline, labels, steps, guidance_scale, even_grid, seed)
         features, logits = extract(classifier, images)
         distance = frechet_distance(*feature_statistics(features), mean, covariance)
-        agreement = (logits.argmax(dim=1) == labels).double().mean().item()
-        rows.append(Row(steps, guidance_scale, even_grid, count, round(distance, 3), round(agreement, 4)))
+        share = agreement(logits, labels)
+        rows.append(Row(steps, guidance_scale, even_grid, count, round(distance, 3), round(share, 4)))
         tqdm.write(str(rows[-1]))
     return rows
 

@@ -10,6 +10,7 @@ from fewstep.eval.fashion.evaluate import Row, measure, table_settings
 from fewstep.eval.fashion.files import write_manifest
 from fewstep.eval.fashion.idx import Dataset
 from fewstep.eval.fashion.train_autoencoder import reconstruct
+from fewstep.eval.metrics.agreement import agreement
 from fewstep.eval.metrics.frechet import feature_statistics, frechet_distance
 from fewstep.fashion import TEACHERS, load_classifier, reference, teacher_path
 from fewstep.fashion.classifier import extract
@@ -46,8 +47,8 @@ def write_reference(data: Dataset) -> dict[str, float]:
         "autoencoder": frechet_distance(*feature_statistics(rebuilt), mean, covariance),
     }
     accuracy = {
-        "test": (logits.argmax(dim=1) == data.test.labels).double().mean().item(),
-        "held_back": (held_back_logits.argmax(dim=1) == data.held_back.labels).double().mean().item(),
+        "test": agreement(logits, data.test.labels),
+        "held_back": agreement(held_back_logits, data.held_back.labels),
     }
     write_manifest({"floors": floors, "classifier_accuracy": accuracy})
     return floors

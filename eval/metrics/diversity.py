@@ -24,4 +24,6 @@ def within_class_spread(features: Tensor, labels: Tensor) -> float:
 
 def diversity(features: Tensor, labels: Tensor, reference: Reference) -> float:
     """`within_class_spread` divided by the reference's own: 1 is as varied as real images, 0 is full collapse."""
+    if reference.features is None or reference.labels is None:
+        raise ValueError(f"the classes of {reference.name} are not known")
     return within_class_spread(features, labels) / within_class_spread(reference.features, reference.labels)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 #: Groups whose numbers are Fréchet distances: none of them stands without its floor, or why it has none.
-FRECHET = ("fd_test", "fid", "fd_dino", "fd_infinity", "patch_fid")
+FRECHET = ("fd_test", "fd", "fid", "fd_dino", "fd_infinity", "patch_fid")
 
 # What a format may be: a file's own text would else reach into Python, or print a number of a million digits.
 _FORMAT = re.compile(r"\{:,?\.[0-9][efg%]\}")

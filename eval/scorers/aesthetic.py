@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,7 @@ class AestheticScorer:
     name = "LAION aesthetic v2 (CLIP ViT-L/14 openai); bicubic to 224, centre"
     names: tuple[str, ...] = ("aesthetic",)
     sha256: str | None
+    looks_at: Literal["images", "videos"] = "images"
 
     def __init__(self, network: ClipNetwork, head: nn.Module, sha256: str, verified: bool) -> None:
         self._network, self._head = network, head

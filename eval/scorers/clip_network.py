@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,7 @@ class CosineScorer:
     sha256: str | None
     verified: bool
     words_before: str = ""
+    looks_at: Literal["images", "videos"] = "images"
 
     def __call__(self, images: Tensor, prompts: Sequence[str] | None) -> Mapping[str, Tensor]:
         """uint8 (N, [F,] 1 or 3, H, W) and N prompts -> the number, float64 (N,). ValueError without prompts."""

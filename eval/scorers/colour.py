@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class ColourScorer:
     names: tuple[str, ...] = ("saturation", "contrast")
     sha256: str | None = None
     verified = True
+    looks_at: Literal["images", "videos"] = "images"
 
     def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Mapping[str, Tensor]:
         """uint8 (N, [F,] 1 or 3, H, W) -> saturation and contrast, float64 (N,). Raises ValueError for other images."""

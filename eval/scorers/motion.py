@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class MotionScorer:
     It takes flicker and noise for motion. ``motion_dino``, where an extractor is given: mean over neighbouring frames
     of 1 - cos(f_t, f_(t+1)) of its features f, in [0, 2], which tells a change of what is seen from noise.
     """
+
+    looks_at: Literal["images", "videos"] = "videos"
 
     def __init__(self, extractor: Extractor | None = None) -> None:
         self.extractor = extractor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,13 +13,15 @@ class Scorer(Protocol):
     """Numbers for each sample, that need no other samples.
 
     name: of the scorer, with its network and what its numbers mean, as reports show it. names: of its numbers. sha256:
-    of its weights; None where it has none. verified: whether these are the published ones.
+    of its weights; None where it has none. verified: whether these are the published ones. looks_at: "videos" where
+    it means nothing of an image.
     """
 
     name: str
     names: tuple[str, ...]
     sha256: str | None
     verified: bool
+    looks_at: Literal["images", "videos"]
 
     def __call__(self, images: Tensor, prompts: Sequence[str] | None) -> Mapping[str, Tensor]:
         """uint8 images (N, C, H, W), or videos (N, F, C, H, W), C 1 or 3 -> float64 (N,) by name, on the CPU.

@@ -17,24 +17,30 @@ from fewstep.eval.scorers.pick import open_pick_scorer
 from fewstep.eval.scorers.scorer import Scorer
 from fewstep.eval.weights import Weights
 
-#: By the group of ``--metrics``: what opens the scorer, from weights, on a device, with an extractor for motion.
-SCORERS: Mapping[str, Callable[[Weights, torch.device | str, Extractor | None], Scorer]] = {
-    "clip": lambda weights, device, extractor: open_clip_scorer(weights, device),
-    "pick": lambda weights, device, extractor: open_pick_scorer(weights, device),
-    "hps": lambda weights, device, extractor: open_hps_scorer(weights, device),
-    "aesthetic": lambda weights, device, extractor: open_aesthetic_scorer(weights, device),
-    "saturation": lambda weights, device, extractor: ColourScorer(),
-    "motion": lambda weights, device, extractor: MotionScorer(extractor),
+#: By the group of ``--metrics``: what opens the scorer, from weights, on a device, with an extractor for motion, by a
+#: backbone for the CLIP score.
+SCORERS: Mapping[str, Callable[[Weights, torch.device | str, Extractor | None, str | None], Scorer]] = {
+    "clip": lambda weights, device, extractor, backbone: open_clip_scorer(weights, device, backbone),
+    "pick": lambda weights, device, extractor, backbone: open_pick_scorer(weights, device),
+    "hps": lambda weights, device, extractor, backbone: open_hps_scorer(weights, device),
+    "aesthetic": lambda weights, device, extractor, backbone: open_aesthetic_scorer(weights, device),
+    "saturation": lambda weights, device, extractor, backbone: ColourScorer(),
+    "motion": lambda weights, device, extractor, backbone: MotionScorer(extractor),
 }
 
 
 def open_scorer(
-    group: str, weights: Weights, device: torch.device | str = "cpu", extractor: Extractor | None = None
+    group: str,
+    weights: Weights,
+    device: torch.device | str = "cpu",
+    extractor: Extractor | None = None,
+    backbone: str | None = None,
 ) -> Scorer:
     """The scorer of a group of ``--metrics``.
 
     Args:
         group: a key of ``SCORERS``. weights: where its files are looked for. extractor: of frames, for ``motion``.
+        backbone: of the CLIP score; None takes the first whose weights are there.
 
     Raises:
         MissingWeightsError: a file of its weights is not there; the one sentence says which, and where to put it.
@@ -42,4 +48,4 @@ def open_scorer(
     """
     if group not in SCORERS:
         raise UserError(f"no scorer is called {group!r}: there are {', '.join(SCORERS)}")
-    return SCORERS[group](weights, device, extractor)
+    return SCORERS[group](weights, device, extractor, backbone)

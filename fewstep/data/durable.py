@@ -59,6 +59,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def as_json(content: Any) -> Any:
+    """What JSON gives back of a content: lists for tuples, texts for what it cannot hold."""
+    return json.loads(json.dumps(content, default=str))
+
+
 def json_sha256(content: Any) -> str:
     """The SHA-256 of what JSON can hold, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from fewstep.errors import one_line
@@ -71,6 +71,12 @@ def upright(picture: Image.Image) -> Image.Image:
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture)
     return picture
+
+
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Width and height of a picture as it is meant to be seen; its header is enough."""
+    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)  # by a quarter
+    return (picture.height, picture.width) if turned else picture.size
 
 
 def fitted(picture: Image.Image, channels: int, height: int, width: int) -> Tensor:

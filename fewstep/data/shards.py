@@ -35,16 +35,31 @@ class Shards:
         about: what it is; JSON can hold it. ``format`` names what the tensors are.
         maker: the command that makes such folders, for messages.
         wanted: only so many rows, the first ones, need be there; more may follow in a later run. Default: all.
+        again: what goes on with a folder that was begun.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], maker: str, wanted: int | None = None) -> None:
-        self.folder, self.about, self.maker = folder, about, maker
+    def __init__(
+        self,
+        folder: Path,
+        about: dict[str, Any],
+        maker: str,
+        wanted: int | None = None,
+        again: str = "--resume",
+    ) -> None:
+        self.folder, self.about, self.maker, self.again = folder, about, maker, again
         self.count: int = about["num"] if wanted is None else wanted
         self._open_shard = functools.lru_cache(_OPEN)(self._open)
 
     @classmethod
     def begin(
-        cls, folder: Path, about: dict[str, Any], maker: str, *, resume: bool, wanted: int | None = None
+        cls,
+        folder: Path,
+        about: dict[str, Any],
+        maker: str,
+        *,
+        resume: bool,
+        wanted: int | None = None,
+        again: str = "--resume",
     ) -> Shards:
         """Start a folder, or go on with one that is about the very same.
 
@@ -52,7 +67,7 @@ class Shards:
             UserError: it cannot be made, holds something else, or is there already and ``resume`` is not set.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        shards = cls(folder, about, maker, wanted)
+        shards = cls(folder, about, maker, wanted, again)
         others = [
             path for path in folder.iterdir() if path.suffix != ".partial" and path.name != INDEX_FOLDER
         ]  # before a second writer begins it
@@ -63,7 +78,7 @@ class Shards:
             # What an earlier version did not write down cannot be compared; its shards are bound to what it wrote.
             if changed := sorted(name for name in theirs if about.get(name) != theirs[name]):
                 raise UserError(f"{folder} was begun with another {', '.join(changed)}; choose another --out")
-            return cls(folder, theirs, maker, wanted)
+            return cls(folder, theirs, maker, wanted, again)
         if others:
             raise UserError(f"{folder} is not empty and holds nothing of {maker}; choose another --out")
         text = json.dumps({**about, "sha256": json_sha256(about)}, indent=1, ensure_ascii=False)
@@ -118,7 +133,7 @@ class Shards:
             write_durably(self.path(number), lambda path: save_file(tensors, path, metadata))
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{self.path(number)} could not be written ({error}); make room on the disk, then --resume"
+                f"{self.path(number)} could not be written ({error}); make room on the disk, then {self.again}"
             ) from error
 
     def is_whole(self, number: int) -> bool:

@@ -9,7 +9,6 @@ from tiny_pipelines import tiny_stable_diffusion
 from fewstep.data.condition_cache import CacheWriter, ConditionCache
 from fewstep.data.conditions import CutPrompts, encode_each
 from fewstep.data.shards import Shards
-from fewstep.eval.rows import read_row, write_row
 from fewstep.recording import Recording, record
 from tests.faults import Faults, every_fault
 
@@ -62,23 +61,3 @@ def test_a_cache(kind: str, recording: Recording, tmp_path: Path):
         assert files(root) == files(tmp_path / "whole"), fault.happened
 
     every_fault(kind, write, check, at_least=20)
-
-
-@KINDS
-def test_a_row_of_an_evaluation(kind: str):
-    images = torch.arange(12, dtype=torch.uint8).reshape(1, 3, 2, 2)
-
-    def check(root: Path, fault: Faults) -> None:
-        found = read_row(root, "key")
-        if found is not None:  # else it is measured again
-            assert found[0] == {"nfe": 1} and torch.equal(found[1], images), fault.happened
-        write_row(root, "key", {"nfe": 1}, images)
-        assert read_row(root, "key") is not None
-
-    every_fault(
-        kind,
-        lambda root: write_row(root, "key", {"nfe": 1}, images),
-        check,
-        at_least=6,
-        before=lambda root: (root / "rows").mkdir(parents=True),
-    )

@@ -27,7 +27,7 @@ def judge() -> Judge:
         labels=torch.arange(64) % 4,
         mean=feature_statistics(features)[0],
         covariance=feature_statistics(features)[1],
-        floor=0.01,
+        count=len(features),
         floors={"held-back images": 0.01},
     )
     return Judge(extractor, reference)

@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMSchedul
 from toy_models import tiny_ddim, tiny_dit, tiny_flow, tiny_named
 
 from fewstep.errors import UserError
+from fewstep.eval.conditions import SampleConditions
 from fewstep.eval.generate import (
     NonFiniteImagesError,
-    SampleConditions,
     generate,
     sample_generator,
     to_uint8,

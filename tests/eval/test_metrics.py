@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from fewstep.eval.config import METRICS
+from fewstep.eval.conditions import SampleConditions
 from fewstep.eval.features import Features, Reference, to_grey
-from fewstep.eval.generate import SampleConditions
-from fewstep.eval.judge import MetricInputs, image_metrics
+from fewstep.eval.judge import MetricInputs, numbers_of
 from fewstep.eval.metrics.agreement import agreement
 from fewstep.eval.metrics.diversity import diversity, within_class_spread
+from fewstep.eval.metrics.estimate import Estimate, mean_of
 from fewstep.eval.metrics.frechet import feature_statistics, frechet, frechet_distance
 from fewstep.eval.metrics.precision_recall import manifold_radii, precision_recall
 from fewstep.eval.metrics.table import IMAGE_METRICS, Metric
@@ -16,7 +16,7 @@ from fewstep.eval.metrics.table import IMAGE_METRICS, Metric
 
 def reference(features: torch.Tensor, labels: torch.Tensor | None = None) -> Reference:
     labels = torch.zeros(len(features), dtype=torch.int64) if labels is None else labels
-    return Reference("toy", "FD-toy", "hash", features, labels, *feature_statistics(features))
+    return Reference("toy", "FD-toy", "hash", features, labels, *feature_statistics(features), len(features))
 
 
 def clusters(centres: list[float], n: int = 50, seed: int = 0) -> torch.Tensor:
@@ -106,33 +106,60 @@ def toy_features(judge, count=12):
     return judge.extractor(torch.randint(0, 256, (count, 1, 16, 16), generator=torch.Generator().manual_seed(2)).byte())
 
 
+def inputs_of(judge, made, conditions=FOUR):
+    columns = {"features": made.features} | ({} if made.logits is None else {"logits": made.logits})
+    return MetricInputs(judge, columns.get, conditions)
+
+
+def of_group(*groups):
+    return [metric for metric in IMAGE_METRICS if metric.group in groups]
+
+
 def test_metrics_need_what_there_is(judge):
-    inputs = MetricInputs(judge, torch.zeros(2, 2), None, None)
+    inputs = inputs_of(judge, toy_features(judge))
     assert all(hasattr(inputs, need) for metric in IMAGE_METRICS for need in metric.needs)
-    assert METRICS == ("fd_test", "agreement", "precision", "recall", "diversity", "speed")
 
 
-def test_a_further_metric_is_one_row(judge, monkeypatch):
+def test_a_further_metric_is_one_row(judge):
     def mean_logit(logits, labels):
-        return logits.mean().item(), float(labels.max())
+        return Estimate(logits.mean().item(), 0.5), float(labels.max())
 
-    row = Metric(("mean_logit", "last"), mean_logit, ("logits", "labels"))
-    monkeypatch.setattr("fewstep.eval.judge.IMAGE_METRICS", (*IMAGE_METRICS, row))
+    row = Metric("mine", ("mean_logit", "last"), "fashion", mean_logit, ("logits", "labels"))
     made = toy_features(judge)
-    numbers, skipped = image_metrics(("last", "mean_logit", "agreement"), [made], FOUR, judge)
-    assert list(numbers) == ["agreement", "mean_logit", "last"] and numbers["last"] == 3 and not skipped
-    assert numbers["mean_logit"] == pytest.approx(made.logits.mean().item())
+    numbers, spread, reasons = numbers_of([*of_group("agreement"), row], inputs_of(judge, made))
+    assert list(numbers) == ["agreement", "mean_logit", "last"] and numbers["last"] == 3 and not reasons
+    assert numbers["mean_logit"] == pytest.approx(made.logits.mean().item()) and spread["mean_logit"] == 0.5
 
 
-def test_each_metric_that_cannot_be_computed_is_said_once(judge):
+def test_each_metric_that_cannot_be_computed_says_why(judge):
     made = toy_features(judge)
-    numbers, skipped = image_metrics(METRICS, [Features(made.features, None)], FOUR, judge)
-    assert skipped == ["agreement is skipped: toy does not classify."] and len(numbers) == 4
-    _, skipped = image_metrics(METRICS, [Features(made.features, None)], SampleConditions("label", (0,)), judge)
-    unknown = "is skipped: the classes of these samples are not known."
-    assert skipped == [f"agreement {unknown}", f"diversity {unknown}"]
-    numbers, skipped = image_metrics(("recall", "precision"), [toy_features(judge, 3)], FOUR, judge)
-    few = "is skipped: 3 samples have no 3-th nearest neighbour; generate more."
-    assert numbers == {} and skipped == [f"precision {few}", f"recall {few}"]
-    _, skipped = image_metrics(("recall",), [], FOUR, judge)
-    assert skipped == ["recall is skipped: the extractor takes another size."]
+    embedded = of_group("fd_test", "agreement", "prdc", "diversity")
+    unclassified = inputs_of(judge, Features(made.features, None))
+    assert numbers_of(embedded, unclassified)[2]["agreement"] == "toy does not classify"
+    unknown = inputs_of(judge, made, SampleConditions("prompt", ("a", "b")))
+    reasons = numbers_of(embedded, unknown)[2]
+    assert reasons["agreement"] == "the classes of these samples are not known"
+    few = numbers_of(of_group("prdc"), inputs_of(judge, toy_features(judge, 3)))
+    assert few[0] == {} and few[2] == {"prdc": "3 samples have no 3-th nearest neighbour; generate more"}
+    nothing = MetricInputs(judge, {}.get, FOUR)
+    assert numbers_of(of_group("prdc"), nothing)[2] == {"prdc": "toy takes images of another size"}
+
+
+def test_frames_count_as_samples(judge):
+    made = toy_features(judge).features
+    videos = inputs_of(judge, Features(made.view(4, 3, 6), None))
+    assert videos.features.equal(made) and videos.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert videos.subjects.tolist() == videos.labels.tolist()
+
+
+def test_equal_prompts_are_one_subject():
+    assert SampleConditions("prompt", ("a", "b", "a")).subjects(5).tolist() == [0, 1, 0, 0, 1]
+
+
+def test_an_error_is_that_of_the_mean():
+    values = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    estimate = mean_of(values)
+    assert estimate.value == 3.0 and estimate.error == pytest.approx((14 / 3 / 4) ** 0.5)
+    assert mean_of(values[:1]).error is None
+    with pytest.raises(ValueError, match="no number for every sample"):
+        mean_of(torch.tensor([1.0, float("nan")]))

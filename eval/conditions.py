@@ -1,0 +1,96 @@
+"""What the samples of an evaluation are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.data.conditions import read_classes
+from fewstep.errors import UserError
+from fewstep.eval.config import EvalConfig
+from fewstep.eval.models import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConditions:
+    """What sample i is asked for: entry ``i % len(values)``.
+
+    kind: "prompt", "label" or None (unconditional). values: prompts or class numbers; empty when unconditional.
+    labels: the class each value stands for (what the agreement metric compares with), or empty when unknown.
+    """
+
+    kind: Literal["prompt", "label"] | None = None
+    values: tuple[str | int, ...] = ()
+    labels: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and not self.values:
+            raise UserError(f"no {self.kind}s to generate for: the list is empty")
+        if self.labels and len(self.labels) != len(self.values):
+            raise UserError(f"{len(self.values)} {self.kind}s but {len(self.labels)} labels")
+
+    def take(self, indices: Sequence[int]) -> list[str | int]:
+        """The values of the samples `indices`."""
+        return [self.values[i % len(self.values)] for i in indices]
+
+    def prompts(self, indices: Sequence[int]) -> list[str] | None:
+        """The prompts of the samples `indices`, or None where they are asked for by none."""
+        return [str(value) for value in self.take(indices)] if self.kind == "prompt" else None
+
+    def take_labels(self, indices: Sequence[int]) -> Tensor:
+        """The classes of the samples `indices`, int64 (len(indices),)."""
+        return torch.tensor([self.labels[i % len(self.labels)] for i in indices], dtype=torch.int64)
+
+    def subjects(self, num: int) -> Tensor | None:
+        """Which of the values each of the first `num` samples is asked for, int64 (num,); None without values.
+
+        Values that are equal count as one.
+        """
+        if not self.values:
+            return None
+        known = {value: number for number, value in reversed(list(enumerate(self.values)))}
+        numbers = [known[value] for value in self.values]
+        return torch.tensor([numbers[i % len(numbers)] for i in range(num)], dtype=torch.int64)
+
+
+def conditions_of(model: Model, config: EvalConfig, fashion: bool) -> SampleConditions:
+    """What the model's samples are asked for.
+
+    Args:
+        model: of the evaluation.
+        config: with prompts or classes, where they are told.
+        fashion: the ten classes of Fashion-MNIST are the default.
+
+    Raises:
+        UserError: it takes conditions, and none are told.
+    """
+    from fewstep.fashion import PROMPTS
+
+    kind = model.condition_kind()
+    if kind is not None and config.unconditional:
+        raise UserError(f"{model.name} is not unconditional: it takes {kind}s")
+    if kind == "prompt":
+        if config.prompts is None and not fashion:
+            raise UserError(f"{model.name} takes prompts, and none were given (--prompts FILE)")
+        if config.prompts is None and any(not 0 <= k < len(PROMPTS) for k in config.classes or ()):
+            raise UserError(f"classes must lie between 0 and {len(PROMPTS) - 1}")
+        chosen = config.prompts or [PROMPTS[k] for k in config.classes or range(len(PROMPTS))]
+        known = all(prompt in PROMPTS for prompt in chosen)
+        return SampleConditions("prompt", tuple(chosen), tuple(PROMPTS.index(p) for p in chosen) if known else ())
+    if kind == "label":
+        if config.classes is None:
+            raise UserError(f"{model.name} takes class labels, and none were given (--classes 0-9)")
+        return SampleConditions("label", tuple(config.classes), tuple(config.classes))
+    return SampleConditions()
+
+
+def with_trained_classes(config: EvalConfig, models: Sequence[Model]) -> EvalConfig:
+    """Where nothing was asked for: the classes that the first student was distilled with (cards name no prompts)."""
+    classes = next((model.training["classes"] for model in models if model.training.get("classes")), None)
+    if classes is None or config.prompts is not None or config.classes is not None:
+        return config
+    return dataclasses.replace(config, classes=read_classes(classes))
