@@ -50,7 +50,8 @@ def test_a_known_row_makes_the_shown_samples_alone(tmp_path: Path, monkeypatch: 
     made = []
     inner = ModelSource.make
     monkeypatch.setattr(ModelSource, "make", lambda self, indices: (made.extend(indices), inner(self, indices))[1])
-    row = KnownRow("content", 2.0, {"fd_test": 7.5, "agreement": 0.5, "recall": 0.1}, {}, {"fewstep": "0", "torch": "9"})
+    numbers = {"fd_test": 7.5, "agreement": 0.5, "recall": 0.1}
+    row = KnownRow("content", 2.0, numbers, {}, {"fewstep": "0", "torch": "9"})
     monkeypatch.setattr(importlib.import_module("fewstep.eval.evaluate"), "known_row", lambda source: row)
     options = {"teacher": "fashion-sd", "teacher_steps": (1,), "columns": 3, "num": 40, "metrics": ("fd_test", "prdc")}
     report = evaluate([], out=tmp_path / "known", measure_teacher=False, **options)
