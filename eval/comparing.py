@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from fewstep.data.durable import file_sha256, json_sha256
 from fewstep.errors import UserError
 from fewstep.eval.config import EvalConfig
 from fewstep.eval.features import fashion_reference
@@ -17,6 +18,7 @@ from fewstep.eval.panel import Panel
 from fewstep.eval.references import floors_of_halves, judge_of_statistics, judges_of
 from fewstep.eval.samples import SampleSet
 from fewstep.eval.sources import ImageSource, ModelSource, reference_seed
+from fewstep.fashion.files import REFERENCE, manifest
 
 Kind = Literal["given", "fashion", "teacher", "images", "statistics", "none"]
 
@@ -32,6 +34,7 @@ class Comparison:
         floors: what samples of the reference's own kind score, by the number's name; of a teacher that is its own row.
         floor_of: what those are, in words.
         own_steps: of the teacher whose own samples are the reference.
+        identity: tells the reference from others that are called the same; JSON can hold it.
     """
 
     kind: Kind
@@ -40,6 +43,7 @@ class Comparison:
     floors: dict[str, float] = field(default_factory=dict)
     floor_of: str = ""
     own_steps: int | None = None
+    identity: dict[str, Any] | None = None
 
     @property
     def unfit(self) -> Mapping[str, str]:
@@ -69,11 +73,13 @@ class Comparison:
             judges["fashion"] = self.given
         elif self.kind == "fashion" and "fashion" in panel.extractors:
             judges["fashion"] = Judge(panel.extractors["fashion"], fashion_reference())
+            self.identity = {"kind": self.kind, "sha256": manifest()["files"][REFERENCE]["sha256"]}
         elif self.kind == "teacher":
             source, samples = of_teacher(reference_seed(self.config.seed))
             name = f"{samples.source.num:,} samples of the {source.title} with other seeds"
             judges |= judges_of(name, samples, extractors, source.conditions)
             self.own_steps = source.steps
+            self.identity = {"kind": self.kind, "sha256": json_sha256(source.content)}
             self.floor_of = f"the {source.title} against itself with other seeds"
         elif self.kind == "images":
             if len(shape) == 4:
@@ -82,12 +88,14 @@ class Comparison:
                 )
             samples = of_images(ImageSource(self.config.reference, tuple(shape), self.config.reference_crop))
             name = f"the {samples.source.num:,} images of {self.config.reference}"
+            self.identity = {"kind": self.kind, "sha256": json_sha256(samples.source.content)}
             judges |= judges_of(name, samples, extractors, None)
             self.floor_of = "one half of the reference's images against the other"
             for kind, judge in judges.items():
                 self.floors |= floors_of_halves([m for m in panel.metrics if panel.kind_of(m) == kind], judge)
         elif self.kind == "statistics":
             judges |= judge_of_statistics(Path(self.config.reference), panel.extractors)
+            self.identity = {"kind": self.kind, "sha256": file_sha256(Path(self.config.reference))}
         if self.config.train_data is not None and panel.principal in judges:
             training = of_images(ImageSource(self.config.train_data, tuple(shape), True, "training"))
             features = training.column(panel.principal, "features")

@@ -65,7 +65,7 @@ def report_of(
         rows[0].source.num,
         config.seed,
         {"kind": told.kind, "shown": [str(v) for v in told.take(range(config.columns))] if told.kind else []},
-        None,
+        comparison.identity,
         [*dict.fromkeys([*skipped, *_skipped(rows, panel)])],
         _notes(rows, panel, judges, asked),
         settings,
