@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from fewstep.data.durable import file_sha256, json_sha256
+from fewstep.data.images import read_images
 from fewstep.errors import UserError
 from fewstep.eval.config import EvalConfig
 from fewstep.eval.features import fashion_reference
@@ -115,6 +116,8 @@ def compare_with(config: EvalConfig, judge: Judge | None, *, known_clothes: bool
         UserError: it is neither a word, nor a folder, nor a file of statistics.
     """
     kind: Kind
+    if config.train_data is not None:
+        read_images(config.train_data)  # what is not there is said before anything is made
     if config.reference == "auto":
         if judge is not None:
             kind = "given"
@@ -130,6 +133,7 @@ def compare_with(config: EvalConfig, judge: Judge | None, *, known_clothes: bool
         kind = "statistics"
     elif Path(config.reference).is_dir():
         kind = "images"
+        read_images(config.reference)
     else:
         raise UserError(f"reference {config.reference} is neither a folder of images nor a file of statistics (.npz)")
     return Comparison(kind, config, judge)

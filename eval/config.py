@@ -13,6 +13,7 @@ from fewstep.data.conditions import read_classes, read_prompts
 from fewstep.errors import UserError
 from fewstep.eval.exporters import EXPORTERS
 from fewstep.eval.metrics.table import METRICS
+from fewstep.eval.scorers.clip_score import BACKBONES
 
 # Rows of fewer samples serve for a look: the Fréchet distance falls with their number.
 QUOTABLE = 5000
@@ -102,7 +103,7 @@ class EvalConfig:
                 raise UserError(f"a step count must be at least 1, not {count}")
         unknown = sorted(set(self.metrics or ()) - set(METRICS))
         if unknown:
-            raise UserError(f"unknown metric {', '.join(unknown)}; there are {', '.join(METRICS)}")
+            raise UserError(f"metrics has the unknown {', '.join(unknown)}; there are {', '.join(METRICS)}")
         if sum((self.prompts is not None, self.classes is not None, self.unconditional)) > 1:
             raise UserError("samples are asked for by prompts, by classes or by nothing: give one of them")
         unknown = sorted(set(self.export) - set(EXPORTERS))
@@ -110,9 +111,13 @@ class EvalConfig:
             raise UserError(f"there is no export {', '.join(unknown)}; there are {', '.join(EXPORTERS)}")
         if self.export and self.images != "all":
             raise UserError("an export needs all images: leave out --images shown")
-        for name, known in (("fid_mode", FID_MODES), ("images", IMAGES)):
+        if self.metrics is not None and not self.metrics:
+            raise UserError(f"metrics is empty; name some of {', '.join(METRICS)}, or leave it out")
+        backbones = (None, *(one.name for one in BACKBONES))
+        for name, known in (("fid_mode", FID_MODES), ("images", IMAGES), ("clip_model", backbones)):
             if getattr(self, name) not in known:
-                raise UserError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)}")
+                words = ", ".join(str(one) for one in known if one is not None)
+                raise UserError(f"{name} must be one of {words}, not {getattr(self, name)}")
         if self.reference not in REFERENCES and not Path(self.reference).exists():
             words = ", ".join(REFERENCES)
             raise UserError(f"reference {self.reference} does not exist: give {words}, a folder of images, or an .npz")

@@ -97,8 +97,22 @@ def values() -> Iterator[Bad]:
         "--seed=x",
         "--teacher_call=[1]",
         "--num=1" + "0" * 30,
+        "--metrics=cat",
+        "--metrics=",
+        "--metrics=fid,,cat",
+        "--reference=teacher",
+        "--reference={case}/nowhere",
+        "--preset=cat",
+        "--fid_mode=cat",
+        "--clip_model=cat",
+        "--images=some",
+        "--export=cat",
+        "--weights_sha256=[1]",
     ):
         yield Bad(f"eval {flag}", (*eval_, flag), flag.partition("=")[0][2:])
+    yield Bad("eval --train_data", (*eval_, "--train_data", "{case}/x"), "{case}/x is not a folder")
+    yield Bad("eval of two minds", (*eval_, "--classes", "0-3", "--unconditional"), "give one of them")
+    yield Bad("eval of a preset that is changed", (*eval_, "--preset", "in64-50k", "--num", "8"), "fixes num")
     yield Bad("eval of nothing", ("eval", "--out", "{case}/out"), "")
     yield Bad("eval --teacher", (*eval_, "--teacher", "{case}/x"), "x")
     for flag in ("--num=0", "--num=x", "--steps=0", "--max_steps=0", "--seed=x", "--teacher=cat", "--steps=99999"):

@@ -17,7 +17,7 @@ MISTAKES = {
     "nothing": (lambda student: [], {}, "nothing to evaluate"),
     "zero steps": (lambda student: [student], {"steps": (0,)}, "step count must be at least 1"),
     "no samples": (lambda student: [student], {"num": 0}, "num must be at least 1"),
-    "unknown metric": (lambda student: [student], {"metrics": ("fidd",)}, "unknown metric fidd"),
+    "unknown metric": (lambda student: [student], {"metrics": ("fidd",)}, "the unknown fidd"),
     "unknown reference": (lambda student: [student], {"reference": "/nowhere/at/all"}, "does not exist: give auto"),
     "no teacher to compare with": (lambda student: [student], {"reference": "teacher"}, "needs the teacher"),
     "both": (lambda student: [student], {"prompts": ("a",), "classes": (1,)}, "by prompts, by classes or"),
