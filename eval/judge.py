@@ -11,8 +11,11 @@ from torch import Tensor
 
 from fewstep.eval.conditions import SampleConditions
 from fewstep.eval.features import Extractor, Reference
-from fewstep.eval.metrics.precision_recall import manifold_radii
+from fewstep.eval.metrics.precision_recall import neighbour_distances
 from fewstep.eval.metrics.table import Metric
+
+#: Of the reference's samples, found together: precision asks for the third, density for the fifth.
+_NEIGHBOURS = 5
 
 
 @dataclass
@@ -28,7 +31,7 @@ class Judge:
     training: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._radii: dict[int, Tensor] = {}
+        self._neighbours: Tensor | None = None
         if self.reference is not None and self.extractor.sha256 != self.reference.extractor_sha256:
             raise ValueError(f"the reference {self.reference.name} was not made with {self.extractor.name}")
 
@@ -36,9 +39,9 @@ class Judge:
         """Distances of the reference's samples to their k-th neighbours. Raises ValueError for statistics alone."""
         if self.reference is None or self.reference.features is None:
             raise ValueError("the reference has no samples of its own")
-        if k not in self._radii:
-            self._radii[k] = manifold_radii(self.reference.features, k)
-        return self._radii[k]
+        if self._neighbours is None or self._neighbours.shape[1] < k:
+            self._neighbours = neighbour_distances(self.reference.features, max(k, _NEIGHBOURS))
+        return self._neighbours[:, k - 1]
 
 
 @dataclass(frozen=True)

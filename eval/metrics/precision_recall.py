@@ -6,17 +6,26 @@ from torch import Tensor
 from fewstep.eval.metrics.distances import distances
 
 
+def neighbour_distances(features: Tensor, most: int, chunk: int = 1000) -> Tensor:
+    """Distances of each row of features (N, d) to its nearest other rows, the nearest first, float64 (N, most).
+
+    Raises ValueError when there are not more than ``most`` rows.
+    """
+    if len(features) <= most:
+        raise ValueError(f"{len(features)} samples have no {most}-th nearest neighbour; generate more")
+    points = features.double()
+    # One more, because the nearest point is the row itself. topk takes a tenth of kthvalue's time.
+    nearest = [distances(part, points).topk(most + 1, largest=False).values[:, 1:] for part in points.split(chunk)]
+    return torch.cat(nearest)
+
+
 def manifold_radii(features: Tensor, k: int = 3, chunk: int = 1000) -> Tensor:
     """Distance of each row of features (N, d) to its k-th nearest other row, float64 (N,).
 
     The radii of the hyperspheres whose union stands for the distribution; `precision_recall` has the source.
     Raises ValueError when there are not more than k rows.
     """
-    if len(features) <= k:
-        raise ValueError(f"{len(features)} samples have no {k}-th nearest neighbour; generate more")
-    points = features.double()
-    # The k+1 smallest, because the nearest point is the row itself; ten times as fast as kthvalue.
-    return torch.cat([distances(part, points).topk(k + 1, largest=False).values[:, -1] for part in points.split(chunk)])
+    return neighbour_distances(features, k, chunk)[:, k - 1]
 
 
 def precision_recall(
