@@ -122,7 +122,7 @@ def student_class(
             if (untrained := what_is_untrained(given, about.get("untrained_pictures", ()))) is not None:
                 warnings.warn(untrained, stacklevel=2)
         else:
-            refuse_strength(stock, relative, {**missing, **given})
+            refuse_strength(stock, relative, {**missing, **given}, about.get("counts", ()))
         with step_noise_from(self, given.get("generator") if about.get("renoise") == "fresh" else None):
             return stock.__call__(self, *args, **kwargs, **missing)
 

@@ -86,6 +86,22 @@ def test_a_strength_that_would_be_wrong_is_refused_before_anything_runs(student:
     assert run(pipeline, "unet", prompt="the cat", image=picture(16), strength=0.25)[:2] == (1, 249.0)
 
 
+def test_a_count_that_was_not_tried_with_pictures_is_warned_of(student: Path, tmp_path: Path) -> None:
+    """The student itself is right there."""
+    about = json.loads((student / "fewstep.json").read_text())
+    del about["related"]["StableDiffusionImg2ImgPipeline"]["counts"]["3"]
+    (shutil.copytree(student, tmp_path / "many") / "fewstep.json").write_text(json.dumps(about))
+    pipeline = load(tmp_path / "many", pipeline="image-to-image")
+    pipeline.set_progress_bar_config(disable=True)
+    for count, expected in ((3, 1), (4, 0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipeline("the cat", image=picture(16), num_inference_steps=count, strength=0.7)
+        told = [str(warning.message) for warning in caught if "this student" in str(warning.message)]
+        assert len(told) == expected, told
+        assert all("under StableDiffusionImg2ImgPipeline at 1, 2, 4 steps, not at 3" in text for text in told)
+
+
 @pytest.mark.parametrize(
     ("wanted", "reason"),
     [

@@ -110,6 +110,16 @@ def test_a_picture_noised_to_another_time_is_found(monkeypatch: pytest.MonkeyPat
     assert "counts" not in wrong
 
 
+def test_of_many_counts_some_are_walked(monkeypatch: pytest.MonkeyPatch, recorded: Recorded) -> None:
+    """The student's own among them, where a fault is found as at the others."""
+    kinds = (StableDiffusionImg2ImgPipeline, TooNoisy)
+    found = walked(monkeypatch, recorded("stable_diffusion"), 6, "fresh", *kinds)
+    right = found["StableDiffusionImg2ImgPipeline"]["counts"]
+    assert list(right) == ["1", "2", "3", "4", "6"]
+    assert [row.get("calls") for row in right["6"]] == [None, 1, 2, 3, 4, 5, None]
+    assert "counts" not in found["TooNoisy"]
+
+
 @pytest.mark.parametrize("renoise", ["ode", "fresh"])
 def test_a_strength_that_leaves_no_step_says_so(
     monkeypatch: pytest.MonkeyPatch, recorded: Recorded, renoise: str

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -65,19 +66,27 @@ def relative_of(stock: type, about: Mapping[str, Any]) -> dict[str, Any] | None:
     return record
 
 
-def refuse_strength(stock: type, relative: Mapping[str, Any], call: Mapping[str, Any]) -> None:
+def refuse_strength(
+    stock: type, relative: Mapping[str, Any], call: Mapping[str, Any], own_counts: Sequence[int]
+) -> None:
     """Raise for a strength, or a number of steps, at which the student ignores the picture or leaves its grid.
+
+    A number of steps at which it is right by itself, and was not tried with pictures, is warned of.
 
     Args:
         stock: the relative's class.
         relative: what ``fewstep.json`` says of it.
         call: its arguments, the filled-in ones among them.
+        own_counts: at which the student is right by itself.
 
     Raises:
         ExportError: one line that names the nearest strength that works.
     """
     count, strength = call.get("num_inference_steps"), call.get(STRENGTH)
     rows = rows_at(relative, count)
+    if not rows and count in own_counts:
+        tried = ", ".join(relative["counts"])
+        warnings.warn(f"this student was tried under {stock.__name__} at {tried} steps, not at {count}", stacklevel=3)
     row = at(rows, 1.0 if strength is None else strength)
     if row is None or row.outcome.why_not is None:
         return

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 _LEAST_SHARE = 0.1
 # Letters of a reason in another library's words, some of which print whole configurations.
 _LONGEST = 160
+# A walk has two strengths a step: all counts of up to so many steps are walked, above them powers of two and the last.
+_ALL_UP_TO = 4
 # What was walked in this process.
 _WALKED: dict[str, dict[str, Any]] = {}
 
@@ -48,7 +50,7 @@ def walk_relatives(recording: Recording, plan: StudentPlan) -> dict[str, Any]:
     """What holds for every pipeline class of the family that takes a picture, by class name, as JSON can hold it.
 
     A class has a ``task``, and either ``why_not`` or ``images`` (its picture arguments), ``call`` (what is filled in)
-    and ``counts``: for each step count of the plan the ranges of strength, each with ``calls``, its first ``timestep``
+    and ``counts``: at each of :func:`walked_counts` the ranges of strength, each with ``calls``, its first ``timestep``
     and the same as a ``time`` (1 is noise), or with ``why_not``; besides a ``remark``, and a package that it ``needs``.
 
     Args:
@@ -66,6 +68,11 @@ def walk_relatives(recording: Recording, plan: StudentPlan) -> dict[str, Any]:
     if key not in _WALKED:
         _WALKED[key] = _walked(recording, plan, found)
     return copy.deepcopy(_WALKED[key])
+
+
+def walked_counts(plan: StudentPlan) -> list[int]:
+    """The step counts at which a student's relatives are walked, of those at which it is right itself."""
+    return [n for n in plan.counts if n <= _ALL_UP_TO or n & (n - 1) == 0 or n == plan.steps]
 
 
 def _key(recording: Recording, plan: StudentPlan) -> str:
@@ -98,7 +105,7 @@ class _Walker:
     def __init__(self, recording: Recording, plan: StudentPlan, stand_ins: StandIns) -> None:
         self.recording, self.plan, self.stand_ins = recording, plan, stand_ins
         # Some classes change the parts that they are made of; twins on the same weights keep the teacher as it is.
-        twins = {name: on_the_same_weights(module) for name, module in modules_of(recording.pipeline).items()}
+        twins = {name: on_the_same_weights(module).eval() for name, module in modules_of(recording.pipeline).items()}
         self.student = with_parts(recording.pipeline, **twins, **{find_scheduler(recording.pipeline): plan.scheduler})
         arguments = recording.invocation.arguments([recording.invocation.item], plan.steps)
         kept = {name: value for name, value in arguments.items() if name not in recording.call}
@@ -111,6 +118,8 @@ class _Walker:
         """What holds for a class."""
         try:
             pipeline = made_of(self.student, kind)
+            for network in modules_of(pipeline).values():
+                network.eval()  # once, and not at every run anew
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a constructor raises about foreign parts is why the class is not for them
@@ -127,7 +136,7 @@ class _Walker:
                 count: [Range(0, 1, False, True, run(count, None))]
                 if strength is None
                 else ranges(count, functools.partial(run, count))
-                for count in self.plan.counts
+                for count in walked_counts(self.plan)
             }
         except OtherTaskError as error:
             return {"why_not": one_line(error)}

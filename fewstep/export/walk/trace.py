@@ -117,7 +117,7 @@ def trace(pipeline: Any, arguments: dict[str, Any], tell: Tell | None) -> Trace:
         tell: what the scheduler is told; None: stop at ``set_timesteps``.
     """
     name = find_scheduler(pipeline)
-    scheduler = copy.deepcopy(getattr(pipeline, name))
+    scheduler = _copied(getattr(pipeline, name))
     run = with_parts(pipeline, **{name: scheduler})
     run.set_progress_bar_config(disable=True)
     watch = _DrawWatch(arguments.get("generator"))
@@ -143,7 +143,7 @@ def replay(pipeline: Any, seen: Trace, tell: Tell) -> Trace:
 
     The scheduler gets the arguments that the pipeline passed; the answers in the result are the told ones.
     """
-    scheduler = copy.deepcopy(getattr(pipeline, find_scheduler(pipeline)))
+    scheduler = _copied(getattr(pipeline, find_scheduler(pipeline)))
     watch = _DrawWatch(None)
     again = Trace(asked=seen.asked)
     with _trial(), torch.no_grad(), watch:
@@ -168,6 +168,12 @@ def replay(pipeline: Any, seen: Trace, tell: Tell) -> Trace:
             )
             sample = following
     return again
+
+
+def _copied(scheduler: Any) -> Any:
+    """A copy with the same configuration, which is never changed, only replaced, and may hold a thousand numbers."""
+    config = getattr(scheduler, "_internal_dict", None)
+    return copy.deepcopy(scheduler, {id(config): config})
 
 
 def _watch_set_timesteps(scheduler: Any, seen: Trace, *, stop: bool) -> None:
