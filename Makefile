@@ -25,6 +25,9 @@ help:
 demo: $(VENV)/.demo
 	$(VENV)/bin/fewstep demo $(DEMO_ARGS)
 
+# Where the environment forbids it to Python, every process that a test starts would compile all that it imports anew.
+test test-lowest soak: export PYTHONDONTWRITEBYTECODE =
+
 # One worker for each core, one thread in each; a file stays on one worker, so that what it makes is made once. The
 # longest files come first (tests/conftest.py).
 test: $(VENV)/.test

@@ -3,19 +3,26 @@
 import gc
 import os
 import random
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# diffusers copies a student's own code to here under the same name for all, and imports what is then there: other
+# processes of tests, or of this machine, must not write to the same place.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="fewstep_tests_")
 
 import numpy as np
 import pytest
 import torch
+from proven import proven_once
 
 from fewstep.pytest_plugin import add_options
+from fewstep.training import previews
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared"
 #: The files that take longest: they begin first, or one core would wait for another at the end.
@@ -38,6 +45,10 @@ def pytest_configure(config: pytest.Config) -> None:
         setattr(config.option, f"{name}_given", given is not None)
         default = _BESIDE / name
         setattr(config.option, name, Path(given) if given is not None else default if default.is_dir() else None)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -87,6 +98,30 @@ def no_network() -> Iterator[None]:
         patch.setattr(socket.socket, "connect", guard(socket.socket.connect))
         patch.setattr(socket.socket, "connect_ex", guard(socket.socket.connect_ex))
         patch.setattr(socket, "getaddrinfo", guarded_look_up)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_previews() -> Iterator[None]:
+    """The teacher's row of a sample grid has two steps: in all of them, a grid costs more than the rest of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(previews, "_TEACHER_STEPS", 2)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def equal_teachers_are_proven_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewstep.programs.teacher.record", proven_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def without_relatives() -> Iterator[None]:
+    """Students are exported without a walk of their relatives, which takes longer, in files that are not about them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for place in ("fewstep.export.whole", "fewstep.export.lora"):
+            patch.setattr(f"{place}.walk_relatives", lambda *_: {})
         yield
 
 

@@ -1,9 +1,15 @@
-"""Students sampled by one process in which ``import fewstep`` fails: what stock diffusers makes of their folders."""
+"""Students sampled by processes in which ``import fewstep`` fails: what stock diffusers makes of their folders.
+
+Each is forked from one that never saw fewstep and has imported diffusers, which takes longer than most of them do.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,12 +17,65 @@ import numpy
 import torch
 from torch import Tensor
 
+# Reads jobs, a line each, and answers with their exit codes; it ends with its standard input. It runs no tensor itself,
+# so that there is no thread which a fork would lose.
+_CLEAN = """
+import json, os, sys, traceback
+sys.modules["fewstep"] = None
+import diffusers, numpy, torch
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+torch.set_num_threads(1)
+for line in sys.stdin:
+    job = json.loads(line)
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            said = os.open(job["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            sys.argv = ["stock", *job["words"]]
+            exec(compile(job["code"], "stock", "exec"), {"__name__": "__main__"})
+            assert sys.modules["fewstep"] is None
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    _, status = os.waitpid(process, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+@functools.cache
+def _clean() -> subprocess.Popen[str]:
+    words = [sys.executable, "-W", "ignore", "-c", _CLEAN]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def run_stock(code: str, *words: str) -> None:
+    """Run a program in a process without fewstep, which ends well, or the test fails with what it said.
+
+    Args:
+        code: of the program.
+        *words: its ``sys.argv[1:]``.
+    """
+    server = _clean()
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.TemporaryDirectory() as place:
+        said = Path(place) / "said.txt"
+        server.stdin.write(json.dumps({"code": code, "words": words, "said": str(said)}) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline().strip()
+        assert answer == "0", f"exit code {answer or 'unknown'}: {said.read_text()[-3000:] if said.exists() else ''}"
+
+
 # What the scheduler gives at the last step, and which networks were called, at every count of fewstep.json.
 _STOCK = """
 import inspect, json, sys
-sys.modules["fewstep"] = None
 import diffusers, numpy, torch
-torch.set_num_threads(1)
 out, *folders = sys.argv[1:]
 saved = {}
 for folder in folders:
@@ -60,10 +119,8 @@ class Sampled:
 
 
 def sample_stock(out: Path, *folders: Path) -> list[Sampled]:
-    """Sample the students in ``folders``, in one process, as it takes seconds to start; ``out`` is an .npz file."""
-    words = [sys.executable, "-W", "ignore", "-c", _STOCK, *map(str, (out, *folders))]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Sample the students in ``folders``, in one process; ``out`` is an .npz file."""
+    run_stock(_STOCK, *map(str, (out, *folders)))
     found = {str(folder): Sampled() for folder in folders}
     with numpy.load(out) as file:
         for key in file:

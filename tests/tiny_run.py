@@ -49,13 +49,20 @@ def kill_and_resume(out: Path, settings: dict, kills: int, seed: int) -> int:
     began = time.monotonic()
     if os.waitpid(start(out / "whole", settings), 0)[1] != 0:
         sys.exit("the undisturbed run failed")
-    # Even the longest waits together are shorter than the run, so that each finds a process to kill.
-    longest = 0.9 * (time.monotonic() - began) / kills
+    # Each kill finds a process: the longest waits together are shorter than the run, and on a machine that has become
+    # faster since, no process gets further than its share of the steps.
+    longest, share = 0.9 * (time.monotonic() - began) / kills, settings["max_steps"] // (kills + 1)
     moments = random.Random(seed)
     hits = 0
+
+    def done() -> int:
+        return max(checkpoint.steps_in(out / "killed" / "checkpoints"), default=0)
+
     for _ in range(kills):
         process = start(out / "killed", settings)
-        time.sleep(moments.uniform(0, longest))
+        moment, last = time.monotonic() + moments.uniform(0, longest), done() + share
+        while time.monotonic() < moment and done() < last:
+            time.sleep(0.001)
         os.kill(process, signal.SIGKILL)
         status = os.waitpid(process, 0)[1]
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:

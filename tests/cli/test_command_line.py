@@ -302,13 +302,13 @@ def test_a_full_memory_is_one_line(
 def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_exits_130(teacher: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["--teacher", teacher, "--out", str(out), "--max_steps", "100000", "--batch_size", "1", "--cpu"]
-    command = [sys.executable, "-W", "ignore", "-m", "fewstep.trainers.dmd2", *words, "--report_to", "none"]
+    words += ["--critic_updates", "1", "--log_steps", "1", "--report_to", "none"]
+    command = [sys.executable, "-W", "ignore", "-m", "fewstep.trainers.dmd2", *words]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
+    while not (out / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 130, errors
     assert "--resume" in errors.splitlines()[-1]
     newest = sorted((out / "checkpoints").glob("step_*"))[-1]

@@ -1,8 +1,6 @@
 """A teacher of two networks that share the time, and its students of two networks: trained, shipped, walked stock."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy
@@ -32,6 +30,7 @@ from fewstep.recording.pipeline import with_parts
 from fewstep.recording.shake import shaken
 from tests.checkpoints import load_latest
 from tests.floors import declared
+from tests.stock_process import run_stock
 
 EXPERTS = ("transformer", "transformer_2")
 RUN = {"steps": 4, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True}
@@ -42,9 +41,7 @@ HALF = {"mixed_precision": "bf16", "gradient_checkpointing": True}
 # Runs with only stock diffusers; the video's latents, and which networks gave them.
 STOCK = """
 import json, sys
-sys.modules["fewstep"] = None
 import diffusers, numpy, torch
-torch.set_num_threads(1)
 base, out, saved = sys.argv[1], sys.argv[2], {}
 for form in ("full", "lora", "lora_by_pipeline", "merged"):
     folder = f"{out}/{'lora' if 'lora' in form or form == 'merged' else 'full'}/student" + "_lora" * ("lora" in form)
@@ -94,9 +91,7 @@ def trained(place: Path) -> Path:
         )
     assert main([*words, "--out", str(place / "full")]) == 0
     assert main([*words, "--out", str(place / "lora"), "--lora_rank", "4", "--lora_alpha", "8", "--merge"]) == 0
-    stock = [sys.executable, "-W", "ignore", "-c", STOCK, str(place / "base"), str(place)]
-    done = subprocess.run(stock, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_stock(STOCK, str(place / "base"), str(place))
     return place
 
 

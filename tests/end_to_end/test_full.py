@@ -1,8 +1,6 @@
 """From a teacher to a student that stock diffusers loads, over tiny pipelines of several families."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from fewstep.recording.shake import shaken
 from fewstep.training.pictures import to_uint8
 from tests import tiny_pipelines
 from tests.checkpoints import load_latest
+from tests.stock_process import run_stock
 from tests.whole_runs import whole_run
 
 FAMILIES = {
@@ -42,7 +41,6 @@ RUNS = [(family, "auto") for family in FAMILIES] + [
 # Runs with only stock diffusers: any import of fewstep fails.
 STOCK = """
 import json, sys
-sys.modules["fewstep"] = None
 import numpy, torch
 from diffusers import DiffusionPipeline
 for folder in sys.argv[1:]:
@@ -102,7 +100,7 @@ def students(
             about = json.loads((whole.folder / "fewstep.json").read_text())
             found[family, renoise] = (whole.folder, _own_images(whole.bench, whole.folder, about))
     folders = [str(folder) for folder, _ in found.values()]
-    subprocess.run([sys.executable, "-W", "ignore", "-c", STOCK, *folders], check=True, capture_output=True)
+    run_stock(STOCK, *folders)
     return found
 
 

@@ -33,8 +33,10 @@ SETTINGS = {
 }
 SOON = 60.0  # seconds for all to end
 
+#: One launch of seconds; torchrun's is that of test_sharded.py.
+QUICK = ("accelerate", "dmd2", "")
 EVERY = [
-    pytest.param(launcher, method, lora, marks=[] if (method, lora) == ("dmd2", "") else pytest.mark.soak)
+    pytest.param(launcher, method, lora, marks=[] if (launcher, method, lora) == QUICK else pytest.mark.soak)
     for launcher in LAUNCHERS
     for method in SETTINGS
     for lora in ("", "--lora_rank 2 --merge")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,33 +63,51 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Work
     return make
 
 
-def trained(bench: Workbench, tmp_path: Path) -> None:
-    """As full copies, and as adapters."""
-    for form, settings in {"full": {}, "lora": {"lora_rank": 2}}.items():
-        distillation.run(replace(bench.config, out=str(tmp_path / form), **settings), "dmd2")
-        rows = [json.loads(line) for line in (tmp_path / form / "metrics.jsonl").read_text().splitlines()]
-        # Where there is no guidance, teacher and critic agree in the first step.
-        assert len(rows) == 2 and rows[1]["student/gradient_norm"] > 0
+FORMS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_rank": 2}}
+
+
+def in_forms(values: Iterable[Any], name: Callable[[Any], str]) -> list[Any]:
+    """Each as full copies and as adapters: the one or the other in turn, its second form in the soak.
+
+    What a pipeline's traits are, adapters do not see: they lie inside its network.
+    """
+    return [
+        pytest.param(value, form, id=f"{name(value)}-{form}", marks=() if place % 2 == turn else pytest.mark.soak)
+        for place, value in enumerate(values)
+        for turn, form in enumerate(FORMS)
+    ]
+
+
+def trained(bench: Workbench, tmp_path: Path, form: str) -> None:
+    """Two steps, as full copies or as adapters."""
+    distillation.run(replace(bench.config, out=str(tmp_path / form), **FORMS[form]), "dmd2")
+    rows = [json.loads(line) for line in (tmp_path / form / "metrics.jsonl").read_text().splitlines()]
+    # Where there is no guidance, teacher and critic agree in the first step.
+    assert len(rows) == 2 and rows[1]["student/gradient_norm"] > 0
 
 
 def named(traits: dict[str, Any]) -> str:
     return "-".join(f"{key}={value}" for key, value in traits.items())
 
 
-@pytest.mark.parametrize("traits", [t for t in RECORDABLE if "next_time" not in t], ids=named)
-def test_every_trait_is_trained(traits: dict[str, Any], start: Callable[..., Workbench], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("traits", "form"), in_forms([t for t in RECORDABLE if "next_time" not in t], named))
+def test_every_trait_is_trained(
+    traits: dict[str, Any], form: str, start: Callable[..., Workbench], tmp_path: Path
+) -> None:
     run = start(synthetic(Traits(**traits)))
     expected = {2, 4} if traits.get("own_grid") == "linear_quadratic" else {1, 2, 4}
     assert expected <= set(run.student.plan.counts)
-    trained(run, tmp_path)
+    trained(run, tmp_path, form)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_family_of_schedulers_is_trained(name: str, start: Callable[..., Workbench], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "form"), in_forms(SCHEDULERS, str))
+def test_every_family_of_schedulers_is_trained(
+    name: str, form: str, start: Callable[..., Workbench], tmp_path: Path
+) -> None:
     make, traits = SCHEDULERS[name]
     run = start(synthetic(Traits(**traits), make()))
     assert {1, 2, 4} <= set(run.student.plan.counts)
-    trained(run, tmp_path)
+    trained(run, tmp_path, form)
 
 
 @pytest.mark.parametrize("traits", [t for t in RECORDABLE if "next_time" in t], ids=named)

@@ -10,8 +10,6 @@ import contextlib
 import io
 import json
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,16 +26,14 @@ from fewstep.cli import main
 from fewstep.diffusion.prediction import noise_from_x0, ode_step, to_x0, x0_map
 from fewstep.diffusion.schedule import NoiseSchedule, from_scheduler
 from fewstep.recording.shake import shaken
+from tests.stock_process import run_stock
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "pipelines.md"
 COUNTS = (1, 2, 4)
 
-# Runs with only stock diffusers.
 STOCK = """
 import json, sys
-sys.modules["fewstep"] = None
 import diffusers, numpy, torch
-torch.set_num_threads(1)
 
 def first(output):
     output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
@@ -80,7 +76,7 @@ def load(student):
         pipeline.scheduler = scheduler.from_pretrained(student["folder"], subfolder="scheduler")
     return pipeline, about
 
-for job in json.load(sys.stdin):
+for job in json.loads(sys.argv[1]):
     saved = {}
     for name, student in job["students"].items():
         pipeline, about = load(student)
@@ -131,9 +127,7 @@ def tried(zoo: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
             continue
         job = {"out": str(place / "seen.npz"), "condition": result.condition, "students": result.students}
         jobs.append(job)
-    words = [sys.executable, "-W", "ignore", "-c", STOCK]
-    done = subprocess.run(words, input=json.dumps(jobs), text=True, capture_output=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_stock(STOCK, json.dumps(jobs))
     for job in jobs:
         result = next(one for one in results.values() if one.base.parent == Path(job["out"]).parent)
         with numpy.load(job["out"]) as file:

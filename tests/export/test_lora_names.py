@@ -22,6 +22,8 @@ from fewstep.networks.adapters import attention_linears
 from fewstep.recording import record
 from fewstep.recording.shake import shaken
 
+pytestmark = pytest.mark.usefixtures("without_relatives")
+
 #: Tried whenever the zoo is there; the others are slow, and tried by `make soak`.
 QUICK = ("QwenImage", "StableDiffusion", "Wan")
 #: The files that diffusers reads as well, by its converters.

@@ -3,8 +3,6 @@
 import inspect
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +17,17 @@ from fewstep.export import ExportError, export_student, load, plan_student, whol
 from fewstep.export.about import read_about
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.recording import record
+from tests.stock_process import run_stock
+
+pytestmark = pytest.mark.usefixtures("without_relatives")
 
 _STOCK = """
-import builtins, json, sys
+import json, sys
 import numpy as np
 import torch
-
-real = builtins.__import__
-
-def without_fewstep(name, *args, **kwargs):
-    if name.split(".")[0] == "fewstep":
-        raise ImportError("blocked: " + name)
-    return real(name, *args, **kwargs)
-
-builtins.__import__ = without_fewstep
 from diffusers import DiffusionPipeline
 
-torch.set_num_threads(1)
-for folder, subject, out in json.loads(sys.stdin.read()):
+for folder, subject, out in json.loads(sys.argv[1]):
     about = json.load(open(folder + "/fewstep.json"))
     pipe = DiffusionPipeline.from_pretrained(folder, **about["load"])
     pipe.set_progress_bar_config(disable=True)
@@ -47,7 +38,6 @@ for folder, subject, out in json.loads(sys.stdin.read()):
         result = pipe(**subject, **call, generator=torch.Generator().manual_seed(0), output_type="np")
         images[str(count)] = np.asarray(result[0])
     np.savez(out, **images)
-assert "fewstep" not in sys.modules
 """
 
 
@@ -87,7 +77,7 @@ def test_stock_diffusers_gives_the_trainers_images(recorded, trained, subject, t
         [str(folder), subject(recording), str(tmp_path / f"{name}-{renoise}.npz")]
         for (name, renoise), (recording, _, _, folder) in made.items()
     ]
-    subprocess.run([sys.executable, "-c", _STOCK], input=json.dumps(job), text=True, check=True, timeout=300)
+    run_stock(_STOCK, json.dumps(job))
     for (name, renoise), (recording, network, plan, _) in made.items():
         stock = np.load(tmp_path / f"{name}-{renoise}.npz")
         assert sorted(map(int, stock.files)) == list(plan.counts)

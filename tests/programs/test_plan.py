@@ -107,7 +107,7 @@ def test_any_pipeline_is_planned_without_its_weights(zoo_name: str, zoo: Path, t
     folder = tmp_path / zoo_name
     shutil.copytree(zoo / zoo_name, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
     call = pipeline_folder.call_of(zoo, zoo_name, weightless_teacher(str(folder), fake_tensors()))
-    plan = fewstep.plan(str(folder), call=call, batch_size=1, lora_rank=2)
+    plan = fewstep.plan(str(folder), call=call, batch_size=1, lora_rank=2, steps=1)
     assert plan.peak > plan.held > 0
     assert plan.calls["teacher"].no_grad > 0
 
@@ -182,9 +182,10 @@ def test_a_changed_setting_is_planned_as_a_run_that_is_told_it(teachers: Callabl
 
 def test_what_does_not_fit_comes_with_advice(teachers: Callable, capsys: pytest.CaptureFixture) -> None:
     _, folder, _ = teachers("dit")
-    planner = Planner(method_class("dmd2").Config(teacher=folder, out="", batch_size=64), "dmd2")
+    planner = Planner(method_class("dmd2").Config(teacher=folder, out="", batch_size=64, steps=1), "dmd2")
     many, one = planner.plan(), planner.plan(batch_size=1)
-    assert main(["plan", folder, "--batch_size", "64", "--memory", f"{(many.peak + one.peak) / 2e6}MB"]) == 0
+    words = ["plan", folder, "--batch_size", "64", "--steps", "1"]
+    assert main([*words, "--memory", f"{(many.peak + one.peak) / 2e6}MB"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("fits           no: ")
     assert "; it would fit with --" in last

@@ -13,7 +13,9 @@ from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
 
 
-@pytest.mark.parametrize("grid", [(1.0,), (1.0, 0.75)], ids=["one_step", "two_steps"])
+@pytest.mark.parametrize(
+    "grid", [pytest.param((1.0,), id="one_step", marks=pytest.mark.soak), pytest.param((1.0, 0.75), id="two_steps")]
+)
 def test_a_student_of_a_mixture_comes_to_draw_from_it(tmp_path: Path, grid: tuple[float, ...]):
     schedule, roles = FlowSchedule(), {}
     torch.manual_seed(0)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,16 +24,15 @@ from fewstep.programs.methods import method_class
 from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.shake import shaken
 from fewstep.training.pictures import to_uint8
+from tests.stock_process import run_stock
 from tests.whole_runs import whole_run
 
 TINY_RUN = {"max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True, "sample_steps": 0}
 FLOW = {"call": {"max_sequence_length": 8}, "renoise": "fresh", "steps": 4}
 ONE_STEP = {"steps": 1, "first_timestep": 625, "guidance_scale": 2.0}
 
-# Runs with only stock diffusers: any import of fewstep fails.
 STOCK = """
 import json, sys
-sys.modules["fewstep"] = None
 import numpy, torch
 from diffusers import DiffusionPipeline
 for folder in sys.argv[1:]:
@@ -83,7 +80,7 @@ STUDENTS = {
 def students(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
     """One of each kind, the suite's own and the zoo's: the run, and the trainer's own pictures of its student.
 
-    One process without fewstep then samples them all, as it takes seconds to start.
+    One process without fewstep then samples them all.
     """
     found = {}
     for kind, (folder, build, settings) in STUDENTS.items():
@@ -102,7 +99,7 @@ def students(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
             run = whole_run(config, "sid", pipeline).bench
             found[f"{kind} of the zoo"] = (run, own_images(run))
     folders = [str(Path(run.config.out) / "student") for run, _ in found.values()]
-    subprocess.run([sys.executable, "-W", "ignore", "-c", STOCK, *folders], check=True)
+    run_stock(STOCK, *folders)
     return found
 
 
