@@ -1,0 +1,70 @@
+"""The suite's own saving: which teacher is taken for one that was proven before, and that no failure is kept."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from proven import proven_once
+from tiny_pipelines import tiny_ddim
+
+from fewstep.recording import Recording, RecordingError
+
+
+def other_weight(pipeline: Any) -> None:
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias[0] += 1e-3
+
+
+def other_schedule(pipeline: Any) -> None:
+    pipeline.scheduler = DDIMScheduler(beta_end=0.019)
+
+
+def mute() -> Any:
+    """A teacher whose answer is zero, of which its proof warns."""
+    pipeline = tiny_ddim()
+    torch.nn.init.zeros_(pipeline.unet.conv_out.weight)
+    return pipeline
+
+
+@pytest.fixture
+def proofs(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """The recordings that are really proven, from none on."""
+    found, prove = [], Recording.prove
+
+    def noted(self: Recording, seed: int = 0) -> Any:
+        found.append(self)
+        return prove(self, seed)
+
+    monkeypatch.setattr(Recording, "prove", noted)
+    monkeypatch.setattr("proven._PROOFS", {})
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:the answer of")
+@pytest.mark.parametrize(("change", "expected"), [(None, 1), (other_weight, 2), (other_schedule, 2)])
+def test_an_equal_teacher_alone_is_taken_for_proven(change: Any, expected: int, proofs: list[Recording]) -> None:
+    first, second = tiny_ddim(), tiny_ddim()
+    if change is not None:
+        change(second)
+    told = [proven_once(pipeline).prove() for pipeline in (first, second)]
+    assert len(proofs) == expected
+    assert (told[0] is told[1]) == (expected == 1)
+
+
+def test_a_failure_is_not_kept_and_a_warning_is_given_again(
+    proofs: list[Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_self: Recording, _seed: int = 0) -> Any:
+        raise RecordingError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recording, "prove", fail)
+        with pytest.raises(RecordingError):
+            proven_once(mute()).prove()
+    for _ in range(2):
+        recording = proven_once(mute())
+        with pytest.warns(UserWarning, match="are its weights untrained"):
+            proof = recording.prove()
+        assert recording.proof is proof
+    assert len(proofs) == 1
