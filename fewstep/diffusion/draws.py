@@ -24,8 +24,12 @@ RESPONSE_STEP = -4
 
 def keyed_generator(*key: int | str) -> torch.Generator:
     """A CPU generator seeded with 8 bytes of BLAKE2b over ``key``."""
+    return torch.Generator().manual_seed(_seed_of(key))
+
+
+def _seed_of(key: tuple[int | str, ...]) -> int:
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    return int.from_bytes(digest, "little", signed=True)
 
 
 class Draws:
@@ -51,8 +55,10 @@ class Draws:
         self._names.add(name)
 
     def _generators(self, name: str) -> Iterator[torch.Generator]:
+        """For every sample the one to draw from, before the next is asked for: they are one, seeded anew."""
         self._claim(name)
-        return (keyed_generator(self.seed, self.step, index, name) for index in self.indices)
+        one = torch.Generator()  # a new one for each sample would take longer than most draws from it
+        return (one.manual_seed(_seed_of((self.seed, self.step, index, name))) for index in self.indices)
 
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
         """Standard normal float32 (B, *shape)."""
