@@ -19,10 +19,8 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="fewstep_tests_")
 import numpy as np
 import pytest
 import torch
-from proven import proven_once
 
 from fewstep.pytest_plugin import add_options
-from fewstep.training import previews
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared"
 #: The files that take longest: they begin first, or one core would wait for another at the end.
@@ -105,12 +103,14 @@ def no_network() -> Iterator[None]:
 def short_previews() -> Iterator[None]:
     """The teacher's row of a sample grid has two steps: in all of them, a grid costs more than the rest of a run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(previews, "_TEACHER_STEPS", 2)
+        patch.setattr("fewstep.training.previews._TEACHER_STEPS", 2)
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def equal_teachers_are_proven_once() -> Iterator[None]:
+    from proven import proven_once  # not at the top: the process that hands out the tests imports no diffusers
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fewstep.programs.teacher.record", proven_once)
         yield
