@@ -36,6 +36,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        # A plan has fake tensors of a GPU. Where the first backward pass of a process comes after them, autograd
+        # starts a thread for it, and no process that is forked from then on (tests/forked.py) can go backward.
+        torch.ones(1, requires_grad=True).sum().backward()
+    # Python takes the bytecode of a file for that of another one of the same size and second, which two students' own
+    # code may be: where a file is in the place of the folder, none is kept.
+    code = Path(os.environ["HF_MODULES_CACHE"], "diffusers_modules", "local")
+    code.mkdir(parents=True, exist_ok=True)
+    (code / "__pycache__").touch()
     for name in ("golden", "zoo"):
         given = config.getoption(name)
         if given is not None and not Path(given).is_dir():
