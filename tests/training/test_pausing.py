@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,52 @@ def test_a_run_that_was_told_to_go_in_its_grid_ends_like_one_that_was_not(
         distill(teacher, "dmd2", out=str(tmp_path / "parts"), **settings)
     assert len(calls) == 30 and not (tmp_path / "parts" / "samples").exists()
     distill(teacher, "dmd2", out=str(tmp_path / "parts"), resume=True, **settings)
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")
+    for name in ("samples/step_00000002.png", "student/transformer/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_both_processes_of_a_run_leave_its_grid_when_the_second_hears_the_signal(
+    tmp_path: Path, sharding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, draw, second = tiny_dit(), previews.draw_sample, tmp_path / "second"
+    settings = {"classes": "0-2", "steps": 2, "max_steps": 2, "batch_size": 4, "sample_steps": 2, "critic_updates": 1}
+    settings |= {"cpu": True, "report_to": "none", "sharding": sharding}
+
+    def signalled(*given, on_step, **named):
+        calls: list[int] = []
+
+        def before(step, x_t) -> None:
+            calls.append(step)
+            if len(calls) == 5 and os.environ["RANK"] == "0":
+                os.kill(int(second.read_text()), signal.SIGTERM)
+                time.sleep(0.2)
+            on_step(step, x_t)
+
+        return draw(*given, on_step=before, **named)
+
+    def launch(name: str, **more) -> list[int]:
+        def work(rank: int) -> int:
+            if rank:
+                second.write_text(str(os.getpid()))
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # to whom it is handed on after the loop
+            try:
+                distill(teacher, "dmd2", out=str(tmp_path / name), **settings, **more)
+            except Interrupted:
+                return 130
+            return 0
+
+        return [end.code for end in forked(2, work, tmp_path / f"{name}_said")]
+
+    assert launch("whole") == [0, 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(previews, "draw_sample", signalled)
+        assert launch("parts") == [130, 130]
+    assert not (tmp_path / "parts" / "samples").exists()
+    assert checkpoint.find_latest(tmp_path / "parts" / "checkpoints").state["owed"]
+    assert launch("parts", resume=True) == [0, 0]
     assert log(tmp_path / "parts") == log(tmp_path / "whole")
     for name in ("samples/step_00000002.png", "student/transformer/diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
