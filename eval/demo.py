@@ -9,6 +9,7 @@ import yaml
 
 from fewstep.errors import UserError
 from fewstep.eval import known_rows
+from fewstep.eval.during import evaluator_of
 from fewstep.eval.evaluate import evaluate
 from fewstep.eval.report import Report
 from fewstep.fashion import TEACHERS
@@ -55,7 +56,7 @@ def demo(
     if max_steps is not None:
         settings["max_steps"] = max_steps
     config = method_class(METHOD).Config(**settings, resume=(out / "config.yaml").exists())
-    student = distillation.run(config, METHOD)
+    student = distillation.run(config, METHOD, evaluator=evaluator_of)
     counts = sorted({steps, *(count for count in (1, 2, 4, 8) if count < steps)})
     return evaluate(
         [student],

@@ -24,10 +24,10 @@ if not (Path(__file__).parent / "trainers").is_dir():
 
 if TYPE_CHECKING:
     from fewstep.errors import UserError
+    from fewstep.eval.during import distill
     from fewstep.eval.evaluate import evaluate
     from fewstep.export import apply, load
     from fewstep.programs.cache import cache
-    from fewstep.programs.distillation import distill
     from fewstep.programs.pairs import make_pairs
     from fewstep.programs.planning.plan import plan
     from fewstep.recording import record
@@ -39,7 +39,7 @@ _HOMES = {
     "UserError": "fewstep.errors",
     "apply": "fewstep.export",
     "cache": "fewstep.programs.cache",
-    "distill": "fewstep.programs.distillation",
+    "distill": "fewstep.eval.during",
     "evaluate": "fewstep.eval.evaluate",
     "load": "fewstep.export",
     "make_pairs": "fewstep.programs.pairs",

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from fewstep.errors import UserError
 
 KINDS = ("death", "power", "full")
-_GROWING = frozenset({"mkdir", "open", "close", "tensors", "fsync"})
+_GROWING = frozenset({"mkdir", "open", "close", "tensors", "fsync", "link"})
 
 
 class Death(BaseException):
@@ -106,7 +106,8 @@ def faults(root: Path, number: int, kind: str = "death", on: str = "") -> Iterat
 
 
 def _patch(patch: pytest.MonkeyPatch, fault: Faults) -> None:
-    own = {name: getattr(os, name) for name in ("rename", "replace", "mkdir", "unlink", "remove", "rmdir", "fsync")}
+    names = ("rename", "replace", "mkdir", "unlink", "remove", "rmdir", "fsync", "link")
+    own = {name: getattr(os, name) for name in names}
     opened, serialized = io.open, safetensors.torch.serialize_file
 
     def place(path: Any, dir_fd: int | None = None) -> str:
@@ -172,6 +173,7 @@ def every_fault(
     check: Callable[[Path, Faults], None],
     at_least: int,
     before: Callable[[Path], object] = lambda root: None,
+    on: str = "",
 ) -> None:
     """Let ``work`` fail at each of its operations, each time in a new folder, and ``check`` what is left there.
 
@@ -181,6 +183,7 @@ def every_fault(
         check: goes on without a fault, and compares.
         at_least: so many operations there must be, or something is not seen any more.
         before: makes what is in the folder already.
+        on: as in :class:`Faults`.
     """
     number = 0
     while True:
@@ -188,7 +191,7 @@ def every_fault(
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder) / "root"
             before(root)
-            with faults(root, number, kind) as fault:
+            with faults(root, number, kind, on) as fault:
                 ended = _end_of(work, root)
             if not fault.happened:
                 assert ended is None, ended

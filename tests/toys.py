@@ -26,6 +26,7 @@ from fewstep.networks.adapters import AdapterRole, Backbone
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.roles import NetworkRole
 from fewstep.recording import Recording
+from fewstep.training.best import Best, Measure
 from fewstep.training.distributed import Processes
 from fewstep.training.loop import Loop
 from fewstep.training.method import Method, Renew, Turn
@@ -111,20 +112,26 @@ def make_loop(
     real=None,
     pairs=None,
     on_samples: Callable[[int, Callable[[], None]], dict[str, float]] = lambda step, pause: {},
+    on_evaluation: Callable[[int, Callable[[], None]], dict[str, float]] = lambda step, pause: {},
+    measure: Measure | None = None,
     name: str = "tiny",
 ) -> Loop:
     """The real loop with a real monitor, on the CPU, for this process of however many there are."""
     accelerator = Accelerator(cpu=True)
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    return Loop(
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    loop = Loop(
         method,
         name,
         config,
         batches=Batches(conditions or Labels(), shape, accelerator.device, real, pairs),
-        processes=Processes(accelerator.process_index, accelerator.num_processes),
+        processes=processes,
         monitor=Monitor(Path(config.out), config.max_steps, accelerator),
         on_samples=on_samples,
+        on_evaluation=lambda pause: on_evaluation(loop.step, pause),
+        best=Best(Path(config.out), measure, config.eval_patience, processes),
     )
+    return loop
 
 
 class TinyMethod:

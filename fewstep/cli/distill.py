@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from fewstep.cli import main as command_line
 from fewstep.config.parsing import Parser, parse, with_values
 from fewstep.errors import UserError
+from fewstep.eval.during import evaluator_of
 from fewstep.programs import distillation
 from fewstep.programs.methods import method_class, methods
 from fewstep.training.distributed import leave_launch
@@ -43,7 +44,7 @@ def run(words: Sequence[str]) -> None:
         raise UserError(f"fewstep distill takes a method first: {', '.join(methods())}")
     method = words[0]
     config = distill_config(method, words[1:])
-    _announce(distillation.run(config, method))
+    _announce(distillation.run(config, method, evaluator=evaluator_of))
     leave_launch()
 
 

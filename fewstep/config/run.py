@@ -83,6 +83,13 @@ class RunConfig(Settings):
         checkpoints_total_limit: how many checkpoints are kept.
         log_steps: steps between lines in metrics.jsonl.
         sample_steps: steps between sample grids; 0 turns them off.
+        eval_steps: steps between evaluations of a small fixed set of the student's samples; 0 turns them off.
+        eval_samples: samples of that set, whose noise and conditions are the same in every evaluation.
+        eval_metric: which of the evaluator's numbers tells the best evaluation, whose checkpoint stays in
+            OUT/checkpoint_best; default its first.
+        eval_patience: so many evaluations of which none was the best end the run early, and well; 0 never does.
+        eval_weights: folder of the weights of the network that looks at samples; default that of $FEWSTEP_WEIGHTS.
+        export_best: the student that is written is that of OUT/checkpoint_best; default the last.
         stop_on: what ends a run: nan (a gradient or a weight that is not finite), collapse (that, and samples that are
             constant, alike or over-saturated, an explosion, a standstill), or never (an update that is not finite is
             left out); whatever is wrong is said in any case.
@@ -145,6 +152,12 @@ class RunConfig(Settings):
     checkpoints_total_limit: int = setting("watching", 2)
     log_steps: int = setting("watching", 10)
     sample_steps: int = setting("watching", 500)
+    eval_steps: int = setting("watching", 0)
+    eval_samples: int = setting("watching", 256)
+    eval_metric: str | None = setting("watching", None)
+    eval_patience: int = setting("length", 0)
+    eval_weights: str | None = setting("machine", None)
+    export_best: bool = setting("export", False)
     stop_on: str = setting("watching", "nan")
     rollbacks: int = setting("watching", 0)
     report_to: str = setting("machine", "auto")
@@ -158,7 +171,7 @@ class RunConfig(Settings):
         self._refuse_below_one("steps", "max_steps", "batch_size", "gradient_accumulation_steps")
         self._refuse_below_one("checkpointing_steps", "log_steps", "checkpoints_total_limit")
         self._refuse_negative("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed")
-        self._refuse_negative("lora_rank", "data_workers", "rollbacks")
+        self._refuse_negative("lora_rank", "data_workers", "rollbacks", "eval_steps", "eval_patience")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
@@ -180,6 +193,7 @@ class RunConfig(Settings):
                 raise UserError(f"--{name} belongs to adapters: give --lora_rank, or leave it out")
         self._check_quantization()
         self._check_sharding()
+        self._check_evaluation()
         if self.export_dtype is not None:
             self._refuse_unknown("export_dtype", "float32", "bfloat16", "float16")
             if self.lora_rank and not self.merge:
@@ -201,6 +215,13 @@ class RunConfig(Settings):
             raise UserError("--full_critic is a copy to train, which --quantization has not; leave one of them out")
         if self.teacher_lora is not None:
             raise UserError("--teacher_lora cannot be fused into weights of --quantization; leave one of them out")
+
+    def _check_evaluation(self) -> None:
+        if self.eval_samples < 2:
+            raise UserError(f"--eval_samples must be at least 2, not {self.eval_samples}")
+        for name in ("eval_metric", "eval_patience", "eval_weights", "export_best"):
+            if getattr(self, name) and not self.eval_steps:
+                raise UserError(f"--{name} belongs to evaluations: give --eval_steps, or leave it out")
 
     def _check_sharding(self) -> None:
         self._refuse_unknown("sharding", "none", "full", "hybrid")

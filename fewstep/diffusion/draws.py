@@ -20,6 +20,10 @@ PREVIEWS_STEP = -2
 PAIRS_STEP = -3
 #: The samples by which it is tried whether a teacher responds to its condition.
 RESPONSE_STEP = -4
+#: The noise of the student's samples that are evaluated, the same in every evaluation of a run.
+EVALUATION_STEP = -5
+#: The noise of the teacher's samples that they are compared with.
+REFERENCE_STEP = -6
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:

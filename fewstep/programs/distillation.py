@@ -24,9 +24,11 @@ from fewstep.programs.sharded_run import ShardedRun, refuse_undividable
 from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.pipeline import name_of
 from fewstep.teachers.license import teacher_license
+from fewstep.training.best import Best
 from fewstep.training.checkpoint import find_latest
 from fewstep.training.counters import counters
 from fewstep.training.distributed import Processes, join_launch, on_main, samples_line
+from fewstep.training.evaluation import Evaluation, MakeEvaluator
 from fewstep.training.fate import shared_fate
 from fewstep.training.initialization import initialize
 from fewstep.training.inputs import RunInputs
@@ -35,6 +37,7 @@ from fewstep.training.method import Method
 from fewstep.training.monitor import Monitor
 from fewstep.training.previews import Previews
 from fewstep.training.run_folder import check_folder, write_config
+from fewstep.training.samples import Samples
 from fewstep.training.shares import kept_batch
 from fewstep.training.stopping import Interrupted
 from fewstep.training.trackers import trackers
@@ -42,12 +45,19 @@ from fewstep.training.trackers import trackers
 logger = logging.getLogger("fewstep")
 
 
-def distill(teacher: str | Path | DiffusionPipeline, method: str = "dmd2", **settings: Any) -> Path:
+def distill(
+    teacher: str | Path | DiffusionPipeline,
+    method: str = "dmd2",
+    *,
+    evaluator: MakeEvaluator | None = None,
+    **settings: Any,
+) -> Path:
     """Distil a teacher and export the student: the command line's ``fewstep distill`` as a function.
 
     Args:
         teacher: folder, hub id, embedded name, or a loaded pipeline.
         method: a file name of ``fewstep.trainers``.
+        evaluator: makes the evaluator that ``eval_steps`` asks for.
         **settings: fields of the method's configuration (``out`` is required), see ``fewstep distill METHOD --help``.
 
     Returns:
@@ -63,16 +73,22 @@ def distill(teacher: str | Path | DiffusionPipeline, method: str = "dmd2", **set
         config = method_class(method).Config(teacher=name, **settings)
     except TypeError as error:
         raise UserError(f"{method} has no such setting: {error}") from error
-    return run(config, method, pipeline)
+    return run(config, method, pipeline, evaluator)
 
 
-def run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None = None) -> Path:
+def run(
+    config: RunConfig,
+    method: str,
+    pipeline: DiffusionPipeline | None = None,
+    evaluator: MakeEvaluator | None = None,
+) -> Path:
     """Train, then export the student. Returns its pipeline's folder, or its LoRA's where that is all.
 
     Args:
         config: of the run.
         method: its name.
         pipeline: the teacher's, where it is in memory already, else it is loaded from ``config.teacher``.
+        evaluator: makes the evaluator that ``--eval_steps`` asks for.
 
     Raises:
         UserError: for everything that a user can mend.
@@ -81,10 +97,16 @@ def run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None = Non
     config = config.resolved()
     accelerator = join_launch(config.cpu, log_with=trackers(config.report_to), project_dir=config.out)
     with shared_fate(accelerator, Interrupted):
-        return _run(config, method, pipeline, accelerator)
+        return _run(config, method, pipeline, accelerator, evaluator)
 
 
-def _run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None, accelerator: Accelerator) -> Path:
+def _run(
+    config: RunConfig,
+    method: str,
+    pipeline: DiffusionPipeline | None,
+    accelerator: Accelerator,
+    evaluator: MakeEvaluator | None,
+) -> Path:
     # 1. This process among those of the launch, and the run's folder.
     out, main = Path(config.out), accelerator.is_main_process
     resuming = check_folder(out, method, config, in_memory=pipeline is not None)
@@ -103,10 +125,13 @@ def _run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None, acc
     say(samples_line(accelerator, config.batch_size, config.gradient_accumulation_steps))
     inputs = RunInputs(config, pipeline)
     say(on_main(accelerator, inputs.check_here))
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    evaluation = Evaluation(config, evaluator, accelerator.device, processes) if config.eval_steps else None
 
     # 2. The teacher, the student's plan, and what there is to train on.
     bench = open_workbench(config, accelerator.device, pipeline, say, progress=main)
-    previews = Previews(config, bench.recording, bench.conditions, bench.device, bench.with_default_guidance)
+    samples = Samples(config, bench.recording, bench.conditions, bench.device, bench.with_default_guidance)
+    previews = Previews(samples, wanted=config.sample_steps > 0)
     say(previews.note)
     encoders = Encoders(bench.recording, bench.student.plan.call, bench.teacher.reload)
 
@@ -146,26 +171,37 @@ def _run(config: RunConfig, method: str, pipeline: DiffusionPipeline | None, acc
                 monitor.show(step, path)
             return spread
 
+        measure = None
+        if evaluation is not None:
+            evaluation.begin(samples, bench.guided(teacher))
+            measure = evaluation.measure
+
+        def evaluate(pause: Callable[[], None]) -> dict[str, float]:
+            return {} if evaluation is None else evaluation.numbers(samples, role, bench.sampler, pause)
+
+        best = Best(out, measure, config.eval_patience, processes)
         loop = Loop(
             prepared,
             method,
             config,
             batches=bench.batches(pairs),
-            processes=Processes(accelerator.process_index, accelerator.num_processes),
+            processes=processes,
             monitor=monitor,
             on_samples=save_samples,
+            on_evaluation=evaluate,
+            best=best,
             holding=None if sharded is None else sharded.sharding,
         )
         if found is not None:
             loop.resume(found)
-        else:
-            monitor.resume(0)  # of a run whose checkpoints were taken away
         try:
             loop.run()
         finally:
             monitor.close()
 
         # 6. The student, which one process writes.
+        if config.export_best:
+            say(best.load(role, prepared.roles, loop.holding))
         role = role if sharded is None else sharded.whole_student()
         if main:
             written = export(bench, method, role, encoders)

@@ -99,25 +99,36 @@ def written(folder: Path, step: int, state: dict[str, Any], keep: int) -> Iterat
     """
     final, partial = _path(folder, step), folder / f"{_PARTIAL}{step:08d}"
     try:
-        _remove_left_over(folder)
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            flush(folder.parent)
-        partial.mkdir()
+        _begin(partial)
         yield partial
         _seal(partial, step, state)
-        if final.exists():
-            _remove(final)
-        os.rename(partial, final)
-        flush(folder)
+        _give_name(partial, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        kept = [old for old in steps_in(folder) if old < step and _looks_whole(_path(folder, old))]
+        kept = [old for old in steps_in(folder) if old < step and looks_whole(folder, old)]
         raise UserError(
             f"the checkpoint of step {step} could not be written ({error}); make room on the disk, then --resume"
             + (f" from step {kept[-1]}" if kept else "")
         ) from error
     keep_newest(folder, step, keep)
+
+
+def _begin(partial: Path) -> None:
+    """Make the folder of a checkpoint that is going to be written."""
+    folder = partial.parent
+    _remove_left_over(folder)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        flush(folder.parent)
+    partial.mkdir()
+
+
+def _give_name(partial: Path, final: Path) -> None:
+    """Give a checkpoint its name, in the place of one that has it."""
+    if final.exists():
+        _remove(final)
+    os.rename(partial, final)
+    flush(final.parent)
 
 
 def _seal(partial: Path, step: int, state: dict[str, Any]) -> None:
@@ -142,7 +153,7 @@ def keep_newest(folder: Path, step: int, keep: int) -> None:
         if whole >= keep:
             _remove(path)
         elif old <= step:
-            whole += old == step or _looks_whole(path)
+            whole += old == step or looks_whole(folder, old)
 
 
 def _remove(path: Path) -> None:
@@ -198,6 +209,61 @@ def remove_after(folder: Path, step: int) -> None:
             _remove(_path(folder, later))
 
 
+def find_step(folder: Path, step: int) -> Found:
+    """The checkpoint of a step; all of it is read once and checked.
+
+    Raises:
+        UserError: it is damaged, or there is none.
+    """
+    path = _path(folder, step)
+    try:
+        state = _read_state(path)
+        _refuse_altered(path, state)
+    except _DamagedError as error:
+        raise UserError(f"{path} is not whole: {error}; put it back, or remove it") from error
+    return Found(path, state)
+
+
+def looks_whole(folder: Path, step: int) -> bool:
+    """Whether the checkpoint of a step has all its files in their sizes; what is in them is not read."""
+    path = _path(folder, step)
+    try:
+        _refuse_altered(path, _read_state(path), read=False)
+    except _DamagedError:
+        return False
+    return True
+
+
+def give_second_place(folder: Path, step: int, other: Path) -> None:
+    """Have the checkpoint of a step in another folder too: the same files where the disk can do that, else copies.
+
+    Raises:
+        UserError: the disk is full or does not take it.
+    """
+    final, partial = _path(other, step), other / f"{_PARTIAL}{step:08d}"
+    try:
+        _begin(partial)
+        for file in sorted(_path(folder, step).iterdir()):
+            try:
+                os.link(file, partial / file.name)
+            except OSError:  # a file has one name on such a disk
+                shutil.copy2(file, partial / file.name)
+            flush(partial / file.name)
+        flush(partial)
+        _give_name(partial, final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{final} could not be written ({error}); make room on the disk, then --resume") from error
+
+
+def remove_all_but(folder: Path, step: int | None) -> None:
+    """Remove the checkpoints of all other steps, and what a kill left."""
+    _remove_left_over(folder)
+    for other in steps_in(folder):
+        if other != step:
+            _remove(_path(folder, other))
+
+
 class _DamagedError(Exception):
     """A file of a checkpoint is missing or is not what was written."""
 
@@ -231,15 +297,6 @@ def _refuse_altered(path: Path, state: dict[str, Any], *, read: bool = True) -> 
             raise _DamagedError(f"{name} cannot be read") from error
         if not same:
             raise _DamagedError(f"{name} is not what was written")
-
-
-def _looks_whole(path: Path) -> bool:
-    """Whether a checkpoint has all its files in their sizes; what is in them is not read."""
-    try:
-        _refuse_altered(path, _read_state(path), read=False)
-    except _DamagedError:
-        return False
-    return True
 
 
 def _note(folder: Path, step: int, damaged: dict[int, str]) -> str:

@@ -6,6 +6,7 @@ gradients over processes itself. Between two logged steps the host reads nothing
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fewstep.data.batch import Batch, Batches
 from fewstep.errors import UserError
 from fewstep.networks.roles import FOLLOWERS, Role, follow, update_average
 from fewstep.training import checkpoint
+from fewstep.training.best import Best
 from fewstep.training.counters import counters
 from fewstep.training.distributed import Processes
 from fewstep.training.guard import Guard
@@ -29,6 +31,8 @@ from fewstep.training.shares import Share, refuse_other_batch
 from fewstep.training.stopping import Interrupted, Stopping
 from fewstep.training.verdict import Trouble
 from fewstep.training.watch import Watch
+
+logger = logging.getLogger("fewstep")
 
 
 class Loop:
@@ -44,6 +48,9 @@ class Loop:
         on_samples: called with the number of steps done, on the main process, when samples are due; it says how they
             vary, for the log. Where the processes work together, it is called on all of them. What it is called with
             besides, it calls between two network calls: the run may have to stop there.
+        on_evaluation: called on all processes, as often with the same pauses, when an evaluation is due; it gives its
+            numbers, the same on each.
+        best: which evaluation was the best so far; default none is made.
         holding: how the processes hold the roles; default whole.
     """
 
@@ -57,11 +64,14 @@ class Loop:
         processes: Processes,
         monitor: Monitor,
         on_samples: Callable[[int, Callable[[], None]], dict[str, float]],
+        on_evaluation: Callable[[Callable[[], None]], dict[str, float]] = lambda _pause: {},
+        best: Best | None = None,
         holding: Holding | None = None,
     ) -> None:
         self.method, self.method_name, self.config, self.batches = method, method_name, config, batches
         self.device, self.processes, self.monitor, self.on_samples = batches.device, processes, monitor, on_samples
-        self.holding = holding or Holding()
+        self.on_evaluation, self.holding = on_evaluation, holding or Holding()
+        self.best = best or Best(Path(config.out), None, 0, processes)
         self.checkpoints = Path(config.out) / "checkpoints"
         self.faults = Faults(halting=config.stop_on != "never")
         trainable = (role for role in method.roles.values() if role.parameters())
@@ -77,41 +87,48 @@ class Loop:
         how = (self._here, self._batches, not self.holding.together)
         self.guard = Guard(method, self.optimizers, self.faults, processes, *how)
         self.step = 0
-        #: The numbers of this step, where it was left before its samples were made; they are logged together.
+        #: The numbers of this step, where it was left before its student was looked at; they are logged together.
         self._owed: dict[str, float] | None = None
         self._kept = -1  # the step of the newest checkpoint that this process knows to be whole
         self.stopping = Stopping(processes)
         self._recent: dict[str, Tensor] = {}
 
     def run(self) -> None:
-        """Train.
+        """Train to the last step, or until there was no better evaluation for long enough.
 
         Raises:
             Interrupted: after a signal.
             UserError: something went wrong on which the run is to end (``--stop_on``), and no roll-back is left.
         """
         with self.stopping.noted():
-            if self.step == 0:
+            if self._kept < 0:
                 self._refuse_start()
-                self._save()
+                self.monitor.resume(-1)  # of a run that was killed here, or whose checkpoints were taken away
+                self.best.resume(None, -1)
+                if self.config.eval_steps:
+                    self._owed = {}  # the student as it begins is looked at first
+                else:
+                    self._save()
             else:  # a kill may have come before the ones that are too many were removed
                 limit = self.config.checkpoints_total_limit
                 self._on_main_process(lambda: checkpoint.keep_newest(self.checkpoints, self.step, limit))
-            while self._owed is not None or self.step < self.config.max_steps:
+            while self._owed is not None or (self.step < self.config.max_steps and not self.best.enough):
+                owed = self._owed is not None
                 numbers, self._owed = self._one_step() if self._owed is None else self._owed, None
                 stopping = self.stopping.agreed()
                 last = self.step == self.config.max_steps
                 saving = last or stopping or self.step % self.config.checkpointing_steps == 0
-                sampling = self.config.sample_steps and (last or self.step % self.config.sample_steps == 0)
-                trouble = self.guard.look(self.step) if numbers or saving or sampling else None
-                if trouble is None and sampling:
-                    samples = None if stopping else self._sample()
-                    if samples is None:  # whoever goes on makes them first
+                sampling, evaluating = self._due(self.config.sample_steps, 1), self._due(self.config.eval_steps, 0)
+                looking = sampling or evaluating
+                trouble = self.guard.look(self.step) if numbers or saving or looking else None
+                if trouble is None and looking:
+                    seen = None if stopping else self._see_student(sampling, evaluating)
+                    if seen is None:  # whoever goes on looks first
                         self._owed = numbers
                         self._save()
                         raise Interrupted
-                    numbers |= samples
-                if trouble is None and (numbers or sampling):
+                    numbers |= seen
+                if trouble is None and (numbers or looking):
                     self.monitor.log(self.step, numbers)
                     trouble = self.watch.look({"step": self.step, **numbers})
                     if trouble is not None and trouble.kind == "nan":
@@ -119,11 +136,17 @@ class Loop:
                 if trouble is not None:
                     self._end_or_go_back(trouble)
                     continue
-                if saving:
+                improved = evaluating and self.best.note(self.step, numbers)
+                if owed and evaluating:
+                    self._kept = -1  # that checkpoint knows nothing of its evaluation
+                if saving or owed or improved or self.best.enough:
                     self._save()
+                self._keep(improved)
                 if stopping:
                     raise Interrupted
         self.monitor.close()
+        if self.step < self.config.max_steps and self.processes.rank == 0:
+            logger.info("%s", self.best.why_enough(self.step, self.config.max_steps))
 
     def resume(self, found: checkpoint.Found | None = None) -> None:
         """Go on from a checkpoint.
@@ -158,6 +181,7 @@ class Loop:
             optimizer.slowed = self.watch.slowed
         self._recent = {name: value.to(self.device) for name, value in tensors["unlogged"].items()}
         self.step = self._kept = state["step"]
+        self.best.resume(state.get("evaluation"), self.step)
         if self._owed is not None:
             self.monitor.advance(self.step)
 
@@ -231,11 +255,19 @@ class Loop:
         if renew.role == "student":
             follow(self.method.roles)
 
+    def _due(self, every: int, first: int) -> bool:
+        """Whether what is done every so many steps from the ``first``, and after the last, is to be done now."""
+        return every > 0 and first <= self.step and (self.step % every == 0 or self.step == self.config.max_steps)
+
     # --- between steps ------------------------------------------------------------------------------------------
 
     def _refuse_start(self) -> None:
         if (trouble := self.guard.look(0)) is not None:
             raise UserError(f"{trouble.words}: no run can start from that")
+
+    def _keep(self, improved: bool) -> None:
+        if improved:
+            self._on_main_process(self.best.keep)
 
     def _end_or_go_back(self, trouble: Trouble) -> None:
         found = self.watch.way_back(trouble, self.step)
@@ -271,6 +303,7 @@ class Loop:
             "batch": self._batch_state,
             "renewed_at": {name: optimizer.renewed_at for name, optimizer in self.optimizers.items()},
             **({} if self._owed is None else {"owed": self._owed}),
+            "evaluation": self.best.state(),
         }
         self.holding.save(self.checkpoints, self.step, tensors, state, self.config.checkpoints_total_limit)
 
@@ -283,14 +316,15 @@ class Loop:
         means = dict(zip(names, values / self.processes.count, strict=True))
         return {name: means[name] for name in log}
 
-    def _sample(self) -> dict[str, float] | None:
-        """Samples of this step. Returns what there is to log of them, on the main process; None: the run is to stop."""
+    def _see_student(self, sampling: bool, evaluating: bool) -> dict[str, float] | None:
+        """What there is to log of the student as it is, on the main process at least; None: the run is to stop."""
         numbers: dict[str, float] = {}
-        samples = self.on_samples
+        samples, evaluation, pause = self.on_samples, self.on_evaluation, self.stopping.pause
         try:
-            self.stopping.of_main(
-                lambda: numbers.update(samples(self.step, self.stopping.pause)), self.holding.together
-            )
+            if sampling:
+                self.stopping.of_main(lambda: numbers.update(samples(self.step, pause)), self.holding.together)
+            if evaluating:
+                self.stopping.of_main(lambda: numbers.update(evaluation(pause)), together=True)
         except Interrupted:
             return None
         return numbers

@@ -90,8 +90,8 @@ def _described(method: str, config: RunConfig) -> dict[str, Any]:
 def _may_change(config: RunConfig) -> frozenset[str]:
     """Settings that a resumed run may change, because the weights do not depend on them."""
     # A run does not move between CPU and GPU. Its length does matter where a curriculum follows it.
-    stays = names_of(type(config), "length") if config.follows_max_steps else frozenset()
-    return names_of(type(config), "machine", "watching", "export", "length") - {"cpu"} - stays
+    stays = {"cpu", "max_steps"} if config.follows_max_steps else {"cpu"}
+    return names_of(type(config), "machine", "watching", "export", "length") - stays
 
 
 def _compared_by_contents(

@@ -46,6 +46,7 @@ def test_a_students_card_says_nothing_of_the_machine() -> None:
         "push_to_hub",
         "hub_private",
         "data_workers",
+        "eval_weights",
         "sharding",
         "sharding_group",
         "sharding_offload",

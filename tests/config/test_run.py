@@ -27,6 +27,9 @@ from fewstep.trainers.dmd2 import Dmd2Config
         ("max_grad_norm", -1.0),
         ("lr_warmup_steps", -1),
         ("sample_steps", -1),
+        ("eval_steps", -1),
+        ("eval_patience", -1),
+        ("eval_samples", 1),
         ("seed", -1),
         ("ema_decay", 1.0),
         ("ema_decay", -0.1),
@@ -73,6 +76,16 @@ def test_settings_of_dmd2_that_cannot_work_are_refused_by_name(name: str, value:
 def test_prompts_and_classes_exclude_each_other():
     with pytest.raises(UserError, match="not both"):
         RunConfig(teacher="t", out="o", prompts="p.txt", classes="0-9")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("eval_metric", "fd_test"), ("eval_patience", 3), ("eval_weights", "w"), ("export_best", True)],
+)
+def test_what_is_about_evaluations_is_refused_in_a_run_without(name: str, value: object):
+    with pytest.raises(UserError, match=f"--{name} belongs to evaluations: give --eval_steps, or leave it out"):
+        RunConfig(teacher="t", out="o", **{name: value})
+    assert getattr(RunConfig(teacher="t", out="o", eval_steps=10, **{name: value}), name) == value
 
 
 # --- what follows -----------------------------------------------------------------------------------------------------

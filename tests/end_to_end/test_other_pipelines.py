@@ -17,6 +17,7 @@ from fewstep.recording.few_step import refuse_few_step
 from fewstep.recording.invocation import read_invocation
 from fewstep.recording.shake import shaken
 from fewstep.training.previews import Previews
+from fewstep.training.samples import Samples
 
 RUN = {"steps": 1, "max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True}
 RUN |= {"critic_updates": 1, "lr": 1e-2}
@@ -61,9 +62,10 @@ def test_where_no_way_leads_to_images_a_run_goes_without_grids(tmp_path: Path, m
 
 def test_sound_is_not_drawn(tmp_path: Path, monkeypatch) -> None:
     recording = record(tiny_pipelines.tiny_ddim())
-    previews = Previews(RunConfig(teacher="t", out=""), recording, None, torch.device("cpu"), lambda told: told)
-    monkeypatch.setattr(previews, "_samples", lambda *_: torch.randn(2, 2, 8))
-    monkeypatch.setattr(previews, "_pictures", lambda *_: torch.zeros(2, 2, 8))
+    samples = Samples(RunConfig(teacher="t", out=""), recording, None, torch.device("cpu"), lambda told: told)
+    monkeypatch.setattr(samples, "x0", lambda *_: torch.randn(2, 2, 8))
+    monkeypatch.setattr(samples, "pictures", lambda *_: torch.zeros(2, 2, 8))
+    previews = Previews(samples)
     numbers = previews.save(tmp_path / "a.png", None, None, None)
     assert not (tmp_path / "a.png").exists() and numbers["samples/student_std"] > 0
 

@@ -97,6 +97,12 @@ def test_what_a_resumed_run_may_change(tmp_path: Path):
         "sharding_offload",
         "stop_on",
         "rollbacks",
+        "eval_steps",
+        "eval_samples",
+        "eval_metric",
+        "eval_patience",
+        "eval_weights",
+        "export_best",
     }
     assert run_folder._may_change(config(tmp_path)) == names
     curriculum = ConsistencyConfig(teacher="t", out=str(tmp_path), data="d", variant="ict")

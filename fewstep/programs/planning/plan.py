@@ -36,7 +36,7 @@ from fewstep.training.method import Method, Turn
 #: What no number here holds.
 LEFT_OUT = (
     "what the allocator keeps beyond live tensors (fragmentation, caches), workspaces of cuDNN, cuBLAS and attention "
-    "kernels, the CUDA context, images, prompts, sample grids, and LPIPS with the decoder before it"
+    "kernels, the CUDA context, images, prompts, sample grids, evaluations, and LPIPS with the decoder before it"
 )
 
 

@@ -1,0 +1,102 @@
+"""Samples of a run's roles from keyed noise, and pictures of them, in batches of the size that training fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.config.run import RunConfig
+from fewstep.data.conditions import Conditions
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.rollout import Sampler, draw_sample, ode_sampler
+from fewstep.recording import Recording
+from fewstep.recording.errors import RecordingError
+from fewstep.recording.pipeline import without_safety_checker
+
+_TEACHER_STEPS = 25
+
+
+def _go_on() -> None:
+    """Nobody wants to stop."""
+
+
+class Samples:
+    """Makes samples of one run. Sample i has the condition i of the run's, which are taken in turn.
+
+    Args:
+        config: of the run.
+        recording: of the teacher.
+        conditions: of the run.
+        device: of the networks.
+        with_default_guidance: adds to a conditioning what the networks are told beside it (their guidance).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        recording: Recording,
+        conditions: Conditions,
+        device: torch.device,
+        with_default_guidance: Callable[[AnyConditioning], AnyConditioning],
+    ) -> None:
+        self.seed, self.at_once = config.seed, config.batch_size
+        self.recording, self.conditions, self.device = recording, conditions, device
+        self._told = with_default_guidance
+
+    @property
+    def teacher_sampler(self) -> Sampler:
+        """How a teacher moves when it is looked at."""
+        return ode_sampler(self.recording.schedule, _TEACHER_STEPS)
+
+    def batches(self, count: int) -> list[range]:
+        """The samples 0 to ``count`` - 1, as many at a time as training fits."""
+        return [range(first, min(first + self.at_once, count)) for first in range(0, count, self.at_once)]
+
+    @torch.no_grad()
+    def x0(
+        self,
+        denoiser: Denoiser,
+        sampler: Sampler,
+        step: int,
+        indices: Sequence[int],
+        pause: Callable[[], None] = _go_on,
+    ) -> Tensor:
+        """Samples (B, ...) of some indices, from the draws of a ``step`` of :mod:`fewstep.diffusion.draws`.
+
+        ``pause`` is called before each network call.
+        """
+        draws = Draws(self.seed, step, indices, self.device)
+        conditioning = self._told(self.conditions.select([index % len(self.conditions) for index in indices]))
+        shape = self.recording.sample_shape
+        return draw_sample(denoiser, sampler, draws, shape, conditioning, on_step=lambda *_: pause())
+
+    @torch.no_grad()
+    def pictures(self, x0: Tensor, pause: Callable[[], None] = _go_on) -> Tensor:
+        """Images (N, C, H, W) or videos (N, C, F, H, W) in [0, 1], float32 on the host, of x0 (N, ...).
+
+        ``pause`` is called before as many are decoded as training fits.
+        """
+        made = []
+        # The checker's word is for those who are shown pictures; here they show how the training goes.
+        with without_safety_checker(self.recording.pipeline):
+            for some in x0.split(self.at_once):
+                pause()
+                made.append(self.recording.decode(some.to(self.device)).float().cpu())
+        return torch.cat(made)
+
+    def asked(self, count: int) -> list[str] | list[int] | None:
+        """The prompts or labels of the samples 0 to ``count`` - 1; None for an unconditional teacher."""
+        items = self.conditions.items()
+        return [items[index % len(items)] for index in range(count)] if items else None
+
+    def why_no_pictures(self) -> str:
+        """Why no pictures can be made, in words; "" where they can."""
+        try:
+            _ = self.recording.codec
+        except RecordingError as error:
+            return str(error)
+        return ""
