@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-_WARMUPS = 1
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -39,18 +37,19 @@ def side_by_side(
     rounds: int = 20,
     budget: float = 60.0,
     baseline: int | None = None,
+    warm_up: bool = True,
 ) -> list[Timing]:
     """Time each of `calls` once a round, after an untimed call of each; the device is waited for around each.
 
     budget: seconds after which no further round starts (slow teachers), but at least one is timed; the count is part
-    of the result. baseline: which of the calls the others are compared with. Raises ValueError for rounds < 1.
+    of the result. baseline: which of the calls the others are compared with. warm_up: False where every call was made
+    before. Raises ValueError for rounds < 1.
     """
     if rounds < 1:
         raise ValueError("a timing needs at least one round")
     started = time.perf_counter()
-    for _ in range(_WARMUPS):
-        for call in calls:
-            call()
+    for call in calls if warm_up else ():
+        call()
     seconds: list[list[float]] = [[] for _ in calls]
     for number in range(rounds if calls else 0):
         if number and time.perf_counter() - started > budget:

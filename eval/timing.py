@@ -59,7 +59,11 @@ def time_rows(
     rounds, budget = config.latency_calls, config.latency_budget
     timed = partial(speed.side_by_side, device=device, budget=budget, baseline=baseline)
     one = timed([call(number, 1) for number in rows], rounds=rounds)
-    many = timed([call(number, size) for number in rows], rounds=min(rounds, _THROUGHPUT_ROUNDS))
+    many = timed(
+        [call(number, size) for number in rows],
+        rounds=min(rounds, _THROUGHPUT_ROUNDS),
+        warm_up=device.type != "cpu",  # a CPU chooses nothing by the size of a batch
+    )
     found = []
     for number, (latency, batch) in enumerate(zip(one, many)):
         row: dict[str, Any] = {
