@@ -70,7 +70,20 @@ def report_of(
         _notes(rows, panel, judges, asked),
         settings,
         versions | {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        optimised=_chosen_by(rows),
     )
+
+
+def _chosen_by(rows: Sequence[Row]) -> list[str]:
+    """The numbers by which a student's checkpoint was chosen, as its card says."""
+    chosen = []
+    for row in rows:
+        training = row.source.model.training
+        if training.get("eval_steps") and training.get("export_best"):
+            # Where none was named: the first number of the embedded teachers' evaluator, or of any other's.
+            default = "fd_test" if row.source.model.embedded else "kd_dino"
+            chosen.append(training.get("eval_metric") or default)
+    return list(dict.fromkeys(chosen))
 
 
 def protocol_of(sources: Sequence[ModelSource], config: EvalConfig) -> dict[str, Any]:

@@ -98,6 +98,16 @@ def test_a_folder_is_that_of_one_protocol(student, judge, tmp_path, change, word
         evaluate([student], **options)
 
 
+def test_what_a_checkpoint_was_chosen_by_is_said(student, judge, tmp_path):
+    card = json.loads((student / "fewstep.json").read_text())
+    card["training"] |= {"eval_steps": 10, "export_best": True, "eval_metric": "fd_test"}
+    (student / "fewstep.json").write_text(json.dumps(card))
+    options = {**OPTIONS, "judge": judge, "steps": (1,), "metrics": ("fd_test", "agreement")}
+    report = evaluate([student], out=tmp_path, **options)
+    assert report.optimised == ["fd_test"]
+    assert "Training optimised FD-toy (test), or chose by it; it did not know agreement." in report.table()
+
+
 def test_the_counts_of_the_card_are_the_default(student, saved_dit, judge, tmp_path):
     options = {**OPTIONS, "teacher_steps": None, "judge": judge, "metrics": ("fd_test",)}
     report = evaluate(
