@@ -147,3 +147,17 @@ def test_a_run_that_was_killed_at_any_moment_ends_like_one_that_was_not(
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert hits >= kills / 2
     assert checkpoint.find_latest(tmp_path / "killed" / "checkpoints").state["step"] == 12
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_evaluation_that_was_killed_at_any_moment_has_the_same_report(count: int, tmp_path: Path) -> None:
+    tiny_pipelines.tiny_dit().save_pretrained(tmp_path / "teacher")
+    words = ["eval", "--teacher", str(tmp_path / "teacher"), "--teacher_steps", "1,4", "--classes", "0-2", "--cpu"]
+    words += ["--num", "400", "--batch_size", "16", "--metrics", "saturation"]
+    seconds = finish([*words, "--out", str(tmp_path / "whole")], tmp_path / "whole.txt", count)
+    hits = killed_and_resumed(words, tmp_path / "killed", 20, seconds, count)
+    rows = [json.loads((tmp_path / name / "report.json").read_text())["rows"] for name in ("whole", "killed")]
+    assert rows[0] == rows[1] and hits >= 10
+    kept = [sorted((tmp_path / name / "images").rglob("*.png")) for name in ("whole", "killed")]
+    assert len(kept[0]) == 800 and [p.read_bytes() for p in kept[0]] == [p.read_bytes() for p in kept[1]]

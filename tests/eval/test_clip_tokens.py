@@ -111,7 +111,11 @@ def test_any_of_the_published_files_will_do(name: str, published: Path) -> None:
     assert ids == [512 + MERGES.index("th e</w>"), 512 + MERGES.index("ca t</w>")]
 
 
-@pytest.mark.parametrize("content", [b"no archive", gzip.compress(b"#version\nt h\n"), gzip.compress(b"\xff\xfe")[:-4]])
+@pytest.mark.parametrize(
+    "content",
+    [b"no archive", gzip.compress(b"#version\nt h\n"), gzip.compress(b"\xff\xfe")[:-4]],
+    ids=["no archive", "other merges", "cut short"],  # an archive holds the time, and workers name tests alike
+)
 def test_other_merges_are_refused(content: bytes, published: Path) -> None:
     (published / clip_tokens.MERGES[0].name).write_bytes(content)
     with pytest.raises(UserError, match=r"bpe_simple_vocab_16e6\.txt\.gz"):
