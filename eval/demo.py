@@ -21,7 +21,7 @@ METHOD = "dmd2"
 #: somebody waits.
 DEMO_SAMPLES = known_rows.NUM
 #: Rounds of timed calls, and the seconds after which none begins: the quartiles of a few are wide.
-LATENCY = {"latency_calls": 5, "latency_budget": 10.0}
+LATENCY_CALLS, LATENCY_BUDGET = 5, 10.0
 
 
 def demo(
@@ -67,6 +67,7 @@ def demo(
         steps=counts,
         num=num or DEMO_SAMPLES,
         images="shown",
-        **LATENCY,
+        latency_calls=LATENCY_CALLS,
+        latency_budget=LATENCY_BUDGET,
         out=out / "report",
     )
