@@ -115,6 +115,7 @@ def test_the_hash_knows_neither_machine_nor_what_is_only_watched() -> None:
 def test_the_hash_knows_the_settings_that_it_knew_before_they_had_kinds() -> None:
     unknown = {"teacher", "out", "seed", "resume", "cpu", "report_to", "push_to_hub", "hub_private"}
     unknown |= {"checkpointing_steps", "checkpoints_total_limit", "log_steps", "sample_steps", "stop_on", "rollbacks"}
+    unknown |= {"eval_steps", "eval_samples", "eval_metric", "eval_weights"}
     unknown |= {"sharding", "sharding_group", "sharding_offload", "data_workers"}
     assert TRAINING.content()["settings"].keys() == TRAINING.config(0).as_dict().keys() - unknown
 

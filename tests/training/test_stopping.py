@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,14 @@ from fewstep.training.distributed import Processes
 from fewstep.training.stopping import Interrupted, Stopping
 from tests.forked import forked
 from tests.training.loop_runs import run
+
+
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """Ctrl-C counts, also where whoever started the tests lets it be passed over, as nohup does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Signalled(TinyMethod):
