@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from fewstep.eval.scorers.clip_score import BACKBONES
 from fewstep.teachers.names import embedded_name
 from fewstep.training.distributed import Processes, join_launch, leave_launch
 from fewstep.training.fate import shared_fate
+
+logger = logging.getLogger("fewstep")
 
 _SWITCHES = {"reference_crop", "strict", "cpu", "unconditional"}
 _ABOUT = "Measure students beside their teacher: report.json, report.md, report.html, pictures."
@@ -37,6 +40,8 @@ def run(words: Sequence[str]) -> None:
     }
     launch = join_launch(parsed.cpu)
     processes = Processes(launch.process_index, launch.num_processes)
+    if processes.count > 1 and launch.is_main_process:
+        logger.info("%d processes on %s share the samples", processes.count, launch.device.type)
     with shared_fate(launch):
         report = evaluate(
             parsed.models,
