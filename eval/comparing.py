@@ -80,7 +80,8 @@ class Comparison:
             name = f"{samples.source.num:,} samples of the {source.title} with other seeds"
             judges |= judges_of(name, samples, extractors, source.conditions)
             self.own_steps = source.steps
-            self.identity = {"kind": self.kind, "sha256": json_sha256(source.content)}
+            self.identity = {"kind": self.kind, "of": source.model.source, "call": source.call}
+            self.identity["sha256"] = json_sha256(source.content)
             self.floor_of = f"the {source.title} against itself with other seeds"
         elif self.kind == "images":
             if len(shape) == 4:

@@ -29,6 +29,7 @@ from fewstep.eval.known_rows import known_row
 from fewstep.eval.lineup import line_up, own_steps, step_counts
 from fewstep.eval.models import Model, in_steps
 from fewstep.eval.panel import Panel, open_panel
+from fewstep.eval.references import keep_statistics
 from fewstep.eval.report import Report
 from fewstep.eval.reporting import protocol_of, report_of
 from fewstep.eval.rows import Row
@@ -169,6 +170,7 @@ class Evaluation:
         report = report_of(rows, timings, self.panel, self.comparison, judges, self.config, self.skipped)
         try:
             report.save(self.config.out)
+            keep_statistics(self.config.out, judges)
             self._draw(rows)
         except OSError as error:
             raise UserError(f"{self.config.out} could not be written ({error}); make room, start it again") from error

@@ -16,7 +16,7 @@ from fewstep.eval.judge import Judge, MetricInputs
 from fewstep.eval.metrics.frechet import feature_statistics
 from fewstep.eval.metrics.table import Metric
 from fewstep.eval.samples import SampleSet
-from fewstep.eval.stats_files import read_stats
+from fewstep.eval.stats_files import FeatureStatistics, read_stats, write_stats
 
 
 def reference_of(
@@ -94,6 +94,20 @@ def judge_of_statistics(path: Path, extractors: Mapping[str, Extractor]) -> dict
         name, frechet_name(extractor), extractor.sha256, None, None, found.mean, found.covariance, count
     )
     return {kind: Judge(extractor, reference)}
+
+
+def keep_statistics(out: Path, judges: Mapping[str, Judge]) -> None:
+    """Write ``stats/KIND.npz`` of every reference whose samples were seen: a later ``--reference``, for a thousandth.
+
+    Raises OSError where the disk does not take it.
+    """
+    for kind, judge in judges.items():
+        reference, extractor = judge.reference, judge.extractor
+        if reference is None or reference.features is None:
+            continue
+        (out / "stats").mkdir(exist_ok=True)
+        known = (reference.count, extractor.name, extractor.sha256, extractor.resize)
+        write_stats(out / "stats" / f"{kind}.npz", FeatureStatistics(reference.mean, reference.covariance, *known))
 
 
 def floors_of_halves(metrics: Sequence[Metric], judge: Judge) -> dict[str, float]:

@@ -67,7 +67,10 @@ def fewstep_commands() -> list[list[str]]:
         if words[0] == "fewstep":
             found.append(words[1:])
         elif words[0] == "torchrun" or words[:2] == ["accelerate", "launch"]:
-            module, rest = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+            module, *rest = words[words.index("-m") + 1 :]
+            if words[0] == "torchrun":  # which else takes abbreviations of its own flags for them
+                assert module == "--", f"torchrun needs -m -- before the module: {words}"
+                module, *rest = rest
             assert module.startswith("fewstep.trainers.") or module == "fewstep.cli"
             found.append(rest if module == "fewstep.cli" else ["distill", module.rpartition(".")[2], *rest])
     return found

@@ -6,14 +6,13 @@ by it. Images are cut to the square in their middle and resized by Pillow's bicu
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.eval.extractors.pictures import CLIP, as_rgb, centre_square, resized, standardised, takes
-from fewstep.eval.features import Features
+from fewstep.eval.extractors.network import NetworkExtractor
+from fewstep.eval.extractors.pictures import CLIP, centre_square, resized, standardised
 from fewstep.eval.weights import WeightFile, Weights, load_strictly, read_state
 
 _SIDE, _WIDTH = 336, 1024
@@ -28,7 +27,7 @@ FILE = WeightFile(
 )
 
 
-class ClipImageExtractor:
+class ClipImageExtractor(NetworkExtractor):
     """768 features of CLIP ViT-L/14 at 336x336, of Euclidean length one.
 
     Args:
@@ -41,29 +40,11 @@ class ClipImageExtractor:
         UserError: it is another file than was published, or holds another network.
     """
 
-    name = "clip-vit-l/14-336"
-    resize = f"the square in the middle, Pillow's bicubic to {_SIDE}x{_SIDE}, antialiased"
-
     def __init__(self, weights: Weights, device: torch.device | str = "cpu", batch_size: int = 50) -> None:
-        self._found = weights.find(FILE)
-        self.sha256 = self._found.sha256
-        self.verified = self._found.verified
-        self.device = torch.device(device)
-        self._batch_size = batch_size
+        resize = f"the square in the middle, Pillow's bicubic to {_SIDE}x{_SIDE}, antialiased"
+        super().__init__(weights.find(FILE), "clip-vit-l/14-336", resize, device, batch_size)
 
-    def accepts(self, shape: tuple[int, ...]) -> bool:
-        """Grey or RGB, of any size."""
-        return takes(shape)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Features:
-        """uint8 (N, 1 or 3, H, W) -> features float32 (N, 768) on the CPU."""
-        parts = [self._features(as_rgb(part)) for part in images.split(self._batch_size)]
-        return Features(torch.cat(parts), None)
-
-    @cached_property
-    def _network(self) -> Any:
-        """Opened with the first images: rows that are kept need none."""
+    def _open(self) -> Any:
         state = read_state(self._found)
         # The file has the tower of texts, too, and numbers of positions that every network makes for itself.
         of_images = {

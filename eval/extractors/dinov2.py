@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.eval.extractors.pictures import IMAGENET, as_rgb, resized, standardised, takes
-from fewstep.eval.features import Features
+from fewstep.eval.extractors.network import NetworkExtractor
+from fewstep.eval.extractors.pictures import IMAGENET, resized, standardised
 from fewstep.eval.weights import Found, MissingWeightsError, WeightFile, Weights, read_state, refuse_misfits
 
 _SIDE, _PATCH, _TRAINED = 224, 14, 518
@@ -75,7 +74,7 @@ SIZES = {
 }
 
 
-class Dinov2Extractor:
+class Dinov2Extractor(NetworkExtractor):
     """The class token of DINOv2: 1024 features of ViT-L/14, 768 of ViT-B/14, 384 of ViT-S/14.
 
     Args:
@@ -89,32 +88,15 @@ class Dinov2Extractor:
         UserError: it is another file than was published, or holds another network.
     """
 
-    resize = f"Pillow's bicubic to {_SIDE}x{_SIDE}, antialiased"
-
     def __init__(
         self, weights: Weights, device: torch.device | str = "cpu", size: str = "large", batch_size: int = 50
     ) -> None:
         self._size = SIZES[size]
-        self._found = _either(weights, *self._size.files)
-        self.name = self._size.name
-        self.sha256 = self._found.sha256
-        self.verified = self._found.verified
-        self.device = torch.device(device)
-        self._batch_size = batch_size
+        found = _either(weights, *self._size.files)
+        resize = f"Pillow's bicubic to {_SIDE}x{_SIDE}, antialiased"
+        super().__init__(found, self._size.name, resize, device, batch_size)
 
-    def accepts(self, shape: tuple[int, ...]) -> bool:
-        """Grey or RGB, of any size."""
-        return takes(shape)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Features:
-        """uint8 (N, 1 or 3, H, W) -> features float32 (N, d) on the CPU."""
-        parts = [self._features(as_rgb(part)) for part in images.split(self._batch_size)]
-        return Features(torch.cat(parts), None)
-
-    @cached_property
-    def _network(self) -> Any:
-        """Opened with the first images: rows that are kept need none."""
+    def _open(self) -> Any:
         return open_network(self._size, read_state(self._found), self._found).to(self.device)
 
     def _features(self, images: Tensor) -> Tensor:

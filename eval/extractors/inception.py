@@ -15,7 +15,6 @@ Numbers of two resizes are never compared. The word FID belongs to the file with
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from torch import Tensor
 
 from fewstep.errors import UserError, one_line
 from fewstep.eval.extractors.inception_network import SIDE, WIDTH, InceptionNetwork
-from fewstep.eval.extractors.pictures import as_rgb, resized_in_float, takes
-from fewstep.eval.features import Features
+from fewstep.eval.extractors.network import NetworkExtractor
+from fewstep.eval.extractors.pictures import resized_in_float
 from fewstep.eval.weights import WeightFile, Weights, load_strictly, read_state
 
 #: TorchScript, by NVIDIA, of the network that TensorFlow published on 2015-12-05.
@@ -49,7 +48,7 @@ _RESIZES = {
 }
 
 
-class InceptionExtractor:
+class InceptionExtractor(NetworkExtractor):
     """2048 features of the last average of the network of FID.
 
     Args:
@@ -70,28 +69,11 @@ class InceptionExtractor:
         if mode not in _RESIZES:
             raise ValueError(f"the resize must be one of {', '.join(_RESIZES)}, not {mode!r}")
         file = STATE if mode == "legacy_pytorch" else TORCHSCRIPT
-        self._found = weights.find(file)
-        self.name = "inception-2015-12-05" + ("-pytorch" if file is STATE else "")
-        self.sha256 = self._found.sha256
-        self.verified = self._found.verified
-        self.resize = _RESIZES[mode]
-        self.device = torch.device(device)
+        name = "inception-2015-12-05" + ("-pytorch" if file is STATE else "")
+        super().__init__(weights.find(file), name, _RESIZES[mode], device, batch_size)
         self._mode = mode
-        self._batch_size = batch_size
 
-    def accepts(self, shape: tuple[int, ...]) -> bool:
-        """Grey or RGB, of any size."""
-        return takes(shape)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Features:
-        """uint8 (N, 1 or 3, H, W) -> features float32 (N, 2048) on the CPU."""
-        parts = [self._features(as_rgb(part)) for part in images.split(self._batch_size)]
-        return Features(torch.cat(parts), None)
-
-    @cached_property
-    def _network(self) -> Any:
-        """Opened with the first images: rows that are kept need none."""
+    def _open(self) -> Any:
         if self._mode == "legacy_pytorch":
             from accelerate import init_empty_weights
 

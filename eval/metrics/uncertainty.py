@@ -13,29 +13,6 @@ def standard_error(values: Tensor) -> float:
     return (values.double().std(correction=1) / len(values) ** 0.5).item()
 
 
-def bootstrap_error(
-    statistic: Callable[[Tensor], Tensor | float], num: int, *, repeats: int = 200, seed: int = 0
-) -> float:
-    """Deviation of a statistic over ``repeats`` sets of ``num`` samples drawn with replacement (Efron 1979).
-
-    Not for distances to a reference, which the equal samples of such sets push up: of those the sizes of the sets
-    matter, and repeated evaluations with other seeds tell more.
-
-    Args:
-        statistic: takes the indices int64 (num,) of a set.
-        num: samples there are.
-        seed: of the draws.
-
-    Raises:
-        ValueError: fewer than two samples.
-    """
-    if num < 2:
-        raise ValueError("resampling needs at least 2 samples")
-    draws = torch.Generator().manual_seed(seed)
-    found = [float(statistic(torch.randint(num, (num,), generator=draws))) for _ in range(repeats)]
-    return torch.tensor(found, dtype=torch.float64).std(correction=1).item()
-
-
 def jackknife_error(statistic: Callable[[Tensor], Tensor | float], num: int) -> float:
     """The standard error of a statistic from its values without one sample each: sqrt((n - 1)/n sum (s_i - mean)²).
 

@@ -50,9 +50,11 @@ def _refuse_lone_process() -> None:
     counts = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # torch's and those of MPI
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
     if by_accelerate and not any(name in os.environ for name in counts):
+        words = sys.orig_argv[1:]
+        words.insert(words[:1] == ["-m"], "--")  # else torchrun takes --start, --num and their like for its own
         raise UserError(
             "accelerate launch was told to start several processes, and started this one alone, as it does where there "
-            f"are not several GPUs: start torchrun --nproc_per_node N {shlex.join(sys.orig_argv[1:])}; if one process "
+            f"are not several GPUs: start torchrun --nproc_per_node N {shlex.join(words)}; if one process "
             "is meant, leave out --num_processes, and unset MASTER_PORT"
         )
 

@@ -90,6 +90,10 @@ def test_a_folder_of_images_has_its_own_halves_as_the_floor(teacher: Path, image
     halves = frechet_distance(*feature_statistics(seen[::2]), *feature_statistics(seen[1::2]))
     measure = report.measures["fid"]
     assert measure.floor == pytest.approx(halves, rel=1e-6) and "half" in measure.floor_of and measure.n_ref == 40
+    # What it was seen as is kept, and serves in its place.
+    again = run(teacher, tmp_path / "again", reference=str(tmp_path / "stats" / "inception.npz"), metrics=("fid",))
+    assert again.rows[0]["metrics"]["fid"] == pytest.approx(report.rows[0]["metrics"]["fid"], rel=1e-9)
+    assert again.measures["fid"].n_ref == 40
     # Another folder that is called and counts the same is told from it.
     (images / "00.png").write_bytes((images / "01.png").read_bytes())
     other = run(teacher, tmp_path / "other", reference=str(images))

@@ -32,7 +32,7 @@ def test_a_lone_process_of_several_is_refused_with_the_line_that_starts_them(
     monkeypatch: pytest.MonkeyPatch, flags: list[str]
 ) -> None:
     launched(monkeypatch, *flags)
-    line = "start torchrun --nproc_per_node N -m fewstep.trainers.dmd2 --teacher 'my teacher';"
+    line = "start torchrun --nproc_per_node N -m -- fewstep.trainers.dmd2 --teacher 'my teacher';"
     with pytest.raises(UserError, match=line):
         join_launch(cpu=True)
 
