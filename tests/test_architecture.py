@@ -43,8 +43,14 @@ PIPELINE_LOOKUP = {
 }
 #: Losses and kernels know tensors, not networks; a file of pipelines/ works when copied beside a checkpoint.
 NARROW = {
-    "losses": ("torch", "fewstep.diffusion.prediction", "fewstep.diffusion.schedule", "fewstep.losses"),
-    "kernels": ("torch", "triton", "fewstep.diffusion.prediction", "fewstep.diffusion.schedule", "fewstep.kernels"),
+    "losses": (
+        "torch",
+        "fewstep.diffusion.prediction",
+        "fewstep.diffusion.schedule",
+        "fewstep.kernels",
+        "fewstep.losses",
+    ),
+    "kernels": ("torch", "triton", "fewstep.errors", "fewstep.kernels"),
     "pipelines": ("torch", "diffusers"),
 }
 #: What people start may print; the library logs.

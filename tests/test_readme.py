@@ -26,9 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", *PAGES)
 #: What the documents name and the tree does not have yet.
-TO_COME = {
-    "fewstep/kernels/",
-}
+TO_COME: set[str] = set()
 RECIPES = sorted((ROOT / "trainers" / "configs").glob("*.yaml"))
 
 
