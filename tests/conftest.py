@@ -20,6 +20,10 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter, which is chosen when Triton is first imported, by diffusers at the latest.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from fewstep.pytest_plugin import add_options
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared"

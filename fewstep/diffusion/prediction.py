@@ -20,13 +20,10 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.schedule import Coefficients, EDMSchedule, NoiseSchedule
+from fewstep.kernels.renoise import renoise
+from fewstep.kernels.rows import expand as expand
 
 KINDS = ("epsilon", "v_prediction", "sample", "flow", "edm")
-
-
-def expand(coefficient: Tensor, like: Tensor) -> Tensor:
-    """``coefficient`` (B,) in the dtype and device of ``like`` (B, ...), shaped (B, 1, ...) to broadcast over it."""
-    return coefficient.to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.dim() - 1))
 
 
 def x0_map(kind: str, schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +90,7 @@ def convert(raw: Tensor, source: str, target: str, x_t: Tensor, schedule: NoiseS
 
 def add_noise(x0: Tensor, noise: Tensor, coefficients: Coefficients) -> Tensor:
     """x_t = alpha * x0 + sigma * noise; ``x0``, ``noise``: (B, ...), coefficients: (B,) each."""
-    return expand(coefficients.alpha, x0) * x0 + expand(coefficients.sigma, x0) * noise
+    return renoise(x0, noise, coefficients.alpha, coefficients.sigma)
 
 
 def transition(at_s: Coefficients, at_t: Coefficients, variance_min: float = 0.0) -> Coefficients:

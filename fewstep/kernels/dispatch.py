@@ -24,7 +24,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fewstep.errors import UserError
@@ -73,7 +73,9 @@ def _form(operation: str, tensors: tuple[Tensor, ...], triton: bool) -> str:
         wishes = wishes_in(os.environ.get(VARIABLE, ""))
     wish = wishes.get(operation, wishes.get(_ALL))
     form = wish or WON.get(operation, {}).get(device, "closed")
-    if form == "triton" and not (triton and triton_runs_on(device)):
+    # Of a subclass's memory (fake tensors of a dry run, shards) a kernel knows nothing.
+    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    if form == "triton" and not (triton and plain and triton_runs_on(device)):
         if wish:
             _say(f"{operation}: no Triton on {device} for these tensors; the closed form runs")
         return "closed"

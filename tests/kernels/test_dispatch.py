@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from fewstep.errors import UserError
@@ -52,6 +53,12 @@ def test_triton_without_a_device_falls_back(monkeypatch: pytest.MonkeyPatch) -> 
     with dispatch.forced("triton"):
         assert dispatch.choose("anything", torch.zeros(1)) == "triton"
         assert dispatch.choose("anything", torch.zeros(1), triton=False) == "closed"
+
+
+def test_tensors_without_memory_of_their_own_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "triton_runs_on", lambda device: True)
+    with dispatch.forced("triton"), FakeTensorMode():
+        assert dispatch.choose("anything", torch.zeros(1)) == "closed"
 
 
 def test_forms_are_counted_inside_the_context_alone() -> None:
