@@ -68,6 +68,7 @@ def describe(plan: Plan) -> str:
     rows = [
         ("teacher", f"{plan.teacher}: {plan.pipeline}, {plan.component}, {list(plan.sample_shape)} per sample"),
         ("run", f"{plan.method}, {plan.settings}"),
+        ("attention", plan.attention),
         ("parameters", "computed: " + ", ".join(f"{k} {_count(v)}" for k, v in plan.parameters.items())),
         ("recording", f"computed: {size(plan.recording)}, the whole pipeline as it is loaded, text encoders included"),
         ("weights", f"computed: {_sizes(weights)}"),

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.config.attention import AUTO, refuse_unknown_backend
 from fewstep.config.parsing import Parser, parse, with_values
+from fewstep.networks.attention import describe_processors
+from fewstep.networks.attention_trial import use_attention_backend
+from fewstep.networks.roles import make_role
 from fewstep.programs.teacher import TeacherSettings, open_teacher
+from fewstep.recording import Recording
 
 
 def run(words: Sequence[str]) -> None:
@@ -19,7 +27,22 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--subfolder", type=str | None, default=None, help="where in it the pipeline lies")
     parser.add_argument("--variant", type=str | None, default=None, help="of the weights, such as fp16")
     parser.add_argument("--call", type=dict[str, Any] | None, default=None, help="JSON for its call")
+    parser.add_argument("--attention_backend", type=str, default=AUTO, help="try this one on its network, on a CPU")
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="let it run code from its own folder")
     parsed = parse(parser, with_values(words, {"trust_remote_code"}))
-    settings = TeacherSettings(**vars(parsed))
-    print(open_teacher(settings, "cpu").recording.summary())
+    refuse_unknown_backend(parsed.attention_backend)
+    settings = TeacherSettings(**{name: value for name, value in parsed.items() if name != "attention_backend"})
+    recording = open_teacher(settings, "cpu").recording
+    print(recording.summary())
+    print(_attention(recording, parsed.attention_backend))
+
+
+def _attention(recording: Recording, backend: str) -> str:
+    """The processors of its network, or what ran when a backend was tried on a copy of it."""
+    if backend == AUTO:
+        return f"{'attention':<15}{describe_processors(recording.network)}"
+    x = torch.randn(2, *recording.sample_shape, generator=torch.Generator().manual_seed(0))
+    t = torch.full((2,), 0.5, dtype=torch.float64)
+    experts = {one.component: make_role(one.component, recording.of(one), trainable=True) for one in recording.experts}
+    conditioning = Conditioning(recording.marked, 1).select([0, 0])
+    return use_attention_backend(experts, backend, x, t, [conditioning])

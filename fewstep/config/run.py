@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from fewstep.config.attention import AUTO, refuse_unknown_backend
 from fewstep.config.checks import Settings, names_of, setting
 from fewstep.config.pairs import PairsWanted
 from fewstep.errors import UserError
@@ -75,6 +76,9 @@ class RunConfig(Settings):
         start: what a table teacher's student starts from: noise, or marginal for noise times the first step's sigma.
         mixed_precision: no (float32) or bf16 (autocast, and a bfloat16 teacher).
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        attention_backend: that the run's networks compute attention with, by diffusers' names (native, xformers, flash,
+            ...): tried forward and backward before training, and left out, with a line, where it cannot be used;
+            default auto, what the teacher's network has.
         sharding: how roles lie on several processes: none (each has all of them), full (each has a part), or hybrid
             (full within a group of processes; every group has a copy).
         sharding_group: with --sharding hybrid, processes in a group; default those of one machine.
@@ -145,6 +149,7 @@ class RunConfig(Settings):
     start: str = "noise"
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
+    attention_backend: str = setting("machine", AUTO)
     sharding: str = setting("machine", "none")
     sharding_group: int | None = setting("machine", None)
     sharding_offload: bool = setting("machine", False)
@@ -191,6 +196,7 @@ class RunConfig(Settings):
         for name in ("lora_alpha", "full_critic", "merge", "quantization"):
             if getattr(self, name) and not self.lora_rank:
                 raise UserError(f"--{name} belongs to adapters: give --lora_rank, or leave it out")
+        refuse_unknown_backend(self.attention_backend)
         self._check_quantization()
         self._check_sharding()
         self._check_evaluation()

@@ -206,9 +206,13 @@ class Workbench:
             return conditioning
         return told.tell(conditioning, torch.full((conditioning.batch_size,), told.default, device=self.device))
 
-    def two_samples(self) -> tuple[Tensor, Tensor, AnyConditioning]:
-        """What a role may be asked with: two samples of noise (2, ...), times (2,) and conditions."""
-        conditioning = self.with_default_guidance(self.conditions.select([0, 0]))
+    def two_samples(self, row: int = 0) -> tuple[Tensor, Tensor, AnyConditioning]:
+        """What a role may be asked with: two samples of noise (2, ...), times (2,), and a row of the conditions twice.
+
+        A negative row counts from the end.
+        """
+        row %= len(self.conditions)
+        conditioning = self.with_default_guidance(self.conditions.select([row, row]))
         return self._two(), torch.full((2,), 0.5, dtype=torch.float64, device=self.device), conditioning
 
     def batches(self, pairs: Source[Pairs] | None = None) -> Batches:

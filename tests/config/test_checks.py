@@ -43,6 +43,7 @@ def test_a_students_card_says_nothing_of_the_machine() -> None:
     """Where things lie; which of a teacher's files are meant, fewstep.json says by itself."""
     private = {"teacher", "teacher_lora", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init"}
     private |= {
+        "attention_backend",
         "push_to_hub",
         "hub_private",
         "data_workers",

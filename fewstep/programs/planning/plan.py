@@ -18,8 +18,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from fewstep.config.attention import AUTO
 from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
+from fewstep.networks.attention import describe_processors
 from fewstep.networks.roles import Role
 from fewstep.programs.methods import method_class
 from fewstep.programs.planning.call_counts import Calls
@@ -72,6 +74,7 @@ class Plan:
         component: the denoiser's name.
         method: of the run.
         settings: what of the run's settings matters here, in words.
+        attention: the network's attention processors, in words.
         device: the kind of device whose rules the step was played by.
         sample_shape: of one sample.
         parameters: by component of the pipeline.
@@ -87,6 +90,7 @@ class Plan:
     component: str
     method: str
     settings: str
+    attention: str
     device: str
     sample_shape: tuple[int, ...]
     parameters: dict[str, int]
@@ -187,6 +191,7 @@ class Planner:
             component=self.recording.component,
             method=self.method,
             settings=_words(config),
+            attention=_attention(config, self.recording.network),
             device=self.device.type,
             sample_shape=self.recording.sample_shape,
             parameters={
@@ -327,3 +332,10 @@ def _words(config: RunConfig) -> str:
     words += ["gradient checkpointing"] if config.gradient_checkpointing else []
     words += [f"average {config.ema_decay:g}"] if config.ema_decay else []
     return ", ".join(words)
+
+
+def _attention(config: RunConfig, network: nn.Module) -> str:
+    """Processors, and what they will be asked for: without weights there is nothing to try it with."""
+    if config.attention_backend == AUTO:
+        return f"as in the teacher: {describe_processors(network)}"
+    return f"{config.attention_backend}, tried when the run begins: {describe_processors(network)}"
