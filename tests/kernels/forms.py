@@ -39,6 +39,11 @@ def changed(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     }
 
 
+def doubled(x: Tensor) -> Tensor:
+    """The numbers in float64; truth values stay."""
+    return x.double() if x.is_floating_point() else x
+
+
 def assert_near(ours: Tensor, exact: Tensor) -> None:
     """Equal to the float64 result but for one rounding, and a few in float32 on the way."""
     assert ours.shape == exact.shape
@@ -55,7 +60,8 @@ def results(function: Callable[..., Any], inputs: Inputs) -> tuple[list[Tensor],
     with_graph = [output for output in outputs if output.requires_grad]
     if not with_graph:
         return outputs, {}
-    weights = [torch.linspace(0.5, 1.5, o.numel(), dtype=torch.float64, device=o.device) for o in with_graph]
+    # Of few bits: the same numbers in every dtype.
+    weights = [torch.linspace(0.5, 1.5, o.numel(), device=o.device).bfloat16() for o in with_graph]
     seeds = [weight.reshape(o.shape).to(o.dtype) for weight, o in zip(weights, with_graph)]
     gradients = torch.autograd.grad(with_graph, list(asked.values()), seeds)
     return [output.detach() for output in outputs], dict(zip(asked, gradients))
@@ -67,7 +73,7 @@ def assert_form(module: ModuleType, form: str, inputs: Inputs) -> None:
     with dispatch.forced(form), dispatch.counted() as counted:
         ours, our_gradients = results(public(module), inputs)
     assert counted == {(name, form): 1}
-    exact, exact_gradients = results(module.reference, changed(inputs, lambda x: x.double()))
+    exact, exact_gradients = results(module.reference, changed(inputs, doubled))
     assert len(ours) == len(exact) and our_gradients.keys() == exact_gradients.keys()
     for one, other in zip(ours, exact):
         assert_near(one, other)
@@ -77,7 +83,7 @@ def assert_form(module: ModuleType, form: str, inputs: Inputs) -> None:
 
 def assert_gradients(function: Callable[..., Any], inputs: Inputs, forward: bool = True) -> None:
     """gradcheck in float64 of a form written in torch, forward as well unless it has no such derivative."""
-    double = changed(inputs, lambda x: x.double())
+    double = changed(inputs, doubled)
     names = [name for name, value in double.items() if isinstance(value, Tensor) and value.requires_grad]
 
     def of(*values: Tensor) -> Any:
@@ -98,5 +104,5 @@ def assert_tangent(module: ModuleType, form: str, inputs: Inputs, names: tuple[s
 
     with dispatch.forced(form):
         ours = along(public(module), inputs, ways)
-    exact = along(module.reference, changed(inputs, lambda x: x.double()), [way.double() for way in ways])
+    exact = along(module.reference, changed(inputs, doubled), [way.double() for way in ways])
     assert_near(ours, exact)
