@@ -9,7 +9,7 @@ INSTALL := $(RUN) -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-lowest soak lint types bench methods clean
+.PHONY: help demo test test-lowest soak lint types bench costs methods clean
 
 help:
 	@echo "make demo   distil an embedded teacher on this machine and compare both"
@@ -18,7 +18,8 @@ help:
 	@echo "make soak   the long forms of the tests that are cut short in make test"
 	@echo "make lint   ruff, its formatter, and the type checker"
 	@echo "make types  the type checker alone"
-	@echo "make bench  latency of the embedded teachers, and memory of LoRA roles, full copies and plans"
+	@echo "make bench  what the training core costs on this machine (BENCH_ARGS=\"--part steps\" selects)"
+	@echo "make costs  latency of the embedded teachers, and memory of LoRA roles, full copies and plans"
 	@echo "make methods  every method on the embedded teachers, in cells: one table, one picture (hours; goes on where it stopped)"
 	@echo "make clean  remove the environment and build products"
 
@@ -54,11 +55,14 @@ types: $(VENV)/.dev
 	@rm -rf build/types && mkdir -p build/types && cp -R fewstep build/types/ && cp -R trainers pipelines eval build/types/fewstep/
 	cd build/types && $(abspath $(RUN)) -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 
-# Timings are measured anew each time: finished rows of an evaluation are kept and would be reused.
 bench: $(VENV)/.demo
-	rm -rf runs/bench
+	$(VENV)/bin/fewstep bench $(BENCH_ARGS)
+
+# Timings are measured anew each time: finished rows of an evaluation are kept and would be reused.
+costs: $(VENV)/.demo
+	rm -rf runs/costs
 	for teacher in fashion-sd fashion-flow; do $(RUN) -c "import sys; from fewstep.eval import evaluate; \
-	print(evaluate([], teacher=sys.argv[1], metrics=['speed'], num=200, out='runs/bench/' + sys.argv[1]).table())" \
+	print(evaluate([], teacher=sys.argv[1], metrics=['speed'], num=200, out='runs/costs/' + sys.argv[1]).table())" \
 	$$teacher || exit 1; done
 	$(RUN) -m fewstep.eval.memory roles
 	$(RUN) -m fewstep.eval.memory plans

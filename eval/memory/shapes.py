@@ -60,25 +60,23 @@ class Shape:
 
 def unet(world: World) -> StableDiffusionPipeline:
     """A text-conditioned UNet of 135 M parameters on latents (4, 32, 32), epsilon prediction."""
-    tokenizer = _tokenizer()
-    with world():
-        network = UNet2DConditionModel(
-            sample_size=32,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            attention_head_dim=8,
-            cross_attention_dim=_WIDTH,
-        )
-        vae, text_encoder = _autoencoder(), _clip(tokenizer)
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=network,
-        scheduler=DDIMScheduler(clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    return _stable_diffusion(
+        world,
+        sample_size=32,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+    )
+
+
+def small_unet(world: World) -> StableDiffusionPipeline:
+    """The same of 9 M parameters on latents (4, 16, 16): what training steps are timed on."""
+    return _stable_diffusion(
+        world,
+        sample_size=16,
+        block_out_channels=(64, 128, 192),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
     )
 
 
@@ -165,6 +163,23 @@ def sdxl(world: World) -> StableDiffusionXLPipeline:
     )
 
 
+def _stable_diffusion(world: World, **sizes: Any) -> StableDiffusionPipeline:
+    tokenizer = _tokenizer()
+    with world():
+        network = UNet2DConditionModel(attention_head_dim=8, cross_attention_dim=_WIDTH, **sizes)
+        vae, text_encoder = _autoencoder(), _clip(tokenizer)
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=network,
+        scheduler=DDIMScheduler(clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def _tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(teacher_path("fashion-sd") / "tokenizer")
 
@@ -200,6 +215,7 @@ def _autoencoder(latent_channels: int = 4) -> AutoencoderKL:
 #: Every shape by name.
 SHAPES: dict[str, Shape] = {
     "unet": Shape(unet),
+    "small_unet": Shape(small_unet, batch_size=8),
     "sd3": Shape(sd3, {"height": 512, "width": 512, "max_sequence_length": 64}, batch_size=1),
     "dit": Shape(dit),
     "wan": Shape(wan, {"height": 256, "width": 256, "num_frames": 9, "max_sequence_length": 64}, batch_size=1),

@@ -1,7 +1,8 @@
 """The command line, one file for each command.
 
 Exit codes: 0 done, 2 the user can mend it (one line on stderr says how), 130 interrupted by Ctrl-C or SIGTERM, of a
-training after a checkpoint. Another code is a bug, and comes with its traceback.
+training after a checkpoint; 1 of ``fewstep bench``: something is not as it should be. Any other 1 is a bug, and comes
+with its traceback.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ USAGE = """fewstep: few-step distillation of diffusion and flow-matching pipelin
   fewstep sample DIR --out FILE.png     sample from a student
   fewstep eval DIR [DIR ...] --out DIR  measure students beside their teacher
   fewstep compare DIR DIR --out DIR     join reports of several evaluations
+  fewstep bench                         measure the training core on this machine
 
 fewstep COMMAND --help lists the flags of a command; fewstep distill METHOD --help those of a method.
 """
@@ -48,6 +50,7 @@ COMMANDS = {
     "sample": "sample",
     "eval": "evaluate",
     "compare": "compare",
+    "bench": "bench",
 }
 
 
@@ -117,8 +120,7 @@ def _run(command: str, words: Sequence[str]) -> int:
     program = importlib.import_module(f"fewstep.cli.{COMMANDS[command]}")
     try:
         with quiet_libraries():
-            program.run(words)
+            return program.run(words) or 0
     except Interrupted:
         print("fewstep: interrupted; a checkpoint is written, --resume goes on from it", file=sys.stderr)
         return 130
-    return 0

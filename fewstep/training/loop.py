@@ -114,7 +114,7 @@ class Loop:
                 self._on_main_process(lambda: checkpoint.keep_newest(self.checkpoints, self.step, limit))
             while self._owed is not None or (self.step < self.config.max_steps and not self.best.enough):
                 owed = self._owed is not None
-                numbers, self._owed = self._one_step() if self._owed is None else self._owed, None
+                numbers, self._owed = self.one_step() if self._owed is None else self._owed, None
                 stopping = self.stopping.agreed()
                 last = self.step == self.config.max_steps
                 saving = last or stopping or self.step % self.config.checkpointing_steps == 0
@@ -187,7 +187,7 @@ class Loop:
 
     # --- one step -----------------------------------------------------------------------------------------------
 
-    def _one_step(self) -> dict[str, float]:
+    def one_step(self) -> dict[str, float]:
         """Play one step. Returns what there is to log of it: nothing in most steps."""
         logging = (
             (self.step + 1) % self.config.log_steps == 0 or self.step + 1 == self.config.max_steps or self.step == 0

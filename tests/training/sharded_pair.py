@@ -150,7 +150,7 @@ class Run:
         return numbers
 
     def _step(self) -> dict[str, float]:
-        numbers = self.loop._one_step()
+        numbers = self.loop.one_step()
         student = _all(self.method.roles["student"]) if self.averages else {}
         for name, average in self.averages.items():
             decay = self.loop.config.ema_decay if name == "ema" else self.method.target_decay(self.loop.step - 1)

@@ -98,7 +98,7 @@ def test_nothing_is_read_back_from_the_device_in_a_step_that_does_not_log(
     by_step = []
     for _ in range(10):
         reads.clear()
-        loop._one_step()
+        loop.one_step()
         by_step.append(list(reads))
     loop.monitor.close()
     logging = [bool(found) for found in by_step]
