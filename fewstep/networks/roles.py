@@ -222,27 +222,36 @@ def follow(roles: dict[str, Role]) -> None:
                 module.load_state_dict(roles["student"].added[part].state_dict())
 
 
-@torch.no_grad()
-def update_average(
-    average: Role, role: Role, decay: float, here: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> None:
+def tensors_followed(average: Role, role: Role) -> dict[str, tuple[Tensor, Tensor]]:
+    """What of an average follows what of a role, by the prefixed name of both; what has several names is there once."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: set[int] = set()
+    for part, module in average.modules.items():
+        ours, theirs = (one.state_dict(keep_vars=True) for one in (module, role.modules[part]))
+        for name, value in theirs.items():
+            if id(ours[name]) not in seen:
+                seen.add(id(ours[name]))
+                found[f"{part}.{name}"] = ours[name], value
+    return found
+
+
+def update_average(average: Role, role: Role, decay: float) -> None:
     """average <- decay * average + (1 - decay) * role, over all floating tensors that both own; others are copied.
 
     Args:
         average: that moves.
         role: that it follows.
         decay: in [0, 1].
-        here: of a tensor of either, what lies on this process.
     """
-    pairs = []
-    for part, module in average.modules.items():
-        ours, theirs = module.state_dict(), role.modules[part].state_dict()
-        pairs += [(here(ours[name]), here(value)) for name, value in theirs.items()]
-    floating = [(a, b) for a, b in pairs if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], 1 - decay)
-    _copy((a, b) for a, b in pairs if not a.is_floating_point())
+    move_averages(tensors_followed(average, role).values(), decay)
 
 
-def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+@torch.no_grad()
+def move_averages(pairs: Iterable[tuple[Tensor, Tensor]], decay: float) -> None:
+    """Each pair's first tensor <- decay * it + (1 - decay) * the second; what is not floating is copied."""
+    pairs = list(pairs)
+    if floating := [pair for pair in pairs if pair[0].is_floating_point()]:
+        torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], 1 - decay)
     for ours, theirs in pairs:
-        ours.copy_(theirs)
+        if not ours.is_floating_point():
+            ours.copy_(theirs)

@@ -17,8 +17,9 @@ from torch import Tensor
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batch, Batches
 from fewstep.errors import UserError
-from fewstep.networks.roles import FOLLOWERS, Role, follow, update_average
+from fewstep.networks.roles import FOLLOWERS, Role, follow
 from fewstep.training import checkpoint
+from fewstep.training.averages import Average, averages_of
 from fewstep.training.best import Best
 from fewstep.training.counters import counters
 from fewstep.training.distributed import Processes
@@ -81,6 +82,7 @@ class Loop:
             )
             for role in trainable
         }
+        self.followers = averages_of(method.roles, self.optimizers["student"].held, self.holding.here)
         self.share = Share.of(config, processes.count)
         self._batch_state = self.share.state()
         self.watch = Watch(config, self.checkpoints, processes)
@@ -200,10 +202,8 @@ class Loop:
             if isinstance(turn, Renew):
                 self._renew(turn)
                 continue
-            norm = self.optimizers[turn.role].update(self.step)
-            log[f"{turn.role}/gradient_norm"] = norm
-            if turn.role == "student":
-                self._update_averages()
+            averages = self._averages() if turn.role == "student" else []
+            log[f"{turn.role}/gradient_norm"] = self.optimizers[turn.role].update(self.step, averages)
         self._recent.update(log)
         self.step += 1
         self.monitor.advance(self.step)
@@ -240,14 +240,13 @@ class Loop:
             indices = self.share.indices(self.processes.rank, micro)
             yield self.batches.micro_batch(self.watch.seed, step, indices, self.share.samples, logging)
 
-    def _update_averages(self) -> None:
-        roles = self.method.roles
-        if "ema" in roles:
-            update_average(roles["ema"], roles["student"], self.config.ema_decay, self.holding.here)
-        if "target" in roles:
+    def _averages(self) -> list[tuple[Average, float]]:
+        """What follows the student, each with the decay of this step."""
+        decays = {"ema": self.config.ema_decay}
+        if "target" in self.followers:
             assert isinstance(self.method, TargetMethod)  # the contract of a method with this role
-            decay = self.method.target_decay(self.step)
-            update_average(roles["target"], roles["student"], decay, self.holding.here)
+            decays["target"] = self.method.target_decay(self.step)
+        return [(average, decays[name]) for name, average in self.followers.items()]
 
     def _renew(self, renew: Renew) -> None:
         self.method.roles[renew.role].copy_weights(self.method.roles[renew.like])

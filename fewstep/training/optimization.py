@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from fewstep.config.run import RunConfig
+from fewstep.kernels.adamw import adamw
+from fewstep.kernels.updates import Moments, Rule
 from fewstep.networks.roles import Role
+from fewstep.training.averages import Average
 from fewstep.training.held import Held
-
-
-class _AdamW(torch.optim.AdamW):
-    """AdamW that leaves everything as it is where it is told, on the device, that a gradient is not finite."""
-
-    #: (), 1.0 where it is not; looked for by the fused implementation alone, and of no public type.
-    found_inf: Tensor
 
 
 class Faults:
@@ -69,45 +68,51 @@ class RoleOptimizer:
         self.max_grad_norm = config.max_grad_norm
         self.warmup = config.lr_warmup_steps
         self.faults.watch(role.name, self.held.device)
-        self._betas, self._weight_decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
-        self.renew(0)
+        #: What the last update went by.
+        self.rule = Rule(lr, (config.adam_beta1, config.adam_beta2), config.adam_weight_decay)
+        self.moments = Moments(self.held.own)
+        self.renewed_at = 0
 
     def renew(self, step: int) -> None:
         """Forget all momentum and warm up again from ``step``."""
-        self.adamw = _AdamW(self.held.own, lr=self.lr, betas=self._betas, weight_decay=self._weight_decay, fused=True)
+        self.moments.load({})
         self.renewed_at = step
 
-    def update(self, step: int) -> Tensor:
+    def update(self, step: int, averages: Sequence[tuple[Average, float]] = ()) -> Tensor:
         """Reduce, clip and apply the gradients that the parameters hold, and drop them. Returns their norm, ().
 
         A parameter without a gradient on every process stays as it is, and so do its momenta.
+
+        Args:
+            step: of the run.
+            averages: of this role, which move in the same pass, each with its decay.
         """
         gradients = self.held.reduce()
         if not gradients:
             raise RuntimeError(f"no parameter of the {self.role.name} got a gradient in step {step}")
         norm = self.held.norm(gradients)
-        if self.max_grad_norm > 0:
-            scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, scale.to(gradients[0].device))
-        self.adamw.found_inf = self.faults.note(self.role.name, step, ~torch.isfinite(norm)).to(gradients[0].device)
-        for group in self.adamw.param_groups:
-            group["lr"] = self.lr * self.slowed * min(1.0, (step - self.renewed_at + 1) / (self.warmup + 1))
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_grad_norm > 0 else None
+        skip = self.faults.note(self.role.name, step, ~torch.isfinite(norm))
+        warm = min(1.0, (step - self.renewed_at + 1) / (self.warmup + 1))
+        self.rule = replace(self.rule, lr=self.lr * self.slowed * warm)
+        followers = [average.follower(decay) for average, decay in averages]
+        own = self.held.own
+        adamw(self.moments, [p.grad for p in own], self.rule, scale=scale, skip=skip, followers=followers)
+        for parameter in own:
+            parameter.grad = None
+        for average, decay in averages:
+            average.move_rest(decay)
         return norm
 
     def state(self) -> dict[str, Tensor]:
         """Momenta and step counters as a flat dict of tensors."""
         names = self.held.names
-        states = self.adamw.state_dict()["state"]
-        return {f"{names[k]}/{key}": value for k, entry in states.items() for key, value in entry.items()}
+        return {f"{names[k]}/{key}": value for k, entry in self.moments.kept() for key, value in entry.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Load what :meth:`state` gave; the parameters must be those it was made with."""
-        full = self.adamw.state_dict()
-        full["state"] = {}
-        for k, name in enumerate(self.held.names):
-            entry = {key.rpartition("/")[2]: v for key, v in state.items() if key.rpartition("/")[0] == name}
-            if entry:
-                full["state"][k] = entry
-        self.adamw.load_state_dict(full)
+        kept: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            name, _, what = key.rpartition("/")
+            kept.setdefault(name, {})[what] = value
+        self.moments.load({k: kept[name] for k, name in enumerate(self.held.names) if name in kept})

@@ -152,6 +152,16 @@ def test_an_average_moves_by_its_decay_and_copies_what_is_no_float():
     assert average.denoiser.network.count == 8
 
 
+def test_a_tensor_of_two_names_moves_once():
+    average, student = with_head(), with_head()
+    for one in (average, student):
+        one.denoiser.network.again = one.denoiser.network.inner
+    before = average.denoiser.network.inner.weight.clone()
+    update_average(average, student, 0.5)
+    expected = (before + student.denoiser.network.inner.weight) / 2
+    torch.testing.assert_close(average.denoiser.network.inner.weight, expected)
+
+
 def test_a_network_that_cannot_checkpoint_is_refused(recording: Recording, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(type(recording.network), "_supports_gradient_checkpointing", False)
     with pytest.raises(ValueError, match="has no gradient checkpointing"):

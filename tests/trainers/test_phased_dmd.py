@@ -167,11 +167,11 @@ def test_a_new_phase_has_a_new_critic_and_starts_warming_up_again(tmp_path: Path
     states = []
     for name, optimizer in loop.optimizers.items():
 
-        def watched(step: int, name=name, optimizer=optimizer, update=optimizer.update) -> Tensor:
-            steps = {int(s["step"]) for s in optimizer.adamw.state.values()}
+        def watched(step: int, averages, name=name, optimizer=optimizer, update=optimizer.update) -> Tensor:
+            steps = {int(v) for key, v in optimizer.state().items() if key.endswith("/step")}
             states.append((step, name, equal(weights(one.roles["critic"]), weights(one.roles["teacher"])), steps))
-            norm = update(step)
-            states[-1] += (optimizer.adamw.param_groups[0]["lr"],)
+            norm = update(step, averages)
+            states[-1] += (optimizer.rule.lr,)
             return norm
 
         optimizer.update = watched

@@ -163,7 +163,7 @@ def test_a_run_that_was_rolled_back_and_resumed_is_the_undisturbed_one(tmp_path:
     assert json.loads((tmp_path / "parts" / "checkpoints" / "rollbacks.json").read_text())[0]["to"] == 6
     for name in ("student", "critic", "ema"):
         assert torch.equal(*(weights(method.roles[name]) for method in methods.values()))
-    assert loop.optimizers["critic"].adamw.param_groups[0]["lr"] == 5e-4
+    assert loop.optimizers["critic"].rule.lr == 5e-4
 
 
 # --- the words -------------------------------------------------------------------------------------------------------
