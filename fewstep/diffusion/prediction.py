@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.schedule import Coefficients, EDMSchedule, NoiseSchedule
+from fewstep.kernels.guided_x0 import guided_x0
 from fewstep.kernels.renoise import renoise
 from fewstep.kernels.rows import expand as expand
 
@@ -48,13 +49,22 @@ def x0_map(kind: str, schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tenso
     raise ValueError(f"unknown prediction type {kind!r} under {type(schedule).__name__}; known: {', '.join(KINDS)}")
 
 
-def to_x0(raw: Tensor, kind: str, x_t: Tensor, schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """x0 (B, ...) from the raw output, in the dtype of ``x_t``. ``raw``, ``x_t``: (B, ...); ``t``: (B,)."""
-    skip, out = x0_map(kind, schedule, t)
-    raw = raw.to(x_t.dtype)
-    if kind == "sample":
-        return raw
-    return expand(skip, x_t) * x_t + expand(out, x_t) * raw
+def to_x0(
+    raw: Tensor,
+    kind: str,
+    x_t: Tensor,
+    schedule: NoiseSchedule,
+    t: Tensor,
+    negative: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+) -> Tensor:
+    """x0 (B, ...) from the raw output, in the dtype of ``x_t``. ``raw``, ``x_t``: (B, ...); ``t``: (B,).
+
+    With a ``negative`` raw output (B, ...), of negative + w (raw - negative); w: a number, or of each sample (B,).
+    """
+    if kind == "sample" and negative is None:
+        return raw.to(x_t.dtype)
+    return guided_x0(x_t, *x0_map(kind, schedule, t), raw, negative, guidance_scale)
 
 
 def velocity_map(kind: str, schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,8 +81,7 @@ def velocity_map(kind: str, schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor,
 
 def to_velocity(raw: Tensor, kind: str, x_t: Tensor, schedule: NoiseSchedule, t: Tensor) -> Tensor:
     """The velocity noise - x0 (B, ...) from the raw output, see :func:`velocity_map`; as :func:`to_x0` otherwise."""
-    skip, out = velocity_map(kind, schedule, t)
-    return expand(skip, x_t) * x_t + expand(out, x_t) * raw.to(x_t.dtype)
+    return guided_x0(x_t, *velocity_map(kind, schedule, t), raw)
 
 
 def from_x0(x0: Tensor, kind: str, x_t: Tensor, schedule: NoiseSchedule, t: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def renoise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     Shapes: ``x0``, ``noise``: (B, ...); ``alpha``, ``sigma``: (B,), usually float64. Gradients and tangents flow
         through all four.
     """
-    form = choose("renoise", x0, noise)
+    form = choose("renoise", x0, noise, triton=not (alpha.requires_grad or sigma.requires_grad))
     if form == "triton":
         result: Tensor = _Renoise.apply(x0, noise, alpha, sigma)
         return result
@@ -48,7 +48,7 @@ def example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | s
 
 
 class _Renoise(Function):
-    """The Triton form with its derivatives."""
+    """The Triton form with its derivatives; the coefficients have tangents, and no gradients."""
 
     @staticmethod
     def forward(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -58,22 +58,19 @@ class _Renoise(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        # Samples are kept for the coefficients' derivatives alone, which training does not ask for.
         x0, noise, alpha, sigma = inputs
-        ctx.save_for_backward(x0 if alpha.requires_grad else None, noise if sigma.requires_grad else None, alpha, sigma)
+        ctx.save_for_backward(alpha, sigma)
         ctx.save_for_forward(*inputs)
         ctx.dtypes = x0.dtype, noise.dtype
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x0, noise, alpha, sigma = ctx.saved_tensors
-        wide, wanted = at_least_float32(gradient), ctx.needs_input_grad
-        return (
-            (expand(alpha, wide) * wide).to(ctx.dtypes[0]) if wanted[0] else None,
-            (expand(sigma, wide) * wide).to(ctx.dtypes[1]) if wanted[1] else None,
-            (wide * x0).flatten(1).sum(1).to(alpha.dtype) if wanted[2] else None,
-            (wide * noise).flatten(1).sum(1).to(sigma.dtype) if wanted[3] else None,
+        wide = at_least_float32(gradient)
+        of_samples = (
+            (expand(coefficient, wide) * wide).to(dtype) if wanted else None
+            for coefficient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad)
         )
+        return (*of_samples, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:

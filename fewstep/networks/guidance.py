@@ -9,8 +9,11 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning, in_groups, join
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.intervals import TimedScale
-from fewstep.diffusion.prediction import expand
+from fewstep.diffusion.prediction import expand, to_x0
 from fewstep.errors import UserError
+from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.networks.experts import ExpertsDenoiser
+from fewstep.networks.roles import Role
 
 
 def guide(positive: Tensor, negative: Tensor, guidance_scale: float | Tensor) -> Tensor:
@@ -18,7 +21,7 @@ def guide(positive: Tensor, negative: Tensor, guidance_scale: float | Tensor) ->
 
     Papers that write c + w' (c - u) mean w' = w - 1.
     """
-    return negative + guidance_scale * (positive - negative)
+    return torch.lerp(negative, positive, guidance_scale)
 
 
 def rescale_last_axis(guided: Tensor, positive: Tensor) -> Tensor:
@@ -34,7 +37,8 @@ def rescale_norm(guided: Tensor, positive: Tensor) -> Tensor:
 class GuidedDenoiser:
     """A denoiser under classifier-free guidance; itself a :class:`fewstep.diffusion.denoiser.Denoiser`.
 
-    One network call of 2B rows where the conditionings can be joined, else one for each group of equal shape; of B rows
+    A network's raw outputs are combined and converted to x0 once; of any other denoiser two x0 are combined. There is
+    one network call of 2B rows where the conditionings can be joined, else one for each group of equal shape; of B rows
     at scale 1 (the positive alone) and at scale 0 (the negative alone).
 
     Args:
@@ -80,12 +84,12 @@ class GuidedDenoiser:
         ``end`` is ignored: a student of two times has its guidance trained in.
         """
         if guidance_scale is not None:
-            return guide(*self.pair(x_t, t, conditioning), expand(guidance_scale, x_t))
+            return self._guided(x_t, t, conditioning, expand(guidance_scale, x_t))
         if self.guidance_scale == 1.0:
             return self.denoiser(x_t, t, conditioning)
         if self.guidance_scale == 0.0:
             return self.denoiser(x_t, t, self._negatives(len(x_t)))
-        return guide(*self.pair(x_t, t, conditioning), self.scale_at(t, x_t))
+        return self._guided(x_t, t, conditioning, self.scale_at(t, x_t))
 
     def scale_at(self, t: Tensor, like: Tensor) -> float | Tensor:
         """w at ``t`` (B,), as a number or shaped to multiply ``like`` (B, ...)."""
@@ -94,10 +98,24 @@ class GuidedDenoiser:
 
     def pair(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor]:
         """What guidance combines: x0_positive and x0_negative, (B, ...) each; there must be a negative."""
+        return self._both(self.denoiser, x_t, t, conditioning)
+
+    def _guided(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, scale: float | Tensor) -> Tensor:
+        network = self.denoiser.denoiser if isinstance(self.denoiser, Role) else self.denoiser
+        if not isinstance(network, NetworkDenoiser | ExpertsDenoiser):
+            return guide(*self.pair(x_t, t, conditioning), scale)
+
+        def raw(x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
+            return network.raw(x_t, t, conditioning)
+
+        positive, negative = self._both(raw, x_t, t, conditioning)
+        return to_x0(positive, network.prediction_type, x_t, network.schedule, t, negative, scale)
+
+    def _both(self, ask: Denoiser, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor]:
+        """What ``ask`` answers with the condition and with the negative, (B, ...) each."""
         both = join([self._negatives(len(x_t)), conditioning])
-        x0 = in_groups(self.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-        x0_negative, x0_positive = x0.chunk(2)
-        return x0_positive, x0_negative
+        negative, positive = in_groups(ask, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        return positive, negative
 
     def _negatives(self, batch: int) -> Conditioning:
         assert self.negative is not None  # at a scale other than 1 there is one, and nothing else asks

@@ -6,10 +6,14 @@ import pytest
 import torch
 from tiny_pipelines import tiny_dit, tiny_stable_diffusion
 from torch import Tensor, nn
+from toys import TinyNetwork, labels, role
 
 from fewstep.conditioning.conditioning import Conditioning, Leaf
 from fewstep.config.run import RunConfig
+from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.errors import UserError
+from fewstep.kernels import dispatch
+from fewstep.networks.experts import ExpertsRole
 from fewstep.networks.guidance import GuidedDenoiser, guide
 from fewstep.programs.pairs import make_pairs
 from fewstep.programs.workbench import Workbench, open_workbench
@@ -121,3 +125,19 @@ def test_an_untrained_teacher_is_not_taken_for_a_deaf_one(tmp_path: Path):
     nn.init.zeros_(pipeline.transformer.proj_out_2.bias)
     with pytest.warns(UserWarning, match="are its weights untrained"):
         assert bench(pipeline, tmp_path).guidance_scale == 4.0
+
+
+def test_a_network_is_guided_in_its_raw_output_and_converted_once():
+    """A network, a role of it and several experts, with a number and with a scale of each sample."""
+    schedule, conditioning, negative = FlowSchedule(), labels([-1.0, 0.0, 1.0]), labels([5.0])
+    roles = [role("teacher", TinyNetwork(6).double(), schedule, "flow") for _ in range(2)]
+    experts = ExpertsRole("teacher", {"high": (0.5, roles[0]), "low": (0.0, roles[1])})
+    x_t = torch.randn(3, 6, dtype=torch.float64)
+    for denoiser in (roles[0].denoiser, roles[0], experts, experts.denoiser):
+        for scale in (3.0, torch.tensor([0.5, 1.0, 4.0])):
+            guided = GuidedDenoiser(denoiser, negative, 3.0)
+            with dispatch.counted() as counted:
+                found = guided(x_t, T, conditioning, guidance_scale=scale if isinstance(scale, Tensor) else None)
+            assert counted == {("guided_x0", "reference"): 1}
+            wide = scale.double()[:, None] if isinstance(scale, Tensor) else scale
+            torch.testing.assert_close(found, guide(*guided.pair(x_t, T, conditioning), wide), rtol=1e-12, atol=1e-12)

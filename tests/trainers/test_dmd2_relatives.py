@@ -64,7 +64,8 @@ def test_in_one_place_decoupled_is_dmd2(tmp_path: Path, schedule: str):
     x0 = torch.randn(4, 6)
     expected, _ = coupled.matching(x0, batch(0, OnePlace), 1.0)
     gradient, _ = decoupled.matching(x0, batch(0, OnePlace), 1.0)
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+    # The one guides raw outputs and the other x0, which differ by roundings of numbers as large as an EDM's noise.
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
     apart, _ = decoupled.matching(x0, batch(0), 1.0)
     assert not torch.allclose(apart, expected, rtol=0.1)
 
