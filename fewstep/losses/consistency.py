@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewstep.losses.huber import pseudo_huber
+from fewstep.kernels.error_sums import error_sums
+from fewstep.losses.huber import norm, pseudo_huber_of
 
 DISTANCES = ("mse", "l1", "l2_norm", "l2_norm_squared", "pseudo_huber_norm", "pseudo_huber_elementwise")
 #: (skip, out), each (B,), of f = skip * x_t + out * x0 at times t (B,).
@@ -69,22 +70,19 @@ def distance(kind: str, a: Tensor, b: Tensor, c: float = 0.0) -> Tensor:
     Raises:
         ValueError: an unknown kind.
     """
-    difference = (a - b).flatten(1)
+    entries = a[0].numel()
     if kind == "mse":
-        return difference.square().mean(1)
-    if kind == "l1":
-        return difference.abs().mean(1)
+        return error_sums(a, b) / entries
+    if kind == "l1" or (kind == "pseudo_huber_elementwise" and c == 0):
+        return error_sums(a, b, "absolutes") / entries
     if kind == "l2_norm_squared":
-        return difference.square().sum(1)
+        return error_sums(a, b)
     if kind == "l2_norm":
-        return torch.linalg.vector_norm(difference, dim=1)
+        return norm(error_sums(a, b))
     if kind == "pseudo_huber_norm":
-        return pseudo_huber(difference, c)
+        return pseudo_huber_of(error_sums(a, b), c)
     if kind == "pseudo_huber_elementwise":
-        if c == 0:
-            return difference.abs().mean(1)
-        squared = difference.square()
-        return (squared / ((squared + c**2).sqrt() + c)).mean(1)  # as in fewstep.losses.huber
+        return error_sums(a, b, "pseudo_huber", c) / entries
     raise ValueError(f"unknown distance {kind!r}; known: {', '.join(DISTANCES)}")
 
 

@@ -7,16 +7,27 @@ import math
 import torch
 from torch import Tensor
 
+from fewstep.kernels.error_sums import error_sums
+
 
 def pseudo_huber(error: Tensor, c: float) -> Tensor:
     """sqrt(|e|^2 + c^2) - c of each sample, the norm over all its entries: (B, ...) -> (B,); the norm where c is 0.
 
     Source: Song & Dhariwal 2023 (iCT), Eq. 7.
     """
-    flat = error.flatten(1)
+    return pseudo_huber_of(error_sums(error), c)
+
+
+def norm(squared: Tensor) -> Tensor:
+    """The root of ``squared`` (B,), whose gradient at 0 is 0 and not a division by 0; (B,)."""
+    some = squared > 0
+    return torch.where(some, torch.where(some, squared, 1.0).sqrt(), squared)
+
+
+def pseudo_huber_of(squared: Tensor, c: float) -> Tensor:
+    """:func:`pseudo_huber` of samples whose squared norms are ``squared``: (B,) -> (B,)."""
     if c == 0:
-        return torch.linalg.vector_norm(flat, dim=1)  # whose gradient at 0 is 0, where a root's is not a number
-    squared = flat.square().sum(1)
+        return norm(squared)
     return squared / ((squared + c**2).sqrt() + c)  # without the difference of two nearly equal numbers
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.prediction import expand
+from fewstep.kernels.error_sums import error_sums
+from fewstep.kernels.mean_flow_target import mean_flow_target as fused_target
 
 WEIGHTINGS = ("uniform", "sum", "sum_squared", "mean", "norm")
 
@@ -19,7 +20,7 @@ def mean_flow_target(velocity: Tensor, derivative: Tensor, gap: Tensor, share: f
 
     ``share`` is that of the derivative while it is warmed up.
     """
-    return velocity - expand(share * gap.clamp(0, 1), velocity) * derivative
+    return fused_target(velocity, derivative, share * gap.clamp(0, 1))
 
 
 def alpha_flow_target(velocity: Tensor, later: Tensor, share: float, limit: float | None = None) -> Tensor:
@@ -31,7 +32,7 @@ def alpha_flow_target(velocity: Tensor, later: Tensor, share: float, limit: floa
         share: alpha in (0, 1]; 1 is trajectory flow matching, towards 0 it becomes MeanFlow.
         limit: the target is clipped to plus and minus this.
     """
-    target = share * velocity + (1 - share) * later
+    target = torch.lerp(later, velocity, share)
     return target if limit is None else target.clamp(-limit, limit)
 
 
@@ -72,20 +73,18 @@ def weighted_loss(
     Raises:
         ValueError: another ``weighting``.
     """
-    u = u if u.dtype in (torch.float32, torch.float64) else u.float()
-    error = (target.detach().to(u.dtype) - u).flatten(1)
-    total, mean = error.square().sum(1), error.square().mean(1)
+    total = error_sums(u, target.detach())
+    fixed, entries = total.detach(), u[0].numel()
     if weighting == "uniform":
         return total
     if weighting == "sum":
-        return total / (total.detach() + constant) ** power
+        return total / (fixed + constant) ** power
     if weighting == "sum_squared":
-        return total.square() / (total.detach().square() + constant) ** power
+        return total.square() / (fixed.square() + constant) ** power
     if weighting == "mean":
-        return mean / (mean.detach() + constant) ** power
+        return total / entries / (fixed / entries + constant) ** power
     if weighting == "norm":
-        tangent = scale * error.detach()
-        weight = (tangent.norm(dim=1, keepdim=True) + constant) ** -power
-        flat = u.flatten(1)
-        return (flat - (flat.detach() + weight * tangent)).square().sum(1)
+        # With S the sum of squares: |T| is scale sqrt(S), the value (w |T|)^2, and its gradient w scale that of S.
+        weight = scale * (abs(scale) * fixed.sqrt() + constant) ** -power
+        return weight.square() * fixed + weight * (total - fixed)
     raise ValueError(f"weighting is one of {', '.join(WEIGHTINGS)}, not {weighting!r}")

@@ -11,6 +11,8 @@ from fewstep.kernels.dispatch import interpreted
 ELEMENTWISE = (1024, 4)
 #: The same where one program walks along a whole row.
 ROW = (4096, 8)
+#: Programs that share a row, at most, so that few rows keep a device busy, too.
+_PARTS = 128
 #: The interpreter takes its time for each program, whatever its size.
 _INTERPRETED = 1 << 16
 
@@ -23,6 +25,12 @@ def launch(table: tuple[int, int], length: int) -> tuple[int, int]:
     if not interpreted():
         return block, warps
     return min(_INTERPRETED, 1 << max(length - 1, 1).bit_length()), warps
+
+
+def slices(length: int, block: int) -> tuple[int, int]:
+    """The number of programs that share a row of ``length`` entries, a power of two, and the entries of each."""
+    parts = min(_PARTS, 1 << (max(length // block, 1).bit_length() - 1))
+    return parts, -(-length // parts)
 
 
 def alike(*samples: Tensor) -> list[Tensor]:
