@@ -48,6 +48,9 @@ class RunConfig(Settings):
         init: another run's folder (its last student, critics and heads) or a pipeline folder (student only).
         lora_rank: rank of LoRA adapters for student and critic on the frozen teacher; 0 trains full copies instead.
         lora_alpha: an adapter's product is scaled by alpha / rank; default the rank.
+        lora_walks: with --lora_rank, what the student's steps without gradient are made with: merged (a copy of the
+            adapted weights with the adapter added, faster), adapter, or auto: merged where the frozen weights are
+            float32, whole and not quantised, so that nothing is rounded.
         full_critic: with --lora_rank, the critic is a full copy all the same.
         quantization: with --lora_rank, load the frozen network in fewer bits, by diffusers and the library that is
             named: bitsandbytes_4bit (NF4), bitsandbytes_8bit, torchao_int8, quanto_int8 or quanto_int4.
@@ -125,6 +128,7 @@ class RunConfig(Settings):
     init: str | None = setting("source", None)
     lora_rank: int = 0
     lora_alpha: float | None = None
+    lora_walks: str = setting("machine", "auto")
     full_critic: bool = False
     quantization: str | None = None
     merge: bool = setting("export", False)
@@ -197,6 +201,7 @@ class RunConfig(Settings):
             if getattr(self, name) and not self.lora_rank:
                 raise UserError(f"--{name} belongs to adapters: give --lora_rank, or leave it out")
         refuse_unknown_backend(self.attention_backend)
+        self._check_walks()
         self._check_quantization()
         self._check_sharding()
         self._check_evaluation()
@@ -212,6 +217,14 @@ class RunConfig(Settings):
             raise UserError("give --prompts or --classes, not both")
         if self.cache is not None and (self.prompts is not None or self.classes is not None):
             raise UserError("give --cache or --prompts and --classes, not both: a cache holds the prompts or labels")
+
+    def _check_walks(self) -> None:
+        self._refuse_unknown("lora_walks", "auto", "merged", "adapter")
+        if self.lora_walks != "auto" and not self.lora_rank:
+            raise UserError("--lora_walks belongs to adapters: give --lora_rank, or leave it out")
+        if self.lora_walks == "merged" and (self.quantization is not None or self.sharding != "none"):
+            what = "--sharding" if self.quantization is None else "--quantization"
+            raise UserError(f"--lora_walks merged needs whole weights, which {what} does not leave; leave one out")
 
     def _check_quantization(self) -> None:
         if self.quantization is None:
@@ -253,6 +266,12 @@ class RunConfig(Settings):
     def as_dict(self) -> dict[str, Any]:
         """Every setting by name, in the order of the dataclass."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def merges_walks(self) -> bool:
+        """Whether a student that is an adapter walks without gradient on merged weights, if these are not quantised."""
+        exact = self.mixed_precision == "no" and self.sharding == "none" and self.quantization is None
+        return bool(self.lora_rank) and (self.lora_walks == "merged" or (self.lora_walks == "auto" and exact))
 
     @property
     def follows_max_steps(self) -> bool:

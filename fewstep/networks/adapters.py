@@ -21,6 +21,7 @@ from torch import nn
 
 from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.networks.merged import MergedForm
 from fewstep.networks.recompute import Reenter, checkpointed
 from fewstep.networks.roles import NetworkRole, Role, allow_checkpointing
 from fewstep.recording import Recording
@@ -40,6 +41,7 @@ class Backbone:
         device: where it lives.
         gradient_checkpointing: recompute activations in the backward pass.
         without: full names of layers that get no adapter.
+        mergeable: keep what :meth:`merged_form` needs; the weights are not to be moved or divided then.
 
     Raises:
         UserError: there is no layer to adapt, one that is smaller than the rank, or no gradient checkpointing.
@@ -55,12 +57,14 @@ class Backbone:
         device: torch.device | str = "cpu",
         gradient_checkpointing: bool = False,
         without: Collection[str] = (),
+        mergeable: bool = False,
     ) -> None:
         self.stock, self.rank, self.alpha = network, rank, alpha
         self.network = _prepared(on_the_same_weights(network), dtype, device)
         self.network.requires_grad_(False)
         self.targets = tuple(path for path in attention_linears(self.network) if path not in without)
         _refuse(network, self.targets, rank)
+        self._plain = on_the_same_weights(self.network) if mergeable else None
         self._layers: list[LoraLayer] = []
         self._active: str | None = None
         #: Of roles that are told more than their adapter's name: called in a pass, what makes its context once more.
@@ -126,6 +130,18 @@ class Backbone:
             weight = _linear(network, path).weight
             weight.add_((b @ a).to(weight), alpha=self.alpha / self.rank)
         return network
+
+    def merged_form(self, adapter: nn.Module) -> MergedForm:
+        """An adapter's role as a network of its own, for passes without gradient.
+
+        Raises:
+            ValueError: this backbone was not made for it.
+        """
+        if self._plain is None:
+            raise ValueError("this backbone keeps no network without adapters")
+        plain = self._plain
+        scale = self.alpha / self.rank
+        return MergedForm(lambda: on_the_same_weights(plain), self.network, adapter, self.targets, scale)
 
     def _set(self, name: str | None) -> None:
         # Past nn.Module.__setattr__, which looks for parameters and takes ten times as long.

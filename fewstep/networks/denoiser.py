@@ -56,6 +56,8 @@ class NetworkDenoiser:
         self.continuous = False
         #: Watches every call of the network.
         self.on_call: OnCall = _unwatched
+        #: Gives the network of whole passes without gradient, where another one answers the same for less.
+        self.without_gradient: Callable[[], nn.Module] | None = None
 
     def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """The network's output in its own prediction type; shapes as in :class:`Denoiser`."""
@@ -63,19 +65,23 @@ class NetworkDenoiser:
 
     def _raw(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, end: Tensor | None = None) -> Tensor:
         answered = self.on_call(x_t, t, False)
-        answer = self._run(x_t, t, conditioning)
+        if self.without_gradient is None or torch.is_grad_enabled():
+            with self.active():
+                answer = self._run(self.network, x_t, t, conditioning)
+        else:
+            answer = self._run(self.without_gradient(), x_t, t, conditioning)
         answered(answer)
         return answer
 
-    def _run(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def _run(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         # The network was trained on the dtype of its weights; the sample itself stays in the losses' dtype.
-        network_input = (expand(self.schedule.input_scale(t), x_t) * x_t).to(network_dtype(self.network))
+        network_input = (expand(self.schedule.input_scale(t), x_t) * x_t).to(network_dtype(network))
         # A context of its own for every call: autocast caches casted weights until the context ends, and a cast made
         # under no_grad would be reused by a later pass that needs the gradient.
         autocast = torch.autocast(x_t.device.type, dtype=self.autocast, enabled=self.autocast is not None)
-        with self.active(), autocast:
+        with autocast:
             timestep = self.schedule.timestep(t)
-            return self.recipe.call(self.network, network_input, timestep, conditioning, continuous=self.continuous)
+            return self.recipe.call(network, network_input, timestep, conditioning, continuous=self.continuous)
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
         """x0 (B, ...) in the dtype of ``x_t``; ``end`` is ignored."""
@@ -90,8 +96,8 @@ class NetworkDenoiser:
 
         def tapped(x_t: Tensor, t: Tensor, conditioning: Conditioning, end: Tensor | None) -> Tensor:
             answered = self.on_call(x_t, t, True)
-            with tap.on(self.network) as seen:
-                self._run(x_t, t, conditioning)
+            with self.active(), tap.on(self.network) as seen:
+                self._run(self.network, x_t, t, conditioning)
             answered(seen.features)
             return seen.features
 

@@ -14,6 +14,7 @@ from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.experts import ExpertOf, ExpertsRole
 from fewstep.networks.roles import FOLLOWERS, NetworkRole, Role, follow, make_role
 from fewstep.recording import Recording
+from fewstep.recording.pipeline import is_quantized
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class RoleSettings:
     Attributes:
         lora_rank: of adapters for all roles but the teacher; 0 makes them full copies instead.
         lora_alpha: an adapter's product is scaled by alpha / rank; default the rank.
+        merged_walks: a student that is an adapter walks without gradient on a merged copy of the adapted weights.
         full_critic: critics are full copies beside adapters, too.
         mixed_precision: no (float32) or bf16 (autocast, and a bfloat16 teacher).
         gradient_checkpointing: trainable roles recompute activations in the backward pass.
@@ -32,6 +34,7 @@ class RoleSettings:
 
     lora_rank: int = 0
     lora_alpha: float | None = None
+    merged_walks: bool = False
     full_critic: bool = False
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
@@ -44,6 +47,7 @@ class RoleSettings:
         return cls(
             lora_rank=config.lora_rank,
             lora_alpha=config.lora_alpha,
+            merged_walks=config.merges_walks,
             full_critic=config.full_critic,
             mixed_precision=config.mixed_precision,
             gradient_checkpointing=config.gradient_checkpointing,
@@ -141,6 +145,7 @@ def _copies(settings: RoleSettings, recording: Recording, device: torch.device) 
 
 def _adapters(settings: RoleSettings, recording: Recording, device: torch.device) -> Callable[..., NetworkRole]:
     """Makes roles on one backbone: the teacher is the backbone itself."""
+    merged = settings.merged_walks and not is_quantized(recording.network)
     backbone = Backbone(
         recording.network,
         settings.lora_rank,
@@ -149,6 +154,7 @@ def _adapters(settings: RoleSettings, recording: Recording, device: torch.device
         device=device,
         gradient_checkpointing=settings.gradient_checkpointing,
         without=called_by_keyword(recording, device),
+        mergeable=merged,
     )
 
     def make(name: str, *, trainable: bool) -> AdapterRole:
@@ -161,6 +167,9 @@ def _adapters(settings: RoleSettings, recording: Recording, device: torch.device
             settings.half,
             partial(backbone.active, None if adapter is None else name),
         )
+        # Only the student walks; of an expert the name goes on with its component.
+        if adapter is not None and merged and name.startswith("student"):
+            denoiser.without_gradient = backbone.merged_form(adapter)
         return AdapterRole(name, backbone, denoiser, adapter)
 
     return make

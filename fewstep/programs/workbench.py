@@ -265,6 +265,8 @@ def _refuse_quantized(config: RunConfig, teacher: Teacher) -> None:
         return
     if not config.lora_rank or config.full_critic:
         raise UserError(f"the {name} is quantised, so that only adapters can be trained: give --lora_rank alone")
+    if config.lora_walks == "merged":
+        raise UserError(f"the {name} is quantised, and nothing can be added to its weights: leave out --lora_walks")
     whole = config.merge or why_no_lora(teacher.recording) is not None
     if whole and config.quantization is None:
         raise UserError(

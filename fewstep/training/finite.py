@@ -139,7 +139,7 @@ def _in_turn(turn: Turn, parameters: Mapping[str, nn.Parameter]) -> list[str]:
 def _watched(roles: Mapping[str, Role], search: _Search) -> Iterator[None]:
     networks = [one.denoiser for name in roles for one in roles[name].experts.values()]
     names = [name for name in roles for _ in roles[name].experts]
-    before = [denoiser.on_call for denoiser in networks]
+    before = [(denoiser.on_call, denoiser.without_gradient) for denoiser in networks]
     seen: set[int] = set()
     with ExitStack() as stack:
         modules = [denoiser.network for denoiser in networks]
@@ -149,9 +149,9 @@ def _watched(roles: Mapping[str, Role], search: _Search) -> Iterator[None]:
                 stack.enter_context(hooked(dict(module.named_modules()), after=search.ran))
                 seen.add(id(module))
         for denoiser, name in zip(networks, names, strict=True):
-            denoiser.on_call = partial(search.called, name)
+            denoiser.on_call, denoiser.without_gradient = partial(search.called, name), None  # the hooked one is run
         try:
             yield
         finally:
             for denoiser, own in zip(networks, before, strict=True):
-                denoiser.on_call = own
+                denoiser.on_call, denoiser.without_gradient = own

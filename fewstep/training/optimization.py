@@ -98,6 +98,8 @@ class RoleOptimizer:
         followers = [average.follower(decay) for average, decay in averages]
         own = self.held.own
         adamw(self.moments, [p.grad for p in own], self.rule, scale=scale, skip=skip, followers=followers)
+        # A fused update does not say that it changed the weights: who keeps something made of them would not notice.
+        torch.autograd.graph.increment_version(own)
         for parameter in own:
             parameter.grad = None
         for average, decay in averages:
