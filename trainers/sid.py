@@ -35,7 +35,7 @@ from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler, draw_sample
 from fewstep.diffusion.schedule import EDMSchedule, NoiseSchedule
 from fewstep.losses.score import denoising_loss, native_weight
-from fewstep.losses.score_identity import score_identity, score_identity_weight
+from fewstep.losses.score_identity import mean_score_identity, score_identity_weight
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.trainers._sid_config import SidConfig
@@ -161,7 +161,7 @@ class Sid:
         x0_teacher = self.teacher(x_t, t, batch.conditioning)
         x0_critic = self.critic(x_t, t, batch.conditioning)
         weight = score_identity_weight(self.weighting, x0, x0_teacher, coefficients, self.normalizer_min)
-        loss = score_identity(x0, x0_teacher, x0_critic, self.config.alpha, weight).mean()
+        loss = mean_score_identity(x0, x0_teacher, x0_critic, self.config.alpha, weight).mean()
         log = {"student/identity": loss.detach(), "student/weight": weight.mean()}
         log["student/difference"] = (x0_teacher - x0_critic).detach().abs().mean()
         log |= sample_log(x0, x0_teacher)

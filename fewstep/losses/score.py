@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fewstep.diffusion.prediction import expand, transition, x0_map
 from fewstep.diffusion.schedule import Coefficients, NoiseSchedule
+from fewstep.kernels.error_sums import error_sums
+from fewstep.kernels.renoise import renoise
+from fewstep.kernels.score_gap import score_gap
 
 
 class Matching(NamedTuple):
@@ -18,7 +20,6 @@ class Matching(NamedTuple):
     gradient: Tensor
 
 
-@torch.no_grad()
 def distribution_matching(
     x0: Tensor,
     x0_teacher: Tensor,
@@ -37,12 +38,9 @@ def distribution_matching(
     Shapes: ``x0``, ``x0_teacher``, ``x0_critic``: (B, ...), any float dtype; computed in float32 or wider.
         ``weight``: (B,) factor on g, optional.
     """
-    x0, x0_teacher, x0_critic = (_at_least_float32(x) for x in (x0, x0_teacher, x0_critic))
-    normalizer = _mean_distance(x0, x0_teacher, normalizer_min) + normalizer_eps
-    return _along((x0_critic - x0_teacher) / normalizer, weight)
+    return Matching(*score_gap(x0_critic, x0_teacher, x0, None, weight, normalizer_min, normalizer_eps))
 
 
-@torch.no_grad()
 def decoupled_matching(
     x0: Tensor,
     matching: tuple[Tensor, Tensor],
@@ -65,14 +63,23 @@ def decoupled_matching(
         references: what normalises matching and augmentation. The paper does not say; this is our reading.
         normalizer_min: lower bound of either normaliser.
     """
-    x0, positive, critic, guided, negative, *near = (
-        _at_least_float32(x) for x in (x0, *matching, *augmentation, *references)
+    positive, critic = matching
+    guided, negative = augmentation
+    return Matching(
+        *score_gap(
+            critic,
+            positive,
+            x0,
+            references[0],
+            normalizer_min=normalizer_min,
+            negative=negative,
+            positive=guided,
+            share=guidance_scale - 1,
+            other_reference=references[1],
+        )
     )
-    normalizers = [_mean_distance(x0, reference, normalizer_min) for reference in near]
-    return _along((critic - positive) / normalizers[0] + (guidance_scale - 1) * (negative - guided) / normalizers[1])
 
 
-@torch.no_grad()
 def score_distillation(x0_teacher: Tensor, x0_critic: Tensor, weight: Tensor) -> Matching:
     """The gradient without a normaliser: g = weight * (x0_critic - x0_teacher); loss and gradient as in DMD.
 
@@ -81,20 +88,7 @@ def score_distillation(x0_teacher: Tensor, x0_critic: Tensor, weight: Tensor) ->
 
     Shapes: ``x0_teacher``, ``x0_critic``: (B, ...); ``weight``: (B,).
     """
-    return _along(_at_least_float32(x0_critic) - _at_least_float32(x0_teacher), weight)
-
-
-def _mean_distance(x0: Tensor, reference: Tensor, at_least: float) -> Tensor:
-    """The mean of |x0 - reference| over each sample, (B, 1, ...)."""
-    return (x0 - reference).abs().mean(tuple(range(1, x0.dim())), keepdim=True).clamp(min=at_least)
-
-
-def _along(direction: Tensor, weight: Tensor | None = None) -> Matching:
-    """The loss whose gradient is ``direction`` (B, ...), weighted by sample (B,), over numel."""
-    if weight is not None:
-        direction = expand(weight, direction) * direction
-    direction = torch.nan_to_num(direction, nan=0.0, posinf=0.0, neginf=0.0)
-    return Matching(0.5 * direction.square().mean(), direction / direction.numel())
+    return Matching(*score_gap(x0_critic, x0_teacher, weight=weight))
 
 
 class CriticTarget(NamedTuple):
@@ -123,7 +117,7 @@ def subinterval_target(
     """
     sigma_ts = transition(at_s, at_t, variance_min).sigma
     share = at_t.alpha * at_s.sigma**2 / (at_s.alpha**2 * sigma_ts)
-    x0 = expand(1 / at_s.alpha, x_s) * x_s - expand(share, x_s) * noise
+    x0 = renoise(x_s, noise, 1 / at_s.alpha, -share)
     return CriticTarget(x0, expand(at_t.sigma / sigma_ts, x_s) * noise)
 
 
@@ -143,8 +137,7 @@ def denoising_loss(x0: Tensor, x0_predicted: Tensor, weight: Tensor) -> Tensor:
     Shapes: ``x0`` (no gradient flows to it), ``x0_predicted``: (B, ...); ``weight``: (B,). Returns ().
     Source: Yin et al. 2024 (DMD2), §3; the weight decides in which space the mean square is taken.
     """
-    x0_predicted = _at_least_float32(x0_predicted)
-    error = (x0_predicted - x0.detach().to(x0_predicted.dtype)).square().flatten(1).mean(1)
+    error = error_sums(x0_predicted, x0.detach()) / x0[0].numel()
     return (weight.to(error.device, error.dtype) * error).mean()
 
 
@@ -156,7 +149,3 @@ def native_weight(prediction_type: str, schedule: NoiseSchedule, t: Tensor) -> T
     """
     _, out = x0_map(prediction_type, schedule, t)
     return out**-2
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

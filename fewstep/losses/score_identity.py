@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.schedule import Coefficients
+from fewstep.kernels.error_sums import error_sums
+from fewstep.kernels.score_identity import elements
+from fewstep.kernels.score_identity import score_identity as means
 
 #: ``sid`` divides by the mean of |x0 - x0_teacher| over a sample (SiD); ``none`` is 1; the others are functions of a
 #: flow's sigma, with snr = ((1 - sigma) / sigma)^2 (few-step SiD).
@@ -38,10 +41,12 @@ def score_identity(x0: Tensor, x0_teacher: Tensor, x0_critic: Tensor, alpha: flo
 
     Shapes: ``x0``, ``x0_teacher``, ``x0_critic``: (B, ...), any float dtype; ``weight``: (B,), without gradient.
     """
-    x0, x0_teacher, x0_critic = (_at_least_float32(x) for x in (x0, x0_teacher, x0_critic))
-    difference = x0_teacher - x0_critic
-    weight = weight.to(difference).reshape(-1, *[1] * (difference.dim() - 1))
-    return weight * difference * ((x0_teacher - x0) - alpha * difference)
+    return elements(x0, x0_teacher, x0_critic, alpha, weight)
+
+
+def mean_score_identity(x0: Tensor, x0_teacher: Tensor, x0_critic: Tensor, alpha: float, weight: Tensor) -> Tensor:
+    """The means over samples of :func:`score_identity`, (B,), with an explicit gradient; arguments as there."""
+    return means(x0, x0_teacher, x0_critic, alpha, weight)
 
 
 @torch.no_grad()
@@ -56,7 +61,7 @@ def score_identity_weight(
     Raises:
         ValueError: an unknown weighting.
     """
-    error = (_at_least_float32(x0) - _at_least_float32(x0_teacher)).abs().flatten(1).mean(1)
+    error = error_sums(x0, x0_teacher, "absolutes") / x0[0].numel()
     sigma = coefficients.sigma.to(error)
     divisor = sigma.clamp(min=_SMALLEST_SIGMA)
     weights = {
@@ -72,7 +77,3 @@ def score_identity_weight(
     if weighting not in weights:
         raise ValueError(f"unknown weighting {weighting!r}; known: {', '.join(WEIGHTINGS)}")
     return weights[weighting]()
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

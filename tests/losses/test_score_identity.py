@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep.diffusion.prediction import add_noise, from_x0
 from fewstep.diffusion.schedule import Coefficients, EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
-from fewstep.losses.score_identity import WEIGHTINGS, score_identity, score_identity_weight
+from fewstep.losses.score_identity import WEIGHTINGS, mean_score_identity, score_identity, score_identity_weight
 
 
 def triple(shape: tuple[int, ...] = (4, 3, 5, 5)) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,6 +115,13 @@ def test_it_is_the_same_loss_in_the_networks_own_space(schedule: NoiseSchedule, 
     difference = raw_teacher - raw_critic
     expected = factor.reshape(-1, 1, 1, 1) * difference * ((raw_teacher - own) - 1.2 * difference)
     torch.testing.assert_close(score_identity(x0, teacher, critic, 1.2, torch.ones(4)), expected)
+
+
+def test_means_are_those_of_the_elements():
+    x0, teacher, critic = triple()
+    weight = torch.tensor([0.5, 1.0, 2.0, 3.0])
+    expected = score_identity(x0, teacher, critic, 1.2, weight).mean((1, 2, 3))
+    torch.testing.assert_close(mean_score_identity(x0, teacher, critic, 1.2, weight), expected)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -53,6 +53,11 @@ def _slope(a, b, gradient, slope, c, length, KIND: tl.constexpr, PAIR: tl.conste
 
 def sums(a: Tensor, b: Tensor | None, kind: str, c: float) -> Tensor:
     """As :func:`fewstep.kernels.error_sums.error_sums`, (B,), float32."""
+    return partial_sums(a, b, kind, c).sum(1)
+
+
+def partial_sums(a: Tensor, b: Tensor | None, kind: str, c: float) -> Tensor:
+    """The sums in the parts of a row that :func:`fewstep.kernels.fused.rows.slices` makes, (B, parts), float32."""
     a, b = alike(a, a if b is None else b)
     length = a[0].numel()
     block, warps = launch(ROW, length)
@@ -60,7 +65,7 @@ def sums(a: Tensor, b: Tensor | None, kind: str, c: float) -> Tensor:
     partial = torch.empty((len(a), parts), dtype=torch.float32, device=a.device)
     flags = {"KIND": _KINDS[kind], "PAIR": a is not b, "BLOCK": block}
     _sum[parts, len(a)](a, b, partial, float(c), length, piece, **flags, num_warps=warps)
-    return partial.sum(1)
+    return partial
 
 
 def slopes(a: Tensor, b: Tensor | None, kind: str, c: float, gradient: Tensor) -> Tensor:
