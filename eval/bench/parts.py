@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fewstep.errors import UserError
-from fewstep.eval.bench import steps
+from fewstep.eval.bench import calls, steps
 from fewstep.eval.bench.table import Table, write
 from fewstep.eval.bench.timing import machine
 
@@ -33,6 +33,7 @@ class Options:
 
 #: What `--part` takes.
 PARTS: dict[str, Callable[[Options], list[Table]]] = {
+    "calls": lambda _told: [calls.measure()],
     "steps": lambda told: [steps.measure(told.device, told.folder, blocks=9 if told.full else 3)],
 }
 

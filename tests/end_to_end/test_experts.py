@@ -16,6 +16,7 @@ from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.rollout import rollout
 from fewstep.errors import UserError
+from fewstep.eval.bench.floors import declared
 from fewstep.export.apply import apply
 from fewstep.export.walk.check import SchedulerCheckError
 from fewstep.export.walk.plan import check_student, plan_student
@@ -29,7 +30,6 @@ from fewstep.recording import record
 from fewstep.recording.pipeline import with_parts
 from fewstep.recording.shake import shaken
 from tests.checkpoints import load_latest
-from tests.floors import declared
 from tests.stock_process import run_stock
 
 EXPERTS = ("transformer", "transformer_2")

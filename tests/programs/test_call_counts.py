@@ -20,13 +20,13 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
+from fewstep.eval.bench.floors import declared
 from fewstep.programs.methods import method_class, methods
 from fewstep.programs.pairs import pairs_of_run
 from fewstep.programs.planning.call_counts import CallCounter, Calls, forward_passes
 from fewstep.programs.planning.counting import count_calls
 from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.training.method import Method, Turn
-from tests.floors import declared
 
 #: What a method must be told to run at all, and further settings under which it costs something else.
 SETTINGS: dict[str, dict] = {

@@ -16,8 +16,8 @@ from fewstep.diffusion.discretization import SigmaRange
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, from_scheduler
 from fewstep.errors import UserError
+from fewstep.eval.bench.floors import declared
 from fewstep.trainers.consistency import Consistency
-from tests.floors import declared
 from tests.trainers.toy_consistency import config, vector_method
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -17,6 +17,7 @@ from fewstep.diffusion.renoising import Renoiser
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule
 from fewstep.errors import UserError
+from fewstep.eval.bench.floors import declared
 from fewstep.losses.divergence import DIVERGENCES, DivergenceWeight
 from fewstep.losses.score import decoupled_matching, distribution_matching
 from fewstep.networks.guidance import GuidedDenoiser
@@ -24,7 +25,6 @@ from fewstep.programs.distillation import distill
 from fewstep.programs.planning.call_counts import Calls
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
 from tests.checkpoints import load_latest
-from tests.floors import declared
 from tests.trainers.test_dmd2 import GRID, TABLE, Pictures, config, gan_method
 
 SCHEDULES = {"table": (TABLE, "epsilon"), "flow": (FlowSchedule(), "flow"), "edm": (EDMSchedule(), "edm")}

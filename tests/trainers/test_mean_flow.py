@@ -14,11 +14,11 @@ from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule
 from fewstep.errors import UserError
+from fewstep.eval.bench.floors import declared
 from fewstep.networks.flow_map import FlowMapDenoiser, gap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.programs.planning.call_counts import CallCounter, forward_passes
 from fewstep.trainers.mean_flow import MeanFlow, MeanFlowConfig
-from tests.floors import declared
 
 TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
 SCHEDULES = {"flow": FlowSchedule(), "epsilon": TABLE, "edm": EDMSchedule()}

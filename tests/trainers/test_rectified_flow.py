@@ -20,6 +20,7 @@ from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule
 from fewstep.errors import UserError
+from fewstep.eval.bench.floors import declared
 from fewstep.networks.perceptual import PerceptualDistance, images_of, lpips_of
 from fewstep.programs import distillation
 from fewstep.programs.distillation import distill
@@ -28,7 +29,6 @@ from fewstep.recording import record
 from fewstep.recording.shake import shaken
 from fewstep.trainers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fewstep.training.loop import Loop
-from tests.floors import declared
 from tests.whole_runs import whole_run
 
 TABLE = TableSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))

@@ -16,9 +16,9 @@ from fewstep.data.batch import Batch, Real
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler
+from fewstep.eval.bench.floors import declared
 from fewstep.networks.features import FeatureTap
 from fewstep.trainers.sid import Sid
-from tests.floors import declared
 from tests.trainers.toy_sid import ROLES, config, method_of
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from toys import make_loop
 
+from fewstep.eval.bench.floors import declared
 from fewstep.programs.planning.call_counts import CallCounter, Calls
-from tests.floors import declared
 from tests.trainers.toy_sid import OFF, ROLES, batch, config, step_with_last, vector_method
 
 # --- what a step costs ------------------------------------------------------------------------------------------------

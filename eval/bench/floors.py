@@ -1,7 +1,11 @@
 """What a step of each method may cost: network calls by role and per sample of the batch, worked out by hand.
 
 The method's own steps are counted where they run, and compared with this; each guided pair counts as two. Passes that
-end early at a GAN head's tap are listed as ``<role>/features``.
+end early at a GAN head's tap are listed as ``<role>/features``. Tests and ``fewstep bench --part calls`` read it.
+
+Beside it stand the formulas of the papers' steps in forward passes F of one sample (a backward pass 2 F, one to the
+inputs alone 1 F, a tangent 1 F): r critic updates for each of the student, h the share of the network up to the tap, q
+the share of samples with two times, w the teacher's calls under guidance. What is drawn comes on top: :func:`drawn`.
 """
 
 from __future__ import annotations
@@ -24,6 +28,96 @@ def declared(method: Any, step: int, batch: Batch) -> Cost:
     """
     cost = _BY_CLASS[type(method).__name__](method, step, batch)
     return {name: calls for name, calls in cost.items() if calls != Calls()}
+
+
+def formula(method: Any, feature_share: float) -> tuple[str, float] | None:
+    """What the steps of one student update cost by the papers, without what is :func:`drawn`: words, and F.
+
+    None for a variant whose paper says no more than the derivation here does.
+
+    Args:
+        method: any of ours.
+        feature_share: h.
+    """
+    return _FORMULAS[type(method).__name__](method, feature_share)
+
+
+def drawn(method: Any, step: int, batch: Batch) -> float:
+    """What one step costs beyond its formula because of what is drawn in it, in F.
+
+    That are the student's earlier steps, its sample where it learns from what it samples, and samples with two times
+    beyond the share q.
+    """
+    kind, first, end = type(method).__name__, 0, len(method.sampler.grid)
+    if kind == "MeanFlow":
+        apart = sum(batch.draws.coins("apart", method.config.apart)) / batch.size
+        return (apart - method.config.apart) * (1 if method.one_pass else 2)
+    if kind == "RectifiedFlow" or (kind == "Consistency" and method.config.data is not None):
+        return 0
+    if kind == "PhasedDmd":
+        steps = method.phases[method.place(step)[0]].steps
+        first, end = steps.start, steps.stop
+    earlier = batch.draws.shared_integer("student_step", first, end)
+    if kind == "Consistency":
+        return earlier + 1
+    return earlier * (1 + method.student_moves(step)) if kind == "Sid" else earlier
+
+
+def period(method: Any) -> int:
+    """Over how many steps the student is updated once."""
+    return getattr(method.config, "critic_updates", 1)
+
+
+def _formula_of_dmd2(method: Any, h: float) -> tuple[str, float] | None:
+    config, r, w = method.config, method.config.critic_updates, method.teacher.calls
+    if config.decoupled != "none" or config.f_divergence != "none" or config.swiftbrush:
+        return None
+    if method.tap is None:
+        return "r (1 + 3) + 2 + 1 + w", 4 * r + 3 + w
+    return "r (1 + 3 + 2h 3) + 2 + 1 + w + 2h", r * (4 + 6 * h) + 3 + w + 2 * h
+
+
+def _formula_of_phased_dmd(method: Any, _h: float) -> tuple[str, float]:
+    r, w = method.config.critic_updates, method.teacher.calls
+    return "r (1 + 3) + 2 + 1 + w", 4 * r + 3 + w
+
+
+def _formula_of_sid(method: Any, h: float) -> tuple[str, float]:
+    r, w = method.config.critic_updates, method.teacher.calls
+    trained, asked = method.critic_in_training.calls, method.critic.calls
+    plain = r * (1 + 3 * trained) + 3 + 2 * w + 2 * asked
+    if method.discriminator is None:
+        return "r (1 + 3w) + 3 + 2w + 2w", plain
+    return "r (1 + 3w + 2h 3) + 3 + 2w + 2w + 2h", plain + 6 * h * r + 2 * h
+
+
+def _formula_of_consistency(method: Any, _h: float) -> tuple[str, float]:
+    asked = {"none": 0, "euler": 1, "heun": 2}[method.config.solver]
+    drawn = method.config.guidance_range is not None and not method.heeded
+    w = 2 if drawn else method.teacher.calls
+    return ("3 + 1", 4) if not asked else (f"3 + 1 + {asked}w", 4 + asked * w)
+
+
+def _formula_of_mean_flow(method: Any, _h: float) -> tuple[str, float] | None:
+    config, q = method.config, method.config.apart
+    if config.variant != "mean_flow":
+        return None
+    derivative = q if method.one_pass else 2 * q
+    words = "3 + q" if method.one_pass else "3 + 2q"
+    if config.velocity == "teacher":
+        return f"{words} + w", 3 + derivative + method.teacher.calls
+    own = 0 if method.guide is None else 1 + (method.guide.kappa > 0)
+    return f"{words} + {own}", 3 + derivative + own
+
+
+_FORMULAS = {
+    "Dmd2": _formula_of_dmd2,
+    "PhasedDmd": _formula_of_phased_dmd,
+    "Sid": _formula_of_sid,
+    "Consistency": _formula_of_consistency,
+    "MeanFlow": _formula_of_mean_flow,
+    "RectifiedFlow": lambda _method, _h: ("3", 3.0),
+}
 
 
 def _dmd2(method: Any, step: int, batch: Batch) -> Cost:
