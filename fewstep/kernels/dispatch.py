@@ -59,9 +59,14 @@ def choose(operation: str, *tensors: Tensor, triton: bool = True) -> str:
         # Dynamo forgets an autograd.Function's own jvp, and fuses plain operations by itself.
         return "closed"
     form = _form(operation, tensors, triton)
+    count(operation, form)
+    return form
+
+
+def count(operation: str, form: str) -> None:
+    """Note that a form of an operation runs; only one that is not chosen here has to say so."""
     for counter in _counters:
         counter[operation, form] += 1
-    return form
 
 
 def _form(operation: str, tensors: tuple[Tensor, ...], triton: bool) -> str:

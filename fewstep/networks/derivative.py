@@ -1,22 +1,27 @@
 """How a network's answer changes along a direction: forward-mode derivatives (Jacobian-vector products).
 
-Fused attention has no forward derivative, so inside of one all attention is the plain formula. The derivative comes out
-without a graph: methods that learn from it hold it fixed (MeanFlow, Geng et al. 2025, Eq. 11).
+Fused attention has no forward derivative, so inside of one all attention is of a form that has
+(:mod:`fewstep.networks.derivable`). The derivative comes out without a graph: methods that learn from it hold it fixed
+(MeanFlow, Geng et al. 2025, Eq. 11).
 """
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.errors import UserError, one_line
-from fewstep.recording.hooks import hooked
+from fewstep.kernels import dispatch
+from fewstep.networks.derivable import derivable, described
+
+logger = logging.getLogger("fewstep")
 
 _ADVICE = "take --variant alpha_flow --alpha_min 0.1"
 
@@ -33,12 +38,12 @@ def derivative_along(
         function: calls ``network``.
         point: its arguments, floating-point tensors.
         direction: how each of them changes, of the same shapes.
-        network: whose norms are given what they can differentiate.
+        network: whose attention and norms can be differentiated then.
 
     Raises:
         UserError: the network has an operation without a forward derivative.
     """
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _contiguous_norms(network):
+    with forward_ad.dual_level(), derivable(network), _uncompiled():
         duals = [forward_ad.make_dual(value, change) for value, change in zip(point, direction, strict=True)]
         try:
             answer = function(*duals)
@@ -53,7 +58,8 @@ def derivative_along(
 def refuse_underivable(function: Callable[[Tensor], Tensor], t: Tensor, network: nn.Module, step: float = 1e-3) -> None:
     """Raise where a network's answer changes with its time and the derivative says that it does not, or is not finite.
 
-    A time that is rounded on its way has a derivative of zero, without any error.
+    A time that is rounded on its way has a derivative of zero, without any error. What derives the network's attention
+    is logged.
 
     Args:
         function: the answer (B, ...) at times (B,).
@@ -64,7 +70,9 @@ def refuse_underivable(function: Callable[[Tensor], Tensor], t: Tensor, network:
     Raises:
         UserError: it cannot be differentiated.
     """
-    _, tangent = derivative_along(function, (t,), (torch.ones_like(t),), network)
+    with dispatch.counted() as ran:
+        _, tangent = derivative_along(function, (t,), (torch.ones_like(t),), network)
+    logger.info("%s: attention in a derivative is %s", type(network).__name__, described(ran))
     moves = bool((function(t - step) != function(t)).any())
     if not bool(torch.isfinite(tangent).all()) or (moves and not bool(tangent.any())):
         lost = "changes with its time, and its derivative by the time is lost on the way"
@@ -73,12 +81,6 @@ def refuse_underivable(function: Callable[[Tensor], Tensor], t: Tensor, network:
         raise UserError(f"{type(network).__name__} does not react to its time; its weights are degenerate")
 
 
-def _contiguous_norms(network: nn.Module) -> AbstractContextManager[None]:
-    """Inside, group norms get inputs laid out in order: they cannot differentiate what was transposed."""
-
-    def lay_out(
-        _name: str, _norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (args[0].clone(memory_format=torch.contiguous_format), *args[1:]), kwargs
-
-    return hooked({n: m for n, m in network.named_modules() if isinstance(m, nn.GroupNorm)}, before=lay_out)
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Inside, what was compiled runs as it was written: compiled code takes no tangent along."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

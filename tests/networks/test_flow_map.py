@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.schedule import EDMSchedule
 from fewstep.errors import UserError
+from fewstep.kernels import dispatch
+from fewstep.networks.derivable import described
 from fewstep.networks.derivative import derivative_along, refuse_underivable
 from fewstep.networks.flow_map import FlowMapDenoiser, flow_direction
 from fewstep.recording import record
@@ -54,6 +56,22 @@ def same_gradient(one: Tensor, other: Tensor, parameters: list[nn.Parameter]) ->
             torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9 * size)
 
 
+def by_every_path(at: Told, velocity: Tensor, expected: Tensor) -> None:
+    """Its derivative is the same whatever its processors are told, and leaves them so."""
+    student: FlowMapDenoiser = at.student.denoiser
+    found = [
+        m.processor for m in student.network.modules() if hasattr(getattr(m, "processor", None), "_attention_backend")
+    ]
+    for backend in ("flex", "_native_flash") if found else ():
+        for processor in found:
+            processor._attention_backend = backend
+        _, change = student.velocity_and_derivative(at.x_t, at.t, at.conditioning, at.r, velocity)
+        assert {processor._attention_backend for processor in found} == {backend}
+        torch.testing.assert_close(change, expected)
+    for processor in found:
+        processor._attention_backend = None
+
+
 def check(pipeline: Any, call: dict[str, Any], network: nn.Module) -> None:
     with shaken(network):
         recording = record(pipeline, **call)
@@ -73,6 +91,7 @@ def check(pipeline: Any, call: dict[str, Any], network: nn.Module) -> None:
         velocity = torch.randn(at.x_t.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         u, change = student.velocity_and_derivative(at.x_t, at.t, at.conditioning, at.r, velocity)
         assert not change.requires_grad
+        by_every_path(at, velocity, change)
         same_gradient(u, student.velocity(at.x_t, at.t, at.conditioning, at.r), at.student.parameters())
         # Steps of 2^-6 and 2^-8 on a scale of 1000 timesteps; a kink of Sana's attention may lie within the first.
         unit = 1e-3 if not isinstance(student.schedule, EDMSchedule) else 1e-3 * 2**-2
@@ -81,6 +100,15 @@ def check(pipeline: Any, call: dict[str, Any], network: nn.Module) -> None:
             expected = differences(student, at, velocity, step).flatten(1)
             off.append((change.flatten(1) - expected).norm(dim=1) / expected.norm(dim=1))
         assert bool((torch.minimum(*off) < 4e-3).all()), off
+        # In float32 attention is the closed form, of every module that calls torch's or diffusers' dispatcher.
+        at.student.denoiser.network.float()
+        at.student.added["second_time"].float()
+        with dispatch.counted() as ran:
+            point = at.x_t.float(), at.t, at.conditioning, at.r
+            _, single = student.velocity_and_derivative(*point, velocity.float())
+        torch.testing.assert_close(single.to(change), change, rtol=0, atol=1e-4 * float(change.abs().max()))
+        assert set(ran) == {("dual_attention", "closed")}
+        assert described(ran).startswith(f"dual attention (closed form) in {ran.total()} place")
 
 
 @pytest.mark.parametrize("family", TINY)
