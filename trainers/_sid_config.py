@@ -26,6 +26,8 @@ class SidConfig(CriticConfig, NoiseLevelConfig, CriticGuidanceConfig, Adversaria
         normalizer_min: lower bound of the mean error in the weighting sid (default 1e-5).
         critic_updates: critic updates for each student update (papers: 1).
         critic_warmup_steps: steps before the student's first update.
+        shared_walk: both turns of a step take one walk of the student to the step that is judged (papers: each its
+            own), which saves the second; needs a critic that is told no negatives (--critic_dropout 0, or unguided).
     """
 
     start: str = "auto"
@@ -34,6 +36,7 @@ class SidConfig(CriticConfig, NoiseLevelConfig, CriticGuidanceConfig, Adversaria
     normalizer_min: float | None = None
     critic_updates: int = 1
     critic_warmup_steps: int = 0
+    shared_walk: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,8 +32,9 @@ from fewstep.critic.guidance import with_dropout
 from fewstep.data.batch import Batch
 from fewstep.diffusion.noise_levels import NoiseLevels
 from fewstep.diffusion.prediction import add_noise
-from fewstep.diffusion.rollout import Sampler, draw_sample
+from fewstep.diffusion.rollout import Sampler, ask_at, draw_sample
 from fewstep.diffusion.schedule import EDMSchedule, NoiseSchedule
+from fewstep.errors import UserError
 from fewstep.losses.score import denoising_loss, native_weight
 from fewstep.losses.score_identity import mean_score_identity, score_identity_weight
 from fewstep.networks.guidance import GuidedDenoiser
@@ -77,6 +78,10 @@ class Sid:
         # Wherever the critic is guided it has to know the negative, and is told that in the place of some prompts.
         guided = critic.guidance_scale != 1.0 or critic_in_training.guidance_scale != 1.0
         self.dropped = critic_in_training.negative if guided and config.critic_dropout > 0 else None
+        if config.shared_walk and self.dropped is not None:
+            raise UserError(
+                "--shared_walk walks to the prompts of both turns: give --critic_dropout 0, or leave it out"
+            )
         self.schedule = sampler.schedule
         self.weighting = config.weighting_for(self.schedule)
         self.normalizer_min = 1e-5 if config.normalizer_min is None else config.normalizer_min
@@ -117,17 +122,21 @@ class Sid:
         """In every step the critic and every ``critic_updates`` steps the student, each on a sample of its own."""
         # Few-step SiD: the step whose output is matched, one for the whole batch and for both turns.
         last = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
-        yield self.critic_turn(batch, last)
+        inputs: dict[int, Tensor] = {}
+        yield self.critic_turn(batch, last, inputs)
         if self.student_moves(step):
-            yield self.student_turn(batch, last, self.judge(step))
+            yield self.student_turn(batch, last, self.judge(step), inputs[last] if self.config.shared_walk else None)
 
-    def critic_turn(self, batch: Batch, last: int) -> Turn:
-        """Denoise the student's sample under kappa1, and tell real from fake at the same noise."""
+    def critic_turn(self, batch: Batch, last: int, inputs: dict[int, Tensor] | None = None) -> Turn:
+        """Denoise the student's sample under kappa1, and tell real from fake at the same noise.
+
+        The student's inputs x_t (B, ...) on the way, by step, are put into ``inputs``.
+        """
         conditioning = batch.conditioning
         if self.dropped is not None:
             conditioning = with_dropout(conditioning, self.dropped, batch.draws, self.config.critic_dropout)
         with torch.no_grad():
-            x0 = self.sample("critic", batch, conditioning, last)
+            x0 = self.sample("critic", batch, conditioning, last, inputs)
         t = self.critic_levels.draw(batch.draws, "critic_time", self.schedule)
         noise, coefficients = batch.draws.normal("critic_noise", batch.shape), self.schedule.coefficients(t)
         x_t = add_noise(x0, noise, coefficients)
@@ -148,13 +157,18 @@ class Sid:
             log["critic/adversarial"] = adversarial.detach()
         return Turn("critic", [(loss, None)], log)
 
-    def student_turn(self, batch: Batch, last: int, judge: CriticDiscriminator | None) -> Turn:
+    def student_turn(
+        self, batch: Batch, last: int, judge: CriticDiscriminator | None, x_last: Tensor | None = None
+    ) -> Turn:
         """Lower the difference of teacher and critic at the student's sample noised anew; look real to the ``judge``.
 
         The gradient passes through teacher and critic to the sample; the turn is the student's, so their parameters get
-        none.
+        none. ``x_last`` (B, ...): what the student is asked about at its step ``last``, where it did not walk there.
         """
-        x0 = self.sample("student", batch, batch.conditioning, last)
+        if x_last is None:
+            x0 = self.sample("student", batch, batch.conditioning, last)
+        else:
+            x0 = ask_at(self.roles["student"], self.sampler, last, x_last, batch.conditioning)
         t = self.levels.draw(batch.draws, "student_time", self.schedule)
         coefficients = self.schedule.coefficients(t)
         x_t = add_noise(x0, batch.draws.normal("student_noise", batch.shape), coefficients)
@@ -171,10 +185,17 @@ class Sid:
             log["student/adversarial"] = adversarial.detach()
         return Turn("student", [(loss, None)], log)
 
-    def sample(self, name: str, batch: Batch, conditioning: AnyConditioning, last: int) -> Tensor:
+    def sample(
+        self,
+        name: str,
+        batch: Batch,
+        conditioning: AnyConditioning,
+        last: int,
+        inputs: dict[int, Tensor] | None = None,
+    ) -> Tensor:
         """The student's x0 (B, ...) at step ``last`` of its own walk, with gradient through its last call at most."""
         walk = (self.roles["student"], self.sampler, batch.draws, batch.shape, conditioning, last)
-        return draw_sample(*walk, prefix=f"{name}_walk_")
+        return draw_sample(*walk, prefix=f"{name}_walk_", on_step=None if inputs is None else inputs.__setitem__)
 
 
 def critic_weight(prediction_type: str, schedule: NoiseSchedule, t: Tensor) -> Tensor:

@@ -153,7 +153,8 @@ def _sid(method: Any, step: int, batch: Batch) -> Cost:
     calls = {"student": Calls(no_grad=earlier + 1), "critic": Calls(to_parameters=method.critic_in_training.calls)}
     moves = method.student_moves(step)
     if moves:
-        calls["student"] = Calls(no_grad=2 * earlier + 1, to_parameters=1)
+        walks = 1 if method.config.shared_walk else 2
+        calls["student"] = Calls(no_grad=walks * earlier + 1, to_parameters=1)
         calls["critic"] = Calls(to_parameters=method.critic_in_training.calls, to_inputs=method.critic.calls)
         calls["teacher"] = Calls(to_inputs=method.teacher.calls)
     if method.discriminator is not None:

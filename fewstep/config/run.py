@@ -38,6 +38,8 @@ class RunConfig(Settings):
         call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
         guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own. A network
             with embedded guidance is told this value instead, teacher and student alike.
+        sequential_guidance: ask a guided network for the condition and for its negative in two calls: slower, and in
+            less memory where no gradient passes through them.
         negative_prompt: what guidance leads away from; default the pipeline's own.
         data: real images: a folder with class sub-folders, a metadata.jsonl or .csv, or texts beside them; WebDataset
             or parquet shards (a file, a folder, a pattern); a folder of idx files; "fashion"; or a folder that fewstep
@@ -120,6 +122,7 @@ class RunConfig(Settings):
     cache: str | None = setting("source", None)
     call: dict[str, Any] | None = None
     guidance_scale: float | None = None
+    sequential_guidance: bool = setting("machine", False)
     negative_prompt: str | None = None
     data: str | None = setting("source", None)
     data_text: str | None = None

@@ -90,7 +90,7 @@ def rollout(
             t = sampler.times(step, x_t)
             if on_step is not None:
                 on_step(step, x_t)
-            x0 = _ask(student, sampler, step, x_t, conditioning)
+            x0 = ask_at(student, sampler, step, x_t, conditioning)
             fresh = None
             if sampler.renoise == "fresh":
                 assert step_noise is not None  # as it is needed here
@@ -98,11 +98,11 @@ def rollout(
             x_t = sampler.move(x_t, x0, t, sampler.times(step + 1, x_t), fresh)
     if on_step is not None:
         on_step(last, x_t)
-    return _ask(student, sampler, last, x_t, conditioning)
+    return ask_at(student, sampler, last, x_t, conditioning)
 
 
-def _ask(student: Denoiser, sampler: Sampler, step: int, x_t: Tensor, conditioning: AnyConditioning) -> Tensor:
-    """x0 (B, ...) at a step of the grid, which ends at the next one, or at the clean sample."""
+def ask_at(student: Denoiser, sampler: Sampler, step: int, x_t: Tensor, conditioning: AnyConditioning) -> Tensor:
+    """x0 (B, ...) of ``x_t`` at a step of the grid, which ends at the next one, or at the clean sample."""
     t = sampler.times(step, x_t)
     end = sampler.times(step + 1, x_t) if step + 1 < len(sampler.grid) else torch.zeros_like(t)
     return student(x_t, t, conditioning, end=end)

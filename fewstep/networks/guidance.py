@@ -45,12 +45,19 @@ class GuidedDenoiser:
         denoiser: the unguided one.
         negative: conditioning of one sample, used for every sample of a batch; None where the scale is 1.
         guidance_scale: w; or one for each interval of the time.
+        joint: the condition and its negative are asked in one call of 2B rows, else in two: slower, and in less memory.
 
     Raises:
         UserError: a scale other than 1 without a negative conditioning.
     """
 
-    def __init__(self, denoiser: Denoiser, negative: Conditioning | None, guidance_scale: float | TimedScale) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        negative: Conditioning | None,
+        guidance_scale: float | TimedScale,
+        joint: bool = True,
+    ) -> None:
         if guidance_scale != 1.0 and negative is None:
             wish = guidance_scale.scales if isinstance(guidance_scale, TimedScale) else guidance_scale
             raise UserError(
@@ -60,6 +67,7 @@ class GuidedDenoiser:
         self.denoiser = denoiser
         self.negative = negative
         self.guidance_scale = guidance_scale
+        self.joint = joint
 
     @property
     def calls(self) -> int:
@@ -68,7 +76,7 @@ class GuidedDenoiser:
 
     def of(self, denoiser: Denoiser) -> GuidedDenoiser:
         """Another denoiser under the same guidance."""
-        return GuidedDenoiser(denoiser, self.negative, self.guidance_scale)
+        return GuidedDenoiser(denoiser, self.negative, self.guidance_scale, self.joint)
 
     def __call__(
         self,
@@ -113,6 +121,9 @@ class GuidedDenoiser:
 
     def _both(self, ask: Denoiser, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor]:
         """What ``ask`` answers with the condition and with the negative, (B, ...) each."""
+        if not self.joint:
+            negative = in_groups(ask, x_t, t, self._negatives(len(x_t)))
+            return in_groups(ask, x_t, t, conditioning), negative
         both = join([self._negatives(len(x_t)), conditioning])
         negative, positive = in_groups(ask, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         return positive, negative

@@ -171,7 +171,8 @@ class Workbench:
 
     def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
         """A role under guidance, by default the run's, which is the teacher's."""
-        return GuidedDenoiser(role, self.negative, self.guidance_scale if guidance_scale is None else guidance_scale)
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return GuidedDenoiser(role, self.negative, scale, joint=not self.config.sequential_guidance)
 
     def tap(self, role: Role) -> FeatureTap:
         """Where a role's features are tapped, the same place in each of several experts."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from toys import TinyNetwork, labels, role
 
 from fewstep.conditioning.conditioning import Conditioning, Leaf
+from fewstep.conditioning.ragged import join
 from fewstep.config.run import RunConfig
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.errors import UserError
@@ -50,6 +51,20 @@ def test_guidance_is_the_same_in_one_call_and_in_two(negative: Conditioning, bat
     positive = X + T.reshape(-1, 1).float() + 4.0
     expected = guide(positive, positive - 4.0 - negative.arguments()["text"].numel(), 3.0)
     torch.testing.assert_close(guided, expected)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_guidance_that_is_asked_in_sequence_says_the_same(ragged: bool):
+    """Also for another denoiser under it, with a scale for each sample, and where the batch is ragged itself."""
+    model, negative = Model(), texts(4, value=-1.0)
+    conditioning = join([texts(4, 4), texts(2)]) if ragged else texts(4, 4, 4)
+    joint = GuidedDenoiser(model, negative, 3.0)(X, T, conditioning)
+    model.batches.clear()
+    sequential = GuidedDenoiser(Model(), negative, 3.0, joint=False).of(model)
+    assert torch.equal(sequential(X, T, conditioning), joint)
+    assert model.batches == ([3, 2, 1] if ragged else [3, 3])
+    scales = torch.tensor([3.0, 3.0, 3.0])
+    assert torch.equal(sequential(X, T, conditioning, guidance_scale=scales), joint)
 
 
 def test_a_scale_of_one_costs_one_call_and_changes_nothing():

@@ -62,14 +62,21 @@ def student_gradient(method: Sid, turn: Turn) -> list[Tensor]:
     return list(torch.autograd.grad(loss, method.roles["student"].parameters(), retain_graph=True))
 
 
-def by_hand(method: Sid, b: Batch, last: int, alpha: float, through: tuple[str, ...] = ("teacher", "critic")) -> Tensor:
+def by_hand(
+    method: Sid,
+    b: Batch,
+    last: int,
+    alpha: float,
+    through: tuple[str, ...] = ("teacher", "critic"),
+    walk: str = "student",
+) -> Tensor:
     """The loss written out for a flow; with gradient through the networks named in ``through``."""
     shape = b.shape
 
     def step_noise(k: int) -> Tensor:
-        return b.draws.normal(f"student_walk_step_noise_{k}", shape)
+        return b.draws.normal(f"{walk}_walk_step_noise_{k}", shape)
 
-    noise = b.draws.normal("student_walk_noise", shape)
+    noise = b.draws.normal(f"{walk}_walk_noise", shape)
     x0 = rollout(method.roles["student"], method.sampler, noise, b.conditioning, step_noise, last)
     t = torch.sigmoid(torch.tensor(2.0).log() + 1.6 * b.draws.normal("student_time", ()).double())
     x_t = add_noise(x0, b.draws.normal("student_noise", shape), method.schedule.coefficients(t))
@@ -89,6 +96,32 @@ def test_the_student_is_judged_at_the_drawn_step_of_its_own_walk(tmp_path: Path,
     parameters = method.roles["student"].parameters()
     for ours, theirs in zip(student_gradient(method, turn), torch.autograd.grad(expected, parameters)):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("last", [0, 3])
+def test_a_shared_walk_is_walked_once_and_judged_as_any_other(tmp_path: Path, last: int):
+    """The student's turn is that of a student whose walk has the critic's draws."""
+    settings = {"alpha": 1.2, "critic_dropout": 0.0}
+    method, step = vector_method(config(tmp_path, **settings, shared_walk=True)), step_with_last(last)
+    calls: list[bool] = []
+
+    def note(x_t: torch.Tensor, t: torch.Tensor, early: bool):
+        calls.append(torch.is_grad_enabled())
+        return lambda _answer: None
+
+    method.roles["student"].denoiser.on_call = note
+    turn = list(method.turns(step, batch(step)))[1]
+    assert calls == [False] * (last + 1) + [True]
+    expected = by_hand(method, batch(step), last, 1.2, walk="critic")
+    torch.testing.assert_close(turn.backward[0][0], expected)
+    parameters = method.roles["student"].parameters()
+    for ours, theirs in zip(student_gradient(method, turn), torch.autograd.grad(expected, parameters)):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_shared_walk_is_refused_where_the_critic_is_told_negatives(tmp_path: Path):
+    with pytest.raises(UserError, match="give --critic_dropout 0"):
+        vector_method(config(tmp_path, shared_walk=True, guidance_scale=3.0, critic_guidance=2.0))
 
 
 def test_the_gradient_goes_through_teacher_and_critic(tmp_path: Path):

@@ -119,7 +119,8 @@ class DryRun:
 
     def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
         """As in a run."""
-        return GuidedDenoiser(role, self.negative, self.guidance_scale if guidance_scale is None else guidance_scale)
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return GuidedDenoiser(role, self.negative, scale, joint=not self.config.sequential_guidance)
 
     def tap(self, role: Role) -> FeatureTap:
         """As in a run, but its place alone is looked up: which tokens are the image is not observed."""

@@ -208,11 +208,12 @@ class Planner:
     def _counts(self, config: RunConfig) -> tuple[int, dict[str, Calls]]:
         """The run's most costly step, and the network calls of a step: counted once for plans that make the same calls.
 
-        Precision, checkpointing and what the weights are kept in change what a call takes and none of the calls; of an
-        adapter's rank it matters whether there is one.
+        Precision, checkpointing, what the weights are kept in and how guidance is asked for change what a call takes
+        and none of the calls; of an adapter's rank it matters whether there is one.
         """
         rank = min(1, config.lora_rank)
         config = replace(config, mixed_precision="no", gradient_checkpointing=False, quantization=None, lora_rank=rank)
+        config = replace(config, sequential_guidance=False)
         for known, step, calls in self._counted:
             if known == config:
                 return step, calls
@@ -258,6 +259,7 @@ class Planner:
 _CHANGES: dict[str, tuple[Any, Any]] = {
     "mixed_precision": ("no", "bf16"),
     "gradient_checkpointing": (False, True),
+    "sequential_guidance": (False, True),
     "lora_rank": (0, 64),
     "quantization": (None, "bitsandbytes_8bit"),
     "batch_size": (None, 1),
