@@ -29,14 +29,14 @@ def reference(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor
     """The definition; arguments as in :func:`renoise`, (B, ...)."""
     wide, wide_noise = at_least_float32(x0), at_least_float32(noise)
     x_t = expand(alpha, wide) * wide + expand(sigma, wide_noise) * wide_noise
-    return x_t.to(torch.result_type(x0, noise))
+    return x_t.to(torch.promote_types(x0.dtype, noise.dtype))
 
 
 def closed(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """Two passes over memory in the place of three; arguments as in :func:`renoise`, (B, ...)."""
     wide, wide_noise = at_least_float32(x0), at_least_float32(noise)
     x_t = torch.addcmul(expand(sigma, wide_noise) * wide_noise, expand(alpha, wide), wide)
-    return x_t.to(torch.result_type(x0, noise))
+    return x_t.to(torch.promote_types(x0.dtype, noise.dtype))
 
 
 def example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class _Renoise(Function):
     def forward(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         from fewstep.kernels.fused import renoise as fused
 
-        return fused.renoise(x0, noise, alpha, sigma, torch.result_type(x0, noise))
+        return fused.renoise(x0, noise, alpha, sigma, torch.promote_types(x0.dtype, noise.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
