@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from fewstep.errors import UserError, one_line
 from fewstep.kernels import dispatch
 from fewstep.networks.derivable import derivable, described
+from fewstep.networks.fixed_weights import FixedWeights
 
 logger = logging.getLogger("fewstep")
 
@@ -43,7 +44,7 @@ def derivative_along(
     Raises:
         UserError: the network has an operation without a forward derivative.
     """
-    with forward_ad.dual_level(), derivable(network), _uncompiled():
+    with forward_ad.dual_level(), derivable(network), FixedWeights(), _uncompiled():
         duals = [forward_ad.make_dual(value, change) for value, change in zip(point, direction, strict=True)]
         try:
             answer = function(*duals)
