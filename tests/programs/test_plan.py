@@ -192,6 +192,7 @@ def test_what_does_not_fit_comes_with_advice(teachers: Callable, capsys: pytest.
     assert last.startswith("fits           no: ")
     assert "; it would fit with --" in last
     assert planner.advice(many, 10_000).startswith("even with --")
+    assert planner.plan(sequential_guidance=True).peak < 0.95 * many.peak  # the teacher is asked beside the graph
 
 
 def test_plans_that_make_the_same_calls_are_counted_once(teachers: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
