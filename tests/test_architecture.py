@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("fewstep", "trainers", "pipelines", "eval")
 #: Rooms by floor, from the ground up: a module imports from its own room and from lower floors, nothing else.
 FLOORS = (
-    ("errors", "reading", "version"),
+    ("errors", "reading", "sending", "version"),
     ("conditioning", "kernels"),
     ("diffusion", "fashion"),
     ("losses", "config", "recording"),
@@ -50,7 +50,7 @@ NARROW = {
         "fewstep.kernels",
         "fewstep.losses",
     ),
-    "kernels": ("torch", "triton", "fewstep.errors", "fewstep.kernels"),
+    "kernels": ("torch", "triton", "fewstep.errors", "fewstep.sending", "fewstep.kernels"),
     "pipelines": ("torch", "diffusers"),
 }
 #: What people start may print; the library logs.

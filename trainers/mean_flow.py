@@ -38,6 +38,7 @@ from fewstep.networks.flow_map import FlowMapDenoiser, gap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.networks.self_guidance import SelfGuidance
+from fewstep.sending import sent
 from fewstep.trainers._mean_flow_config import MeanFlowConfig
 from fewstep.training.method import Bench, Turn
 
@@ -66,8 +67,9 @@ class Flow:
 
     def select(self, rows: list[int]) -> Flow:
         """Some of the points."""
-        conditioning = self.conditioning.select(rows)
-        return Flow(self.x_t[rows], self.t[rows], self.r[rows], self.velocity[rows], conditioning)
+        places = sent(rows, self.t.device, torch.int64)
+        x_t, t, r, velocity = (of.index_select(0, places) for of in (self.x_t, self.t, self.r, self.velocity))
+        return Flow(x_t, t, r, velocity, self.conditioning.select(rows))
 
 
 @dataclass(frozen=True)

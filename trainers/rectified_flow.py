@@ -35,6 +35,7 @@ from fewstep.diffusion.timesteps import logit_normal_times, u_shaped_times, unif
 from fewstep.losses.flow import squared, velocity_error
 from fewstep.losses.huber import huber_constant, pseudo_huber
 from fewstep.networks.roles import Role
+from fewstep.sending import sent
 from fewstep.trainers._rectified_flow_config import RectifiedFlowConfig
 from fewstep.training.method import Bench, Turn
 
@@ -103,7 +104,7 @@ class RectifiedFlow:
     def times(self, batch: Batch) -> Tensor:
         """Times (B,), float64, at which the student learns; drawn as flow times, and snapped to a table's entries."""
         if self.config.times == "grid":
-            grid = torch.tensor(self.sampler.grid, dtype=torch.float64, device=batch.pairs.x0.device)
+            grid = sent(self.sampler.grid, batch.pairs.x0.device, torch.float64)
             return grid[batch.draws.integers("grid_step", 0, len(grid))]
         if self.config.times == "logit_normal":
             share = logit_normal_times(batch.draws.normal("time", ()))

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fewstep.conditioning.shared import moved
 from fewstep.conditioning.tree import (
     Leaf,
     SampleList,
@@ -35,6 +36,7 @@ from fewstep.conditioning.tree import (
     map_plain,
     plain,
 )
+from fewstep.sending import sent
 
 FORMAT = "fewstep-conditioning-1"
 
@@ -91,7 +93,7 @@ class Conditioning:
             rows = [p * node.rows + r for p in positions for r in range(node.rows)]
             if isinstance(node, SampleList):
                 return SampleList(tuple(node.items[r] for r in rows), node.rows, node.is_tuple)
-            return Leaf(node.value[torch.tensor(rows, device=node.value.device)], node.rows)
+            return Leaf(node.value.index_select(0, sent(rows, node.value.device, torch.int64)), node.rows)
 
         return Conditioning(map_leaves(self.tree, pick), len(positions))
 
@@ -104,17 +106,16 @@ class Conditioning:
         def move(value: Tensor) -> Tensor:
             return value.to(device=device, dtype=dtype if value.is_floating_point() else None, non_blocking=ahead)
 
-        return self.map_tensors(move)
+        def apply(node: Leaf | SampleList) -> Leaf | SampleList:
+            if isinstance(node, Leaf) and node.rows == 0 and isinstance(node.value, Tensor):
+                return Leaf(moved(node.value, device, dtype))
+            return _changed(node, move)
+
+        return Conditioning(map_leaves(self.tree, apply), self.batch_size)
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         """Replace every tensor by `change(tensor)`, which must keep its leading axis."""
-
-        def apply(node: Leaf | SampleList) -> Leaf | SampleList:
-            if isinstance(node, SampleList):
-                return SampleList(tuple(map_plain(item, change) for item in node.items), node.rows, node.is_tuple)
-            return Leaf(map_plain(node.value, change), node.rows)
-
-        return Conditioning(map_leaves(self.tree, apply), self.batch_size)
+        return Conditioning(map_leaves(self.tree, lambda node: _changed(node, change)), self.batch_size)
 
     @staticmethod
     def mismatch(a: Conditioning, b: Conditioning) -> str | None:
@@ -196,6 +197,12 @@ class Conditioning:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is not a conditioning file of this version; write it again")
         return cls(decode(json.loads(metadata["tree"]), tensors), int(metadata["batch_size"]))
+
+
+def _changed(node: Leaf | SampleList, change: Callable[[Tensor], Tensor]) -> Leaf | SampleList:
+    if isinstance(node, SampleList):
+        return SampleList(tuple(map_plain(item, change) for item in node.items), node.rows, node.is_tuple)
+    return Leaf(map_plain(node.value, change), node.rows)
 
 
 def mark(one: dict[str, Any], two: dict[str, Any], samples: int = 1) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.sending import sent
 
 #: The places (in 0..B-1) of a group's samples in the batch, and their conditioning.
 Group = tuple[tuple[int, ...], Conditioning]
@@ -117,4 +118,4 @@ def _groups(item: AnyConditioning) -> Sequence[Group]:
 
 
 def _rows(value: Tensor, rows: Sequence[int]) -> Tensor:
-    return value.index_select(0, torch.tensor(rows, device=value.device))
+    return value.index_select(0, sent(rows, value.device, torch.int64))

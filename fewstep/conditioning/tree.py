@@ -92,7 +92,7 @@ def joinable(one: Leaf, other: Leaf) -> bool:
         return type(a) is type(b) and a == b
     if a.dtype != b.dtype or a.shape[bool(one.rows) :] != b.shape[bool(one.rows) :]:
         return False
-    return bool(one.rows) or torch.equal(a, b.to(a.device))
+    return bool(one.rows) or a is b or torch.equal(a, b.to(a.device))
 
 
 def brief(value: Any) -> str:

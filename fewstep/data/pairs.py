@@ -263,8 +263,8 @@ class PairStream:
     def batch(self, seed: int, positions: Sequence[int]) -> Pairs:
         """The pairs at these places of the run's endless stream."""
         rows = [self._row(seed, position) for position in positions]
-        x0 = torch.stack([x0 for x0, _, _ in rows]).to(self.device)
-        noise = torch.stack([noise for _, noise, _ in rows]).to(self.device)
+        x0 = torch.stack([x0 for x0, _, _ in rows]).to(self.device, non_blocking=True)
+        noise = torch.stack([noise for _, noise, _ in rows]).to(self.device, non_blocking=True)
         return Pairs(x0, noise, self.conditions.select([item for _, _, item in rows]))
 
     def _row(self, seed: int, position: int) -> tuple[Tensor, Tensor, int]:

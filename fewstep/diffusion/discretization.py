@@ -129,7 +129,7 @@ class EvenTimes:
     def draw(self, step: int, draws: Draws) -> TimePair:
         times = self.times(step)
         lower = draws.integers("interval", 0, len(times) - 1)
-        return self.neighbours(times.to(lower.device), lower)
+        return self.neighbours(times.to(lower.device, non_blocking=True), lower)
 
     def neighbours(self, times: Tensor, lower: Tensor) -> TimePair:
         """The intervals (B,) that begin at the places ``lower`` (B,) of a grid ``times`` (N,)."""
@@ -161,9 +161,9 @@ class LogNormalBins:
         uniform = draws.uniform("interval")
         rho = self.levels.schedule.rho if isinstance(self.levels.schedule, EDMSchedule) else 7.0
         sigma = karras_levels(self.count(step), self.levels.sigma_min, self.levels.sigma_max, rho)
-        below = lognormal_bins(sigma, self.mean, self.std).cumsum(0)[:-1].to(uniform.device)
+        below = lognormal_bins(sigma, self.mean, self.std).cumsum(0)[:-1].to(uniform.device, non_blocking=True)
         lower = torch.searchsorted(below, uniform, right=True)
-        sigma = sigma.to(uniform.device)
+        sigma = sigma.to(uniform.device, non_blocking=True)
         return self.levels.between(sigma[lower + 1], sigma[lower])
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewstep.diffusion.prediction import expand
 from fewstep.diffusion.schedule import NoiseSchedule
+from fewstep.sending import sent
 
 
 @dataclass(frozen=True)
@@ -58,5 +59,5 @@ class TimedScale:
 
     def at(self, t: Tensor, like: Tensor) -> Tensor:
         """The scale of each sample at its ``t`` (B,), shaped and typed to multiply ``like`` (B, ...)."""
-        scales = torch.tensor(self.scales, dtype=torch.float64, device=t.device)
+        scales = sent(self.scales, t.device, torch.float64)
         return expand(scales[self.intervals.index(t)], like)

@@ -120,7 +120,7 @@ class TableSchedule(NoiseSchedule):
 
     def _knots(self, device: torch.device) -> Tensor:
         if device not in self._on:
-            self._on[device] = self._angle.to(device)
+            self._on[device] = self._angle.to(device, non_blocking=True)
         return self._on[device]
 
     def coefficients(self, t: Tensor) -> Coefficients:

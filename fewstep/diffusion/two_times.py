@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.diffusion.timesteps import logit_normal_times, shift_time
+from fewstep.sending import sent
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class TwoTimes:
             first, second = torch.maximum(first, second), torch.minimum(first, second)
         t, r = (self._own(tau.clamp(self.low, self.high)) for tau in (first, second))
         r = torch.where(second < self.low, 0.0, torch.minimum(r, t))
-        rows = torch.tensor(apart, dtype=torch.long, device=t.device)
-        return t, t.index_copy(0, rows, r[rows])
+        rows = sent(apart, t.device, torch.int64)
+        return t, t.index_copy(0, rows, r.index_select(0, rows))
 
     def _own(self, flow_time: Tensor) -> Tensor:
         """The schedule's own time (B,) of a flow time."""

@@ -71,7 +71,7 @@ class _ErrorSums(Function):
             return reference(a, b, kind, c)
         error = _error(a, b)  # a new tensor, worked on in place
         if kind == "pseudo_huber":
-            root = torch.addcmul(error.new_tensor(c**2), error, error).sqrt_().add_(c)
+            root = torch.addcmul(error.new_full((), c**2), error, error).sqrt_().add_(c)
             values = error.square_().div_(root)
         else:
             values = error.square_() if kind == "squares" else error.abs_()
@@ -127,5 +127,5 @@ def _slope(a: Tensor, b: Tensor | None, kind: Kind, c: float, gradient: Tensor) 
         return error * expand(2 * gradient, error)
     if kind == "absolutes":
         return error.sign() * expand(gradient, error)
-    root = torch.addcmul(error.new_tensor(c**2), error, error).sqrt()
+    root = torch.addcmul(error.new_full((), c**2), error, error).sqrt()
     return error * expand(gradient, error) / root

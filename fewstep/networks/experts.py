@@ -16,6 +16,7 @@ from fewstep.diffusion.intervals import TimeIntervals
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.features import FeatureTap
 from fewstep.networks.roles import NetworkRole, Role
+from fewstep.sending import sent
 
 #: The number of the expert that each time of (B,) goes to, 0 for the noisiest.
 ExpertOf = Callable[[Tensor], list[int]]
@@ -58,9 +59,14 @@ class ExpertsDenoiser:
         if len(called) == 1:
             return ask(self.experts[called[0]], x_t, t, conditioning)
         rows = {k: [row for row, of in enumerate(index) if of == k] for k in called}
-        answers = [ask(self.experts[k], x_t[own], t[own], conditioning.select(own)) for k, own in rows.items()]
-        order = torch.tensor([row for own in rows.values() for row in own]).argsort()
-        return torch.cat(answers)[order.to(x_t.device)]
+        answers = []
+        for k, own in rows.items():
+            at = sent(own, x_t.device, torch.int64)
+            inputs = x_t.index_select(0, at), t.index_select(0, at), conditioning.select(own)
+            answers.append(ask(self.experts[k], *inputs))
+        order = [row for own in rows.values() for row in own]
+        places = sorted(range(len(order)), key=order.__getitem__)
+        return torch.cat(answers).index_select(0, sent(places, x_t.device, torch.int64))
 
 
 class ExpertsRole(Role):

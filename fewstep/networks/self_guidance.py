@@ -12,6 +12,7 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning, join
 from fewstep.diffusion.prediction import expand
 from fewstep.networks.flow_map import FlowMapDenoiser
+from fewstep.sending import sent
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class SelfGuidance:
             conditioning = join(rows)
         flow_time = self.student.schedule.flow_time(t)
         inside = (flow_time >= self.low) & (flow_time <= self.high)
-        inside &= ~torch.tensor(dropped, device=t.device)
+        inside &= ~sent(dropped, t.device, torch.bool)
         mixed = self.mix(velocity, x_t, t, conditioning)
         return torch.where(expand(inside, x_t).bool(), mixed, velocity), conditioning
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import TinyMethod, make_loop, role
 
 from fewstep.config.run import RunConfig
@@ -24,6 +25,36 @@ def test_every_update_of_a_run_is_counted_once(tmp_path: Path) -> None:
     with dispatch.counted() as counted:
         make_loop(TinyMethod(ema=True), config(tmp_path, max_steps=4, ema_decay=0.5)).run()
     assert counted["adamw", "closed"] == 4 + 2  # the critic in every step, the student in every second
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers that the host reads."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        self.count += function in (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_unless_it_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward passes, updates and averages; the batches, which the host makes, are there before."""
+    loop = make_loop(TinyMethod(ema=True), config(tmp_path, max_steps=9, log_steps=4, ema_decay=0.5))
+    batches = [list(loop._batches(step)) for step in range(4)]
+    monkeypatch.setattr(loop, "_batches", lambda step, logging: batches[step])
+    loop.one_step()
+    tolist = Tensor.tolist  # on a CPU no operation that a mode sees
+
+    def read(tensor: Tensor) -> list:
+        reads.count += 1
+        return tolist(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", read)
+    with Reads() as reads:
+        assert loop.one_step() == {} and loop.one_step() == {}
+        assert reads.count == 0
+        assert loop.one_step() and reads.count > 0
 
 
 @pytest.mark.parametrize("form", ["reference", "triton"])

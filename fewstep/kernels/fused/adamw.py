@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels.updates import Common, Row
+from fewstep.sending import sent
 
 #: Elements of a program, and its warps.
 BLOCK, WARPS = 4096, 8
@@ -97,7 +98,7 @@ def update(rows: Sequence[Row], common: Common) -> None:
     if not len(owners):
         return
     _update[(len(owners),)](
-        _sent([address for column in zip(*addresses, strict=True) for address in column], torch.int64, device),
+        sent([address for column in zip(*addresses, strict=True) for address in column], device, torch.int64),
         len(rows),
         owners,
         starts,
@@ -118,6 +119,7 @@ def update(rows: Sequence[Row], common: Common) -> None:
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
+    torch.autograd.graph.increment_version([tensor for row in rows for tensor in row.averages if tensor is not None])
 
 
 @lru_cache(maxsize=16)
@@ -125,10 +127,4 @@ def _layout(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
     """For each program its tensor and where in it it begins; and how large each tensor is."""
     blocks = [(which, start) for which, size in enumerate(sizes) for start in range(0, size, BLOCK)]
     owners, starts = ([block[k] for block in blocks] for k in (0, 1))
-    return _sent(owners, torch.int32, device), _sent(starts, torch.int64, device), _sent(sizes, torch.int64, device)
-
-
-def _sent(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host on a device, which the host does not wait for."""
-    here = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return here.to(device, non_blocking=True)
+    return sent(owners, device, torch.int32), sent(starts, device, torch.int64), sent(sizes, device, torch.int64)
