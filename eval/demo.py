@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import yaml
@@ -22,6 +23,11 @@ METHOD = "dmd2"
 DEMO_SAMPLES = known_rows.NUM
 #: Rounds of timed calls, and the seconds after which none begins: the quartiles of a few are wide.
 LATENCY_CALLS, LATENCY_BUDGET = 5, 10.0
+
+
+def recipe_of(teacher: str) -> Traversable:
+    """The file of the shipped recipe for an embedded teacher."""
+    return files("fewstep.trainers") / "configs" / f"{METHOD}_{teacher.replace('-', '_')}.yaml"
 
 
 def demo(
@@ -51,8 +57,7 @@ def demo(
     if teacher not in TEACHERS:
         raise UserError(f"--teacher of the demo is one of {', '.join(TEACHERS)}, not {teacher!r}")
     out = Path(out)
-    recipe = files("fewstep.trainers") / "configs" / f"{METHOD}_{teacher.replace('-', '_')}.yaml"
-    settings = yaml.safe_load(recipe.read_text())
+    settings = yaml.safe_load(recipe_of(teacher).read_text(encoding="utf-8"))
     settings |= {"teacher": teacher, "data": "fashion", "out": str(out), "steps": steps, "seed": seed}
     if max_steps is not None:
         settings["max_steps"] = max_steps

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fewstep.errors import UserError
-from fewstep.eval.bench import calls, steps
+from fewstep.eval.bench import calls, demo, kernels, steps
 from fewstep.eval.bench.table import Table, write
 from fewstep.eval.bench.timing import machine
 
@@ -24,22 +24,32 @@ class Options:
         device: on which.
         folder: for files that are needed on the way.
         full: whether it may take its time.
+        compiled: whether kernels are compared with compiled closed forms.
     """
 
     device: torch.device
     folder: Path
     full: bool = False
+    compiled: bool = False
 
 
 #: What `--part` takes.
 PARTS: dict[str, Callable[[Options], list[Table]]] = {
+    "kernels": lambda told: [kernels.measure(told.device, full=told.full, compiled=told.compiled)],
     "calls": lambda _told: [calls.measure()],
     "steps": lambda told: [steps.measure(told.device, told.folder, blocks=9 if told.full else 3)],
+    "demo": lambda told: [demo.measure(told.device, told.folder, cycles=10 if told.full else 2)],
 }
 
 
 def bench(
-    parts: Sequence[str], out: Path, device: torch.device, *, full: bool = False, threads: int = 1
+    parts: Sequence[str],
+    out: Path,
+    device: torch.device,
+    *,
+    full: bool = False,
+    compiled: bool = False,
+    threads: int = 1,
 ) -> Iterator[tuple[str, list[Table]]]:
     """Measure some parts one after the other, and write each as ``OUT/PART.json`` and ``OUT/PART.md`` when it is done.
 
@@ -48,6 +58,7 @@ def bench(
         out: folder of the files.
         device: on which.
         full: more blocks and larger shapes.
+        compiled: kernels against what torch.compile makes of the closed forms, too.
         threads: of torch on the CPU.
 
     Raises:
@@ -59,7 +70,7 @@ def bench(
     with _threads(threads):
         for part in parts:
             with tempfile.TemporaryDirectory() as folder:
-                tables = PARTS[part](Options(device, Path(folder), full))
+                tables = PARTS[part](Options(device, Path(folder), full, compiled))
             write(tables, machine(device), part, out)
             yield part, tables
 

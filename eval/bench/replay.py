@@ -5,21 +5,21 @@ What a step takes beyond this and its optimizer is what the method, the loop and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from fewstep.data.batch import Batch
 from fewstep.eval.bench.runs import Run
 from fewstep.kernels.dispatch import has_tangent
 from fewstep.networks.features import FeatureTap
 from fewstep.networks.roles import NetworkRole
+from fewstep.recording import Recipe
 from fewstep.training.method import Renew, Turn
 
 
@@ -31,18 +31,20 @@ class Call:
         name: of the role that was asked.
         role: of its one network that answered.
         tap: where it ended, None at its end.
-        args: positional ones.
-        kwargs: further ones.
-        follows: the floating inputs, by place among all leaves, through which a gradient could flow.
+        network: that was called.
+        play: makes the call once more; it is given x (B, ...).
+        x: the input (B, ...).
+        follows: whether a gradient could flow to x.
         updates: the role in whose turn something flowed back through it; None where nothing did.
     """
 
     name: str
     role: NetworkRole
     tap: FeatureTap | None
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] | None = None
-    follows: tuple[int, ...] = ()
+    play: Callable[[Tensor], Tensor] = field(init=False)
+    network: nn.Module = field(init=False)
+    x: Tensor = field(init=False)
+    follows: bool = False
     updates: str | None = None
 
 
@@ -69,17 +71,15 @@ class Replay:
             turns = run.method.turns
             run.method.turns = partial(self._turns, turns)
             stack.callback(delattr, run.method, "turns")
-            networks: set[nn.Module] = set()
             for name, role in run.method.roles.items():
                 for expert in role.experts.values():
                     denoiser: Any = expert.denoiser
+                    stack.callback(setattr, denoiser, "recipe", denoiser.recipe)
+                    stack.callback(setattr, denoiser, "on_call", _unwatched)
+                    stack.callback(delattr, denoiser, "features")
                     denoiser.on_call = partial(self._called, name, expert)
                     denoiser.features = partial(self._tapped, denoiser.features)
-                    stack.callback(delattr, denoiser, "features")
-                    stack.callback(setattr, denoiser, "on_call", _unwatched)
-                    networks.add(denoiser.network)
-            for network in networks:
-                stack.callback(network.register_forward_pre_hook(self._note, prepend=True, with_kwargs=True).remove)
+                    denoiser.recipe = _Noted(denoiser.recipe, self)
             for step in run.case.steps:
                 run.play(step)
 
@@ -89,19 +89,16 @@ class Replay:
             self._play(call)
 
     def _play(self, call: Call) -> None:
-        network, active = call.role.denoiser.network, call.role.denoiser.active
-        leaves = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
         trained = call.updates == call.name
+        x = call.x.detach().requires_grad_(call.follows and call.updates is not None and not trained)
         with torch.set_grad_enabled(call.updates is not None):
-            for place in call.follows:
-                leaves[place].requires_grad_(call.updates is not None and not trained)
-            tapped: AbstractContextManager[Any] = nullcontext() if call.tap is None else call.tap.on(network)
-            with active(), tapped as seen:
-                answer = network(*call.args, **(call.kwargs or {}))
+            tapped: AbstractContextManager[Any] = nullcontext() if call.tap is None else call.tap.on(call.network)
+            with call.role.denoiser.active(), tapped as seen:
+                answer = call.play(x)
             if call.updates is None:
                 return
-            out = _first(answer) if call.tap is None else seen.features
-            wanted = call.role.parameters() if trained else [leaves[place] for place in call.follows]
+            out = answer if call.tap is None else seen.features
+            wanted: Sequence[Tensor] = call.role.parameters() if trained else [x]
             torch.autograd.backward(out, torch.ones_like(out), inputs=wanted)
             for leaf in wanted:
                 leaf.grad = None
@@ -127,25 +124,32 @@ class Replay:
         self._calls.append(call)
         return partial(self._answered, call)
 
-    def _note(self, _network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(self, recipe: Recipe, network: nn.Module, x: Tensor, timestep: Tensor, told: Any, **how: Any) -> None:
+        """Keep what the call that goes on now is made with."""
         call = self._calls[-1]
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self.possible &= not has_tangent(*leaves)
-        call.follows = tuple(place for place, leaf in enumerate(leaves) if leaf.requires_grad)
-        call.args, call.kwargs = tree_map(_detached, (args, kwargs))
+        self.possible &= not has_tangent(x, timestep)
+        call.network, call.x, call.follows = network, x.detach(), x.requires_grad
+        time = timestep.detach()
+        call.play = lambda x: recipe.call(network, x, time, told, **how)
 
     def _answered(self, call: Call, answer: Tensor) -> None:
         if answer.requires_grad:
             answer.register_hook(lambda _gradient: setattr(call, "updates", self._role))
 
 
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+class _Noted:
+    """A recipe whose calls are noted."""
 
+    def __init__(self, recipe: Recipe, replay: Replay) -> None:
+        self._recipe, self._replay = recipe, replay
 
-def _first(answer: Any) -> Tensor:
-    """The tensor that a network gives, in whatever it is wrapped."""
-    return next(leaf for leaf in tree_leaves(answer) if isinstance(leaf, Tensor))
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._recipe, name)
+
+    def call(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the recipe's."""
+        self._replay.note(self._recipe, *args, **kwargs)
+        return self._recipe.call(*args, **kwargs)
 
 
 def _unwatched(_x_t: Tensor, _t: Tensor, _early: bool) -> Callable[[Tensor], None]:

@@ -58,14 +58,12 @@ class Run:
     Args:
         case: what is run.
         teacher: that it starts from.
-        folder: of its files.
-        shape: of the teacher.
+        config: of the run.
     """
 
-    def __init__(self, case: Case, teacher: Teacher, folder: Path, shape: str) -> None:
+    def __init__(self, case: Case, teacher: Teacher, config: RunConfig) -> None:
         self.case = case
         device = next(iter(teacher.recording.network.parameters())).device
-        config = config_of(case, folder, shape, cpu=device.type == "cpu")
         bench = Workbench(config, teacher, device)
         accelerator = Accelerator(cpu=config.cpu)
         # Adapters change the weights that a teacher is known by.
@@ -82,7 +80,7 @@ class Run:
             config,
             batches=self.batches,
             processes=Processes(0, 1),
-            monitor=_Unseen(folder, config.max_steps, accelerator),
+            monitor=_Unseen(Path(config.out), config.max_steps, accelerator),
             on_samples=lambda step, pause: {},
         )
 

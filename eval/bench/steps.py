@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.diffusion.draws import Draws
 from fewstep.eval.bench.replay import Replay
-from fewstep.eval.bench.runs import Case, Run, open_shape
+from fewstep.eval.bench.runs import Case, Run, config_of, open_shape
 from fewstep.eval.bench.table import Table
 from fewstep.eval.bench.timing import Clock, Spread
 from fewstep.eval.memory.shapes import SHAPES
@@ -107,7 +107,10 @@ def measure_cases(
     teacher = open_shape(shape, folder, device)
     began = time.perf_counter()
     unit = Unit(teacher, Clock(device), SHAPES[shape].batch_size)
-    timed = [_Timed(Run(case, teacher, folder / str(place), shape), unit) for place, case in enumerate(cases)]
+    timed = [
+        _Timed(Run(case, teacher, config_of(case, folder / str(place), shape, cpu=device.type == "cpu")), unit)
+        for place, case in enumerate(cases)
+    ]
     for block in range(blocks):
         if block and time.perf_counter() - began > budget:
             break

@@ -47,16 +47,15 @@ class Clock:
 
     def __call__(self, work: Callable[[], object]) -> float:
         """Seconds that ``work`` takes."""
-        read = time.process_time if self.of_process else time.perf_counter
-        self._wait()
-        before = read()
+        before = self.now()
         work()
-        self._wait()
-        return read() - before
+        return self.now() - before
 
-    def _wait(self) -> None:
+    def now(self) -> float:
+        """Seconds so far, once the device has done what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        return time.process_time() if self.of_process else time.perf_counter()
 
 
 def alternate(

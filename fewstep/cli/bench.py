@@ -20,15 +20,19 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--part", type=str | None, default=None, help=f"one of {', '.join(PARTS)}; default all")
     parser.add_argument("--out", type=str, default="runs/bench", help="folder for tables and JSON")
     parser.add_argument("--full", type=bool, default=False, help="more blocks and larger shapes; minutes for each part")
+    parser.add_argument(
+        "--compiled", type=bool, default=False, help="kernels against torch.compile of the closed forms, too"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     parser.add_argument("--cpu", type=bool, default=False, help="stay on the CPU even where there is a GPU")
-    parsed = parse(parser, with_values(words, {"full", "cpu"}))
+    parsed = parse(parser, with_values(words, {"full", "compiled", "cpu"}))
     if parsed.threads < 1:
         raise UserError(f"--threads must be at least 1, not {parsed.threads}")
     device = torch.device("cuda" if torch.cuda.is_available() and not parsed.cpu else "cpu")
     parts = list(PARTS) if parsed.part is None else [parsed.part]
     failed = False
-    for _, tables in bench(parts, Path(parsed.out), device, full=parsed.full, threads=parsed.threads):
+    how = {"full": parsed.full, "compiled": parsed.compiled, "threads": parsed.threads}
+    for _, tables in bench(parts, Path(parsed.out), device, **how):
         for table in tables:
             print(table.markdown(), end="\n\n", flush=True)
             failed = failed or bool(table.failures)

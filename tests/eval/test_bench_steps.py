@@ -13,7 +13,7 @@ from tiny_pipelines import tiny_stable_diffusion
 from fewstep.cli import main
 from fewstep.eval.bench import parts, steps
 from fewstep.eval.bench.replay import Replay
-from fewstep.eval.bench.runs import Case, Run, open_shape
+from fewstep.eval.bench.runs import Case, Run, config_of, open_shape
 from fewstep.eval.bench.table import Table
 from fewstep.eval.memory.shapes import SHAPES, Shape
 from fewstep.networks.guidance import GuidedDenoiser
@@ -30,6 +30,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
         yield open_shape("tiny", tmp_path_factory.mktemp("teacher"), CPU)
     finally:
         del SHAPES["tiny"]
+
+
+def run_of(case: Case, teacher: Teacher, folder: Path) -> Run:
+    return Run(case, teacher, config_of(case, folder, "tiny", cpu=True))
 
 
 def measured(cases: Sequence[Case], folder: Path) -> None:
@@ -52,7 +56,7 @@ def test_every_case_is_measured(tmp_path: Path) -> None:
 
 def test_the_arithmetic_of_a_step_is_that_of_its_calls(tiny: Teacher, tmp_path: Path) -> None:
     """LoRA apart, a pass with its backward pass is three forward passes, but for the first layer's input."""
-    run = Run(DMD2, tiny, tmp_path, "tiny")
+    run = run_of(DMD2, tiny, tmp_path)
     unit = steps.Unit(tiny, steps.Clock(CPU), 2)
     replay = Replay(run)
     assert replay.possible
@@ -61,15 +65,14 @@ def test_the_arithmetic_of_a_step_is_that_of_its_calls(tiny: Teacher, tmp_path: 
     for step in DMD2.steps:
         expected = 0.0
         for call in replay.calls[step]:
-            rows = call.args[0].shape[0] if call.args else call.kwargs["sample"].shape[0]
-            expected += rows / 2 * (1 if call.updates is None else 3)
+            expected += len(call.x) / 2 * (1 if call.updates is None else 3)
         assert steps.flops(partial(run.play, step)) / unit.flops == pytest.approx(expected, rel=0.02)
         assert steps.flops(partial(replay.play, step)) / unit.flops == pytest.approx(expected, rel=0.02)
 
 
 def test_a_gradient_through_a_frozen_critic_goes_to_its_input(tiny: Teacher, tmp_path: Path) -> None:
     """SiD: teacher and critic are walked through in the student's turn, and the critic is trained in its own."""
-    run = Run(Case("sid", "sid", {"steps": 1}, (1,)), tiny, tmp_path, "tiny")
+    run = run_of(Case("sid", "sid", {"steps": 1}, (1,)), tiny, tmp_path)
     replay = Replay(run)
     flows = [(call.name, call.updates) for call in replay.calls[1]]
     scale = 1 if isinstance(run.method.teacher, GuidedDenoiser) else 0
@@ -86,7 +89,7 @@ def test_a_gradient_through_a_frozen_critic_goes_to_its_input(tiny: Teacher, tmp
 
 def test_calls_with_a_tangent_are_not_played_alone(tiny: Teacher, tmp_path: Path) -> None:
     settings = {"steps": 2, "num_pairs": 2, "pair_steps": 1, "max_steps": 2, "apart": 1.0}
-    assert not Replay(Run(Case("mean_flow", "mean_flow", settings, (1,)), tiny, tmp_path, "tiny")).possible
+    assert not Replay(run_of(Case("mean_flow", "mean_flow", settings, (1,)), tiny, tmp_path)).possible
 
 
 def test_the_command_writes_tables_and_says_what_is_wrong(
