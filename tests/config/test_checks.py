@@ -44,6 +44,8 @@ def test_a_students_card_says_nothing_of_the_machine() -> None:
     private = {"teacher", "teacher_lora", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init"}
     private |= {
         "attention_backend",
+        "lora_walks",
+        "sequential_guidance",
         "push_to_hub",
         "hub_private",
         "data_workers",
