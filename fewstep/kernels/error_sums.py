@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -22,8 +23,7 @@ KINDS: tuple[Kind, ...] = ("squares", "absolutes", "pseudo_huber")
 def error_sums(a: Tensor, b: Tensor | None = None, kind: Kind = "squares", c: float = 1.0) -> Tensor:
     """The sum over each sample of e^2, |e| or sqrt(e^2 + c^2) - c, with e = a - b: (B,), in float32 at least.
 
-    The gradient is explicit: 2 e, the sign of e, or e / sqrt(e^2 + c^2), times that of the sum; nothing but ``a`` and
-    ``b`` is kept for it.
+    The gradient is 2 e, the sign of e, or e / sqrt(e^2 + c^2), times that of the sum.
 
     Shapes: ``a``, ``b``: (B, ...), any float dtype; without ``b`` the error is ``a``. ``c``: above 0.
     """
@@ -45,9 +45,12 @@ def reference(a: Tensor, b: Tensor | None = None, kind: Kind = "squares", c: flo
 
 
 def closed(a: Tensor, b: Tensor | None = None, kind: Kind = "squares", c: float = 1.0) -> Tensor:
-    """One error in memory each way; arguments as in :func:`error_sums`, (B,)."""
-    if torch.compiler.is_compiling():
-        return reference(a, b, kind, c)  # which it fuses by itself; of this function it would forget the tangent
+    """Few passes over memory each way; arguments as in :func:`error_sums`, (B,)."""
+    if kind == "squares" and b is not None:  # torch has that as one kernel, and its gradient as another
+        values = F.mse_loss(at_least_float32(a), at_least_float32(b), reduction="none")
+        return values.sum(tuple(range(1, a.dim())))
+    if kind != "pseudo_huber" or torch.compiler.is_compiling():
+        return reference(a, b, kind, c)  # the compiler fuses by itself, and would forget this function's tangent
     return _sums(a, b, kind, c, triton=False)
 
 
@@ -59,7 +62,7 @@ def example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | s
 
 
 class _ErrorSums(Function):
-    """Both forms that are no plain torch, with their derivatives."""
+    """The Triton form, and the pseudo-Huber value of the closed form, with their derivatives."""
 
     @staticmethod
     def forward(a: Tensor, b: Tensor | None, kind: Kind, c: float, triton: bool) -> Tensor:
@@ -67,15 +70,9 @@ class _ErrorSums(Function):
             from fewstep.kernels.fused import error_sums as fused
 
             return fused.sums(a, b, kind, c)
-        if b is None:
-            return reference(a, b, kind, c)
-        error = _error(a, b)  # a new tensor, worked on in place
-        if kind == "pseudo_huber":
-            root = torch.addcmul(error.new_full((), c**2), error, error).sqrt_().add_(c)
-            values = error.square_().div_(root)
-        else:
-            values = error.square_() if kind == "squares" else error.abs_()
-        return values.sum(tuple(range(1, a.dim())))
+        error = _error(a, b)
+        squared = error.square()
+        return squared.div_((squared + c**2).sqrt_().add_(c)).sum(tuple(range(1, a.dim())))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -127,5 +124,4 @@ def _slope(a: Tensor, b: Tensor | None, kind: Kind, c: float, gradient: Tensor) 
         return error * expand(2 * gradient, error)
     if kind == "absolutes":
         return error.sign() * expand(gradient, error)
-    root = torch.addcmul(error.new_full((), c**2), error, error).sqrt()
-    return error * expand(gradient, error) / root
+    return (error * expand(gradient, error)).div_((error.square().add_(c**2)).sqrt_())
