@@ -58,6 +58,7 @@ PROGRAMS = (
     "fewstep.cli",
     "fewstep.eval.benchmark.renew",
     "fewstep.eval.fashion",
+    "fewstep.eval.forms",
     "fewstep.eval.memory",
     "fewstep.eval.methods",
 )

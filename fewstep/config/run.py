@@ -84,6 +84,8 @@ class RunConfig(Settings):
         attention_backend: that the run's networks compute attention with, by diffusers' names (native, xformers, flash,
             ...): tried forward and backward before training, and left out, with a line, where it cannot be used;
             default auto, what the teacher's network has.
+        compile: run the networks of student, critic and teacher as graphs of torch.compile, which takes minutes before
+            the first step and a compiler (a C++ compiler on a CPU, Triton on a GPU); without one they run as they are.
         sharding: how roles lie on several processes: none (each has all of them), full (each has a part), or hybrid
             (full within a group of processes; every group has a copy).
         sharding_group: with --sharding hybrid, processes in a group; default those of one machine.
@@ -157,6 +159,7 @@ class RunConfig(Settings):
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     attention_backend: str = setting("machine", AUTO)
+    compile: bool = setting("machine", False)
     sharding: str = setting("machine", "none")
     sharding_group: int | None = setting("machine", None)
     sharding_offload: bool = setting("machine", False)
@@ -255,6 +258,8 @@ class RunConfig(Settings):
                 raise UserError("--sharding_offload belongs to --sharding: give full or hybrid, or leave it out")
         elif self.quantization is not None:
             raise UserError("--quantization cannot be divided by --sharding; leave one of them out")
+        elif self.compile:
+            raise UserError("--compile traces whole networks, which --sharding divides; leave one of them out")
 
     def consequences(self) -> dict[str, Any]:
         """Settings that follow from the others where they were not given; a method adds its own to ``super()``'s."""

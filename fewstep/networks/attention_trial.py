@@ -199,24 +199,27 @@ def _misfit(
         return "no attention layer takes it"
     count = len(before) // len(subjects)
     pairs = list(zip(before, after, strict=True))
-    close = [_CLOSE[_is_half(subjects[index // count][0])] for index in range(len(pairs))]
-    if not all(_apart([a.answer], [b.answer]) <= most for (a, b), (most, _) in zip(pairs, close, strict=True)):
+    close = [_CLOSE[is_half(subjects[index // count][0])] for index in range(len(pairs))]
+    if not all(apart([a.answer], [b.answer]) <= most for (a, b), (most, _) in zip(pairs, close, strict=True)):
         return "its answer is another one"
     gradients = [[(g, h) for g, h in zip(a.gradients, b.gradients, strict=True) if g is not None] for a, b in pairs]
     if any(h is None for both in gradients for _, h in both):
         return "it has no backward pass"
     for both, (_, most) in zip(gradients, close, strict=True):
-        if not _apart([g for g, _ in both], [h for _, h in both if h is not None]) <= most:
+        if not apart([g for g, _ in both], [h for _, h in both if h is not None]) <= most:
             return "its gradients are others"
     return ""
 
 
-def _is_half(denoiser: NetworkDenoiser) -> bool:
+def is_half(denoiser: NetworkDenoiser) -> bool:
+    """Whether its network computes in half precision."""
     return network_dtype(denoiser.network).itemsize < 4 or denoiser.autocast is not None
 
 
-def _apart(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+def apart(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     """The norm of the difference of all tensors relative to that of ours."""
+    if not ours:
+        return 0.0
     error, size = (
         torch.stack([(a.float() - b.float() if other else a.float()).norm() for a, b in zip(ours, theirs, strict=True)])
         for other in (True, False)

@@ -58,6 +58,8 @@ class NetworkDenoiser:
         self.on_call: OnCall = _unwatched
         #: Gives the network of whole passes without gradient, where another one answers the same for less.
         self.without_gradient: Callable[[], nn.Module] | None = None
+        #: Gives what is called in a network's place: itself, or its compiled form.
+        self.form: Callable[[nn.Module], nn.Module] = _itself
 
     def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """The network's output in its own prediction type; shapes as in :class:`Denoiser`."""
@@ -81,7 +83,8 @@ class NetworkDenoiser:
         autocast = torch.autocast(x_t.device.type, dtype=self.autocast, enabled=self.autocast is not None)
         with autocast:
             timestep = self.schedule.timestep(t)
-            return self.recipe.call(network, network_input, timestep, conditioning, continuous=self.continuous)
+            called = self.form(network)
+            return self.recipe.call(called, network_input, timestep, conditioning, continuous=self.continuous)
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
         """x0 (B, ...) in the dtype of ``x_t``; ``end`` is ignored."""
@@ -106,3 +109,7 @@ class NetworkDenoiser:
 
 def _unwatched(_x_t: Tensor, _t: Tensor, _early: bool) -> Callable[[Tensor], None]:
     return lambda _answer: None
+
+
+def _itself(network: nn.Module) -> nn.Module:
+    return network

@@ -18,7 +18,7 @@ from fewstep.errors import UserError
 from fewstep.export import publish
 from fewstep.export.student import LORA, WHOLE, Written
 from fewstep.networks.roles import Role
-from fewstep.programs.faster import use_wanted_attention
+from fewstep.programs.faster import make_faster
 from fewstep.programs.methods import method_class
 from fewstep.programs.pairs import pairs_of_run
 from fewstep.programs.sharded_run import ShardedRun, refuse_undividable
@@ -227,7 +227,7 @@ def prepare(bench: Workbench, method: str) -> Method:
         refuse_undividable(bench, prepared)
     if config.init is not None:
         initialize(prepared.roles, config.init, bench.student.recording, bench.say, config.trust_remote_code)
-    use_wanted_attention(bench, prepared.roles)
+    make_faster(bench, prepared.roles)
     return prepared
 
 

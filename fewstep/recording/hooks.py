@@ -9,6 +9,14 @@ from typing import Any
 
 from torch import nn
 
+#: How many contexts of :func:`hooked` are open.
+_open = 0
+
+
+def any_hooked() -> bool:
+    """Whether modules are hooked now. A compiled network passes over hooks that came after it was compiled."""
+    return _open > 0
+
 
 @contextlib.contextmanager
 def hooked(
@@ -26,13 +34,18 @@ def hooked(
         after: called with (name, module, args, kwargs, output) after a pass; what it returns takes the place of the
             output, None leaves it.
     """
+    global _open
     with contextlib.ExitStack() as stack:
         for name, module in modules.items():
             if before is not None:
                 stack.callback(module.register_forward_pre_hook(partial(before, name), with_kwargs=True).remove)
             if after is not None:
                 stack.callback(module.register_forward_hook(partial(after, name), with_kwargs=True).remove)
-        yield
+        _open += 1
+        try:
+            yield
+        finally:
+            _open -= 1
 
 
 @contextlib.contextmanager

@@ -54,6 +54,7 @@ def test_a_students_card_says_nothing_of_the_machine() -> None:
         "sharding_group",
         "sharding_offload",
         "resume",
+        "compile",
         "cpu",
         "report_to",
         "revision",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.config.run import RunConfig
+from fewstep.networks.compiled import CompiledForms
 from fewstep.networks.roles import make_role
 from fewstep.recording import Recording, record
 from fewstep.recording.shake import shaken
@@ -215,7 +216,8 @@ def test_compiled_there_is_one_graph_for_a_role_and_none_after():
         p = players(recorded, separate=False, dtype=torch.float32)
         eager = {name: p.roles[name](p.x_t, p.t, p.conditioning) for name in NAMES}
         torch._dynamo.reset()
-        p.roles["student"].denoiser.network.compile(backend=count)
+        for name in NAMES:
+            p.roles[name].denoiser.form = CompiledForms(name, count)
         with torch.no_grad():
             for name in (*NAMES, *NAMES, "critic", "student", "teacher"):
                 assert torch.equal(p.roles[name](p.x_t, p.t, p.conditioning), eager[name])
@@ -242,7 +244,8 @@ def test_compiled_and_checkpointed_the_gradients_are_the_same():
         p = players(recorded, separate=False, dtype=torch.float32, gradient_checkpointing=True)
         assert p.tap.module == "transformer_blocks.0"
         torch._dynamo.reset()
-        p.roles["student"].denoiser.network.compile(backend=count)
+        for name in NAMES:
+            p.roles[name].denoiser.form = CompiledForms(name, count)
         for _ in range(2):
             for shape in shapes:
                 found = gradients(p, *SHAPES[shape])

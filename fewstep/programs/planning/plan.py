@@ -332,6 +332,7 @@ def _words(config: RunConfig) -> str:
     words = [roles, f"batch {config.batch_size}", "bf16" if config.mixed_precision == "bf16" else "float32"]
     words += ["accumulated"] if config.gradient_accumulation_steps > 1 else []
     words += ["gradient checkpointing"] if config.gradient_checkpointing else []
+    words += ["compiled"] if config.compile else []
     words += [f"average {config.ema_decay:g}"] if config.ema_decay else []
     return ", ".join(words)
 
