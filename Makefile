@@ -9,7 +9,7 @@ INSTALL := $(RUN) -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-lowest soak lint types bench costs methods clean
+.PHONY: help demo test test-lowest soak lint types bench gpu-bench costs methods clean
 
 help:
 	@echo "make demo   distil an embedded teacher on this machine and compare both"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint   ruff, its formatter, and the type checker"
 	@echo "make types  the type checker alone"
 	@echo "make bench  what the training core costs on this machine (BENCH_ARGS=\"--part steps\" selects)"
+	@echo "make gpu-bench  what is to be measured on a GPU, in ten minutes; skipped without one"
 	@echo "make costs  latency of the embedded teachers, and memory of LoRA roles, full copies and plans"
 	@echo "make methods  every method on the embedded teachers, in cells: one table, one picture (hours; goes on where it stopped)"
 	@echo "make clean  remove the environment and build products"
@@ -57,6 +58,9 @@ types: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(VENV)/bin/fewstep bench $(BENCH_ARGS)
+
+gpu-bench: $(VENV)/.demo
+	$(RUN) -m fewstep.eval.bench.gpu
 
 # Timings are measured anew each time: finished rows of an evaluation are kept and would be reused.
 costs: $(VENV)/.demo

@@ -56,6 +56,7 @@ NARROW = {
 #: What people start may print; the library logs.
 PROGRAMS = (
     "fewstep.cli",
+    "fewstep.eval.bench.gpu",
     "fewstep.eval.benchmark.renew",
     "fewstep.eval.fashion",
     "fewstep.eval.forms",

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fewstep.errors import UserError
-from fewstep.eval.bench import calls, demo, kernels, steps
+from fewstep.eval.bench import calls, demo, kernels, peers, steps
 from fewstep.eval.bench.table import Table, write
 from fewstep.eval.bench.timing import machine
 
@@ -37,7 +37,10 @@ class Options:
 PARTS: dict[str, Callable[[Options], list[Table]]] = {
     "kernels": lambda told: [kernels.measure(told.device, full=told.full, compiled=told.compiled)],
     "calls": lambda _told: [calls.measure()],
-    "steps": lambda told: [steps.measure(told.device, told.folder, blocks=9 if told.full else 3)],
+    "steps": lambda told: [
+        steps.measure(told.device, told.folder / "cases", blocks=9 if told.full else 3),
+        peers.measure(told.device, told.folder / "peers", blocks=9 if told.full else 3),
+    ],
     "demo": lambda told: [demo.measure(told.device, told.folder, cycles=10 if told.full else 2)],
 }
 
