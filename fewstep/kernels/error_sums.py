@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fewstep.kernels.dispatch import choose
-from fewstep.kernels.rows import at_least_float32, expand, folded, unfolded
+from fewstep.kernels.rows import at_least_float32, expand, folded, of_one_shape, unfolded
 
 Kind = Literal["squares", "absolutes", "pseudo_huber"]
 KINDS: tuple[Kind, ...] = ("squares", "absolutes", "pseudo_huber")
@@ -27,7 +27,8 @@ def error_sums(a: Tensor, b: Tensor | None = None, kind: Kind = "squares", c: fl
 
     Shapes: ``a``, ``b``: (B, ...), any float dtype; without ``b`` the error is ``a``. ``c``: above 0.
     """
-    form = choose("error_sums", *[value for value in (a, b) if value is not None])
+    samples = [value for value in (a, b) if value is not None]
+    form = choose("error_sums", *samples, triton=of_one_shape(*samples))
     if form == "reference":
         return reference(a, b, kind, c)
     return _sums(a, b, kind, c) if form == "triton" else closed(a, b, kind, c)
@@ -48,7 +49,7 @@ def closed(a: Tensor, b: Tensor | None = None, kind: Kind = "squares", c: float 
     """Few passes over memory each way; arguments as in :func:`error_sums`, (B,)."""
     if kind == "squares" and b is not None:  # torch has that as one kernel, and its gradient as another
         values = F.mse_loss(at_least_float32(a), at_least_float32(b), reduction="none")
-        return values.sum(tuple(range(1, a.dim())))
+        return values.flatten(1).sum(1)
     if kind != "pseudo_huber" or torch.compiler.is_compiling():
         return reference(a, b, kind, c)  # the compiler fuses by itself, and would forget this function's tangent
     return _sums(a, b, kind, c, triton=False)
@@ -72,7 +73,7 @@ class _ErrorSums(Function):
             return fused.sums(a, b, kind, c)
         error = _error(a, b)
         squared = error.square()
-        return squared.div_((squared + c**2).sqrt_().add_(c)).sum(tuple(range(1, a.dim())))
+        return squared.div_((squared + c**2).sqrt_().add_(c)).flatten(1).sum(1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -99,7 +100,7 @@ class _ErrorSums(Function):
     def jvp(ctx: Any, d_a: Tensor, d_b: Tensor | None, *_: None) -> Tensor:
         a, b = ctx.saved_tensors
         ones = torch.ones(len(a), device=a.device)
-        return (_slope(a, b, ctx.kind, ctx.c, ones) * _error(d_a, d_b)).sum(tuple(range(1, a.dim())))
+        return (_slope(a, b, ctx.kind, ctx.c, ones) * _error(d_a, d_b)).flatten(1).sum(1)
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fewstep.kernels.dispatch import choose
-from fewstep.kernels.rows import at_least_float32, expand, folded, unfolded
+from fewstep.kernels.rows import at_least_float32, expand, folded, of_one_shape, unfolded
 
 
 def guided_x0(
@@ -31,7 +31,8 @@ def guided_x0(
     """
     samples = [x_t, positive] if negative is None else [x_t, positive, negative]
     coefficients = [value for value in (skip, out, guidance_scale) if isinstance(value, Tensor)]
-    form = choose("guided_x0", *samples, triton=not any(value.requires_grad for value in coefficients))
+    fixed = not any(value.requires_grad for value in coefficients)
+    form = choose("guided_x0", *samples, triton=fixed and of_one_shape(*samples))
     arguments = (x_t, skip, out, positive, negative, guidance_scale)
     if form == "triton":
         x0: Tensor = _GuidedX0.apply(*arguments)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.kernels.dispatch import choose, refuse_tangents
-from fewstep.kernels.rows import at_least_float32, expand
+from fewstep.kernels.rows import at_least_float32, expand, of_one_shape
 
 
 def mean_flow_target(velocity: Tensor, derivative: Tensor, gap: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def mean_flow_target(velocity: Tensor, derivative: Tensor, gap: Tensor) -> Tenso
         NotImplementedError: the Triton form is differentiated forward.
     """
     fixed = not (velocity.requires_grad or derivative.requires_grad or gap.requires_grad)
-    form = choose("mean_flow_target", velocity, derivative, triton=fixed)
+    form = choose("mean_flow_target", velocity, derivative, triton=fixed and of_one_shape(velocity, derivative))
     if form == "triton":
         refuse_tangents("mean_flow_target", velocity, derivative, gap)
         from fewstep.kernels.fused import renoise as fused

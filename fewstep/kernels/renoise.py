@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fewstep.kernels.dispatch import choose
-from fewstep.kernels.rows import at_least_float32, expand, folded, unfolded
+from fewstep.kernels.rows import at_least_float32, expand, folded, of_one_shape, unfolded
 
 
 def renoise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -18,7 +18,8 @@ def renoise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     Shapes: ``x0``, ``noise``: (B, ...); ``alpha``, ``sigma``: (B,), usually float64. Gradients and tangents flow
         through all four.
     """
-    form = choose("renoise", x0, noise, triton=not (alpha.requires_grad or sigma.requires_grad))
+    fixed = not (alpha.requires_grad or sigma.requires_grad)
+    form = choose("renoise", x0, noise, triton=fixed and of_one_shape(x0, noise))
     if form == "triton":
         result: Tensor = _Renoise.apply(x0, noise, alpha, sigma)
         return result

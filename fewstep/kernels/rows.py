@@ -19,6 +19,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def of_one_shape(*samples: Tensor) -> bool:
+    """Whether the samples (B, ...) have one shape: kernels do not broadcast."""
+    return all(sample.shape == samples[0].shape for sample in samples)
+
+
 def folded(size: int, dims: Sequence[int | None], values: Sequence[Any]) -> list[Any]:
     """The arguments of a vmap rule over ``size`` batches as one batch of size * B rows: (N, B, ...) becomes (N B, ...).
 

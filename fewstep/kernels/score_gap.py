@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.kernels.dispatch import choose, refuse_tangents
-from fewstep.kernels.rows import at_least_float32, expand
+from fewstep.kernels.rows import at_least_float32, expand, of_one_shape
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def score_gap(
     arguments = (x0_critic, x0_teacher, x0, reference_x0, weight, normalizer_min, normalizer_eps)
     second = (negative, positive, share, other_reference)
     samples = [value for value in (*arguments[:4], negative, positive, other_reference) if isinstance(value, Tensor)]
-    form = choose("score_gap", *samples)
+    form = choose("score_gap", *samples, triton=of_one_shape(*samples))
     if form == "reference":
         return reference(*arguments, *second)
     if form == "closed":
@@ -103,13 +103,13 @@ def closed(
 ) -> tuple[Tensor, Tensor]:
     """One factor for each sample, and the rest in place; as :func:`score_gap`, () and (B, ...)."""
     gradient = at_least_float32(x0_critic) - at_least_float32(x0_teacher)
-    size, entries = gradient.numel(), tuple(range(1, gradient.dim()))
+    size = gradient.numel()
 
     def factor(near: Tensor) -> Tensor:
         """Weight over normaliser and numel, (B, 1, ...)."""
         numerator = torch.ones_like(gradient[:, :1].flatten(1)[:, 0]) if weight is None else weight.to(gradient)
         if x0 is not None:
-            distance = (at_least_float32(x0) - at_least_float32(near)).abs_().mean(entries)
+            distance = (at_least_float32(x0) - at_least_float32(near)).abs_().flatten(1).mean(1)
             numerator = numerator / (distance.clamp(min=normalizer_min) + normalizer_eps)
         return expand(numerator / size, gradient)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fewstep.kernels.dispatch import choose, refuse_tangents
-from fewstep.kernels.rows import at_least_float32, expand
+from fewstep.kernels.rows import at_least_float32, expand, of_one_shape
 
 
 def score_identity(x0: Tensor, x0_teacher: Tensor, x0_critic: Tensor, alpha: float, weight: Tensor) -> Tensor:
@@ -24,7 +24,8 @@ def score_identity(x0: Tensor, x0_teacher: Tensor, x0_critic: Tensor, alpha: flo
     Raises:
         NotImplementedError: another form than the reference is differentiated forward.
     """
-    form = choose("score_identity", x0, x0_teacher, x0_critic)
+    samples = x0, x0_teacher, x0_critic
+    form = choose("score_identity", *samples, triton=of_one_shape(*samples))
     if form == "reference":
         return reference(x0, x0_teacher, x0_critic, alpha, weight)
     if form == "closed":
@@ -81,7 +82,7 @@ class _ScoreIdentity(Function):
         teacher = at_least_float32(x0_teacher)
         difference = teacher - at_least_float32(x0_critic)
         values = (teacher - at_least_float32(x0)).sub_(difference, alpha=alpha).mul_(difference)
-        return weight.to(values) * values.mean(tuple(range(1, x0.dim())))
+        return weight.to(values) * values.flatten(1).mean(1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -36,6 +36,11 @@ def test_a_scale_may_be_shaped_to_broadcast(form: str, device: str) -> None:
     assert_form(guided_x0, form, inputs | {"guidance_scale": inputs["guidance_scale"].reshape(3, 1, 1)})
 
 
+def test_one_coefficient_for_all_samples(form: str, device: str) -> None:
+    inputs = example((3, 4, 5), torch.float32, device, "of each sample")
+    assert_form(guided_x0, form, inputs | {name: inputs[name][:1] for name in ("skip", "out", "guidance_scale")})
+
+
 def test_raw_outputs_in_few_bits_beside_a_sample_in_float32(form: str, device: str) -> None:
     inputs = example((3, 4, 5), torch.bfloat16, device)
     assert_form(guided_x0, form, inputs | {"x_t": inputs["x_t"].float()})

@@ -63,6 +63,20 @@ def test_other_layouts(form: str, device: str) -> None:
     assert_form(renoise, form, changed(inputs, lambda x: x.transpose(1, 3) if x.dim() == 4 else x.flip(0)))
 
 
+def test_one_coefficient_for_all_samples(form: str, device: str) -> None:
+    inputs = renoise.example((3, 4, 5), torch.float32, device)
+    assert_form(renoise, form, inputs | {name: inputs[name][:1] for name in ("alpha", "sigma")})
+
+
+def test_a_sample_that_is_broadcast_is_left_to_torch(device: str) -> None:
+    inputs = renoise.example((3, 4, 5), torch.float32, device)
+    inputs["noise"] = inputs["noise"][:1]
+    with dispatch.forced("triton"), dispatch.counted() as counted:
+        ours = renoise.renoise(**inputs)
+    assert counted == {("renoise", "closed"): 1}
+    assert_near(ours, renoise.reference(**changed(inputs, lambda x: x.double())))
+
+
 def test_the_wider_dtype_is_kept(form: str, device: str) -> None:
     inputs = renoise.example((2, 3, 4), torch.bfloat16, device)
     with dispatch.forced(form):

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewstep.kernels.fused.rows import ELEMENTWISE, alike, launch
+from fewstep.kernels.fused.rows import ELEMENTWISE, alike, beside, launch
 
 
 @triton.jit
@@ -39,14 +39,14 @@ def guided_x0(
     x0 = torch.empty_like(x_t)
     length = x_t[0].numel()
     block, warps = launch(ELEMENTWISE, length)
-    skip, out, per_sample = skip.contiguous(), out.contiguous(), isinstance(scale, Tensor)
+    skip, out, per_sample = beside(skip, x_t), beside(out, x_t), isinstance(scale, Tensor)
     _kernel[triton.cdiv(length, block), len(x_t)](
         x_t,
         skip,
         out,
         positive,
         negative,
-        scale.contiguous() if isinstance(scale, Tensor) else skip,
+        beside(scale, x_t) if isinstance(scale, Tensor) else skip,
         1.0 if isinstance(scale, Tensor) else float(scale),
         x0,
         length,

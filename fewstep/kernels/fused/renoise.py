@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewstep.kernels.fused.rows import ELEMENTWISE, alike, launch
+from fewstep.kernels.fused.rows import ELEMENTWISE, alike, beside, launch
 
 
 @triton.jit
@@ -30,5 +30,5 @@ def renoise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, dtype: torc
     length = x0[0].numel()
     block, warps = launch(ELEMENTWISE, length)
     grid = (triton.cdiv(length, block), len(x0))
-    _kernel[grid](x0, noise, alpha.contiguous(), sigma.contiguous(), x_t, length, BLOCK=block, num_warps=warps)
+    _kernel[grid](x0, noise, beside(alpha, x0), beside(sigma, x0), x_t, length, BLOCK=block, num_warps=warps)
     return x_t

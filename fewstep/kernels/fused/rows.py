@@ -42,5 +42,10 @@ def alike(*samples: Tensor) -> list[Tensor]:
     return [sample.contiguous() for sample in samples]
 
 
+def beside(coefficient: Tensor, sample: Tensor) -> Tensor:
+    """A number for each row of the sample (B, ...), or one for all, as B dense numbers on its device."""
+    return coefficient.to(sample.device).reshape(-1).expand(len(sample)).contiguous()
+
+
 def _has(form: torch.memory_format, sample: Tensor) -> bool:
     return form == torch.contiguous_format or sample.dim() == {torch.channels_last: 4}.get(form, 5)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels.fused.error_sums import partial_sums
-from fewstep.kernels.fused.rows import ROW, alike, launch, slices
+from fewstep.kernels.fused.rows import ROW, alike, beside, launch, slices
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def score_gap(
         near = partial_sums(x0, x0_teacher if reference_x0 is None else reference_x0, "absolutes", 0.0)
         if two:
             other_near = partial_sums(x0, towards if other_reference is None else other_reference, "absolutes", 0.0)
-    per_sample = share.contiguous() if isinstance(share, Tensor) else None
+    per_sample = beside(share, critic) if isinstance(share, Tensor) else None
     _gap[parts, rows](
         critic,
         teacher,
@@ -87,7 +87,7 @@ def score_gap(
         towards,
         near,
         other_near,
-        near if weight is None else weight.contiguous(),
+        near if weight is None else beside(weight, critic),
         near if per_sample is None else per_sample,
         gradient,
         loss,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewstep.kernels.fused.rows import ELEMENTWISE, ROW, alike, launch, slices
+from fewstep.kernels.fused.rows import ELEMENTWISE, ROW, alike, beside, launch, slices
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def means(x0: Tensor, x0_teacher: Tensor, x0_critic: Tensor, alpha: float, weigh
     block, warps = launch(ROW, length)
     parts, piece = slices(length, block)
     loss = torch.empty((rows, parts), dtype=torch.float32, device=x0.device)
-    _losses[parts, rows](*samples, weight.contiguous(), loss, float(alpha), length, piece, BLOCK=block, num_warps=warps)
+    _losses[parts, rows](*samples, beside(weight, x0), loss, float(alpha), length, piece, BLOCK=block, num_warps=warps)
     return loss.sum(1)
 
 
