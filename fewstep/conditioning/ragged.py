@@ -7,12 +7,13 @@ a prompt, so prompts of several lengths share a step of training, and not a call
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.sending import sent
+from fewstep.sending import known_too, sent
 
 #: The places (in 0..B-1) of a group's samples in the batch, and their conditioning.
 Group = tuple[tuple[int, ...], Conditioning]
@@ -107,7 +108,12 @@ def in_groups(
         raise ValueError(f"conditioning for {conditioning.batch_size} samples, x for {len(x_t)}; select() expands it")
     return conditioning.in_order(
         [
-            call(_rows(x_t, rows), _rows(t, rows), part, None if end is None else _rows(end, rows))
+            call(
+                _rows(x_t, rows),
+                known_too(partial(_rows, rows=rows), t),
+                part,
+                None if end is None else _rows(end, rows),
+            )
             for rows, part in conditioning.groups
         ]
     )

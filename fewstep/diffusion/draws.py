@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fewstep.sending import known
+
 # Draws that belong to no step of a training: each purpose has a step of its own, so that no two share their numbers.
 #: The samples by which a network is observed: where its features are tapped, where it is told a time.
 OBSERVATION_STEP = -1
@@ -66,14 +68,15 @@ class Draws:
 
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
         """Standard normal float32 (B, *shape)."""
-        return torch.stack([torch.randn(tuple(shape), generator=g) for g in self._generators(name)]).to(
-            self.device, non_blocking=True
-        )
+        drawn = torch.stack([torch.randn(tuple(shape), generator=g) for g in self._generators(name)])
+        there = drawn.to(self.device, non_blocking=True)
+        return there if tuple(shape) else known(there, drawn)  # a few numbers, of which times may be made
 
     def uniform(self, name: str) -> Tensor:
         """Uniform on [0, 1), float64 (B,)."""
         values = [torch.rand((), generator=g, dtype=torch.float64) for g in self._generators(name)]
-        return torch.stack(values).to(self.device, non_blocking=True)
+        drawn = torch.stack(values)
+        return known(drawn.to(self.device, non_blocking=True), drawn)
 
     def integers(self, name: str, low: int, high: int) -> Tensor:
         """Uniform integers from low to high - 1, int64 (B,)."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.diffusion.timesteps import logit_normal_times, shift_time, uniform_times
+from fewstep.sending import known_too
 
 KINDS = ("uniform", "logit_normal", "log_normal")
 
@@ -41,7 +43,7 @@ class NoiseLevels:
     def draw(self, draws: Draws, name: str, schedule: NoiseSchedule) -> Tensor:
         """Times (B,), float64, from the draw ``name``."""
         draw = draws.uniform(name) if self.kind == "uniform" else draws.normal(name, ())
-        return self.times(draw, schedule)
+        return known_too(partial(self.times, schedule=schedule), draw)
 
     def times(self, draw: Tensor, schedule: NoiseSchedule) -> Tensor:
         """Times (B,), float64, from uniform or standard normal draws (B,); of a table the nearest entries'."""

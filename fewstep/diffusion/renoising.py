@@ -13,6 +13,7 @@ from fewstep.diffusion.prediction import add_noise, transition
 from fewstep.diffusion.schedule import Coefficients, NoiseSchedule
 from fewstep.diffusion.timesteps import shift_time, uniform_times, unshift_time
 from fewstep.errors import UserError
+from fewstep.sending import known_too
 
 
 class Renoised(NamedTuple):
@@ -70,8 +71,10 @@ class Renoiser:
 
     def times(self, draws: Draws, name: str) -> Tensor:
         """The times (B,), float64, from the draw ``<name>_time``."""
-        t = shift_time(uniform_times(draws.uniform(f"{name}_time"), self.low, self.high), self.shift)
-        t = self.schedule.snap(t)
+        return known_too(self._placed, draws.uniform(f"{name}_time"))
+
+    def _placed(self, uniform: Tensor) -> Tensor:
+        t = self.schedule.snap(shift_time(uniform_times(uniform, self.low, self.high), self.shift))
         # A sample that is noised to where it is already gets no noise, and has no target.
         return t if self.anchor is None else t.clamp(min=self.schedule.after(self.anchor))
 

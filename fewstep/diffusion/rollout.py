@@ -14,6 +14,7 @@ from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.prediction import add_noise, ode_step
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.diffusion.timesteps import even_grid
+from fewstep.sending import known
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class Sampler:
 
     def times(self, step: int, like: Tensor) -> Tensor:
         """The time of ``step`` for every sample of ``like``: float64 (B,)."""
-        return torch.full((like.shape[0],), self.grid[step], dtype=torch.float64, device=like.device)
+        size, time = (like.shape[0],), self.grid[step]
+        there = torch.full(size, time, dtype=torch.float64, device=like.device)
+        return known(there, torch.full(size, time, dtype=torch.float64))
 
 
 def rollout(

@@ -16,7 +16,7 @@ from fewstep.diffusion.intervals import TimeIntervals
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.features import FeatureTap
 from fewstep.networks.roles import NetworkRole, Role
-from fewstep.sending import sent
+from fewstep.sending import on_host, sent
 
 #: The number of the expert that each time of (B,) goes to, 0 for the noisiest.
 ExpertOf = Callable[[Tensor], list[int]]
@@ -26,7 +26,8 @@ class ExpertsDenoiser:
     """Denoisers split by time, itself a :class:`fewstep.diffusion.denoiser.Denoiser`.
 
     A batch whose times lie in one interval makes one call. Any other is split, and put together again in its order.
-    Which sample goes where is read from the device: the one wait that the host makes for it.
+    Which sample goes where the host knows of times that it has drawn (:func:`fewstep.sending.on_host`), on a CPU and a
+    GPU alike; of others it is read from the device, for which the host waits.
 
     Args:
         experts: pairs of the lowest t in [0, 1] at which a denoiser is asked and the denoiser, from noise to data; the
@@ -39,7 +40,7 @@ class ExpertsDenoiser:
         self.schedule = self.experts[0].schedule
         self.prediction_type = self.experts[0].prediction_type
         intervals = TimeIntervals(self.schedule, tuple(lowest for lowest, _ in experts))
-        self.expert_of: ExpertOf = expert_of or (lambda t: intervals.index(t).tolist())
+        self.expert_of: ExpertOf = expert_of or (lambda t: intervals.index(_told(t)).tolist())
 
     def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """As :meth:`fewstep.networks.denoiser.NetworkDenoiser.raw`."""
@@ -67,6 +68,11 @@ class ExpertsDenoiser:
         order = [row for own in rows.values() for row in own]
         places = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat(answers).index_select(0, sent(places, x_t.device, torch.int64))
+
+
+def _told(t: Tensor) -> Tensor:
+    known = on_host(t)
+    return t if known is None else known
 
 
 class ExpertsRole(Role):

@@ -14,6 +14,7 @@ from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.experts import ExpertsDenoiser
 from fewstep.networks.roles import Role
+from fewstep.sending import known_too
 
 
 def guide(positive: Tensor, negative: Tensor, guidance_scale: float | Tensor) -> Tensor:
@@ -32,6 +33,10 @@ def rescale_last_axis(guided: Tensor, positive: Tensor) -> Tensor:
 def rescale_norm(guided: Tensor, positive: Tensor) -> Tensor:
     """``guided`` shrunk, never grown, to the norm of ``positive`` over the whole tensor; both (B, ...)."""
     return guided * (positive.norm() / guided.norm()).clamp(max=1.0)
+
+
+def _twice(t: Tensor) -> Tensor:
+    return torch.cat([t, t])
 
 
 class GuidedDenoiser:
@@ -125,7 +130,7 @@ class GuidedDenoiser:
             negative = in_groups(ask, x_t, t, self._negatives(len(x_t)))
             return in_groups(ask, x_t, t, conditioning), negative
         both = join([self._negatives(len(x_t)), conditioning])
-        negative, positive = in_groups(ask, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        negative, positive = in_groups(ask, torch.cat([x_t, x_t]), known_too(_twice, t), both).chunk(2)
         return positive, negative
 
     def _negatives(self, batch: int) -> Conditioning:
