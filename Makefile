@@ -38,7 +38,7 @@ test: $(VENV)/.test
 # The way of a user, from the demo to a student in other hands, with the oldest versions that pyproject.toml admits.
 ON_THE_PATH := tests/cli/test_demo.py tests/fashion tests/recording/test_pipelines.py tests/teachers/test_weights.py \
 	tests/teachers/test_source.py tests/teachers/test_single_file.py tests/export/test_whole.py tests/export/test_lora.py \
-	tests/end_to_end/test_full.py tests/eval/test_evaluate.py
+	tests/end_to_end/test_full.py tests/eval/test_evaluate.py tests/kernels/test_tangents.py
 
 test-lowest: $(LOWEST)/.lowest
 	$(LOWEST)/bin/python -m pytest $(ON_THE_PATH) --timeout 900 $(PYTEST_ARGS)

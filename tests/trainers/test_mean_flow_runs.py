@@ -24,6 +24,7 @@ from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.errors import UserError
 from fewstep.eval.models import student_model
 from fewstep.export.own_code import is_own_code
+from fewstep.kernels import dispatch
 from fewstep.pipelines.flow_map import flow_times
 from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.workbench import open_workbench
@@ -132,7 +133,10 @@ def test_fewstep_loads_its_own_flow_maps_unasked_and_no_other(finished: dict[str
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path):
     settings = {**RUN, "ema_decay": 0.5, "checkpointing_steps": 1}
     pipeline = tiny_ddim()
-    folders = [distill(pipeline, "mean_flow", out=str(tmp_path / "whole"), **settings)]
+    with dispatch.counted() as ran:
+        folders = [distill(pipeline, "mean_flow", out=str(tmp_path / "whole"), **settings)]
+    # Its four modules of attention, where it is tried first, and where the times differ in three steps.
+    assert ran["dual_attention", "closed"] >= 8 and ran["dual_attention", "closed"] % 4 == 0
     distill(pipeline, "mean_flow", out=str(tmp_path / "cut"), **{**settings, "max_steps": 1})
     folders.append(distill(pipeline, "mean_flow", out=str(tmp_path / "cut"), resume=True, **settings))
     from safetensors.torch import load_file
