@@ -182,24 +182,25 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        *tensors, ctx.options, ctx.form = inputs
+        q, k, v, *changes, mask, ctx.options, ctx.form = inputs
+        ctx.told = any(change is not None for change in changes)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, output[1])
-        ctx.save_for_forward(*tensors)
+        ctx.save_for_backward(q, k, v, mask, output[1])
+        ctx.save_for_forward(q, k, v, mask)
 
     @staticmethod
     def backward(ctx: Any, of_o: Tensor | None, of_lse: Tensor | None, *of_change: Tensor | None) -> tuple[Any, ...]:
         if any(gradient is not None for gradient in of_change):
             raise NotImplementedError(f"{OPERATION}: {_FIRST_ORDER}")
-        *tensors, lse = ctx.saved_tensors
-        of_o = lse.new_zeros(*lse.shape, tensors[2].shape[-1]) if of_o is None else of_o
-        return *_Gradient.apply(*tensors, lse, of_o, of_lse, ctx.options), *[None] * 6
+        q, k, v, mask, lse = ctx.saved_tensors
+        of_o = lse.new_zeros(*lse.shape, v.shape[-1]) if of_o is None else of_o
+        return *_Gradient.apply(q, k, v, mask, lse, of_o, of_lse, ctx.options), *[None] * 6
 
     @staticmethod
     def jvp(ctx: Any, *changes: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, *given, mask = ctx.saved_tensors
-        if any(change is not None for change in given):
+        if ctx.told:
             raise NotImplementedError(f"{OPERATION}: {_FIRST_ORDER}")
+        q, k, v, mask = ctx.saved_tensors
         _, _, do, dlse = _Attention.apply(q, k, v, *changes[:3], mask, ctx.options, ctx.form)
         return do, dlse, None, None
 
@@ -217,9 +218,9 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, lse, of_o, of_lse, options = args
+        q, k, v, mask, lse, of_o, of_lse, options = args
         with torch.autocast(lse.device.type, enabled=False):
-            return attend_backward(Inputs(*tensors), options, lse, of_o, of_lse)
+            return attend_backward(Inputs(q, k, v, None, None, None, mask), options, lse, of_o, of_lse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -311,4 +311,4 @@ def test_memory_grows_with_the_length_not_with_its_square(monkeypatch: pytest.Mo
     (small, kept_of_small), (large, kept_of_large) = bytes_of(128), bytes_of(512)
     assert small == 2**14  # one of two matrices of scores
     assert large == 512 * 8 * 4 * 2  # [q, dq]; all scores would be of 1 MiB
-    assert kept_of_large == 4 * kept_of_small
+    assert kept_of_large == 4 * kept_of_small == 512 * (3 * 8 + 1) * 4  # q, k, v and the log-sum-exp: no tangents
