@@ -105,8 +105,8 @@ def test_the_documents_show_every_command() -> None:
 
 
 def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"^(\w+):", text("Makefile"), re.M))
-    used = set(re.findall(r"`?make (\w+)", "\n".join(b for name in DOCUMENTS for b in blocks(name, "bash"))))
+    targets = set(re.findall(r"^([\w-]+):", text("Makefile"), re.M))
+    used = set(re.findall(r"`?make ([\w-]+)", "\n".join(b for name in DOCUMENTS for b in blocks(name, "bash"))))
     assert {"demo", "test"} <= used <= targets
 
 
