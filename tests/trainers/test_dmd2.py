@@ -276,7 +276,7 @@ def gan_run(out: Path, checkpointing: bool = False, **settings) -> tuple[Dmd2, l
     updates = []
     for name, optimizer in loop.optimizers.items():
 
-        def watched(step: int, name=name, update=optimizer.update) -> Tensor:
+        def watched(step: int, averages, name=name, update=optimizer.update) -> Tensor:
             found = {}
             for owner, one in method.roles.items():
                 for prefix, module in one.modules.items():
@@ -284,7 +284,7 @@ def gan_run(out: Path, checkpointing: bool = False, **settings) -> tuple[Dmd2, l
                         if parameter.grad is not None:
                             found[f"{owner}.{prefix}.{key}"] = parameter.grad.clone()
             updates.append((name, found))
-            return update(step)
+            return update(step, averages)
 
         optimizer.update = watched
     loop.run()
