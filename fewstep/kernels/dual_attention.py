@@ -134,7 +134,7 @@ def example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | s
 
 
 def _held(said: Attended) -> Attended:
-    return Attended(said.o, said.lse, *(None if x is None else x.detach() for x in said[2:]))
+    return Attended(said.o, said.lse, *(None if x is None else x.detach() for x in (said.do, said.dlse)))
 
 
 def _attend(inputs: Inputs, options: Options) -> Attended:
@@ -257,7 +257,7 @@ def _form(inputs: Inputs) -> str:
     if mask is not None and (mask.requires_grad or dispatch.has_tangent(mask)):
         with dispatch.forced("reference"):
             return dispatch.choose(OPERATION, inputs.q)
-    return dispatch.choose(OPERATION, *inputs[:3])
+    return dispatch.choose(OPERATION, inputs.q, inputs.k, inputs.v)
 
 
 def _read(

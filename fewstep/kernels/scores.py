@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
     @property
     def change(self) -> bool:
         """Whether a tangent is asked for."""
-        return any(x is not None for x in self[3:6])
+        return not (self.dq is None and self.dk is None and self.dv is None)
 
 
 class Options(NamedTuple):

@@ -32,8 +32,8 @@ def derivative_along(
 ) -> tuple[Tensor, Tensor]:
     """``function(*point)`` (B, ...), with a graph where gradients are on, and its derivative in ``direction``, without.
 
-    Both come of one pass. With a graph it keeps the activations of both until it ends, then those of the answer alone:
-    2.7 times those of a plain pass, in a network of attention and MLPs.
+    Both come of one pass. With a graph it keeps the activations of both until it ends, 2.1 times those of a plain pass
+    in a transformer and 3.6 times in a small UNet; then those of the answer alone, as a plain pass.
 
     Args:
         function: calls ``network``.
