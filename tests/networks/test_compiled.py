@@ -263,13 +263,15 @@ def test_stock_networks_through_a_compiler(build, settings, monkeypatch) -> None
     with shaken(recording.network):
         names = ("student", "critic")
         roles = make_roles(RoleSettings(**settings), recording, names, torch.device("cpu"))
-    line = compile_roles(roles, *given, print)
-    assert line.startswith("compiled: teacher, student, critic (") and "answers and gradients as without" in line, line
-    critic = roles["critic"].denoiser
-    tap = find_tap(critic.network, lambda x: critic.raw(x, *given[1:]), x)
-    tapped = critic.features(*given, tap)
-    critic.form = lambda network: network
-    assert torch.equal(tapped, critic.features(*given, tap))
+        line = compile_roles(roles, *given, print)
+        assert line.startswith("compiled: teacher, student, critic (") and "answers and gradients as without" in line, (
+            line
+        )
+        critic = roles["critic"].denoiser
+        tap = find_tap(critic.network, lambda x: critic.raw(x, *given[1:]), x)
+        tapped = critic.features(*given, tap)
+        critic.form = lambda network: network
+        assert torch.equal(tapped, critic.features(*given, tap))
 
 
 @pytest.mark.soak
