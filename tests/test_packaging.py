@@ -192,7 +192,9 @@ def test_every_import_is_a_declared_dependency() -> None:
         module = ast.parse(path.read_text(encoding="utf-8"))
         required = {name for node in module.body for name in imported(node)}
         anywhere = {name for node in ast.walk(module) for name in imported(node)}
-        undeclared = (required - always) | (anywhere - optional)
+        # The room of Triton kernels is imported where one is about to run, and torch's own wheels bring Triton there.
+        brought = {"triton"} if path.parent.name == "fused" else set()
+        undeclared = (required - always - brought) | (anywhere - optional - brought)
         missing += [f"{path.relative_to(ROOT)}: {name}" for name in sorted(undeclared - set(sys.stdlib_module_names))]
     assert missing == []
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep.kernels import dispatch
-from fewstep.kernels.scores import Attended, Inputs, Options, attend, attend_backward, working
+from fewstep.kernels.attention_pieces import Attended, Inputs, Options, attend, attend_backward, working
 
 OPERATION = "dual_attention"
 _FIRST_ORDER = "derivatives of first order alone; FEWSTEP_KERNELS=dual_attention=reference has others"

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fewstep.kernels.attention_pieces import Attended, Inputs, Options
 from fewstep.kernels.dispatch import interpreted
-from fewstep.kernels.scores import Attended, Inputs, Options
 
 #: The width of a head, rounded up to a power of two -> queries and keys of one tile, and warps.
 TILES = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 32, 4), 128: (64, 32, 8), 256: (32, 16, 8)}
@@ -108,7 +108,7 @@ def _kernel(
 
 
 def attend(inputs: Inputs, options: Options) -> Attended:
-    """As :func:`fewstep.kernels.scores.attend`, of float32 or less."""
+    """As :func:`fewstep.kernels.attention_pieces.attend`, of float32 or less."""
     q, k, v, dq, dk, dv = (None if x is None else x.contiguous() for x in inputs[:6])
     assert q is not None and k is not None and v is not None
     *lead, queries, width = q.shape
