@@ -1,7 +1,7 @@
 """Layers under a forward derivative: two products each, of the input and of its tangent with the weight.
 
 For want of a tangent of the weight torch makes one of zeros, and multiplies the input with it: a third product (seen in
-torch 2.13.0).
+torch 2.14.1).
 """
 
 from __future__ import annotations
