@@ -76,6 +76,7 @@ class Sharding(Holding):
         networks: set[nn.Module] = set()
         for own in (own for role in roles for own in role.experts.values()):
             network = own.denoiser.network
+            own.denoiser.without_gradient = None  # a merged form is of whole weights
             if network not in networks:
                 networks.add(network)
                 self._shard(network, partial(probe, own))

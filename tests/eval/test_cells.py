@@ -117,7 +117,7 @@ def test_the_hash_knows_the_settings_that_it_knew_before_they_had_kinds() -> Non
     unknown |= {"checkpointing_steps", "checkpoints_total_limit", "log_steps", "sample_steps", "stop_on", "rollbacks"}
     unknown |= {"eval_steps", "eval_samples", "eval_metric", "eval_weights"}
     unknown |= {"sharding", "sharding_group", "sharding_offload", "data_workers"}
-    unknown |= {"attention_backend", "lora_walks", "sequential_guidance"}
+    unknown |= {"attention_backend", "compile", "lora_walks", "sequential_guidance"}
     assert TRAINING.content()["settings"].keys() == TRAINING.config(0).as_dict().keys() - unknown
 
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad, gradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep.kernels import dispatch, dual_attention, scores
+from fewstep.kernels import attention_pieces, dispatch, dual_attention
 from fewstep.kernels.dual_attention import attention
 
 PRIMALS = ("query", "key", "value")
@@ -146,10 +146,10 @@ def function(mask: Tensor | None = None, causal: bool = False) -> Any:
     return closed
 
 
-@pytest.mark.parametrize("piece", [scores.PIECE_BYTES["cpu"], 250])
+@pytest.mark.parametrize("piece", [attention_pieces.PIECE_BYTES["cpu"], 250])
 @pytest.mark.parametrize("kind", ["plain", "causal", "added", "reference"])
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch, kind: str, piece: int) -> None:
-    monkeypatch.setitem(scores.PIECE_BYTES, "cpu", piece)
+    monkeypatch.setitem(attention_pieces.PIECE_BYTES, "cpu", piece)
     inputs = inputs_of(torch.float64, "cpu", (1, 2), 3, 4, 2)
     primals = [inputs[name] for name in PRIMALS]
     mask = torch.randn(1, 3, 4).requires_grad_() if kind == "added" else None
@@ -269,8 +269,8 @@ def test_dropout_and_two_masks_are_refused() -> None:
 @pytest.mark.parametrize("mask", [None, *masks()])
 def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, mask: str | None, limit: int) -> None:
     inputs = inputs_of(torch.float32, "cpu") | {"attn_mask": None if mask is None else masks()[mask]}
-    monkeypatch.setitem(scores.PIECE_BYTES, "cpu", limit)
-    pieces = scores.pieces_of(inputs["query"], inputs["key"])
+    monkeypatch.setitem(attention_pieces.PIECE_BYTES, "cpu", limit)
+    pieces = attention_pieces.pieces_of(inputs["query"], inputs["key"])
     assert len(pieces) == {64: 30, 200: 12, 300: 6, 1000: 2, 10**4: 1}[limit]  # a row is of 56 bytes, a head of 280
     seen = torch.zeros(2, 3, 5)
     for piece in pieces:
@@ -307,7 +307,7 @@ def bytes_of(n: int) -> tuple[int, int]:
 
 def test_memory_grows_with_the_length_not_with_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward, tangent and backward: nothing is larger than a piece or a few queries, and no scores are kept."""
-    monkeypatch.setitem(scores.PIECE_BYTES, "cpu", 2**15)
+    monkeypatch.setitem(attention_pieces.PIECE_BYTES, "cpu", 2**15)
     (small, kept_of_small), (large, kept_of_large) = bytes_of(128), bytes_of(512)
     assert small == 2**14  # one of two matrices of scores
     assert large == 512 * 8 * 4 * 2  # [q, dq]; all scores would be of 1 MiB
