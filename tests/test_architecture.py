@@ -39,6 +39,7 @@ PIPELINE_LOOKUP = {
     "fewstep.export.phased",
     "fewstep.export.flow_map",
     "fewstep.export.own_code",
+    "fewstep.export.walk.scheduler",
     "fewstep.networks.second_time",
 }
 #: Losses and kernels know tensors, not networks; a file of pipelines/ works when copied beside a checkpoint.

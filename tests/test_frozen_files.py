@@ -9,6 +9,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "pipelines"
 FROZEN = {
     "flow_map.py": "4d6d3d6014ff2f1261f95e5bb64e82840bd99b71626e3e176b3598c46d5501d9",
     "phased.py": "67f717e7b68cb1bdec105bdefafe8428b917f443ba5360336478e91ae09ab735",
+    "tcd_flow.py": "d0c5047946a32549a45157eed321b71d8716b40544339a6c954ad2a4bc69e789",
 }
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from fewstep.config.checks import setting, settled
-from fewstep.config.run import RunConfig
+from fewstep.config.guidance import DrawnGuidanceConfig
 from fewstep.diffusion import ode
 from fewstep.diffusion.discretization import (
     Discretization,
@@ -57,7 +57,7 @@ PAPERS = {
 
 
 @dataclass(kw_only=True)
-class ConsistencyConfig(RunConfig):
+class ConsistencyConfig(DrawnGuidanceConfig):
     """Consistency distillation and training.
 
     Args:
@@ -78,8 +78,8 @@ class ConsistencyConfig(RunConfig):
         ect_stage_steps: steps of a stage of ect; default an eighth of the run.
         ect_k: k of ect's mapping n(t) = 1 + k sigmoid(-b t).
         ect_b: b of the same.
-        guidance_min: with guidance_max: the teacher's guidance is drawn for each sample (lcm, in diffusers' convention:
-            from 6 to 16) in the place of guidance_scale.
+        guidance_min: with guidance_max: the teacher's guidance is drawn for each sample, in diffusers' convention (lcm:
+            from 6 to 16), in the place of guidance_scale.
         guidance_max: see guidance_min.
         guidance_embedding: the network is told the drawn guidance; the student is sampled at any of that range.
     """
@@ -101,15 +101,7 @@ class ConsistencyConfig(RunConfig):
     ect_stage_steps: int | None = None
     ect_k: float = 8.0
     ect_b: float = 1.0
-    guidance_min: float | None = None
-    guidance_max: float | None = None
     guidance_embedding: bool = False
-
-    @property
-    def guidance_range(self) -> tuple[float, float] | None:
-        """Of the teacher's guidance, where it is drawn for each sample."""
-        low, high = self.guidance_min, self.guidance_max
-        return None if low is None or high is None else (low, high)
 
     @property
     def embedded_guidance(self) -> tuple[float, float] | None:
@@ -152,10 +144,6 @@ class ConsistencyConfig(RunConfig):
                 "or --solver euler for a teacher"
             )
         drawn = self.guidance_range
-        one_end = drawn is None and (self.guidance_min, self.guidance_max) != (None, None)
-        if one_end or (drawn is not None and not drawn[0] <= drawn[1]):
-            ends = f"{self.guidance_min}, {self.guidance_max}"
-            raise UserError(f"--guidance_min and --guidance_max must be a range, not {ends}")
         if drawn is None:
             if self.guidance_embedding:
                 raise UserError(
@@ -191,8 +179,7 @@ class ConsistencyConfig(RunConfig):
             UserError: it does not fit.
         """
         drawn = self.guidance_range
-        if drawn is not None and not guided and told is None:
-            raise UserError("--guidance_min needs a teacher with classifier-free guidance, which this one lacks")
+        self.refuse_unguided(guided or told is not None)
         if drawn is not None and told is not None and not drawn[0] <= told <= drawn[1]:
             raise UserError(
                 f"the student would be sampled at guidance_scale={told:g}, beyond --guidance_min and --guidance_max; "

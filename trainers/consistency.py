@@ -31,9 +31,8 @@ from fewstep.config.checks import settled
 from fewstep.data.batch import Batch
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.discretization import Discretization, SigmaRange, TimePair
-from fewstep.diffusion.ode import solver_step
 from fewstep.diffusion.prediction import add_noise, expand
-from fewstep.diffusion.rollout import Sampler, draw_sample
+from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.timesteps import uniform_times
 from fewstep.losses.consistency import Boundary, distance, weight
 from fewstep.losses.huber import huber_constant
@@ -42,6 +41,7 @@ from fewstep.networks.guidance_embedding import GuidanceEmbedding
 from fewstep.networks.roles import Role
 from fewstep.trainers._consistency_config import ConsistencyConfig
 from fewstep.training.method import Bench, Turn
+from fewstep.training.own_samples import own_sample
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,7 @@ class Consistency:
         t, r = pair.t, pair.r
         if self.solver == "none":
             return add_noise(x0, noise, self.schedule.coefficients(r))
-
-        def denoise(x: Tensor, time: Tensor) -> Tensor:
-            return self.teacher(x, time, conditioning, guidance_scale=guidance_scale)
-
-        return solver_step(denoise, self.schedule, x_t, t, r, self.solver)
+        return self.teacher.step(self.schedule, x_t, t, r, conditioning, self.solver, guidance_scale=guidance_scale)
 
     def function(self, role: Denoiser) -> Denoiser:
         """f of a role: skip * x_t + out * x0, exactly what the scheduler that ships makes of the network's answer."""
@@ -189,11 +185,7 @@ class Consistency:
             conditioning = self.told.tell(conditioning, guidance_scale)
         if real is not None:
             return real.x0, conditioning
-        last = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
-        student = self.function(self.student)
-        with torch.no_grad():
-            x0 = draw_sample(student, self.sampler, batch.draws, batch.shape, conditioning, last, prefix="sample_")
-        return x0, conditioning
+        return own_sample(self.function(self.student), self.sampler, batch, conditioning), conditioning
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from fewstep.config.attention import AUTO, refuse_unknown_backend
 from fewstep.config.checks import Settings, names_of, setting
@@ -113,6 +113,9 @@ class RunConfig(Settings):
         trust_remote_code: let a pipeline run code from its own folder.
     """
 
+    #: What --renoise takes; a method may know another walk.
+    RENOISE: ClassVar[tuple[str, ...]] = ("auto", "ode", "fresh")
+
     teacher: str = setting("source")
     out: str = setting("machine")
     revision: str | None = setting("source", None)
@@ -197,7 +200,7 @@ class RunConfig(Settings):
             )
         self._refuse_unknown("mixed_precision", "no", "bf16")
         self._refuse_unknown("stop_on", "nan", "collapse", "never")
-        self._refuse_unknown("renoise", "auto", "ode", "fresh")
+        self._refuse_unknown("renoise", *self.RENOISE)
         self._refuse_unknown("dynamic_shift", "static", "keep")
         if self.shift is not None and not self.shift > 0:
             raise UserError(f"--shift must be positive, not {self.shift}")
@@ -294,6 +297,11 @@ class RunConfig(Settings):
     @property
     def pairs_wanted(self) -> PairsWanted | None:
         """The noise-sample pairs that the run trains on; a method may want some."""
+        return None
+
+    @property
+    def walk_gamma(self) -> float | None:
+        """How much of the noise each step draws anew, of a method whose students walk as TCD's do; None for others."""
         return None
 
     @property

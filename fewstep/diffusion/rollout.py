@@ -13,6 +13,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.prediction import add_noise, ode_step
 from fewstep.diffusion.schedule import NoiseSchedule
+from fewstep.diffusion.strategic import strategic_step, walk_end
 from fewstep.diffusion.timesteps import even_grid
 from fewstep.sending import known
 
@@ -24,31 +25,44 @@ class Sampler:
     Attributes:
         schedule: alpha and sigma.
         grid: times in (0, 1], descending, without the final 0.
-        renoise: ``"fresh"`` (x0 is noised anew) or ``"ode"`` (the implied noise is kept).
+        renoise: ``"fresh"`` (x0 is noised anew), ``"ode"`` (the implied noise is kept) or ``"tcd"`` (a part of it is).
         initial_scale: the first x_t is this times unit noise.
+        gamma: of ``"tcd"``, see :mod:`fewstep.diffusion.strategic`.
     """
 
     schedule: NoiseSchedule
     grid: tuple[float, ...]
     renoise: str
     initial_scale: float = 1.0
+    gamma: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.renoise not in ("fresh", "ode"):
-            raise ValueError(f"renoise must be 'fresh' or 'ode', not {self.renoise!r}")
+        if self.renoise not in ("fresh", "ode", "tcd"):
+            raise ValueError(f"renoise must be 'fresh', 'ode' or 'tcd', not {self.renoise!r}")
         if not self.grid or any(b >= a for a, b in zip(self.grid, self.grid[1:])) or not self.grid[-1] > 0:
             raise ValueError(f"a grid descends and ends above 0, not {self.grid}")
 
     def move(self, x_t: Tensor, x0: Tensor, t: Tensor, then: Tensor, fresh: Tensor | None) -> Tensor:
         """The sample (B, ...) at the time ``then`` (B,) after ``x0`` was said at ``x_t`` and ``t``.
 
-        ``fresh``: unit noise (B, ...), wanted for ``renoise="fresh"``.
+        ``fresh``: unit noise (B, ...), wanted for ``renoise="fresh"`` and ``"tcd"``.
         """
+        if self.renoise == "tcd":
+            assert fresh is not None  # as it is wanted here
+            return strategic_step(self.schedule, x_t, x0, t, then, self.gamma, fresh)
         there = self.schedule.coefficients(then)
         if self.renoise == "fresh":
             assert fresh is not None  # as it is wanted here
             return add_noise(x0, fresh, there)
         return ode_step(x_t, x0, self.schedule.coefficients(t), there)
+
+    def arrive(self, x_t: Tensor, x0: Tensor, step: int) -> Tensor:
+        """Where a walk ends that said ``x0`` at ``x_t`` of ``step``, (B, ...): clean, unless it is TCD's of a table."""
+        end = walk_end(self.schedule, self.renoise)
+        if end == 0:
+            return x0
+        t = self.times(step, x_t)
+        return ode_step(x_t, x0, self.schedule.coefficients(t), self.schedule.coefficients(torch.full_like(t, end)))
 
     def times(self, step: int, like: Tensor) -> Tensor:
         """The time of ``step`` for every sample of ``like``: float64 (B,)."""
@@ -77,7 +91,7 @@ def rollout(
         sampler: grid and rule between steps.
         noise: unit normal.
         conditioning: of B samples.
-        step_noise: fresh unit noise (B, ...) for entering step k, needed for ``renoise="fresh"``.
+        step_noise: fresh unit noise (B, ...) for entering step k, needed but for ``renoise="ode"``.
         last: index of the step to stop at, default the grid's last.
         on_step: called with (k, x_t) before each call of the student.
 
@@ -95,13 +109,13 @@ def rollout(
                 on_step(step, x_t)
             x0 = ask_at(student, sampler, step, x_t, conditioning)
             fresh = None
-            if sampler.renoise == "fresh":
+            if sampler.renoise != "ode":
                 assert step_noise is not None  # as it is needed here
                 fresh = step_noise(step + 1)
             x_t = sampler.move(x_t, x0, t, sampler.times(step + 1, x_t), fresh)
     if on_step is not None:
         on_step(last, x_t)
-    return ask_at(student, sampler, last, x_t, conditioning)
+    return sampler.arrive(x_t, ask_at(student, sampler, last, x_t, conditioning), last)
 
 
 def ask_at(student: Denoiser, sampler: Sampler, step: int, x_t: Tensor, conditioning: AnyConditioning) -> Tensor:

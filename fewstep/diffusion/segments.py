@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.discretization import EvenTimes, TimePair
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.schedule import NoiseSchedule, TableSchedule
 from fewstep.errors import UserError
@@ -87,3 +88,28 @@ def draw_between(schedule: NoiseSchedule, low: Tensor, high: Tensor, draws: Draw
     # Whole numbers, so that neither end is drawn half as often as what lies between.
     first, last = (low * count).round(), (high * count).round()
     return (first + (uniform * (last - first + 1)).floor()) / count
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a training in which jumps stay inside of one set of segments.
+
+    Attributes:
+        grid: of neighbouring times.
+        segments: that its jumps do not leave, with edges on the grid.
+        to_edge: jumps end at the lower edge of their segment, else anywhere between that and the neighbour.
+    """
+
+    grid: EvenTimes
+    segments: Segments
+    to_edge: bool
+
+    def end(self, schedule: NoiseSchedule, pair: TimePair, draws: Draws) -> Tensor:
+        """Where the jumps from a pair's times end: float64 (B,), at or below its lower time."""
+        edge = self.segments.lower(pair.t)
+        return edge if self.to_edge else draw_between(schedule, edge, pair.r, draws, "end")
+
+    def span(self, end: Tensor) -> Tensor:
+        """The length (B,), float64, of the segment above each ``end`` (B,)."""
+        above = end + 1e-6
+        return self.segments.upper(above) - self.segments.lower(above)

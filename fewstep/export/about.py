@@ -123,7 +123,7 @@ def student_class(
                 warnings.warn(untrained, stacklevel=2)
         else:
             refuse_strength(stock, relative, {**missing, **given}, about.get("counts", ()))
-        with step_noise_from(self, given.get("generator") if about.get("renoise") == "fresh" else None):
+        with step_noise_from(self, given.get("generator") if about.get("renoise") in ("fresh", "tcd") else None):
             return stock.__call__(self, *args, **kwargs, **missing)
 
     def save_pretrained(self: DiffusionPipeline, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

@@ -17,6 +17,7 @@ _KINDS: Kinds = {
     "conditional": (str, _NONE),
     "config": dict,
     "counts": (list, _NONE),
+    "gamma": (int, float),
     "guidance_range": (list, _NONE),
     "load": dict,
     "lora": dict,

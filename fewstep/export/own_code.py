@@ -17,7 +17,7 @@ _EXPERTS = re.compile(r"^EXPERTS: tuple\[str, \.\.\.\] = (\([\w', ]*\))  # <- ex
 
 
 def is_own_code(folder: str | Path) -> bool:
-    """Whether a folder's pipeline is run by a copy of a file of ``pipelines/``, and no other code lies in it."""
+    """Whether a folder's pipeline or scheduler is run by a copy of a file of ``pipelines/``, and nothing else is."""
     folder = Path(folder)
     code = _code_file(folder)
     if code is None:
@@ -54,15 +54,18 @@ def stock_class_of(folder: str | Path) -> type[Any] | None:
 
 
 def _code_file(folder: Path) -> Path | None:
-    """The file at the root that ``model_index.json`` names as the home of the pipeline's class."""
+    """The file that ``model_index.json`` names as the home of the pipeline's class, or else of its scheduler's."""
     try:
-        named = read_json(folder / "model_index.json")["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+        index = read_json(folder / "model_index.json")
+    except (OSError, ValueError):
         return None
-    if not isinstance(named, list) or not named or not re.fullmatch(r"\w+", str(named[0])):
-        return None
-    path = folder / f"{named[0]}.py"
-    return path if path.is_file() else None
+    for name, place in (("_class_name", folder), ("scheduler", folder / "scheduler")):
+        named = index.get(name) if isinstance(index, dict) else None
+        if isinstance(named, list) and named and re.fullmatch(r"\w+", str(named[0])):
+            path = place / f"{named[0]}.py"
+            if path.is_file():
+                return path
+    return None
 
 
 def _pipelines() -> list[Path]:
@@ -72,10 +75,10 @@ def _pipelines() -> list[Path]:
 
 
 def _without_choices(path: Path) -> str | None:
-    """The text without the one or two lines that differ from copy to copy; None where they say more than names."""
+    """The text without the lines, two at most, that differ from copy to copy; None where they say more than names."""
     text = path.read_text(encoding="utf-8")
     stock, experts = _STOCK.findall(text), _EXPERTS.findall(text)
-    if len(stock) != 1 or len(experts) != text.count("# <- experts\n"):
+    if len(stock) != text.count("# <- stock\n") or len(stock) > 1 or len(experts) != text.count("# <- experts\n"):
         return None
     if not experts:
         return _STOCK.sub("", text)

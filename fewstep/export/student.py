@@ -83,6 +83,8 @@ class Student:
         """Why no LoRA of the base model can hold this student; None where one can."""
         if SECOND_TIME in self.recording.pipeline.components:
             return "no LoRA holds its second time"
+        if hasattr(self.plan.scheduler, "code_file"):
+            return "no LoRA holds the code of its scheduler"
         if moves_boundary(self.teacher, self.recording):
             return "its base model has no room for the student's networks"
         return why_no_lora(self.teacher, self.teacher_lora)

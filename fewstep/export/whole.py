@@ -115,7 +115,7 @@ def verify_student(recording: Recording, networks: dict[str, nn.Module], plan: S
     shared |= absent_parts(recording.pipeline)
     try:
         # What code there is in the folder was put there a moment ago, by this process.
-        trusted = {"trust_remote_code": True} if hasattr(recording.pipeline, "code_file") else {}
+        trusted = {"trust_remote_code": True} if _about_code(recording, plan) else {}
         pipeline = load_pipeline(folder, dtype=recording.dtype, **shared, **trusted)
     except (OSError, ValueError, TypeError) as error:
         raise ExportError(f"the exported student does not load: {one_line(error)}") from error
@@ -148,7 +148,7 @@ def check_counts(
     for count in plan.counts:
         # Every count's scheduler is walked; the weights are the same at all of them and are compared at one.
         compared = reference if count == plan.steps else None
-        found = check_student(recording, pipeline, call, plan.renoise, count, compared)
+        found = check_student(recording, pipeline, call, plan.move, count, compared)
         if found.grid != plan.grids[count]:
             raise ExportError(
                 f"the exported student visits {found.grid} at {count} steps and was planned for {plan.grids[count]}"
@@ -219,13 +219,14 @@ def about_student(
         "call": plan.call,
         "untrained_pictures": own_pictures(type(recording.pipeline)),
         "load": absent_parts(recording.pipeline),
-        **_about_code(recording.pipeline),
+        **_about_code(recording, plan),
         "steps": plan.steps,
         "counts": list(plan.counts),
         "timesteps": list(plan.timesteps),
         "grid": list(plan.grid),
         "grids": {str(count): list(grid) for count, grid in plan.grids.items()},
         "renoise": plan.renoise,
+        **({"gamma": plan.gamma} if plan.renoise == "tcd" else {}),
         "noise_follows": plan.noise_follows,
         "initial_scale": plan.initial_scale,
         "prediction_type": plan.prediction_type,
@@ -241,9 +242,10 @@ def about_student(
     }
 
 
-def _about_code(pipeline: Any) -> dict[str, str]:
-    """The file in the student's folder that it is run with, where it is no stock pipeline."""
-    return {"code": pipeline.code_file} if hasattr(pipeline, "code_file") else {}
+def _about_code(recording: Recording, plan: StudentPlan) -> dict[str, str]:
+    """The file in the student's folder that it is run with, where its pipeline or its scheduler is not stock."""
+    own = [part.code_file for part in (recording.pipeline, plan.scheduler) if hasattr(part, "code_file")]
+    return {"code": own[0]} if own else {}
 
 
 def _about_experts(recording: Recording, plan: StudentPlan) -> dict[str, Any]:

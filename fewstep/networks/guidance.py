@@ -9,7 +9,9 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning, in_groups, join
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.intervals import TimedScale
+from fewstep.diffusion.ode import solver_step
 from fewstep.diffusion.prediction import expand, to_x0
+from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.experts import ExpertsDenoiser
@@ -103,6 +105,24 @@ class GuidedDenoiser:
         if self.guidance_scale == 0.0:
             return self.denoiser(x_t, t, self._negatives(len(x_t)))
         return self._guided(x_t, t, conditioning, self.scale_at(t, x_t))
+
+    def step(
+        self,
+        schedule: NoiseSchedule,
+        x_t: Tensor,
+        t: Tensor,
+        then: Tensor,
+        conditioning: AnyConditioning,
+        solver: str,
+        *,
+        guidance_scale: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, ...) at ``then`` (B,) after one step of its ODE; see :func:`fewstep.diffusion.ode.solver_step`."""
+
+        def denoise(x: Tensor, time: Tensor) -> Tensor:
+            return self(x, time, conditioning, guidance_scale=guidance_scale)
+
+        return solver_step(denoise, schedule, x_t, t, then, solver)
 
     def scale_at(self, t: Tensor, like: Tensor) -> float | Tensor:
         """w at ``t`` (B,), as a number or shaped to multiply ``like`` (B, ...)."""

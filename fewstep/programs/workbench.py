@@ -100,6 +100,7 @@ class Workbench:
             first_sigma=config.first_sigma,
             start=config.start,
             dynamic_shift=config.dynamic_shift,
+            gamma=config.walk_gamma,
         )
         say(plan.note)
         self.student = Student(self.recording, self.recording, plan, teacher.lora)
@@ -138,7 +139,7 @@ class Workbench:
     def sampler(self) -> Sampler:
         """How the student moves."""
         plan = self.student.plan
-        return Sampler(self.recording.schedule, plan.grid, plan.renoise, plan.initial_scale)
+        return Sampler(self.recording.schedule, plan.grid, plan.renoise, plan.initial_scale, plan.gamma)
 
     def make_roles(self, *names: str) -> dict[str, Role]:
         """The frozen teacher, the roles ``names``, and ``ema`` where the run has one."""

@@ -146,6 +146,6 @@ def test_a_grid_descends_and_ends_above_zero(grid: tuple[float, ...]):
         Sampler(FlowSchedule(), grid, "ode")
 
 
-def test_renoise_is_fresh_or_ode():
-    with pytest.raises(ValueError, match="'fresh' or 'ode', not 'sde'"):
+def test_renoise_is_fresh_ode_or_tcd():
+    with pytest.raises(ValueError, match="'fresh', 'ode' or 'tcd', not 'sde'"):
         Sampler(FlowSchedule(), GRID, "sde")

@@ -12,6 +12,7 @@ from diffusers import (
     LCMScheduler,
 )
 
+from fewstep.diffusion.strategic import Move
 from fewstep.export import SchedulerCheckError, plan_student
 from fewstep.export.walk.plan import check_student, reference_of
 from fewstep.recording.pipeline import with_parts
@@ -27,7 +28,7 @@ def walk_with(recorded):
         plan = plan_student(recording, steps, renoise=renoise)
         pipeline = with_parts(recording.pipeline, scheduler=scheduler)
         reference = reference_of(recording, recording.networks)
-        return check_student(recording, pipeline, plan.call, renoise, steps, reference)
+        return check_student(recording, pipeline, plan.call, Move(renoise), steps, reference)
 
     return run
 
@@ -110,7 +111,7 @@ def test_a_network_that_is_fed_another_time(recorded):
     with shaken(recording.network):
         pipeline = with_parts(recording.pipeline, scheduler=Off.from_config(plan.scheduler.config))
         with pytest.raises(SchedulerCheckError):
-            check_student(recording, pipeline, plan.call, "ode", 2, reference_of(recording, recording.networks))
+            check_student(recording, pipeline, plan.call, Move("ode"), 2, reference_of(recording, recording.networks))
 
 
 def test_other_weights_are_seen(recorded, trained):
@@ -118,7 +119,7 @@ def test_other_weights_are_seen(recorded, trained):
     plan = plan_student(recording, 1)
     pipeline = with_parts(recording.pipeline, scheduler=plan.scheduler, unet=trained(recording))
     with pytest.raises(SchedulerCheckError, match="does not feed the network"):
-        check_student(recording, pipeline, plan.call, plan.renoise, 1, reference_of(recording, recording.networks))
+        check_student(recording, pipeline, plan.call, plan.move, 1, reference_of(recording, recording.networks))
 
 
 def test_nan_fails():
@@ -136,4 +137,4 @@ def test_walk_needs_no_reacting_network(recorded):
         torch.nn.init.zeros_(parameter)
     wrong = with_parts(recording.pipeline, scheduler=FlowMatchLCMScheduler(shift=3.0), transformer=dead)
     with pytest.raises(SchedulerCheckError, match="teacher's x_t"):
-        check_student(recording, wrong, plan.call, "ode", 2, reference_of(recording, {recording.component: dead}))
+        check_student(recording, wrong, plan.call, Move("ode"), 2, reference_of(recording, {recording.component: dead}))

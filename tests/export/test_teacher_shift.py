@@ -132,7 +132,7 @@ def test_a_walk_at_another_size_than_the_recorded_one_is_refused(recorded):
     reference = reference_of(recording, recording.networks)
     lost = {name: value for name, value in student_call(recording, 2).items() if name not in ("height", "width")}
     with pytest.raises(SchedulerCheckError, match="not the recorded one"):
-        check_student(recording, pipeline, {**lost, "height": 24, "width": 24}, plan.renoise, 2, reference)
+        check_student(recording, pipeline, {**lost, "height": 24, "width": 24}, plan.move, 2, reference)
 
 
 @pytest.mark.parametrize("shift", [1e5, 1e9, 1e-6])

@@ -143,7 +143,11 @@ def _code(about: Mapping[str, Any]) -> str:
     if "code" not in about:
         return ""
     told = (
-        "Which network is called when is decided" if "experts" in about else "Where each step ends is told its network"
+        "How it moves between its steps is computed"
+        if about["renoise"] == "tcd"
+        else "Which network is called when is decided"
+        if "experts" in about
+        else "Where each step ends is told its network"
     )
     return f" {told} by `{about['code']}` in its folder, hence `trust_remote_code`."
 

@@ -83,7 +83,7 @@ def _key(recording: Recording, plan: StudentPlan) -> str:
 
     pipeline, networks = recording.pipeline, tuple(recording.components)
     parts = {name: described(part) for name, part in pipeline.components.items()}
-    moves = described(plan.scheduler), plan.call, plan.renoise, plan.grids, plan.initial_scale
+    moves = described(plan.scheduler), plan.call, plan.renoise, plan.gamma, plan.grids, plan.initial_scale
     asked = recording.invocation.item, recording.call, str(recording.dtype)
     return json.dumps([described(pipeline), networks, parts, moves, asked], default=str, sort_keys=True)
 
@@ -216,7 +216,7 @@ class _Walker:
             arguments,
             recording.schedule,
             recording.prediction_type,
-            self.plan.renoise,
+            self.plan.move,
             component_at,
             checked=checked,
         )

@@ -2,7 +2,8 @@
 
 Timesteps that look right prove nothing: a swapped table, a shift applied twice or a clipped x0 runs and samples wrong.
 So the exported pipeline is run stock, each step is told a known x0, and the next x_t must be the teacher's
-alpha' * x0 + sigma' * n, with n the step's own noise (ODE) or the noise just drawn (fresh); the last x must be x0.
+alpha' * x0 + sigma' * n, with n the step's own noise (ODE), the noise just drawn (fresh) or both (TCD); the last x must
+be x0.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.diffusion.prediction import add_noise, expand, from_x0, noise_from_x0, x0_map
+from fewstep.diffusion.prediction import add_noise, expand, from_x0, noise_from_x0, ode_step, x0_map
 from fewstep.diffusion.schedule import NoiseSchedule
+from fewstep.diffusion.strategic import Move, strategic_step, walk_end
 from fewstep.diffusion.timesteps import descends
 from fewstep.errors import one_line
 from fewstep.export.errors import ExportError
@@ -74,7 +76,7 @@ def walk(
     arguments: dict[str, Any],
     schedule: NoiseSchedule,
     prediction_type: str,
-    renoise: str,
+    move: Move,
     component_at: Callable[[float], str],
     reference: Reference | None = None,
 ) -> SchedulerCheck:
@@ -85,7 +87,7 @@ def walk(
         arguments: of its call, with ``num_inference_steps`` and, where it takes one, ``generator``.
         schedule: the teacher's.
         prediction_type: what the network says, see :data:`fewstep.diffusion.prediction.KINDS`.
-        renoise: ``"ode"`` or ``"fresh"``.
+        move: what a step does.
         component_at: the component that training calls at a scheduler's timestep.
         reference: also compare the network's answers with the recipe's, at the same x and timestep.
 
@@ -103,18 +105,18 @@ def walk(
 
     name, steps = _name(pipeline), seen.steps
     times = _times(name, steps, arguments["num_inference_steps"], schedule)
-    deviations = _check_steps(name, steps, times, teller, renoise)
+    deviations = _check_steps(name, steps, times, teller, move)
     if steps[0].sample.dtype in (torch.float16, torch.bfloat16):
         again = _Teller(schedule, prediction_type)
         precise = replay(pipeline, seen, again)
-        deviations += _check_steps(name, precise.steps, times, again, renoise)
+        deviations += _check_steps(name, precise.steps, times, again, move)
     for step in steps:
         _check_called(name, step, component_at(step.timestep))
     if reference is not None:
         deviations += _check_answers(name, steps, schedule, component_at, reference)
     drawn = [draw for step in steps[:-1] for draw in step.draws]
     follows = None
-    if renoise == "fresh" and drawn:
+    if move.renoise != "ode" and drawn:
         follows = "generator" if all(draw.own_generator for draw in drawn) else "global seed"
     return SchedulerCheck(
         timesteps=tuple(step.timestep for step in steps),
@@ -156,12 +158,12 @@ def _times(name: str, steps: list[TracedStep], count: int, schedule: NoiseSchedu
     return times
 
 
-def _check_steps(name: str, steps: list[TracedStep], times: list[Tensor], teller: _Teller, renoise: str) -> list[float]:
-    return [_check_step(name, index, steps, times, teller, renoise) for index in range(len(steps))]
+def _check_steps(name: str, steps: list[TracedStep], times: list[Tensor], teller: _Teller, move: Move) -> list[float]:
+    return [_check_step(name, index, steps, times, teller, move) for index in range(len(steps))]
 
 
 def _check_step(
-    name: str, index: int, steps: list[TracedStep], times: list[Tensor], teller: _Teller, renoise: str
+    name: str, index: int, steps: list[TracedStep], times: list[Tensor], teller: _Teller, move: Move
 ) -> float:
     step, t, schedule, x0 = steps[index], times[index], teller.schedule, teller.x0[index]
     # Rounding errors are relative to the sample, whose size is that of its noise under an EDM schedule, and an error of
@@ -170,14 +172,20 @@ def _check_step(
     size = max(1.0, float(schedule.coefficients(t).sigma[0]))
     tolerance = _TOLERANCE[step.told.dtype] * size * (1 + float(gain[0].abs()))
     where = f"step {index + 1} of {len(steps)} (timestep {step.timestep:g})"
+    x_t, now = _x_t(schedule, step.network_input, t), schedule.coefficients(t)
     if index + 1 == len(steps):
-        # The last sample is clean, and a clean sample is the same in every scheduler's space.
-        return _demand(step.result.double().cpu(), x0, tolerance, f"{name}: after {where} the sample is not x0")
-    if renoise == "ode":
-        noise = noise_from_x0(x0, _x_t(schedule, step.network_input, t), schedule.coefficients(t))
+        # The last sample is clean, and a clean sample is the same in every scheduler's space. (TCD's, of a table, has
+        # alpha and sigma of its lowest entry, which is in the space of x_t.)
+        end = walk_end(schedule, move.renoise)
+        clean = x0 if end == 0 else ode_step(x_t, x0, now, schedule.coefficients(torch.full_like(t, end)))
+        return _demand(step.result.double().cpu(), clean, tolerance, f"{name}: after {where} the sample is not x0")
+    then = times[index + 1]
+    if move.renoise == "tcd":
+        expected = strategic_step(schedule, x_t, x0, t, then, move.gamma, _fresh_noise(name, where, step))
+    elif move.renoise == "ode":
+        expected = add_noise(x0, noise_from_x0(x0, x_t, now), schedule.coefficients(then))
     else:
-        noise = _fresh_noise(name, where, step)
-    expected = add_noise(x0, noise, schedule.coefficients(times[index + 1]))
+        expected = add_noise(x0, _fresh_noise(name, where, step), schedule.coefficients(then))
     following = _x_t(schedule, steps[index + 1].network_input, times[index + 1])
     return _demand(following, expected, tolerance, f"{name}: {where} does not lead to the teacher's x_t")
 
@@ -287,7 +295,7 @@ def follow(
     arguments: dict[str, Any],
     schedule: NoiseSchedule,
     prediction_type: str,
-    renoise: str,
+    move: Move,
     component_at: Callable[[float], str],
     *,
     checked: bool = True,
@@ -301,7 +309,7 @@ def follow(
         arguments: of its call.
         schedule: the teacher's.
         prediction_type: what the network says.
-        renoise: ``"ode"`` or ``"fresh"``.
+        move: what a step does.
         component_at: the component that training calls at a scheduler's timestep.
         checked: whether each step must lead to the next sample; not where the pipeline keeps a part of the picture.
 
@@ -315,7 +323,7 @@ def follow(
         return seen, ()
     times = _times(name, seen.steps, len(seen.steps), schedule)
     if checked:
-        _check_steps(name, seen.steps, times, teller, renoise)
+        _check_steps(name, seen.steps, times, teller, move)
     for step in seen.steps:
         _check_called(name, step, component_at(step.timestep))
     return seen, tuple(min(float(t[0]), 1.0) for t in times)

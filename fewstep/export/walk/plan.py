@@ -7,15 +7,18 @@ first whose walk holds wins. The trainer then trains on the grid that the shippe
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule, TrigFlowSchedule
+from fewstep.diffusion.schedule import FlowSchedule, TableSchedule
+from fewstep.diffusion.strategic import Move
 from fewstep.diffusion.timesteps import descends, even_grid
 from fewstep.export.errors import ExportError
 from fewstep.export.walk.check import Reference, SchedulerCheck, SchedulerCheckError, walk
+from fewstep.export.walk.refusals import refuse
 from fewstep.export.walk.scheduler import Wish, candidates, wanted_grid
 from fewstep.export.walk.sizes import SizeShift, dynamic_config, size_shifts, walked_sizes
 from fewstep.export.walk.teacher_shift import shifts_by_size, teacher_shift
@@ -37,7 +40,7 @@ class StudentPlan:
 
     Attributes:
         scheduler: a stock scheduler instance, ready to ship.
-        renoise: ``"ode"`` or ``"fresh"``.
+        renoise: ``"ode"``, ``"fresh"`` or ``"tcd"``.
         steps: length of the grid.
         timesteps: what the pipeline passes to its scheduler at that count.
         grid: the same as t in (0, 1], descending; the trainer trains on it.
@@ -54,6 +57,7 @@ class StudentPlan:
         example: a prompt or label that the student was trained for, which its card shows; None where that is not known.
         dynamic: whether its scheduler shifts by the size as the teacher's does; else its grid is one for every size.
         sizes: the teacher's shifts at several sizes, the trained one first; empty where it has one for all.
+        gamma: of ``"tcd"``: how much of the noise each step draws anew.
     """
 
     scheduler: Any
@@ -74,6 +78,12 @@ class StudentPlan:
     example: str | int | None = None
     dynamic: bool = False
     sizes: tuple[SizeShift, ...] = ()
+    gamma: float = 0.0
+
+    @property
+    def move(self) -> Move:
+        """What a step does."""
+        return Move(self.renoise, self.gamma)
 
 
 def plan_student(
@@ -86,26 +96,29 @@ def plan_student(
     first_sigma: float | None = None,
     start: str = "noise",
     dynamic_shift: str = "static",
+    gamma: float | None = None,
 ) -> StudentPlan:
     """Find the stock scheduler that carries a student of ``steps`` steps, and prove it on the teacher's weights.
 
     Args:
         recording: of the teacher.
         steps: at least 1, at most the times that the teacher knows.
-        renoise: ``"ode"``, ``"fresh"``, or ``"auto"``: ODE for flow and EDM; for tables fresh noise where it can ship.
+        renoise: ``"ode"``, ``"fresh"``, ``"tcd"``, or ``"auto"``: ODE for flow and EDM; for tables fresh noise, or
+            TCD's walk with ``gamma``, where it can ship.
         shift: k of a flow grid t' = k t / (1 + (k - 1) t); None: the teacher's own, at the recorded call.
         first_timestep: start at this entry of a table instead of its top (DMD2's one-step SDXL: 399; SiD: 625).
         first_sigma: start an EDM student at this noise level instead of sigma_max (SiD: 2.5).
         start: ``"noise"``: the first x_t is unit noise; ``"marginal"``: sigma times unit noise (SiD; ODE, tables).
         dynamic_shift: of a teacher that shifts its grid by the size: ``"static"``: the student has the grid of the
             recorded size at every size; ``"keep"``: its scheduler shifts as the teacher's, if that holds at several.
+        gamma: of a student that walks as TCD's do: how much of the noise each step draws anew, in (0, 1].
 
     Raises:
         ExportError: the wish cannot ship; one line names the reason.
     """
     schedule = recording.schedule
-    _refuse(recording, steps, renoise, shift, first_timestep, first_sigma, start)
-    is_flow = isinstance(schedule, FlowSchedule)
+    refuse(recording, steps, renoise, shift, first_timestep, first_sigma, start, gamma)
+    is_flow, is_table = isinstance(schedule, FlowSchedule), isinstance(schedule, TableSchedule)
     keep = dynamic_shift == "keep"
     if keep and shift is not None:
         raise ExportError("dynamic_shift keep leaves the shift to the pipeline; leave one of it and the shift out")
@@ -120,6 +133,7 @@ def plan_student(
         first_sigma=first_sigma,
         start=start,
         dynamic=dynamic,
+        gamma=gamma or 0.0,
     )
     if is_flow and not descends(even_grid(steps, wish.shift).tolist()):
         raise ExportError(
@@ -129,11 +143,16 @@ def plan_student(
     origin = ", with the shift that the teacher has at the recorded size" if measured else ""
     call = student_call(recording, steps)
     reference = reference_of(recording, recording.networks)
+    # Pipelines that have this argument pass it in any case, and most pass 0 where it is left out.
+    takes_eta = is_table and "eta" in inspect.signature(type(recording.pipeline).__call__).parameters
 
     def found(way: str, reason: str) -> StudentPlan:
-        return _plan(recording, replace(wish, renoise=way), call, reference, reason + origin)
+        told = {"eta": gamma} if way == "tcd" and takes_eta else {}
+        return _plan(recording, replace(wish, renoise=way), call | told, reference, reason + origin)
 
     if keep:
+        if renoise == "tcd":
+            raise ExportError("dynamic_shift keep: no scheduler walks as TCD's and shifts by the size; take static")
         try:
             way = "fresh" if renoise == "fresh" else "ode"
             return found(way, f"{way} with the teacher's dynamic shift as asked")
@@ -141,17 +160,19 @@ def plan_student(
             raise ExportError(f"dynamic_shift keep: no such student can ship: {error}; take static") from error
     if renoise == "ode":
         return found("ode", "ODE as asked")
-    if renoise == "fresh":
+    noisy = "tcd" if gamma is not None else "fresh"
+    words = {"fresh": "fresh noise", "tcd": f"TCD's walk with gamma {gamma}"}
+    if renoise in words:
         try:
-            return found("fresh", "fresh noise as asked")
+            return found(renoise, f"{words[renoise]} as asked")
         except SchedulerCheckError as error:
-            raise ExportError(f"a student with fresh noise cannot ship: {error}; use renoise='ode'") from error
-    if not isinstance(schedule, TableSchedule) or start == "marginal":
+            raise ExportError(f"a student with {words[renoise]} cannot ship: {error}; use renoise='ode'") from error
+    if not is_table or start == "marginal":
         return found("ode", "auto chose ODE")
     try:
-        return found("fresh", "auto chose fresh noise")
+        return found(noisy, f"auto chose {words[noisy]}")
     except SchedulerCheckError as error:
-        return found("ode", f"auto chose ODE, since fresh noise cannot ship ({error})")
+        return found("ode", f"auto chose ODE, since {words[noisy]} cannot ship ({error})")
 
 
 def _flow_shift(recording: Recording, given: float | None, steps: int | None) -> float:
@@ -180,7 +201,7 @@ def check_student(
     recording: Recording,
     pipeline: Any,
     call: dict[str, Any],
-    renoise: str,
+    move: Move,
     count: int,
     reference: Reference | None = None,
 ) -> SchedulerCheck:
@@ -194,57 +215,7 @@ def check_student(
     def component_at(timestep: float) -> str:
         return recording.expert_at(timestep).component
 
-    return walk(pipeline, arguments, recording.schedule, recording.prediction_type, renoise, component_at, reference)
-
-
-def _refuse(
-    recording: Recording,
-    steps: int,
-    renoise: str,
-    shift: float | None,
-    first_timestep: int | None,
-    first_sigma: float | None,
-    start: str,
-) -> None:
-    schedule = recording.schedule
-    if renoise not in ("auto", "ode", "fresh"):
-        raise ExportError(f"renoise is auto, ode or fresh, not {renoise!r}")
-    if start not in ("noise", "marginal"):
-        raise ExportError(f"start is noise or marginal, not {start!r}")
-    if steps < 1:
-        raise ExportError(f"steps must be at least 1, not {steps}")
-    if isinstance(schedule, TrigFlowSchedule):
-        raise ExportError("a TrigFlow teacher is a few-step student itself, and no stock scheduler carries another one")
-    if shift is not None and not isinstance(schedule, FlowSchedule):
-        raise ExportError("shift belongs to flow-matching teachers; this one has a table or a ramp of its own")
-    if shift is not None and not (math.isfinite(shift) and shift > 0):
-        raise ExportError(f"shift must be a positive number, not {shift}")
-    if isinstance(schedule, EDMSchedule) and (first_timestep is not None or start != "noise"):
-        raise ExportError("an EDM student starts at sigma_max or at first_sigma")
-    if first_sigma is not None and not isinstance(schedule, EDMSchedule):
-        raise ExportError("first_sigma belongs to EDM teachers; a table's student starts at first_timestep")
-    if first_sigma is not None and isinstance(schedule, EDMSchedule):
-        low, high = schedule.sigma_min, schedule.sigma_max
-        if not low < first_sigma <= high:
-            levels = f"({low:g}, {high:g}], the noise levels of the teacher"
-            raise ExportError(f"first_sigma must be in {levels}, not {first_sigma:g}")
-    if isinstance(schedule, FlowSchedule) and (first_timestep is not None or start != "noise"):
-        raise ExportError("a flow student starts at pure noise, timestep 1000")
-    times = schedule.num_train_timesteps or (
-        round(schedule.timestep_scale) if isinstance(schedule, FlowSchedule) else 1000
-    )
-    if first_timestep is not None and not 0 <= first_timestep < times:
-        raise ExportError(f"first_timestep must be in 0..{times - 1}, not {first_timestep}")
-    available = times if first_timestep is None else first_timestep + 1
-    if steps > available:
-        raise ExportError(f"{steps} steps are more than the {available} times of the schedule")
-    if isinstance(schedule, TableSchedule):
-        top = available - 1
-        if recording.prediction_type == "epsilon" and float(schedule.alphas_cumprod[top]) == 0:
-            raise ExportError(
-                f"the teacher predicts noise, and at timestep {top} its input is only noise (zero terminal SNR); "
-                f"start lower (first_timestep={top - 1})"
-            )
+    return walk(pipeline, arguments, recording.schedule, recording.prediction_type, move, component_at, reference)
 
 
 def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Reference, reason: str) -> StudentPlan:
@@ -257,7 +228,7 @@ def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Ref
     for count in _other_counts(wish.steps):
         # A count that does not hold is left out of the plan, which is how the plan says it.
         with contextlib.suppress(SchedulerCheckError):
-            other = check_student(recording, pipeline, call, wish.renoise, count)
+            other = check_student(recording, pipeline, call, wish.move, count)
             # Pure noise belongs to the trained first time. (A stretched flow grid has its last time alone at one step.)
             if math.isclose(other.grid[0], found.grid[0]) and other.initial_scale == found.initial_scale:
                 grids[count] = other.grid
@@ -266,7 +237,7 @@ def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Ref
     if wish.dynamic is not None:
 
         def walk_at(size: Mapping[str, int]) -> SchedulerCheck:
-            return check_student(recording, pipeline, {**call, **size}, wish.renoise, wish.steps)
+            return check_student(recording, pipeline, {**call, **size}, wish.move, wish.steps)
 
         sizes = walked_sizes(sizes, wish.steps, walk_at)
     return StudentPlan(
@@ -285,6 +256,7 @@ def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Ref
         note=f"{reason}: {remark}{_idle(recording, found.timesteps)}",
         dynamic=wish.dynamic is not None,
         sizes=sizes,
+        gamma=wish.gamma if wish.renoise == "tcd" else 0.0,
     )
 
 
@@ -304,7 +276,7 @@ def _first_that_holds(
     for scheduler in candidates(wish):
         pipeline = with_parts(recording.pipeline, **{find_scheduler(recording.pipeline): scheduler})
         try:
-            found = check_student(recording, pipeline, call, wish.renoise, wish.steps, reference)
+            found = check_student(recording, pipeline, call, wish.move, wish.steps, reference)
         except SchedulerCheckError as error:
             failures.append(str(error))
             continue

@@ -6,6 +6,7 @@ passes to it (sigmas, only a count, eta, a generator), and that is found by tryi
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,11 @@ from diffusers import (
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    TCDScheduler,
 )
 
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
+from fewstep.diffusion.strategic import Move
 from fewstep.diffusion.timesteps import even_grid, shift_time
 from fewstep.export.errors import ExportError
 
@@ -34,13 +37,14 @@ class Wish:
         schedule: the teacher's, of the network's input.
         prediction_type: what the network says; the scheduler has to speak it.
         steps: length of the grid.
-        renoise: ``"ode"`` or ``"fresh"``.
+        renoise: ``"ode"``, ``"fresh"`` or ``"tcd"``.
         shift: of a flow grid.
         first_timestep: index of the table entry to start at; None: the top.
         first_sigma: noise level of an EDM student's first step; None: sigma_max.
         start: ``"noise"``: the first x_t is unit noise; ``"marginal"``: sigma times unit noise (SiD).
         last_sigma: the smallest of the sigmas that the pipeline itself passes for this count, None if it passes none.
         dynamic: config by which the pipeline shifts a flow grid by the size; None: the scheduler shifts, by ``shift``.
+        gamma: of ``"tcd"``.
     """
 
     schedule: NoiseSchedule
@@ -53,6 +57,12 @@ class Wish:
     start: str = "noise"
     last_sigma: float | None = None
     dynamic: dict[str, Any] | None = None
+    gamma: float = 0.0
+
+    @property
+    def move(self) -> Move:
+        """What a step does."""
+        return Move(self.renoise, self.gamma)
 
 
 def candidates(wish: Wish) -> Iterator[Any]:
@@ -94,6 +104,10 @@ def table_betas(schedule: TableSchedule, length: int) -> list[float]:
 
 def _flow(wish: Wish, schedule: FlowSchedule) -> Iterator[Any]:
     count = round(schedule.timestep_scale)
+    if wish.renoise == "tcd":  # which no stock scheduler of a flow does
+        file: Any = importlib.import_module("fewstep.pipelines.tcd_flow")
+        yield file.FlowTCDScheduler(num_train_timesteps=count, shift=wish.shift, gamma=wish.gamma)
+        return
     fresh = {"stochastic_sampling": True} if wish.renoise == "fresh" else {}
     if wish.dynamic is not None:
         yield FlowMatchEulerDiscreteScheduler(
@@ -143,6 +157,10 @@ def _table(wish: Wish, schedule: TableSchedule) -> Iterator[Any]:
     if wish.start == "marginal":
         # Its first sample is sigma_max * noise where its x is x_t / alpha: x_t = sigma * noise.
         yield EulerDiscreteScheduler(timestep_spacing="trailing", **common)
+    elif wish.renoise == "tcd":
+        # Of a grid of all entries any count takes those evenly spaced from the top, as DDIM's "trailing" does.
+        swapped = {"timestep_spacing": "trailing", "clip_sample": False}
+        yield TCDScheduler(original_inference_steps=length, **swapped, **common)
     elif wish.renoise == "fresh":
         # It reads neither in making its grid, but a scheduler that a user makes of its config does (``from_config``):
         # with them the usual ones land on this grid.
@@ -162,7 +180,7 @@ def _table(wish: Wish, schedule: TableSchedule) -> Iterator[Any]:
 
 
 def _edm(wish: Wish, schedule: EDMSchedule) -> EDMEulerScheduler:
-    if wish.renoise == "fresh":
+    if wish.renoise != "ode":
         raise ExportError("no stock scheduler renoises an EDM student afresh; use renoise='ode'")
     first = _first_time(wish, schedule)
     last = schedule.coefficients(torch.tensor([first / wish.steps], dtype=torch.float64)).sigma

@@ -39,7 +39,7 @@ def check_sizes(recording: Recording, pipeline: Any, plan: StudentPlan, call: Ma
         )
 
     def walk_at(size: Mapping[str, int]) -> SchedulerCheck:
-        return check_student(recording, pipeline, {**call, **size}, plan.renoise, plan.steps)
+        return check_student(recording, pipeline, {**call, **size}, plan.move, plan.steps)
 
     if plan.dynamic and walked_sizes(plan.sizes, plan.steps, walk_at) != plan.sizes:
         raise ExportError("the exported student visits other times at other sizes than it was planned for")

@@ -73,8 +73,9 @@ class DryRun:
         self.shift = config.shift or 1.0
         grid = tuple(even_grid(config.steps).tolist())
         self.grids = {config.steps: grid}
-        renoise = "fresh" if config.renoise == "fresh" else "ode"
-        self.sampler = Sampler(recording.schedule, grid, renoise, recording.schedule.initial_scale())
+        renoise = "ode" if config.renoise == "auto" else config.renoise
+        scale, gamma = recording.schedule.initial_scale(), config.walk_gamma or 0.0
+        self.sampler = Sampler(recording.schedule, grid, renoise, scale, gamma)
         self.guidance_scale = guidance_of(TeacherSettings.of(config), recording)
         # An input for the guidance that a run would add to the network weighs next to nothing, and is left out.
         told = config.embedded_guidance if recording.embedded else None
