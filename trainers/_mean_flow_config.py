@@ -15,6 +15,7 @@ from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.diffusion.two_times import TwoTimes
 from fewstep.errors import UserError
 from fewstep.losses.mean_flow import WEIGHTINGS, alpha_at
+from fewstep.networks.finite_difference import DERIVATIVES, FiniteDifference, finite_difference
 
 VARIANTS = ("mean_flow", "alpha_flow", "improved")
 
@@ -44,8 +45,10 @@ class MeanFlowConfig(RunConfig):
         guidance_t_max: and above this one (paper: 0.75 or 0.8).
         label_drop: share of samples without condition, where a flow from data is guided (paper: 0.1).
         apart: share of samples whose two times differ (paper: 0.25); the others are flow matching.
+        times: how they are drawn: logit_normal, or uniform (mf-rae).
         time_mean: mean of the logit-normal times (paper: -0.4).
         time_std: standard deviation of the same.
+        time_max: highest uniform time, before the shift (mf-rae: 0.999).
         r_mean: mean of the second times where they are drawn by themselves (CIFAR-10: -4), else both are sorted.
         r_std: standard deviation of the same; default time_std.
         time_shift: flow-matching shift of all times; default none.
@@ -53,6 +56,11 @@ class MeanFlowConfig(RunConfig):
         weighting: of a sample's squared error: sum (the paper's), sum_squared, mean, norm (sCM's) or uniform.
         weight_power: p of it (paper: 1).
         weight_constant: c of it (paper: 1e-3; with weighting sum it is compared with a sum over all entries).
+        derivative: how it is taken: exact; or by differences, for networks that have none and for more memory: central
+            (FastGen, mf-rae; two calls without a graph), backward (one call, less exact), renoise (central, along the
+            line on which the sample was noised instead of the flow's velocity; not under a table).
+        derivative_step: of the differences, in flow time (mf-rae: 5e-3, FastGen: 1e-4), under a table at least from one
+            entry to the next; of renoise, a share of the time.
         tangent_warmup: steps until the derivative counts in full.
         alpha_first_step: alpha_flow: beginning of the sigmoid by which alpha falls; it leaves 1 at 29 % of the way.
         alpha_last_step: and its end; default the last step. alpha is 0 from 72 % of the way on.
@@ -76,8 +84,10 @@ class MeanFlowConfig(RunConfig):
     guidance_t_max: float = 1.0
     label_drop: float = 0.1
     apart: float = 0.25
+    times: str = "logit_normal"
     time_mean: float = -0.4
     time_std: float = 1.0
+    time_max: float = 1.0
     r_mean: float | None = None
     r_std: float | None = None
     time_shift: float = 1.0
@@ -85,6 +95,8 @@ class MeanFlowConfig(RunConfig):
     weighting: str = "sum"
     weight_power: float = 1.0
     weight_constant: float = 1e-3
+    derivative: str = "exact"
+    derivative_step: float = 5e-3
     tangent_warmup: int = 0
     alpha_first_step: int = 0
     alpha_last_step: int | None = None
@@ -97,11 +109,13 @@ class MeanFlowConfig(RunConfig):
         self._refuse_unknown("velocity", "auto", "data", "teacher")
         self._refuse_unknown("weighting", *WEIGHTINGS)
         self._refuse_unknown("pair_solver", *SOLVERS)
+        self._refuse_unknown("derivative", *DERIVATIVES)
+        self._refuse_unknown("times", "logit_normal", "uniform")
         if self.renoise != "ode":
             raise UserError(f"--renoise must be ode for a mean flow, not {self.renoise!r}")
         self._refuse_below_one("num_pairs", "pair_steps")
         self._refuse_negative("weight_power", "weight_constant", "omega", "tangent_warmup", "alpha_first_step")
-        for name in ("time_std", "r_std", "time_shift", "alpha_clamp"):
+        for name in ("time_std", "r_std", "time_shift", "alpha_clamp", "derivative_step"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name} must be positive, not {value}")
@@ -109,6 +123,16 @@ class MeanFlowConfig(RunConfig):
             raise UserError(f"--apart must be in (0, 1], not {self.apart}: without it nothing but the flow is learnt")
         if not 0 < self.time_min < 1:
             raise UserError(f"--time_min must be between 0 and 1, not {self.time_min}")
+        if not self.time_min < self.time_max <= 1:
+            raise UserError(f"--time_max must be above --time_min and at most 1, not {self.time_max}")
+        if self.times == "uniform":
+            self._refuse_set("belongs to logit-normal times (--times logit_normal)", "r_mean", "r_std")
+        if self.derivative == "renoise" and self.variant == "improved":
+            raise UserError("--derivative renoise and --variant improved each say along what; give one of them")
+        if not self.derivative_step < 0.5:
+            raise UserError(
+                f"--derivative_step is a part of the time from 0 to 1, below 0.5, not {self.derivative_step}"
+            )
         if not 0 <= self.alpha_min <= 1:
             raise UserError(f"--alpha_min must be in [0, 1], not {self.alpha_min}")
         if not 0 <= self.label_drop < 1:
@@ -154,15 +178,28 @@ class MeanFlowConfig(RunConfig):
 
     @property
     def differentiates(self) -> bool:
-        """Whether any step takes the derivative."""
-        return self.alpha(self.max_steps - 1) == 0
+        """Whether any step takes the exact derivative."""
+        return self.derivative == "exact" and self.alpha(self.max_steps - 1) == 0
+
+    def difference(self, schedule: NoiseSchedule, top: float) -> FiniteDifference | None:
+        """What stands for the derivative, where it is not exact; ``top``: the time at which the student starts.
+
+        Raises:
+            UserError: it is none for a table.
+        """
+        if self.derivative == "exact":
+            return None
+        highest = float(schedule.flow_time(torch.tensor([top], dtype=torch.float64)))
+        return finite_difference(self.derivative, self.derivative_step, schedule, highest)
 
     def two_times(self, schedule: NoiseSchedule, top: float) -> TwoTimes:
         """Where on the flow the student learns; ``top``: the time at which it starts."""
         # Flow times run from 0 to 1 under flow matching; under a table and EDM they end where the student starts.
         lowest, highest = schedule.flow_time(torch.tensor([0.0, top], dtype=torch.float64)).tolist()
         normals = (self.time_mean, self.time_std, self.r_mean, self.r_std)
-        return TwoTimes(schedule, max(self.time_min, lowest), highest, *normals, shift=self.time_shift)
+        uniform = self.time_max if self.times == "uniform" else None
+        low = max(self.time_min, lowest)
+        return TwoTimes(schedule, low, highest, *normals, shift=self.time_shift, uniform=uniform)
 
     def self_guidance(self, guidance_scale: float) -> tuple[float, float]:
         """(omega, kappa) of a flow from data; the student comes out guided by omega / (1 - kappa)."""

@@ -13,9 +13,10 @@ DDPM and EDM teachers stay in their own and stock ODE schedulers carry the stude
 
 Departures: the second time enters by an added module, zero at first, and as t - r alone. The derivative comes of the
 trained pass itself, only where t and r differ; of a pass of its own with ``--gradient_checkpointing``, or where they
-differ in more than a third of the samples. Without an auxiliary head, improved MeanFlow's own velocity is u(x_t, t, t),
-and its guidance is trained in, no input. alpha-Flow's published runs do not say the c of their weight. Times end at
-``--time_min``.
+differ in more than a third of the samples; or of further calls without a graph (``--derivative central``, FastGen's and
+mf-rae's, one-sided at the ends of the flow, and at entries of a table alone). Without an auxiliary head, improved
+MeanFlow's own velocity is u(x_t, t, t), and its guidance is trained in, no input. alpha-Flow's published runs do not
+say the c of their weight. Times end at ``--time_min``.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Flow:
         t: (B,), float64; r: (B,), at most t, 0 for the clean sample; both in the schedule's own time.
         r: see t.
         velocity: the flow's, guided (B, ...).
+        line: noise - x0 (B, ...), along which the samples were noised.
         conditioning: of B samples.
     """
 
@@ -63,13 +65,15 @@ class Flow:
     t: Tensor
     r: Tensor
     velocity: Tensor
+    line: Tensor
     conditioning: AnyConditioning
 
     def select(self, rows: list[int]) -> Flow:
         """Some of the points."""
         places = sent(rows, self.t.device, torch.int64)
-        x_t, t, r, velocity = (of.index_select(0, places) for of in (self.x_t, self.t, self.r, self.velocity))
-        return Flow(x_t, t, r, velocity, self.conditioning.select(rows))
+        x_t, t, r = (of.index_select(0, places) for of in (self.x_t, self.t, self.r))
+        velocity, line = (of.index_select(0, places) for of in (self.velocity, self.line))
+        return Flow(x_t, t, r, velocity, line, self.conditioning.select(rows))
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,9 @@ class MeanFlow:
             interval = config.guidance_t_min, config.guidance_t_max
             self.guide = SelfGuidance(student, guided_teacher.negative, omega, kappa, *interval)
         self.times = config.two_times(self.schedule, sampler.grid[0])
+        self.difference = config.difference(self.schedule, sampler.grid[0])
         # Blocks that are run again in the backward pass have no tangents there.
-        self.one_pass = config.apart <= _ONE_PASS and not config.gradient_checkpointing
+        self.one_pass = self.difference is None and config.apart <= _ONE_PASS and not config.gradient_checkpointing
 
     @classmethod
     def prepare(cls, config: MeanFlowConfig, bench: Bench) -> MeanFlow:
@@ -178,7 +183,7 @@ class MeanFlow:
         else:
             dropped = batch.draws.coins("label_drop", self.config.label_drop)
             velocity, conditioning = self.guide(noise - x0, x_t, t, conditioning, dropped)
-        return Flow(x_t, t, r, velocity, conditioning)
+        return Flow(x_t, t, r, velocity, noise - x0, conditioning)
 
     def interval(self, step: int, flow: Flow) -> IntervalAnswers:
         """What the student says at these points, and the average velocity that it shall say (Eq. 6)."""
@@ -197,11 +202,17 @@ class MeanFlow:
         if config.variant == "improved":
             with torch.no_grad():
                 direction = student.velocity(flow.x_t, flow.t, flow.conditioning, flow.t)
-        with torch.set_grad_enabled(self.one_pass):
-            u, change = student.velocity_and_derivative(*at, direction)
+        if self.difference is not None:
+            along = flow.line if self.difference.kind == "renoise" else direction
+            u = student.velocity(*at)
+            change = self.difference(student.velocity, self.schedule, *at, along, u.detach())
+        else:
+            with torch.set_grad_enabled(self.one_pass):
+                u, change = student.velocity_and_derivative(*at, direction)
+            u = u if self.one_pass else student.velocity(*at)
         share = min(1.0, step / config.tangent_warmup) if config.tangent_warmup else 1.0
         target = mean_flow_target(flow.velocity, change, distance, share)
-        return IntervalAnswers(u if self.one_pass else student.velocity(*at), target, change=change)
+        return IntervalAnswers(u, target, change=change)
 
     def loss(self, u: Tensor, target: Tensor) -> Tensor:
         """The weighted error of each sample (B,)."""

@@ -51,7 +51,7 @@ def drawn(method: Any, step: int, batch: Batch) -> float:
     kind, first, end = type(method).__name__, 0, len(method.sampler.grid)
     if kind == "MeanFlow":
         apart = sum(batch.draws.coins("apart", method.config.apart)) / batch.size
-        return (apart - method.config.apart) * (1 if method.one_pass else 2)
+        return (apart - method.config.apart) * _derivative_of(method)
     if kind == "RectifiedFlow" or (kind == "Consistency" and method.config.data is not None):
         return 0
     if kind == "PhasedDmd":
@@ -102,12 +102,17 @@ def _formula_of_mean_flow(method: Any, _h: float) -> tuple[str, float] | None:
     config, q = method.config, method.config.apart
     if config.variant != "mean_flow":
         return None
-    derivative = q if method.one_pass else 2 * q
-    words = "3 + q" if method.one_pass else "3 + 2q"
+    derivative = _derivative_of(method) * q
+    words = "3 + q" if _derivative_of(method) == 1 else "3 + 2q"
     if config.velocity == "teacher":
         return f"{words} + w", 3 + derivative + method.teacher.calls
     own = 0 if method.guide is None else 1 + (method.guide.kappa > 0)
     return f"{words} + {own}", 3 + derivative + own
+
+
+def _derivative_of(method: Any) -> int:
+    """What MeanFlow's derivative costs beside a plain pass, in F: a tangent, a pass of its own, or further calls."""
+    return method.difference.calls if method.difference is not None else 1 if method.one_pass else 2
 
 
 _FORMULAS = {
@@ -184,7 +189,9 @@ def _mean_flow(method: Any, step: int, batch: Batch) -> Cost:
     own = 0 if method.guide is None else 1 + (method.guide.kappa > 0)
     own += apart * ((0 < alpha < 1) + (config.variant == "improved"))
     derived = apart * (alpha == 0)
-    if method.one_pass:
+    if method.difference is not None:
+        calls = {"student": Calls(no_grad=own + derived * method.difference.calls, to_parameters=1)}
+    elif method.one_pass:
         calls = {"student": Calls(no_grad=own, to_parameters=1 - derived, jvp_to_parameters=derived)}
     else:
         calls = {"student": Calls(no_grad=own, to_parameters=1, jvp=derived)}

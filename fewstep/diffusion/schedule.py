@@ -166,6 +166,9 @@ class FlowSchedule(NoiseSchedule):
         one = torch.ones_like(t, dtype=torch.float64)
         return Coefficients(-one, one)
 
+    def time_from_flow_time(self, flow_time: Tensor) -> Tensor:
+        return flow_time.double()
+
     def time_from_log_snr(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-log_snr.double() / 2)
 

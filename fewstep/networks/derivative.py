@@ -24,7 +24,7 @@ from fewstep.networks.fixed_weights import FixedWeights
 
 logger = logging.getLogger("fewstep")
 
-_ADVICE = "take --variant alpha_flow --alpha_min 0.1"
+_ADVICE = "take --derivative central, or --variant alpha_flow --alpha_min 0.1"
 
 
 def derivative_along(

@@ -2,21 +2,26 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from math import inf
 
 import torch
 from golden_file import GoldenFile
 from torch import Tensor, nn
 from toy_network import ToyNetwork, ToyRecipe, toy_conditioning
 
+from fewstep.conditioning.ragged import AnyConditioning, in_groups
 from fewstep.data.batch import Batch, Real
-from fewstep.diffusion.prediction import add_noise
+from fewstep.diffusion.prediction import add_noise, expand
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.losses.mean_flow import mean_flow_target, weighted_loss
 from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.networks.finite_difference import FiniteDifference
 from fewstep.networks.flow_map import FlowMapDenoiser, gap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import NetworkRole
+from fewstep.networks.self_guidance import SelfGuidance
 from fewstep.trainers.mean_flow import Flow, MeanFlow, MeanFlowConfig
 
 SCHEDULE = FlowSchedule(timestep_scale=1.0)
@@ -27,7 +32,27 @@ WEIGHTINGS = {
     "m/(m+c)^(1-gamma)": "mean",
     "(norm+c)^-p": "norm",
 }
-SELF_GUIDANCE = "w*v+kappa*c+(1-w-kappa)*u"
+DERIVATIVES = {
+    "exact": "exact",
+    "finite_difference_central": "central",
+    "finite_difference_renoise": "renoise",
+    "backward_difference": "backward",
+}
+#: What w in a guidance of the teacher is in ours, neg + w (pos - neg).
+OF_TEACHER: dict[str, Callable[[float], float]] = {
+    "none": lambda w: 1.0,
+    "u+w*(c-u)": lambda w: w,
+    "c+w*(c-u)": lambda w: 1 + w,
+}
+#: (omega, kappa) of omega v + kappa c + (1 - omega - kappa) u, which every guidance by the student itself is.
+OF_STUDENT: dict[str, Callable[[float, float], tuple[float, float]]] = {
+    "w*v+kappa*c+(1-w-kappa)*u": lambda w, kappa: (w, kappa),
+    "u+w*(v-u)": lambda w, _: (w, 0.0),
+    "v+w*(c-u)": lambda w, _: (1.0, w),
+    "v+(1-1/w)*(c-u)": lambda w, _: (1.0, 1 - 1 / w),
+    "u+w*(c-u)": lambda w, _: (0.0, w),
+    "c+w*(c-u)": lambda w, _: (0.0, 1 + w),
+}
 
 
 class TwoTimes(ToyNetwork):
@@ -48,14 +73,24 @@ class Telling(nn.Module):
         yield
 
 
-class Given:
-    """The draws of a file."""
+class AtAllTimes(FlowMapDenoiser):
+    """Asked at times below r too, as differences of the definition are; ours refuses them."""
 
-    def __init__(self, noise: Tensor, normals: dict[str, Tensor], coins: dict[str, list[bool]]) -> None:
-        self.noise, self.normals, self.flags = noise, normals, coins
+    def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
+        return in_groups(self._between, x_t, t, conditioning, end)
+
+
+class Given:
+    """The draws of a file; those of times are normal or uniform ones."""
+
+    def __init__(self, noise: Tensor, times: dict[str, Tensor], coins: dict[str, list[bool]]) -> None:
+        self.noise, self.times, self.flags = noise, times, coins
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self.noise if name == "noise" else self.normals[name]
+        return self.noise if name == "noise" else self.times[name]
+
+    def uniform(self, name: str) -> Tensor:
+        return self.times[name]
 
     def coins(self, name: str, probability: float) -> list[bool]:
         return self.flags[name]
@@ -67,7 +102,7 @@ def student(golden: GoldenFile, coefficients: str = "k_student") -> FlowMapDenoi
     golden.choice("schedule", "rf")
     golden.choice("toy_time", "t")
     base = NetworkDenoiser(TwoTimes(golden[coefficients]), ToyRecipe(1.0), SCHEDULE, "flow")
-    return FlowMapDenoiser(base, Telling())
+    return AtAllTimes(base, Telling())
 
 
 def teacher(golden: GoldenFile) -> NetworkDenoiser:
@@ -90,13 +125,15 @@ def weighting(golden: GoldenFile) -> dict:
     """The settings of a file's weight."""
     golden.choice("reduction", "mean")
     golden.choice("target_detached", True)
-    golden.choice("derivative", "exact")
+    derivative: dict = {"derivative": DERIVATIVES[golden.choice("derivative", *DERIVATIVES)]}
+    if derivative["derivative"] != "exact":
+        derivative["derivative_step"] = number(golden, "derivative_step")
     if golden.choice("weighting", "adaptive", "uniform") == "uniform":
-        return {"weighting": "uniform"}
+        return {"weighting": "uniform", **derivative}
     form = golden.choice("weight_form", *WEIGHTINGS)
-    power = 1 - number(golden, "gamma") if "gamma" in form else number(golden, "adaptive_p", "norm_p")
+    power = 1 - number(golden, "gamma") if "gamma" in form else number(golden, "adaptive_p", "norm_p", "p")
     constant = number(golden, "weight_eps", "norm_eps", "norm_const", "c_const")
-    return {"weighting": WEIGHTINGS[form], "weight_power": power, "weight_constant": constant}
+    return {"weighting": WEIGHTINGS[form], "weight_power": power, "weight_constant": constant, **derivative}
 
 
 def trainer(golden: GoldenFile, **settings) -> MeanFlow:
@@ -106,10 +143,30 @@ def trainer(golden: GoldenFile, **settings) -> MeanFlow:
     config = config.resolved()
     denoiser = student(golden)
     roles = {"student": NetworkRole("student", denoiser), "teacher": NetworkRole("teacher", teacher(golden))}
-    scale = (
-        number(golden, "guidance_scale") if config.velocity == "teacher" and golden.states("guidance_scale") else 1.0
-    )
-    return MeanFlow(config, roles, GuidedDenoiser(roles["teacher"], null, scale), Sampler(SCHEDULE, (1.0,), "ode"))
+    forms = OF_TEACHER if config.velocity == "teacher" else {"none": None, **OF_STUDENT}
+    form = golden.choice("guidance_form", *forms)
+    scale = 0.0 if form == "none" else number(golden, "omega", "guidance_scale", "w")
+    of_teacher = OF_TEACHER[form](scale) if config.velocity == "teacher" else 1.0
+    guided = GuidedDenoiser(roles["teacher"], null, of_teacher)
+    method = MeanFlow(config, roles, guided, Sampler(SCHEDULE, (1.0,), "ode"))
+    if config.velocity == "data" and form != "none":
+        kappa = number(golden, "kappa") if "kappa" in form else 0.0
+        interval = config.guidance_t_min, config.guidance_t_max
+        method.guide = SelfGuidance(denoiser, null, *OF_STUDENT[form](scale, kappa), *interval)
+    if method.difference is not None:  # the definition, at all times
+        method.difference = replace(method.difference, guarded=False)
+    return method
+
+
+def change_along(
+    student: FlowMapDenoiser, difference: FiniteDifference | None, flow: Flow, direction: Tensor | None = None
+) -> Tensor:
+    """How the student's average velocity changes along the flow, in the way of the file."""
+    at, along = (flow.x_t, flow.t, flow.conditioning, flow.r), flow.velocity if direction is None else direction
+    if difference is None:
+        return student.velocity_and_derivative(*at, along)[1]
+    along = flow.line if difference.kind == "renoise" else along
+    return difference(student.velocity, SCHEDULE, *at, along, student.velocity(*at).detach())
 
 
 def conditions(golden: GoldenFile) -> Tensor:
@@ -131,17 +188,18 @@ def check_gradient(golden: GoldenFile, loss: Tensor, denoiser: NetworkDenoiser) 
 
 
 def port_a(golden: GoldenFile) -> None:
-    golden.choice("time_sampler", "logit_normal")
-    settings = {"time_mean": golden.number("p_mean"), "time_std": golden.number("p_std")}
-    if golden.choice("guidance_form", "none", SELF_GUIDANCE) != "none":
-        settings |= {name: number(golden, name) for name in ("omega", "kappa")}
-        settings |= {f"guidance_{name}": number(golden, name) for name in ("t_min", "t_max")}
+    if golden.choice("time_sampler", "logit_normal", "uniform") == "uniform":
+        settings: dict = {"times": "uniform"}
+    else:
+        settings = {"time_mean": golden.number("p_mean"), "time_std": golden.number("p_std")}
+    settings |= {f"guidance_{n}": number(golden, n) for n in ("t_min", "t_max") if f"in.{n}" in golden.tensors}
     method = trainer(golden, **settings)
     coins = {"apart": (golden["r_equals_t"] == 0).tolist()}
     if "in.label_dropped" in golden.tensors:
         coins["label_drop"] = (golden["label_dropped"] == 1).tolist()
-    normals = dict(zip("tr", golden["normals"].unbind(1), strict=True))
-    flow, target = played(golden, method, Given(golden["noise"], normals, coins))
+    drawn = "uniforms" if "in.uniforms" in golden.tensors else "normals"
+    times = dict(zip("tr", golden[drawn].unbind(1), strict=True))
+    flow, target = played(golden, method, Given(golden["noise"], times, coins))
     golden.check("t", flow.t)
     golden.check("r", flow.r)
     u, each = losses(method, flow, target)
@@ -152,7 +210,6 @@ def port_a(golden: GoldenFile) -> None:
 
 
 def port_b(golden: GoldenFile) -> None:
-    golden.choice("guidance_form", "none")
     share = number(golden, "r_equals_t_fraction")
     settings = dict(zip(("time_mean", "time_std"), golden["P_t"].tolist(), strict=True))
     if golden.choice("time_sampler", "v0", "v1") == "v1":
@@ -188,12 +245,10 @@ def played(golden: GoldenFile, method: MeanFlow, draws: Given) -> tuple[Flow, Te
 
 def fastgen(golden: GoldenFile) -> None:
     source = golden.choice("velocity_source", "teacher", "data")
-    form = golden.choice("guidance_form", "none", "u+w*(c-u)" if source == "teacher" else SELF_GUIDANCE)
     warmup = golden.number("tangent_warmup")
-    settings: dict = {"velocity": source, "tangent_warmup": warmup}
-    if form == SELF_GUIDANCE:
-        settings |= {"omega": number(golden, "omega", "guidance_scale"), "kappa": number(golden, "kappa")}
-    method = trainer(golden, **settings)
+    method = trainer(golden, velocity=source, tangent_warmup=warmup)
+    if method.difference is not None:  # one-sided where FastGen's is, whose noisiest time is the longest gap's
+        method.difference = replace(method.difference, high=golden.number("gap_max"), guarded=True)
     t, r, x, noise = (golden[name] for name in ("t", "r", "x", "noise"))
     conditioning = toy_conditioning(conditions(golden))
     x_t = add_noise(x, noise, SCHEDULE.coefficients(t))
@@ -204,14 +259,14 @@ def fastgen(golden: GoldenFile) -> None:
             method.teacher.guidance_scale, scale = 1.0, method.teacher.guidance_scale
             unguided = method.teacher(x_t, t, conditioning)
             method.teacher.guidance_scale = scale
-            guided = method.teacher(x_t, t, conditioning) if form != "none" else unguided
-        elif form != "none":
+            guided = method.teacher(x_t, t, conditioning)
+        elif method.guide is not None:
             guided = method.guide.mix(data, x_t, t, conditioning)
     inside = (t >= golden.number("guidance_t_min")) & (t <= golden.number("guidance_t_max"))
-    velocity = torch.where(inside[:, None, None, None], guided, unguided)
+    velocity = torch.where(expand(inside, x).bool(), guided, unguided)
     golden.check("velocity", velocity)
-    flow = Flow(x_t, t, r, velocity, conditioning)
-    _, change = method.student.velocity_and_derivative(x_t, t, conditioning, r, velocity)
+    flow = Flow(x_t, t, r, velocity, noise - x, conditioning)
+    change = change_along(method.student, method.difference, flow)
     golden.check("jvp", change)
     share = min(1.0, golden["iteration"].item() / warmup) if warmup else 1.0
     distance = gap(SCHEDULE, t, r).clamp(max=golden.number("gap_max"))
@@ -243,8 +298,11 @@ def port_c(golden: GoldenFile) -> None:
     golden.choice("v_mse", "u+(t-r)*d-v_hat")
     golden.choice("guidance_form", "v+(1-1/w)*(c-u)")
     golden.choice("toy_condition", "cond+factor*(1-1/w)")
-    how = weighting(golden)
-    how = how["weighting"], how["weight_power"], how["weight_constant"]
+    settings = weighting(golden)
+    how = settings["weighting"], settings.get("weight_power", 1.0), settings.get("weight_constant", 0.0)
+    kind, difference = settings["derivative"], None
+    if kind != "exact":
+        difference = FiniteDifference(kind, settings["derivative_step"], inf, guarded=False)
     factor = golden.number("toy_condition_factor")
     u_head, v_head = (
         student(golden, "k_u"),
@@ -259,7 +317,7 @@ def port_c(golden: GoldenFile) -> None:
     with torch.no_grad():
         null = v_head.raw(x_t, t, toy_conditioning(torch.zeros_like(w)))
     guided = noise - x + (1 - 1 / w)[:, None, None, None] * (own.detach() - null)
-    _, change = u_head.velocity_and_derivative(x_t, t, told, r, own.detach())
+    change = change_along(u_head, difference, Flow(x_t, t, r, guided, noise - x, told), own.detach())
     target = mean_flow_target(guided, change, gap(SCHEDULE, t, r))
     u = u_head.velocity(x_t, t, told, r)
     flow_matching = weighted_loss(own, guided, *how).mean()

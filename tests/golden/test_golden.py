@@ -12,6 +12,7 @@ import ect_cases
 import lcm_cases
 import matching_cases
 import mean_flow_cases
+import mf_rae_cases
 import primitive_cases
 import pytest
 import rectified_flow_cases
@@ -28,6 +29,7 @@ CASES = {
     **lcm_cases.CASES,
     **rectified_flow_cases.CASES,
     **mean_flow_cases.CASES,
+    **mf_rae_cases.CASES,
 }
 
 

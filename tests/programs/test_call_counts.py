@@ -48,6 +48,8 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "images": {"data": True, "guidance_scale": 3.0, "kappa": 0.5},
         "alpha": {"variant": "alpha_flow"},
         "improved": {"variant": "improved", "data": True},
+        "central": {"derivative": "central"},
+        "backward": {"derivative": "backward"},
     },
     "phased_dmd": {"alternating": {"order": "alternating", "phase_steps": None}},
     "sid": {"zero_gan": {"guidance": "zero", "adversarial": "diffusion_gan", "gan_start_step": 2, "data": True}},

@@ -127,6 +127,42 @@ def test_a_target_over_an_interval_is_the_mean_flow_identity(kind: str):
     torch.testing.assert_close(warmed.target, flow.velocity)
 
 
+@pytest.mark.parametrize("derivative", ["central", "renoise", "backward"])
+def test_a_difference_stands_for_the_derivative(derivative: str):
+    """Along the flow's velocity, or (renoise) along the line of the sample; of the student, without a gradient."""
+    flow = method().flow(batch(), list(range(8)))
+    trained = method("flow", config(derivative=derivative, derivative_step=1e-3))
+    asked = trained.interval(0, flow)
+    along = flow.line if derivative == "renoise" else flow.velocity
+    at = flow.x_t, flow.t, flow.conditioning, flow.r
+    _, exact = trained.student.velocity_and_derivative(*at, along)
+    torch.testing.assert_close(asked.change, exact, rtol=0.02, atol=0.02)
+    expected = flow.velocity - (flow.t - flow.r).float()[:, None] * asked.change
+    torch.testing.assert_close(asked.target, expected, rtol=1e-5, atol=1e-5)
+    assert not asked.target.requires_grad and asked.u.requires_grad
+    given = batch()
+    torch.testing.assert_close(flow.line, given.draws.normal("noise", (6,)) - given.pairs.x0)
+
+
+def test_a_difference_is_asked_up_to_where_the_student_starts_and_at_entries_of_a_table():
+    assert method("flow", config(derivative="central")).difference.high == 1
+    trained = method("epsilon", config(derivative="central"))
+    assert trained.difference.high == pytest.approx(float(TABLE.flow_time(torch.ones(1))))
+    assert not trained.config.differentiates and not trained.one_pass
+    with pytest.raises(UserError, match="--derivative renoise takes steps"):
+        method("epsilon", config(derivative="renoise"))
+
+
+def test_uniform_times_are_those_of_mf_rae():
+    trained = method("flow", config(times="uniform", time_max=0.9, time_shift=2.0))
+    t, r = trained.times.draw(batch(64).draws, range(64))
+    given = batch(64)
+    first, second = (0.9 * given.draws.uniform(name) for name in "tr")
+    expected = torch.stack([2 * q / (1 + q) for q in (first, second)])
+    torch.testing.assert_close(t, expected.amax(0))
+    torch.testing.assert_close(r, expected.amin(0), rtol=0, atol=1e-3)
+
+
 def test_a_log_has_the_same_names_whether_times_differ_or_not():
     """Processes add theirs up, and each has coins of its own."""
     logs = [next(method("flow", config(apart=apart)).turns(0, batch())).log for apart in (1e-9, 1.0)]
@@ -226,6 +262,13 @@ def test_a_step_costs_what_it_declares_and_derivatives_only_where_the_times_diff
         ({"variant": "alpha_flow", "alpha_first_step": 5, "alpha_last_step": 5}, "must lie behind"),
         ({"variant": "alpha_flow", "alpha_min": 1.5}, r"--alpha_min must be in \[0, 1\]"),
         ({"label_drop": 1.0}, r"--label_drop must be in \[0, 1\)"),
+        ({"derivative": "guess"}, "--derivative must be one of exact, central, renoise, backward"),
+        ({"derivative_step": 0.0}, "--derivative_step must be positive"),
+        ({"derivative_step": 0.5}, "--derivative_step is a part of the time"),
+        ({"derivative": "renoise", "variant": "improved"}, "each say along what"),
+        ({"times": "sometimes"}, "--times must be one of logit_normal, uniform"),
+        ({"times": "uniform", "r_mean": 1.0}, "leave out --r_mean: it belongs to logit-normal times"),
+        ({"time_max": 1.5}, "--time_max must be above --time_min and at most 1"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings: dict, message: str):
