@@ -59,7 +59,8 @@ def distill(teacher: str | Path | DiffusionPipeline, method: str = "dmd2", **set
 
     Args:
         teacher: folder, hub id, embedded name, or a loaded pipeline.
-        method: a file name of ``fewstep.trainers``.
+        method: a file name of ``fewstep.trainers``, or ``auto`` for the best measured one, with settings of
+            :class:`fewstep.config.run.RunConfig` alone.
         **settings: fields of the method's configuration (``out`` is required), see ``fewstep distill METHOD --help``.
 
     Returns:

@@ -4,6 +4,7 @@
     python -m fewstep.eval.methods --list                       every cell, its state, and the calls of its training
     python -m fewstep.eval.methods --only 'sid*' --seeds 0 1 2  some cells, by their names
     python -m fewstep.eval.methods --table                      table and picture alone, without running anything
+    python -m fewstep.eval.methods --table --readme docs/methods.md   and what ships: the page, what auto chooses from
 
 A cell is one student (or teacher) at one step count; ``eval/methods.yaml`` lists them. Its training is a shipped
 recipe; it may be killed at any moment, and the same command goes on with it. Results are kept in ``eval/results``,
@@ -25,13 +26,15 @@ import torch
 from fewstep.config.parsing import Parser, parse, with_values
 from fewstep.data.durable import write_durably, write_text_durably
 from fewstep.errors import UserError
+from fewstep.eval.benchmark.best import SHIPPED, choices_table, evidence_of
 from fewstep.eval.benchmark.cell_results import RESULTS, read_result, state, why_stale, write_result
 from fewstep.eval.benchmark.cell_runs import Runner, network_calls
 from fewstep.eval.benchmark.cells import Cell, CellPlan, read_plan
-from fewstep.eval.benchmark.comparison import compare, insert
+from fewstep.eval.benchmark.comparison import Comparison, compare, insert
 from fewstep.training.stopping import Interrupted
 
 PICTURE = "methods.png"
+PAGE = "page whose table is made anew, with what fewstep distill auto chooses from: docs/methods.md"
 
 
 def chosen(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
@@ -79,15 +82,33 @@ def show(cells: Sequence[Cell], results: Path) -> None:
         print(f"{state(results, cell):8}{cell.file:44}{planned}", flush=True)
 
 
-def publish(plan: CellPlan, results: Path, readme: Path | None = None, num: int | None = None) -> str:
-    """Make table and picture anew from what is kept of all cells and seeds; the table goes into a document, too."""
+def publish(
+    plan: CellPlan, results: Path, readme: Path | None = None, num: int | None = None, best: Path | None = None
+) -> str:
+    """Make table and picture anew from what is kept of all cells and seeds; the table goes into a document, too.
+
+    Args:
+        plan: the list of cells.
+        results: folder of what is kept.
+        readme: the document.
+        num: samples in every row.
+        best: file of what ``fewstep distill auto`` chooses from.
+    """
     comparison = compare(plan.cells(seeds_kept(plan, results), num), results)
-    table = comparison.markdown()
+    table = page_table(comparison)
     picture = comparison.picture(results)
     write_durably(results / PICTURE, lambda path: picture.save(path, format="PNG", optimize=True))
+    if best is not None:
+        write_text_durably(best, evidence_of(comparison).text())
     if readme is not None:
         write_text_durably(readme, insert(readme.read_text(encoding="utf-8"), table))
     return table
+
+
+def page_table(comparison: Comparison) -> str:
+    """The table of all methods, and below it what ``fewstep distill auto`` chooses."""
+    evidence = evidence_of(comparison)
+    return "\n\n".join([comparison.markdown(), *([choices_table(evidence)] if evidence.candidates else [])])
 
 
 def seeds_kept(plan: CellPlan, results: Path) -> list[int]:
@@ -105,7 +126,7 @@ def parser() -> Parser:
     made.add_argument("--threads", type=int, default=1, help="to compute with; times are compared of one")
     made.add_argument("--out", type=Path, default=Path("runs/methods"), help="folder of the trainings")
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of what is kept of finished cells")
-    made.add_argument("--readme", type=Path | None, default=None, help="page whose table is made anew: docs/methods.md")
+    made.add_argument("--readme", type=Path | None, default=None, help=PAGE)
     made.add_argument("--list", type=bool, default=False, help="show the cells instead of running them")
     made.add_argument("--table", type=bool, default=False, help="make table and picture without running anything")
     return made
@@ -129,7 +150,9 @@ def main(words: Sequence[str] | None = None) -> int:
             return 0
         if not asked.table:
             run(cells, asked.results, asked.out)
-        print(publish(plan, asked.results, asked.readme, asked.num))
+        # What ships is made of the committed results alone, together with the page that shows them.
+        best = SHIPPED if asked.readme is not None and asked.results == RESULTS else None
+        print(publish(plan, asked.results, asked.readme, asked.num, best))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -16,9 +16,10 @@ import pytest
 
 import fewstep
 from fewstep import cli
-from fewstep.cli.distill import distill_config
+from fewstep.cli.distill import auto_settings, distill_config
 from fewstep.fashion import TEACHERS, reference
 from fewstep.fashion.files import manifest
+from fewstep.programs.auto import CHOOSE
 from tests import tiny_pipelines
 from tests.test_architecture import first_sentence
 
@@ -84,14 +85,17 @@ def test_a_command_is_understood(words: list[str], monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(ROOT)
     command, *rest = words
     assert command in cli.COMMANDS
+    if command == "distill" and rest[0] == CHOOSE:  # whose teacher has to be there
+        auto_settings(rest[1:])
+        return
     if command == "distill":
         distill_config(rest[0], rest[1:])
         return
     module = importlib.import_module(f"fewstep.cli.{cli.COMMANDS[command]}")
     parse = module.parse
 
-    def stop(parser: Any, arguments: Any) -> None:
-        parse(parser, arguments)
+    def stop(parser: Any, arguments: Any, **how: bool) -> None:
+        parse(parser, arguments, **how)
         raise ParsedError
 
     monkeypatch.setattr(module, "parse", stop)

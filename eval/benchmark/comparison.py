@@ -68,6 +68,11 @@ class Row:
         return self.median("fd_test")
 
     @property
+    def passes(self) -> float:
+        """What the first seed's training cost, in forward passes of one sample."""
+        return forward_passes({role: Calls(**calls) for role, calls in self.results[0].calls.items()})
+
+    @property
     def gated(self) -> bool:
         """Whether something is claimed of it."""
         return self.cell.training is not None and self.cell.training.gated
@@ -182,9 +187,9 @@ class Comparison:
         name = f"`{training.name}`" if training.gated else f"(`{training.name}`)"
         better = _number(self.better(row), "{:.1f}x") + (f" {SHORT}" if self.falls_short(row) else "")
         steps = str(result.content["settings"]["max_steps"])
-        passes = forward_passes({role: Calls(**calls) for role, calls in result.calls.items()})
         seconds = f"{sum(result.seconds.values())} {result.versions.get('cpu', '')}".strip()
-        return [name, *about, better, over, *judged, str(len(row.results)), steps, f"{passes / 1000:,.0f} k", seconds]
+        cost = [steps, f"{row.passes / 1000:,.0f} k", seconds]
+        return [name, *about, better, over, *judged, str(len(row.results)), *cost]
 
 
 def _number(value: float | None, pattern: str) -> str:

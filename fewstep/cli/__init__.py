@@ -26,7 +26,7 @@ USAGE = """fewstep: few-step distillation of diffusion and flow-matching pipelin
   fewstep plan TEACHER [METHOD] ...     say what a run would take, without the weights
   fewstep cache --teacher ... --out DIR encode prompts or labels once, for distill --cache
   fewstep pairs --teacher ... --out DIR make noise-sample pairs of a teacher
-  fewstep distill METHOD --teacher ...  train a student
+  fewstep distill METHOD --teacher ...  train a student; METHOD auto: the best measured one
   fewstep verdict OUT                   say whether a training works, from its log
   fewstep sample DIR --out FILE.png     sample from a student
   fewstep eval DIR [DIR ...] --out DIR  measure students beside their teacher

@@ -12,9 +12,11 @@ from jsonargparse import ArgumentParser
 
 from fewstep.cli import main as command_line
 from fewstep.config.parsing import Parser, parse, with_values
+from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.eval.during import evaluator_of
 from fewstep.programs import distillation
+from fewstep.programs.auto import CHOOSE, decide, refuse_foreign
 from fewstep.programs.methods import method_class, methods
 from fewstep.training.distributed import leave_launch
 
@@ -38,12 +40,33 @@ def distill_config(method: str, words: Sequence[str]) -> Any:
     return config_class(**{name: value for name, value in parsed.items() if name not in ("config", "method")})
 
 
+def auto_settings(words: Sequence[str]) -> dict[str, Any]:
+    """The settings that these words of ``fewstep distill auto`` ask for; what they leave out is not among them."""
+    parser = Parser(prog=f"fewstep distill {CHOOSE}", description="Distil a teacher with the best measured method.")
+    parser.add_argument("--config", action="config", help="YAML file with any of these flags; flags after it win")
+    parser.add_argument("--method", type=str, default=CHOOSE, help=argparse.SUPPRESS)
+    parser.add_class_arguments(RunConfig)
+    try:
+        asked = parse(parser, with_values(words, RunConfig), defaults=False)
+    except UserError:
+        refuse_foreign(word[2:].partition("=")[0] for word in words if word.startswith("--"))
+        raise
+    if asked.get("method", CHOOSE) != CHOOSE:
+        raise UserError(f"the file of --config is of a run of {asked.method}: start fewstep distill {asked.method}")
+    return {name: value for name, value in asked.items() if name not in ("config", "method")}
+
+
 def run(words: Sequence[str]) -> None:
     """Train and export a student."""
     if not words or words[0].startswith("-"):
-        raise UserError(f"fewstep distill takes a method first: {', '.join(methods())}")
+        raise UserError(f"fewstep distill takes a method first: {', '.join((CHOOSE, *methods()))}")
     method = words[0]
-    config = distill_config(method, words[1:])
+    if method == CHOOSE:
+        decision = decide(auto_settings(words[1:]))
+        decision.say()
+        method, config = decision.method, decision.config
+    else:
+        config = distill_config(method, words[1:])
     _announce(distillation.run(config, method, evaluator=evaluator_of))
     leave_launch()
 

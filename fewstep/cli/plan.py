@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from diffusers.utils.logging import set_verbosity_error
 
 from fewstep.config.parsing import Parser, parse, with_values
+from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
+from fewstep.programs.auto import CHOOSE, decide
 from fewstep.programs.methods import method_class, methods
 from fewstep.programs.planning.call_counts import Calls, forward_passes
 from fewstep.programs.planning.counting import PERIOD
@@ -24,23 +26,30 @@ def run(words: Sequence[str]) -> None:
     if words and words[0].startswith("-") and not {"-h", "--help"} & set(words):
         raise UserError("the teacher comes first, then the method: fewstep plan TEACHER METHOD --memory 24GB")
     method = words[1] if len(words) > 1 and not words[1].startswith("-") else "dmd2"
-    config_class = method_class(method).Config
+    config_class = RunConfig if method == CHOOSE else method_class(method).Config
     parser = Parser(
         prog="fewstep plan",
         description="What a run would take: parameters, memory, network calls. No weights are loaded or fetched.",
     )
     parser.add_argument("teacher", type=str, help="folder (configuration files are enough), hub id, or embedded name")
-    parser.add_argument("method", nargs="?", type=str, default="dmd2", help=f"one of: {', '.join(methods())}")
+    parser.add_argument(
+        "method", nargs="?", type=str, default="dmd2", help=f"one of: {', '.join((CHOOSE, *methods()))}"
+    )
     parser.add_argument("--memory", type=str | None, default=None, help="what there is, such as 24GB")
     parser.add_argument("--config", action="config", help="YAML file with any of these flags; flags after it win")
     parser.add_class_arguments(config_class, skip={"teacher", "out"})
-    parsed = parse(parser, with_values(words, config_class))
+    parsed = parse(parser, with_values(words, config_class), defaults=method != CHOOSE)
     settings = {name: value for name, value in parsed.items() if name not in ("method", "memory", "config")}
     # What diffusers says of networks is not about these, and what fake tensors refuse is told in one line.
     set_verbosity_error()
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
-    memory = None if parsed.memory is None else memory_bytes(parsed.memory)
-    planner = Planner(config_class(out="", **settings), method)
+    memory = None if parsed.get("memory") is None else memory_bytes(parsed.memory)
+    if method == CHOOSE:
+        decision = decide(settings)
+        decision.say()
+        planner = Planner(decision.config, decision.method)
+    else:
+        planner = Planner(config_class(out="", **settings), method)
     plan = planner.plan()
     print(describe(plan))
     if memory is not None:

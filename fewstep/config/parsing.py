@@ -50,14 +50,19 @@ class Parser(ArgumentParser):
         raise UserError(" ".join(said.split())[:_LONGEST])
 
 
-def parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
+def parse(parser: ArgumentParser, words: Sequence[str], *, defaults: bool = True) -> Namespace:
     """What ``words`` say, by ``parser``.
+
+    Args:
+        parser: that knows the flags.
+        words: of the command line.
+        defaults: also the values of flags that were not given.
 
     Raises:
         UserError: they do not fit, or the file of ``--config`` is not text.
     """
     try:
-        return parser.parse_args(list(words))
+        return parser.parse_args(list(words), defaults=defaults)
     except UnicodeDecodeError as error:
         raise UserError("the file of --config is not UTF-8 text") from error
 

@@ -18,6 +18,7 @@ from fewstep.errors import UserError
 from fewstep.export import publish
 from fewstep.export.student import LORA, WHOLE, Written
 from fewstep.networks.roles import Role
+from fewstep.programs.auto import CHOOSE, decide
 from fewstep.programs.faster import make_faster
 from fewstep.programs.methods import method_class
 from fewstep.programs.pairs import pairs_of_run
@@ -57,7 +58,8 @@ def distill(
 
     Args:
         teacher: folder, hub id, embedded name, or a loaded pipeline.
-        method: a file name of ``fewstep.trainers``.
+        method: a file name of ``fewstep.trainers``, or ``auto`` for the best measured one, with settings of
+            :class:`fewstep.config.run.RunConfig` alone.
         evaluator: makes the evaluator that ``eval_steps`` asks for.
         **settings: fields of the method's configuration (``out`` is required), see ``fewstep distill METHOD --help``.
 
@@ -70,6 +72,10 @@ def distill(
     """
     pipeline = teacher if isinstance(teacher, DiffusionPipeline) else None
     name = str(teacher) if pipeline is None else name_of(pipeline)
+    if method == CHOOSE:
+        decision = decide({"teacher": name, **settings}, pipeline)
+        decision.say()
+        return run(decision.config, decision.method, pipeline, evaluator)
     try:
         config = method_class(method).Config(teacher=name, **settings)
     except TypeError as error:

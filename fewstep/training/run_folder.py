@@ -64,6 +64,11 @@ def check_folder(out: Path, method: str, config: RunConfig, in_memory: bool = Fa
     return bool(steps)
 
 
+def has_run(out: Path) -> bool:
+    """Whether a run has begun in ``out``."""
+    return (out / _CONFIG).exists()
+
+
 def read_config(out: Path) -> dict[str, Any]:
     """The settings of the run in ``out``, with its method.
 

@@ -11,7 +11,7 @@ from fewstep.errors import UserError
 from fewstep.eval.benchmark.cell_results import RESULTS, read_result, strip_path, why_stale, write_result
 from fewstep.eval.benchmark.cells import Cell, Training, read_plan
 from fewstep.eval.benchmark.comparison import compare, insert
-from fewstep.eval.methods import publish, seeds_kept
+from fewstep.eval.methods import page_table, publish, seeds_kept
 from tests.eval.test_cells import cell, result
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -131,7 +131,7 @@ def test_every_committed_file_belongs_to_a_listed_cell() -> None:
 
 
 def test_the_page_of_methods_shows_the_table_that_the_results_make() -> None:
-    table = compare(kept(), ROOT / RESULTS).markdown()
+    table = page_table(compare(kept(), ROOT / RESULTS))
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     if insert(page, table) != page:
         pytest.fail("run python -m fewstep.eval.methods --table --readme docs/methods.md", pytrace=False)

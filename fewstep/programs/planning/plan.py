@@ -23,6 +23,7 @@ from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.networks.attention import describe_processors
 from fewstep.networks.roles import Role
+from fewstep.programs.auto import CHOOSE, decide
 from fewstep.programs.methods import method_class
 from fewstep.programs.planning.call_counts import Calls
 from fewstep.programs.planning.counting import costliest_step, mean_calls
@@ -116,12 +117,16 @@ def plan(teacher: str, method: str = "dmd2", **settings: Any) -> Plan:
 
     Args:
         teacher: folder (configuration files are enough), hub id, or embedded name.
-        method: a file name of ``fewstep.trainers``.
+        method: a file name of ``fewstep.trainers``, or ``auto`` for the best measured one.
         **settings: fields of the method's configuration; ``out`` is not needed.
 
     Raises:
         UserError: for everything that a user can mend.
     """
+    if method == CHOOSE:
+        decision = decide({"teacher": teacher, **settings})
+        decision.say()
+        return Planner(decision.config, decision.method).plan()
     try:
         config = method_class(method).Config(teacher=teacher, **{"out": "", **settings})
     except TypeError as error:
