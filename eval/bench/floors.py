@@ -52,7 +52,7 @@ def drawn(method: Any, step: int, batch: Batch) -> float:
     if kind == "MeanFlow":
         apart = sum(batch.draws.coins("apart", method.config.apart)) / batch.size
         return (apart - method.config.apart) * _derivative_of(method)
-    if kind == "RectifiedFlow" or (kind == "Consistency" and method.config.data is not None):
+    if kind in ("RectifiedFlow", "PerFlow") or (kind == "Consistency" and method.config.data is not None):
         return 0
     if kind == "PhasedDmd":
         steps = method.phases[method.place(step)[0]].steps
@@ -121,6 +121,7 @@ _FORMULAS = {
     "Sid": _formula_of_sid,
     "Consistency": _formula_of_consistency,
     "MeanFlow": _formula_of_mean_flow,
+    "PerFlow": lambda method, _h: (f"3 + {_walk_calls(method)}w", 3.0 + _walk_calls(method) * method.teacher.calls),
     "RectifiedFlow": lambda _method, _h: ("3", 3.0),
 }
 
@@ -203,11 +204,24 @@ def _rectified_flow(method: Any, step: int, batch: Batch) -> Cost:
     return {"student": Calls(to_parameters=1)}
 
 
+def _walk_calls(method: Any) -> int:
+    """How often the teacher is asked on its way through a window, unguided."""
+    calls: int = method.config.solver_steps * {"euler": 1, "heun": 2}[method.config.solver]
+    return calls
+
+
+def _perflow(method: Any, step: int, batch: Batch) -> Cost:
+    """What one step costs: the teacher's way through a window, and one pass of the student."""
+    asked = _walk_calls(method) * method.teacher.calls
+    return {"student": Calls(to_parameters=1), "teacher": Calls(no_grad=asked)}
+
+
 _BY_CLASS = {
     "Dmd2": _dmd2,
     "PhasedDmd": _phased_dmd,
     "Sid": _sid,
     "Consistency": _consistency,
     "MeanFlow": _mean_flow,
+    "PerFlow": _perflow,
     "RectifiedFlow": _rectified_flow,
 }

@@ -83,6 +83,13 @@ def join(items: Sequence[AnyConditioning]) -> AnyConditioning:
     return RaggedConditioning([(tuple(rows), Conditioning.cat(parts)) for rows, parts in found])
 
 
+def replaced(conditioning: AnyConditioning, other: Conditioning, rows: Sequence[bool]) -> AnyConditioning:
+    """The conditioning of B samples, in which ``other``, of one sample, stands wherever ``rows`` (B) is true."""
+    if not any(rows):
+        return conditioning
+    return join([other if row else conditioning.select([place]) for place, row in enumerate(rows)])
+
+
 def in_groups(
     call: Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor],
     x_t: Tensor,

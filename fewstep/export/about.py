@@ -116,7 +116,8 @@ def student_class(
         for text in warned_of(self):
             warnings.warn(text, stacklevel=2)
         heed_count(self, about, given)
-        if (unheeded := what_is_not_heeded(given, usual, about.get("guidance_range"))) is not None:
+        unheeded = what_is_not_heeded(given, usual, about.get("guidance_range"))
+        if unheeded is not None and not about.get("guidable"):
             warnings.warn(unheeded, stacklevel=2)
         if relative is None:
             if (untrained := what_is_untrained(given, about.get("untrained_pictures", ()))) is not None:

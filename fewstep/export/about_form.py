@@ -18,6 +18,7 @@ _KINDS: Kinds = {
     "config": dict,
     "counts": (list, _NONE),
     "gamma": (int, float),
+    "guidable": bool,
     "guidance_range": (list, _NONE),
     "load": dict,
     "lora": dict,

@@ -237,6 +237,7 @@ def about_student(
         "note": plan.note,
         "trained_at_every_count": plan.trained_at_every_count,
         "guidance_range": list(plan.guidance_range) if plan.guidance_range else None,
+        "guidable": plan.guidable,
         "training": dict(training or {}),
         "fewstep_version": __version__,
     }

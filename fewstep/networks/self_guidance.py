@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.conditioning.ragged import AnyConditioning, join
+from fewstep.conditioning.ragged import AnyConditioning, replaced
 from fewstep.diffusion.prediction import expand
 from fewstep.networks.flow_map import FlowMapDenoiser
 from fewstep.sending import sent
@@ -43,9 +43,7 @@ class SelfGuidance:
 
         Who has no condition is not guided, so that the student knows that flow too.
         """
-        if any(dropped):
-            rows = [(self.negative if d else conditioning).select([0 if d else i]) for i, d in enumerate(dropped)]
-            conditioning = join(rows)
+        conditioning = replaced(conditioning, self.negative, dropped)
         flow_time = self.student.schedule.flow_time(t)
         inside = (flow_time >= self.low) & (flow_time <= self.high)
         inside &= ~sent(dropped, t.device, torch.bool)

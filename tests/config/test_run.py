@@ -107,6 +107,7 @@ ICT |= {"first_levels": 10, "last_levels": 1280}
         ("consistency", {"variant": "ict", "data": "d", "steps": 1}, ICT),
         ("mean_flow", {}, {"velocity": "teacher"}),
         ("mean_flow", {"data": "d"}, {"velocity": "data"}),
+        ("perflow", {"steps": 2}, {"windows": 2}),
         ("phased_dmd", {"steps": 3}, {"phases": [2, 1], "phase_steps": 500}),
         ("phased_dmd", {"order": "alternating"}, {"phases": [2, 2]}),
         ("sid", {}, {"start": "noise"}),

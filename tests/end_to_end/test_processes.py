@@ -28,6 +28,7 @@ SETTINGS = {
     "phased_dmd": "--critic_updates 1 --phases [1,1]",
     "sid": "--critic_updates 1",
     "consistency": "",
+    "perflow": "--num_pairs 12 --pair_steps 2 --solver_steps 2",
     "rectified_flow": "--num_pairs 12 --pair_steps 2",
     "mean_flow": "--num_pairs 12 --pair_steps 2",
 }

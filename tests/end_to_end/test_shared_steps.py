@@ -52,6 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "consistency": ("consistency", {}),
     "mean flow": ("mean_flow", {**PAIRS, "apart": 0.75}),
+    "perflow": ("perflow", {**PAIRS, "solver_steps": 2}),
     "rectified flow": ("rectified_flow", {**PAIRS, "steps": 1}),
 }
 EVERY = [

@@ -13,6 +13,7 @@ import lcm_cases
 import matching_cases
 import mean_flow_cases
 import mf_rae_cases
+import perflow_cases
 import primitive_cases
 import pytest
 import rectified_flow_cases
@@ -27,6 +28,7 @@ CASES = {
     **consistency_model_cases.CASES,
     **ect_cases.CASES,
     **lcm_cases.CASES,
+    **perflow_cases.CASES,
     **rectified_flow_cases.CASES,
     **mean_flow_cases.CASES,
     **mf_rae_cases.CASES,

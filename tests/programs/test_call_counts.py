@@ -32,6 +32,7 @@ from fewstep.training.method import Method, Turn
 SETTINGS: dict[str, dict] = {
     "dmd2": {"critic_updates": 2},
     "mean_flow": {"num_pairs": 6, "pair_steps": 2, "apart": 0.5},
+    "perflow": {"num_pairs": 6, "pair_steps": 2, "solver_steps": 2},
     "phased_dmd": {"critic_updates": 2, "phase_steps": 3},
     "rectified_flow": {"num_pairs": 6, "pair_steps": 2},
     "sid": {"critic_updates": 2},
@@ -51,6 +52,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "central": {"derivative": "central"},
         "backward": {"derivative": "backward"},
     },
+    "perflow": {"heun": {"solver": "heun", "guidance": "kept"}},
     "phased_dmd": {"alternating": {"order": "alternating", "phase_steps": None}},
     "sid": {"zero_gan": {"guidance": "zero", "adversarial": "diffusion_gan", "gan_start_step": 2, "data": True}},
 }

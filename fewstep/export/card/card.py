@@ -64,6 +64,12 @@ def write_card(
             "## Guidance\n\nThe network is told the guidance, and is called once a step whatever it is: "
             f"`guidance_scale` may be anything from {low:g} to {high:g}, for which it was trained."
         )
+    if about.get("guidable"):
+        parts.append(
+            "## Guidance\n\nThis student was distilled from its teacher without guidance, and keeps it: call it with "
+            "`guidance_scale` (and a negative prompt) as the teacher is called, which doubles the cost of a step. The "
+            "code above samples it without."
+        )
     if told := about.get("untrained_pictures"):
         parts.append(
             f"## Pictures\n\n`{stock}` also takes {', '.join(f'`{name}`' for name in told)}. This student was trained "

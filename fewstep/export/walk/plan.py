@@ -54,6 +54,7 @@ class StudentPlan:
         note: one line that says how renoise and scheduler were decided.
         trained_at_every_count: whether the student is trained at the times of every count, not only of ``steps``.
         guidance_range: the guidance scales that the student's network is told in training, None where it is told none.
+        guidable: whether it is guided when it is sampled, as its teacher is; its walks are proved without guidance.
         example: a prompt or label that the student was trained for, which its card shows; None where that is not known.
         dynamic: whether its scheduler shifts by the size as the teacher's does; else its grid is one for every size.
         sizes: the teacher's shifts at several sizes, the trained one first; empty where it has one for all.
@@ -75,6 +76,7 @@ class StudentPlan:
     note: str
     trained_at_every_count: bool = False
     guidance_range: tuple[float, float] | None = None
+    guidable: bool = False
     example: str | int | None = None
     dynamic: bool = False
     sizes: tuple[SizeShift, ...] = ()
