@@ -46,8 +46,8 @@ from fewstep.diffusion.windows import (
     slope,
     solver_times,
     times_up_to,
-    window_edges,
-    window_of,
+    window_at,
+    windows_of,
 )
 from fewstep.losses.consistency import distance
 from fewstep.losses.huber import huber_constant
@@ -93,7 +93,7 @@ class PerFlow:
         config = config.resolved()
         self.config, self.roles, self.sampler, self.schedule = config, roles, sampler, sampler.schedule
         self.student, self.teacher, self.shift = roles["student"], guided_teacher, shift
-        self.edges = window_edges(sampler.grid, settled(config.windows))
+        self.windows = windows_of(sampler.grid, settled(config.windows))
 
     @classmethod
     def prepare(cls, config: PerFlowConfig, bench: Bench) -> PerFlow:
@@ -113,7 +113,7 @@ class PerFlow:
 
     def walks(self, grid: Sequence[float]) -> bool:
         """Whether a grid stops at the edge of every window, where the student's line ends."""
-        return all(any(abs(edge - t) < 1e-4 for t in (*grid, 0.0)) for edge in self.edges)
+        return all(any(abs(edge - t) < 1e-4 for t in (*grid, 0.0)) for edge in self.windows.edges)
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
         """One update of the student in every step (Alg. 1)."""
@@ -149,13 +149,13 @@ class PerFlow:
 
     def at(self, uniform: Tensor) -> Tensor:
         """Times (B,), even over all windows, from ``uniform`` draws (B,)."""
-        t = times_up_to(self.edges[0], uniform, self.schedule, self.shift)
+        t = times_up_to(self.sampler.grid[0], uniform, self.schedule, self.shift)
         return self.schedule.snap(t.clamp(min=CLEANEST))
 
     @torch.no_grad()
     def chord(self, x0: Tensor, noise: Tensor, t: Tensor, conditioning: AnyConditioning) -> Chord:
         """The lines through the windows of ``t`` (B,), of noised samples ``x0`` with ``noise`` (B, ...)."""
-        window = window_of(self.edges, t)
+        window = window_at(self.windows, t)
         x_s = self.start(x0, noise, window)
         times = solver_times(window, self.config.solver_steps, self.schedule, self.shift)
         x_e = self.walk(x_s, times[:-1], times[1:], conditioning)
@@ -166,7 +166,7 @@ class PerFlow:
         x_s = add_noise(x0, noise, self.schedule.coefficients(window.start))
         if self.config.first_window == "data":
             return x_s
-        first = expand(window.start >= self.edges[0], x0).bool()
+        first = expand(window.start >= self.sampler.grid[0], x0).bool()
         return torch.where(first, self.sampler.initial_scale * noise, x_s)
 
     @torch.no_grad()

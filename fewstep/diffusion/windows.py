@@ -26,12 +26,10 @@ from torch import Tensor
 
 from fewstep.diffusion.prediction import expand
 from fewstep.diffusion.schedule import Coefficients, NoiseSchedule
+from fewstep.diffusion.segments import Segments
 from fewstep.diffusion.timesteps import shift_time, unshift_time
-from fewstep.sending import sent
 
 FORMS = ("velocity", "ddim_eps", "diff_eps")
-# Nearer than this to an edge, a time is the edge.
-_EDGE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -47,21 +45,19 @@ class Window:
     end: Tensor
 
 
-def window_edges(grid: Sequence[float], windows: int) -> tuple[float, ...]:
-    """The edges (K + 1) of K ``windows``, descending to 0, of a student that makes equally many steps in each.
+def windows_of(grid: Sequence[float], count: int) -> Segments:
+    """The ``count`` windows of a student that makes equally many steps in each.
 
     Args:
         grid: the student's times, descending, without the final 0.
-        windows: K; it divides the number of steps.
+        count: divides their number.
     """
-    return (*grid[:: len(grid) // windows], 0.0)
+    return Segments((0.0, *reversed(grid[:: len(grid) // count])))
 
 
-def window_of(edges: Sequence[float], t: Tensor) -> Window:
-    """The windows start >= t > end of times (B,) that lie above 0 and not above the first of ``edges`` (descending)."""
-    ascending = sent(edges[::-1], t.device, torch.float64)
-    place = torch.searchsorted(ascending, t.double() - _EDGE).clamp(1, len(edges) - 1)
-    return Window(ascending[place], ascending[place - 1])
+def window_at(windows: Segments, t: Tensor) -> Window:
+    """The windows start >= t > end of times (B,) that lie above 0 and not above the first window's start."""
+    return Window(windows.upper(t), windows.lower(t))
 
 
 def times_up_to(top: float, uniform: Tensor, schedule: NoiseSchedule, shift: float = 1.0) -> Tensor:

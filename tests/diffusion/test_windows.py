@@ -18,8 +18,8 @@ from fewstep.diffusion.windows import (
     slope,
     solver_times,
     times_up_to,
-    window_edges,
-    window_of,
+    window_at,
+    windows_of,
 )
 
 DRAW = torch.Generator().manual_seed(0)
@@ -34,18 +34,18 @@ def of(*values: float) -> torch.Tensor:
 
 def test_windows_are_joined_steps_of_the_students_grid():
     grid = tuple(even_grid(6, 3.0).tolist())
-    assert window_edges(grid, 6) == (*grid, 0.0)
-    assert window_edges(grid, 2) == (grid[0], grid[3], 0.0)
-    assert window_edges(grid, 1) == (1.0, 0.0)
+    assert windows_of(grid, 6).edges == (0.0, *reversed(grid))
+    assert windows_of(grid, 2).edges == (0.0, grid[3], grid[0])
+    assert windows_of(grid, 1).edges == (0.0, 1.0)
 
 
 def test_an_edge_belongs_to_the_window_below_it():
-    edges = (1.0, 0.75, 0.5, 0.25, 0.0)
+    windows = windows_of((1.0, 0.75, 0.5, 0.25), 4)
     t = of(1.0, 0.7501, 0.75, 0.5, 1 - 0.75, 0.2499, 0.001)
-    window = window_of(edges, t)
+    window = window_at(windows, t)
     assert window.start.tolist() == [1.0, 1.0, 0.75, 0.5, 0.25, 0.25, 0.25]
     assert window.end.tolist() == [0.75, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0]
-    assert window_of((0.6, 0.0), of(0.6 + 1e-9)).start.item() == 0.6  # rounding
+    assert window_at(windows_of((0.6, 0.3), 2), of(0.3 + 1e-10)).start.item() == 0.3  # rounding
 
 
 def test_times_are_the_tables_entries_and_even():

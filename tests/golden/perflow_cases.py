@@ -8,7 +8,7 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import TableSchedule
 from fewstep.diffusion.timesteps import even_grid
-from fewstep.diffusion.windows import Window, on_chord, slope, window_of
+from fewstep.diffusion.windows import Window, on_chord, slope, window_at
 from fewstep.losses.consistency import DISTANCES
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import NetworkRole
@@ -97,7 +97,7 @@ def perflow_loss(golden: GoldenFile) -> None:
     x, noise, conditioning = golden["x"], golden["noise"], golden.conditioning()
     t = method.at(golden["uniform"])
     golden.check("t", t)
-    window = window_of(method.edges, t)
+    window = window_at(method.windows, t)
     golden.check("t_start", window.start)
     golden.check("t_end", window.end)
     levels = Window(at["window_start"], at["window_end"])

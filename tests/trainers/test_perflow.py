@@ -1,5 +1,7 @@
 """PeRFlow's own class: its windows' ends in closed form, its lines in every form, its gradient, and what it refuses."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from toys import TABLE, TinyNetwork, labels, role
@@ -120,7 +122,7 @@ def test_a_student_that_is_right_has_no_loss_and_its_sampler_stops_at_the_window
     schedule, samples = trained.schedule, batch()
     x = trained.sampler.initial_scale * samples.draws.normal("noise", (6,)).double()
     ends, sayings = [], []
-    for start, end in zip(trained.edges, trained.edges[1:]):
+    for start, end in pairwise((*trained.sampler.grid, 0.0)):
         window = Window(*(torch.full((8,), t, dtype=torch.float64) for t in (start, end)))
         times = solver_times(window, trained.config.solver_steps, trained.schedule)
         x_e = trained.walk(x, times[:-1], times[1:], samples.conditioning)
@@ -204,7 +206,7 @@ def test_kept_guidance_drops_conditions_and_asks_the_teacher_without():
 
 def test_grids_that_pass_a_windows_edge_are_not_walked():
     trained = method(windows=2, steps=4)
-    assert trained.edges == (1.0, 0.5, 0.0)
+    assert trained.windows.edges == (0.0, 0.5, 1.0)
     assert [count for count in range(1, 9) if trained.walks(even_grid(count).tolist())] == [2, 4, 6, 8]
 
 
