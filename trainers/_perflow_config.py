@@ -87,7 +87,7 @@ class PerFlowConfig(RunConfig):
             )
         if self.form != "velocity" and self.steps != windows:
             raise UserError(
-                f"--form {self.form} is sampled with one step in each window: give --steps {windows}, or --form velocity"
+                f"--form {self.form} has one step in each window: give --steps {windows}, or --form velocity"
             )
         if self.guidance == "kept" and self.guidance_scale is not None:
             raise UserError(
@@ -118,7 +118,9 @@ class PerFlowConfig(RunConfig):
         """
         if self.form != "velocity":
             if not isinstance(schedule, TableSchedule):
-                raise UserError(f"--form {self.form} is of a teacher with a table of noise levels; take --form velocity")
+                raise UserError(
+                    f"--form {self.form} is of a teacher with a table of noise levels; take --form velocity"
+                )
             if float(schedule.alphas_cumprod[round(top * schedule.num_train_timesteps) - 1]) <= 0:
                 raise UserError(
                     f"--form {self.form} divides by the signal of the first time, and this table leaves none there; "
@@ -126,10 +128,11 @@ class PerFlowConfig(RunConfig):
                 )
         if self.guidance == "kept" and not guided:
             raise UserError("--guidance kept needs a teacher with classifier-free guidance; take --guidance baked")
-        entries = schedule.num_train_timesteps
-        windows = settled(self.resolved().windows)
-        if entries is not None and windows * self.solver_steps > round(top * entries):
+        if schedule.num_train_timesteps is None:
+            return
+        entries, windows = round(top * schedule.num_train_timesteps), settled(self.resolved().windows)
+        if windows * self.solver_steps > entries:
             raise UserError(
-                f"--solver_steps {self.solver_steps} in each of {windows} windows are more than the {round(top * entries)} "
+                f"--solver_steps {self.solver_steps} in each of {windows} windows are more than the {entries} "
                 "times of the teacher's table; take fewer"
             )

@@ -16,8 +16,8 @@ Departures: the windows are those of the student's own grid, shifted under flow 
 ends at the clean sample, where the released code stops at the table's first entry, and the first begins at the noise
 that samplers start from (``--first_window data`` for the released code's start). Networks are told their table's own
 times, 999 for the noise, where that code says 1000. diff_eps differs from ddim_eps by a number for each window, so that
-a student of either is one that says the noise, and starts as its teacher. The code's own ``velocity`` of tables, dx_t/dt,
-which no stock network says, is left to its golden files. Without ``--data`` samples of the teacher are noised.
+a student of either is one that says the noise, and starts as its teacher. The code's own ``velocity`` of tables is not
+offered: it is dx_t/dt, which no stock network says. Without ``--data`` samples of the teacher are noised.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ class PerFlow:
         config.refuse_teacher(bench.sampler.schedule, bench.sampler.grid[0], teacher.negative is not None)
         method = cls(config, roles, teacher, bench.sampler, bench.shift)
         right = {count: grid for count, grid in bench.grids.items() if method.walks(grid)}
-        bench.describe(counts=tuple(right), grids=right, trained_at_every_count=config.times == "uniform", guidable=kept)
+        bench.describe(
+            counts=tuple(right), grids=right, trained_at_every_count=config.times == "uniform", guidable=kept
+        )
         return method
 
     def learning_rate(self, role: str) -> float:

@@ -127,4 +127,3 @@ def chord_end(x_t: Tensor, said: Tensor, share: Tensor, lam: Tensor, eta: Tensor
 def noisy_weight(t: Tensor) -> Tensor:
     """PeRFlow's weight 1 / (2.3 max(1 - t, 0.1)) of a squared error at times ``t`` (B,): more of it at the noise."""
     return 1 / (2.3 * (1 - t.double()).clamp(min=0.1))
-

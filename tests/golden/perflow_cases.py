@@ -63,7 +63,11 @@ def guided_teacher(golden: GoldenFile, schedule: TableSchedule) -> GuidedDenoise
 
 
 def perflow_loss(golden: GoldenFile) -> None:
-    windows, steps, count = int(golden["num_windows"]), int(golden["solver_steps"]), golden.number("num_train_timesteps")
+    windows, steps, count = (
+        int(golden["num_windows"]),
+        int(golden["solver_steps"]),
+        golden.number("num_train_timesteps"),
+    )
     said_as = golden.choice("prediction_type", *FORMS)
     form = FORMS[said_as]
     sign = -1 if said_as == "data_minus_noise" else 1
@@ -93,7 +97,9 @@ def perflow_loss(golden: GoldenFile) -> None:
     config = PerFlowConfig(teacher="toy", out="out", data="toy", steps=windows, solver_steps=steps, **settings)
     student = toy_denoiser(golden["k_student"], schedule, "epsilon", 1000.0)
     roles = {"student": NetworkRole("student", student)}
-    method = PerFlow(config, roles, guided_teacher(golden, schedule), Sampler(schedule, tuple(even_grid(windows).tolist()), "ode"))
+    method = PerFlow(
+        config, roles, guided_teacher(golden, schedule), Sampler(schedule, tuple(even_grid(windows).tolist()), "ode")
+    )
     x, noise, conditioning = golden["x"], golden["noise"], golden.conditioning()
     t = method.at(golden["uniform"])
     golden.check("t", t)

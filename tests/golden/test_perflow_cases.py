@@ -20,7 +20,9 @@ def raw(k: Tensor, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
     return (k[0] + k[5] * t) * x + k[1] * t + k[2] + k[3] * c + k[4] * x.sin()
 
 
-def variant(windows: int = 5, steps: int = 3, table: dict[str, Any] | None = None, **options: Any) -> tuple[Tensors, dict]:
+def variant(
+    windows: int = 5, steps: int = 3, table: dict[str, Any] | None = None, **options: Any
+) -> tuple[Tensors, dict]:
     """A file's tensors and options, by the README's formulas."""
     options = {
         "distance": "mse",
@@ -76,7 +78,9 @@ def variant(windows: int = 5, steps: int = 3, table: dict[str, Any] | None = Non
         return u + w * (c - u) if form == "u+w*(c-u)" else c + w * (c - u)
 
     x_s = z = column(ab_s.sqrt()) * x + column((1 - ab_s).sqrt()) * noise
-    now = torch.stack([(count - 1 + (start + (end - start) * i / steps - 1) * count).round().long() for i in range(steps)], 1)
+    now = torch.stack(
+        [(count - 1 + (start + (end - start) * i / steps - 1) * count).round().long() for i in range(steps)], 1
+    )
     then = (now - count // (windows * steps)).clamp(min=0)
     for i in range(steps):
         ab, ab_next = abar[now[:, i]], abar[then[:, i]]
@@ -142,7 +146,11 @@ def variant(windows: int = 5, steps: int = 3, table: dict[str, Any] | None = Non
 
 
 def compare(folder: Path, tensors: Tensors, options: dict[str, Any]) -> None:
-    metadata = {"case": "perflow_loss", "options": json.dumps(options), "tolerance": "relative 1e-9 of the largest entry"}
+    metadata = {
+        "case": "perflow_loss",
+        "options": json.dumps(options),
+        "tolerance": "relative 1e-9 of the largest entry",
+    }
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "variant.safetensors", metadata)
     golden = GoldenFile(folder / "variant.safetensors")
@@ -165,7 +173,10 @@ VARIANTS += [{"reduction": reduction} for reduction in ("sum_over_batch_size", "
 VARIANTS += [{"distance": kind, "prediction_type": "diff_eps"} for kind in perflow_cases.DISTANCES]
 VARIANTS += [{"distance": "mse_velocity", "prediction_type": "velocity"}, {"distance": "mse_epsilon"}]
 VARIANTS += [{"windows": windows, "steps": steps} for windows, steps in ((1, 1), (2, 7), (3, 4), (10, 2))]
-VARIANTS += [{"num_train_timesteps": 500}, {"table": {"beta_schedule": "squaredcos_cap_v2", "beta_start": 1e-4, "beta_end": 0.02}}]
+VARIANTS += [
+    {"num_train_timesteps": 500},
+    {"table": {"beta_schedule": "squaredcos_cap_v2", "beta_start": 1e-4, "beta_end": 0.02}},
+]
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: ",".join(map(str, changes.values())))

@@ -25,7 +25,12 @@ FAMILIES = {
     "flow": (tiny_flow, {"call": {"max_sequence_length": 8}, "windows": 2, "steps": 4}, [2, 4], "FlowMapEuler"),
     "table": (tiny_stable_diffusion, {"form": "ddim_eps", "steps": 2}, [2], "DDIM"),
     "v_prediction": (lambda: tiny_stable_diffusion("v_prediction"), {"form": "diff_eps", "steps": 2}, [2], "DDIM"),
-    "velocity of a table": (tiny_stable_diffusion, {"windows": 1, "steps": 2, "lora_rank": 2, "merge": True}, [1, 2], ""),
+    "velocity of a table": (
+        tiny_stable_diffusion,
+        {"windows": 1, "steps": 2, "lora_rank": 2, "merge": True},
+        [1, 2],
+        "",
+    ),
     "edm": (tiny_edm, {"windows": 2, "steps": 2, "solver": "heun"}, [2], "EDMEuler"),
 }
 
