@@ -103,9 +103,15 @@ def _attend(
     if dq is dk is dv is None:
         return F.scaled_dot_product_attention(query, key, value, *how[:3], scale=scale, enable_gqa=enable_gqa)
     q, k, v = (dual.primal for dual in duals)
-    said = dual_attention(q, k, v, dq, dk, dv, *how)
-    assert said.do is not None
-    return forward_ad.make_dual(said.o, said.do)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        # A fused backward pass is worth a second answer.
+        o = F.scaled_dot_product_attention(q, k, v, *how[:3], scale=scale, enable_gqa=enable_gqa)
+        with torch.no_grad():
+            change = dual_attention(q, k, v, dq, dk, dv, *how).do
+    else:
+        o, _, change, _ = dual_attention(q, k, v, dq, dk, dv, *how)
+    assert change is not None
+    return forward_ad.make_dual(o, change)
 
 
 def _dispatched(

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from fewstep.errors import UserError, one_line
 from fewstep.kernels import dispatch
 from fewstep.networks.derivable import derivable, described
-from fewstep.networks.fixed_weights import FixedWeights
+from fewstep.networks.held_tangents import HeldTangents
 
 logger = logging.getLogger("fewstep")
 
@@ -32,8 +32,8 @@ def derivative_along(
 ) -> tuple[Tensor, Tensor]:
     """``function(*point)`` (B, ...), with a graph where gradients are on, and its derivative in ``direction``, without.
 
-    Both come of one pass. With a graph it keeps the activations of both until it ends, 2.1 times those of a plain pass
-    in a transformer and 3.6 times in a small UNet; then those of the answer alone, as a plain pass.
+    Both come of one pass, which keeps for a backward pass what a plain one keeps. At its most it takes that and what a
+    derivative without a graph takes: 1.04 times a plain pass in a transformer, 1.2 times in a small UNet.
 
     Args:
         function: calls ``network``.
@@ -44,7 +44,7 @@ def derivative_along(
     Raises:
         UserError: the network has an operation without a forward derivative.
     """
-    with forward_ad.dual_level(), derivable(network), FixedWeights(), _uncompiled():
+    with forward_ad.dual_level(), HeldTangents(), derivable(network), _uncompiled():
         duals = [forward_ad.make_dual(value, change) for value, change in zip(point, direction, strict=True)]
         try:
             answer = function(*duals)
