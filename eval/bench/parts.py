@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fewstep.errors import UserError
-from fewstep.eval.bench import calls, demo, kernels, peers, steps
+from fewstep.eval.bench import calls, demo, goals, kernels, peers, steps
 from fewstep.eval.bench.table import Table, write
 from fewstep.eval.bench.timing import machine
 
@@ -41,6 +41,7 @@ PARTS: dict[str, Callable[[Options], list[Table]]] = {
         steps.measure(told.device, told.folder / "cases", blocks=9 if told.full else 3),
         peers.measure(told.device, told.folder / "peers", blocks=9 if told.full else 3),
     ],
+    "goals": lambda told: [goals.measure(told.device, full=told.full, compiled=told.compiled)],
     "demo": lambda told: [demo.measure(told.device, told.folder, cycles=10 if told.full else 2)],
 }
 
