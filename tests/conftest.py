@@ -116,7 +116,7 @@ def no_network() -> Iterator[None]:
 def short_previews() -> Iterator[None]:
     """The teacher's row of a sample grid has two steps: in all of them, a grid costs more than the rest of a run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fewstep.training.samples._TEACHER_STEPS", 2)
+        patch.setattr("fewstep.training.samples.TEACHER_STEPS", 2)
         yield
 
 

@@ -15,6 +15,7 @@ from fewstep.programs.auto import CHOOSE, decide
 from fewstep.programs.methods import method_class, methods
 from fewstep.programs.planning.call_counts import Calls, forward_passes
 from fewstep.programs.planning.counting import PERIOD
+from fewstep.programs.planning.evaluations import Evaluations
 from fewstep.programs.planning.plan import LEFT_OUT, Plan, Planner, size
 
 _MOST = 10**12  # of any unit
@@ -88,12 +89,23 @@ def describe(plan: Plan) -> str:
         ("peak", f"estimated: {size(plan.peak)}: weights, optimizer and the larger turn"),
         ("network calls", f"computed: a step and sample, mean of the last {PERIOD} steps: {_calls(plan.calls)}"),
         ("", f"{forward_passes(plan.calls):.2f} forward passes, if a tapped pass cost as much as a whole one"),
+        *_evaluations(plan.evaluations),
         ("not counted", LEFT_OUT),
         ("assumed", "the call was recorded from networks without weights: shapes are seen, nothing is proven"),
     ]
     if plan.device == "cpu" and "bf16" in plan.settings:
         rows.append(("", "bfloat16 as on a CPU; a GPU's autocast keeps norms in float32, which takes a little more"))
     return "\n".join(_row(name, text) for name, text in rows)
+
+
+def _evaluations(evaluations: Evaluations | None) -> list[tuple[str, str]]:
+    if evaluations is None:
+        return []
+    teacher = f", teacher {evaluations.teacher:,} before them" if evaluations.teacher else ""
+    what = f"{evaluations.count} of {evaluations.samples:,} samples: student {evaluations.student:,} calls{teacher}"
+    return [
+        ("evaluations", f"computed: {what}; {evaluations.share:.1%} of the forward passes of all steps on one process")
+    ]
 
 
 def _verdict(planner: Planner, plan: Plan, memory: int) -> str:

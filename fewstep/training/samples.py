@@ -17,7 +17,8 @@ from fewstep.recording import Recording
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.pipeline import without_safety_checker
 
-_TEACHER_STEPS = 25
+#: Of a teacher when it is looked at.
+TEACHER_STEPS = 25
 
 
 def _go_on() -> None:
@@ -50,7 +51,7 @@ class Samples:
     @property
     def teacher_sampler(self) -> Sampler:
         """How a teacher moves when it is looked at."""
-        return ode_sampler(self.recording.schedule, _TEACHER_STEPS)
+        return ode_sampler(self.recording.schedule, TEACHER_STEPS)
 
     def batches(self, count: int) -> list[range]:
         """The samples 0 to ``count`` - 1, as many at a time as training fits."""

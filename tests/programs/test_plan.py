@@ -162,13 +162,15 @@ def test_the_command_prints_each_number_with_how_it_came_about(
 ) -> None:
     _, folder, _ = teachers("ddim")
     words = ["plan", folder, "dmd2", "--lora_rank", "2", "--batch_size", "1", "--attention_backend", "flash"]
-    assert main([*words, "--memory", "24GB"]) == 0
+    assert main([*words, "--memory", "24GB", "--eval_steps", "300"]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert "attention      flash, tried when the run begins: 4 AttnProcessor2_0 (through SDPA)" in rows
     for name in ("parameters", "recording", "weights", "gradients", "optimizer", "network calls"):
         assert any(row.startswith(name) and "computed: " in row for row in rows), name
     for name in ("activations", "peak"):
         assert any(row.startswith(name) and "estimated: " in row for row in rows), name
+    evaluated = "evaluations    computed: 5 of 256 samples: student 5,120 calls, teacher 6,400 before them; "
+    assert any(row.startswith(evaluated) for row in rows)
     assert any(row.startswith("not counted") and "fragmentation" in row for row in rows)
     assert rows[-1].startswith("fits           yes: ")
 

@@ -18,19 +18,19 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from fewstep.config.attention import AUTO
 from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
-from fewstep.networks.attention import describe_processors
 from fewstep.networks.roles import Role
 from fewstep.programs.auto import CHOOSE, decide
 from fewstep.programs.methods import method_class
 from fewstep.programs.planning.call_counts import Calls
 from fewstep.programs.planning.counting import costliest_step, mean_calls
 from fewstep.programs.planning.dry_run import DryRun, World, backward
+from fewstep.programs.planning.evaluations import Evaluations, evaluations_of
 from fewstep.programs.planning.memory import Footprint, tensor_bytes
 from fewstep.programs.planning.quantized import plan_quantized
 from fewstep.programs.planning.weightless import answering, fake_tensors, fake_world, pretend, weightless_teacher
+from fewstep.programs.planning.words import attention_in_words, settings_in_words
 from fewstep.programs.teacher import TeacherSettings
 from fewstep.recording import Recording, record
 from fewstep.recording.pipeline import find_decoder, modules_of
@@ -39,7 +39,8 @@ from fewstep.training.method import Method, Turn
 #: What no number here holds.
 LEFT_OUT = (
     "what the allocator keeps beyond live tensors (fragmentation, caches), workspaces of cuDNN, cuBLAS and attention "
-    "kernels, the CUDA context, images, prompts, sample grids, evaluations, and LPIPS with the decoder before it"
+    "kernels, the CUDA context, images, prompts, sample grids, what is held in evaluations, and LPIPS with the decoder "
+    "before it"
 )
 
 
@@ -84,6 +85,7 @@ class Plan:
         roles: by name.
         moments: by role, its turn in the most costly step.
         calls: network calls of a step, per sample, mean over the last PERIOD steps.
+        evaluations: of the student while it is trained; None where there are none.
     """
 
     teacher: str
@@ -100,6 +102,7 @@ class Plan:
     roles: dict[str, RoleBytes]
     moments: dict[str, Moment]
     calls: dict[str, Calls]
+    evaluations: Evaluations | None
 
     @property
     def held(self) -> int:
@@ -195,8 +198,8 @@ class Planner:
             pipeline=type(self.pipeline).__name__,
             component=self.recording.component,
             method=self.method,
-            settings=_words(config),
-            attention=_attention(config, self.recording.network),
+            settings=settings_in_words(config),
+            attention=attention_in_words(config, self.recording.network),
             device=self.device.type,
             sample_shape=self.recording.sample_shape,
             parameters={
@@ -208,6 +211,7 @@ class Planner:
             roles=_roles(method, kept),
             moments=moments,
             calls=calls,
+            evaluations=evaluations_of(config, dry_run.guidance_scale not in (0.0, 1.0), calls),
         )
 
     def _counts(self, config: RunConfig) -> tuple[int, dict[str, Calls]]:
@@ -326,24 +330,3 @@ def _tensors(role: Role) -> list[Tensor]:
     networks = [expert.denoiser.network for expert in role.experts.values()]
     modules = [*networks, *role.modules.values()]
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-
-
-def _words(config: RunConfig) -> str:
-    roles = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "full copies"
-    if config.full_critic:
-        roles += " and a full critic"
-    if config.quantization is not None:
-        roles += f" on {config.quantization}"
-    words = [roles, f"batch {config.batch_size}", "bf16" if config.mixed_precision == "bf16" else "float32"]
-    words += ["accumulated"] if config.gradient_accumulation_steps > 1 else []
-    words += ["gradient checkpointing"] if config.gradient_checkpointing else []
-    words += ["compiled"] if config.compile else []
-    words += [f"average {config.ema_decay:g}"] if config.ema_decay else []
-    return ", ".join(words)
-
-
-def _attention(config: RunConfig, network: nn.Module) -> str:
-    """Processors, and what they will be asked for: without weights there is nothing to try it with."""
-    if config.attention_backend == AUTO:
-        return f"as in the teacher: {describe_processors(network)}"
-    return f"{config.attention_backend}, tried when the run begins: {describe_processors(network)}"
