@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from fewstep.errors import UserError
+from fewstep.networks.adapted_linear import AdaptedLinear
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.merged import MergedForm
 from fewstep.networks.recompute import Reenter, checkpointed
@@ -87,11 +88,13 @@ class Backbone:
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
             inject_adapter_in_model(config, self.network, adapter_name=name)
         self._layers = [module for module in self.network.modules() if isinstance(module, LoraLayer)]
+        for layer in self._layers:
+            AdaptedLinear.take_over(layer)
         for parameter, wanted in asked.items():  # whatever PEFT does to earlier adapters
             parameter.requires_grad_(wanted)
-        layers: dict[str, LoraLayer] = {path: self.network.get_submodule(path) for path in self.targets}
-        parts = {f"{path}.lora_A": layer.lora_A[name] for path, layer in layers.items()}
-        parts |= {f"{path}.lora_B": layer.lora_B[name] for path, layer in layers.items()}
+        adapted: dict[str, LoraLayer] = {path: self.network.get_submodule(path) for path in self.targets}
+        parts = {f"{path}.lora_A": layer.lora_A[name] for path, layer in adapted.items()}
+        parts |= {f"{path}.lora_B": layer.lora_B[name] for path, layer in adapted.items()}
         adapter = _tree(parts)
         for parameter in adapter.parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
