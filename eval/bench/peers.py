@@ -28,8 +28,9 @@ from fewstep.networks.flow_map import gap
 from fewstep.programs.planning.dry_run import backward
 from fewstep.training.method import Turn
 
-#: Gradients of both sides agree to this, relative to the largest.
-EQUAL = 1e-4
+#: Gradients of both sides agree to this, relative to the largest: chains in float32 and in float64 before one network
+#: differ by 1e-4 behind it.
+EQUAL = 3e-4
 
 
 @dataclass(frozen=True)
