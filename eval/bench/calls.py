@@ -29,11 +29,11 @@ from fewstep.networks.make_roles import RoleSettings
 from fewstep.programs.methods import method_class, methods
 from fewstep.programs.planning.call_counts import CallCounter, Calls, forward_passes
 from fewstep.programs.planning.counting import CountedDraws
-from fewstep.programs.planning.dry_run import DryRun, backward
+from fewstep.programs.planning.dry_run import DryRun
 from fewstep.programs.planning.stand_in import stand_in
 from fewstep.recording import Recording, record
 from fewstep.teachers.loading import load_teacher
-from fewstep.training.method import Method, Turn
+from fewstep.training.method import Method
 
 #: A recipe costs more than its floor for one of these reasons, in words, or it is a failure.
 REASONS: Mapping[str, str] = {}
@@ -208,11 +208,7 @@ def _played(dry_run: DryRun, method: Method, steps: Sequence[int]) -> tuple[Call
 
     def play() -> None:
         for step in steps:
-            for turn in method.turns(step, dry_run.batch(step, CountedDraws)):
-                if isinstance(turn, Turn):
-                    backward(method, turn)
-                    for parameter in method.roles[turn.role].parameters():
-                        parameter.grad = None
+            dry_run.play(method, step, CountedDraws)
 
     with CallCounter(method) as counter:
         operations = flops(play)

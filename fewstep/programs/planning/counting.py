@@ -11,10 +11,9 @@ from fewstep.config.run import RunConfig
 from fewstep.diffusion.draws import Draws
 from fewstep.networks.make_roles import RoleSettings
 from fewstep.programs.planning.call_counts import CallCounter, Calls, forward_passes
-from fewstep.programs.planning.dry_run import DryRun, LongestDraws, backward
+from fewstep.programs.planning.dry_run import DryRun, LongestDraws
 from fewstep.programs.planning.stand_in import stand_in
 from fewstep.recording import Recording
-from fewstep.training.method import Turn
 
 #: Over how many steps network calls are averaged.
 PERIOD = 100
@@ -64,11 +63,7 @@ def count_calls(
     prepared = dry_run.prepare()
     with CallCounter(prepared) as counter:
         for step in steps:
-            for turn in prepared.turns(step, dry_run.batch(step, draws)):
-                if isinstance(turn, Turn):
-                    backward(prepared, turn)
-                    for parameter in prepared.roles[turn.role].parameters():
-                        parameter.grad = None
+            dry_run.play(prepared, step, draws)
     return {step: counter.calls(step) for step in counter.steps}
 
 

@@ -161,6 +161,14 @@ class DryRun:
         real = Real(zeros.clone(), conditions) if given else None
         return Batch(size, shape, conditions, drawn, real, logging=False, given_pairs=pairs)
 
+    def play(self, method: Method, step: int, draws: type[Draws] | None = None) -> None:
+        """The turns of a step with their backward passes; nothing is updated, and gradients are dropped."""
+        for turn in method.turns(step, self.batch(step, draws)):
+            if isinstance(turn, Turn):
+                backward(method, turn)
+                for parameter in method.roles[turn.role].parameters():
+                    parameter.grad = None
+
     def _roles(self, names: tuple[str, ...], student: Recording | None = None) -> dict[str, Role]:
         with self.world():
             return make_roles(self.roles, self.recording, names, self.device, student, _always_the_first)
