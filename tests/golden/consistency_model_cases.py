@@ -3,9 +3,10 @@
 import math
 
 import torch
-from consistency_trainer import NATURAL, check_gradient, mapping_k, schedule_of, trainer, weighted
+from consistency_trainer import NATURAL, check_gradient, huber_c, mapping_k, schedule_of, trainer, weighted
 from golden_file import GoldenFile
 from torch import Tensor
+from vocabulary import guided
 
 from fewstep.diffusion.discretization import (
     EvenTimes,
@@ -18,7 +19,7 @@ from fewstep.diffusion.discretization import (
 )
 from fewstep.diffusion.ode import solver_step
 from fewstep.diffusion.prediction import ode_step, x0_map
-from fewstep.diffusion.schedule import Coefficients, EDMSchedule
+from fewstep.diffusion.schedule import Coefficients, EDMSchedule, FlowSchedule
 from fewstep.losses.consistency import shifted_edm_scalings
 from fewstep.trainers.consistency import Boundary
 
@@ -63,12 +64,12 @@ def edm_boundary(golden: GoldenFile, schedule: EDMSchedule) -> Boundary:
 
 
 def cm_loss(golden: GoldenFile) -> None:
-    golden.choice("objective", "distillation", "training")
-    golden.choice("reduction", "mean")
     golden.choice("teacher_scalings", "edm")
     schedule = schedule_of(golden)
     own = golden.choice("student_scalings", "boundary", "edm") == "boundary"
-    method = trainer(golden, schedule, edm_boundary(golden, schedule) if own else NATURAL, variant="cd")
+    method = trainer(
+        golden, schedule, edm_boundary(golden, schedule) if own else NATURAL, variant="cd", huber_c=huber_c(golden)
+    )
     grid = EvenTimes(SigmaRange(schedule), [int(golden["num_scales"])])
     times = grid.times(0)
     # The source counts from the noisy end.
@@ -81,22 +82,21 @@ def cm_loss(golden: GoldenFile) -> None:
     golden.check("f_target", seen.target)
     _, loss = weighted(golden, method, seen, pair)
     golden.check("loss_per_sample", loss)
-    check_gradient(golden, method, loss.mean())
+    check_gradient(golden, method, golden.over_mean(golden["x"]) * loss.mean())
 
 
 def fastgen_loss(golden: GoldenFile) -> None:
-    golden.choice("objective", "distillation", "training")
-    golden.choice("reduction", "mean")
     schedule = schedule_of(golden)
-    method = trainer(golden, schedule, NATURAL, variant="ect", huber_c=golden["huber_c"].item())
+    method = trainer(golden, schedule, NATURAL, variant="ect", huber_c=huber_c(golden))
     # The source maps the schedule's own time, which for flow matching is not the noise level.
     k, t = mapping_k(golden), golden["t"]
     r = ect_mapping(t, 1 - golden["ratio"].item(), k, golden.number("mapping_b")).clamp(min=golden["min_r"].item())
     golden.check("r", r)
+    scale = schedule.timestep_scale if isinstance(schedule, FlowSchedule) else 1.0
     if isinstance(schedule, EDMSchedule):
         pair = TimePair(schedule.time_from_sigma(t), schedule.time_from_sigma(r), t, r)
     else:
-        pair = TimePair(t, r, t, r)
+        pair = TimePair(schedule.time(scale * t), schedule.time(scale * r), t, r)
     seen = method.compare(golden["x"], golden["noise"], pair, golden.conditioning())
     golden.check("f_t", seen.f)
     golden.check("f_r", seen.target)
@@ -106,18 +106,18 @@ def fastgen_loss(golden: GoldenFile) -> None:
     apart, loss = weighted(golden, method, seen, pair)
     golden.check("loss_unweighted", apart)
     golden.check("loss_per_sample", loss)
-    golden.check("loss_mean", loss.mean())
-    check_gradient(golden, method, loss.mean())
+    total = golden.over_mean(golden["x"]) * loss.mean()
+    golden.check("loss_mean", total)
+    check_gradient(golden, method, total)
 
 
 # --- the teacher's solver ---------------------------------------------------------------------------------------------
 
 
 def edm_heun_sampler(golden: GoldenFile) -> None:
-    golden.choice("guidance_form", "none")
     golden.choice("last_step", "euler")
     schedule = schedule_of(golden)
-    teacher, conditioning = golden.denoiser("k_teacher", schedule), golden.conditioning()
+    teacher, conditioning = guided(golden, golden.denoiser("k_teacher", schedule)), golden.conditioning()
     count, churn = int(golden["num_steps"]), golden["S_churn"].item()
     limits = golden.number("s_min"), golden.number("s_max"), golden.number("s_noise")
     levels = karras_levels(count, schedule.sigma_min, schedule.sigma_max, schedule.rho).flip(0)

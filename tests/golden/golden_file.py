@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from torch import Tensor
 from toy_network import toy_conditioning, toy_denoiser
 
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule, from_scheduler
+
+#: Word for what a network says -> fewstep's word for it, and the sign between the two.
+KINDS = {
+    "edm_preconditioned": ("edm", 1),
+    "epsilon": ("epsilon", 1),
+    "v_prediction": ("v_prediction", 1),
+    "velocity": ("flow", 1),
+    "data_minus_noise": ("flow", -1),
+    "trigflow": ("v_prediction", 1),
+}
 
 
 class GoldenFile:
@@ -78,6 +89,7 @@ class GoldenFile:
         """What the file's reduction over ``x`` (B, ...) is of the mean."""
         batch_sum = x.numel() / len(x)
         reductions = {"mean": 1.0, "sum_over_batch_size": batch_sum, "half_sum_over_batch_size": batch_sum / 2}
+        reductions["sum_per_sample"] = batch_sum  # the gradients are of their mean
         return reductions[self.choice("reduction", *reductions)]
 
     # --- results --------------------------------------------------------------------------------------------------
@@ -97,6 +109,10 @@ class GoldenFile:
         assert difference <= self._tolerance, (
             f"{self.name}: {name} is {difference:.2e} off, {self._tolerance:.0e} allowed"
         )
+
+    def check_loss(self, name: str, each: Tensor) -> None:
+        """Compare ``exp.<name>`` with the losses (B,) of samples, or with their mean where it is one number."""
+        self.check(name, each if self.tensors[f"exp.{name}"].dim() else each.mean())
 
     def finish(self) -> None:
         """Every option was read and every result compared."""
@@ -136,12 +152,25 @@ class GoldenFile:
 
     def denoiser(self, coefficients: str, schedule: NoiseSchedule) -> Any:
         """The toy network with coefficients ``in.<coefficients>``, run by the project's own NetworkDenoiser."""
-        kinds = {"edm_preconditioned": "edm", "epsilon": "epsilon", "v_prediction": "v_prediction", "velocity": "flow"}
-        kind = kinds[self.choice("prediction_type", *kinds)]
-        # An EDM schedule's timestep is ln(sigma)/4 itself; a table's is the index, a flow's 1000 t.
-        divisors = {"ln(sigma)/4": 1.0, "timestep/1000": 1000.0, "t": 1000.0}
-        divisor = divisors[self.choice("toy_time", *divisors)]
-        return toy_denoiser(self[coefficients], schedule, kind, divisor)
+        kind, sign = self.kind("prediction_type")
+        return toy_denoiser(self[coefficients], schedule, kind, self.toy_time(schedule), sign)
+
+    def kind(self, option: str) -> tuple[str, int]:
+        """What the networks of the file say in fewstep's words, and the sign that makes it so."""
+        return KINDS[self.choice(option, *KINDS)]
+
+    def toy_time(self, schedule: NoiseSchedule) -> Callable[[Tensor], Tensor]:
+        """What makes the toy network's time of the schedule's timestep."""
+        name = self.choice("toy_time", "ln(sigma)/4", "timestep/1000", "t", "sin(t)/(sin(t)+cos(t))")
+        if name == "timestep/1000":
+            return lambda timestep: timestep / 1000
+        if name == "sin(t)/(sin(t)+cos(t))":
+            return lambda timestep: schedule.flow_time(schedule.time(timestep))
+        if name == "ln(sigma)/4" and not isinstance(schedule, EDMSchedule):
+            return lambda timestep: -schedule.log_snr(schedule.time(timestep)) / 8
+        if name == "t" and isinstance(schedule, TableSchedule | FlowSchedule):
+            return schedule.time
+        return lambda timestep: timestep  # EDM's is ln(sigma)/4 itself, TrigFlow's its angle
 
     def conditioning(self, name: str = "cond") -> Any:
         return toy_conditioning(self[name])

@@ -1,11 +1,12 @@
 """Golden files of Latent Consistency Models, compared with what the trainer is made of."""
 
 import torch
-from consistency_trainer import check_gradient, trainer, weighted
+from consistency_trainer import check_gradient, huber_c, trainer, weighted
 from diffusers import LCMScheduler
 from golden_file import GoldenFile
 from torch import Tensor
 from toy_network import toy_conditioning
+from vocabulary import MORE, guided
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.diffusion.discretization import EvenTimes, SigmaRange
@@ -22,8 +23,8 @@ def lcm_boundary(golden: GoldenFile, schedule: NoiseSchedule) -> Boundary:
 
 
 def lcm_loss(golden: GoldenFile) -> None:
-    golden.choice("reduction", "mean")
-    golden.choice("guidance_space", "x0_and_epsilon")  # which for a linear conversion at one x_t is guided x0
+    if not golden.absent("guidance_space"):  # of which each, for a linear conversion at one x_t, is guided x0
+        golden.choice("guidance_space", "x0_and_epsilon", "x0", "epsilon", "v_prediction", "velocity")
     grid_size, count = golden.number("num_grid"), golden.number("num_train_timesteps")
     upper = (count // grid_size) * (golden["index"] + 1) - 1
     lower = (upper - count // grid_size).clamp(min=0)
@@ -31,7 +32,7 @@ def lcm_loss(golden: GoldenFile) -> None:
     torch.testing.assert_close(golden["abar_prev"], golden["abar_target"], rtol=0, atol=0)
     schedule = golden.table_schedule(entries, products)
     boundary = lcm_boundary(golden, schedule)
-    method = trainer(golden, schedule, boundary, variant="lcm", huber_c=golden.number("huber_c"))
+    method = trainer(golden, schedule, boundary, variant="lcm", huber_c=huber_c(golden))
 
     grid = EvenTimes(SigmaRange(schedule), [grid_size + 1])
     pair = grid.neighbours(grid.times(0), golden["index"])
@@ -42,14 +43,18 @@ def lcm_loss(golden: GoldenFile) -> None:
         golden.check(f"c_skip_{name}", skip)
         golden.check(f"c_out_{name}", out)
 
-    # The source's w is that of c + w (c - u): ours is one more.
-    low, high = golden["w_range"]
-    scale = 1 + low + golden["uniform_w"] * (high - low)
-    golden.check("w", scale - 1)
-    student_cond = golden["cond"]
-    if golden.choice("w_embedding", "sinusoidal_sin_cos", "none") != "none":
+    # An embedding's w is that of c + w (c - u), which the project's function takes as diffusers does: one more.
+    student_cond, scale = golden["cond"], None
+    if "in.w_range" in golden.tensors:
+        low, high = golden["w_range"]
+        w = low + golden["uniform_w"] * (high - low)
+        golden.check("w", w)
+        more = MORE[golden.choice("guidance_form", *MORE)]
+        scale = None if more is None else w + more
+    if not golden.absent("w_embedding"):
+        golden.choice("w_embedding", "sinusoidal_sin_cos")
         size, period = golden.number("w_embedding_dim"), golden.number("w_embedding_max_period")
-        embedding = guidance_embedding(scale, size, period, golden.number("w_embedding_scale"))
+        embedding = guidance_embedding(w + 1, size, period, golden.number("w_embedding_scale"))
         golden.check("w_embedding", embedding)
         golden.choice("toy_condition", "cond+factor*w_embedding[:,column]")
         column = embedding[:, golden.number("toy_condition_column")]
@@ -59,18 +64,17 @@ def lcm_loss(golden: GoldenFile) -> None:
     for role in {id(role): role for role in (method.student, method.target)}.values():
         answer = role.raw
         role.raw = lambda x, t, _conditioning, answer=answer: answer(x, t, toy_conditioning(student_cond))
-    on = golden.choice("guide_teacher", True, False)
+    on = not golden.absent("guide_teacher") and golden.choice("guide_teacher", True, False)
     seen = method.compare(golden["x"], golden["noise"], pair, golden.conditioning(), scale if on else None)
     golden.check("x_prev", seen.x_r)
     golden.check("model_pred", seen.f)
     golden.check("target", seen.target)
-    loss = weighted(golden, method, seen, pair)[1].mean()
-    golden.check("loss", loss)
-    check_gradient(golden, method, loss)
+    each = golden.over_mean(golden["x"]) * weighted(golden, method, seen, pair)[1]
+    golden.check_loss("loss", each)
+    check_gradient(golden, method, each.mean())
 
 
 def lcm_sampler(golden: GoldenFile) -> None:
-    golden.choice("guidance_form", "none")
     golden.choice("final_step", "denoised")
     stock = LCMScheduler(original_inference_steps=golden.number("num_grid"))
     stock.set_timesteps(int(golden["num_steps"]))
@@ -79,7 +83,7 @@ def lcm_sampler(golden: GoldenFile) -> None:
     golden.check("timesteps", timesteps)
     method = Consistency(
         ConsistencyConfig(teacher="toy", out="out"),
-        {"student": golden.denoiser("k", schedule)},
+        {"student": guided(golden, golden.denoiser("k", schedule))},
         None,
         Sampler(schedule, tuple(schedule.time(timesteps).tolist()), "fresh"),
         None,

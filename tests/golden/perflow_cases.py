@@ -2,9 +2,8 @@
 
 import torch
 from golden_file import GoldenFile
-from toy_network import ToyNetwork, ToyRecipe, toy_conditioning, toy_denoiser
+from toy_network import toy_conditioning, toy_denoiser
 
-from fewstep.conditioning.conditioning import Conditioning
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import TableSchedule
 from fewstep.diffusion.timesteps import even_grid
@@ -14,35 +13,9 @@ from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import NetworkRole
 from fewstep.trainers.perflow import Chord, PerFlow, PerFlowConfig
 
-#: What a plain network of the files says, in our words, and the factor that makes it so.
-KINDS = {
-    "epsilon": ("epsilon", 1),
-    "v_prediction": ("v_prediction", 1),
-    "velocity": ("flow", 1),
-    "data_minus_noise": ("flow", -1),
-}
 FORMS = {"ddim_eps": "ddim_eps", "diff_eps": "diff_eps", "velocity": "velocity", "data_minus_noise": "velocity"}
 SOLVERS = {"ddim": "euler", "euler": "euler", "heun": "heun"}
 SPACES = {"mse_velocity": ("velocity", "data_minus_noise"), "mse_epsilon": ("ddim_eps", "diff_eps")}
-
-
-class Signed(ToyRecipe):
-    """A toy network whose answer has a factor before it is what fewstep's word for it means."""
-
-    def __init__(self, divisor: float, factor: int) -> None:
-        super().__init__(divisor)
-        self.factor = factor
-
-    def call(
-        self,
-        network: ToyNetwork,
-        x: torch.Tensor,
-        timestep: torch.Tensor,
-        conditioning: Conditioning,
-        *,
-        continuous: bool = False,
-    ) -> torch.Tensor:
-        return self.factor * super().call(network, x, timestep, conditioning)
 
 
 def number(golden: GoldenFile, name: str) -> float:
@@ -51,9 +24,8 @@ def number(golden: GoldenFile, name: str) -> float:
 
 
 def guided_teacher(golden: GoldenFile, schedule: TableSchedule) -> GuidedDenoiser:
-    kind, factor = KINDS[golden.choice("teacher_prediction_type", *KINDS)]
-    teacher = toy_denoiser(golden["k_teacher"], schedule, kind, 1000.0)
-    teacher.recipe = Signed(1000.0, factor)
+    kind, sign = golden.kind("teacher_prediction_type")
+    teacher = toy_denoiser(golden["k_teacher"], schedule, kind, 1000.0, sign)
     forms = {"none": None, "u+w*(c-u)": 0.0, "c+w*(c-u)": 1.0}
     form, on = forms[golden.choice("guidance_form", *forms)], golden.choice("guide_teacher", True, False)
     scale = number(golden, "guidance_scale") if golden.states("guidance_scale") or form is not None else 1.0

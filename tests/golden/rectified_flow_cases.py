@@ -20,19 +20,6 @@ from fewstep.networks.roles import NetworkRole
 from fewstep.trainers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 
 
-class SignedRecipe(ToyRecipe):
-    """A toy network whose answer is multiplied by a sign before it is what fewstep's word for it means."""
-
-    def __init__(self, divisor: float, sign: int) -> None:
-        super().__init__(divisor)
-        self.sign = sign
-
-    def call(
-        self, network: ToyNetwork, x: Tensor, timestep: Tensor, conditioning: Conditioning, *, continuous: bool = False
-    ) -> Tensor:
-        return self.sign * super().call(network, x, timestep, conditioning)
-
-
 def student(golden: GoldenFile) -> NetworkDenoiser:
     """The toy student in the schedule of its own; a ``wrapper`` only names the time that a file states its times in."""
     kinds = {
@@ -44,7 +31,7 @@ def student(golden: GoldenFile) -> NetworkDenoiser:
     # The number fed to the toy is the schedule's timestep itself.
     golden.choice("toy_time", "ln(sigma)/4" if kind == "edm" else "t")
     network = ToyNetwork(golden["k_student"])
-    return NetworkDenoiser(network, SignedRecipe(1.0, sign), schedule(golden), kind)
+    return NetworkDenoiser(network, ToyRecipe(1.0, sign), schedule(golden), kind)
 
 
 def schedule(golden: GoldenFile) -> NoiseSchedule:

@@ -1,7 +1,6 @@
 """Variants of PeRFlow's golden files, computed here in the paper's own words: they pass without new code."""
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +8,8 @@ import diffusers
 import perflow_cases
 import pytest
 import torch
-from golden_file import GoldenFile
-from safetensors.torch import save_file
 from torch import Tensor
-
-Tensors = dict[str, Tensor]
-
-
-def raw(k: Tensor, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-    return (k[0] + k[5] * t) * x + k[1] * t + k[2] + k[3] * c + k[4] * x.sin()
+from variants import Tensors, column, compare, raw
 
 
 def variant(
@@ -46,9 +38,6 @@ def variant(
     k_student.requires_grad_()
     uniform = torch.tensor([0.0, 0.35, 0.6001, 0.985], dtype=torch.float64)
 
-    def column(v: Tensor) -> Tensor:
-        return v.reshape(-1, 1, 1)
-
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
     abar = diffusers.DDPMScheduler(**{name: options[name] for name in names}).alphas_cumprod.double()
     count = options["num_train_timesteps"]
@@ -60,7 +49,7 @@ def variant(
 
     def teacher(x: Tensor, at: Tensor, ab: Tensor, c: Tensor) -> Tensor:
         """The noise."""
-        said, ab = raw(k_teacher, x, column(at / 1000), column(c)), column(ab)
+        said, ab = raw(k_teacher, x, at / 1000, c), column(ab)
         kind = options["teacher_prediction_type"]
         if kind == "v_prediction":
             return ab.sqrt() * said + (1 - ab).sqrt() * x
@@ -99,7 +88,7 @@ def variant(
         eta = (1 - ab_e).sqrt() - (ab_e * (1 - ab_s) / ab_s).sqrt()
         eta = eta if form == "ddim_eps" else -(1 - gamma**2).sqrt() / gamma
         target = (x_e - column(lam) * x_s) / column(eta)
-    said = raw(k_student, x_t, column(t * count / 1000), column(cond))
+    said = raw(k_student, x_t, t * count / 1000, cond)
     error, c = (said - target).flatten(1), 0.2
     distances = {
         "mse": error.square().mean(1),
@@ -145,19 +134,6 @@ def variant(
     return tensors, options
 
 
-def compare(folder: Path, tensors: Tensors, options: dict[str, Any]) -> None:
-    metadata = {
-        "case": "perflow_loss",
-        "options": json.dumps(options),
-        "tolerance": "relative 1e-9 of the largest entry",
-    }
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "variant.safetensors", metadata)
-    golden = GoldenFile(folder / "variant.safetensors")
-    perflow_cases.perflow_loss(golden)
-    golden.finish()
-
-
 GUIDED = {"guide_teacher": True, "guidance_scale": 3.0}
 VARIANTS = [
     {"prediction_type": form, "teacher_prediction_type": teacher, "guidance_form": guidance, **GUIDED}
@@ -181,7 +157,7 @@ VARIANTS += [
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: ",".join(map(str, changes.values())))
 def test_a_variant_needs_no_code(changes: dict[str, Any], tmp_path: Path):
-    compare(tmp_path, *variant(**changes))
+    compare(tmp_path, perflow_cases.CASES, "perflow_loss", *variant(**changes))
 
 
 @pytest.mark.parametrize(
@@ -191,4 +167,4 @@ def test_an_unknown_choice_fails_by_name(change: dict[str, str], tmp_path: Path)
     tensors, options = variant()
     ((name, value),) = change.items()
     with pytest.raises(AssertionError, match=f"unknown {name} = '{value}'"):
-        compare(tmp_path, tensors, {**options, **change})
+        compare(tmp_path, perflow_cases.CASES, "perflow_loss", tensors, {**options, **change})

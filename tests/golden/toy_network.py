@@ -1,5 +1,7 @@
 """The toy network of the golden files as a stock-like network that the project's own Denoiser runs."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -22,21 +24,30 @@ class ToyNetwork(nn.Module):
 
 
 class ToyRecipe:
-    """How a toy network is called: the schedule's timestep, divided, is its time."""
+    """How a toy network is called.
+
+    Args:
+        time: what makes the network's time of the schedule's timestep: a function, or a number that divides it.
+        sign: of the network's answer in fewstep's words.
+    """
 
     component = "network"
 
-    def __init__(self, divisor: float) -> None:
-        self.divisor = divisor
+    def __init__(self, time: float | Callable[[Tensor], Tensor], sign: int = 1) -> None:
+        self.time = time if callable(time) else lambda timestep: timestep / time
+        self.sign = sign
 
     def call(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, *, continuous: bool = False
     ) -> Tensor:
-        return network(x, timestep / self.divisor, **conditioning.arguments())
+        return self.sign * network(x, self.time(timestep), **conditioning.arguments())
 
 
-def toy_denoiser(coefficients: Tensor, schedule: NoiseSchedule, kind: str, time_divisor: float) -> NetworkDenoiser:
-    return NetworkDenoiser(ToyNetwork(coefficients), ToyRecipe(time_divisor), schedule, kind)
+def toy_denoiser(
+    coefficients: Tensor, schedule: NoiseSchedule, kind: str, time: float | Callable[[Tensor], Tensor], sign: int = 1
+) -> NetworkDenoiser:
+    """The network of these coefficients (8,); ``time`` and ``sign`` as of :class:`ToyRecipe`."""
+    return NetworkDenoiser(ToyNetwork(coefficients), ToyRecipe(time, sign), schedule, kind)
 
 
 def toy_conditioning(cond: Tensor) -> Conditioning:
