@@ -52,6 +52,8 @@ def drawn(method: Any, step: int, batch: Batch) -> float:
     if kind == "MeanFlow":
         apart = sum(batch.draws.coins("apart", method.config.apart)) / batch.size
         return (apart - method.config.apart) * _derivative_of(method)
+    if kind == "ContinuousConsistency" and not method.matches(step):
+        return 0
     if kind in ("RectifiedFlow", "PerFlow") or (kind == "Consistency" and method.config.data is not None):
         return 0
     if kind == "PhasedDmd":
@@ -65,6 +67,8 @@ def drawn(method: Any, step: int, batch: Batch) -> float:
 
 def period(method: Any) -> int:
     """Over how many steps the student is updated once."""
+    if type(method).__name__ == "ContinuousConsistency":
+        return method.config.critic_updates + 1 if method.config.matching else 1
     return getattr(method.config, "critic_updates", 1)
 
 
@@ -115,7 +119,20 @@ def _derivative_of(method: Any) -> int:
     return method.difference.calls if method.difference is not None else 1 if method.one_pass else 2
 
 
+def _formula_of_continuous_consistency(method: Any, _h: float) -> tuple[str, float] | None:
+    config, w, r = method.config, method.teacher.calls, method.config.critic_updates
+    if config.variant == "tcm":
+        return "3 + 1", 4
+    asked = {"exact": 2, "semi_continuous": 3, "discrete": 1, "backward": 1}.get(config.derivative, 2)
+    words, passes = f"3 + {asked}" + (" + w" if config.velocity == "teacher" else ""), 3 + asked
+    passes += w if config.velocity == "teacher" else 0
+    if not config.matching:
+        return words, passes
+    return f"{words} + 3 + 1 + w + r (1 + 3)", passes + 4 + w + 4 * r
+
+
 _FORMULAS = {
+    "ContinuousConsistency": _formula_of_continuous_consistency,
     "Dmd2": _formula_of_dmd2,
     "PhasedDmd": _formula_of_phased_dmd,
     "Sid": _formula_of_sid,
@@ -216,7 +233,26 @@ def _perflow(method: Any, step: int, batch: Batch) -> Cost:
     return {"student": Calls(to_parameters=1), "teacher": Calls(no_grad=asked)}
 
 
+def _continuous_consistency(method: Any, step: int, batch: Batch) -> Cost:
+    """What one step costs; the student's own earlier steps count too, once it is matched."""
+    config, w, matching = method.config, method.teacher.calls, method.matches(step)
+    earlier = batch.draws.shared_integer("student_step", 0, len(method.sampler.grid)) if matching else 0
+    if matching and step % (config.critic_updates + 1):
+        return {"student": Calls(no_grad=earlier + 1), "critic": Calls(to_parameters=1)}
+    if config.variant == "tcm":
+        at = len(method.times.boundary(batch.draws.indices)) / batch.size
+        return {"student": Calls(no_grad=1 - at, to_parameters=1), "target": Calls(no_grad=at)}
+    asked = {"exact": 0, "central": 2, "renoise": 2}.get(config.derivative, 1)
+    exact = int(config.derivative in ("exact", "semi_continuous"))
+    calls = {"student": Calls(no_grad=asked + earlier, to_parameters=1 + matching, jvp=exact)}
+    if matching:
+        calls["critic"] = Calls(no_grad=1)
+    asked_teacher = w * ((config.velocity == "teacher") + matching)
+    return calls | ({"teacher": Calls(no_grad=asked_teacher)} if asked_teacher else {})
+
+
 _BY_CLASS = {
+    "ContinuousConsistency": _continuous_consistency,
     "Dmd2": _dmd2,
     "PhasedDmd": _phased_dmd,
     "Sid": _sid,

@@ -28,7 +28,11 @@ _ADVICE = "take --derivative central, or --variant alpha_flow --alpha_min 0.1"
 
 
 def derivative_along(
-    function: Callable[..., Tensor], point: tuple[Tensor, ...], direction: tuple[Tensor, ...], network: nn.Module
+    function: Callable[..., Tensor],
+    point: tuple[Tensor, ...],
+    direction: tuple[Tensor, ...],
+    network: nn.Module,
+    advice: str = _ADVICE,
 ) -> tuple[Tensor, Tensor]:
     """``function(*point)`` (B, ...), with a graph where gradients are on, and its derivative in ``direction``, without.
 
@@ -40,6 +44,7 @@ def derivative_along(
         point: its arguments, floating-point tensors.
         direction: how each of them changes, of the same shapes.
         network: whose attention and norms can be differentiated then.
+        advice: what a user can do where there is no derivative.
 
     Raises:
         UserError: the network has an operation without a forward derivative.
@@ -50,13 +55,15 @@ def derivative_along(
             answer = function(*duals)
         except NotImplementedError as error:
             reason = one_line(error)[:160]
-            raise UserError(f"{type(network).__name__} has no forward derivative ({reason}); {_ADVICE}") from error
+            raise UserError(f"{type(network).__name__} has no forward derivative ({reason}); {advice}") from error
         value, tangent = forward_ad.unpack_dual(answer)
     return value, torch.zeros_like(value).detach() if tangent is None else tangent.detach()
 
 
 @torch.no_grad()
-def refuse_underivable(function: Callable[[Tensor], Tensor], t: Tensor, network: nn.Module, step: float = 1e-3) -> None:
+def refuse_underivable(
+    function: Callable[[Tensor], Tensor], t: Tensor, network: nn.Module, step: float = 1e-3, advice: str = _ADVICE
+) -> None:
     """Raise where a network's answer changes with its time and the derivative says that it does not, or is not finite.
 
     A time that is rounded on its way has a derivative of zero, without any error. What derives the network's attention
@@ -67,17 +74,18 @@ def refuse_underivable(function: Callable[[Tensor], Tensor], t: Tensor, network:
         t: times at which it is tried, float64.
         network: that is called.
         step: how much further it is asked again.
+        advice: as in :func:`derivative_along`.
 
     Raises:
         UserError: it cannot be differentiated.
     """
     with dispatch.counted() as ran:
-        _, tangent = derivative_along(function, (t,), (torch.ones_like(t),), network)
+        _, tangent = derivative_along(function, (t,), (torch.ones_like(t),), network, advice)
     logger.info("%s: attention in a derivative is %s", type(network).__name__, described(ran))
     moves = bool((function(t - step) != function(t)).any())
     if not bool(torch.isfinite(tangent).all()) or (moves and not bool(tangent.any())):
         lost = "changes with its time, and its derivative by the time is lost on the way"
-        raise UserError(f"{type(network).__name__} {lost}; {_ADVICE}")
+        raise UserError(f"{type(network).__name__} {lost}; {advice}")
     if not moves:
         raise UserError(f"{type(network).__name__} does not react to its time; its weights are degenerate")
 

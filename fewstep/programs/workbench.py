@@ -11,7 +11,7 @@ from typing import Any, overload
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning
@@ -28,6 +28,7 @@ from fewstep.errors import UserError
 from fewstep.export import plan_student, why_no_lora
 from fewstep.export.flow_map import refuse_no_flow_map
 from fewstep.export.student import Student
+from fewstep.networks.all_times import ask_at_all_times, refuse_jumping, refuse_undifferentiated
 from fewstep.networks.features import FeatureTap, tapped
 from fewstep.networks.flow_map import SECOND_TIME
 from fewstep.networks.guidance import GuidedDenoiser
@@ -170,6 +171,18 @@ class Workbench:
         self.student = self.student.flow_map(roles["student"].added[SECOND_TIME])
         return roles
 
+    def make_differentiated_roles(self, *names: str, exact: bool) -> dict[str, Role]:
+        """The frozen teacher, a student (and ``ema``) that is asked at all times, and the trainable roles ``names``.
+
+        Raises:
+            UserError: it knows no times but those of its table, or ``exact`` without a forward derivative.
+        """
+        refuse_undifferentiated(self.recording, exact)
+        roles = self.make_roles("student", *names)
+        ask_at_all_times(roles["student"])
+        refuse_jumping(roles, self._two(), self.with_default_guidance(self.conditions.select([0, 0])), exact)
+        return roles
+
     def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
         """A role under guidance, by default the run's, which is the teacher's."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
@@ -184,6 +197,12 @@ class Workbench:
         tap, features = self._tapped(role)
         role.add("head", make_head(features, self.config.seed))
         return tap
+
+    def add_module(self, role: Role, name: str, make: Callable[[], nn.Module]) -> None:
+        """Give a role one more module, which is trained and kept with it, with the same weights on every process."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            role.add(name, make().to(self.device))
 
     def perceptual_distance(self) -> Callable[[Tensor, Tensor], Tensor]:
         """LPIPS (B,) between the images that two batches x0 (B, ...) stand for.

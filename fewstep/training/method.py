@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.data.batch import Batch
@@ -115,6 +115,14 @@ class Bench(Protocol):
         """
         ...
 
+    def make_differentiated_roles(self, *names: str, exact: bool) -> dict[str, Role]:
+        """The frozen teacher, a student (and ``ema``) that is asked at all times, and the trainable roles ``names``.
+
+        Raises:
+            UserError: it knows no times but those of its table, or ``exact`` without a forward derivative.
+        """
+        ...
+
     def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
         """A role under guidance, by default the run's, which is the teacher's."""
         ...
@@ -128,6 +136,10 @@ class Bench(Protocol):
 
         Several experts share one head, which sees features of the one whose time it is.
         """
+        ...
+
+    def add_module(self, role: Role, name: str, make: Callable[[], nn.Module]) -> None:
+        """Give a role one more module, which is trained and kept with it, with the same weights on every process."""
         ...
 
     def perceptual_distance(self) -> Callable[[Tensor, Tensor], Tensor]:

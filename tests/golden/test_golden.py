@@ -7,6 +7,7 @@ a ``*_cases.py`` file here and its line in that file's ``CASES``.
 from pathlib import Path
 
 import consistency_model_cases
+import continuous_cases
 import dmd2_cases
 import ect_cases
 import lcm_cases
@@ -32,6 +33,7 @@ CASES = {
     **rectified_flow_cases.CASES,
     **mean_flow_cases.CASES,
     **mf_rae_cases.CASES,
+    **continuous_cases.CASES,
 }
 
 

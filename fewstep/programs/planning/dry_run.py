@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fewstep.conditioning.conditioning import Conditioning
@@ -25,6 +25,7 @@ from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.timesteps import even_grid
 from fewstep.export.flow_map import refuse_no_flow_map
 from fewstep.export.phased import phased_recording
+from fewstep.networks.all_times import ask_at_all_times, refuse_undifferentiated
 from fewstep.networks.features import FeatureTap, likely_tap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.guidance_embedding import likely_guidance_embedding
@@ -118,6 +119,13 @@ class DryRun:
                 attach_second_time(roles[name].single, self.recording.component, sites, checkpointing, self.config.seed)
         return roles
 
+    def make_differentiated_roles(self, *names: str, exact: bool) -> dict[str, Role]:
+        """As in a run; whether there is a derivative is not tried."""
+        refuse_undifferentiated(self.recording, exact)
+        roles = self.make_roles("student", *names)
+        ask_at_all_times(roles["student"])
+        return roles
+
     def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
         """As in a run."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
@@ -137,6 +145,11 @@ class DryRun:
                 features = denoiser.features(x, t, self._conditioning(2), tap)
             role.add("head", make_head(features, self.config.seed))
         return tap
+
+    def add_module(self, role: Role, name: str, make: Callable[[], nn.Module]) -> None:
+        """As in a run."""
+        with self.world():
+            role.add(name, make().to(self.device))
 
     def perceptual_distance(self) -> Callable[[Tensor, Tensor], Tensor]:
         """In the place of LPIPS, whose network and the decoder before it are not looked at, a mean square."""
