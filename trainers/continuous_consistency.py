@@ -238,7 +238,7 @@ class ContinuousConsistency:
         pair, boundary = self.times.draw(batch.draws)
         noise = batch.draws.normal("noise", batch.shape)
         each = self.compare(batch.real.x0, noise, pair, boundary, batch.real.conditioning)
-        loss = (self.shares(len(each), boundary).to(each) * each).mean()
+        loss = (sent(self.shares(len(each), boundary), each.device, each.dtype) * each).mean()
         log = {"student/consistency": loss.detach(), "student/interval": (pair.t - pair.r).mean()}
         return loss, log
 
@@ -262,11 +262,10 @@ class ContinuousConsistency:
             weight(settled(self.config.weighting), pair.sigma_t, pair.sigma_r, self.trig.sigma_data).to(apart) * apart
         )
 
-    def shares(self, size: int, boundary: list[int]) -> Tensor:
-        """What each sample counts (B,): the mean is that above, plus boundary_weight times that at the transition."""
+    def shares(self, size: int, boundary: list[int]) -> list[float]:
+        """What each of B samples counts: the mean is that above, plus boundary_weight times that at the transition."""
         share, at = self.config.boundary_share, set(boundary)
-        weights = [self.config.boundary_weight / share if row in at else 1 / (1 - share) for row in range(size)]
-        return torch.tensor(weights, dtype=torch.float64)
+        return [self.config.boundary_weight / share if row in at else 1 / (1 - share) for row in range(size)]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from fewstep.diffusion.discretization import SigmaRange, TimePair, ect_mapping
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
+from fewstep.sending import sent
 
 # How far above the transition its samples are: it has to be told from below.
 _OFFSET = 1e-8
@@ -56,7 +58,7 @@ class TruncatedTimes:
                 f"{self.levels.sigma_max:.4g}; give smaller ones"
             )
 
-    @property
+    @cached_property
     def lowest(self) -> float:
         """The noise level whose neighbour is the transition itself; infinite where there is none."""
         low, high = torch.tensor(self.transition, dtype=torch.float64), torch.tensor(1e6, dtype=torch.float64)
@@ -79,8 +81,7 @@ class TruncatedTimes:
         """Times of every sample of a step, and the rows of those at the transition."""
         rows, uniform = self.boundary(draws.indices), draws.uniform("level")
         sigma = self.noise_levels(uniform)
-        places = torch.tensor(rows, dtype=torch.int64).to(sigma.device, non_blocking=True)
-        sigma = sigma.index_fill(0, places, self.transition * (1 + _OFFSET))
+        sigma = sigma.index_fill(0, sent(rows, sigma.device, torch.int64), self.transition * (1 + _OFFSET))
         return self.levels.between(sigma, self._neighbour(sigma)), rows
 
     def noise_levels(self, uniform: Tensor) -> Tensor:

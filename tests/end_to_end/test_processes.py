@@ -29,6 +29,7 @@ SETTINGS = {
     "sid": "--critic_updates 1",
     "consistency": "",
     "perflow": "--num_pairs 12 --pair_steps 2 --solver_steps 2",
+    "continuous_consistency": "--num_pairs 12 --pair_steps 2 --variant rcm --matching_first_step 0 --critic_updates 1",
     "rectified_flow": "--num_pairs 12 --pair_steps 2",
     "mean_flow": "--num_pairs 12 --pair_steps 2",
 }

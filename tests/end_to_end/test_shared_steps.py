@@ -51,6 +51,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "consistency": ("consistency", {}),
+    "scm": ("continuous_consistency", {**PAIRS, "tangent_warmup": 0}),
+    "rcm": ("continuous_consistency", {**PAIRS, **CRITIC, "variant": "rcm", "matching_first_step": 0}),
     "mean flow": ("mean_flow", {**PAIRS, "apart": 0.75}),
     "perflow": ("perflow", {**PAIRS, "solver_steps": 2}),
     "rectified flow": ("rectified_flow", {**PAIRS, "steps": 1}),

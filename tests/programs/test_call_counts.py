@@ -30,6 +30,7 @@ from fewstep.training.method import Method, Turn
 
 #: What a method must be told to run at all, and further settings under which it costs something else.
 SETTINGS: dict[str, dict] = {
+    "continuous_consistency": {"num_pairs": 6, "pair_steps": 2},
     "dmd2": {"critic_updates": 2},
     "mean_flow": {"num_pairs": 6, "pair_steps": 2, "apart": 0.5},
     "perflow": {"num_pairs": 6, "pair_steps": 2, "solver_steps": 2},
@@ -39,6 +40,12 @@ SETTINGS: dict[str, dict] = {
 }
 VARIANTS: dict[str, dict[str, dict]] = {
     "consistency": {"heun": {"variant": "cd"}, "images": {"variant": "ict", "data": True}},
+    "continuous_consistency": {
+        "images": {"data": True, "velocity": "data"},
+        "rcm": {"variant": "rcm", "matching_first_step": 2, "critic_updates": 1, "derivative": "discrete"},
+        "tcm": {"variant": "tcm", "data": True, "init": "first", "transition": 0.3, "boundary_share": 0.5},
+        "semi_continuous": {"derivative": "semi_continuous", "data": True},
+    },
     "dmd2": {
         "gan": {"gan_weight": 0.1, "data": True},
         "decoupled": {"decoupled": "hybrid"},
