@@ -54,13 +54,13 @@ def drawn(method: Any, step: int, batch: Batch) -> float:
         return (apart - method.config.apart) * _derivative_of(method)
     if kind == "ContinuousConsistency" and not method.matches(step):
         return 0
-    if kind in ("RectifiedFlow", "PerFlow") or (kind == "Consistency" and method.config.data is not None):
+    if kind in ("RectifiedFlow", "PerFlow") or (kind in _OWN_SAMPLES and method.config.data is not None):
         return 0
     if kind == "PhasedDmd":
         steps = method.phases[method.place(step)[0]].steps
         first, end = steps.start, steps.stop
     earlier = batch.draws.shared_integer("student_step", first, end)
-    if kind == "Consistency":
+    if kind in _OWN_SAMPLES:
         return earlier + 1
     return earlier * (1 + method.student_moves(step)) if kind == "Sid" else earlier
 
@@ -69,6 +69,8 @@ def period(method: Any) -> int:
     """Over how many steps the student is updated once."""
     if type(method).__name__ == "ContinuousConsistency":
         return method.config.critic_updates + 1 if method.config.matching else 1
+    if type(method).__name__ == "SegmentedConsistency":
+        return 2 if method.config.judged and method.config.alternate else 1
     return getattr(method.config, "critic_updates", 1)
 
 
@@ -131,6 +133,19 @@ def _formula_of_continuous_consistency(method: Any, _h: float) -> tuple[str, flo
     return f"{words} + 3 + 1 + w + r (1 + 3)", passes + 4 + w + 4 * r
 
 
+def _formula_of_segmented_consistency(method: Any, h: float) -> tuple[str, float] | None:
+    config = method.config
+    asked = {"euler": 1, "heun": 2}[config.solver]
+    w = 2 if config.guidance_range is not None else method.teacher.calls
+    if not config.judged:
+        return f"3 + 1 + {asked}w", 4 + asked * w
+    if len(method.stages) > 1:
+        return None  # its stages cost different amounts
+    if config.alternate:
+        return f"3 + 1 + {asked}w + 2h + (1 + 1 + {asked}w + 2h)", 6 + 2 * asked * w + 4 * h
+    return f"3 + 1 + {asked}w + 2h + 2h", 4 + asked * w + 4 * h
+
+
 _FORMULAS = {
     "ContinuousConsistency": _formula_of_continuous_consistency,
     "Dmd2": _formula_of_dmd2,
@@ -140,7 +155,10 @@ _FORMULAS = {
     "MeanFlow": _formula_of_mean_flow,
     "PerFlow": lambda method, _h: (f"3 + {_walk_calls(method)}w", 3.0 + _walk_calls(method) * method.teacher.calls),
     "RectifiedFlow": lambda _method, _h: ("3", 3.0),
+    "SegmentedConsistency": _formula_of_segmented_consistency,
 }
+#: Methods that learn on the student's own samples where they have no others.
+_OWN_SAMPLES = ("Consistency", "SegmentedConsistency")
 
 
 def _dmd2(method: Any, step: int, batch: Batch) -> Cost:
@@ -198,6 +216,22 @@ def _consistency(method: Any, step: int, batch: Batch) -> Cost:
     calls = {"student": Calls(no_grad=sampled + own, to_parameters=1)}
     calls |= {} if own else {"target": Calls(no_grad=1)}
     return calls | ({"teacher": Calls(no_grad=of_solver * guided)} if of_solver else {})
+
+
+def _segmented_consistency(method: Any, step: int, batch: Batch) -> Cost:
+    """What one step costs; without real data the student's own sample counts too."""
+    config, (moves, judge_moves) = method.config, method.moves(step)
+    sampled = 0
+    if config.data is None:
+        sampled = batch.draws.shared_integer("student_step", 0, len(method.sampler.grid)) + 1
+    guided = 2 if config.guidance_range is not None else method.teacher.calls
+    own = method.target is method.student
+    calls = {"student": Calls(no_grad=sampled + own + (not moves), to_parameters=int(moves))}
+    calls |= {} if own else {"target": Calls(no_grad=1)}
+    calls["teacher"] = Calls(no_grad={"euler": 1, "heun": 2}[config.solver] * guided)
+    if method.judged(step):
+        calls["discriminator/features"] = Calls(no_grad=2 * judge_moves, to_inputs=int(moves))
+    return calls
 
 
 def _mean_flow(method: Any, step: int, batch: Batch) -> Cost:
@@ -260,4 +294,5 @@ _BY_CLASS = {
     "MeanFlow": _mean_flow,
     "PerFlow": _perflow,
     "RectifiedFlow": _rectified_flow,
+    "SegmentedConsistency": _segmented_consistency,
 }

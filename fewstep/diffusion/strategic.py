@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.prediction import add_noise, ode_step, transition
-from fewstep.diffusion.schedule import NoiseSchedule, TableSchedule
+from fewstep.diffusion.schedule import Coefficients, NoiseSchedule, TableSchedule
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ def strategic_step(
 
     x_s = alpha_s x0 + sigma_s eps, x' = (alpha' / alpha_s) x_s + sqrt(sigma'^2 - (alpha' sigma_s / alpha_s)^2) noise.
     """
-    at_s, there = (schedule.coefficients(time) for time in (strategic_time(schedule, then, gamma), then))
-    x_s = ode_step(x_t, x0, schedule.coefficients(t), at_s)
-    return add_noise(x_s, noise, transition(at_s, there))
+    back = strategic_time(schedule, then, gamma)
+    at_s, there = schedule.coefficients(back), schedule.coefficients(then)
+    way = transition(at_s, there)
+    # The root of a difference that is 0 but for rounding would be noise of 1e-8.
+    way = Coefficients(way.alpha, torch.where(back < then, way.sigma, 0.0))
+    return add_noise(ode_step(x_t, x0, schedule.coefficients(t), at_s), noise, way)

@@ -1,4 +1,4 @@
-"""Non-saturating logistic GAN losses on logits of shape (B,) (Goodfellow et al. 2014; DMD2, §4.3)."""
+"""GAN losses on logits of shape (B,): non-saturating logistic (Goodfellow et al. 2014; DMD2, §4.3), and hinge."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ def generator_loss(logits_fake: Tensor) -> Tensor:
 def discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     """mean softplus(D(fake)) + mean softplus(-D(real)); both (B,). Returns ()."""
     return generator_loss(-logits_fake) + generator_loss(logits_real)
+
+
+def hinge_generator_loss(logits_fake: Tensor) -> Tensor:
+    """mean max(0, 1 - D(fake)); ``logits_fake``: (B,). Returns (). Source: Wang et al. 2024, PCM, released code."""
+    return F.relu(1 - (logits_fake.float() if logits_fake.dtype.itemsize < 4 else logits_fake)).mean()
+
+
+def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """mean max(0, 1 + D(fake)) + mean max(0, 1 - D(real)); both (B,). Returns () (Lim & Ye 2017)."""
+    return hinge_generator_loss(-logits_fake) + hinge_generator_loss(logits_real)
 
 
 def clamped_cross_entropy(logits: Tensor, real: bool, limit: float = 10.0) -> Tensor:

@@ -32,6 +32,7 @@ SETTINGS = {
     "continuous_consistency": "--num_pairs 12 --pair_steps 2 --variant rcm --matching_first_step 0 --critic_updates 1",
     "rectified_flow": "--num_pairs 12 --pair_steps 2",
     "mean_flow": "--num_pairs 12 --pair_steps 2",
+    "segmented_consistency": "--variant tscd --segments [2,1] --stage_steps [1]",
 }
 SOON = 60.0  # seconds for all to end
 

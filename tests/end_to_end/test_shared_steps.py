@@ -56,6 +56,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mean flow": ("mean_flow", {**PAIRS, "apart": 0.75}),
     "perflow": ("perflow", {**PAIRS, "solver_steps": 2}),
     "rectified flow": ("rectified_flow", {**PAIRS, "steps": 1}),
+    "segmented consistency": ("segmented_consistency", {"adversarial_weight": [0.1], "offset_noise": 0.1, "data": ""}),
 }
 EVERY = [
     pytest.param(
@@ -70,7 +71,7 @@ NO_MEANS = ("_std", "/lag", "/derivative", "/gradient", "/gradient_norm", "secon
 NO_GRADIENT = "to_k.bias"
 #: Gradients of small differences (of a consistency model's two answers, of teacher and critic) have lost digits, and
 #: networks round otherwise for another batch size. One process with micro-batches differs from one without as much.
-LOST_DIGITS = {"consistency": 1e-4, "sid": 3e-5}
+LOST_DIGITS = {"consistency": 1e-4, "segmented consistency": 1e-4, "sid": 3e-5}
 #: Of each of two processes.
 SHARE = {"batch_size": 2, "gradient_accumulation_steps": 1}
 

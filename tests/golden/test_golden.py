@@ -18,6 +18,7 @@ import perflow_cases
 import primitive_cases
 import pytest
 import rectified_flow_cases
+import segmented_cases
 import sid_cases
 from golden_file import GoldenFile
 
@@ -31,6 +32,7 @@ CASES = {
     **lcm_cases.CASES,
     **perflow_cases.CASES,
     **rectified_flow_cases.CASES,
+    **segmented_cases.CASES,
     **mean_flow_cases.CASES,
     **mf_rae_cases.CASES,
     **continuous_cases.CASES,

@@ -1,11 +1,18 @@
-"""The GAN losses are the non-saturating logistic ones."""
+"""The GAN losses are the non-saturating logistic ones, and hinges."""
 
 import math
 
 import pytest
 import torch
 
-from fewstep.losses.adversarial import clamped_cross_entropy, discriminator_loss, generator_loss, weighted_mean
+from fewstep.losses.adversarial import (
+    clamped_cross_entropy,
+    discriminator_loss,
+    generator_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    weighted_mean,
+)
 
 
 def test_an_undecided_discriminator_costs_log_two_per_term():
@@ -26,6 +33,13 @@ def test_half_precision_logits_are_raised_to_float32():
     logits = torch.tensor([30.0, -30.0], dtype=torch.bfloat16)
     assert generator_loss(logits).dtype == torch.float32
     assert discriminator_loss(logits, -logits).dtype == torch.float32
+
+
+def test_hinges_ask_for_a_margin_of_one_and_no_more():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.25])
+    assert hinge_discriminator_loss(real, fake).item() == pytest.approx((0 + 0.5) / 2 + (0 + 1.25) / 2)
+    assert hinge_generator_loss(fake).item() == pytest.approx((4 + 0.75) / 2)
+    assert hinge_generator_loss(fake.bfloat16()).dtype == torch.float32
 
 
 def test_clamped_cross_entropy_is_the_mean_over_a_samples_clamped_logits():

@@ -61,6 +61,10 @@ VARIANTS: dict[str, dict[str, dict]] = {
     },
     "perflow": {"heun": {"solver": "heun", "guidance": "kept"}},
     "phased_dmd": {"alternating": {"order": "alternating", "phase_steps": None}},
+    "segmented_consistency": {
+        "stages": {"variant": "tscd", "segments": [2, 1], "stage_steps": [2], "data": True},
+        "phases": {"variant": "pcm", "adversarial_weight": [0.1], "data": True},
+    },
     "sid": {"zero_gan": {"guidance": "zero", "adversarial": "diffusion_gan", "gan_start_step": 2, "data": True}},
 }
 RUN = {"steps": 4, "batch_size": 2, "log_steps": 100, "report_to": "none", "cpu": True}
