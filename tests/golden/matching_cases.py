@@ -3,20 +3,18 @@
 import torch
 from golden_file import GoldenFile
 from toy_network import toy_conditioning
+from vocabulary import TIME_WEIGHTS, guided, time_weight
+from vocabulary import denoising as critic_denoising
 
-from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.prediction import add_noise, from_x0, transition
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import Coefficients, EDMSchedule, FlowSchedule, NoiseSchedule, TrigFlowSchedule
 from fewstep.losses.divergence import DIVERGENCES, DivergenceWeight
 from fewstep.losses.score import (
-    denoising_loss,
     distribution_matching,
-    native_weight,
     score_distillation,
     subinterval_target,
 )
-from fewstep.networks.guidance import GuidedDenoiser
 
 
 def f_distill(golden: GoldenFile) -> None:
@@ -79,12 +77,11 @@ def swiftbrush(golden: GoldenFile) -> None:
     teacher, critic = golden.denoiser("k_teacher", schedule), golden.denoiser("k_critic", schedule)
     t = schedule.time(golden["timestep_vsd"])
     x_t = add_noise(y.detach(), golden["noise_vsd"], schedule.coefficients(t))
-    x0_teacher = guided(golden, "guide_teacher", teacher)(x_t, t, conditioning)
-    x0_critic = guided(golden, "guide_critic", critic)(x_t, t, conditioning)
+    x0_teacher = guided(golden, teacher, "guide_teacher")(x_t, t, conditioning)
+    x0_critic = guided(golden, critic, "guide_critic")(x_t, t, conditioning)
     alpha, sigma = schedule.coefficients(t)
     # Of the difference of the two noises; the trainer's function is SwiftBrush's own choice, sigma^2.
-    weightings = {"sigma_squared": sigma**2, "alpha_squared": alpha**2, "uniform": torch.ones_like(sigma)}
-    weight = weightings[golden.choice("weighting", *weightings)] * alpha / sigma
+    weight = time_weight(golden.choice("weighting", *TIME_WEIGHTS), schedule, t) * alpha / sigma
     if not golden.absent("normalizer"):
         normalizer = normalization(golden, "y")
         loss, gradient = distribution_matching(y.detach(), x0_teacher, x0_critic, weight=weight, **normalizer)
@@ -100,31 +97,12 @@ def swiftbrush(golden: GoldenFile) -> None:
     critic = golden.denoiser("k_critic", schedule)
     t = schedule.time(golden["timestep_critic"])
     x_t = add_noise(y.detach(), golden["noise_critic"], schedule.coefficients(t))
-    said = guided(golden, "guide_critic_in_critic_loss", critic)
+    said = guided(golden, critic, "guide_critic_in_critic_loss")
     x0_critic = said(x_t, t, null if golden["critic_uses_null"] else conditioning)
-    alpha, sigma = schedule.coefficients(t)
-    emphases = {"alpha_squared": alpha**2, "sigma_squared": sigma**2, "uniform": torch.ones_like(alpha)}
-    weight = emphases[golden.choice("critic_weighting", *emphases)]
-    spaces = {"mse_epsilon": "epsilon", "mse_v": "v_prediction", "mse_x0": "sample", "mse_velocity": "flow"}
-    space = spaces[golden.choice("critic_distance", *spaces)]
-    loss = golden.over_mean(y) * denoising_loss(y, x0_critic, weight * native_weight(space, schedule, t))
+    loss = critic_denoising(golden, schedule, t, y.detach(), x0_critic, "critic_")
     golden.check("loss_critic", loss)
     (gradient,) = torch.autograd.grad(loss, critic.network.k)
     golden.check("grad_k_critic", gradient)
-
-
-def guided(golden: GoldenFile, option: str, denoiser: Denoiser) -> Denoiser:
-    """The denoiser under the file's guidance, where the option says so."""
-    if not golden.choice(option, True, False):
-        return denoiser
-    # c + w (c - u) is u + (w + 1) (c - u).
-    more = {"none": None, "u+w*(c-u)": 0.0, "c+w*(c-u)": 1.0}[
-        golden.choice("guidance_form", "none", "u+w*(c-u)", "c+w*(c-u)")
-    ]
-    if more is None:
-        return denoiser
-    null = toy_conditioning(torch.zeros(1, dtype=torch.float64))
-    return GuidedDenoiser(denoiser, null, golden["guidance_scale"].item() + more)
 
 
 def phased_target(golden: GoldenFile) -> None:

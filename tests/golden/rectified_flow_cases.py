@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from golden_file import GoldenFile
 from torch import Tensor
-from toy_network import ToyNetwork, ToyRecipe, toy_conditioning
+from toy_network import toy_conditioning
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.diffusion.ode import OdeSolver
@@ -22,16 +22,7 @@ from fewstep.trainers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 
 def student(golden: GoldenFile) -> NetworkDenoiser:
     """The toy student in the schedule of its own; a ``wrapper`` only names the time that a file states its times in."""
-    kinds = {
-        "edm_preconditioned": ("edm", 1),
-        "velocity": ("flow", 1),
-        "data_minus_noise": ("flow", -1),
-    }
-    kind, sign = kinds[golden.choice("prediction_type", *kinds)]
-    # The number fed to the toy is the schedule's timestep itself.
-    golden.choice("toy_time", "ln(sigma)/4" if kind == "edm" else "t")
-    network = ToyNetwork(golden["k_student"])
-    return NetworkDenoiser(network, ToyRecipe(1.0, sign), schedule(golden), kind)
+    return golden.denoiser("k_student", schedule(golden))
 
 
 def schedule(golden: GoldenFile) -> NoiseSchedule:
@@ -80,17 +71,17 @@ def rectified_flow_loss(golden: GoldenFile) -> None:
     x, schedule = golden["x"], denoiser.schedule
     x_t = add_noise(x, golden["z"], schedule.coefficients(t))
     x0_student = denoiser(x_t, t, no_condition(x))
-    loss, _ = trainer(denoiser, loss="l2").distance(x, x0_student, schedule.flow_time(t))
-    # All but the first are sums over a sample where ours is the mean.
-    factors = {"mean": 1.0, "sum_over_batch_size": x[0].numel(), "half_sum_over_batch_size": x[0].numel() / 2}
-    loss = factors[golden.choice("reduction", *factors)] * loss
-    loss.backward()
-    golden.check("loss", loss)
+    method, flow_time = trainer(denoiser, loss="l2"), schedule.flow_time(t)
+    rows = [slice(i, i + 1) for i in range(len(x))]
+    each = torch.stack([method.distance(x[row], x0_student[row], flow_time[row])[0] for row in rows])
+    torch.testing.assert_close(method.distance(x, x0_student, flow_time)[0], each.mean())
+    each = golden.over_mean(x) * each
+    each.mean().backward()
+    golden.check_loss("loss", each)
     golden.check("grad_k_student", denoiser.network.k.grad)
 
 
 def rfpp_loss(golden: GoldenFile) -> None:
-    golden.choice("reduction", "mean")
     denoiser = student(golden)
     scalings = {"dim": "released", "sqrt_dim": "sqrt", "sqrt(dim)": "sqrt", "sqrt": "sqrt"}
     scaling = scalings[golden.choice("huber_c_scaling", *scalings)]
@@ -106,7 +97,7 @@ def rfpp_loss(golden: GoldenFile) -> None:
     x0_student = denoiser(add_noise(x, z, denoiser.schedule.coefficients(t)), t, no_condition(x))
     golden.check("pred_velocity", z - x + velocity_error(x, x0_student, flow_time))
     method = trainer(denoiser, distance, **settings)
-    loss, _ = method.distance(x, x0_student, denoiser.schedule.flow_time(t))
+    loss = golden.over_mean(x) * method.distance(x, x0_student, denoiser.schedule.flow_time(t))[0]
     loss.backward()
     golden.check("loss", loss)
     golden.check("grad_k_student", denoiser.network.k.grad)

@@ -1,11 +1,10 @@
 """SiD's golden files (SiD, SiD-LSG, few-step SiD, SiDA), compared with the functions that the trainer is made of."""
 
-from collections.abc import Callable
-
 import torch
 from golden_file import GoldenFile
 from torch import Tensor
 from toy_network import toy_conditioning
+from vocabulary import MORE, SPACES, TIME_WEIGHTS, denoising, error_weight
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.noise_levels import NoiseLevels
@@ -14,7 +13,6 @@ from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.diffusion.timesteps import even_grid
 from fewstep.losses.adversarial import clamped_cross_entropy, weighted_mean
-from fewstep.losses.score import denoising_loss
 from fewstep.losses.score_identity import score_identity, score_identity_weight
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.sid import critic_weight
@@ -44,12 +42,10 @@ def generator_edm(golden: GoldenFile) -> None:
 def critic_edm(golden: GoldenFile) -> None:
     schedule = golden.edm_schedule()
     golden.choice("guidance_form", "none")
-    golden.choice("distance", "mse_x0")
-    golden.choice("weighting", "karras")
     t = critic_times(golden, schedule)
     golden.check("sigma", schedule.coefficients(t).sigma)
     critic = golden.denoiser("k_critic", schedule)
-    loss = denoising(golden, schedule, critic, t, golden["y"], golden["noise"]) * golden.number("loss_factor")
+    loss = denoised(golden, schedule, critic, t, golden["y"], golden["noise"]) * golden.number("loss_factor")
     golden.check("loss", loss)
     golden.check("grad_k_critic", torch.autograd.grad(loss, critic.network.k)[0])
 
@@ -57,7 +53,6 @@ def critic_edm(golden: GoldenFile) -> None:
 def sida(golden: GoldenFile) -> None:
     schedule = golden.edm_schedule()
     golden.choice("guidance_form", "none")
-    golden.choice("critic_weighting", "karras")
     golden.choice("gan_feature", "mean_channels_sin_x0_critic")
     golden.choice("gan_loss", "bce")
     critic, frequency = golden.denoiser("k_critic", schedule), golden.number("gan_feature_frequency")
@@ -81,11 +76,11 @@ def sida(golden: GoldenFile) -> None:
 
     # The critic: denoising, and the discriminator at the same times and noise for real and fake.
     t, noise = critic_times(golden, schedule), golden["noise_critic"]
-    loss = denoising(golden, schedule, critic, t, golden["y"], noise)
+    loss = denoised(golden, schedule, critic, t, golden["y"], noise, "critic_")
     golden.check("loss_fake_score", loss)
     real, fake = (add_noise(golden[name], noise, schedule.coefficients(t)) for name in ("y_real", "y"))
     each = golden.number("discriminator_factor") * (cross_entropy(real, t, True) + cross_entropy(fake, t, False))
-    adversarial = weighted_mean(each, critic_weight(critic.prediction_type, schedule, t), over_batch=True)
+    adversarial = weighted_mean(each, error_weight(golden, schedule, t, "critic_"), over_batch=True)
     golden.check("loss_discriminator", adversarial)
     golden.check("grad_k_critic", torch.autograd.grad(loss + adversarial, critic.network.k)[0])
 
@@ -104,8 +99,8 @@ def long_short_guidance(golden: GoldenFile) -> None:
     student = golden.denoiser("k_student", schedule)
     y = rollout(student, sampler, golden["z"], golden.conditioning())
     golden.check("y", y)
-    kappa, t = golden["kappa"].item(), schedule.time(golden["timestep"])
-    scales = {use: kappa if golden.choice(use, True, False) else 1.0 for use in GUIDED}
+    scale, t = as_ours(golden, golden["kappa"].item()), schedule.time(golden["timestep"])
+    scales = {use: scale if golden.choice(use, True, False) else 1.0 for use in GUIDED}
     generator_and_critic(golden, schedule, t, student, y, scales)
 
 
@@ -135,7 +130,7 @@ def few_steps(golden: GoldenFile) -> None:
     golden.check("y", y)
     t = student_times(golden, schedule)
     golden.check("sigma", schedule.coefficients(t).sigma)
-    fake, real = golden["kappa_fake"].item(), golden["kappa_real"].item()
+    fake, real = (as_ours(golden, golden[f"kappa_{of}"].item()) for of in ("fake", "real"))
     kappas = dict(zip(GUIDED, (real, fake, fake)))
     scales = {use: kappa if golden.choice(use, True, False) else 1.0 for use, kappa in kappas.items()}
     generator_and_critic(golden, schedule, t, student, y, scales)
@@ -147,15 +142,20 @@ def generator_flow(golden: GoldenFile) -> None:
     levels = NoiseLevels("uniform", golden.number("t_min"), golden.number("t_max"), shift=golden["shift"].item())
     t = levels.times(golden["timestep_raw"] / golden.number("timestep_scale"), schedule)
     golden.check("sigma", schedule.coefficients(t).sigma)
-    forms = {"none": lambda w: 1.0, "c+w*(c-u)": lambda w: 1.0 + w, "u+w*(c-u)": lambda w: w}
-    form = golden.choice("guidance_form", *forms)
-    scale = forms[form](golden["guidance_extra"].item() if form != "none" else None)
-    golden.choice("guidance_space", "x0")
+    form = golden.choice("guidance_form", *MORE)
+    scale = as_ours(golden, golden["guidance_extra"].item()) if form != "none" else 1.0
+    golden.choice("guidance_space", "x0", "epsilon", "velocity")  # which at one x_t are the same
     guided = [scale if golden.choice(use, True, False) else 1.0 for use in ("guide_teacher", "guide_critic")]
     y = golden["y"].clone().requires_grad_()
     loss, _, _ = identity(golden, schedule, t, y, golden["noise"], 1.0, *guided)
     golden.check("loss", loss)
     golden.check("grad_y", torch.autograd.grad(loss, y)[0])
+
+
+def as_ours(golden: GoldenFile, kappa: float) -> float:
+    """The guidance scale of u + w (c - u) that the file's form means."""
+    more = MORE[golden.choice("guidance_form", *MORE)]
+    return 1.0 if more is None else kappa + more
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
@@ -167,7 +167,6 @@ def generator_and_critic(
     golden: GoldenFile, schedule: NoiseSchedule, t: Tensor, student: Denoiser, y: Tensor, scales: dict[str, float]
 ) -> None:
     """Both losses at one time and noise."""
-    golden.choice("guidance_form", "u+w*(c-u)", "none")
     scale, noise = golden.number("loss_scale"), golden["noise"]
     guided = (scales["guide_teacher"], scales["guide_critic"])
     loss, _, _ = identity(golden, schedule, t, y, noise, scale, *guided, told=True)
@@ -176,17 +175,8 @@ def generator_and_critic(
     golden.check("grad_y", gradient_y)
     golden.check("grad_k_student", gradient_k)
 
-    # Its uniform weight is on the error of the network's own output, its snr/(snr+1) turns that of v into the noise's.
-    known = {
-        "epsilon": ("mse_epsilon", "uniform"),
-        "v_prediction": ("mse_v", "snr/(snr+1)"),
-        "velocity": ("mse_velocity", "uniform"),
-    }
-    distance, weighting = known[golden.choice("prediction_type", *known)]
-    golden.choice("critic_distance", distance)
-    golden.choice("critic_weighting", weighting, *(["alpha_squared"] if distance == "mse_v" else []))
     critic = golden.denoiser("k_critic", schedule)
-    loss = denoising(golden, schedule, critic, t, y.detach(), noise, scales["guide_critic_in_critic_loss"])
+    loss = denoised(golden, schedule, critic, t, y.detach(), noise, "critic_", scales["guide_critic_in_critic_loss"])
     golden.check("loss_critic", loss)
     golden.check("grad_k_critic", torch.autograd.grad(loss, critic.network.k)[0])
 
@@ -203,23 +193,23 @@ def identity(
     told: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """SiD's loss (), its elements (B, ...) and the weights (B,); with ``told`` teacher and critic are compared too."""
-    golden.choice("differentiate_networks", True)
+    through = golden.choice("differentiate_networks", True, False)
     golden.choice("normalizer_detached", True)
     coefficients, conditioning = schedule.coefficients(t), golden.conditioning()
-    x_t = add_noise(y, noise, coefficients)
+    x_t = add_noise(y if through else y.detach(), noise, coefficients)
     x0_teacher = guided(golden, "k_teacher", schedule, guide_teacher)(x_t, t, conditioning)
     x0_critic = guided(golden, "k_critic", schedule, guide_critic)(x_t, t, conditioning)
     if told:
         golden.check("x0_teacher", x0_teacher)
         golden.check("x0_critic", x0_critic)
-    reduce = reduction(golden)
+    over = elements_of(golden, y)
 
     def under(weighting: str) -> tuple[Tensor, Tensor, Tensor]:
         weight = score_identity_weight(
             NAMES.get(weighting, weighting), y, x0_teacher, coefficients, normalizer_min(golden)
         )
         elements = score_identity(y, x0_teacher, x0_critic, golden["alpha"].item(), weight)
-        return scale * reduce(elements), elements, weight
+        return scale * over * elements.mean(), elements, weight
 
     for name in golden.expected(r"loss\.\w+"):
         golden.check(name, under(name.removeprefix("loss."))[0])
@@ -227,7 +217,12 @@ def identity(
 
 
 # What the files call weights that have other names here.
-NAMES = {"sid_legacy": "sid", "mean_abs_y_minus_x0_teacher": "sid", "uniform": "none"}
+NAMES = {
+    "sid_legacy": "sid",
+    "mean_abs_y_minus_x0_teacher": "sid",
+    "mean_abs_x_minus_x0_teacher": "sid",
+    "uniform": "none",
+}
 
 
 def weighting_of(golden: GoldenFile) -> str:
@@ -237,26 +232,40 @@ def weighting_of(golden: GoldenFile) -> str:
         return golden.choice("weighting", "sid_legacy", "uniform", *known)
     if not golden.absent("normalizer_dtype"):
         golden.choice("normalizer_dtype", "float32", "float64")  # a cast of the source, below its own tolerance
-    return golden.choice("normalizer", "mean_abs_y_minus_x0_teacher", "none")
+    return golden.choice("normalizer", "mean_abs_y_minus_x0_teacher", "mean_abs_x_minus_x0_teacher", "none")
 
 
 def normalizer_min(golden: GoldenFile) -> float:
     return 1e-5 if golden.absent("normalizer_min") else golden.number("normalizer_min")
 
 
-def denoising(
+def denoised(
     golden: GoldenFile,
     schedule: NoiseSchedule,
     critic: Denoiser,
     t: Tensor,
     y: Tensor,
     noise: Tensor,
+    prefix: str = "",
     scale: float = 1.0,
 ) -> Tensor:
-    """The critic's loss (), which the trainer has as a mean."""
+    """The critic's loss ()."""
     x0 = GuidedDenoiser(critic, NULL, scale)(add_noise(y, noise, schedule.coefficients(t)), t, golden.conditioning())
-    loss = denoising_loss(y, x0, critic_weight(critic.prediction_type, schedule, t))
-    return elements_of(golden, y) * loss
+    kind, named = critic.prediction_type, f"{prefix}distance"
+    distance = "mse_x0" if golden.absent(named) else golden.choice(named, "mse", *SPACES)
+    if TRAINED.get(kind) == (distance, golden.choice(f"{prefix}weighting", *TIME_WEIGHTS)):
+        weight = error_weight(golden, schedule, t, prefix)
+        torch.testing.assert_close(critic_weight(kind, schedule, t), weight, rtol=1e-12, atol=0)
+    return denoising(golden, schedule, t, y, x0, prefix)
+
+
+#: What the trainer's critics learn by: the error of the network's own output, of v networks that of the noise.
+TRAINED = {
+    "epsilon": ("mse_epsilon", "uniform"),
+    "v_prediction": ("mse_v", "snr/(snr+1)"),
+    "flow": ("mse_velocity", "uniform"),
+    "edm": ("mse_x0", "karras"),
+}
 
 
 def guided(golden: GoldenFile, coefficients: str, schedule: NoiseSchedule, scale: float) -> GuidedDenoiser:
@@ -266,15 +275,9 @@ def guided(golden: GoldenFile, coefficients: str, schedule: NoiseSchedule, scale
 NULL = toy_conditioning(torch.zeros(1, dtype=torch.float64))
 
 
-def reduction(golden: GoldenFile) -> Callable[[Tensor], Tensor]:
-    factor = {"mean": None, "sum_over_batch_size": 1.0, "half_sum_over_batch_size": 0.5}
-    chosen = factor[golden.choice("reduction", *factor)]
-    return lambda x: x.mean() if chosen is None else chosen * x.sum() / len(x)
-
-
 def elements_of(golden: GoldenFile, y: Tensor) -> float:
     """What turns a mean over everything into the file's reduction."""
-    return float(reduction(golden)(torch.ones_like(y)).detach())
+    return golden.over_mean(y)
 
 
 def student_times(golden: GoldenFile, schedule: NoiseSchedule) -> Tensor:

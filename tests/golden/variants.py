@@ -30,7 +30,7 @@ def compare(
 ):
     """Write the file, and compare it as :mod:`test_golden` compares those that are given."""
     metadata = {"case": case, "options": json.dumps(options), "tolerance": "relative 1e-9 of the largest entry"}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "variant.safetensors", metadata)
     golden = GoldenFile(folder / "variant.safetensors")
     cases[case](golden)

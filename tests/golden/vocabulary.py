@@ -62,8 +62,12 @@ def denoising(
     golden: GoldenFile, schedule: NoiseSchedule, t: Tensor, y: Tensor, x0: Tensor, prefix: str = ""
 ) -> Tensor:
     """A critic's loss () about ``y`` (B, ...), of which it says ``x0``: by its distance, weighting and reduction."""
+    return golden.over_mean(y) * denoising_loss(y, x0, error_weight(golden, schedule, t, prefix))
+
+
+def error_weight(golden: GoldenFile, schedule: NoiseSchedule, t: Tensor, prefix: str = "") -> Tensor:
+    """What the file's distance and weighting make of the squared error of x0, (B,)."""
     kind = golden.kind("prediction_type")[0]
-    distance = golden.choice(f"{prefix}distance", "mse", *SPACES)
+    distance = "mse_x0" if golden.absent(f"{prefix}distance") else golden.choice(f"{prefix}distance", "mse", *SPACES)
     weight = time_weight(golden.choice(f"{prefix}weighting", *TIME_WEIGHTS), schedule, t)
-    weight = weight * native_weight(SPACES.get(distance, kind), schedule, t)
-    return golden.over_mean(y) * denoising_loss(y, x0, weight)
+    return weight * native_weight(SPACES.get(distance, kind), schedule, t)
