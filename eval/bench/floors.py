@@ -49,9 +49,6 @@ def drawn(method: Any, step: int, batch: Batch) -> float:
     beyond the share q.
     """
     kind, first, end = type(method).__name__, 0, len(method.sampler.grid)
-    if kind == "MfRae":
-        stage, _ = method.config.stage_at(step)
-        return 0 if stage == "cmt" else drawn(method.flows[stage], step, batch)
     if kind == "MeanFlow":
         apart = sum(batch.draws.coins("apart", method.config.apart)) / batch.size
         return (apart - method.config.apart) * _derivative_of(method)
@@ -119,16 +116,6 @@ def _formula_of_mean_flow(method: Any, _h: float) -> tuple[str, float] | None:
     return f"{words} + {own}", 3 + derivative + own
 
 
-def _formula_of_mf_rae(method: Any, h: float) -> tuple[str, float] | None:
-    """That of its last stage, which most of its steps are."""
-    stage, _ = method.config.stage_at(method.config.max_steps - 1)
-    if stage != "cmt":
-        return _formula_of_mean_flow(method.flows[stage], h)
-    config = method.config
-    walk = len(method.times) * (1 + (config.walk_solver == "heun")) - (config.walk_solver == "heun")
-    return "3 + S w / m", 3 + walk * method.teacher.calls / config.pairs_per_walk
-
-
 def _derivative_of(method: Any) -> int:
     """What MeanFlow's derivative costs beside a plain pass, in F: a tangent, a pass of its own, or further calls."""
     return method.difference.calls if method.difference is not None else 1 if method.one_pass else 2
@@ -167,7 +154,6 @@ _FORMULAS = {
     "Consistency": _formula_of_consistency,
     "MeanFlow": _formula_of_mean_flow,
     "PerFlow": lambda method, _h: (f"3 + {_walk_calls(method)}w", 3.0 + _walk_calls(method) * method.teacher.calls),
-    "MfRae": _formula_of_mf_rae,
     "RectifiedFlow": lambda _method, _h: ("3", 3.0),
     "SegmentedConsistency": _formula_of_segmented_consistency,
 }
@@ -264,17 +250,6 @@ def _mean_flow(method: Any, step: int, batch: Batch) -> Cost:
     return calls | ({"teacher": Calls(no_grad=method.teacher.calls)} if config.velocity == "teacher" else {})
 
 
-def _mf_rae(method: Any, step: int, batch: Batch) -> Cost:
-    """What one step costs: that of MeanFlow, or, in mid-training, a pass of the student and a share of a walk."""
-    stage, _ = method.config.stage_at(step)
-    if stage != "cmt":
-        return _mean_flow(method.flows[stage], step, batch)
-    heun = method.config.walk_solver == "heun"
-    walks = -(-batch.size // method.config.pairs_per_walk) / batch.size
-    asked = (len(method.times) * (1 + heun) - heun) * method.teacher.calls
-    return {"student": Calls(to_parameters=1), "teacher": Calls(no_grad=walks * asked)}
-
-
 def _rectified_flow(method: Any, step: int, batch: Batch) -> Cost:
     """What one step costs: one pass of the student. Pairs are paid for once, before the training."""
     return {"student": Calls(to_parameters=1)}
@@ -310,7 +285,30 @@ def _continuous_consistency(method: Any, step: int, batch: Batch) -> Cost:
     return calls | ({"teacher": Calls(no_grad=asked_teacher)} if asked_teacher else {})
 
 
+def _any_flow(method: Any, step: int, batch: Batch) -> Cost:
+    """What one step costs: of the map what is not asked for where the two times agree, of rollouts what is drawn."""
+    config, since = method.config, step - method.config.first_on_policy_step
+    calls: dict[str, dict[str, float]] = {"student": dict.fromkeys(("no_grad", "to_parameters", "jvp"), 0.0)}
+    calls["teacher"], student_turn = {"no_grad": 0.0}, since < 0 or since % config.critic_updates == 0
+    if since < 0 or (student_turn and config.map_weight > 0):
+        apart = len(method.points(batch).parts.apart) / batch.size
+        calls["student"]["to_parameters"] += 1
+        calls["student"]["no_grad"] += (method.fused != 1.0) + apart * (
+            method.difference.calls if method.difference else 0
+        )
+        calls["student"]["jvp"] += 0 if method.difference else apart
+        calls["teacher"]["no_grad"] += method.mapped.calls if config.velocity == "teacher" else 0
+    if since >= 0:
+        if student_turn:
+            calls["student"]["to_parameters"] += len(method.shortcut_drawn(batch, "student")[1])
+            calls["teacher"]["no_grad"] += method.teacher.calls
+        calls["student"]["no_grad"] += len(method.shortcut_drawn(batch, "critic_rollout")[1])
+        calls["critic"] = {"no_grad": float(student_turn), "to_parameters": 1.0}
+    return {name: Calls(**counted) for name, counted in calls.items()}
+
+
 _BY_CLASS = {
+    "AnyFlow": _any_flow,
     "ContinuousConsistency": _continuous_consistency,
     "Dmd2": _dmd2,
     "PhasedDmd": _phased_dmd,
@@ -318,7 +316,6 @@ _BY_CLASS = {
     "Consistency": _consistency,
     "MeanFlow": _mean_flow,
     "PerFlow": _perflow,
-    "MfRae": _mf_rae,
     "RectifiedFlow": _rectified_flow,
     "SegmentedConsistency": _segmented_consistency,
 }

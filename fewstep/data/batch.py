@@ -52,6 +52,7 @@ class Batch:
         given_real: see :attr:`real`; None in a run without.
         logging: whether this step is logged; what is only looked at may cost network calls only then.
         given_pairs: see :attr:`pairs`; None in a run without.
+        per_step: how many samples the step has, those of all micro-batches and processes; 0 for B alone.
     """
 
     size: int
@@ -61,6 +62,7 @@ class Batch:
     given_real: Real | None
     logging: bool
     given_pairs: Pairs | None = None
+    per_step: int = 0
 
     @property
     def real(self) -> Real:
@@ -127,4 +129,5 @@ class Batches:
             given_real=real,
             logging=logging,
             given_pairs=self.pairs.batch(seed, positions) if self.pairs is not None else None,
+            per_step=per_step,
         )

@@ -18,7 +18,6 @@ from fewstep.data.read_ahead import ReadAhead
 from fewstep.diffusion.draws import keyed_order
 from fewstep.errors import UserError
 from fewstep.recording import Recording
-from fewstep.recording.codec import refuse_no_encoder
 
 _CACHE_LIMIT = 2**31  # bytes of encoded real samples kept in memory
 
@@ -41,8 +40,7 @@ class RealSamples:
         note: one line: how many images there are, what each class folder stands for, and what was passed over.
 
     Raises:
-        UserError: the images have no captions and the teacher needs them, or they contradict each other; or its
-            autoencoder cannot encode.
+        UserError: the images have no captions and the teacher needs them, or they contradict each other.
     """
 
     def __init__(
@@ -61,7 +59,6 @@ class RealSamples:
             images.refuse_other_teacher(recording)
             self._reader = ReadAhead(images.x0, workers)
         else:
-            refuse_no_encoder(recording.pipeline)
             size = image_size(recording)
             self._reader = ReadAhead(lambda row: images.image(row, *size), workers)
         self._rows, self._conditions, meaning = _captions_to_conditions(images, recording, conditions, device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.prediction import add_noise, transition
 from fewstep.diffusion.schedule import Coefficients, NoiseSchedule
-from fewstep.diffusion.timesteps import shift_time, uniform_times, unshift_time
+from fewstep.diffusion.timesteps import logit_normal_times, shift_time, uniform_times, unshift_time
 from fewstep.errors import UserError
 from fewstep.sending import known_too
 
@@ -34,6 +34,8 @@ class Renoiser:
         high: highest time before the shift.
         shift: of the times, as in :func:`fewstep.diffusion.timesteps.shift_time`.
         anchor: the time at which the given samples are, below every time drawn; None for clean ones.
+        normal: mean and standard deviation of the normal of which a time is the sigmoid before the shift (AnyFlow's
+            critic); None for uniform times.
     """
 
     schedule: NoiseSchedule
@@ -41,6 +43,7 @@ class Renoiser:
     high: float
     shift: float = 1.0
     anchor: float | None = None
+    normal: tuple[float, float] | None = None
 
     def below(self, t: float) -> Renoiser:
         """The same one, drawing no time that is noisier than ``t``."""
@@ -71,10 +74,15 @@ class Renoiser:
 
     def times(self, draws: Draws, name: str) -> Tensor:
         """The times (B,), float64, from the draw ``<name>_time``."""
-        return known_too(self._placed, draws.uniform(f"{name}_time"))
+        draw = draws.uniform(f"{name}_time") if self.normal is None else draws.normal(f"{name}_time", ())
+        return known_too(self._placed, draw)
 
-    def _placed(self, uniform: Tensor) -> Tensor:
-        t = self.schedule.snap(shift_time(uniform_times(uniform, self.low, self.high), self.shift))
+    def _placed(self, draw: Tensor) -> Tensor:
+        if self.normal is None:
+            t = uniform_times(draw, self.low, self.high)
+        else:
+            t = logit_normal_times(draw, *self.normal).clamp(self.low, self.high)
+        t = self.schedule.snap(shift_time(t, self.shift))
         # A sample that is noised to where it is already gets no noise, and has no target.
         return t if self.anchor is None else t.clamp(min=self.schedule.after(self.anchor))
 

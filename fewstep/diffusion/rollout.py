@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -79,12 +80,13 @@ def rollout(
     step_noise: Callable[[int], Tensor] | None = None,
     last: int | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
+    gradient_from: int | None = None,
 ) -> Tensor:
     """Sample x0 (B, ...) from unit ``noise`` (B, ...), with gradient through the last call of the student only.
 
     With ``last=k`` the loop ends at step k of the grid, whose x0 is returned: DMD2's backward simulation, in which the
     student meets its own inputs and every step learns to give a clean sample (Yin et al. 2024, §4.5). Steps before
-    the last run without gradient; the last one follows the caller's gradient mode.
+    the last run without gradient, unless ``gradient_from`` says otherwise; that one follows the caller's gradient mode.
 
     Args:
         student: gives x0.
@@ -94,6 +96,7 @@ def rollout(
         step_noise: fresh unit noise (B, ...) for entering step k, needed but for ``renoise="ode"``.
         last: index of the step to stop at, default the grid's last.
         on_step: called with (k, x_t) before each call of the student.
+        gradient_from: the first step that follows it, too; 0 for a gradient through all (AnyFlow's rollouts).
 
     Raises:
         ValueError: ``last`` is no step of the grid.
@@ -102,8 +105,9 @@ def rollout(
     if not 0 <= last < len(sampler.grid):
         raise ValueError(f"last must be a step of the grid of {len(sampler.grid)}, not {last}")
     x_t = sampler.initial_scale * noise
-    with torch.no_grad():
-        for step in range(last):
+    for step in range(last):
+        followed = gradient_from is not None and step >= gradient_from
+        with nullcontext() if followed else torch.no_grad():
             t = sampler.times(step, x_t)
             if on_step is not None:
                 on_step(step, x_t)
@@ -123,6 +127,21 @@ def ask_at(student: Denoiser, sampler: Sampler, step: int, x_t: Tensor, conditio
     t = sampler.times(step, x_t)
     end = sampler.times(step + 1, x_t) if step + 1 < len(sampler.grid) else torch.zeros_like(t)
     return student(x_t, t, conditioning, end=end)
+
+
+def shortcut(grid: Sequence[float], place: int, segments: int = 3) -> tuple[float, ...]:
+    """The times at which a walk along ``grid`` (N,) starts its steps when all but one of them are taken together.
+
+    They are q_0 -> q_place -> q_(place + 1) -> 0, empty steps left out: what lies before that step is one, and what
+    comes after it (AnyFlow, arXiv 2605.13724). Of two ``segments`` the latter two are one; of one, everything is.
+
+    Raises:
+        ValueError: ``place`` is no step of the grid, or not one to three segments are asked for.
+    """
+    if not 0 <= place < len(grid) or not 1 <= segments <= 3:
+        raise ValueError(f"a shortcut has 1 to 3 segments around a step of its {len(grid)}, not {segments} at {place}")
+    starts = {0, *(place, place + 1)[: segments - 1]} - {len(grid)}
+    return tuple(grid[start] for start in sorted(starts))
 
 
 def draw_sample(

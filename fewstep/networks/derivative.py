@@ -24,7 +24,7 @@ from fewstep.networks.held_tangents import HeldTangents
 
 logger = logging.getLogger("fewstep")
 
-_ADVICE = "take --derivative central, or --variant alpha_flow --alpha_min 0.1"
+_ADVICE = "take --derivative central"
 
 
 def derivative_along(

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.errors import UserError
@@ -16,8 +16,9 @@ from fewstep.networks.adapters import AdapterRole
 from fewstep.networks.derivative import refuse_underivable
 from fewstep.networks.flow_map import SECOND_TIME, FlowMapDenoiser
 from fewstep.networks.recompute import checkpointed
-from fewstep.networks.roles import NetworkRole, Role, allow_checkpointing
+from fewstep.networks.roles import FOLLOWERS, NetworkRole, Role, allow_checkpointing
 from fewstep.networks.time_embedders import find_time_embedders
+from fewstep.networks.two_time_form import SITE, DeltaTime
 
 # Relative; another kernel for another dtype of the time, where the network runs in half precision.
 _EQUAL = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -32,8 +33,9 @@ def add_second_time(
     differentiated: bool,
     gradient_checkpointing: bool,
     seed: int,
+    stock: bool = False,
 ) -> None:
-    """Give every role but the teacher a second time, and prove that it changes nothing yet.
+    """Give the student and what follows it a second time, and prove that it changes nothing yet.
 
     Args:
         roles: of a run, on one network each.
@@ -43,6 +45,7 @@ def add_second_time(
         differentiated: whether the student's derivative by its time is wanted.
         gradient_checkpointing: whether blocks of the student run again in the backward pass.
         seed: of the second time's first weights, the same on every process.
+        stock: whether it is one that diffusers' network of two times has room for.
 
     Raises:
         UserError: the network has no place for it, or takes no times between those of its table, or has no derivative.
@@ -51,8 +54,8 @@ def add_second_time(
     t = schedule.snap(torch.full((2,), 0.5, dtype=torch.float64, device=x.device))
     sites = find_time_embedders(teacher.network, partial(teacher.raw, conditioning=conditioning), x, t)
     for name, role in roles.items():
-        if name != "teacher":
-            attach_second_time(role.single, component, sites, gradient_checkpointing and name == "student", seed)
+        if name in ("student", *FOLLOWERS):
+            attach_second_time(role.single, component, sites, gradient_checkpointing and name == "student", seed, stock)
     student = roles["student"].denoiser
     assert isinstance(student, FlowMapDenoiser)  # from here on
     theirs, ours = teacher.raw(x, t, conditioning), student.raw(x, t, conditioning, end=0.3 * t)
@@ -64,7 +67,7 @@ def add_second_time(
 
 
 def attach_second_time(
-    role: NetworkRole, component: str, sites: dict[str, int], checkpointing: bool, seed: int
+    role: NetworkRole, component: str, sites: dict[str, int], checkpointing: bool, seed: int, stock: bool = False
 ) -> None:
     """Let a role be told a second time: it owns a new module, which changes nothing yet.
 
@@ -74,11 +77,16 @@ def attach_second_time(
         sites: from :func:`fewstep.networks.time_embedders.find_time_embedders`.
         checkpointing: whether blocks of the network run again in the backward pass.
         seed: of the module's first weights, the same on every process.
+        stock: whether it is :class:`fewstep.networks.two_time_form.DeltaTime`, at its own site.
     """
-    own = importlib.import_module("fewstep.pipelines.flow_map").SecondTime
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = own(component, sites)
+    module: nn.Module
+    if stock:
+        module = DeltaTime(component, role.denoiser.network.get_submodule(SITE))
+    else:
+        own = importlib.import_module("fewstep.pipelines.flow_map").SecondTime
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = own(component, sites)
     parameter = next(role.denoiser.network.parameters())
     trained = any(p.requires_grad for p in role.weights.parameters())
     module = module.to(parameter.device).eval().requires_grad_(trained)

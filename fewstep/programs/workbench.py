@@ -26,6 +26,7 @@ from fewstep.diffusion.phases import Phase, describe
 from fewstep.diffusion.rollout import Sampler
 from fewstep.errors import UserError
 from fewstep.export import plan_student, why_no_lora
+from fewstep.export.any_flow import takes_two_times
 from fewstep.export.flow_map import refuse_no_flow_map
 from fewstep.export.student import Student
 from fewstep.networks.all_times import ask_at_all_times, refuse_jumping, refuse_undifferentiated
@@ -157,16 +158,17 @@ class Workbench:
         own = self.student.recording
         return make_roles(RoleSettings.of(self.config), self.recording, ("student", *names), self.device, own)
 
-    def make_flow_map_roles(self, *, differentiated: bool) -> dict[str, Role]:
-        """The frozen teacher, and a student (and ``ema``) that is told where its steps end.
+    def make_flow_map_roles(self, *names: str, differentiated: bool) -> dict[str, Role]:
+        """The frozen teacher, a student (and ``ema``) that is told where its steps end, and the roles ``names``.
 
         Raises:
             UserError: no network or pipeline could be told it, or ``differentiated`` without such a derivative.
         """
         refuse_no_flow_map(self.recording)
-        roles = self.make_roles("student")
+        roles = self.make_roles("student", *names)
         conditioning = self.with_default_guidance(self.conditions.select([0, 0]))
-        how = (differentiated, self.config.gradient_checkpointing, self.config.seed)
+        stock = takes_two_times(self.recording, self.student.plan)
+        how = (differentiated, self.config.gradient_checkpointing, self.config.seed, stock)
         add_second_time(roles, self.recording.component, self._two(), conditioning, *how)
         self.student = self.student.flow_map(roles["student"].added[SECOND_TIME])
         return roles

@@ -25,7 +25,7 @@ from fewstep.training.counters import counters
 from fewstep.training.distributed import Processes
 from fewstep.training.guard import Guard
 from fewstep.training.held import Holding
-from fewstep.training.method import Method, Renew, TargetMethod, Turn
+from fewstep.training.method import Method, Renew, StagedMethod, TargetMethod, Turn
 from fewstep.training.monitor import Monitor
 from fewstep.training.optimization import Faults, RoleOptimizer
 from fewstep.training.shares import Share, refuse_other_batch
@@ -203,6 +203,8 @@ class Loop:
                 self._renew(turn)
                 continue
             averages = self._averages() if turn.role == "student" else []
+            if isinstance(self.method, StagedMethod):
+                self.optimizers[turn.role].lr = self.method.learning_rate_at(turn.role, self.step)
             log[f"{turn.role}/gradient_norm"] = self.optimizers[turn.role].update(self.step, averages)
         self._recent.update(log)
         self.step += 1
@@ -249,7 +251,10 @@ class Loop:
         return [(average, decays[name]) for name, average in self.followers.items()]
 
     def _renew(self, renew: Renew) -> None:
-        self.method.roles[renew.role].copy_weights(self.method.roles[renew.like])
+        role, like = self.method.roles[renew.role], self.method.roles[renew.like]
+        role.copy_weights(like)
+        for part in role.added.keys() & like.added.keys():  # a second time, of a student that becomes its average
+            role.added[part].load_state_dict(like.added[part].state_dict())
         self.optimizers[renew.role].renew(self.step)
         if renew.role == "student":
             follow(self.method.roles)

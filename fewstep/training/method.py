@@ -43,7 +43,10 @@ class Turn:
 
 @dataclass
 class Renew:
-    """Start a role over: weights like another role's, fresh optimizer, fresh average, warm-up from here."""
+    """Start a role over: weights like another role's, fresh optimizer, fresh average, warm-up from here.
+
+    Of modules beside the networks, those are taken over that both roles own.
+    """
 
     role: str
     like: str
@@ -107,8 +110,10 @@ class Bench(Protocol):
         """
         ...
 
-    def make_flow_map_roles(self, *, differentiated: bool) -> dict[str, Role]:
-        """The frozen teacher, and a student (and ``ema``) that is told where its steps end.
+    def make_flow_map_roles(self, *names: str, differentiated: bool) -> dict[str, Role]:
+        """The frozen teacher, a student (and ``ema``) that is told where its steps end, and the roles ``names``.
+
+        These are told one time, like the teacher.
 
         Raises:
             UserError: no network or pipeline could be told it, or ``differentiated`` without such a derivative.
@@ -177,6 +182,15 @@ class TargetMethod(Method, Protocol):
 
     def target_decay(self, step: int) -> float:
         """After the student's turn of a step the loop sets target <- decay * target + (1 - decay) * student."""
+        ...
+
+
+@runtime_checkable
+class StagedMethod(Method, Protocol):
+    """A method whose roles have other learning rates in its later stages."""
+
+    def learning_rate_at(self, role: str, step: int) -> float:
+        """The peak learning rate of a trainable role in the stage that ``step`` is in."""
         ...
 
 

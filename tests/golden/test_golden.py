@@ -6,6 +6,7 @@ a ``*_cases.py`` file here and its line in that file's ``CASES``.
 
 from pathlib import Path
 
+import any_flow_cases
 import consistency_model_cases
 import continuous_cases
 import dmd2_cases
@@ -36,6 +37,7 @@ CASES = {
     **mean_flow_cases.CASES,
     **mf_rae_cases.CASES,
     **continuous_cases.CASES,
+    **any_flow_cases.CASES,
 }
 
 

@@ -23,6 +23,7 @@ from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.phases import Phase
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.timesteps import even_grid
+from fewstep.export.any_flow import takes_two_times
 from fewstep.export.flow_map import refuse_no_flow_map
 from fewstep.export.phased import phased_recording
 from fewstep.networks.all_times import ask_at_all_times, refuse_undifferentiated
@@ -31,7 +32,7 @@ from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.guidance_embedding import likely_guidance_embedding
 from fewstep.networks.heads import make_head
 from fewstep.networks.make_roles import RoleSettings, make_roles
-from fewstep.networks.roles import Role, update_average
+from fewstep.networks.roles import FOLLOWERS, Role, update_average
 from fewstep.networks.second_time import attach_second_time
 from fewstep.networks.time_embedders import likely_time_embedders
 from fewstep.programs.methods import method_class
@@ -108,15 +109,16 @@ class DryRun:
         """As in a run; how the student is shipped is not looked at."""
         return self._roles(("student", *names), phased_recording(self.recording, phases))
 
-    def make_flow_map_roles(self, *, differentiated: bool) -> dict[str, Role]:
+    def make_flow_map_roles(self, *names: str, differentiated: bool) -> dict[str, Role]:
         """As in a run; where the network is told its second time is not observed, but known by names."""
         refuse_no_flow_map(self.recording)
-        roles = self.make_roles("student")
-        sites = likely_time_embedders(self.recording.network)
-        for name in roles.keys() - {"teacher"}:
+        roles = self.make_roles("student", *names)
+        sites, stock = likely_time_embedders(self.recording.network), takes_two_times(self.recording)
+        for name in roles.keys() & {"student", *FOLLOWERS}:
             checkpointing = self.roles.gradient_checkpointing and name == "student"
             with self.world():
-                attach_second_time(roles[name].single, self.recording.component, sites, checkpointing, self.config.seed)
+                how = (sites, checkpointing, self.config.seed, stock)
+                attach_second_time(roles[name].single, self.recording.component, *how)
         return roles
 
     def make_differentiated_roles(self, *names: str, exact: bool) -> dict[str, Role]:
