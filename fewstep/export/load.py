@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 
 from fewstep.errors import UserError, one_line
 from fewstep.export.about import read_about, student_class
+from fewstep.export.any_flow import refuse_other_gate
 from fewstep.export.apply import apply
 from fewstep.export.errors import ExportError
 from fewstep.export.own_code import is_own_code
@@ -80,6 +81,7 @@ def load(
         raise ExportError(f"{source.place} does not load: {one_line(error)}") from error
     if is_lora:
         return apply(loaded, student, **fetching)
+    refuse_other_gate(loaded, about)
     loaded.__class__ = student_class(type(loaded), about)
     return loaded
 

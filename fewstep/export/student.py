@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from fewstep.diffusion.phases import Phase
+from fewstep.export.any_flow import any_flow_network, any_flow_recording
 from fewstep.export.flow_map import flow_map_recording, whole_network
 from fewstep.export.folder import remove_student
 from fewstep.export.full_precision import in_full_precision
@@ -20,6 +21,7 @@ from fewstep.export.walk.plan import StudentPlan
 from fewstep.export.whole import check_counts, export_student, refuse_own_code
 from fewstep.networks.flow_map import SECOND_TIME
 from fewstep.networks.roles import Role
+from fewstep.networks.two_time_form import DeltaTime
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import find_scheduler, is_quantized, with_parts
 from fewstep.teachers.lora import FusedLora
@@ -72,7 +74,14 @@ class Student:
         Raises:
             UserError: its pipeline does not walk so.
         """
-        return replace(self, recording=flow_map_recording(self.teacher, second_time))._checked()
+        return self._told(second_time)._checked()
+
+    def _told(self, second_time: nn.Module) -> Student:
+        """The same with the pipeline that tells its network this second time: ours, or diffusers' own."""
+        make: Callable[[Recording, Any], Recording] = flow_map_recording
+        if isinstance(second_time, DeltaTime):
+            make = any_flow_recording
+        return replace(self, recording=make(self.teacher, second_time))
 
     def described(self, **what: Any) -> Student:
         """The same with other fields of its :class:`fewstep.export.StudentPlan`."""
@@ -81,7 +90,7 @@ class Student:
     @property
     def why_whole(self) -> str | None:
         """Why no LoRA of the base model can hold this student; None where one can."""
-        if SECOND_TIME in self.recording.pipeline.components:
+        if SECOND_TIME in self.recording.pipeline.components or self.recording.recipe.needs_next:
             return "no LoRA holds its second time"
         if hasattr(self.plan.scheduler, "code_file"):
             return "no LoRA holds the code of its scheduler"
@@ -138,7 +147,7 @@ class Student:
         """
         student = self
         if role.has_second_time:  # the exported role's own: an average has another one than the student in training
-            student = replace(self, recording=flow_map_recording(self.teacher, role.added[SECOND_TIME]))
+            student = self._told(role.added[SECOND_TIME])
         recording: Recording
         network: nn.Module
         lora = role.is_adapter
@@ -148,7 +157,9 @@ class Student:
             export_lora(self.teacher, role, self.plan, out / LORA, **about)
         if WHOLE in forms:
             before_whole()
-            if is_quantized(self.teacher.network):
+            if student.recording.recipe.needs_next:
+                recording, network = student.recording, any_flow_network(role, self.teacher, student.recording)
+            elif is_quantized(self.teacher.network):
                 recording, network = in_full_precision(load_unquantized, self.teacher, student.recording, role)
             else:
                 recording, network = student.recording, whole_network(role)

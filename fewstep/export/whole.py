@@ -15,6 +15,7 @@ from torch import nn
 
 from fewstep.errors import one_line
 from fewstep.export.about import call_of, read_about, write_about
+from fewstep.export.any_flow import about_gate
 from fewstep.export.card.card import write_card
 from fewstep.export.copied_parts import save_pipeline
 from fewstep.export.errors import ExportError
@@ -220,6 +221,7 @@ def about_student(
         "untrained_pictures": own_pictures(type(recording.pipeline)),
         "load": absent_parts(recording.pipeline),
         **_about_code(recording, plan),
+        **about_gate(recording.pipeline),
         "steps": plan.steps,
         "counts": list(plan.counts),
         "timesteps": list(plan.timesteps),

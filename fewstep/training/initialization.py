@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from fewstep.diffusion.schedule import from_scheduler
 from fewstep.errors import UserError
 from fewstep.networks.adapters import AdapterRole
+from fewstep.networks.flow_map import SECOND_TIME
 from fewstep.networks.roles import Role, follow
+from fewstep.networks.two_time_form import from_two_time_form, is_two_time_form
 from fewstep.reading import read_json, read_yaml
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import find_scheduler
@@ -66,7 +68,11 @@ def initialize(
                 "leave one of the two out"
             )
         whole = nn.ModuleDict(networks) if len(networks) > 1 else networks[recording.component]
-        weights = {f"network.{k}": v for k, v in whole.state_dict().items()}
+        state, told = dict(whole.state_dict()), dict[str, Tensor]()
+        if is_two_time_form(whole):
+            state, told = from_two_time_form(whole)
+        weights = {f"network.{k}": v for k, v in state.items()}
+        weights |= {f"{SECOND_TIME}.{k}": v for k, v in told.items()}
         for part in roles["student"].added:  # a student of two times brings its second one along
             own = getattr(pipeline, part, None)
             weights |= {f"{part}.{k}": v for k, v in own.state_dict().items()} if own is not None else {}

@@ -104,11 +104,13 @@ def test_so_do_students_of_the_zoo(name: str, zoo: Path, tmp_path: Path, pytestc
 def check_sampled(student: Finished) -> None:
     """At every count the folder samples what the role does."""
     assert {1, 2, 4} <= set(student.about["counts"])
-    assert student.about["code"] == "flow_map.py" and student.about["renoise"] == "ode"
-    assert is_own_code(student.folder)
+    stock = student.about["pipeline"] == "AnyFlowPipeline"  # Wan's needs no code of ours; its frames come first
+    assert student.about.get("code") == (None if stock else "flow_map.py") and student.about["renoise"] == "ode"
+    assert is_own_code(student.folder) != stock
     for count, expected in student.expected.items():
-        scale = float(expected.abs().max())
-        torch.testing.assert_close(student.sampled.latents[count], expected, rtol=1e-3, atol=2e-3 * scale)
+        found, scale = student.sampled.latents[count], float(expected.abs().max())
+        found = found.transpose(1, 2) if stock else found
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3 * scale)
 
 
 def test_fewstep_loads_its_own_flow_maps_unasked_and_no_other(finished: dict[str, Finished], tmp_path: Path):
