@@ -90,7 +90,7 @@ class MeanFlowConfig(RunConfig):
     time_max: float = 1.0
     r_mean: float | None = None
     r_std: float | None = None
-    time_shift: float = 1.0
+    time_shift: float | None = None
     time_min: float = 1e-3
     weighting: str = "sum"
     weight_power: float = 1.0
@@ -199,7 +199,7 @@ class MeanFlowConfig(RunConfig):
         normals = (self.time_mean, self.time_std, self.r_mean, self.r_std)
         uniform = self.time_max if self.times == "uniform" else None
         low = max(self.time_min, lowest)
-        return TwoTimes(schedule, low, highest, *normals, shift=self.time_shift, uniform=uniform)
+        return TwoTimes(schedule, low, highest, *normals, shift=self.time_shift or 1.0, uniform=uniform)
 
     def self_guidance(self, guidance_scale: float) -> tuple[float, float]:
         """(omega, kappa) of a flow from data; the student comes out guided by omega / (1 - kappa)."""

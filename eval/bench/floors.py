@@ -49,6 +49,9 @@ def drawn(method: Any, step: int, batch: Batch) -> float:
     beyond the share q.
     """
     kind, first, end = type(method).__name__, 0, len(method.sampler.grid)
+    if kind == "MfRae":
+        stage, _ = method.config.stage_at(step)
+        return 0 if stage == "cmt" else drawn(method.flows[stage], step, batch)
     if kind == "MeanFlow":
         apart = sum(batch.draws.coins("apart", method.config.apart)) / batch.size
         return (apart - method.config.apart) * _derivative_of(method)
@@ -116,6 +119,16 @@ def _formula_of_mean_flow(method: Any, _h: float) -> tuple[str, float] | None:
     return f"{words} + {own}", 3 + derivative + own
 
 
+def _formula_of_mf_rae(method: Any, h: float) -> tuple[str, float] | None:
+    """That of its last stage, which most of its steps are."""
+    stage, _ = method.config.stage_at(method.config.max_steps - 1)
+    if stage != "cmt":
+        return _formula_of_mean_flow(method.flows[stage], h)
+    config = method.config
+    walk = len(method.times) * (1 + (config.walk_solver == "heun")) - (config.walk_solver == "heun")
+    return "3 + S w / m", 3 + walk * method.teacher.calls / config.pairs_per_walk
+
+
 def _derivative_of(method: Any) -> int:
     """What MeanFlow's derivative costs beside a plain pass, in F: a tangent, a pass of its own, or further calls."""
     return method.difference.calls if method.difference is not None else 1 if method.one_pass else 2
@@ -154,6 +167,7 @@ _FORMULAS = {
     "Consistency": _formula_of_consistency,
     "MeanFlow": _formula_of_mean_flow,
     "PerFlow": lambda method, _h: (f"3 + {_walk_calls(method)}w", 3.0 + _walk_calls(method) * method.teacher.calls),
+    "MfRae": _formula_of_mf_rae,
     "RectifiedFlow": lambda _method, _h: ("3", 3.0),
     "SegmentedConsistency": _formula_of_segmented_consistency,
 }
@@ -250,6 +264,17 @@ def _mean_flow(method: Any, step: int, batch: Batch) -> Cost:
     return calls | ({"teacher": Calls(no_grad=method.teacher.calls)} if config.velocity == "teacher" else {})
 
 
+def _mf_rae(method: Any, step: int, batch: Batch) -> Cost:
+    """What one step costs: that of MeanFlow, or, in mid-training, a pass of the student and a share of a walk."""
+    stage, _ = method.config.stage_at(step)
+    if stage != "cmt":
+        return _mean_flow(method.flows[stage], step, batch)
+    heun = method.config.walk_solver == "heun"
+    walks = -(-batch.size // method.config.pairs_per_walk) / batch.size
+    asked = (len(method.times) * (1 + heun) - heun) * method.teacher.calls
+    return {"student": Calls(to_parameters=1), "teacher": Calls(no_grad=walks * asked)}
+
+
 def _rectified_flow(method: Any, step: int, batch: Batch) -> Cost:
     """What one step costs: one pass of the student. Pairs are paid for once, before the training."""
     return {"student": Calls(to_parameters=1)}
@@ -316,6 +341,7 @@ _BY_CLASS = {
     "Consistency": _consistency,
     "MeanFlow": _mean_flow,
     "PerFlow": _perflow,
+    "MfRae": _mf_rae,
     "RectifiedFlow": _rectified_flow,
     "SegmentedConsistency": _segmented_consistency,
 }

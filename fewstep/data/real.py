@@ -18,6 +18,7 @@ from fewstep.data.read_ahead import ReadAhead
 from fewstep.diffusion.draws import keyed_order
 from fewstep.errors import UserError
 from fewstep.recording import Recording
+from fewstep.recording.codec import refuse_no_encoder
 
 _CACHE_LIMIT = 2**31  # bytes of encoded real samples kept in memory
 
@@ -40,7 +41,8 @@ class RealSamples:
         note: one line: how many images there are, what each class folder stands for, and what was passed over.
 
     Raises:
-        UserError: the images have no captions and the teacher needs them, or they contradict each other.
+        UserError: the images have no captions and the teacher needs them, or they contradict each other; or its
+            autoencoder cannot encode.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class RealSamples:
             images.refuse_other_teacher(recording)
             self._reader = ReadAhead(images.x0, workers)
         else:
+            refuse_no_encoder(recording.pipeline)
             size = image_size(recording)
             self._reader = ReadAhead(lambda row: images.image(row, *size), workers)
         self._rows, self._conditions, meaning = _captions_to_conditions(images, recording, conditions, device)

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.finite import refuse_unfinite_images
 from fewstep.recording.observation import Observation, Stub
-from fewstep.recording.pipeline import evaluating, find_decoder
+from fewstep.recording.pipeline import evaluating, find_decoder, modules_of
 from fewstep.recording.recorded import Recorded
 
 # Ramps count in digits of this base, which every dtype holds with room for the map's scale and offset.
@@ -171,12 +171,34 @@ def _tail(recording: Recorded, stub: Any, x0: Tensor, *, stop_at_decode: bool = 
 
 
 def _centred(pipeline: Any) -> bool:
-    """Whether the pipeline's decoder works in [-1, 1], which its image processor says (default: it does)."""
+    """Whether the pipeline's decoder works in [-1, 1], which its image processor says (default: it does).
+
+    A representation autoencoder (diffusers' AutoencoderRAE) has pixels in [0, 1], whatever its pipeline.
+    """
+    decoder = find_decoder(pipeline)
+    if decoder is not None and type(getattr(pipeline, decoder)).__name__ == "AutoencoderRAE":
+        return False
     for name in ("image_processor", "video_processor"):
         config = getattr(getattr(pipeline, name, None), "config", None)
         if config is not None and "do_normalize" in config:
             return bool(config["do_normalize"])
     return True
+
+
+def refuse_no_encoder(pipeline: Any) -> None:
+    """Raise where images cannot be brought into a pipeline's latents, as its autoencoder only decodes.
+
+    Raises:
+        RecordingError: that is so.
+    """
+    for name, module in modules_of(pipeline).items():
+        if not callable(getattr(module, "decode", None)):
+            continue
+        if not callable(getattr(module, "encode", None)) or getattr(module, "encoder", module) is None:
+            raise RecordingError(
+                f"the {name} of this {type(pipeline).__name__}, of class {type(module).__name__}, has no encoder, so "
+                "that no real images can be learnt from; leave out --data, or give the pipeline a whole autoencoder"
+            )
 
 
 def _latents(encoded: Any) -> Tensor:

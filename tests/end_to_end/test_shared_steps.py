@@ -55,6 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rcm": ("continuous_consistency", {**PAIRS, **CRITIC, "variant": "rcm", "matching_first_step": 0}),
     "mean flow": ("mean_flow", {**PAIRS, "apart": 0.75}),
     "perflow": ("perflow", {**PAIRS, "solver_steps": 2}),
+    "mf_rae": ("mf_rae", {**PAIRS, "apart": 0.75, "walk_steps": 2, "pairs_per_walk": 1, "stages": "cmt:2,mfd"}),
     "rectified flow": ("rectified_flow", {**PAIRS, "steps": 1}),
     "segmented consistency": ("segmented_consistency", {"adversarial_weight": [0.1], "offset_noise": 0.1, "data": ""}),
 }

@@ -169,8 +169,8 @@ def change_along(
     return difference(student.velocity, SCHEDULE, *at, along, student.velocity(*at).detach())
 
 
-def conditions(golden: GoldenFile) -> Tensor:
-    return golden["cond"] if "in.cond" in golden.tensors else torch.zeros(len(golden["x"]), dtype=torch.float64)
+def conditions(golden: GoldenFile, like: str = "x") -> Tensor:
+    return golden["cond"] if "in.cond" in golden.tensors else torch.zeros(len(golden[like]), dtype=torch.float64)
 
 
 def losses(method: MeanFlow, flow: Flow, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,58 @@ def test_a_difference_beyond_the_noisiest_time_is_still_mf_raes(tmp_path: Path):
     (gradient,) = torch.autograd.grad(each.mean(), k)
     tensors |= {"exp.t": t, "exp.r": r, "exp.loss_per_sample": each, "exp.loss": each.mean()}
     compare(tmp_path, "meanflow_mfrae_loss", tensors | {"exp.grad_k_student": gradient}, options)
+
+
+def trajectory_pairs(solver: str, labels: str, kind: str, w: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """On a shifted grid of three steps, whose states the even labels do not meet."""
+    noise, cond, student, teacher = normal(2, 2, 2), normal(2), normal(8).requires_grad_(), 0.3 * normal(8)
+    sigmas = torch.tensor([1.0, 0.8, 0.5, 0.0], dtype=torch.float64)
+    index = torch.tensor([0, 3, 5, 6, 11, 8])
+    nothing = torch.zeros(2, dtype=torch.float64)
+
+    def v(z: Tensor, s: Tensor) -> Tensor:
+        s = s.expand(2)
+        null = raw(teacher, z, s, nothing, nothing)
+        return null + w * (raw(teacher, z, s, nothing, cond) - null)
+
+    states = [noise]
+    for now, then in pairwise(sigmas):
+        z, slope = states[-1], v(states[-1], now)
+        if solver == "heun" and then > 0:
+            slope = (slope + v(z + (then - now) * slope, then)) / 2
+        states.append(z + (then - now) * slope)
+    y, place = states[::-1], sigmas.flip(0)
+    tau = place if labels == "solver_times" else torch.arange(4, dtype=torch.float64) / 3
+    rows = [(i, j, b) for i in range(1, 4) for j in range(i) for b in range(2)]
+    chosen = [rows[k] for k in index]
+    x_t = torch.stack([y[i][b] for i, _, b in chosen])
+    target = torch.stack([(y[i][b] - y[j][b]) / (tau[i] - tau[j]) for i, j, b in chosen])
+    t, r, c = (torch.stack(each) for each in zip(*((tau[i], tau[j], cond[b]) for i, j, b in chosen), strict=True))
+    error = raw(student, x_t, t, r, c) - target.detach()
+    each = {"mse": error.square().mean((1, 2)), "l1": error.abs().mean((1, 2))}[kind]
+    (gradient,) = torch.autograd.grad(each.mean(), student)
+    tensors = {"in.noise": noise, "in.cond": cond, "in.sigmas": sigmas, "in.index": index, "in.k_student": student}
+    tensors |= {"in.k_teacher": teacher, "exp.loss_per_sample": each, "exp.loss": each.mean()}
+    options = {**BASE, "distance": kind, "label_times": labels, "solver": solver, "velocity_source": "teacher"}
+    options |= {"pair_order": "i_outer_j_inner_sample_last", "guidance_form": "none"}
+    options |= {} if w == 1 else {"guidance_form": "u+w*(c-u)", "guidance_scale": w}
+    return tensors | {"exp.grad_k_student": gradient}, options
+
+
+@pytest.mark.parametrize("labels", ["solver_times", "uniform_grid"])
+@pytest.mark.parametrize(("solver", "kind", "w"), [("euler", "mse", 1.0), ("heun", "l1", 2.5)])
+def test_trajectory_pairs_of_other_labels_and_solvers_need_no_code(
+    tmp_path: Path, labels: str, solver: str, kind: str, w: float
+):
+    compare(tmp_path, "mfrae_cmt_loss", *trajectory_pairs(solver, labels, kind, w))
+
+
+@pytest.mark.parametrize("change", [{"label_times": "none"}, {"pair_order": "by_chance"}, {"solver": "rk4"}])
+def test_an_unknown_choice_of_trajectory_pairs_fails_by_name(tmp_path: Path, change: dict[str, str]):
+    (name, value), *_ = change.items()
+    tensors, options = trajectory_pairs("euler", "solver_times", "mse", 1.0)
+    with pytest.raises(AssertionError, match=f"unknown {name} = '{value}'"):
+        compare(tmp_path, "mfrae_cmt_loss", tensors, options | change)
 
 
 def port_a(derivative: str, sampler: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict] = {
     "dmd2": {"critic_updates": 2},
     "mean_flow": {"num_pairs": 6, "pair_steps": 2, "apart": 0.5},
     "perflow": {"num_pairs": 6, "pair_steps": 2, "solver_steps": 2},
+    "mf_rae": {"num_pairs": 6, "pair_steps": 2, "apart": 0.5, "walk_steps": 3, "stages": "cmt:2,mfd"},
     "phased_dmd": {"critic_updates": 2, "phase_steps": 3},
     "rectified_flow": {"num_pairs": 6, "pair_steps": 2},
     "sid": {"critic_updates": 2},
@@ -60,6 +61,10 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "backward": {"derivative": "backward"},
     },
     "perflow": {"heun": {"solver": "heun", "guidance": "kept"}},
+    "mf_rae": {
+        "bootstrapped": {"data": True, "stages": "cmt:1,mfd:2,mft", "pairs_per_walk": 1, "derivative": "exact"},
+        "heun": {"walk_solver": "heun", "stages": "cmt", "pairs_per_walk": 2},
+    },
     "phased_dmd": {"alternating": {"order": "alternating", "phase_steps": None}},
     "segmented_consistency": {
         "stages": {"variant": "tscd", "segments": [2, 1], "stage_steps": [2], "data": True},
