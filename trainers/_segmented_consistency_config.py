@@ -57,7 +57,7 @@ class SegmentedConsistencyConfig(DrawnGuidanceConfig):
     """Consistency along a part of the trajectory: TCD, PCM and TSCD.
 
     Args:
-        steps: the largest number of steps; a student of one segment makes all smaller numbers too. Default 8 (pcm: 4).
+        steps: the largest number of steps; a student of one segment makes all smaller numbers too.
         variant: tcd, pcm or tscd; what is not given is as in its paper.
         teacher_variant: of the teacher's weights, such as fp16; what other methods call --variant.
         segments: how many pieces the time is cut into in each stage, from many to few (tcd: [1], tscd: [8,4,2,1], pcm:
