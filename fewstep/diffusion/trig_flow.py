@@ -7,6 +7,7 @@ own schedule, and F, with dy / d angle = sigma_data F along the ODE, is a combin
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,9 @@ class TrigFlow:
 
     def time(self, angle: Tensor) -> Tensor:
         """The inverse of :meth:`angle`; both (B,). 0 and pi / 2 are beyond a family that reaches neither."""
-        return self.schedule.time_from_log_snr(-2 * (self.sigma_data * angle.double().tan()).log())
+        # An angle in float32 may lie beyond the right one.
+        tan = angle.double().clamp(max=math.pi / 2).tan()
+        return self.schedule.time_from_log_snr(-2 * (self.sigma_data * tan).log())
 
     def scale(self, t: Tensor) -> Tensor:
         """What y is multiplied with to be x_t: sqrt(alpha^2 + sigma^2 / sigma_data^2) at ``t``; both (B,)."""

@@ -223,7 +223,8 @@ def tcm_loss(golden: GoldenFile) -> None:
     method = ContinuousConsistency(config, roles, None, Sampler(schedule, (1.0,), "fresh"))
 
     t = golden["t"].index_fill(0, golden["boundary_index"], transition + offset)
-    k = golden.number("mapping_k") if golden.choice("mapping", "sigmoid", "const") == "sigmoid" else 0.0
+    k = golden.number("mapping_k") if golden.states("mapping_k") else 0.0
+    k = k if golden.choice("mapping", "sigmoid", "const") == "sigmoid" else 0.0
     r = ect_mapping(t, 1 - golden["ratio"].item(), k, golden.number("mapping_b")).clamp(min=golden.number("min_r"))
     # The source's times are the schedule's own, which for EDM are noise levels.
     own = schedule.time_from_sigma if isinstance(schedule, EDMSchedule) else torch.Tensor.double
