@@ -1,10 +1,11 @@
 """Golden files of TCD, PCM and TSCD, compared with what the trainer is made of."""
 
 import torch
-from consistency_trainer import SOLVERS, given, guided, network
+from consistency_trainer import SOLVERS, given, network
 from diffusers import TCDScheduler
 from golden_file import GoldenFile
 from torch import Tensor
+from vocabulary import null
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.diffusion.discretization import EvenTimes, SigmaRange, TimePair
@@ -12,6 +13,7 @@ from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import TableSchedule
 from fewstep.diffusion.segments import Segments, Stage, cut
 from fewstep.losses.consistency import DISTANCES
+from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.segmented_consistency import Jumps, SegmentedConsistency, SegmentedConsistencyConfig
 
 FORMS = ("none", "u+w*(c-u)", "c+w*(c-u)")
@@ -35,7 +37,8 @@ def trainer(golden: GoldenFile, schedule: TableSchedule) -> SegmentedConsistency
     if golden.choice("target_network", "student", "separate") == "separate":
         roles["target"] = network(golden, "k_target", schedule)
     on = golden.choice("guide_teacher", True, False) if given(golden, "guide_teacher") else True
-    teacher = guided(golden, schedule, on and golden.choice("guidance_form", *FORMS) != "none")
+    on = golden.choice("guidance_form", *FORMS) != "none" and on
+    teacher = GuidedDenoiser(network(golden, "k_teacher", schedule), null() if on else None, 1.0)
     return SegmentedConsistency(config, roles, teacher, Sampler(schedule, (1.0,), "ode"), [])
 
 
