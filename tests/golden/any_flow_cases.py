@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import torch
 from golden_file import GoldenFile
-from matching_cases import guided
 from mean_flow_cases import SCHEDULE, Telling, TwoTimes, check_gradient, conditions, number, teacher
 from torch import Tensor
 from toy_network import ToyRecipe, toy_conditioning
+from vocabulary import guided
 
 from fewstep.conditioning.ragged import AnyConditioning, in_groups
 from fewstep.data.batch import Batch, Real
@@ -174,7 +174,7 @@ def on_policy(golden: GoldenFile) -> None:
     for denoiser in asked:
         denoiser.recipe.divisor = 1.0  # flow time itself
     x0_teacher, x0_critic = (
-        guided(golden, f"guide_{name}", denoiser)(here.x_t, here.t, conditioning)
+        guided(golden, denoiser, f"guide_{name}")(here.x_t, here.t, conditioning)
         for name, denoiser in zip(("teacher", "critic"), asked, strict=True)
     )
     loss, gradient = matched(golden, x0.detach(), here, x0_teacher, x0_critic)
