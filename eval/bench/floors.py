@@ -129,6 +129,12 @@ def _formula_of_mf_rae(method: Any, h: float) -> tuple[str, float] | None:
     return "3 + S w / m", 3 + walk * method.teacher.calls / config.pairs_per_walk
 
 
+def _formula_of_free_flow(method: Any, _h: float) -> tuple[str, float]:
+    size, w = method.config.batch_size, method.teacher.calls
+    p, c = (part / size for part in method.config.parts(size))
+    return "(p + c)(3 + w) + p + c (1 + 3)", (p + c) * (3 + w) + p + 4 * c
+
+
 def _derivative_of(method: Any) -> int:
     """What MeanFlow's derivative costs beside a plain pass, in F: a tangent, a pass of its own, or further calls."""
     return method.difference.calls if method.difference is not None else 1 if method.one_pass else 2
@@ -168,6 +174,7 @@ _FORMULAS = {
     "MeanFlow": _formula_of_mean_flow,
     "PerFlow": lambda method, _h: (f"3 + {_walk_calls(method)}w", 3.0 + _walk_calls(method) * method.teacher.calls),
     "MfRae": _formula_of_mf_rae,
+    "FreeFlow": _formula_of_free_flow,
     "RectifiedFlow": lambda _method, _h: ("3", 3.0),
     "SegmentedConsistency": _formula_of_segmented_consistency,
 }
@@ -275,6 +282,18 @@ def _mf_rae(method: Any, step: int, batch: Batch) -> Cost:
     return {"student": Calls(to_parameters=1), "teacher": Calls(no_grad=walks * asked)}
 
 
+def _free_flow(method: Any, step: int, batch: Batch) -> Cost:
+    """What one step costs: of the corrected share the critic's two passes, of the others the derivative."""
+    predicted, corrected = (part / batch.size for part in method.config.parts(batch.size))
+    whole = predicted + corrected
+    # The tangent of an exact derivative enters by the second time, behind the network's door, where none is counted.
+    calls = {
+        "student": Calls(no_grad=predicted, to_parameters=whole),
+        "teacher": Calls(no_grad=whole * method.teacher.calls),
+    }
+    return calls | {"critic": Calls(no_grad=corrected, to_parameters=corrected)}
+
+
 def _rectified_flow(method: Any, step: int, batch: Batch) -> Cost:
     """What one step costs: one pass of the student. Pairs are paid for once, before the training."""
     return {"student": Calls(to_parameters=1)}
@@ -342,6 +361,7 @@ _BY_CLASS = {
     "MeanFlow": _mean_flow,
     "PerFlow": _perflow,
     "MfRae": _mf_rae,
+    "FreeFlow": _free_flow,
     "RectifiedFlow": _rectified_flow,
     "SegmentedConsistency": _segmented_consistency,
 }

@@ -64,6 +64,11 @@ class Batch:
     given_pairs: Pairs | None = None
     per_step: int = 0
 
+    def select(self, rows: list[int]) -> Batch:
+        """Some of the samples to generate, whose draws are the same by every name, and no real ones or pairs."""
+        draws = Draws(self.draws.seed, self.draws.step, [self.draws.indices[row] for row in rows], self.draws.device)
+        return Batch(len(rows), self.shape, self.conditioning.select(rows), draws, None, self.logging)
+
     @property
     def real(self) -> Real:
         """B real samples with conditioning of their own.

@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict] = {
     "dmd2": {"critic_updates": 2},
     "mean_flow": {"num_pairs": 6, "pair_steps": 2, "apart": 0.5},
     "perflow": {"num_pairs": 6, "pair_steps": 2, "solver_steps": 2},
+    "free_flow": {"steps": 1},
     "mf_rae": {"num_pairs": 6, "pair_steps": 2, "apart": 0.5, "walk_steps": 3, "stages": "cmt:2,mfd"},
     "phased_dmd": {"critic_updates": 2, "phase_steps": 3},
     "rectified_flow": {"num_pairs": 6, "pair_steps": 2},
@@ -61,6 +62,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "backward": {"derivative": "backward"},
     },
     "perflow": {"heun": {"solver": "heun", "guidance": "kept"}},
+    "free_flow": {"prediction": {"correction": 0.0, "derivative": "exact"}},
     "mf_rae": {
         "bootstrapped": {"data": True, "stages": "cmt:1,mfd:2,mft", "pairs_per_walk": 1, "derivative": "exact"},
         "heun": {"walk_solver": "heun", "stages": "cmt", "pairs_per_walk": 2},
