@@ -20,7 +20,8 @@ import yaml
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.config.run import RunConfig
-from fewstep.eval.bench.floors import declared, drawn, formula, period
+from fewstep.eval.bench.floors import declared
+from fewstep.eval.bench.formulas import drawn, formula, period
 from fewstep.eval.bench.steps import flops
 from fewstep.eval.bench.table import Table
 from fewstep.eval.benchmark.cells import read_plan

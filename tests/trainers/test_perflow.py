@@ -15,7 +15,8 @@ from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule,
 from fewstep.diffusion.timesteps import even_grid
 from fewstep.diffusion.windows import Window, solver_times
 from fewstep.errors import UserError
-from fewstep.eval.bench.floors import declared, formula
+from fewstep.eval.bench.floors import declared
+from fewstep.eval.bench.formulas import formula
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.programs.planning.call_counts import Calls
 from fewstep.trainers.perflow import Chord, PerFlow, PerFlowConfig
