@@ -29,7 +29,6 @@ class AnyFlowConfig(ScoreConfig):
 
     Args:
         steps: the largest number of steps; one student makes all smaller numbers too.
-        teacher_variant: of the teacher's weights, such as fp16; what other methods call --variant.
         stage: both, map (stage 1 alone) or on_policy (stage 2 alone, which goes on from the student of --init).
         map_steps: how many of --max_steps are stage 1's where the run has both (default 5/6 of them, as published).
         on_policy_lr: learning rate of stage 2; default --lr (paper: 5e-5, then 2e-6). --critic_lr follows it.
@@ -62,7 +61,6 @@ class AnyFlowConfig(ScoreConfig):
     """
 
     steps: int = 8
-    teacher_variant: str | None = setting("source", None)
     stage: str = "both"
     map_steps: int | None = None
     on_policy_lr: float | None = None

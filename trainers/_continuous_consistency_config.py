@@ -179,6 +179,12 @@ class ContinuousConsistencyConfig(ScoreConfig):
             raise UserError("--variant tcm is a second stage: give --init, a run of consistency with --variant ect")
         if self.matching and self.velocity == "data":
             raise UserError("--variant rcm matches the teacher's distribution: leave out --velocity data")
+        if self.matching and settled(self.matching_first_step) >= self.max_steps:
+            raise UserError(
+                f"--variant rcm begins to match at step {self.matching_first_step} (--matching_first_step, by default "
+                f"the end of --tangent_warmup), and the run ends at --max_steps {self.max_steps}; begin earlier, or take "
+                "--variant scm"
+            )
         if self.steps > 1 and self.renoise == "ode":
             raise UserError(
                 "--renoise ode does not sample a consistency model in several steps: the noise it keeps belongs to x0, "

@@ -1,4 +1,4 @@
-"""Noising a student's sample anew, at a time of its own, keyed by name: where teacher and critic look at it."""
+"""What a critic learns by: to denoise the student's own samples; and the log that shows whether it keeps up."""
 
 from __future__ import annotations
 

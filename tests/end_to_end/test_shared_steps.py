@@ -56,6 +56,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mean flow": ("mean_flow", {**PAIRS, "apart": 0.75}),
     "perflow": ("perflow", {**PAIRS, "solver_steps": 2}),
     "mf_rae": ("mf_rae", {**PAIRS, "apart": 0.75, "walk_steps": 2, "pairs_per_walk": 1, "stages": "cmt:2,mfd"}),
+    "any_flow": ("any_flow", {**PAIRS, **CRITIC, "map_steps": 2}),
+    "free_flow": ("free_flow", {"steps": 1, "correction": 0.0}),  # corrected samples are those of a micro-batch
     "rectified flow": ("rectified_flow", {**PAIRS, "steps": 1}),
     "segmented consistency": ("segmented_consistency", {"adversarial_weight": [0.1], "offset_noise": 0.1, "data": ""}),
 }
@@ -209,8 +211,8 @@ def test_a_run_goes_on_with_another_number_of_processes(
     """By the same line: the settings that keep a step's samples are found, said, and written down."""
     out, more = place / f"{case} {lora} {first} {then}", LORA if lora else {}
     share = {**SHARE, "batch_size": SHARE["batch_size"] * 2 // first}  # one process does what two do
-    # A run of phases is none before the last of them begins.
-    trained(out, teacher, case, first, share, **more, max_steps=3 if case == "phased" else 2)
+    # A run of phases or stages is none before the last of them begins.
+    trained(out, teacher, case, first, share, **more, max_steps=3 if case in ("phased", "mf_rae", "any_flow") else 2)
     found = trained(out, teacher, case, then, share, **more, resume=True)
     whole = undisturbed(case, lora)
     assert_same_weights(whole.weights, found.weights)

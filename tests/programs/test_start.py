@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fewstep.config.pairs import PairsConfig
 from fewstep.config.run import RunConfig
 from fewstep.eval import evaluate
 from fewstep.programs.distillation import distill
+from fewstep.programs.methods import method_class, methods
 from fewstep.programs.teacher import TeacherSettings
 from fewstep.trainers._consistency_config import ConsistencyConfig
 from fewstep.trainers._mean_flow_config import MeanFlowConfig
@@ -133,3 +135,13 @@ def test_the_line_counts_all_processes(processes: int, batch: int, micro: int, l
 )
 def test_a_methods_own_variant_is_none_of_the_teachers_files(config: Any, variant: str | None):
     assert TeacherSettings.of(config).variant == variant
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_method_heeds_the_variant_of_its_teachers_files(method: str):
+    config = method_class(method).Config
+    told = {field.name: field for field in fields(config)}
+    own = told["variant"].default is not None  # a paper's
+    assert ("teacher_variant" in told) == own, "a flag beside --variant hides it"
+    settings = config(teacher="t", out="o", **{"teacher_variant" if own else "variant": "fp16"})
+    assert TeacherSettings.of(settings).variant == "fp16"

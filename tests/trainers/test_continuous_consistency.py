@@ -245,6 +245,8 @@ def test_trajectories_are_the_guided_teachers_or_the_datas():
         ({"variant": "tcm", "data": None}, "--variant tcm trains on real images: give --data"),
         ({"variant": "tcm", "init": None}, "--variant tcm is a second stage: give --init"),
         ({"variant": "rcm", "velocity": "data", "data": "x"}, "leave out --velocity data"),
+        ({"variant": "rcm", "max_steps": 500}, "begins to match at step 1000 .* ends at --max_steps 500"),
+        ({"variant": "rcm", "matching_first_step": 7, "max_steps": 7}, "begins to match at step 7"),
         ({"matching_weight": 1.0}, "--matching_weight belongs to --variant rcm"),
         ({"matching_first_step": 5}, "--matching_first_step belongs to --variant rcm"),
         ({"variant": "tcm", "velocity": "data"}, "--velocity belongs to --variant scm or rcm"),
