@@ -7,7 +7,7 @@ Time is cut into segments that no jump leaves. ``--variant`` says how, and where
 - ``tcd``: one segment, a random end (Zheng et al. 2024, Trajectory Consistency Distillation, arXiv 2402.19159): one
   student for 1 to 8 steps, sampled with as much new noise between them as one likes (``--gamma``)
 - ``pcm``: as many segments (phases) as steps, ends at their edges (Wang et al. 2024, Phased Consistency Models, arXiv
-  2405.18407), with a discriminator of the jumps if wanted (``--adversarial_weight 0.1``)
+  2405.18407), with a discriminator of the jumps if wanted (``--adversarial_weight [0.1]``)
 - ``tscd``: 8, 4, 2 and 1 segments one after the other, random ends (Ren et al. 2024, Hyper-SD, arXiv 2404.13686)
 
     accelerate launch -m fewstep.trainers.segmented_consistency --teacher DIR --prompts FILE --data DIR --out OUT
@@ -88,7 +88,7 @@ class SegmentedConsistency:
         judge = None
         if config.judged:
             if len(roles["teacher"].experts) > 1:
-                raise UserError("--adversarial_weight needs a teacher of one network, and this one has several; give 0")
+                raise UserError("--adversarial_weight needs a teacher of one network, and this one has several; give [0]")
             roles["discriminator"] = heads = HeadRole("discriminator", roles["teacher"])
             loss = settled(config.adversarial_loss)
             judge = JumpDiscriminator(heads, bench.add_head(heads), bench.sampler.schedule, loss)
