@@ -182,8 +182,8 @@ class ContinuousConsistencyConfig(ScoreConfig):
         if self.matching and settled(self.matching_first_step) >= self.max_steps:
             raise UserError(
                 f"--variant rcm begins to match at step {self.matching_first_step} (--matching_first_step, by default "
-                f"the end of --tangent_warmup), and the run ends at --max_steps {self.max_steps}; begin earlier, or take "
-                "--variant scm"
+                f"the end of --tangent_warmup), and the run ends at --max_steps {self.max_steps}; begin earlier, or "
+                "take --variant scm"
             )
         if self.steps > 1 and self.renoise == "ode":
             raise UserError(

@@ -88,7 +88,7 @@ class SegmentedConsistency:
         judge = None
         if config.judged:
             if len(roles["teacher"].experts) > 1:
-                raise UserError("--adversarial_weight needs a teacher of one network, and this one has several; give [0]")
+                raise UserError("--adversarial_weight needs a teacher of one network, and this has several; give [0]")
             roles["discriminator"] = heads = HeadRole("discriminator", roles["teacher"])
             loss = settled(config.adversarial_loss)
             judge = JumpDiscriminator(heads, bench.add_head(heads), bench.sampler.schedule, loss)
