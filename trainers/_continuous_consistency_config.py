@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,7 @@ class ContinuousConsistencyConfig(ScoreConfig):
         level_std: standard deviation of the same (scm: 1.4, rcm: 1.6); tcm: scale of its heavy-tailed law (0.2).
         derivative: of the student along a trajectory: exact (forward mode); by differences semi_continuous, discrete
             (along the ODE; of a table's teacher between entries of its table), backward, central, renoise.
-        derivative_step: of such a difference, an angle in [0, pi/2].
+        derivative_step: of such a difference, an angle in (0, pi/2).
         tangent_normalization: norm/sqrt(dim) (scm), norm (rcm), clip or none.
         tangent_constant: c of those norms (paper: 0.1).
         tangent_warmup: steps until the tangent counts in full (scm: 10000, rcm: 1000).
@@ -136,12 +137,14 @@ class ContinuousConsistencyConfig(ScoreConfig):
         self._refuse_unknown("derivative", *DERIVATIVES)
         self._refuse_unknown("distance", *DISTANCES)
         self._refuse_below_one("num_pairs", "pair_steps")
-        self._refuse_negative("tangent_warmup", "tangent_constant", "consistency_weight", "matching_weight")
+        self._refuse_negative("tangent_warmup", "consistency_weight", "matching_weight")
         self._refuse_negative("matching_first_step", "mapping_k", "boundary_weight", "huber_c")
-        for name in ("sigma_data", "level_std", "derivative_step", "transition"):
+        for name in ("sigma_data", "level_std", "derivative_step", "tangent_constant", "transition"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name} must be positive, not {value}")
+        if not self.derivative_step < math.pi / 2:
+            raise UserError(f"--derivative_step is an angle below pi/2, where noise is, not {self.derivative_step}")
         if not 0 <= self.boundary_share < 1:
             raise UserError(f"--boundary_share must be in [0, 1), not {self.boundary_share}")
         for name, variants in _OWN.items():

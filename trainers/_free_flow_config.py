@@ -60,6 +60,8 @@ class FreeFlowConfig(CriticConfig):
             raise UserError("FreeFlow's critic moves once with its student: leave out --critic_updates")
         if not 0 <= self.correction < 1:
             raise UserError(f"--correction must be in [0, 1), not {self.correction}")
+        if not 0 <= self.correction_t_max <= 1:
+            raise UserError(f"--correction_t_max is a flow time in [0, 1], not {self.correction_t_max}")
         if not 0 < self.match_min < self.match_max <= 1:
             low, high = self.match_min, self.match_max
             raise UserError(f"--match_min and --match_max must satisfy 0 < min < max <= 1, not {low}, {high}")

@@ -254,6 +254,8 @@ def test_trajectories_are_the_guided_teachers_or_the_datas():
         ({"derivative": "guess"}, "--derivative must be one of"),
         ({"tangent_normalization": "l1"}, "--tangent_normalization must be one of"),
         ({"derivative_step": 0.0}, "--derivative_step must be positive"),
+        ({"derivative_step": 3.0}, "--derivative_step is an angle below pi/2"),
+        ({"tangent_constant": 0.0}, "--tangent_constant must be positive"),  # a student that is its teacher has none
         ({"boundary_share": 1.0}, r"--boundary_share must be in \[0, 1\)"),
         ({"data": "x", "pairs": "y"}, "give --data or --pairs, not both"),
         ({"renoise": "ode"}, "--renoise ode does not sample a consistency model"),

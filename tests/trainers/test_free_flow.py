@@ -173,6 +173,7 @@ def test_one_step_comes_nearer_to_the_mixture(tmp_path: Path):
         ({"renoise": "fresh"}, "--renoise must be ode"),
         ({"critic_updates": 5}, "leave out --critic_updates"),
         ({"correction": 1.0}, r"--correction must be in \[0, 1\)"),
+        ({"correction_t_max": 700.0}, r"--correction_t_max is a flow time in \[0, 1\]"),
         ({"match_min": 0.9, "match_max": 0.1}, "0 < min < max <= 1"),
         ({"derivative": "guess"}, "--derivative must be one of difference, exact"),
         ({"derivative_step": 0.0}, "--derivative_step must be between 0 and 0.1"),

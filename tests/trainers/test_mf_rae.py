@@ -94,6 +94,7 @@ def test_times_are_shifted_by_the_size_of_a_sample():
         ({"kappa": 0.5, "data": "images"}, "are the guidance of stage mft"),
         ({"velocity": "teacher"}, "leave out --velocity"),
         ({"variant": "alpha_flow"}, "--variant alpha_flow belongs to mean_flow"),
+        ({"variant": "fp16"}, "--variant fp16 belongs to mean_flow; .*files of the teacher: --teacher_variant"),
         ({"walk_steps": 0}, "--walk_steps must be at least 1"),
         ({"pairs_per_walk": 0}, "--pairs_per_walk must be at least 1"),
         ({"label_times": "even"}, "--label_times must be one of solver_times, uniform_grid"),
