@@ -54,8 +54,8 @@ class MfRaeConfig(MeanFlowConfig):
     def __post_init__(self) -> None:
         if self.variant != "mean_flow":
             raise UserError(
-                f"--variant {self.variant} belongs to mean_flow; mf_rae learns the identity by its stages (files of the "
-                "teacher: --teacher_variant)"
+                f"--variant {self.variant} belongs to mean_flow; mf_rae learns the identity by its stages (files of "
+                "the teacher: --teacher_variant)"
             )
         super().__post_init__()
         self._refuse_unknown("walk_solver", *SOLVERS)

@@ -72,6 +72,8 @@ EVERY = [
 NO_MEANS = ("_std", "/lag", "/derivative", "/gradient", "/gradient_norm", "seconds", "step", "/velocity_error")
 #: A constant that is added to all keys changes no attention: the gradient is rounding alone, and so is AdamW's step.
 NO_GRADIENT = "to_k.bias"
+#: Parts of the names of weights that start at zero, and after a few steps are no larger than those.
+AT_ZERO = ("lora_", "second_time.heads")
 #: Gradients of small differences (of a consistency model's two answers, of teacher and critic) have lost digits, and
 #: networks round otherwise for another batch size. One process with micro-batches differs from one without as much.
 LOST_DIGITS = {"consistency": 1e-4, "segmented consistency": 1e-4, "sid": 3e-5}
@@ -148,11 +150,12 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], to
 
 
 def assert_same_weights(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-4) -> None:
-    """Relative to each tensor's largest entry, or of an adapter, whose second factor starts at zero, to its role's."""
+    """Relative to each tensor's largest entry, or of what starts at zero (adapters, second times), to its role's."""
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         role = name.partition("/")[0] + "/"
-        of = [kept for one, kept in ours.items() if one.startswith(role)] if "lora_" in name else [value]
+        alone = not any(part in name for part in AT_ZERO)
+        of = [value] if alone else [kept for one, kept in ours.items() if one.startswith(role)]
         if not name.endswith(NO_GRADIENT):
             assert largest([value - theirs[name]]) <= tolerance * largest(of), name
 
