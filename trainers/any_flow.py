@@ -194,9 +194,7 @@ class AnyFlow:
         """Noised samples of the batch at times t, with second times r, and the velocity there."""
         samples = batch.real if self.config.data is not None else batch.pairs
         x0, noise, conditioning = samples.x0, batch.draws.normal("map_noise", batch.shape), samples.conditioning
-        total = batch.per_step or batch.size
-        places = [spread_places(total)[index] for index in batch.draws.indices]
-        parts = parts_of(places, total, self.config.equal_share, self.config.zero_share)
+        parts = self.parts(batch)
         t, r = self.times.draw(batch.draws, parts)
         x_t = add_noise(x0, noise, self.schedule.coefficients(t))
         kept = torch.ones(len(x0), dtype=torch.bool, device=x0.device)
@@ -207,6 +205,12 @@ class AnyFlow:
             conditioning = self._without(conditioning, dropped)
             kept = ~sent(dropped, x0.device, torch.bool)
         return Points(x_t, t, r, noise - x0, conditioning, kept, parts)
+
+    def parts(self, batch: Batch) -> Parts:
+        """How the two times of each row are tied, by its place in the whole step."""
+        total = batch.per_step or batch.size
+        places = [spread_places(total)[index] for index in batch.draws.indices]
+        return parts_of(places, total, self.config.equal_share, self.config.zero_share)
 
     def guided(self, points: Points, u: Tensor, change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the student says, what it shall say, and the derivative in that; (B, ...) each.
@@ -291,7 +295,7 @@ class AnyFlow:
 
     def walk(self, grid: tuple[float, ...], noise: Tensor, batch: Batch) -> Tensor:
         """Where the student's own walk along ``grid`` ends, x0 (B, ...), with gradient through all of it."""
-        sampler = replace(self.sampler, grid=grid)
+        sampler = replace(self.sampler, grid=grid, renoise="ode")  # as a map walks, whatever the plan was made for
         return rollout(self.roles["student"], sampler, noise, batch.conditioning, gradient_from=0)
 
     @torch.no_grad()

@@ -174,7 +174,7 @@ def _any_flow(method: Any, step: int, batch: Batch) -> Cost:
     calls: dict[str, dict[str, float]] = {"student": dict.fromkeys(("no_grad", "to_parameters", "jvp"), 0.0)}
     calls["teacher"], student_turn = {"no_grad": 0.0}, since < 0 or since % config.critic_updates == 0
     if since < 0 or (student_turn and config.map_weight > 0):
-        apart = len(method.points(batch).parts.apart) / batch.size
+        apart = len(method.parts(batch).apart) / batch.size
         calls["student"]["to_parameters"] += 1
         calls["student"]["no_grad"] += (method.fused != 1.0) + apart * (
             method.difference.calls if method.difference else 0

@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict] = {
     "dmd2": {"critic_updates": 2},
     "mean_flow": {"num_pairs": 6, "pair_steps": 2, "apart": 0.5},
     "perflow": {"num_pairs": 6, "pair_steps": 2, "solver_steps": 2},
+    "any_flow": {"num_pairs": 6, "pair_steps": 2, "map_steps": 2, "critic_updates": 2},
     "free_flow": {"steps": 1},
     "mf_rae": {"num_pairs": 6, "pair_steps": 2, "apart": 0.5, "walk_steps": 3, "stages": "cmt:2,mfd"},
     "phased_dmd": {"critic_updates": 2, "phase_steps": 3},
