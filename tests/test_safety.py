@@ -103,6 +103,7 @@ def test_json_and_yaml_of_others_are_read_in_bounds() -> None:
         "fewstep.data.shard_index",  # of a file beside the shards, which is made anew where it is none
         "fewstep.eval.report.report",  # of a text that was made a line above
         "fewstep.export.published_paths",  # of a folder that is being written; it catches depth itself
+        "fewstep.programs.choice",  # of a file of this package
         "fewstep.pipelines.flow_map",  # of a student's folder; these files import nothing of the package
         "fewstep.pipelines.phased",
         "fewstep.reading",

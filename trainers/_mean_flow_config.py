@@ -51,7 +51,7 @@ class MeanFlowConfig(RunConfig):
         time_max: highest uniform time, before the shift (mf-rae: 0.999).
         r_mean: mean of the second times where they are drawn by themselves (CIFAR-10: -4), else both are sorted.
         r_std: standard deviation of the same; default time_std.
-        time_shift: flow-matching shift of all times; default none.
+        time_shift: flow-matching shift of all times; 1 is none.
         time_min: the cleanest time that is trained.
         weighting: of a sample's squared error: sum (the paper's), sum_squared, mean, norm (sCM's) or uniform.
         weight_power: p of it (paper: 1).
@@ -90,7 +90,7 @@ class MeanFlowConfig(RunConfig):
     time_max: float = 1.0
     r_mean: float | None = None
     r_std: float | None = None
-    time_shift: float | None = None
+    time_shift: float | None = 1.0
     time_min: float = 1e-3
     weighting: str = "sum"
     weight_power: float = 1.0

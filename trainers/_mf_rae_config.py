@@ -48,6 +48,7 @@ class MfRaeConfig(MeanFlowConfig):
     cmt_distance: str = "mse"
     times: str = "uniform"
     time_max: float = 0.999
+    time_shift: float | None = None
     derivative: str = "central"
     weighting: str = "sum_squared"
 

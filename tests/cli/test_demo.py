@@ -59,7 +59,7 @@ def test_the_documents_python_runs(demo: Path, tmp_path: Path, monkeypatch: pyte
     assert {path.name for path, _ in blocks} >= {"README.md", "distill.md", "sample.md"}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    for name in ("demo-fashion-sd", "mine"):
+    for name in ("demo-fashion-sd", "first", "mine"):
         (tmp_path / "runs" / name).symlink_to(demo)
     asked = {"tag": "single_object", "include": [{"class": "boot", "count": 1}], "prompt": "a photo of an ankle boot"}
     (tmp_path / "evaluation_metadata.jsonl").write_text(json.dumps(asked) + "\n")

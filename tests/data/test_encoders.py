@@ -42,7 +42,7 @@ def test_freed_and_brought_back(tmp_path: Path) -> None:
     assert pipeline.transformer.pos_embed.proj.weight.numel() > 0
     # What still runs the pipeline gives what it gave.
     assert torch.equal(recording.decode(x0), image)
-    assert check_student(recording, pipeline, plan.call, plan.renoise, 2) is not None
+    assert check_student(recording, pipeline, plan.call, plan.move, 2) is not None
     with pytest.raises(RecordingError, match="is freed, and was never asked this before"):
         recording.condition(prompts=["something else"])
     away.restore()

@@ -15,6 +15,7 @@ from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.rollout import rollout
+from fewstep.diffusion.strategic import Move
 from fewstep.errors import UserError
 from fewstep.eval.bench.floors import declared
 from fewstep.export.apply import apply
@@ -162,10 +163,10 @@ def test_a_grid_that_meets_the_boundary_is_trained_as_it_is_walked(tmp_path: Pat
     assert trained.tolist() == [0, 0, 1, 1]
     assert [recording.expert_at(timestep).component for timestep in plan.timesteps] == [EXPERTS[k] for k in trained]
     student = with_parts(pipeline, scheduler=plan.scheduler)
-    assert check_student(recording, student, plan.call, "ode", 4).grid == plan.grid
+    assert check_student(recording, student, plan.call, Move("ode"), 4).grid == plan.grid
     student.register_to_config(boundary_ratio=0.7)
     with pytest.raises(SchedulerCheckError, match=r"calls transformer at timestep 750, where transformer_2 is trained"):
-        check_student(recording, student, plan.call, "ode", 4)
+        check_student(recording, student, plan.call, Move("ode"), 4)
     assert "no step calls transformer_2, which stays the teacher's" in plan_student(recording, 1).note
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fewstep.diffusion.strategic import Move
 from fewstep.errors import UserError
 from fewstep.export.student import Written
 from fewstep.export.walk.plan import check_student, reference_of
@@ -128,7 +129,7 @@ def test_fresh_noise_walks_too(traits: dict[str, Any], start: Callable[..., Work
     pipeline = with_parts(run.recording.pipeline, scheduler=run.student.plan.scheduler)
     for count in run.student.plan.counts:
         assert (
-            check_student(run.recording, pipeline, run.student.plan.call, "fresh", count).grid
+            check_student(run.recording, pipeline, run.student.plan.call, Move("fresh"), count).grid
             == run.student.plan.grids[count]
         )
 

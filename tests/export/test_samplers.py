@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import LCMScheduler
 
+from fewstep.diffusion.strategic import Move
 from fewstep.export import plan_student
 from fewstep.export.card.sampling import samplers
 from fewstep.export.walk.plan import check_student
@@ -47,7 +48,7 @@ def test_a_first_order_sampler_makes_the_students_own_ode_step(recorded, tmp_pat
     plan = plan_student(recording, 4, renoise="fresh")
     other = getattr(diffusers, name).from_config(from_folder(plan.scheduler, tmp_path).config)
     pipeline = with_parts(recording.pipeline, scheduler=other)
-    assert check_student(recording, pipeline, plan.call, "ode", 4).grid == plan.grid
+    assert check_student(recording, pipeline, plan.call, Move("ode"), 4).grid == plan.grid
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

@@ -152,7 +152,7 @@ class Opaque(nn.Module):
 def test_a_network_whose_derivative_is_lost_is_refused_in_one_line(network: nn.Module, message: str):
     with pytest.raises(UserError, match=message) as caught:
         refuse_underivable(network, torch.tensor([0.3, 0.6], dtype=torch.float64), network)
-    assert "--variant alpha_flow --alpha_min" in str(caught.value) and "\n" not in str(caught.value)
+    assert "take --derivative central" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_table_changes_with_time_at_its_entries_too():
