@@ -224,6 +224,7 @@ def test_compiled_there_is_one_graph_for_a_role_and_none_after():
     assert len(graphs) == len(NAMES)
 
 
+@pytest.mark.soak  # a minute of compiling; the test above compiles roles, and others checkpoint them
 def test_compiled_and_checkpointed_the_gradients_are_the_same():
     """Also where features are tapped inside a checkpointed block, and without a new graph after the first round."""
     import torch._dynamo

@@ -155,14 +155,14 @@ def test_one_step_comes_nearer_to_the_mixture(tmp_path: Path):
         roles[name].denoiser = FlowMapDenoiser(roles[name].denoiser, TellingGap())
     quiet = {"report_to": "none", "sample_steps": 0, "log_steps": 1000, "checkpointing_steps": 9000, "batch_size": 64}
     times = {"time_mean": 0.5, "time_std": 1.6, "ema_decay": 0.99, "weight_power": 0.5}
-    told = FreeFlowConfig(teacher="mixture", out=str(tmp_path), lr=3e-3, max_steps=380, **quiet, **times)
+    told = FreeFlowConfig(teacher="mixture", out=str(tmp_path), lr=3e-3, max_steps=450, **quiet, **times)
     trained = FreeFlow(told, roles, GuidedDenoiser(roles["teacher"], None, 1.0), Sampler(SCHEDULE, (1.0,), "ode"))
     make_loop(trained, told, (2,), conditions=Labels(None)).run()
     noise = Draws(1, 0, range(2000)).normal("noise", (2,))
     with torch.no_grad():
         samples = rollout(roles["ema"], trained.sampler, noise, unconditional(2000))
     found = energy_distance(samples, mixture_sample(2000, 1))
-    assert found < 0.8, found
+    assert found < 0.6, found
 
 
 @pytest.mark.parametrize(
