@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from fewstep.config.checks import setting
 from fewstep.config.critic import ScoreConfig
 from fewstep.config.pairs import PairsWanted
-from fewstep.diffusion.ode import SOLVERS
+from fewstep.config.teacher_pairs import TeacherPairsConfig
 from fewstep.diffusion.placed_times import PlacedTimes
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.errors import UserError
@@ -24,7 +23,7 @@ STAGES = ("both", "map", "on_policy")
 
 
 @dataclass(kw_only=True)
-class AnyFlowConfig(ScoreConfig):
+class AnyFlowConfig(ScoreConfig, TeacherPairsConfig):
     """AnyFlow (arXiv 2605.13724): a flow map, and distribution matching through its own shortcuts.
 
     Args:
@@ -35,11 +34,6 @@ class AnyFlowConfig(ScoreConfig):
         velocity: of the flow that is mapped: teacher (guided), or data (noise minus sample, the authors' own form).
         map_guidance: guidance of the map; default --guidance_scale. With velocity data it is fused
             (authors: 3 in the map, 4 in the matching).
-        pairs: without --data: folder that fewstep pairs made, whose samples are noised for the map; default:
-            --num_pairs are made at the start, into out/pairs.
-        num_pairs: how many samples of the teacher there are; of them those are made that the run will use.
-        pair_steps: steps of the teacher's ODE for each.
-        pair_solver: euler (DDIM for tables) or heun (two network calls a step).
         renoise: a flow map is an ODE; there is no other choice.
         derivative: exact (in forward mode); or by differences, for networks that have none: central (the authors'; two
             passes), backward (one, less exact).
@@ -66,10 +60,6 @@ class AnyFlowConfig(ScoreConfig):
     on_policy_lr: float | None = None
     velocity: str = "teacher"
     map_guidance: float | None = None
-    pairs: str | None = setting("source", None)
-    num_pairs: int = 8192
-    pair_steps: int = 25
-    pair_solver: str = "euler"
     renoise: str = "ode"
     derivative: str = "exact"
     derivative_step: float = 5e-3
@@ -97,10 +87,9 @@ class AnyFlowConfig(ScoreConfig):
         self._refuse_unknown("derivative", "exact", "central", "backward")
         self._refuse_unknown("weighting", *TIME_WEIGHTS)
         self._refuse_unknown("critic_times", "logit_normal", "uniform")
-        self._refuse_unknown("pair_solver", *SOLVERS)
         if self.renoise != "ode":
             raise UserError(f"--renoise must be ode for a flow map, not {self.renoise!r}")
-        self._refuse_below_one("num_pairs", "pair_steps", "map_steps", "segments")
+        self._refuse_below_one("map_steps", "segments")
         self._refuse_negative("on_policy_lr", "map_weight", "matching_weight", "equal_share", "zero_share")
         for name in ("derivative_step", "critic_time_std", "map_guidance"):
             value = getattr(self, name)
@@ -155,8 +144,7 @@ class AnyFlowConfig(ScoreConfig):
             )
 
     def _check_samples(self) -> None:
-        if self.data is not None and self.pairs is not None:
-            raise UserError("give --data or --pairs, not both: one of them is what is noised for the map")
+        self._refuse_data_beside_pairs()
         if not self.maps and (self.data is not None or self.pairs is not None):
             raise UserError(
                 "--data and --pairs are used by the map's loss alone: leave --map_weight above 0, or them out"
@@ -232,7 +220,7 @@ class AnyFlowConfig(ScoreConfig):
     def pairs_wanted(self) -> PairsWanted | None:
         if self.data is not None or not self.maps:
             return None
-        return PairsWanted(self.num_pairs, self.pair_steps, self.pair_solver, self.pairs, guided=True)
+        return self._samples_wanted(guided=True)
 
     def rate(self, role: str, step: int) -> float:
         """The peak learning rate of a role in the stage of ``step``."""

@@ -159,14 +159,6 @@ class ConsistencyConfig(DrawnGuidanceConfig):
                 f"choose it from {low:g} to {high:g}"
             )
 
-    def _refuse_kept_noise(self) -> None:
-        """Between its steps a consistency model needs fresh noise: x_t made of x0 and its own noise is none of its."""
-        if self.steps > 1 and self.renoise == "ode":
-            raise UserError(
-                "--renoise ode does not sample a consistency model in several steps: the noise it keeps belongs to x0, "
-                "and x_t comes out too wide; take --renoise fresh, or --steps 1"
-            )
-
     def refuse_teacher(self, prediction_type: str, guided: bool, told: float | None) -> None:
         """Refuse a teacher that these settings do not fit.
 

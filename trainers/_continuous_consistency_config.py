@@ -9,7 +9,7 @@ from typing import Any
 from fewstep.config.checks import setting, settled
 from fewstep.config.critic import ScoreConfig
 from fewstep.config.pairs import PairsWanted
-from fewstep.diffusion.ode import SOLVERS
+from fewstep.config.teacher_pairs import TeacherPairsConfig
 from fewstep.errors import UserError
 from fewstep.losses.consistency import DISTANCES, WEIGHTINGS
 from fewstep.losses.trig_flow import NORMALIZATIONS
@@ -58,7 +58,7 @@ _OWN = {
 
 
 @dataclass(kw_only=True)
-class ContinuousConsistencyConfig(ScoreConfig):
+class ContinuousConsistencyConfig(ScoreConfig, TeacherPairsConfig):
     """Continuous-time consistency: sCM, rCM and the second stage of TCM.
 
     Args:
@@ -67,11 +67,6 @@ class ContinuousConsistencyConfig(ScoreConfig):
         teacher_variant: of the teacher's weights, such as fp16; what other methods call --variant.
         velocity: of the trajectories: teacher (guided; distillation), data (noise and a real image; training), or auto:
             teacher.
-        pairs: without --data: folder that fewstep pairs made, whose samples are trained on; default: --num_pairs are
-            made at the start, into out/pairs.
-        num_pairs: how many samples of the teacher there are; of them those are made that the run will use.
-        pair_steps: steps of the teacher's ODE for each.
-        pair_solver: euler (DDIM for tables) or heun (two network calls a step).
         sigma_data: TrigFlow's standard deviation of data and noise; default an EDM teacher's own, else 1.
         level_mean: mean of the logarithm of the noise levels sigma / alpha (scm: -1, rcm: 0.7; tcm: 0).
         level_std: standard deviation of the same (scm: 1.4, rcm: 1.6); tcm: scale of its heavy-tailed law (0.2).
@@ -86,7 +81,8 @@ class ContinuousConsistencyConfig(ScoreConfig):
         log_variance: learn the logarithm of the loss at each time and divide by the loss (scm).
         consistency_weight: of the consistency in the student's loss (rcm: 100), a mean over a sample's entries.
         matching_weight: rcm: of distribution matching beside it (1).
-        matching_first_step: rcm: the step at which that and the critic begin; default the end of the warm-up.
+        matching_first_step: rcm: the step at which that and the critic begin; default the end of the warm-up,
+            at the latest half of --max_steps.
         transition: tcm: the noise level above which the student is trained (paper: 1 for CIFAR-10).
         gap: tcm: how far apart the two times are, ect's q^-(stage + 1) at its end (paper: 0.001).
         mapping_k: k of ect's mapping n(t) = 1 + k sigmoid(-b t).
@@ -101,10 +97,6 @@ class ContinuousConsistencyConfig(ScoreConfig):
     variant: str = "scm"
     teacher_variant: str | None = setting("source", None)
     velocity: str = "auto"
-    pairs: str | None = setting("source", None)
-    num_pairs: int = 8192
-    pair_steps: int = 25
-    pair_solver: str = "euler"
     critic_updates: int = 4
     normalizer_min: float = 1e-5
     sigma_data: float | None = None
@@ -133,10 +125,8 @@ class ContinuousConsistencyConfig(ScoreConfig):
         super().__post_init__()
         self._refuse_unknown("variant", *PAPERS)
         self._refuse_unknown("velocity", "auto", "data", "teacher")
-        self._refuse_unknown("pair_solver", *SOLVERS)
         self._refuse_unknown("derivative", *DERIVATIVES)
         self._refuse_unknown("distance", *DISTANCES)
-        self._refuse_below_one("num_pairs", "pair_steps")
         self._refuse_negative("tangent_warmup", "consistency_weight", "matching_weight")
         self._refuse_negative("matching_first_step", "mapping_k", "boundary_weight", "huber_c")
         for name in ("sigma_data", "level_std", "derivative_step", "tangent_constant", "transition"):
@@ -162,9 +152,8 @@ class ContinuousConsistencyConfig(ScoreConfig):
         if self.steps > 1 and self.renoise == "auto":
             follows["renoise"] = "fresh"
         if self.matching_first_step is None and self.variant == "rcm":
-            follows["matching_first_step"] = self.tangent_warmup
-            if self.tangent_warmup is None:
-                follows["matching_first_step"] = PAPERS["rcm"]["tangent_warmup"]
+            warmup = PAPERS["rcm"]["tangent_warmup"] if self.tangent_warmup is None else self.tangent_warmup
+            follows["matching_first_step"] = min(warmup, self.max_steps // 2)
         return super().consequences() | follows
 
     def _check_resolved(self) -> None:
@@ -176,28 +165,29 @@ class ContinuousConsistencyConfig(ScoreConfig):
         if self.velocity == "data" and self.data is None:
             what = "--variant tcm" if self.variant == "tcm" else "--velocity data"
             raise UserError(f"{what} trains on real images: give --data")
-        if self.data is not None and self.pairs is not None:
-            raise UserError("give --data or --pairs, not both: one of them is what is trained on")
+        self._refuse_data_beside_pairs()
         if self.variant == "tcm" and self.init is None:
             raise UserError("--variant tcm is a second stage: give --init, a run of consistency with --variant ect")
         if self.matching and self.velocity == "data":
             raise UserError("--variant rcm matches the teacher's distribution: leave out --velocity data")
         if self.matching and settled(self.matching_first_step) >= self.max_steps:
             raise UserError(
-                f"--variant rcm begins to match at step {self.matching_first_step} (--matching_first_step, by default "
-                f"the end of --tangent_warmup), and the run ends at --max_steps {self.max_steps}; begin earlier, or "
-                "take --variant scm"
+                f"--variant rcm begins to match at step {self.matching_first_step} (--matching_first_step), and the "
+                f"run ends at --max_steps {self.max_steps}; begin earlier, or take --variant scm"
             )
-        if self.steps > 1 and self.renoise == "ode":
-            raise UserError(
-                "--renoise ode does not sample a consistency model in several steps: the noise it keeps belongs to x0, "
-                "and x_t comes out too wide; take --renoise fresh, or --steps 1"
-            )
+        self._refuse_kept_noise()
 
     @property
     def matching(self) -> bool:
         """Whether the student's distribution is matched, which takes a critic."""
         return settled(self.resolved().matching_weight) > 0
+
+    @property
+    def follows_max_steps(self) -> bool:
+        """Where rCM's matching begins, if that is not given and comes before the warm-up's end."""
+        if self.variant != "rcm" or self.matching_first_step is not None:
+            return False
+        return settled(self.resolved().matching_first_step) < settled(self.resolved().tangent_warmup)
 
     @property
     def differentiates(self) -> bool:
@@ -208,7 +198,7 @@ class ContinuousConsistencyConfig(ScoreConfig):
     def pairs_wanted(self) -> PairsWanted | None:
         if self.data is not None:
             return None
-        return PairsWanted(self.num_pairs, self.pair_steps, self.pair_solver, self.pairs, guided=True)
+        return self._samples_wanted(guided=True)
 
     def share(self, step: int) -> float:
         """How much of the tangent counts, q of the papers."""

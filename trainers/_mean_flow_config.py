@@ -9,8 +9,7 @@ import torch
 
 from fewstep.config.checks import setting
 from fewstep.config.pairs import PairsWanted
-from fewstep.config.run import RunConfig
-from fewstep.diffusion.ode import SOLVERS
+from fewstep.config.teacher_pairs import TeacherPairsConfig
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.diffusion.two_times import TwoTimes
 from fewstep.errors import UserError
@@ -21,7 +20,7 @@ VARIANTS = ("mean_flow", "alpha_flow", "improved")
 
 
 @dataclass(kw_only=True)
-class MeanFlowConfig(RunConfig):
+class MeanFlowConfig(TeacherPairsConfig):
     """MeanFlow (Geng et al. 2025) and its relatives.
 
     Args:
@@ -31,11 +30,6 @@ class MeanFlowConfig(RunConfig):
         teacher_variant: of the teacher's weights, such as fp16; what other methods call --variant.
         velocity: of the flow that is averaged: data (noise minus real image), teacher (guided), or auto: data where
             there is --data.
-        pairs: without --data: folder that fewstep pairs made, whose samples are trained on; default: --num_pairs are
-            made at the start, into out/pairs.
-        num_pairs: how many samples of the teacher there are; of them those are made that the run will use.
-        pair_steps: steps of the teacher's ODE for each.
-        pair_solver: euler (DDIM for tables) or heun (two network calls a step).
         renoise: a mean flow is an ODE; there is no other choice.
         kappa: how much of the guidance of a flow from data is the student's own, in [0, 1) (paper: 0, 0.5, 0.92;
             improved: 1 - 1/guidance_scale).
@@ -73,10 +67,6 @@ class MeanFlowConfig(RunConfig):
     variant: str = "mean_flow"
     teacher_variant: str | None = setting("source", None)
     velocity: str = "auto"
-    pairs: str | None = setting("source", None)
-    num_pairs: int = 8192
-    pair_steps: int = 25
-    pair_solver: str = "euler"
     renoise: str = "ode"
     kappa: float | None = None
     omega: float | None = None
@@ -108,12 +98,10 @@ class MeanFlowConfig(RunConfig):
         self._refuse_unknown("variant", *VARIANTS)
         self._refuse_unknown("velocity", "auto", "data", "teacher")
         self._refuse_unknown("weighting", *WEIGHTINGS)
-        self._refuse_unknown("pair_solver", *SOLVERS)
         self._refuse_unknown("derivative", *DERIVATIVES)
         self._refuse_unknown("times", "logit_normal", "uniform")
         if self.renoise != "ode":
             raise UserError(f"--renoise must be ode for a mean flow, not {self.renoise!r}")
-        self._refuse_below_one("num_pairs", "pair_steps")
         self._refuse_negative("weight_power", "weight_constant", "omega", "tangent_warmup", "alpha_first_step")
         for name in ("time_std", "r_std", "time_shift", "alpha_clamp", "derivative_step"):
             value = getattr(self, name)
@@ -150,8 +138,7 @@ class MeanFlowConfig(RunConfig):
             raise UserError("--velocity data is that of real images: give --data, or take --velocity teacher")
         if velocity == "teacher" and (self.kappa is not None or self.omega is not None):
             raise UserError("--kappa and --omega are the guidance of a flow from data; a teacher has --guidance_scale")
-        if self.data is not None and self.pairs is not None:
-            raise UserError("give --data or --pairs, not both: one of them is what is trained on")
+        self._refuse_data_beside_pairs()
 
     def consequences(self) -> dict[str, Any]:
         """Whose velocity is averaged."""
@@ -169,7 +156,7 @@ class MeanFlowConfig(RunConfig):
     def pairs_wanted(self) -> PairsWanted | None:
         if self.data is not None:
             return None
-        return PairsWanted(self.num_pairs, self.pair_steps, self.pair_solver, self.pairs, guided=True)
+        return self._samples_wanted(guided=True)
 
     @property
     def follows_max_steps(self) -> bool:

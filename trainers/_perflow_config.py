@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.config.checks import setting, settled
+from fewstep.config.checks import settled
 from fewstep.config.pairs import PairsWanted
-from fewstep.config.run import RunConfig
+from fewstep.config.teacher_pairs import TeacherPairsConfig
 from fewstep.diffusion.ode import SOLVERS
 from fewstep.diffusion.schedule import NoiseSchedule, TableSchedule
 from fewstep.diffusion.windows import FORMS
@@ -16,7 +16,7 @@ from fewstep.losses.consistency import DISTANCES
 
 
 @dataclass(kw_only=True)
-class PerFlowConfig(RunConfig):
+class PerFlowConfig(TeacherPairsConfig):
     """PeRFlow (Yan et al. 2024): piecewise rectified flow.
 
     Args:
@@ -35,11 +35,6 @@ class PerFlowConfig(RunConfig):
         distance: of its answers: mse, l1, l2_norm, l2_norm_squared, pseudo_huber_norm or pseudo_huber_elementwise.
         huber_c: of the last two; default 0.00054 times the root of the number of entries.
         weighting: of the distance: uniform, or noisy for 1 / (2.3 max(1 - t, 0.1)).
-        pairs: without --data: folder that fewstep pairs made, whose samples are noised; default: --num_pairs are made
-            at the start, into out/pairs.
-        num_pairs: how many samples of the teacher there are; of them those are made that the run will use.
-        pair_steps: steps of the teacher's ODE for each.
-        pair_solver: euler or heun.
         renoise: windows are walked by an ODE; there is no other choice.
     """
 
@@ -54,18 +49,13 @@ class PerFlowConfig(RunConfig):
     distance: str = "mse"
     huber_c: float | None = None
     weighting: str = "uniform"
-    pairs: str | None = setting("source", None)
-    num_pairs: int = 8192
-    pair_steps: int = 25
-    pair_solver: str = "euler"
     renoise: str = "ode"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._refuse_below_one("windows", "solver_steps", "num_pairs", "pair_steps")
+        self._refuse_below_one("windows", "solver_steps")
         self._refuse_negative("huber_c")
         self._refuse_unknown("solver", *SOLVERS)
-        self._refuse_unknown("pair_solver", *SOLVERS)
         self._refuse_unknown("form", *FORMS)
         self._refuse_unknown("guidance", "baked", "kept")
         self._refuse_unknown("first_window", "noise", "data")
@@ -76,8 +66,7 @@ class PerFlowConfig(RunConfig):
             raise UserError(f"--renoise must be ode for windows, not {self.renoise!r}")
         if not 0 <= self.label_drop < 1:
             raise UserError(f"--label_drop must be in [0, 1), not {self.label_drop}")
-        if self.data is not None and self.pairs is not None:
-            raise UserError("give --data or --pairs, not both: one of them is what is noised")
+        self._refuse_data_beside_pairs()
         windows = settled(self.resolved().windows)
         if self.steps < windows:
             raise UserError(f"--windows {windows} need a step each: give --steps {windows}, or fewer windows")
@@ -103,7 +92,7 @@ class PerFlowConfig(RunConfig):
         if self.data is not None:
             return None
         guided = self.guidance == "baked"
-        return PairsWanted(self.num_pairs, self.pair_steps, self.pair_solver, self.pairs, guided=guided)
+        return self._samples_wanted(guided=guided)
 
     def refuse_teacher(self, schedule: NoiseSchedule, top: float, guided: bool) -> None:
         """Raise for a teacher that these settings do not fit.

@@ -6,20 +6,15 @@ from dataclasses import dataclass
 
 from fewstep.config.checks import setting
 from fewstep.config.pairs import PairsWanted
-from fewstep.config.run import RunConfig
-from fewstep.diffusion.ode import SOLVERS
+from fewstep.config.teacher_pairs import TeacherPairsConfig
 from fewstep.errors import UserError
 
 
 @dataclass(kw_only=True)
-class RectifiedFlowConfig(RunConfig):
+class RectifiedFlowConfig(TeacherPairsConfig):
     """Rectified flow (Liu et al. 2022) and 2-rectified flow++ (Lee et al. 2024).
 
     Args:
-        pairs: folder that fewstep pairs made; default: --num_pairs are made at the start, into out/pairs.
-        num_pairs: how many pairs there are; of them those are made that the run will use.
-        pair_steps: steps of the teacher's ODE for each.
-        pair_solver: euler (DDIM for tables) or heun (two network calls a step).
         inverted_pairs: folder of real images with the noise that the ODE leads them to (fewstep pairs --data); with
             --data they are made at the start, of at most --num_pairs images, into out/inverted_pairs.
         inverted_share: share of the samples that are real images, where there are any.
@@ -37,10 +32,6 @@ class RectifiedFlowConfig(RunConfig):
         perceptual_over_t: divide the LPIPS term by t (2-rectified flow++, CIFAR-10).
     """
 
-    pairs: str | None = setting("source", None)
-    num_pairs: int = 8192
-    pair_steps: int = 25
-    pair_solver: str = "euler"
     inverted_pairs: str | None = setting("source", None)
     inverted_share: float = 0.5
     renoise: str = "ode"
@@ -63,8 +54,6 @@ class RectifiedFlowConfig(RunConfig):
         self._refuse_unknown("loss", "huber", "l2")
         self._refuse_unknown("huber_scaling", "sqrt", "released")
         self._refuse_unknown("time_weight", "uniform", "1-t")
-        self._refuse_unknown("pair_solver", *SOLVERS)
-        self._refuse_below_one("num_pairs", "pair_steps")
         for name in ("time_min", "inverted_share"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"--{name} must be between 0 and 1, not {getattr(self, name)}")

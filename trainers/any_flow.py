@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fewstep.cli.distill import main
-from fewstep.conditioning.ragged import AnyConditioning, join
+from fewstep.conditioning.ragged import AnyConditioning, replaced
 from fewstep.config.checks import settled
 from fewstep.critic.denoising import critic_denoising, sample_log
 from fewstep.critic.matching import Matched, matching_log
@@ -202,7 +202,8 @@ class AnyFlow:
             return Points(x_t, t, r, self.mapped(x_t, t, conditioning), conditioning, kept, parts)
         if self.fused != 1.0:
             dropped = batch.draws.coins("label_drop", self.config.label_drop)
-            conditioning = self._without(conditioning, dropped)
+            assert self.mapped.negative is not None  # or the guidance would have been refused
+            conditioning = replaced(conditioning, self.mapped.negative, dropped)
             kept = ~sent(dropped, x0.device, torch.bool)
         return Points(x_t, t, r, noise - x0, conditioning, kept, parts)
 
@@ -266,13 +267,6 @@ class AnyFlow:
         level = total / count.clamp(min=1)
         # A micro-batch without a sample to measure by stays as it is.
         return torch.where(count > 0, rebalanced(each, apart, level, _REBALANCE_EPS * level), each)
-
-    def _without(self, conditioning: AnyConditioning, dropped: list[bool]) -> AnyConditioning:
-        negative = self.mapped.negative
-        assert negative is not None  # or the guidance would have been refused
-        if not any(dropped):
-            return conditioning
-        return join([(negative if d else conditioning).select([0 if d else row]) for row, d in enumerate(dropped)])
 
     # --- on policy ------------------------------------------------------------------------------------------------
 

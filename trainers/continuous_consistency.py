@@ -32,7 +32,7 @@ from torch import Tensor
 from fewstep.cli.distill import main
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.config.checks import settled
-from fewstep.critic.denoising import critic_denoising, sample_log
+from fewstep.critic.denoising import CLEANEST, critic_denoising, sample_log
 from fewstep.critic.matching import matching_log
 from fewstep.data.batch import Batch
 from fewstep.diffusion.discretization import SigmaRange, TimePair
@@ -54,9 +54,6 @@ from fewstep.networks.trig_flow import Point, TrigFlowNetwork
 from fewstep.sending import known_too, sent
 from fewstep.trainers._continuous_consistency_config import ContinuousConsistencyConfig
 from fewstep.training.method import Bench, Turn
-
-# The critic learns at all times; a flow network's x0 says nothing about its velocity at t = 0 itself, nor does F.
-_CLEANEST = 1e-3
 
 
 class ContinuousConsistency:
@@ -86,7 +83,7 @@ class ContinuousConsistency:
         # Guidance mixes F as it does x0.
         self.direction = guided_teacher.of(TrigFlowNetwork(roles["teacher"].single.denoiser, trig))
         self.compared = Renoiser(self.schedule, config.time_min, config.time_max, shift)
-        self.learnt = Renoiser(self.schedule, _CLEANEST, 1.0, shift)
+        self.learnt = Renoiser(self.schedule, CLEANEST, 1.0, shift)
 
     @classmethod
     def prepare(cls, config: ContinuousConsistencyConfig, bench: Bench) -> ContinuousConsistency:
@@ -176,7 +173,7 @@ class ContinuousConsistency:
             if isinstance(self.schedule, EDMSchedule):
                 return t
             table = isinstance(self.schedule, TableSchedule)
-            lowest = 2 / settled(self.schedule.num_train_timesteps) if table else _CLEANEST
+            lowest = 2 / settled(self.schedule.num_train_timesteps) if table else CLEANEST
             return t.clamp(lowest, self.sampler.grid[0])
 
         return known_too(placed, batch.draws.normal("level", ()))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fewstep.cli.distill import main
 from fewstep.critic.decoupled import DecoupledMatching, refuse_unguided
-from fewstep.critic.denoising import critic_denoising, sample_log
+from fewstep.critic.denoising import CLEANEST, critic_denoising, sample_log
 from fewstep.critic.matching import Matched, Matching, matching_log
 from fewstep.data.batch import Batch, Real
 from fewstep.diffusion.denoiser import Denoiser
@@ -41,10 +41,6 @@ from fewstep.networks.roles import Role
 from fewstep.trainers._dmd2_config import Dmd2Config
 from fewstep.training.distributed import sum_over_processes
 from fewstep.training.method import Bench, Turn
-
-# The critic and the head learn at all times; a flow network's x0 says nothing about its velocity at t = 0 itself.
-_CLEANEST = 1e-3
-
 
 #: A loss () of the critic on the student's x0 (B, ...), and what to log.
 CriticLoss = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -72,8 +68,8 @@ class Dmd2:
         self.config, self.roles, self.sampler, self.tap = config, roles, sampler, tap
         self.student, self.critic, self.teacher = roles["student"], roles["critic"], guided_teacher
         self.compared = Renoiser(sampler.schedule, config.time_min, config.time_max, shift)
-        self.learnt = Renoiser(sampler.schedule, _CLEANEST, 1.0, shift)
-        self.judged = Renoiser(sampler.schedule, _CLEANEST, 1.0)
+        self.learnt = Renoiser(sampler.schedule, CLEANEST, 1.0, shift)
+        self.judged = Renoiser(sampler.schedule, CLEANEST, 1.0)
         self.matching: Matching = self.distribution_matching
         self.critic_loss: CriticLoss = self.denoising
         if config.swiftbrush:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fewstep.cli.distill import main
 from fewstep.conditioning.ragged import AnyConditioning
-from fewstep.critic.denoising import critic_denoising, sample_log
+from fewstep.critic.denoising import CLEANEST, critic_denoising, sample_log
 from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.intervals import TimedScale
@@ -39,8 +39,6 @@ from fewstep.networks.roles import Role
 from fewstep.trainers._free_flow_config import FreeFlowConfig
 from fewstep.training.method import Bench, Turn
 
-# The critic learns at all times; a flow network's x0 says nothing about its velocity at t = 0 itself.
-_CLEANEST = 1e-3
 _TINY = 1e-12
 
 
@@ -60,7 +58,7 @@ class FreeFlow:
         # Guidance mixes velocities as it does x0.
         self.flow = guided_teacher.of(roles["teacher"].single.denoiser.velocity)
         self.compared = Renoiser(self.schedule, config.match_min, config.match_max)
-        self.learnt = Renoiser(self.schedule, _CLEANEST, 1.0)
+        self.learnt = Renoiser(self.schedule, CLEANEST, 1.0)
         ends = self.schedule.flow_time(torch.tensor([0.0, sampler.grid[0]], dtype=torch.float64)).tolist()
         self.lowest, self.highest = max(config.time_min, ends[0]), ends[1]
 

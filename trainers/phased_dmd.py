@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fewstep.cli.distill import main
 from fewstep.config.critic import ScoreConfig
-from fewstep.critic.denoising import critic_denoising, sample_log
+from fewstep.critic.denoising import CLEANEST, critic_denoising, sample_log
 from fewstep.critic.matching import Matched, matching_log
 from fewstep.data.batch import Batch
 from fewstep.diffusion.phases import Phase, default_lengths, make_phases
@@ -37,9 +37,6 @@ from fewstep.losses.score import distribution_matching, subinterval_weight
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.training.method import Bench, Renew, Turn
-
-# As in DMD2: a flow network's x0 says nothing about its velocity at t = 0 itself.
-_CLEANEST = 1e-3
 
 
 @dataclass(kw_only=True)
@@ -118,7 +115,7 @@ class PhasedDmd:
         self.student, self.teacher = roles["student"], guided_teacher
         self.critics = [roles[name] for name in critic_names(config, len(phases))]
         compared = Renoiser(sampler.schedule, config.time_min, config.time_max, shift)
-        learnt = Renoiser(sampler.schedule, _CLEANEST, 1.0, shift)
+        learnt = Renoiser(sampler.schedule, CLEANEST, 1.0, shift)
         # Nested: whatever is noisier than the end of a phase, also what is noisier than its start.
         self.compared = [compared.above(phase.anchor, config.time_margin) for phase in phases]
         self.learnt = [learnt.above(phase.anchor, config.time_margin) for phase in phases]

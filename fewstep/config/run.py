@@ -294,6 +294,14 @@ class RunConfig(Settings):
         """Whether the samples of a micro-batch weigh each other, so that another size of it is another training."""
         return False
 
+    def _refuse_kept_noise(self) -> None:
+        """Between its steps a consistency model needs fresh noise: x_t made of x0 and its own noise is none of its."""
+        if self.steps > 1 and self.renoise == "ode":
+            raise UserError(
+                "--renoise ode does not sample a consistency model in several steps: the noise it keeps belongs to x0, "
+                "and x_t comes out too wide; take --renoise fresh, or --steps 1"
+            )
+
     @property
     def pairs_wanted(self) -> PairsWanted | None:
         """The noise-sample pairs that the run trains on; a method may want some."""

@@ -13,6 +13,9 @@ from fewstep.diffusion.schedule import Coefficients
 from fewstep.losses.score import denoising_loss, native_weight, subinterval_target
 from fewstep.networks.roles import Role
 
+#: A critic learns at all times; a flow network's x0 says nothing about its velocity at t = 0 itself.
+CLEANEST = 1e-3
+
 
 def sample_log(x0: Tensor, x0_teacher: Tensor) -> dict[str, Tensor]:
     """Mean and spread of the student's ``x0`` (B, ...) beside the teacher's: where they part, the student drifts."""
