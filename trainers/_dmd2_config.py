@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fewstep.config.critic import ScoreConfig
+from fewstep.config.critic import FollowingCriticConfig, ScoreConfig
 from fewstep.errors import UserError
 from fewstep.losses.divergence import DIVERGENCES
 
 
 @dataclass(kw_only=True)
-class Dmd2Config(ScoreConfig):
+class Dmd2Config(FollowingCriticConfig, ScoreConfig):
     """DMD2 (Yin et al. 2024).
 
     Args:

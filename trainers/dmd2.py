@@ -7,7 +7,9 @@ the teacher. The critic follows the student by ordinary denoising, several updat
 
 Methods that differ in the gradient alone are options: ``--decoupled`` (Decoupled DMD, arXiv 2511.22677: what guidance
 adds is looked at elsewhere), ``--f_divergence`` (f-distill, arXiv 2502.15681: the GAN head weighs the samples) and
-``--swiftbrush`` (SwiftBrush, arXiv 2312.05239: no normaliser, and the critic is guided too).
+``--swiftbrush`` (SwiftBrush, arXiv 2312.05239: no normaliser, and the critic is guided too). With
+``--critic_follows_student`` the critic is pulled towards the student (SenseFlow's implicit distribution alignment,
+arXiv 2506.00523), so that it needs fewer updates.
 
 Departures: x0 conversions use float64 coefficients on float32 samples instead of float64 samples; flow and EDM teachers
 get the critic loss of their own output space; data-free but for the GAN. Decoupled DMD's paper does not say
@@ -40,7 +42,8 @@ from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.trainers._dmd2_config import Dmd2Config
 from fewstep.training.distributed import sum_over_processes
-from fewstep.training.method import Bench, Turn
+from fewstep.training.following import pulls_after_student
+from fewstep.training.method import Bench, Order, Turn
 
 #: A loss () of the critic on the student's x0 (B, ...), and what to log.
 CriticLoss = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -67,6 +70,7 @@ class Dmd2:
         config = config.resolved()
         self.config, self.roles, self.sampler, self.tap = config, roles, sampler, tap
         self.student, self.critic, self.teacher = roles["student"], roles["critic"], guided_teacher
+        self.pulls = pulls_after_student(self.critic, self.student, config.critic_follows_student)
         self.compared = Renoiser(sampler.schedule, config.time_min, config.time_max, shift)
         self.learnt = Renoiser(sampler.schedule, CLEANEST, 1.0, shift)
         self.judged = Renoiser(sampler.schedule, CLEANEST, 1.0)
@@ -105,7 +109,7 @@ class Dmd2:
         """Of the student or the critic."""
         return self.config.learning_rate(role)
 
-    def turns(self, step: int, batch: Batch) -> Iterator[Turn]:
+    def turns(self, step: int, batch: Batch) -> Iterator[Turn | Order]:
         """Every ``critic_updates`` steps the student, and in every step the critic on the same, pre-update sample."""
         # 1. Sample from the student, through its own earlier steps (backward simulation, §4.5).
         last = batch.draws.shared_integer("student_step", 0, len(self.sampler.grid))
@@ -123,6 +127,7 @@ class Dmd2:
                 log["student/adversarial"] = adversarial.detach()
             yield Turn("student", pieces, log)
             pieces.clear()  # the graph is spent; a generator holds none across a yield
+            yield from self.pulls
         x0 = x0.detach()
 
         # 3. The critic: denoise the student's sample at a time of its own (§4.2), and tell real from fake.

@@ -19,7 +19,7 @@ from fewstep.eval.bench.timing import Clock, Spread
 from fewstep.eval.demo import METHOD, recipe_of
 from fewstep.programs.methods import method_class
 from fewstep.programs.teacher import TeacherSettings, open_teacher
-from fewstep.training.method import Renew, Turn
+from fewstep.training.method import Order, Turn
 
 TEACHER = "fashion-sd"
 PARTS = ("batches", "rollout", "student", "teacher", "critic", "backward", "optimizer", "the rest")
@@ -102,7 +102,7 @@ class Parts:
         self.seconds[name] += self.clock.now() - began
         return answer
 
-    def _turns(self, turns: Any, step: int, batch: Batch) -> Iterator[Turn | Renew]:
+    def _turns(self, turns: Any, step: int, batch: Batch) -> Iterator[Turn | Order]:
         for turn in turns(step, batch):
             self._yielded = self.clock.now()
             yield turn

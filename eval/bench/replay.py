@@ -20,7 +20,7 @@ from fewstep.kernels.dispatch import has_tangent
 from fewstep.networks.features import FeatureTap
 from fewstep.networks.roles import NetworkRole
 from fewstep.recording import Recipe
-from fewstep.training.method import Renew, Turn
+from fewstep.training.method import Order, Pull, Turn
 
 
 @dataclass(eq=False)
@@ -105,11 +105,12 @@ class Replay:
 
     # --- noting -------------------------------------------------------------------------------------------------
 
-    def _turns(self, turns: Any, step: int, batch: Batch) -> Iterator[Turn | Renew]:
+    def _turns(self, turns: Any, step: int, batch: Batch) -> Iterator[Turn | Order]:
         self._calls = self.calls.setdefault(step, [])
         for turn in turns(step, batch):
-            self.turns.setdefault(step, []).append(turn.role)
-            self._role = turn.role
+            if not isinstance(turn, Pull):  # which calls no network
+                self.turns.setdefault(step, []).append(turn.role)
+                self._role = turn.role
             yield turn
 
     def _tapped(self, features: Any, x_t: Tensor, t: Tensor, conditioning: Any, tap: FeatureTap) -> Tensor:

@@ -34,6 +34,24 @@ class CriticConfig(RunConfig):
 
 
 @dataclass(kw_only=True)
+class FollowingCriticConfig(CriticConfig):
+    """A run of a method whose critic may also be pulled towards the student (implicit distribution alignment).
+
+    Args:
+        critic_follows_student: what the critic keeps of itself when the student has moved, l in C <- l C + (1 - l) S;
+            1 is off (SenseFlow, arXiv 2506.00523: near 1; common: 0.97; CDM, after each of its own updates: 0.999).
+            Of adapters it is the factors that are mixed, not their products.
+    """
+
+    critic_follows_student: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.critic_follows_student <= 1:
+            raise UserError(f"--critic_follows_student must be in [0, 1], not {self.critic_follows_student}")
+
+
+@dataclass(kw_only=True)
 class ScoreConfig(CriticConfig):
     """A run of a method that compares critic and teacher on noised samples.
 

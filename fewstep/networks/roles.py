@@ -235,6 +235,23 @@ def tensors_followed(average: Role, role: Role) -> dict[str, tuple[Tensor, Tenso
     return found
 
 
+def trained_pairs(role: Role, other: Role) -> list[tuple[Tensor, Tensor]]:
+    """What is trained of the network of ``role``, each parameter beside that of ``other``; added modules stay out.
+
+    Raises:
+        UserError: they are not of one kind: a full copy and an adapter, adapters of two ranks, or other experts.
+    """
+    ours, theirs = (
+        {name: p for name, p in one.named_parameters() if name.startswith(f"{one.part}.")} for one in (role, other)
+    )
+    if {name: p.shape for name, p in ours.items()} != {name: p.shape for name, p in theirs.items()}:
+        raise UserError(
+            f"the {role.name} cannot be pulled towards the {other.name}, whose weights are of another kind: train both "
+            "as full copies, or both as adapters (leave out --full_critic), or leave the pull out"
+        )
+    return [(ours[name], theirs[name]) for name in ours]
+
+
 def update_average(average: Role, role: Role, decay: float) -> None:
     """average <- decay * average + (1 - decay) * role, over all floating tensors that both own; others are copied.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fewstep.data.batch import Batch
 from fewstep.networks.roles import FOLLOWERS, Role
 from fewstep.recording.hooks import hooked
-from fewstep.training.method import Method, Renew, Turn
+from fewstep.training.method import Method, Turn
 
 
 def any_not_finite(tensors: Iterable[Tensor]) -> Tensor:
@@ -108,7 +108,7 @@ def find_in_step(
     with _watched(method.roles, search):
         for batch in batches:
             for turn in method.turns(step, batch):
-                if isinstance(turn, Renew):  # it was done when the step was played
+                if not isinstance(turn, Turn):  # it was done when the step was played
                     continue
                 found = search.found or _in_turn(turn, parameters[turn.role])
                 if found:

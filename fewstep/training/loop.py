@@ -17,7 +17,7 @@ from torch import Tensor
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batch, Batches
 from fewstep.errors import UserError
-from fewstep.networks.roles import FOLLOWERS, Role, follow
+from fewstep.networks.roles import FOLLOWERS, Role
 from fewstep.training import checkpoint
 from fewstep.training.averages import Average, averages_of
 from fewstep.training.best import Best
@@ -25,9 +25,10 @@ from fewstep.training.counters import counters
 from fewstep.training.distributed import Processes
 from fewstep.training.guard import Guard
 from fewstep.training.held import Holding
-from fewstep.training.method import Method, Renew, StagedMethod, TargetMethod, Turn
+from fewstep.training.method import Method, Order, StagedMethod, TargetMethod, Turn
 from fewstep.training.monitor import Monitor
 from fewstep.training.optimization import Faults, RoleOptimizer
+from fewstep.training.orders import carry_out
 from fewstep.training.shares import Share, refuse_other_batch
 from fewstep.training.stopping import Interrupted, Stopping
 from fewstep.training.verdict import Trouble
@@ -199,8 +200,8 @@ class Loop:
         # What a turn reports stays until the next logged step: a student that moves every fifth step is logged too.
         log: dict[str, Tensor] = {}
         while (turn := self._advance(turns, part, log)) is not None:
-            if isinstance(turn, Renew):
-                self._renew(turn)
+            if not isinstance(turn, Turn):
+                carry_out(turn, self.method.roles, self.optimizers, self.holding.here, self.step)
                 continue
             averages = self._averages() if turn.role == "student" else []
             if isinstance(self.method, StagedMethod):
@@ -216,9 +217,9 @@ class Loop:
         values = torch.stack([value.detach().float().to(self.device) for value in means.values()])
         return dict(zip(means, values.tolist(), strict=True))
 
-    def _advance(self, turns: list[Iterator[Turn | Renew]], part: float, log: dict[str, Tensor]) -> Turn | Renew | None:
+    def _advance(self, turns: list[Iterator[Turn | Order]], part: float, log: dict[str, Tensor]) -> Turn | Order | None:
         """Play the next turn of every micro-batch; their gradients add up in the parameters."""
-        played: Turn | Renew | None = None
+        played: Turn | Order | None = None
         for micro, generator in enumerate(turns):
             turn = next(generator, None)
             if micro and (type(turn), getattr(turn, "role", None)) != (type(played), getattr(played, "role", None)):
@@ -249,15 +250,6 @@ class Loop:
             assert isinstance(self.method, TargetMethod)  # the contract of a method with this role
             decays["target"] = self.method.target_decay(self.step)
         return [(average, decays[name]) for name, average in self.followers.items()]
-
-    def _renew(self, renew: Renew) -> None:
-        role, like = self.method.roles[renew.role], self.method.roles[renew.like]
-        role.copy_weights(like)
-        for part in role.added.keys() & like.added.keys():  # a second time, of a student that becomes its average
-            role.added[part].load_state_dict(like.added[part].state_dict())
-        self.optimizers[renew.role].renew(self.step)
-        if renew.role == "student":
-            follow(self.method.roles)
 
     def _due(self, every: int, first: int) -> bool:
         """Whether what is done every so many steps from the ``first``, and after the last, is to be done now."""

@@ -52,6 +52,23 @@ class Renew:
     like: str
 
 
+@dataclass
+class Pull:
+    """Move what is trained of a role's network towards another role's: C <- decay C + (1 - decay) S.
+
+    What a role owns beside its network, and its optimizer, stay. Whoever orders it sees first that the two are alike:
+    :func:`fewstep.networks.roles.trained_pairs`.
+    """
+
+    role: str
+    towards: str
+    decay: float
+
+
+#: What a method may ask of the loop between its turns.
+Order = Renew | Pull
+
+
 class Bench(Protocol):
     """What a method is prepared at: that of a run (:mod:`fewstep.programs.workbench`) or of a dry run.
 
@@ -171,7 +188,7 @@ class Method(Protocol):
         """The peak learning rate of a trainable role."""
         ...
 
-    def turns(self, step: int, batch: Batch) -> Iterator[Turn | Renew]:
+    def turns(self, step: int, batch: Batch) -> Iterator[Turn | Order]:
         """The updates of one step, in order. It must hold no graph across a yield."""
         ...
 

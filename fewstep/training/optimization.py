@@ -38,11 +38,18 @@ class Faults:
         for first in self.first.values():
             first.fill_(-1)
 
+    def moving(self) -> Tensor:
+        """() float32: 0 where no role is updated any more, else 1."""
+        return 1 - self._any() if self.halting else torch.ones_like(self._any())
+
     def note(self, role: str, step: int, bad: Tensor) -> Tensor:
         """Note whether a role's gradient is bad in a step, (). Returns 1.0 where nothing is to be updated, else 0.0."""
         first = self.first[role]
         first.copy_(torch.where(bad & (first < 0), step, first))
-        return (torch.stack(list(self.first.values())) >= 0).any().float() if self.halting else bad.float()
+        return self._any() if self.halting else bad.float()
+
+    def _any(self) -> Tensor:
+        return (torch.stack(list(self.first.values())) >= 0).any().float()
 
 
 class RoleOptimizer:

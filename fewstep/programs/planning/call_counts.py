@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fewstep.data.batch import Batch
-from fewstep.training.method import Method, Renew, Turn
+from fewstep.training.method import Method, Order, Turn
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class CallCounter:
 
     # --- where it is counted ------------------------------------------------------------------------------------
 
-    def _turns(self, turns: Any, step: int, batch: Batch) -> Iterator[Turn | Renew]:
+    def _turns(self, turns: Any, step: int, batch: Batch) -> Iterator[Turn | Order]:
         self._samples[step] += batch.size
         if batch.logging:
             self.logged.add(step)
