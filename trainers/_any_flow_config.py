@@ -42,6 +42,10 @@ class AnyFlowConfig(ScoreConfig, TeacherPairsConfig):
         zero_share: share of samples with r = 0.
         label_drop: share of samples without condition where data's velocity is guided.
         weighting: of the map's errors by time: beta08, gaussian or uniform.
+        weight_power: p of the adaptive weight 1/(m + c)^p of a sample's mean squared error m, as in MeanFlow; default 1
+            with velocity teacher (without it a map whose derivative is large diverges), and 0, none, with velocity
+            data, where it would move the fixed point.
+        weight_constant: c of it.
         rebalance: bring each sample whose times differ to the level of those whose times do not; default with velocity
             data, whose errors hold noise; a teacher's do not, and would be scaled away as they shrink.
         map_weight: weight of the map's loss beside distribution matching in stage 2; 0 is distribution matching alone.
@@ -67,6 +71,8 @@ class AnyFlowConfig(ScoreConfig, TeacherPairsConfig):
     zero_share: float = 0.25
     label_drop: float = 0.1
     weighting: str = "beta08"
+    weight_power: float | None = None
+    weight_constant: float = 1e-5
     rebalance: bool | None = None
     map_weight: float = 1.0
     matching_weight: float = 1.0
@@ -91,6 +97,7 @@ class AnyFlowConfig(ScoreConfig, TeacherPairsConfig):
             raise UserError(f"--renoise must be ode for a flow map, not {self.renoise!r}")
         self._refuse_below_one("map_steps", "segments")
         self._refuse_negative("on_policy_lr", "map_weight", "matching_weight", "equal_share", "zero_share")
+        self._refuse_negative("weight_power", "weight_constant")
         for name in ("derivative_step", "critic_time_std", "map_guidance"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -108,6 +115,8 @@ class AnyFlowConfig(ScoreConfig, TeacherPairsConfig):
             raise UserError("--equal_share must be below 1: without times that differ no map is learnt")
         if not 0 <= self.label_drop < 1:
             raise UserError(f"--label_drop must be in [0, 1), not {self.label_drop}")
+        if self.rebalance and self.weight_power:
+            raise UserError("--rebalance and --weight_power each scale a sample's error by itself; give one of them")
         self._check_stages()
         self._check_rollouts()
         self._check_samples()
@@ -159,8 +168,10 @@ class AnyFlowConfig(ScoreConfig, TeacherPairsConfig):
         auto: dict[str, Any] = {}
         if self.on_policy_lr is None and self.stage != "map":
             auto["on_policy_lr"] = self.lr
-        if self.rebalance is None:
-            auto["rebalance"] = self.velocity == "data"
+        rebalance = self.velocity == "data" and not self.weight_power if self.rebalance is None else self.rebalance
+        auto["rebalance"] = rebalance
+        if self.weight_power is None:
+            auto["weight_power"] = 0.0 if rebalance or self.velocity == "data" else 1.0
         if self.stage == "both":
             auto["map_steps"] = self.first_on_policy_step
         auto["rollout_steps"] = list(self.rollouts)

@@ -38,9 +38,8 @@ from fewstep.diffusion.prediction import add_noise, expand
 from fewstep.diffusion.renoising import Renoiser
 from fewstep.diffusion.rollout import Sampler, rollout, shortcut
 from fewstep.diffusion.timesteps import even_grid
-from fewstep.kernels.error_sums import error_sums
 from fewstep.losses.flow_map import fused_guidance, rebalanced, time_weight
-from fewstep.losses.mean_flow import mean_flow_target
+from fewstep.losses.mean_flow import mean_flow_target, weighted_loss
 from fewstep.losses.score import distribution_matching
 from fewstep.networks.flow_map import FlowMapDenoiser, gap
 from fewstep.networks.guidance import GuidedDenoiser
@@ -187,6 +186,7 @@ class AnyFlow:
         u, target, change = self.guided(points, u, self.change(points, u))
         each = self.errors(points, u, target)
         log = {"student/flow_map": each.detach().mean(), "student/derivative": change.square().mean().sqrt()}
+        log["student/map_error"] = (u.detach() - target).square().mean()
         return self.balanced(points, each).mean(), log
 
     @torch.no_grad()
@@ -251,9 +251,9 @@ class AnyFlow:
         return change.index_copy(0, rows, there.to(change.dtype))
 
     def errors(self, points: Points, u: Tensor, target: Tensor) -> Tensor:
-        """Each sample's mean squared error, weighted by its time; (B,)."""
+        """Each sample's mean squared error, weighted by itself and by its time; (B,)."""
         weight = self.weight.at(self.schedule.flow_time(points.t))
-        each = error_sums(u, target) / u[0].numel()
+        each = weighted_loss(u, target, "mean", settled(self.config.weight_power), self.config.weight_constant)
         return weight.to(each) * each
 
     def balanced(self, points: Points, each: Tensor) -> Tensor:

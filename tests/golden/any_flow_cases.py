@@ -114,6 +114,7 @@ def trainer(golden: GoldenFile, shift: float) -> tuple[AnyFlow, float]:
         label_drop=0.0,
         time_min=1e-9,
         weighting=WEIGHTS[golden.choice("weighting", *WEIGHTS)],
+        weight_power=0.0,  # the golden form has no adaptive weight
         equal_share=number(golden, "r_equals_t_fraction"),
         zero_share=number(golden, "r_zero_fraction"),
     )

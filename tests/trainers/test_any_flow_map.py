@@ -72,6 +72,22 @@ def test_the_authors_form_fuses_guidance_and_divides_the_derivative_where_the_co
     torch.testing.assert_close(one.balanced(points, each)[apart], level.expand(16), rtol=1e-3, atol=0)
 
 
+def test_a_teachers_map_weighs_each_sample_by_its_own_error_and_the_authors_form_does_not():
+    one = method(config(max_steps=2, map_steps=1, weighting="uniform", weight_constant=0.5))
+    assert (one.config.weight_power, one.config.rebalance) == (1.0, False)
+    points = one.points(batch())
+    u, target = torch.randn(8, 6, requires_grad=True), torch.zeros(8, 6)
+    found = one.errors(points, u, target)
+    error = u.detach().square().mean(1)
+    torch.testing.assert_close(found, error / (error + 0.5))
+    (gradient,) = torch.autograd.grad(found.sum(), u)
+    torch.testing.assert_close(gradient, 2 * u.detach() / 6 / (error + 0.5)[:, None])  # the weight is held fixed
+    data = {"velocity": "data", "data": "images", "max_steps": 2, "map_steps": 1}
+    assert method(config(**data)).config.weight_power == 0.0
+    weighed = method(config(**data, weight_power=1.0)).config
+    assert (weighed.weight_power, weighed.rebalance) == (1.0, False)
+
+
 def test_a_batch_without_a_sample_to_measure_by_is_not_rebalanced():
     settings = {"velocity": "data", "data": "images", "max_steps": 2, "map_steps": 1, "equal_share": 0.0}
     one = method(config(**settings))
@@ -129,6 +145,8 @@ def test_a_step_costs_what_it_declares(settings: dict, scale: float):
         ({**POLICY, "map_weight": 0.0, "data": "x"}, "--data and --pairs are used by the map's loss alone"),
         ({"matching_weight": 0.0}, "take --stage map for the map alone"),
         ({"renoise": "fresh"}, "--renoise must be ode"),
+        ({"rebalance": True, "weight_power": 0.5}, "--rebalance and --weight_power each scale a sample's error"),
+        ({"weight_power": -1.0}, "--weight_power"),
         ({"weighting": "cosine"}, "--weighting must be one of"),
         ({"derivative_step": 0.7}, "below 0.5"),
         ({"data": "x", "pairs": "y"}, "give --data or --pairs, not both"),
