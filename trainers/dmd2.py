@@ -30,7 +30,6 @@ from fewstep.critic.decoupled import DecoupledMatching, refuse_unguided
 from fewstep.critic.denoising import CLEANEST, critic_denoising, sample_log
 from fewstep.critic.matching import Matched, Matching, matching_log
 from fewstep.data.batch import Batch, Real
-from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.renoising import Renoised, Renoiser
 from fewstep.diffusion.rollout import Sampler, draw_sample
 from fewstep.diffusion.schedule import Coefficients
@@ -153,13 +152,19 @@ class Dmd2:
         return gradient, matching_log(loss) | sample_log(x0, x0_teacher)
 
     @torch.no_grad()
-    def score_distillation(self, critic: Denoiser, x0: Tensor, batch: Batch, _called_at: float) -> Matched:
+    def score_distillation(self, critic: GuidedDenoiser, x0: Tensor, batch: Batch, _called_at: float) -> Matched:
         """SwiftBrush's gradient, of a ``critic`` under guidance."""
-        here = self.compared(x0, batch.draws, "matching")
-        x0_critic, x0_teacher = (role(here.x_t, here.t, batch.conditioning) for role in (critic, self.teacher))
+        here, scale = self.compared(x0, batch.draws, "matching"), self.drawn_guidance(batch)
+        x0_critic, x0_teacher = (
+            role(here.x_t, here.t, batch.conditioning, guidance_scale=scale) for role in (critic, self.teacher)
+        )
         alpha, sigma = self.compared.schedule.coefficients(here.t)
         loss, gradient = score_distillation(x0_teacher, x0_critic, alpha * sigma)
         return gradient, matching_log(loss) | sample_log(x0, x0_teacher)
+
+    def drawn_guidance(self, batch: Batch) -> Tensor | None:
+        """The scale (B,) of both in SwiftBrush's gradient, where it is not the run's."""
+        return None
 
     def denoising(self, x0: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic's loss () on the student's ``x0`` (B, ...), and what to log."""

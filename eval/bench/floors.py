@@ -30,11 +30,12 @@ def declared(method: Any, step: int, batch: Batch) -> Cost:
 def _dmd2(method: Any, step: int, batch: Batch) -> Cost:
     """What one step costs; the student's own earlier steps count too."""
     config, earlier = method.config, batch.draws.shared_integer("student_step", 0, len(method.sampler.grid))
+    guided = method.teacher.calls if method.drawn_guidance(batch) is None else 2
     student_turn = step % config.critic_updates == 0
     calls = {"student": Calls(no_grad=earlier + 1), "critic": Calls(to_parameters=1)}
     if student_turn:
-        asked = {"none": method.teacher.calls}.get(config.decoupled, 3 + (config.decoupled_normalizer == "guided"))
-        followed = method.teacher.calls if config.swiftbrush else 1
+        asked = {"none": guided}.get(config.decoupled, 3 + (config.decoupled_normalizer == "guided"))
+        followed = guided if config.swiftbrush else 1
         calls = {"student": Calls(no_grad=earlier, to_parameters=1), "teacher": Calls(no_grad=asked)}
         calls["critic"] = Calls(no_grad=followed, to_parameters=1)
     if method.tap is not None:
@@ -196,6 +197,7 @@ _BY_CLASS = {
     "Dmd2": _dmd2,
     "PhasedDmd": _phased_dmd,
     "Sid": _sid,
+    "Snoopi": _dmd2,
     "Consistency": _consistency,
     "MeanFlow": _mean_flow,
     "PerFlow": _perflow,

@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict] = {
     "phased_dmd": {"critic_updates": 2, "phase_steps": 3},
     "rectified_flow": {"num_pairs": 6, "pair_steps": 2},
     "sid": {"critic_updates": 2},
+    "snoopi": {"critic_updates": 2},
 }
 VARIANTS: dict[str, dict[str, dict]] = {
     "consistency": {"heun": {"variant": "cd"}, "images": {"variant": "ict", "data": True}},

@@ -13,7 +13,7 @@ from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.networks.features import FeatureTap
 from fewstep.networks.guidance import GuidedDenoiser
-from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
+from fewstep.trainers.dmd2 import Dmd2
 
 SHIFT, GUIDANCE = 0.7, 2.5
 SIDES = (-1.0, 1.0)
@@ -70,12 +70,19 @@ class Head(nn.Sequential):
         return super().forward(features).squeeze(1)
 
 
-def distil(out: Path, grid: tuple[float, ...], guidance: float, **settings) -> tuple[float, float, Tensor, Tensor]:
+def distil(
+    out: Path,
+    grid: tuple[float, ...],
+    guidance: float,
+    kind: type[Dmd2] = Dmd2,
+    network: type[GuidedMixture] = GuidedMixture,
+    **settings,
+) -> tuple[float, float, Tensor, Tensor]:
     """Distance to the truth before and after, and the means along y of both labels before and after."""
     schedule, roles = FlowSchedule(), {}
     torch.manual_seed(0)
     for name in ("teacher", "student", "critic", "ema"):
-        roles[name] = role(name, GuidedMixture(), schedule, "sample", trainable=name in ("student", "critic"))
+        roles[name] = role(name, network(), schedule, "sample", trainable=name in ("student", "critic"))
     roles["ema"].copy_weights(roles["student"])
     sampler = Sampler(schedule, grid, "fresh")
     tap = None
@@ -91,8 +98,8 @@ def distil(out: Path, grid: tuple[float, ...], guidance: float, **settings) -> t
         "ema_decay": 0.97,
     }
     quiet = {"report_to": "none", "sample_steps": 0, "log_steps": 500, "checkpointing_steps": 600}
-    config = Dmd2Config(teacher="mixture", out=str(out), **{**defaults, **quiet, **settings})
-    method = Dmd2(config, roles, GuidedDenoiser(roles["teacher"], labels([0.0]), guidance), sampler, tap)
+    config = kind.Config(teacher="mixture", out=str(out), **{**defaults, **quiet, **settings})
+    method = kind(config, roles, GuidedDenoiser(roles["teacher"], labels([0.0]), guidance), sampler, tap)
     target, conditioning = truth(3000, 1, guidance)
     side = conditioning.arguments()["label"]
 
