@@ -76,7 +76,9 @@ def test_a_range_of_one_scale_is_swiftbrush(tmp_path: Path, schedule: str):
     x0 = torch.randn(4, 6)
     ours, theirs = (one.matching(x0, batch(0), 1.0)[0] for one in (random, plain))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * theirs.abs().max().item())
-    for drawn, fixed in zip(random.turns(1, batch(1)), plain.turns(5, batch(1)), strict=True):  # the critic's is the same
+    for drawn, fixed in zip(
+        random.turns(1, batch(1)), plain.turns(5, batch(1)), strict=True
+    ):  # the critic's is the same
         if drawn.role == fixed.role == "critic":
             torch.testing.assert_close(drawn.backward[0][0], fixed.backward[0][0])
             return
