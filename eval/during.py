@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.config.run import RunConfig
+from fewstep.data.batch import Asked
 from fewstep.data.durable import write_durably
 from fewstep.errors import UserError
 from fewstep.eval.conditions import SampleConditions
@@ -26,7 +27,7 @@ from fewstep.eval.viewers import ExtractorView, look
 from fewstep.eval.weights import MissingWeightsError, Weights
 from fewstep.programs import distillation
 from fewstep.teachers.names import embedded_name
-from fewstep.training.evaluation import Asked, Evaluator
+from fewstep.training.evaluation import Evaluator
 
 #: Of the run's folder: the teacher's samples as DINOv2 sees them.
 REFERENCE = "eval_reference.safetensors"

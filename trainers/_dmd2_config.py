@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fewstep.config.critic import FollowingCriticConfig, ScoreConfig
+from fewstep.config.reward import RewardConfig
 from fewstep.errors import UserError
 from fewstep.losses.divergence import DIVERGENCES
 
 
 @dataclass(kw_only=True)
-class Dmd2Config(FollowingCriticConfig, ScoreConfig):
+class Dmd2Config(FollowingCriticConfig, ScoreConfig, RewardConfig):
     """DMD2 (Yin et al. 2024).
 
     Args:

@@ -9,11 +9,13 @@ Methods that differ in the gradient alone are options: ``--decoupled`` (Decouple
 adds is looked at elsewhere), ``--f_divergence`` (f-distill, arXiv 2502.15681: the GAN head weighs the samples) and
 ``--swiftbrush`` (SwiftBrush, arXiv 2312.05239: no normaliser, and the critic is guided too). With
 ``--critic_follows_student`` the critic is pulled towards the student (SenseFlow's implicit distribution alignment,
-arXiv 2506.00523), so that it needs fewer updates.
+arXiv 2506.00523), so that it needs fewer updates. ``--reward`` adds a reward of the last step's pictures (DMDR:
+matching holds the student at its teacher's law, tilted by the reward).
 
 Departures: x0 conversions use float64 coefficients on float32 samples instead of float64 samples; flow and EDM teachers
 get the critic loss of their own output space; data-free but for the GAN. Decoupled DMD's paper does not say
-how its terms are normalised: ours are DMD2 where both times are one. f-distill's mean is over one micro-batch.
+how its terms are normalised: ours are DMD2 where both times are one. f-distill's mean is over one micro-batch. Of
+DMDR the reward is here, not its one network in the places of teacher and critic.
 """
 
 from __future__ import annotations
@@ -40,9 +42,11 @@ from fewstep.networks.features import FeatureTap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.trainers._dmd2_config import Dmd2Config
+from fewstep.trainers._rewards import open_rewards
 from fewstep.training.distributed import sum_over_processes
 from fewstep.training.following import pulls_after_student
 from fewstep.training.method import Bench, Order, Turn
+from fewstep.training.rewards import Rewards
 
 #: A loss () of the critic on the student's x0 (B, ...), and what to log.
 CriticLoss = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -65,9 +69,10 @@ class Dmd2:
         sampler: Sampler,
         tap: FeatureTap | None = None,
         shift: float = 1.0,
+        rewards: Rewards | None = None,
     ) -> None:
         config = config.resolved()
-        self.config, self.roles, self.sampler, self.tap = config, roles, sampler, tap
+        self.config, self.roles, self.sampler, self.tap, self.rewards = config, roles, sampler, tap, rewards
         self.student, self.critic, self.teacher = roles["student"], roles["critic"], guided_teacher
         self.pulls = pulls_after_student(self.critic, self.student, config.critic_follows_student)
         self.compared = Renoiser(sampler.schedule, config.time_min, config.time_max, shift)
@@ -102,7 +107,8 @@ class Dmd2:
             refuse_unguided(bench.recording.guidance, bench.guidance_scale)
         tap = bench.add_head(roles["critic"]) if config.has_head else None
         shift = config.shift_of_times(bench.sampler.schedule, bench.shift)
-        return cls(config, roles, guided, bench.sampler, tap, shift)
+        rewards = open_rewards(config, bench, roles["teacher"])
+        return cls(config, roles, guided, bench.sampler, tap, shift, rewards)
 
     def learning_rate(self, role: str) -> float:
         """Of the student or the critic."""
@@ -124,6 +130,8 @@ class Dmd2:
                 adversarial = generator_loss(self.logits(self.judged(x0, batch.draws, "student"), batch))
                 pieces.append((self.config.gan_weight * adversarial, None))
                 log["student/adversarial"] = adversarial.detach()
+            if self.rewards is not None:
+                log |= self.rewarded(self.rewards, pieces, x0, step, last, batch)
             yield Turn("student", pieces, log)
             pieces.clear()  # the graph is spent; a generator holds none across a yield
             yield from self.pulls
@@ -139,6 +147,24 @@ class Dmd2:
             pieces.append((self.config.gan_critic_weight * adversarial, None))
             log["critic/adversarial"] = adversarial.detach()
         yield Turn("critic", pieces, log)
+
+    def rewarded(
+        self,
+        rewards: Rewards,
+        pieces: list[tuple[Tensor, Tensor | None]],
+        x0: Tensor,
+        step: int,
+        last: int,
+        batch: Batch,
+    ) -> dict[str, Tensor]:
+        """Add the reward of a finished sample to the pieces of the student's turn. Returns what to log."""
+        log: dict[str, Tensor] = {}
+        if rewards.begun(step) and last == len(self.sampler.grid) - 1:
+            loss, log = rewards.term(x0, batch)
+            pieces.append((loss, None))
+        if rewards.due(step, self.config.critic_updates):
+            log |= rewards.look(self.student, self.sampler, batch)
+        return log
 
     @torch.no_grad()
     def distribution_matching(self, x0: Tensor, batch: Batch, _called_at: float) -> Matched:

@@ -61,14 +61,14 @@ class AestheticScorer:
     looks_at: Literal["images", "videos"] = "images"
 
     def __init__(self, network: ClipNetwork, head: nn.Module, sha256: str, verified: bool) -> None:
-        self._network, self._head = network, head
+        self.network, self.head = network, head
         self.sha256 = sha256
         self.verified = verified
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Mapping[str, Tensor]:
         """uint8 (N, [F,] 1 or 3, H, W) -> ``aesthetic``, float64 (N,)."""
-        network, head = self._network, self._head
+        network, head = self.network, self.head
         return {"aesthetic": each_sample(images, lambda part, _: head(network.of_pictures(part)), network.batch_size)}
 
     def note(self) -> str | None:

@@ -27,13 +27,16 @@ class ClipNetwork:
 
     def __init__(self, model: Any, tokens: ClipTokens | None, resize: Resize, batch_size: int = 32) -> None:
         self.model, self.tokens, self.resize, self.batch_size = model, tokens, resize, batch_size
-        self._side: int = model.config.vision_config.image_size
+        self.side: int = model.config.vision_config.image_size
 
     @torch.no_grad()
     def of_pictures(self, pictures: Tensor) -> Tensor:
         """uint8 (N, 1 or 3, H, W) -> features of length 1, float32 (N, d), on the network's device."""
-        seen = normalised(self.resize(pictures.to(self.model.device), self._side))
-        return normalize(_features(self.model.get_image_features(pixel_values=seen)), dim=1)
+        return self.of_pixels(self.resize(pictures.to(self.model.device), self.side))
+
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        """The same of pictures that have the network's size already, float32 (N, 3, side, side), with gradient."""
+        return normalize(_features(self.model.get_image_features(pixel_values=normalised(pixels))), dim=1)
 
     @torch.no_grad()
     def of_prompts(self, prompts: Sequence[str], words_before: str = "") -> Tensor:

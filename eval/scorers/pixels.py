@@ -67,6 +67,30 @@ def padded_pixels(pictures: Tensor, side: int) -> Tensor:
     return framed.expand(-1, 3, -1, -1)
 
 
+def differentiable_pixels(pictures: Tensor, side: int, *, padded: bool = False) -> Tensor:
+    """Pictures at a network's size with gradient: bicubic with antialiasing, not rounded to 256 values on the way.
+
+    Args:
+        pictures: float (N, 1 or 3, H, W) in [0, 1]; what is beyond is clipped, and has no gradient.
+        side: of the network's pictures.
+        padded: as :func:`padded_pixels`, else as :func:`clip_pixels`, also in the place of :func:`gigagan_pixels`.
+
+    Returns:
+        float32 (N, 3, side, side), within rounding that of the function whose place it takes.
+    """
+    height, width = pictures.shape[-2:]
+    scale = side / (max(height, width) if padded else min(height, width))
+    size = tuple(max(round(n * scale) if padded else int(n * scale + 1e-6), 1) for n in (height, width))
+    seen = pictures.float().clamp(0, 1)
+    if size != (height, width):
+        seen = interpolate(seen, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+    if padded:
+        above, left = ((side - n) // 2 for n in size)
+        return pad(seen, (left, side - size[1] - left, above, side - size[0] - above)).expand(-1, 3, -1, -1)
+    above, left = (round((n - side) / 2) for n in size)
+    return seen[..., above : above + side, left : left + side].expand(-1, 3, -1, -1)
+
+
 def _each(pictures: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
     """Each picture changed as an RGB image of Pillow; float32 in [0, 1], on the device it was on."""
     arrays = [

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,13 @@ from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.diffusion.draws import Draws
 
 Of = TypeVar("Of", covariant=True)
+
+#: What samples were asked for: prompts, labels, or nothing.
+Asked = Sequence[str] | Sequence[int] | None
+
+
+def _nobody_said() -> Asked:
+    return None
 
 
 @dataclass
@@ -53,6 +61,7 @@ class Batch:
         logging: whether this step is logged; what is only looked at may cost network calls only then.
         given_pairs: see :attr:`pairs`; None in a run without.
         per_step: how many samples the step has, those of all micro-batches and processes; 0 for B alone.
+        asked_for: says what the B samples were asked for, see :attr:`asked`.
     """
 
     size: int
@@ -63,11 +72,19 @@ class Batch:
     logging: bool
     given_pairs: Pairs | None = None
     per_step: int = 0
+    asked_for: Callable[[], Asked] = _nobody_said
 
     def select(self, rows: list[int]) -> Batch:
         """Some of the samples to generate, whose draws are the same by every name, and no real ones or pairs."""
         draws = Draws(self.draws.seed, self.draws.step, [self.draws.indices[row] for row in rows], self.draws.device)
-        return Batch(len(rows), self.shape, self.conditioning.select(rows), draws, None, self.logging)
+        some = Batch(len(rows), self.shape, self.conditioning.select(rows), draws, None, self.logging)
+        some.asked_for = lambda: _chosen(self.asked, rows)
+        return some
+
+    @property
+    def asked(self) -> Asked:
+        """The prompts or labels of the samples to generate, for who looks at pictures; None where there are none."""
+        return self.asked_for()
 
     @property
     def real(self) -> Real:
@@ -92,6 +109,13 @@ class Batch:
         return self.given_pairs
 
 
+def _chosen(asked: Asked, rows: Sequence[int]) -> Asked:
+    if asked is None:
+        return None
+    chosen: list[Any] = [asked[row] for row in rows]
+    return chosen
+
+
 @dataclass(frozen=True)
 class Batches:
     """What a run trains on, in its keyed order: the same batches whatever the number of processes.
@@ -103,6 +127,7 @@ class Batches:
         real: real samples, None in a run without.
         pairs: of noise and sample, None where the method asked for none.
         announce: told the seed and the places of the real samples that this process will want in the next step.
+        asked: what is generated at these places of the run's stream of conditions, given its seed.
     """
 
     conditions: Source[AnyConditioning]
@@ -111,6 +136,7 @@ class Batches:
     real: Source[Real] | None = None
     pairs: Source[Pairs] | None = None
     announce: Callable[[int, list[int]], None] | None = None
+    asked: Callable[[int, Sequence[int]], Asked] | None = None
 
     def micro_batch(self, seed: int, step: int, indices: range, per_step: int, logging: bool) -> Batch:
         """One micro-batch of one process.
@@ -135,4 +161,5 @@ class Batches:
             logging=logging,
             given_pairs=self.pairs.batch(seed, positions) if self.pairs is not None else None,
             per_step=per_step,
+            asked_for=_nobody_said if self.asked is None else partial(self.asked, seed, positions),
         )

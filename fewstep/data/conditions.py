@@ -14,6 +14,7 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning, RaggedConditioning, join
 from fewstep.conditioning.stacking import Stack, in_memory, one_of_each_kind
 from fewstep.config.values import shown
+from fewstep.data.batch import Asked
 from fewstep.data.condition_cache import ConditionCache
 from fewstep.data.image_shards import find_shards
 from fewstep.data.images import read_images
@@ -244,6 +245,11 @@ class Conditions:
     def batch(self, seed: int, positions: Sequence[int], stream: str = "conditions") -> AnyConditioning:
         """The conditioning at these places of the run's endless, keyed stream."""
         return self.select([keyed_order(seed, stream, len(self), position) for position in positions])
+
+    def asked(self, seed: int, positions: Sequence[int]) -> Asked:
+        """The prompts or labels at these places of the same stream; None of an unconditional teacher."""
+        items = self.items()
+        return [items[keyed_order(seed, "conditions", len(self), place)] for place in positions] if items else None
 
     def _item(self, row: int) -> Conditioning:
         if self._cache is not None:

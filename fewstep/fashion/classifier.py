@@ -18,7 +18,8 @@ def _convolution(channels_in: int, channels_out: int) -> list[nn.Module]:
 class FashionClassifier(nn.Module):
     """Six 3x3 convolutions (32, 64, 128 channels at 32x32, 16x16, 8x8), mean over space, 64 features, 10 logits.
 
-    No distillation method may see these weights or their gradients: they are the judge.
+    No distillation method may see these weights or their gradients: they are the judge. A run that names it by
+    ``--reward`` (:class:`fewstep.fashion.rewards.ClassProbability`) is judged by something else.
     """
 
     def __init__(self) -> None:

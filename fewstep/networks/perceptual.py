@@ -60,15 +60,17 @@ def lpips_of(recording: Recording, device: torch.device | str) -> PerceptualDist
     return PerceptualDistance(distance, images_of(recording))
 
 
-def images_of(recording: Recording) -> Callable[[Tensor], Tensor]:
+def images_of(recording: Recording, who: str = "--perceptual_weight compares") -> Callable[[Tensor], Tensor]:
     """The differentiable way from x0 (B, ...) to images (B, C, H, W) in [0, 1], without the pipeline's clipping.
+
+    ``who`` wants them, for the error.
 
     Raises:
         UserError: the teacher makes videos.
     """
     codec = recording.codec
     if len(codec.shape) != 3:
-        raise UserError("--perceptual_weight compares images, and this teacher makes videos; leave it at 0")
+        raise UserError(f"{who} images, and this teacher makes videos; leave it out")
     if codec.decoder is None:
         return codec.to_decoder
     decoder = getattr(recording.pipeline, codec.decoder)

@@ -12,6 +12,7 @@ from typing import Any, overload
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning
@@ -36,7 +37,7 @@ from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.guidance_embedding import find_guidance_embedding, with_guidance_embedding
 from fewstep.networks.heads import make_head
 from fewstep.networks.make_roles import RoleSettings, make_roles
-from fewstep.networks.perceptual import lpips_of
+from fewstep.networks.perceptual import images_of, lpips_of
 from fewstep.networks.roles import Role
 from fewstep.networks.second_time import add_second_time
 from fewstep.programs.teacher import (
@@ -48,6 +49,7 @@ from fewstep.programs.teacher import (
     refuse_guided_alike,
 )
 from fewstep.recording import Recording
+from fewstep.training.rewards import Reward
 
 
 def _silent(_line: str) -> None:
@@ -206,6 +208,26 @@ class Workbench:
             torch.manual_seed(self.config.seed)
             role.add(name, make().to(self.device))
 
+    def pictures(self) -> Callable[[Tensor], Tensor]:
+        """The way from x0 (B, ...) to pictures (B, C, H, W) in [0, 1]; with --gradient_checkpointing decoded twice.
+
+        Raises:
+            UserError: the teacher makes videos.
+        """
+        shown = images_of(self.recording, "--reward looks at")
+        if not self.config.gradient_checkpointing:
+            return shown
+
+        def recomputed(x0: Tensor) -> Tensor:
+            made: Tensor = checkpoint(shown, x0, use_reentrant=False)
+            return made
+
+        return recomputed
+
+    def open_reward(self, opened: Callable[[torch.device], Reward]) -> Reward | None:
+        """A reward of pictures, on the run's device."""
+        return opened(self.device)
+
     def perceptual_distance(self) -> Callable[[Tensor, Tensor], Tensor]:
         """LPIPS (B,) between the images that two batches x0 (B, ...) stand for.
 
@@ -243,7 +265,8 @@ class Workbench:
         wanted = self.config.pairs_wanted
         real = None if wanted is not None and wanted.invert_real else self.real
         announce = None if real is None else real.announce
-        return Batches(self.conditions, self.recording.sample_shape, self.device, real, pairs, announce)
+        asked = self.conditions.asked
+        return Batches(self.conditions, self.recording.sample_shape, self.device, real, pairs, announce, asked)
 
     def _tapped(self, role: Role) -> tuple[FeatureTap, Tensor]:
         """Where a role's features are tapped, and those of two samples of noise."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.config.run import RunConfig
+from fewstep.data.batch import Asked
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import EVALUATION_STEP, REFERENCE_STEP
 from fewstep.diffusion.rollout import Sampler
@@ -22,9 +23,6 @@ from fewstep.training.best import Measure
 from fewstep.training.distributed import Processes, host_group
 from fewstep.training.pictures import to_uint8
 from fewstep.training.samples import Samples
-
-#: What samples were asked for: prompts, labels, or nothing.
-Asked = Sequence[str] | Sequence[int] | None
 
 
 class Evaluator(Protocol):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
@@ -23,6 +24,7 @@ from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.guidance_embedding import GuidanceEmbedding
 from fewstep.networks.roles import Role
 from fewstep.recording import Recording
+from fewstep.training.rewards import Reward
 
 
 @dataclass
@@ -162,6 +164,14 @@ class Bench(Protocol):
 
     def add_module(self, role: Role, name: str, make: Callable[[], nn.Module]) -> None:
         """Give a role one more module, which is trained and kept with it, with the same weights on every process."""
+        ...
+
+    def pictures(self) -> Callable[[Tensor], Tensor]:
+        """The way from x0 (B, ...) to pictures (B, C, H, W) in [0, 1], with gradient and not clipped."""
+        ...
+
+    def open_reward(self, opened: Callable[[torch.device], Reward]) -> Reward | None:
+        """A reward of pictures, on the roles' device; None in a dry run, which looks at none."""
         ...
 
     def perceptual_distance(self) -> Callable[[Tensor, Tensor], Tensor]:

@@ -40,6 +40,7 @@ from fewstep.programs.teacher import TeacherSettings, guidance_of
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import find_scheduler
 from fewstep.training.method import Method, Turn
+from fewstep.training.rewards import Reward
 
 #: Makes the context in which networks are made and run: that of fake tensors, a device, or none.
 World = Callable[[], AbstractContextManager[Any]]
@@ -152,6 +153,14 @@ class DryRun:
         """As in a run."""
         with self.world():
             role.add(name, make().to(self.device))
+
+    def pictures(self) -> Callable[[Tensor], Tensor]:
+        """The samples themselves: the decoder is not looked at."""
+        return lambda x0: x0
+
+    def open_reward(self, opened: Callable[[torch.device], Reward]) -> Reward | None:
+        """None: nothing is rewarded here."""
+        return None
 
     def perceptual_distance(self) -> Callable[[Tensor, Tensor], Tensor]:
         """In the place of LPIPS, whose network and the decoder before it are not looked at, a mean square."""
