@@ -118,6 +118,7 @@ def test_the_hash_knows_the_settings_that_it_knew_before_they_had_kinds() -> Non
     unknown |= {"eval_steps", "eval_samples", "eval_metric", "eval_weights"}
     unknown |= {"sharding", "sharding_group", "sharding_offload", "data_workers"}
     unknown |= {"attention_backend", "compile", "lora_walks", "sequential_guidance"}
+    unknown |= {"reward_beside", "reward_look_steps", "reward_files"}
     assert TRAINING.content()["settings"].keys() == TRAINING.config(0).as_dict().keys() - unknown
 
 
