@@ -191,6 +191,26 @@ def _any_flow(method: Any, step: int, batch: Batch) -> Cost:
     return {name: Calls(**counted) for name, counted in calls.items()}
 
 
+def _twin_flow(method: Any, step: int, batch: Batch) -> Cost:
+    """What one step costs: one pass for all parts; fakes, targets, guidance and matching for the rows that use them."""
+    config, times = method.config, method.parts.draw(batch.draws, batch.per_step or batch.size)
+    base = [row for row, part in enumerate(times.part) if part != "adv"]
+    drops = method.ratio and config.reference == "student" and config.label_drop
+    dropped = batch.draws.coins("label_drop", config.label_drop) if drops else [False] * batch.size
+    inside = [row for row in base if config.guidance_t_min < times.t[row] < config.guidance_t_max]
+    followed = config.velocity == "teacher"
+    asked = len(inside) * method.guide.calls if followed else 2 * sum(not dropped[row] for row in inside)
+    asked = asked if followed or method.ratio else 0
+    walked = config.order * sum(method.is_far(times, row) for row in base) if method.recursive else 0
+    made = batch.size if config.image_free else len(times.rows("adv"))
+    own = {"student": made + 2 * len(times.rows("e2e")) * config.matches, "target": 0, "teacher": 0}
+    follower = "target" if config.target_decay else "student"
+    own[follower] += walked
+    own["teacher" if config.reference == "frozen" else follower] += asked
+    calls = {name: Calls(no_grad=count / batch.size) for name, count in own.items()}
+    return calls | {"student": Calls(no_grad=own["student"] / batch.size, to_parameters=1)}
+
+
 _BY_CLASS = {
     "AnyFlow": _any_flow,
     "ContinuousConsistency": _continuous_consistency,
@@ -205,4 +225,5 @@ _BY_CLASS = {
     "FreeFlow": _free_flow,
     "RectifiedFlow": _rectified_flow,
     "SegmentedConsistency": _segmented_consistency,
+    "TwinFlow": _twin_flow,
 }

@@ -78,6 +78,10 @@ class Draws:
         drawn = torch.stack(values)
         return known(drawn.to(self.device, non_blocking=True), drawn)
 
+    def numbers(self, name: str) -> list[float]:
+        """Uniform numbers in [0, 1), one for every sample; the host knows them without asking a device."""
+        return [float(torch.rand((), generator=g, dtype=torch.float64)) for g in self._generators(name)]
+
     def integers(self, name: str, low: int, high: int) -> Tensor:
         """Uniform integers from low to high - 1, int64 (B,)."""
         return torch.stack([torch.randint(low, high, (), generator=g) for g in self._generators(name)]).to(

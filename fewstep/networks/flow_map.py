@@ -117,9 +117,13 @@ class FlowMapDenoiser(NetworkDenoiser):
         told = self._gap
         return nullcontext if told is None else lambda: self._told(told)
 
-    def _between(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, end: Tensor | None) -> Tensor:
-        with self._told(gap(self.schedule, t, t if end is None else end)):
+    def told(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, told: Tensor) -> Tensor:
+        """The network's output (B, ...) where its second time is told these numbers (B,), a gap or another's sign."""
+        with self._told(told):
             return self._raw(x_t, t, conditioning)
+
+    def _between(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, end: Tensor | None) -> Tensor:
+        return self.told(x_t, t, conditioning, gap(self.schedule, t, t if end is None else end))
 
     @contextmanager
     def _told(self, told: Tensor) -> Iterator[None]:

@@ -35,6 +35,7 @@ SETTINGS = {
     "segmented_consistency": "--variant tscd --segments [2,1] --stage_steps [1]",
     "any_flow": "--num_pairs 12 --pair_steps 2 --map_steps 2 --critic_updates 1",
     "free_flow": "--steps 1",
+    "twin_flow": "--num_pairs 12 --pair_steps 2",
     "mf_rae": "--num_pairs 12 --pair_steps 2 --walk_steps 2 --stages cmt:1,mfd",
 }
 SOON = 60.0  # seconds for all to end

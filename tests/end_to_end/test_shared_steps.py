@@ -58,6 +58,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mf_rae": ("mf_rae", {**PAIRS, "apart": 0.75, "walk_steps": 2, "pairs_per_walk": 1, "stages": "cmt:2,mfd"}),
     "any_flow": ("any_flow", {**PAIRS, **CRITIC, "map_steps": 2}),
     "free_flow": ("free_flow", {"steps": 1, "correction": 0.0}),  # corrected samples are those of a micro-batch
+    "twin_flow": ("twin_flow", PAIRS),
     "rectified flow": ("rectified_flow", {**PAIRS, "steps": 1}),
     "segmented consistency": ("segmented_consistency", {"adversarial_weight": [0.1], "offset_noise": 0.1, "data": ""}),
 }

@@ -60,6 +60,10 @@ class GoldenFile:
         """Whether an option is given at all; what does not apply to a file is absent."""
         return name in self._options
 
+    def text(self, name: str) -> str:
+        """An option that is a list of words."""
+        return str(self._options[name])
+
     def number(self, name: str) -> float:
         """An option that is a number."""
         self._unread.discard(name)

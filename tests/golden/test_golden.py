@@ -21,6 +21,7 @@ import pytest
 import rectified_flow_cases
 import segmented_cases
 import sid_cases
+import twin_flow_cases
 from golden_file import GoldenFile
 
 CASES = {
@@ -38,6 +39,7 @@ CASES = {
     **mf_rae_cases.CASES,
     **continuous_cases.CASES,
     **any_flow_cases.CASES,
+    **twin_flow_cases.CASES,
 }
 
 

@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict] = {
     "rectified_flow": {"num_pairs": 6, "pair_steps": 2},
     "sid": {"critic_updates": 2},
     "snoopi": {"critic_updates": 2},
+    "twin_flow": {"num_pairs": 6, "pair_steps": 2},
 }
 VARIANTS: dict[str, dict[str, dict]] = {
     "consistency": {"heun": {"variant": "cd"}, "images": {"variant": "ict", "data": True}},
@@ -73,6 +74,10 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "segmented_consistency": {
         "stages": {"variant": "tscd", "segments": [2, 1], "stage_steps": [2], "data": True},
         "phases": {"variant": "pcm", "adversarial_weight": [0.1], "data": True},
+    },
+    "twin_flow": {
+        "images": {"data": True, "guidance_scale": 3.0, "target_decay": 0.5},
+        "image_free": {"image_free": True, "order": 1, "parts": ["e2e", "one", "adv"]},
     },
     "sid": {"zero_gan": {"guidance": "zero", "adversarial": "diffusion_gan", "gan_start_step": 2, "data": True}},
 }

@@ -215,6 +215,10 @@ class LongestDraws(Draws):
         with unset_fake_temporarily():
             return super().coins(name, probability)
 
+    def numbers(self, name: str) -> list[float]:
+        with unset_fake_temporarily():
+            return super().numbers(name)
+
 
 def _always_the_first(t: Tensor) -> list[int]:
     """Where several networks share the time: all samples go to the first, as only the times' values could tell."""
