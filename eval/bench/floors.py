@@ -128,6 +128,19 @@ def _mf_rae(method: Any, step: int, batch: Batch) -> Cost:
     return {"student": Calls(to_parameters=1), "teacher": Calls(no_grad=walks * asked)}
 
 
+def _mdt_dist(method: Any, step: int, batch: Batch) -> Cost:
+    """What one step costs: velocity matching, and the same without a gradient at a sample of one step."""
+    terms = 1 + (method.config.distillation_weight > 0)
+    distilled = terms - 1
+    teacher = Calls(no_grad=method.teacher.calls + distilled * method.distilled.calls)
+    if method.difference is not None:
+        asked = terms * method.difference.calls + distilled
+        return {"student": Calls(no_grad=asked, to_parameters=terms), "teacher": teacher}
+    if method.one_pass:
+        return {"student": Calls(to_parameters=distilled, jvp_to_parameters=1, jvp=distilled), "teacher": teacher}
+    return {"student": Calls(to_parameters=terms, jvp=terms), "teacher": teacher}
+
+
 def _free_flow(method: Any, step: int, batch: Batch) -> Cost:
     """What one step costs: of the corrected share the critic's two passes, of the others the derivative."""
     predicted, corrected = (part / batch.size for part in method.config.parts(batch.size))
@@ -221,6 +234,7 @@ _BY_CLASS = {
     "Consistency": _consistency,
     "MeanFlow": _mean_flow,
     "PerFlow": _perflow,
+    "MdtDist": _mdt_dist,
     "MfRae": _mf_rae,
     "FreeFlow": _free_flow,
     "RectifiedFlow": _rectified_flow,

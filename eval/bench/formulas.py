@@ -39,7 +39,7 @@ def drawn(method: Any, step: int, batch: Batch) -> float:
         return (apart - method.config.apart) * _derivative_of(method)
     if kind == "ContinuousConsistency" and not method.matches(step):
         return 0
-    if kind in ("RectifiedFlow", "PerFlow") or (kind in _OWN_SAMPLES and method.config.data is not None):
+    if kind in ("RectifiedFlow", "PerFlow", "MdtDist") or (kind in _OWN_SAMPLES and method.config.data is not None):
         return 0
     if kind == "PhasedDmd":
         steps = method.phases[method.place(step)[0]].steps
@@ -111,6 +111,15 @@ def _formula_of_mf_rae(method: Any, h: float) -> tuple[str, float] | None:
     return "3 + S w / m", 3 + walk * method.teacher.calls / config.pairs_per_walk
 
 
+def _formula_of_mdt_dist(method: Any, _h: float) -> tuple[str, float]:
+    w = method.teacher.calls
+    asked = 1 if method.difference is None else method.difference.calls
+    again = asked + (method.difference is None and not method.one_pass)
+    if not method.config.distillation_weight:
+        return f"3 + {again} + w", 3 + again + w
+    return f"3 + {again} + w + 3 + 1 + {asked} + w", 7 + again + asked + w + method.distilled.calls
+
+
 def _formula_of_free_flow(method: Any, _h: float) -> tuple[str, float]:
     size, w = method.config.batch_size, method.teacher.calls
     p, c = (part / size for part in method.config.parts(size))
@@ -161,6 +170,7 @@ _FORMULAS = {
     "Consistency": _formula_of_consistency,
     "MeanFlow": _formula_of_mean_flow,
     "PerFlow": lambda method, _h: (f"3 + {walk_calls(method)}w", 3.0 + walk_calls(method) * method.teacher.calls),
+    "MdtDist": _formula_of_mdt_dist,
     "MfRae": _formula_of_mf_rae,
     "FreeFlow": _formula_of_free_flow,
     "RectifiedFlow": lambda _method, _h: ("3", 3.0),

@@ -66,8 +66,10 @@ def tangent(
     raise ValueError(f"a tangent is one of {', '.join(TANGENTS)}, not {kind!r}")
 
 
-def normalized(tangent: Tensor, kind: str, constant: float = 0.1) -> Tensor:
+def normalized(tangent: Tensor, kind: str, constant: float = 0.1, entries: Tensor | None = None) -> Tensor:
     """The tangent (B, ...) at another length, the norm n over a sample of d entries (sCM, §4.1).
+
+    ``entries``: d (B,) of samples that are padded with zeros; default all.
 
     ``norm``: divided by n + c, c = ``constant``; ``norm/sqrt(dim)``: by n / sqrt(d) + c, the same for samples of every
     size; ``clip``: each entry clipped to [-1, 1]; ``none``.
@@ -83,7 +85,7 @@ def normalized(tangent: Tensor, kind: str, constant: float = 0.1) -> Tensor:
         raise ValueError(f"a tangent is normalised by one of {', '.join(NORMALIZATIONS)}, not {kind!r}")
     norm = error_sums(tangent).sqrt()
     if kind == "norm/sqrt(dim)":
-        norm = norm / tangent[0].numel() ** 0.5
+        norm = norm / (tangent[0].numel() if entries is None else entries.to(norm)) ** 0.5
     return tangent * expand(1 / (norm + constant), tangent)
 
 

@@ -83,7 +83,7 @@ class GuidedDenoiser:
 
     def of(self, denoiser: Denoiser) -> GuidedDenoiser:
         """Another denoiser under the same guidance."""
-        return GuidedDenoiser(denoiser, self.negative, self.guidance_scale, self.joint)
+        return type(self)(denoiser, self.negative, self.guidance_scale, self.joint)
 
     def __call__(
         self,
@@ -103,7 +103,7 @@ class GuidedDenoiser:
         if self.guidance_scale == 1.0:
             return self.denoiser(x_t, t, conditioning)
         if self.guidance_scale == 0.0:
-            return self.denoiser(x_t, t, self._negatives(len(x_t)))
+            return self.denoiser(x_t, t, self._negatives(conditioning))
         return self._guided(x_t, t, conditioning, self.scale_at(t, x_t))
 
     def step(
@@ -147,12 +147,13 @@ class GuidedDenoiser:
     def _both(self, ask: Denoiser, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor]:
         """What ``ask`` answers with the condition and with the negative, (B, ...) each."""
         if not self.joint:
-            negative = in_groups(ask, x_t, t, self._negatives(len(x_t)))
+            negative = in_groups(ask, x_t, t, self._negatives(conditioning))
             return in_groups(ask, x_t, t, conditioning), negative
-        both = join([self._negatives(len(x_t)), conditioning])
+        both = join([self._negatives(conditioning), conditioning])
         negative, positive = in_groups(ask, torch.cat([x_t, x_t]), known_too(_twice, t), both).chunk(2)
         return positive, negative
 
-    def _negatives(self, batch: int) -> Conditioning:
+    def _negatives(self, conditioning: AnyConditioning) -> Conditioning:
+        """Those that belong to ``conditioning``."""
         assert self.negative is not None  # at a scale other than 1 there is one, and nothing else asks
-        return self.negative.select([0] * batch)
+        return self.negative.select([0] * conditioning.batch_size)

@@ -31,6 +31,7 @@ SETTINGS = {
     "perflow": "--num_pairs 12 --pair_steps 2 --solver_steps 2",
     "continuous_consistency": "--num_pairs 12 --pair_steps 2 --variant rcm --matching_first_step 0 --critic_updates 1",
     "rectified_flow": "--num_pairs 12 --pair_steps 2",
+    "mdt_dist": "--num_pairs 12 --pair_steps 2",
     "mean_flow": "--num_pairs 12 --pair_steps 2",
     "segmented_consistency": "--variant tscd --segments [2,1] --stage_steps [1]",
     "any_flow": "--num_pairs 12 --pair_steps 2 --map_steps 2 --critic_updates 1",

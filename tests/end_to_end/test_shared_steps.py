@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "scm": ("continuous_consistency", {**PAIRS, "tangent_warmup": 0}),
     "rcm": ("continuous_consistency", {**PAIRS, **CRITIC, "variant": "rcm", "matching_first_step": 0}),
     "mean flow": ("mean_flow", {**PAIRS, "apart": 0.75}),
+    "mdt_dist": ("mdt_dist", {**PAIRS, "distillation_guidance": 3.0}),
     "perflow": ("perflow", {**PAIRS, "solver_steps": 2}),
     "mf_rae": ("mf_rae", {**PAIRS, "apart": 0.75, "walk_steps": 2, "pairs_per_walk": 1, "stages": "cmt:2,mfd"}),
     "any_flow": ("any_flow", {**PAIRS, **CRITIC, "map_steps": 2}),

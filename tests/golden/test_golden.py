@@ -13,6 +13,7 @@ import dmd2_cases
 import ect_cases
 import lcm_cases
 import matching_cases
+import mdt_dist_cases
 import mean_flow_cases
 import mf_rae_cases
 import perflow_cases
@@ -40,6 +41,7 @@ CASES = {
     **continuous_cases.CASES,
     **any_flow_cases.CASES,
     **twin_flow_cases.CASES,
+    **mdt_dist_cases.CASES,
 }
 
 

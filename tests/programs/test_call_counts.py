@@ -32,6 +32,7 @@ from fewstep.training.method import Method, Turn
 SETTINGS: dict[str, dict] = {
     "continuous_consistency": {"num_pairs": 6, "pair_steps": 2},
     "dmd2": {"critic_updates": 2},
+    "mdt_dist": {"num_pairs": 6, "pair_steps": 2},
     "mean_flow": {"num_pairs": 6, "pair_steps": 2, "apart": 0.5},
     "perflow": {"num_pairs": 6, "pair_steps": 2, "solver_steps": 2},
     "any_flow": {"num_pairs": 6, "pair_steps": 2, "map_steps": 2, "critic_updates": 2},
@@ -63,6 +64,10 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "improved": {"variant": "improved", "data": True},
         "central": {"derivative": "central"},
         "backward": {"derivative": "backward"},
+    },
+    "mdt_dist": {
+        "exact": {"derivative": "exact", "data": True, "distillation_guidance": 3.0},
+        "matching": {"distillation_weight": 0.0, "derivative": "central"},
     },
     "perflow": {"heun": {"solver": "heun", "guidance": "kept"}},
     "free_flow": {"prediction": {"correction": 0.0, "derivative": "exact"}},
