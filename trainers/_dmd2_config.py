@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fewstep.config.critic import FollowingCriticConfig, ScoreConfig
+from fewstep.config.critic import FollowingCriticConfig
 from fewstep.config.reward import RewardConfig
 from fewstep.errors import UserError
 from fewstep.losses.divergence import DIVERGENCES
+from fewstep.trainers._dmd2_walks import ContinuousConfig, FirstStepConfig
 
 
 @dataclass(kw_only=True)
-class Dmd2Config(FollowingCriticConfig, ScoreConfig, RewardConfig):
+class Dmd2Config(ContinuousConfig, FirstStepConfig, FollowingCriticConfig, RewardConfig):
     """DMD2 (Yin et al. 2024).
 
     Args:
@@ -60,6 +61,14 @@ class Dmd2Config(FollowingCriticConfig, ScoreConfig, RewardConfig):
             raise UserError("--decoupled, --f_divergence and --swiftbrush are methods of their own: give one of them")
         if self.swiftbrush and (self.gan_weight or self.normalizer_min):
             raise UserError("--swiftbrush knows neither --gan_weight nor --normalizer_min: leave them out")
+        if self.normalizer != "x0" and (self.decoupled != "none" or self.swiftbrush):
+            raise UserError("--normalizer is DMD2's own: leave it out with --decoupled and --swiftbrush")
+        if self.off_trajectory and (self.f_divergence != "none" or self.swiftbrush):
+            raise UserError("--off_trajectory knows neither --f_divergence nor --swiftbrush: leave one of them out")
+        if self.diversity_weight and (self.schedule == "random" or self.off_trajectory):
+            raise UserError("--diversity_weight teaches a fixed first step: leave out --schedule and --off_trajectory")
+        if self.follow_after != "student" and self.critic_follows_student == 1:
+            raise UserError("--follow_after belongs to --critic_follows_student: give that, or leave it out")
 
     @property
     def couples_samples(self) -> bool:

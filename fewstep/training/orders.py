@@ -31,7 +31,8 @@ def carry_out(
     if isinstance(order, Renew):
         _renew(order, roles, optimizers, step)
     else:
-        _pull(order, roles, optimizers, here)
+        # After a fault on which a run ends no weight moves, and the host does not wait to know whether there was one.
+        pull(order, roles, optimizers[order.role].faults.moving(), here)
 
 
 def _renew(order: Renew, roles: dict[str, Role], optimizers: Mapping[str, RoleOptimizer], step: int) -> None:
@@ -45,11 +46,18 @@ def _renew(order: Renew, roles: dict[str, Role], optimizers: Mapping[str, RoleOp
 
 
 @torch.no_grad()
-def _pull(
-    order: Pull, roles: dict[str, Role], optimizers: Mapping[str, RoleOptimizer], here: Callable[[Tensor], Tensor]
+def pull(
+    order: Pull, roles: Mapping[str, Role], moving: Tensor, here: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> None:
-    # After a fault on which a run ends no weight moves, and the host does not wait to know whether there was one.
-    share = (1 - order.decay) * optimizers[order.role].faults.moving()
+    """role <- decay role + (1 - decay) towards, of what is trained of their networks.
+
+    Args:
+        order: says which, and the decay.
+        roles: of the run.
+        moving: () 1, or 0 for nothing.
+        here: of a tensor of a role, what lies on this process; default all of it.
+    """
+    share = (1 - order.decay) * moving
     for ours, theirs in trained_pairs(roles[order.role], roles[order.towards]):
         mine = here(ours)
         mine.lerp_(here(theirs).to(mine), share.to(mine))

@@ -23,6 +23,7 @@ import rectified_flow_cases
 import segmented_cases
 import sid_cases
 import twin_flow_cases
+import walk_cases
 from golden_file import GoldenFile
 
 CASES = {
@@ -42,6 +43,7 @@ CASES = {
     **any_flow_cases.CASES,
     **twin_flow_cases.CASES,
     **mdt_dist_cases.CASES,
+    **walk_cases.CASES,
 }
 
 
