@@ -39,6 +39,8 @@ PIPELINE_LOOKUP = {
     "fewstep.export.phased",
     "fewstep.export.flow_map",
     "fewstep.export.own_code",
+    "fewstep.export.several",
+    "fewstep.data.partition",
     "fewstep.export.walk.scheduler",
     "fewstep.networks.second_time",
 }

@@ -53,7 +53,7 @@ class Dmd2Config(ContinuousConfig, FirstStepConfig, FollowingCriticConfig, Rewar
         if self.has_head and self.data is None:
             what = "--gan_weight" if self.gan_weight > 0 else "--f_divergence"
             raise UserError(f"{what} needs real images: give --data, or leave the GAN out")
-        if self.data is not None and not self.has_head:
+        if self.data is not None and not self.uses_data:
             raise UserError("--data is used by the GAN alone: give --gan_weight or --f_divergence, or leave it out")
         if self.f_divergence != "none" and not self.gan_critic_weight:
             raise UserError("--f_divergence needs a trained GAN head: leave --gan_critic_weight above 0")
@@ -79,3 +79,8 @@ class Dmd2Config(ContinuousConfig, FirstStepConfig, FollowingCriticConfig, Rewar
     def has_head(self) -> bool:
         """Whether the critic has a GAN head."""
         return self.gan_weight > 0 or self.f_divergence != "none"
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether real images are used."""
+        return self.has_head

@@ -44,6 +44,14 @@ def _dmd2(method: Any, step: int, batch: Batch) -> Cost:
     return calls
 
 
+def _multi_student(method: Any, step: int, batch: Batch) -> Cost:
+    """What one step of one student costs: in the pre-training it and the teacher are asked once, then DMD2's."""
+    before = method.config.steps_before
+    if step < before:
+        return {"student": Calls(to_parameters=1), "teacher": Calls(no_grad=1)}
+    return _dmd2(method.own, step - before, batch)
+
+
 def _phased_dmd(method: Any, step: int, batch: Batch) -> Cost:
     """What one step costs; all earlier steps of the student count too."""
     number, before = method.place(step)
@@ -228,6 +236,7 @@ _BY_CLASS = {
     "AnyFlow": _any_flow,
     "ContinuousConsistency": _continuous_consistency,
     "Dmd2": _dmd2,
+    "MultiStudent": _multi_student,
     "PhasedDmd": _phased_dmd,
     "Sid": _sid,
     "Snoopi": _dmd2,

@@ -31,6 +31,9 @@ def drawn(method: Any, step: int, batch: Batch) -> float:
     beyond the share q.
     """
     kind, first, end = type(method).__name__, 0, len(method.sampler.grid)
+    if kind == "MultiStudent":
+        before = method.config.steps_before
+        return 0 if step < before else drawn(method.own, step - before, batch)
     if kind == "MfRae":
         stage, _ = method.config.stage_at(step)
         return 0 if stage == "cmt" else drawn(method.flows[stage], step, batch)
@@ -165,6 +168,7 @@ def walk_calls(method: Any) -> int:
 _FORMULAS = {
     "ContinuousConsistency": _formula_of_continuous_consistency,
     "Dmd2": _formula_of_dmd2,
+    "MultiStudent": lambda method, h: None if method.config.steps_before else _formula_of_dmd2(method.own, h),
     "PhasedDmd": _formula_of_phased_dmd,
     "Sid": _formula_of_sid,
     "Consistency": _formula_of_consistency,

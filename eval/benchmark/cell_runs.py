@@ -188,10 +188,13 @@ def network_calls(training: Training, seed: int = 0) -> dict[str, dict[str, floa
     """
     config = training.config(seed)
     planner = Planner(config, training.method)
+    runs = 1 if config.partition_wanted is None else config.partition_wanted.runs
     sums: dict[str, Counter[str]] = {}
     for calls in count_calls(config, training.method, planner.recording, range(config.max_steps)).values():
         for name, one in calls.items():
-            sums.setdefault(name, Counter()).update({k: v * config.batch_size for k, v in vars(one).items() if v})
+            sums.setdefault(name, Counter()).update(
+                {k: v * config.batch_size * runs for k, v in vars(one).items() if v}
+            )
     dry_run = DryRun(config, training.method, planner.recording, world=partial(fake_world, planner.mode))
     if pairs := dry_run.pair_evaluations * (2 if dry_run.guidance_scale != 1.0 else 1):
         sums.setdefault("pairs", Counter())["no_grad"] += pairs

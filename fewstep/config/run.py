@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 from fewstep.config.attention import AUTO, refuse_unknown_backend
 from fewstep.config.checks import Settings, names_of, setting
 from fewstep.config.pairs import PairsWanted
+from fewstep.config.partition import PartitionWanted
 from fewstep.errors import UserError
 
 #: What ``--quantization`` takes; :mod:`fewstep.teachers.quantization` says what each is.
@@ -305,6 +306,16 @@ class RunConfig(Settings):
     @property
     def pairs_wanted(self) -> PairsWanted | None:
         """The noise-sample pairs that the run trains on; a method may want some."""
+        return None
+
+    @property
+    def partition_wanted(self) -> PartitionWanted | None:
+        """How the conditions are divided among several students, of a method that has some."""
+        return None
+
+    @property
+    def resized_network(self) -> dict[str, Any] | None:
+        """What is another in the student's network than in the teacher's, of a method whose student may be smaller."""
         return None
 
     @property

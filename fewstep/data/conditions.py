@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,6 +193,7 @@ class Conditions:
         self._rows: dict[Any, int] | None = None
         self._cache = cache
         self._stacks: list[Stack] = []
+        self._chosen: Sequence[int] | None = None
         self.cut_note = ""
         if cache is not None:
             refuse_other_kind(self.kind, cache.kind)
@@ -237,6 +239,17 @@ class Conditions:
         known = self._rows
         return [known[item] for item in items] if all(item in known for item in items) else None
 
+    def only(self, rows: Sequence[int]) -> Conditions:
+        """These items alone, encoded and padded as they are among all."""
+        some = copy.copy(self)
+        some._items, some._rows, some.count = [self.items()[row] for row in rows], None, len(rows)
+        some._chosen = [row if self._chosen is None else self._chosen[row] for row in rows]
+        return some
+
+    def one(self, row: int) -> Conditioning:
+        """The conditioning of one item, on the CPU and as it was encoded."""
+        return self._item(row)
+
     def select(self, rows: Sequence[int]) -> AnyConditioning:
         """The conditioning of these items, on the device."""
         items = [self._item(row) for row in rows]
@@ -252,6 +265,7 @@ class Conditions:
         return [items[keyed_order(seed, "conditions", len(self), place)] for place in positions] if items else None
 
     def _item(self, row: int) -> Conditioning:
+        row = row if self._chosen is None else self._chosen[row]
         if self._cache is not None:
             return self._cache[row]
         return self._stacks[row // _STACKED][row % _STACKED] if self._stacks else self._unconditional

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,8 +67,29 @@ class RealSamples:
             self._reader = ReadAhead(lambda row: images.image(row, *size), workers)
         self._rows, self._conditions, meaning = _captions_to_conditions(images, recording, conditions, device)
         self.note = f"--data: {len(images):,} images{meaning}{_about(images)}"
+        self._among: Sequence[int] = range(len(images))
         self._cache: dict[int, Tensor] = {}
         self._bytes = 4 * int(np.prod(recording.sample_shape))
+
+    def only(self, conditions: Conditions, rows: Sequence[int], part: Conditions) -> RealSamples:
+        """The images that show some of a run's conditions, which are known by their numbers in ``part`` from then on.
+
+        Args:
+            conditions: of the run.
+            rows: numbers of some of them.
+            part: these alone, :meth:`fewstep.data.conditions.Conditions.only`.
+
+        Raises:
+            UserError: an image shows nothing that the run generates, or none shows one of these.
+        """
+        places = {row: place for place, row in enumerate(rows)}
+        shown = self.rows_among(conditions)
+        some = copy.copy(self)
+        some._among = [image for image, row in enumerate(shown) if row in places]
+        if not some._among:
+            raise UserError(f"--data has no image of the {len(rows):,} {conditions.kind}s that are trained here")
+        some._rows, some._conditions = [places.get(row, -1) for row in shown], part
+        return some
 
     def batch(self, seed: int, positions: Sequence[int]) -> Real:
         """The real samples at these places of the run's endless, keyed stream."""
@@ -79,7 +101,7 @@ class RealSamples:
         self._reader.announce(row for row in self._rows_at(seed, positions) if row not in self._cache)
 
     def _rows_at(self, seed: int, positions: Sequence[int]) -> list[int]:
-        return [keyed_order(seed, "real", len(self.images), position) for position in positions]
+        return [self._among[keyed_order(seed, "real", len(self._among), position)] for position in positions]
 
     @torch.no_grad()
     def x0(self, rows: Sequence[int]) -> Tensor:

@@ -22,11 +22,13 @@ _KINDS: Kinds = {
     "guidance_range": (list, _NONE),
     "load": dict,
     "lora": dict,
+    "part": dict,
     "pipeline": str,
     "prediction_type": str,
     "related": dict,
     "renoise": str,
     "scheduler": str,
+    "students": list,
     "training": (dict, _NONE),
 }
 #: What a LoRA cannot be put onto its base without.

@@ -39,7 +39,11 @@ def step_noise_from(pipeline: Any, generator: torch.Generator | Sequence[torch.G
     def step(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         if bound.arguments.get("generator") is None:
-            bound.arguments["generator"] = _of_rows(generator, len(bound.arguments["sample"]))
+            rows = getattr(pipeline, "rows_in_call", None)  # where one of several students makes some of the samples
+            own = generator
+            if rows is not None and not isinstance(generator, torch.Generator):
+                own = [generator[row] for row in rows]
+            bound.arguments["generator"] = _of_rows(own, len(bound.arguments["sample"]))
         return inner(*bound.args, **bound.kwargs)
 
     with step_replaced(scheduler, step):

@@ -68,6 +68,14 @@ class Student:
         recording = phased_recording(self.teacher, phases)
         return replace(self, recording=recording, plan=phased_plan(self.plan, phases))._checked()
 
+    def resized(self, recording: Recording) -> Student:
+        """The same on the network of another recording of its pipeline; untrained, it samples at every count.
+
+        Raises:
+            UserError: its pipeline does not walk so.
+        """
+        return replace(self, recording=recording)._checked()
+
     def flow_map(self, second_time: nn.Module) -> Student:
         """The same, told where its steps end; untrained, it samples at every count.
 

@@ -235,6 +235,7 @@ def about_student(
         "component": recording.component,
         **_about_experts(recording, plan),
         **about_sizes(plan),
+        **({} if plan.part is None else {"part": plan.part}),
         "scheduler": type(plan.scheduler).__name__,
         "note": plan.note,
         "trained_at_every_count": plan.trained_at_every_count,

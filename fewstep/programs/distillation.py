@@ -22,6 +22,7 @@ from fewstep.programs.auto import CHOOSE, decide
 from fewstep.programs.faster import make_faster
 from fewstep.programs.methods import method_class
 from fewstep.programs.pairs import pairs_of_run
+from fewstep.programs.several import run_several
 from fewstep.programs.sharded_run import ShardedRun, refuse_undividable
 from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.pipeline import name_of
@@ -101,6 +102,13 @@ def run(
         UserError: for everything that a user can mend.
         fewstep.training.stopping.Interrupted: after Ctrl-C, with a checkpoint written.
     """
+    wanted = config.partition_wanted
+    if wanted is not None and wanted.only is None:
+
+        def train(own: RunConfig) -> Path:
+            return run(own, method, pipeline, evaluator)
+
+        return run_several(config, method, wanted, train, pipeline is not None)
     config = config.resolved()
     accelerator = join_launch(config.cpu, log_with=trackers(config.report_to), project_dir=config.out)
     with shared_fate(accelerator, Interrupted):

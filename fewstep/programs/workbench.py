@@ -19,6 +19,7 @@ from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batches, Pairs, Source
 from fewstep.data.latents import read_data
+from fewstep.data.partition import part_of
 from fewstep.data.real import RealSamples
 from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.diffusion.draws import OBSERVATION_STEP, RESPONSE_STEP, Draws
@@ -40,6 +41,7 @@ from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.perceptual import images_of, lpips_of
 from fewstep.networks.roles import Role
 from fewstep.networks.second_time import add_second_time
+from fewstep.networks.smaller import refuse_unanswering, resized_recording
 from fewstep.programs.teacher import (
     Teacher,
     TeacherSettings,
@@ -111,6 +113,12 @@ class Workbench:
         self.conditions, negative = conditions_of(config, teacher, device, progress=progress)
         say(self.conditions.cut_note)
         say(self.conditions.note)
+        every, part = self.conditions, None
+        if config.partition_wanted is not None:
+            part = part_of(config.partition_wanted, every)
+            self.conditions = every.only(part.rows)
+            self.describe(part=part.about())
+            say(part.note)
         if items := self.conditions.items():
             self.describe(example=items[0])
         # Also where the teacher is not guided: a critic may be.
@@ -121,8 +129,10 @@ class Workbench:
         self.real: RealSamples | None = None
         if config.data is not None:
             images = read_data(config.data, config.data_text, Path(config.out) / INDEX_FOLDER)
-            self.real = RealSamples(images, teacher.recording, self.conditions, device, workers=config.data_workers)
+            self.real = RealSamples(images, teacher.recording, every, device, workers=config.data_workers)
             say(self.real.note)
+            if part is not None:
+                self.real = self.real.only(every, part.rows, self.conditions)
 
     @property
     def scheduler(self) -> Any:
@@ -147,7 +157,13 @@ class Workbench:
 
     def make_roles(self, *names: str) -> dict[str, Role]:
         """The frozen teacher, the roles ``names``, and ``ema`` where the run has one."""
-        return make_roles(RoleSettings.of(self.config), self.recording, names, self.device)
+        changes = self.config.resized_network
+        if changes is None:
+            return make_roles(RoleSettings.of(self.config), self.recording, names, self.device)
+        resized = resized_recording(self.recording, changes, self.config.seed)
+        refuse_unanswering(resized, *self.two_samples())
+        self.student = self.student.resized(resized)
+        return make_roles(RoleSettings.of(self.config), self.recording, names, self.device, resized)
 
     def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
         """The frozen teacher, a student (and ``ema``) with an expert for each phase, and the trainable roles ``names``.

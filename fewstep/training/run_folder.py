@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from fewstep.training.inputs import read_inputs, recorded_as
 _CONFIG, _PARTIAL = "config.yaml", ".config.yaml.partial"
 
 
-def check_folder(out: Path, method: str, config: RunConfig, in_memory: bool = False) -> bool:
+def check_folder(
+    out: Path, method: str, config: RunConfig, in_memory: bool = False, beside: Sequence[str] = ()
+) -> bool:
     """Whether there is a checkpoint to go on from; nothing is written but an empty folder.
 
     Args:
@@ -29,6 +32,7 @@ def check_folder(out: Path, method: str, config: RunConfig, in_memory: bool = Fa
         method: its name.
         config: of the run.
         in_memory: the teacher was handed over as a pipeline.
+        beside: what may lie there before the run begins.
 
     Raises:
         UserError: the folder cannot be written, holds another run, or ``--resume`` does not fit what is there.
@@ -45,7 +49,7 @@ def check_folder(out: Path, method: str, config: RunConfig, in_memory: bool = Fa
     if not file.exists():
         if config.resume:
             raise UserError(f"--resume: {out} holds no run; leave out --resume to start one")
-        if any(path.name not in (_PARTIAL, INDEX_FOLDER) for path in out.iterdir()):
+        if any(path.name not in (_PARTIAL, INDEX_FOLDER, *beside) for path in out.iterdir()):
             raise UserError(f"--out {out} is not empty and holds no run of fewstep; choose another folder")
         return False
     if not config.resume:
@@ -86,6 +90,11 @@ def write_config(out: Path, method: str, config: RunConfig) -> None:
     """Make ``out`` this run's folder."""
     text = yaml.safe_dump(_described(method, config), sort_keys=False, allow_unicode=True)
     write_durably(out / _CONFIG, lambda path: path.write_text(text, encoding="utf-8"), _PARTIAL)
+
+
+def forget_run(out: Path) -> None:
+    """Let ``out`` be nobody's folder again."""
+    (out / _CONFIG).unlink(missing_ok=True)
 
 
 def _described(method: str, config: RunConfig) -> dict[str, Any]:

@@ -107,6 +107,13 @@ ICT |= {"first_levels": 10, "last_levels": 1280}
         ("consistency", {"variant": "ict", "data": "d", "steps": 1}, ICT),
         ("mean_flow", {}, {"velocity": "teacher"}),
         ("mean_flow", {"data": "d"}, {"velocity": "data"}),
+        ("multi_student", {}, {"students": 4}),
+        ("multi_student", {"partition": "lists", "lists": ["0", "1"]}, {"students": 2}),
+        (
+            "multi_student",
+            {"student_network": {"num_layers": 1}, "data": "d"},
+            {"students": 4, "pretraining_steps": 333},
+        ),
         ("perflow", {"steps": 2}, {"windows": 2}),
         ("phased_dmd", {"steps": 3}, {"phases": [2, 1], "phase_steps": 500}),
         ("phased_dmd", {"order": "alternating"}, {"phases": [2, 2]}),

@@ -151,6 +151,8 @@ def _code(about: Mapping[str, Any]) -> str:
     told = (
         "How it moves between its steps is computed"
         if about["renoise"] == "tcd"
+        else "Which of its students a request goes to is decided"
+        if "students" in about
         else "Which network is called when is decided"
         if "experts" in about
         else "Where each step ends is told its network"

@@ -59,6 +59,7 @@ class StudentPlan:
         dynamic: whether its scheduler shifts by the size as the teacher's does; else its grid is one for every size.
         sizes: the teacher's shifts at several sizes, the trained one first; empty where it has one for all.
         gamma: of ``"tcd"``: how much of the noise each step draws anew.
+        part: of one of several students: which, and what it was trained for (:class:`fewstep.data.partition.Part`).
     """
 
     scheduler: Any
@@ -81,6 +82,7 @@ class StudentPlan:
     dynamic: bool = False
     sizes: tuple[SizeShift, ...] = ()
     gamma: float = 0.0
+    part: dict[str, Any] | None = None
 
     @property
     def move(self) -> Move:

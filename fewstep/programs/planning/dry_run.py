@@ -34,6 +34,7 @@ from fewstep.networks.heads import make_head
 from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.roles import FOLLOWERS, Role, update_average
 from fewstep.networks.second_time import attach_second_time
+from fewstep.networks.smaller import resized_recording
 from fewstep.networks.time_embedders import likely_time_embedders
 from fewstep.programs.methods import method_class
 from fewstep.programs.teacher import TeacherSettings, guidance_of
@@ -104,7 +105,12 @@ class DryRun:
 
     def make_roles(self, *names: str) -> dict[str, Role]:
         """As in a run."""
-        return self._roles(names)
+        changes = self.config.resized_network
+        if changes is None or not hasattr(self.recording.network, "config"):  # a stand-in is of no size
+            return self._roles(names)
+        with self.world():
+            resized = resized_recording(self.recording, changes, self.config.seed)
+        return self._roles(names, resized)
 
     def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
         """As in a run; how the student is shipped is not looked at."""
