@@ -53,6 +53,8 @@ class MultiStudentConfig(Dmd2Config):
             return
         if not self.student_network:
             raise UserError("--student_network changes nothing: name a setting of the network, or leave it out")
+        if self.critic_follows_student != 1:
+            raise UserError("--critic_follows_student mixes weights of one shape: leave it or --student_network out")
         if self.lora_rank or self.quantization is not None:
             raise UserError("--student_network makes a network of its own, without adapters: leave out --lora_rank")
         steps = self.steps_before

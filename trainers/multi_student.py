@@ -59,7 +59,8 @@ class MultiStudent:
     def learning_rate_at(self, role: str, step: int) -> float:
         """The same; the student's is another one in the pre-training, where one is given."""
         before = self.config.pretraining_lr
-        return self.learning_rate(role) if before is None or step >= self.config.steps_before else before
+        pretrained = role == "student" and step < self.config.steps_before
+        return before if pretrained and before is not None else self.learning_rate(role)
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn | Order]:
         """The pre-training's steps, where there are some, then DMD2's, counted from there."""

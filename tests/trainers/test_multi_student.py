@@ -101,6 +101,7 @@ LABELS = _Labels()
         ({"data": None, "pretraining_steps": 0}, "leave out --pretraining_steps 0, or give --init"),
         ({"pretraining_steps": 1000}, "leave nothing of --max_steps 1000"),
         ({"lora_rank": 4}, "leave out --lora_rank"),
+        ({"critic_follows_student": 0.9}, "--critic_follows_student mixes weights of one shape"),
     ],
 )
 def test_what_cannot_be_meant(tmp_path: Path, settings: dict, message: str) -> None:
@@ -115,15 +116,24 @@ def test_what_is_divided(tmp_path: Path) -> None:
     assert config(tmp_path).partition_wanted.runs == 4
 
 
-def covered(found: torch.Tensor) -> int:
-    """Of the eight modes those that get at least a quarter of the teacher's share."""
-    return int((found > 0.125).sum())
-
-
-def four_and_one(out: Path, steps: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The shares of the modes, by four students of one label each, and by one of the same size for all four."""
-    own = {"max_steps": steps, "pretraining_steps": steps // 3, "checkpointing_steps": steps, "critic_updates": 2}
-    own |= {"pretraining_lr": 2e-2, "lr": 5e-3, "critic_lr": 5e-3, "ema_decay": 0.9}
+def four_and_one(out: Path, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The shares of the eight modes, by four students of one label each, and by one of the same size for all four."""
+    own = {"max_steps": steps, "pretraining_steps": 40, "pretraining_lr": 3e-2, "checkpointing_steps": steps}
+    own |= {"batch_size": 32, "critic_updates": 2, "lr": 2e-2, "critic_lr": 1e-2, "ema_decay": 0.9}
     every = [0, 1, 2, 3]
-    alone = [shares(trained(config(out / str(k), **own), [k], width), [k]) for k in every]
-    return torch.stack(alone).sum(0), shares(trained(config(out / "one", **own), every, width), every)
+    alone = [shares(trained(config(out / str(k), **own), [k], width=3), [k]) for k in every]
+    return torch.stack(alone).sum(0), shares(trained(config(out / "one", **own), every, width=3), every)
+
+
+def test_four_students_cover_the_modes_of_which_one_of_their_size_loses_some(tmp_path: Path) -> None:
+    several, one = four_and_one(tmp_path, steps=160)
+    # A teacher's share of each is 0.43. 0.17 to 0.56 here, and of the one student 0.00 to 0.14.
+    assert several.min() > 0.108
+    assert one.min() < 0.054
+
+
+@pytest.mark.soak
+def test_four_students_come_closer_in_a_longer_run(tmp_path: Path) -> None:
+    several, one = four_and_one(tmp_path, steps=900)
+    assert several.min() > 0.215
+    assert one.min() < 0.108
