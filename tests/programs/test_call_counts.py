@@ -38,7 +38,6 @@ SETTINGS: dict[str, dict] = {
     "any_flow": {"num_pairs": 6, "pair_steps": 2, "map_steps": 2, "critic_updates": 2},
     "free_flow": {"steps": 1},
     "mf_rae": {"num_pairs": 6, "pair_steps": 2, "apart": 0.5, "walk_steps": 3, "stages": "cmt:2,mfd"},
-    "multi_student": {"critic_updates": 2},
     "phased_dmd": {"critic_updates": 2, "phase_steps": 3},
     "rectified_flow": {"num_pairs": 6, "pair_steps": 2},
     "sid": {"critic_updates": 2},
@@ -76,10 +75,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "bootstrapped": {"data": True, "stages": "cmt:1,mfd:2,mft", "pairs_per_walk": 1, "derivative": "exact"},
         "heun": {"walk_solver": "heun", "stages": "cmt", "pairs_per_walk": 2},
     },
-    "multi_student": {
-        "gan": {"gan_weight": 0.1, "data": True},
-        "smaller": {"student_network": {"layers_per_block": 2}, "pretraining_steps": 2, "data": True},
-    },
+    "multi_student": {"two": {"students": 2}, "smaller": {"student_network": {"layers_per_block": 2}, "data": True}},
     "phased_dmd": {"alternating": {"order": "alternating", "phase_steps": None}},
     "segmented_consistency": {
         "stages": {"variant": "tscd", "segments": [2, 1], "stage_steps": [2], "data": True},
