@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from fewstep.config.pairs import PairsWanted
+from fewstep.config.stages import read_stages
 from fewstep.diffusion.ode import SOLVERS
 from fewstep.diffusion.trajectories import LABEL_TIMES
 from fewstep.errors import UserError
@@ -83,29 +82,7 @@ class MfRaeConfig(MeanFlowConfig):
         """
         if self.stages is None:
             return {"cmt": 0, "mfd": self.max_steps // 5} if self.max_steps >= 5 else {"mfd": 0}
-        known = ", ".join(STAGES)
-        found: list[tuple[str, int | None]] = []
-        for part in self.stages.split(","):
-            read = re.fullmatch(r"\s*(\w+)\s*(?::\s*(\d+)\s*)?", part)
-            if read is None or read[1] not in STAGES:
-                raise UserError(f"--stages takes such as cmt:2000,mfd:8000,mft of {known}, not {part.strip()!r}")
-            found.append((read[1], None if read[2] is None else int(read[2])))
-        for (name, _), (then, _) in pairwise(found):
-            if STAGES.index(name) >= STAGES.index(then):
-                raise UserError(f"--stages: {then} comes before {name} or twice; their order is {known}, each once")
-        starts, step = {}, 0
-        for name, length in found[:-1]:
-            if not length:
-                raise UserError(f"--stages: {name} needs its number of steps, at least 1, such as {name}:2000")
-            starts[name], step = step, step + length
-        name, length = found[-1]
-        starts[name] = step
-        if step >= self.max_steps or (length is not None and step + length != self.max_steps):
-            raise UserError(
-                f"--stages: {name} begins at step {step} and lasts until --max_steps {self.max_steps}; "
-                "give more steps, and the last stage without a number"
-            )
-        return starts
+        return read_stages(self.stages, STAGES, self.max_steps, "cmt:2000,mfd:8000,mft")
 
     def stage_at(self, step: int) -> tuple[str, int]:
         """The stage of a step, and the first step of that stage."""

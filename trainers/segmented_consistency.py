@@ -14,8 +14,8 @@ Time is cut into segments that no jump leaves. ``--variant`` says how, and where
 
 Departures: ends are any entries of a table, and any times of a flow; a grid is divided by its segments; the times at
 which the student is sampled belong to it. At r = e the target is x_r itself. The discriminator has one head on one map,
-and TSCD's is not shown the jump's start; human feedback (Hyper-SD's further stage) is not here. Without ``--data`` the
-student learns on its own samples.
+and TSCD's is not shown the jump's start; Hyper-SD's further stages are :mod:`fewstep.trainers.hyper_sd`. Without
+``--data`` the student learns on its own samples.
 """
 
 from __future__ import annotations
@@ -79,10 +79,13 @@ class SegmentedConsistency:
         self.adversarial_weights = config.of_stages(settled(config.adversarial_weight))
 
     @classmethod
-    def prepare(cls, config: SegmentedConsistencyConfig, bench: Bench) -> SegmentedConsistency:
-        """Make the roles: the student starts as the teacher, or as in --init, and the target as the student."""
+    def prepare(cls, config: SegmentedConsistencyConfig, bench: Bench, *others: str) -> SegmentedConsistency:
+        """Make the roles: the student starts as the teacher, or as in --init, and the target as the student.
+
+        Hyper-SD has ``others`` besides, which start as the student.
+        """
         config = config.resolved()
-        roles = bench.make_roles("student", *(["target"] if config.target_decay != 0 else []))
+        roles = bench.make_roles("student", *(["target"] if config.target_decay != 0 else []), *others)
         teacher = bench.guided(roles["teacher"])
         config.refuse_unguided(teacher.negative is not None)
         judge = None

@@ -109,6 +109,27 @@ def _segmented_consistency(method: Any, step: int, batch: Batch) -> Cost:
     return calls
 
 
+def _hyper_sd(method: Any, step: int, batch: Batch) -> Cost:
+    """What one step costs: that of the trajectories, and of a one-step sample what its stage asks for."""
+    config, (stage, first) = method.config, method.config.stage_at(step)
+    moves = stage != "score" or (step - first) % config.critic_updates == 0
+    calls: Cost = {}
+    if moves and (stage == "tscd" or config.trajectory_weight > 0):
+        calls = _segmented_consistency(method.trajectories, step, batch)
+    if stage != "tscd":
+        _add(calls, "student", Calls(no_grad=not moves, to_parameters=int(moves)))
+    if stage == "score":
+        _add(calls, "critic", Calls(no_grad=int(moves), to_parameters=1))
+        _add(calls, "teacher", Calls(no_grad=method.teacher.calls * moves))
+    return calls
+
+
+def _add(calls: Cost, name: str, more: Calls) -> None:
+    """Add to what a role costs."""
+    had = calls.get(name, Calls())
+    calls[name] = Calls(had.no_grad + more.no_grad, had.to_parameters + more.to_parameters)
+
+
 def _mean_flow(method: Any, step: int, batch: Batch) -> Cost:
     """What one step costs: what is only asked for where the two times differ is not asked for elsewhere."""
     config, alpha = method.config, method.config.alpha(step)
@@ -239,6 +260,7 @@ _BY_CLASS = {
     "MultiStudent": _multi_student,
     "PhasedDmd": _phased_dmd,
     "Sid": _sid,
+    "HyperSd": _hyper_sd,
     "Snoopi": _dmd2,
     "Consistency": _consistency,
     "MeanFlow": _mean_flow,

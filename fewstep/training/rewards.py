@@ -5,7 +5,7 @@ A method that rewards its student derives its settings from :class:`fewstep.conf
 
 - adds :meth:`Rewards.term` of the x0 of its walk's **last** step, which must carry the gradient, to the student's loss,
   in steps where :meth:`Rewards.begun` holds;
-- adds :meth:`Rewards.look` to that turn's log where :meth:`Rewards.due` says so.
+- adds :meth:`Rewards.look` to a turn's log where :meth:`Rewards.due` says so.
 
 :meth:`Rewards.scores` is for methods that rank samples by their reward (preference learning): call it without gradient.
 """
@@ -106,7 +106,7 @@ class Rewards:
 
         Returns:
             ``student/reward`` (and each of several), ``student/unrewarded_<name>``: the metric that is not optimised,
-            and ``student/diversity``: the root mean square distance of the two pictures of one condition.
+            and ``student/pair_diversity``: the root mean square distance of the two pictures of one condition.
         """
 
         def walk(prefix: str) -> Tensor:
@@ -120,7 +120,7 @@ class Rewards:
             log |= {f"student/reward_{name}": each[:, place].mean() for place, name in enumerate(self.rewards)}
         unrewarded = self.fit(x0, sampler, batch) if self.beside is None else self.beside(shown, batch.asked).mean()
         log[f"student/unrewarded_{self.beside_name}"] = unrewarded
-        return log | {"student/diversity": pair_distance(shown, other).mean()}
+        return log | {"student/pair_diversity": pair_distance(shown, other).mean()}
 
     def fit(self, x0: Tensor, sampler: Sampler, batch: Batch) -> Tensor:
         """How little the teacher would change noised samples (B, ...): minus mean|x0 - x0_T| over mean|x0|, ()."""

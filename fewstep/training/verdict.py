@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +37,12 @@ STILL = 1e-6
 #: Samples that are the same in so many successive grids stand still.
 STILL_GRIDS = 3
 
+#: Beside a reward: what is not optimised has fallen when its level is below its highest by this multiple of the noise
+#: between two looks, and diversity when it is also below this share of it.
+FALLEN, LESS_DIVERSE = 3.0, 0.9
+#: The median distance of two draws of a normal law, in its standard deviations.
+_APART = 0.954
+
 _GRID = ("std", "within", "between")
 
 
@@ -44,7 +51,7 @@ class Trouble:
     """Something that is wrong with a run.
 
     Attributes:
-        kind: "nan", "constant", "alike", "far out", "explosion", "standstill" or "lagging".
+        kind: "nan", "constant", "alike", "far out", "explosion", "standstill", "lagging" or "deceived".
         what: the numbers that show it.
         since: the first step whose numbers do.
         good: the last step before it whose numbers did not; 0 where there is none.
@@ -102,7 +109,8 @@ class History:
 
 def troubles(history: History) -> list[Trouble]:
     """What is wrong at the end of a history."""
-    return [*_not_numbers(history), *_samples(history), *_explosions(history), *_lessons(history)]
+    looked_at = (_not_numbers, _samples, _explosions, _lessons, _deceptions)
+    return [trouble for look in looked_at for trouble in look(history)]
 
 
 def judged(rows: Iterable[Mapping[str, float]]) -> list[tuple[Trouble, int | None]]:
@@ -210,6 +218,27 @@ def _explosions(history: History) -> list[Trouble]:
             words = f"since step {since} {name} explodes: it is about {now:.3g}, and was about {lowest:.3g}"
             good = max((step for step, value in values if step < since and value <= CALM * lowest), default=0)
             found.append(Trouble("explosion", name, since, good, words))
+    return found
+
+
+def _deceptions(history: History) -> list[Trouble]:
+    """Rewards that are won at the cost of what is not rewarded: another metric, or the samples' diversity."""
+    found = []
+    for name in history.names():
+        role, _, what = name.rpartition("/")
+        if what != "pair_diversity" and not what.startswith("unrewarded_"):
+            continue
+        values = history.last(name, REMEMBERED)
+        if len(values) < 2 * RECENT:
+            continue
+        levels = [median(v for _, v in values[k : k + RECENT]) for k in range(len(values) - RECENT + 1)]
+        highest, now = max(levels[:-RECENT]), levels[-1]
+        noise = median(abs(b - a) for (_, a), (_, b) in pairwise(values)) / _APART
+        if highest - now > FALLEN * noise and (what != "pair_diversity" or now < LESS_DIVERSE * highest):
+            since = values[-RECENT][0]
+            words = f"since step {since} the {role} is rewarded at the cost of what is not: {name} is about {now:.3g}, "
+            words += f"and was about {highest:.3g}"
+            found.append(Trouble("deceived", name, since, history.before(name, since), words))
     return found
 
 

@@ -101,8 +101,8 @@ def test_the_student_is_looked_at_every_so_many_steps_beside_a_metric_that_is_no
     seen = [row["step"] for row in rows if "student/reward" in row]
     assert seen == [1, 5, 9]  # steps 0, 4 and 8: every second student turn
     for row in rows:
-        assert (row.keys() >= {"student/unrewarded_x", "student/diversity"}) == ("student/reward" in row)
-        assert row.get("student/diversity", 1) > 0
+        assert (row.keys() >= {"student/unrewarded_x", "student/pair_diversity"}) == ("student/reward" in row)
+        assert row.get("student/pair_diversity", 1) > 0
 
 
 def test_without_another_metric_it_is_the_teachers_fit(tmp_path: Path):

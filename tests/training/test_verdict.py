@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,6 +181,11 @@ def grids(*values: tuple[float, float, float]) -> list[dict[str, float]]:
     return [{"step": 100 * k, "samples/apart": k, **row} for k, row in enumerate(both, 1)]
 
 
+def wavering(level: float) -> list[float]:
+    """Twenty looks whose noise is about 0.1."""
+    return [level + 0.1 * math.sin(2.3 * k) for k in range(20)]
+
+
 def with_critic(lines: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{**row, "critic/denoising": 1.0} for row in lines]
 
@@ -199,6 +205,11 @@ def with_critic(lines: list[dict[str, float]]) -> list[dict[str, float]]:
         (log("critic_2/gradient_norm", *[0.5] * 9, *[51.0] * 3), "since step 100 critic_2/gradient_norm explodes"),
         (log("student/gradient_norm", *[0.0] * 5), "since step 10 the student learns nothing: its gradient is zero"),
         (log("critic/lag", *[1.0] * 5), "since step 10 the critic stands still: it says what the teacher says"),
+        (
+            log("student/unrewarded_clip", *wavering(31.0), *wavering(30.2)),
+            "since step 360 the student is rewarded at the cost of what is not: student/unrewarded_clip is about 30.2",
+        ),
+        (log("student/pair_diversity", *[0.4 - 0.01 * k for k in range(12)]), "student/pair_diversity is about 0.31"),
         (log("student/matching", 1.0, float("nan")), "student/matching is nan in step 20, and not a finite number"),
     ],
 )
@@ -218,6 +229,10 @@ def test_what_is_wrong_is_said_with_its_numbers_and_since_when(lines: list[dict[
         log("critic/denoising", *[1.0] * 9, 500.0, 1.0, 700.0, 1.0),  # single batches
         log("critic/lag", *[0.999] * 9, *[1.9] * 20),
         log("critic/lag", float("inf")),
+        log("student/unrewarded_clip", *wavering(31.0), *wavering(30.9)),
+        log("student/unrewarded_clip", *wavering(30.0), *wavering(31.0)),
+        log("student/pair_diversity", *[0.4] * 20, *[0.37] * 20),  # by less than a tenth
+        log("student/unrewarded_clip", *[31.0] * 4, *[20.0] * 4),  # too few looks
         log("student/gradient_norm", 0.0, *[1.0] * 9),
         with_critic(log("student/gradient_norm", *[1e-4] * 9, *[1.0] * 9)),
     ],
