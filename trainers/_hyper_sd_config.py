@@ -28,7 +28,9 @@ class HyperSdConfig(SegmentedConsistencyConfig, ScoreConfig, RewardConfig):
         stage_steps: of the trajectories' own stages but the last; default equal shares of the stage tscd.
         trajectory_weight: of the trajectories' loss, which goes on in the later stages so that all step counts stay one
             student's; 0 leaves it out there.
-        score_weight: of the matching's gradient in stage score.
+        score_weight: of the matching's gradient in stage score; more serves one step and costs the others.
+        gamma: as of the trajectories; at 1 (the released adapter's eta) all noise is drawn anew between steps, as it
+            should be after stage score, whose one-step samples lie on no trajectory of the teacher.
         feedback_lr: learning rate of the student in stage feedback; default --lr.
         score_lr: learning rate of the student in stage score; default --lr.
     """
@@ -36,7 +38,8 @@ class HyperSdConfig(SegmentedConsistencyConfig, ScoreConfig, RewardConfig):
     variant: str = "tscd"
     stages: str | None = None
     trajectory_weight: float = 1.0
-    score_weight: float = 1.0
+    score_weight: float = 0.05
+    gamma: float = 1.0
     feedback_lr: float | None = None
     score_lr: float | None = None
 

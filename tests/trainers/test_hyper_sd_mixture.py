@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from mixture import MixtureTeacher, energy_distance, mixture_sample
+from torch import Tensor
 from toys import Labels, make_loop, unconditional
 
 from fewstep.data.batch import Real
@@ -22,18 +23,24 @@ class Mixture:
         return Real(self.samples[[place % 4096 for place in positions]], unconditional(len(positions)))
 
 
+def fresh(generator: torch.Generator) -> Tensor:
+    return torch.randn(2000, 2, generator=generator)
+
+
 def test_one_student_comes_to_draw_from_the_mixture_in_one_step_and_in_four(tmp_path: Path):
     settings = config(
         tmp_path,
-        max_steps=500,
-        stages="tscd:300,score",
+        max_steps=400,
+        stages="tscd:200,score",
+        renoise="tcd",
         reward=None,
         batch_size=64,
         lr=2e-3,
         critic_lr=5e-3,
+        score_weight=0.02,
         target_decay=0.9,
-        log_steps=500,
-        checkpointing_steps=500,
+        log_steps=400,
+        checkpointing_steps=400,
         sample_steps=0,
         offset_noise=0.0,
         distance_weight=[1.0],
@@ -42,14 +49,16 @@ def test_one_student_comes_to_draw_from_the_mixture_in_one_step_and_in_four(tmp_
     target = mixture_sample(2000, 1)
 
     def distance(steps: int) -> float:
-        sampler = Sampler(method.sampler.schedule, tuple(even_grid(steps).tolist()), "ode")
+        sampler = Sampler(method.sampler.schedule, tuple(even_grid(steps).tolist()), "tcd", gamma=settings.gamma)
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
-            noise = torch.randn(2000, 2, generator=generator)
-            return energy_distance(rollout(method.student, sampler, noise, unconditional(2000)), target)
+            noise, anew = fresh(generator), lambda _: fresh(generator)
+            samples = rollout(method.student, sampler, noise, unconditional(2000), anew)
+            return energy_distance(samples, target)
 
     before = distance(1), distance(4)
     make_loop(method, settings, (2,), conditions=Labels(None), real=Mixture()).run()
     after = distance(1), distance(4)
-    assert before[0] > 0.5, before
-    assert after[0] < 0.2 and after[1] < 0.1, (before, after)  # two exact samples are 0.004 apart
+    assert before[0] > 1.0, before  # 1.53
+    # 0.19 and 0.011 here, 0.40 and 0.003 after the trajectories alone; two exact samples are 0.004 apart.
+    assert after[0] < 0.25 and after[1] < 0.03, (before, after)
