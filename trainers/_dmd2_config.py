@@ -18,6 +18,9 @@ class Dmd2Config(ContinuousConfig, FirstStepConfig, FollowingCriticConfig, Rewar
     Args:
         gan_weight: weight of the adversarial term in the student's loss (paper: 1e-3 to 5e-3); needs --data.
         gan_critic_weight: weight of the adversarial term in the critic's loss (paper: 1e-2).
+        gan_features: whose features the GAN head sees: critic (the paper's: the critic learns to be told apart by), or
+            teacher (FastGen's: the head alone learns, with an optimizer of its own, at fewer and cheaper passes).
+        critic_loss: the critic's error in the space of its own output (native), or in x0 (x0, FastGen's for ImageNet).
         decoupled: Decoupled DMD's times: none (DMD2), hybrid (the method: what guidance adds is looked at no noisier
             than where the student was called, the match anywhere), full (both anywhere), constrained (neither noisier).
         decoupled_normalizer: what either term is normalised by: the guided teacher, or (one call less) the conditional.
@@ -34,6 +37,8 @@ class Dmd2Config(ContinuousConfig, FirstStepConfig, FollowingCriticConfig, Rewar
     decoupled_normalizer: str = "guided"
     gan_weight: float = 0.0
     gan_critic_weight: float = 1e-2
+    gan_features: str = "critic"
+    critic_loss: str = "native"
     swiftbrush: bool = False
 
     def __post_init__(self) -> None:
@@ -43,6 +48,8 @@ class Dmd2Config(ContinuousConfig, FirstStepConfig, FollowingCriticConfig, Rewar
         if self.decoupled == "none" and self.decoupled_normalizer != "guided":
             raise UserError("--decoupled_normalizer belongs to Decoupled DMD: give --decoupled, or leave it out")
         self._refuse_unknown("f_divergence", "none", *DIVERGENCES)
+        self._refuse_unknown("gan_features", "critic", "teacher")
+        self._refuse_unknown("critic_loss", "native", "x0")
         self._refuse_negative("f_bins", "gan_weight", "gan_critic_weight")
         if not 0 <= self.f_momentum < 1:
             raise UserError(f"--f_momentum must be in [0, 1), not {self.f_momentum}")
@@ -55,12 +62,14 @@ class Dmd2Config(ContinuousConfig, FirstStepConfig, FollowingCriticConfig, Rewar
             raise UserError(f"{what} needs real images: give --data, or leave the GAN out")
         if self.data is not None and not self.uses_data:
             raise UserError("--data is used by the GAN alone: give --gan_weight or --f_divergence, or leave it out")
+        if self.gan_features != "critic" and not self.has_head:
+            raise UserError("--gan_features belongs to the GAN: give --gan_weight or --f_divergence, or leave it out")
         if self.f_divergence != "none" and not self.gan_critic_weight:
             raise UserError("--f_divergence needs a trained GAN head: leave --gan_critic_weight above 0")
         if (self.decoupled != "none") + (self.f_divergence != "none") + self.swiftbrush > 1:
             raise UserError("--decoupled, --f_divergence and --swiftbrush are methods of their own: give one of them")
-        if self.swiftbrush and (self.gan_weight or self.normalizer_min):
-            raise UserError("--swiftbrush knows neither --gan_weight nor --normalizer_min: leave them out")
+        if self.swiftbrush and (self.gan_weight or self.normalizer_min or self.critic_loss != "native"):
+            raise UserError("--swiftbrush knows no --gan_weight, --normalizer_min or --critic_loss: leave them out")
         if self.normalizer != "x0" and (self.decoupled != "none" or self.swiftbrush):
             raise UserError("--normalizer is DMD2's own: leave it out with --decoupled and --swiftbrush")
         if self.off_trajectory and (self.f_divergence != "none" or self.swiftbrush):

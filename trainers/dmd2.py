@@ -48,11 +48,13 @@ from fewstep.diffusion.renoising import Renoised, Renoiser
 from fewstep.diffusion.rollout import Sampler, draw_sample
 from fewstep.diffusion.schedule import Coefficients
 from fewstep.diffusion.timesteps import even_grid
+from fewstep.errors import UserError
 from fewstep.losses.adversarial import discriminator_loss, generator_loss
 from fewstep.losses.divergence import DivergenceWeight
 from fewstep.losses.score import distribution_matching, score_distillation
 from fewstep.networks.features import FeatureTap
 from fewstep.networks.guidance import GuidedDenoiser
+from fewstep.networks.head_role import HeadRole
 from fewstep.networks.roles import Role
 from fewstep.trainers._dmd2_config import Dmd2Config
 from fewstep.trainers._rewards import open_rewards
@@ -106,6 +108,7 @@ class Dmd2:
         config = config.resolved()
         self.config, self.roles, self.sampler, self.tap, self.rewards = config, roles, sampler, tap, rewards
         self.student, self.critic, self.teacher = roles["student"], roles["critic"], guided_teacher
+        self.judge = roles.get("discriminator", self.critic)
         self.pulls = pulls_after_student(self.critic, self.student, config.critic_follows_student)
         self.compared = Renoiser(sampler.schedule, config.time_min, config.time_max, shift)
         self.learnt = Renoiser(sampler.schedule, CLEANEST, 1.0, shift)
@@ -139,7 +142,7 @@ class Dmd2:
                 config.decoupled_normalizer,
                 config.normalizer_min,
             )
-        elif config.f_divergence != "none":
+        elif config.f_divergence != "none" and "divergence" not in self.critic.added:
             low, high = self.compared.ends
             weight = DivergenceWeight(config.f_divergence, config.f_bins, config.f_momentum, t_min=low, t_max=high)
             self.critic.add("divergence", weight.to(self.critic.parameters()[0].device))
@@ -147,12 +150,21 @@ class Dmd2:
     @classmethod
     def prepare(cls, config: Dmd2Config, bench: Bench) -> Dmd2:
         """Make the roles: student and critic start as the teacher, or as in --init."""
+        return cls.prepare_with(config, bench)
+
+    @classmethod
+    def prepare_with(cls, config: Dmd2Config, bench: Bench, *more: str) -> Dmd2:
+        """The same with the further roles ``more``, for a method around it."""
         config = config.resolved()
-        roles = bench.make_roles("student", "critic")
+        roles = bench.make_roles("student", "critic", *more)
         guided = bench.guided(roles["teacher"])
         if config.decoupled != "none":
             refuse_unguided(bench.recording.guidance, bench.guidance_scale)
-        tap = bench.add_head(roles["critic"]) if config.has_head else None
+        if config.gan_features == "teacher":
+            if len(roles["teacher"].experts) > 1:
+                raise UserError("--gan_features teacher needs a teacher of one network, and this has several")
+            roles["discriminator"] = HeadRole("discriminator", roles["teacher"])
+        tap = bench.add_head(roles.get("discriminator", roles["critic"])) if config.has_head else None
         shift = config.shift_of_times(bench.sampler.schedule, bench.shift)
         rewards = open_rewards(config, bench, roles["teacher"])
         if config.schedule == "random":
@@ -160,11 +172,14 @@ class Dmd2:
         return cls(config, roles, guided, bench.sampler, tap, shift, rewards, bench.shift)
 
     def learning_rate(self, role: str) -> float:
-        """Of the student or the critic."""
+        """Of the student, or of the critic and a discriminator of its own."""
         return self.config.learning_rate(role)
 
     def turns(self, step: int, batch: Batch) -> Iterator[Turn | Order]:
-        """Every ``critic_updates`` steps the student, and in every step the critic on the same, pre-update sample."""
+        """Every ``critic_updates`` steps the student, and in every step the critic on the same, pre-update sample.
+
+        A discriminator on the frozen teacher's features has a turn of its own behind the critic's.
+        """
         # 1. Sample from the student, through its own earlier steps (backward simulation, §4.5).
         student_turn = step % self.config.critic_updates == 0
         with torch.set_grad_enabled(student_turn):
@@ -190,15 +205,25 @@ class Dmd2:
         # 3. The critic: denoise the student's sample at a time of its own (§4.2), and tell real from fake.
         loss, log = self.critic_loss(x0, batch)
         pieces = [(loss, None)]
-        if self.tap is not None:
-            fake = self.logits(self.judged(x0, batch.draws, "fake"), batch)
-            real = self.logits(self.judged(batch.real.x0, batch.draws, "real"), batch.real)
-            adversarial = discriminator_loss(real, fake)
+        if self.tap is not None and self.judge is self.critic:
+            adversarial = self.real_from_fake(x0, batch)
             pieces.append((self.config.gan_critic_weight * adversarial, None))
             log["critic/adversarial"] = adversarial.detach()
         yield Turn("critic", pieces, log)
+        pieces.clear()
         if self.config.follow_after == "critic":
             yield from self.pulls
+
+        # 4. On the teacher's features only the head learns, so it has an optimizer of its own, and no weight.
+        if self.tap is not None and self.judge is not self.critic:
+            adversarial = self.real_from_fake(x0, batch)
+            yield Turn("discriminator", [(adversarial, None)], {"discriminator/adversarial": adversarial.detach()})
+
+    def real_from_fake(self, x0: Tensor, batch: Batch) -> Tensor:
+        """The loss () of telling the student's ``x0`` (B, ...) from the batch's real samples."""
+        fake = self.logits(self.judged(x0, batch.draws, "fake"), batch)
+        real = self.logits(self.judged(batch.real.x0, batch.draws, "real"), batch.real)
+        return discriminator_loss(real, fake)
 
     def sample(self, batch: Batch, student_turn: bool) -> Sampled:
         """A sample of the student by its walk, and in its own turn the terms that belong to the walk."""
@@ -276,7 +301,8 @@ class Dmd2:
 
     def denoising(self, x0: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic's loss () on the student's ``x0`` (B, ...), and what to log."""
-        return critic_denoising(self.critic, self.roles["teacher"], x0, batch, self.learnt)
+        in_x0 = self.config.critic_loss == "x0"
+        return critic_denoising(self.critic, self.roles["teacher"], x0, batch, self.learnt, in_x0=in_x0)
 
     def denoising_with_negative(self, x0: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """SwiftBrush's critic: weighted by alpha^2, and told the negative in a tenth of the steps, as it is guided."""
@@ -285,10 +311,10 @@ class Dmd2:
         return critic_denoising(self.critic, self.roles["teacher"], x0, batch, self.learnt, _signal_power)
 
     def logits(self, seen: Renoised, of: Batch | Real) -> Tensor:
-        """The critic's head (B,) on noised samples, each use at times of its own (diffusion GAN)."""
+        """What the head (B,) says of noised samples, each use at times of its own (diffusion GAN)."""
         assert self.tap is not None  # who has a head is tapped, and nobody else is asked
-        features = self.critic.denoiser.features(seen.x_t, seen.t, of.conditioning, self.tap)
-        return self.critic.added["head"](features)
+        features = self.judge.denoiser.features(seen.x_t, seen.t, of.conditioning, self.tap)
+        return self.judge.added["head"](features)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def _dmd2(method: Any, step: int, batch: Batch) -> Cost:
         calls["critic"] = Calls(no_grad=followed, to_parameters=1)
     if method.tap is not None:
         weighs, pulls = student_turn and config.f_divergence != "none", student_turn and config.gan_weight > 0
-        calls["critic/features"] = Calls(no_grad=int(weighs), to_parameters=2, to_inputs=int(pulls))
+        own = method.judge is not method.critic  # only the head learns then
+        seen = {"no_grad": int(weighs) + 2 * own, "to_parameters": 2 * (not own), "to_inputs": int(pulls)}
+        calls[f"{method.judge.name}/features"] = Calls(**seen)
     return calls
 
 
@@ -50,6 +52,18 @@ def _multi_student(method: Any, step: int, batch: Batch) -> Cost:
     if step < before:
         return {"student": Calls(to_parameters=1), "teacher": Calls(no_grad=1)}
     return _dmd2(method.own, step - before, batch)
+
+
+def _disback(method: Any, step: int, batch: Batch) -> Cost:
+    """What one step costs: DMD2's with the node in the teacher's place, or the critic's turn alone."""
+    number, start = method.place(step), method.config.degradation
+    if number < 0:
+        earlier = batch.draws.shared_integer("student_step", 0, len(method.sampler.grid))
+        return {"student": Calls(no_grad=earlier + 1), "critic": Calls(to_parameters=1)}
+    cost = _dmd2(method.matchers[number], step - start, batch)
+    if "teacher" in cost:
+        cost[method.matchers[number].teacher.denoiser.name] = cost.pop("teacher")
+    return cost
 
 
 def _phased_dmd(method: Any, step: int, batch: Batch) -> Cost:
@@ -258,6 +272,7 @@ _BY_CLASS = {
     "ContinuousConsistency": _continuous_consistency,
     "Dmd2": _dmd2,
     "MultiStudent": _multi_student,
+    "Disback": _disback,
     "PhasedDmd": _phased_dmd,
     "Sid": _sid,
     "HyperSd": _hyper_sd,

@@ -68,6 +68,8 @@ def _formula_of_dmd2(method: Any, h: float) -> tuple[str, float] | None:
         return None
     if method.tap is None:
         return "r (1 + 3) + 2 + 1 + w", 4 * r + 3 + w
+    if config.gan_features == "teacher":  # only the head learns, so that nothing goes back through the features
+        return "r (1 + 3 + 2h) + 2 + 1 + w + 2h", r * (4 + 2 * h) + 3 + w + 2 * h
     return "r (1 + 3 + 2h 3) + 2 + 1 + w + 2h", r * (4 + 6 * h) + 3 + w + 2 * h
 
 
@@ -169,6 +171,7 @@ _FORMULAS = {
     "ContinuousConsistency": _formula_of_continuous_consistency,
     "Dmd2": _formula_of_dmd2,
     "MultiStudent": lambda method, h: None if method.config.steps_before else _formula_of_dmd2(method.own, h),
+    "Disback": lambda method, h: _formula_of_dmd2(method.matchers[-1], h),
     "PhasedDmd": _formula_of_phased_dmd,
     "Sid": _formula_of_sid,
     "Consistency": _formula_of_consistency,

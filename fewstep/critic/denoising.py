@@ -30,8 +30,9 @@ def critic_denoising(
     batch: Batch,
     renoiser: Renoiser,
     emphasis: Callable[[Coefficients, Coefficients], Tensor] | None = None,
+    in_x0: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The critic's loss () on the student's samples ``x`` (B, ...), in the space of its own output, and what to log.
+    """The critic's loss () on the student's samples ``x`` (B, ...), and what to log.
 
     Args:
         critic: trained.
@@ -41,11 +42,12 @@ def critic_denoising(
         renoiser: times at which the critic learns.
         emphasis: a further weight (B,) on the squared error of the critic's output, of the coefficients of ``x`` and of
             the noised sample.
+        in_x0: the plain squared error of x0, where it else is that of the critic's own output.
     """
     x_t, t, noise = renoiser(x, batch.draws, "critic")
     at_s, at_t = renoiser.origin(t), renoiser.schedule.coefficients(t)
     target = subinterval_target(x, noise, at_s, at_t).x0
-    weight = native_weight(critic.denoiser.prediction_type, renoiser.schedule, t)
+    weight = torch.ones_like(t) if in_x0 else native_weight(critic.denoiser.prediction_type, renoiser.schedule, t)
     if emphasis is not None:
         weight = weight * emphasis(at_s, at_t)
     loss = denoising_loss(target, critic(x_t, t, batch.conditioning), weight)

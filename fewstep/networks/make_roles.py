@@ -12,7 +12,7 @@ from fewstep.config.run import RunConfig
 from fewstep.networks.adapters import AdapterRole, Backbone, called_by_keyword
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.experts import ExpertOf, ExpertsRole
-from fewstep.networks.roles import FOLLOWERS, NetworkRole, Role, follow, make_role
+from fewstep.networks.roles import FOLLOWERS, NetworkRole, Role, follow, is_trained, make_role
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import is_quantized
 
@@ -71,7 +71,8 @@ def make_roles(
 ) -> dict[str, Role]:
     """The frozen teacher, the roles ``names``, and ``ema`` where it is wanted.
 
-    All are trainable but ``target``, a method's own slow copy of the student, which the loop moves.
+    All are trainable but ``target``, a method's own slow copy of the student, which the loop moves, and nodes, which
+    critics once were.
 
     Args:
         settings: what they are.
@@ -99,7 +100,7 @@ def make_roles(
         return _of_each_expert(own, copies if full else adapters, name, trainable, expert_of)
 
     roles = {"teacher": make("teacher", trainable=False)}
-    roles |= {name: make(name, trainable=name != "target") for name in names}
+    roles |= {name: make(name, trainable=is_trained(name)) for name in names}
     if settings.ema:
         roles["ema"] = make("ema", trainable=False)
     follow(roles)

@@ -25,6 +25,8 @@ from fewstep.recording import Recording
 
 #: Roles that are averages of the student: for sampling, and a method's own slow copy that the student learns from.
 FOLLOWERS = ("ema", "target")
+#: What the names of nodes begin with: critics as they once were, frozen (DisBack).
+NODE = "critic_node_"
 
 
 class RoleDenoiser(Denoiser, Protocol):
@@ -57,6 +59,10 @@ class Role(ABC):
     is_adapter = False
     #: Whether the parameters that get a gradient in a turn may differ from one process to another.
     gradients_vary = False
+    #: Whether it is kept with the checkpoints although nobody trains it.
+    kept = False
+    #: Whether a run's folder that is given as --init has to hold it.
+    wanted_of_init = False
 
     def __init__(self, name: str, denoiser: RoleDenoiser, added: dict[str, nn.Module] | None = None) -> None:
         self.name = name
@@ -147,6 +153,11 @@ class Role(ABC):
     def copy_weights(self, other: Role) -> None:
         """Take over the network weights of ``other``; added modules are this role's own and stay."""
         self.weights.load_state_dict(other.stock_network().state_dict())
+
+
+def is_trained(name: str) -> bool:
+    """Whether a role of this name, teacher and ema apart, has parameters that are trained."""
+    return name != "target" and not name.startswith(NODE)
 
 
 class NetworkRole(Role):

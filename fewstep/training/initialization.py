@@ -13,7 +13,7 @@ from fewstep.diffusion.schedule import from_scheduler
 from fewstep.errors import UserError
 from fewstep.networks.adapters import AdapterRole
 from fewstep.networks.flow_map import SECOND_TIME
-from fewstep.networks.roles import Role, follow
+from fewstep.networks.roles import NODE, Role, follow
 from fewstep.networks.two_time_form import from_two_time_form, is_two_time_form
 from fewstep.reading import read_json, read_yaml
 from fewstep.recording import Recording
@@ -47,13 +47,15 @@ def initialize(
         found = checkpoint.find_latest(source / "checkpoints")
         say(found.note)
         tensors = found.tensors()
+        _refuse_other_path(init, roles, tensors)
         for name in (name for name in roles if name == "student" or name.startswith("critic")):
             if name in tensors:
                 _refuse_other_form(init, source, roles[name], tensors[name])
                 _load_run(roles[name], tensors[name], say)
-            else:
+            elif not roles[name].kept:
                 say(f"--init has no {name}; it starts as the teacher")
     else:
+        _refuse_other_path(init, roles, {})
         pipeline = load_teacher(init, trust_remote_code, flag="--init")
         networks: dict[str, nn.Module] = {}
         for name in recording.components:
@@ -91,6 +93,17 @@ def _load_run(role: Role, tensors: dict[str, Tensor], say: Callable[[str], None]
             tensors = {**tensors, **fresh}
             say(f"--init has no {part} of the {role.name}; it starts afresh")
     role.load_state_dict(tensors)
+
+
+def _refuse_other_path(init: str, roles: dict[str, Role], tensors: dict[str, dict[str, Tensor]]) -> None:
+    """A path that is not the one that was recorded leads elsewhere; without one the run would not notice."""
+    if wanted := [name for name, role in roles.items() if role.wanted_of_init]:
+        there = sum(name.startswith(NODE) for name in tensors)
+        if there != len(wanted) or not tensors.keys() >= set(wanted):
+            raise UserError(
+                f"--init {init} has a path of {there} nodes and this run asks for {len(wanted)}; give a run that "
+                "recorded as many, and its --record_steps"
+            )
 
 
 def _refuse_other_form(init: str, source: Path, role: Role, tensors: dict[str, Tensor]) -> None:

@@ -286,7 +286,8 @@ class Loop:
     def _held(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of a checkpoint, by file and name."""
         roles = self.method.roles.items()
-        tensors = {name: role.state_dict() for name, role in roles if name in self.optimizers or name in FOLLOWERS}
+        held = (*self.optimizers, *FOLLOWERS)
+        tensors = {name: role.state_dict() for name, role in roles if name in held or role.kept}
         return tensors | {f"{name}_optimizer": optimizer.state() for name, optimizer in self.optimizers.items()}
 
     def _write_checkpoint(self) -> None:

@@ -100,6 +100,7 @@ ICT |= {"first_levels": 10, "last_levels": 1280}
     ("method", "given", "follows"),
     [
         ("dmd2", {}, {}),
+        ("disback", {"max_steps": 440, "degradation_steps": 40, "record_steps": [20, 40]}, {"node_steps": 200}),
         ("rectified_flow", {}, {}),
         ("consistency", {}, LCM),
         ("consistency", {"lora_rank": 4, "steps": 1}, {**LCM, "target_decay": 0.0, "renoise": "auto"}),

@@ -25,6 +25,7 @@ RUN = "--steps 2 --max_steps 3 --batch_size 2 --lr 1e-3 --log_steps 1 --sample_s
 #: What a method needs beside RUN, to be short.
 SETTINGS = {
     "dmd2": "--critic_updates 1 --report_to tensorboard",
+    "disback": "--critic_updates 1 --degradation_steps 1 --node_steps 1",
     "phased_dmd": "--critic_updates 1 --phases [1,1]",
     "sid": "--critic_updates 1",
     "consistency": "",

@@ -31,6 +31,7 @@ from fewstep.training.method import Method, Turn
 #: What a method must be told to run at all, and further settings under which it costs something else.
 SETTINGS: dict[str, dict] = {
     "continuous_consistency": {"num_pairs": 6, "pair_steps": 2},
+    "disback": {"critic_updates": 2, "degradation_steps": 2, "record_steps": [1, 2], "node_steps": 2},
     "dmd2": {"critic_updates": 2},
     "mdt_dist": {"num_pairs": 6, "pair_steps": 2},
     "mean_flow": {"num_pairs": 6, "pair_steps": 2, "apart": 0.5},
@@ -54,6 +55,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
     },
     "dmd2": {
         "gan": {"gan_weight": 0.1, "data": True},
+        "gan_of_teacher": {"gan_weight": 0.1, "gan_features": "teacher", "data": True},
         "decoupled": {"decoupled": "hybrid"},
         "f-distill": {"f_divergence": "js", "data": True},
         "swiftbrush": {"swiftbrush": True},
@@ -98,9 +100,7 @@ ROLES = {
 
 
 def cases() -> Iterator[Any]:
-    """One method shows that the kind of roles does not matter to the count; every other plays on two kinds, and each
-    of its variants on one of them.
-    """
+    """One method shows that the kind of roles is of no matter; others play on two kinds, their variants on one."""
     for method in methods():
         for place, (variant, settings) in enumerate({"plain": {}, **VARIANTS.get(method, {})}.items()):
             two = ["copies", "checkpointed adapters"]

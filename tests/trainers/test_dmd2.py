@@ -238,6 +238,8 @@ def tiny_unet() -> UNet2DModel:
 class StockCall:
     """How a UNet2DModel is called."""
 
+    component = "network"
+
     def call(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, *, continuous: bool = False
     ) -> Tensor:
