@@ -10,8 +10,9 @@ alone.
 Departures: the normalised gradient acts on the x0 that a step implies, as in LightX2V's trainer, and not on the sample
 at the phase's end, which follows it in proportion (the paper's own choice is unknown to us); times keep a margin from
 the end of the phase, as there. An average, where there is one, takes its expert's place when a phase is done, and is
-what is walked through then. Not here: LightX2V's diversity loss, its real-video critics, and mixing the student into
-the critic.
+what is walked through then. Where the teacher is two
+networks, so is each critic, and the last phase trains both, as the paper does. Not here: LightX2V's diversity loss, its
+real-video critics, and mixing the student into the critic.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class PhasedDmdConfig(ScoreConfig):
         phase_steps: training steps of each phase but the last, which goes on to the end; default equal shares.
         order: sequential (the paper's: a phase is finished before the next) or alternating (LightX2V's: in turns).
         time_margin: how much noisier than a phase's end, before the shift, teacher and critic look (LightX2V: 0.02).
+        early_time_min: lowest time at which teacher and critic look before the last phase (paper, Wan 2.2: where the
+            teacher's noisier network ends, 0.875 for text and 0.9 for images); default the end of the phase.
         weight_cap: bound of 1 / sigma_ts^2 in the critic's weight (paper: 10); 0 for no weight (LightX2V).
         renoise: how the student moves between steps: ode (the paper's), fresh, or auto.
     """
@@ -56,6 +59,7 @@ class PhasedDmdConfig(ScoreConfig):
     phase_steps: int | None = None
     order: str = "sequential"
     time_margin: float = 0.02
+    early_time_min: float | None = None
     weight_cap: float = 10.0
     renoise: str = "ode"
 
@@ -64,6 +68,8 @@ class PhasedDmdConfig(ScoreConfig):
         self._refuse_set("is used by no part of Phased DMD", "data")
         self._refuse_negative("time_margin", "weight_cap")
         self._refuse_unknown("order", "sequential", "alternating")
+        if self.early_time_min is not None and not 0 < self.early_time_min < 1:
+            raise UserError(f"--early_time_min must be in (0, 1), not {self.early_time_min}")
         phases = self.lengths
         make_phases(range(self.steps, 0, -1), phases)  # refuses phases that do not cover the steps
         if self.order == "alternating":
@@ -117,8 +123,10 @@ class PhasedDmd:
         compared = Renoiser(sampler.schedule, config.time_min, config.time_max, shift)
         learnt = Renoiser(sampler.schedule, CLEANEST, 1.0, shift)
         # Nested: whatever is noisier than the end of a phase, also what is noisier than its start.
-        self.compared = [compared.above(phase.anchor, config.time_margin) for phase in phases]
-        self.learnt = [learnt.above(phase.anchor, config.time_margin) for phase in phases]
+        early = [None if phase.anchor is None else config.early_time_min for phase in phases]
+        ends = [(phase.anchor, config.time_margin) for phase in phases]
+        self.compared = [compared.above(*end).not_below(t) for end, t in zip(ends, early, strict=True)]
+        self.learnt = [learnt.above(*end).not_below(t) for end, t in zip(ends, early, strict=True)]
         self.emphasis = partial(subinterval_weight, cap=config.weight_cap) if config.weight_cap else None
 
     @classmethod

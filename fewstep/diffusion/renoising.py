@@ -50,6 +50,19 @@ class Renoiser:
         highest = min(self.high, self._unshifted(t))
         return replace(self, low=min(self.low, highest), high=highest)
 
+    def not_below(self, t: float | None) -> Renoiser:
+        """The same one, drawing no time that is cleaner than ``t``; None for no such bound.
+
+        Raises:
+            UserError: no times are left.
+        """
+        if t is None:
+            return self
+        low = max(self.low, self._unshifted(t))
+        if low >= self.high:
+            raise UserError(f"no time between t = {t:.4g} and --time_max is left to compare at; give a lower one")
+        return replace(self, low=low)
+
     def above(self, anchor: float | None, margin: float) -> Renoiser:
         """The same one for samples at ``anchor``, drawing times at least ``margin`` noisier before the shift.
 

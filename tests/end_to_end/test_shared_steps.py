@@ -35,6 +35,12 @@ LORA = {"lora_rank": 2, "merge": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dmd2": ("dmd2", {**CRITIC, "gan_weight": 1e-2, "data": "", "ema_decay": 0.5}),
     "dmd2, decoupled": ("dmd2", {**CRITIC, "decoupled": "hybrid"}),
+    "ida": ("dmd2", {**CRITIC, "critic_follows_student": 0.9}),
+    "dp-dmd": ("dmd2", {**CRITIC, "diversity_weight": 0.05, "diversity_teacher_steps": 6, "renoise": "ode"}),
+    "cdm": (
+        "dmd2",
+        {**CRITIC, "decoupled": "hybrid", "schedule": "random", "schedule_most": 3, "off_trajectory": 1.0},
+    ),
     "f-distill": ("dmd2", {**CRITIC, "f_divergence": "js", "f_bins": 4, "f_momentum": 0.5, "data": ""}),
     "phased": ("phased_dmd", {**CRITIC, "steps": 2, "phases": [1, 1], "phase_steps": 2}),
     # At first the critic is the teacher: only another guidance tells them apart.

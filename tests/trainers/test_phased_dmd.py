@@ -111,6 +111,23 @@ def test_teacher_and_critic_look_at_noisier_samples_than_those_at_the_phases_end
             assert top - 0.05 <= times.max() <= top
 
 
+def test_early_phases_may_be_judged_at_noisier_times_than_their_end_asks_for(tmp_path: Path):
+    """Where a teacher's noisier network ends is no end of a phase; the last phase knows no such bound."""
+    one = method(config(tmp_path, phases=[2, 2], early_time_min=0.7))
+    for renoisers in (one.compared, one.learnt):
+        early, last = (torch.cat([r.times(Draws(0, s, range(64)), "t") for s in range(10)]) for r in renoisers)
+        assert 0.7 <= early.min() <= 0.72
+        assert last.min() < 0.1
+        assert renoisers[0].anchor == one.phases[0].anchor
+
+
+def test_a_bound_that_leaves_no_time_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="time_max"):
+        method(config(tmp_path, phases=[2, 2], early_time_min=0.99))
+    with pytest.raises(UserError, match="early_time_min"):
+        config(tmp_path, early_time_min=1.5)
+
+
 def test_each_phases_critic_learns_up_to_pure_noise_and_is_compared_at_the_times_that_were_set(tmp_path: Path):
     """In the steps themselves; both begin at the end of the phase, and where there is none, each at its own time."""
     one = method(config(tmp_path, phase_steps=4, critic_updates=1, time_min=0.1, time_max=0.8, time_margin=0.05))
