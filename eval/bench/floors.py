@@ -66,6 +66,17 @@ def _disback(method: Any, step: int, batch: Batch) -> Cost:
     return cost
 
 
+def _flash_dmd(method: Any, step: int, batch: Batch) -> Cost:
+    """What one step costs: a student's turn finishes its walk, and calls at a clean step once more for the judge."""
+    earlier, steps = batch.draws.shared_integer("student_step", 0, method.matched), len(method.sampler.grid)
+    if step % method.config.critic_updates:
+        return {"student": Calls(no_grad=earlier + 1), "critic": Calls(to_parameters=1)}
+    judged = method.judge is not None
+    student = Calls(no_grad=steps - 1 if judged else earlier, to_parameters=1 + judged)
+    critic = Calls(no_grad=1, to_parameters=1)
+    return {"student": student, "teacher": Calls(no_grad=method.teacher.calls), "critic": critic}
+
+
 def _phased_dmd(method: Any, step: int, batch: Batch) -> Cost:
     """What one step costs; all earlier steps of the student count too."""
     number, before = method.place(step)
@@ -273,6 +284,7 @@ _BY_CLASS = {
     "Dmd2": _dmd2,
     "MultiStudent": _multi_student,
     "Disback": _disback,
+    "FlashDmd": _flash_dmd,
     "PhasedDmd": _phased_dmd,
     "Sid": _sid,
     "HyperSd": _hyper_sd,

@@ -105,21 +105,67 @@ def rollout(
     if not 0 <= last < len(sampler.grid):
         raise ValueError(f"last must be a step of the grid of {len(sampler.grid)}, not {last}")
     x_t = sampler.initial_scale * noise
-    for step in range(last):
+    return _walk(student, sampler, x_t, conditioning, step_noise, (0, last), on_step, gradient_from)
+
+
+@torch.no_grad()
+def finish(
+    student: Denoiser,
+    sampler: Sampler,
+    x_t: Tensor,
+    x0: Tensor,
+    step: int,
+    conditioning: AnyConditioning,
+    step_noise: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """Where a walk ends, (B, ...) without gradient, that said ``x0`` at ``x_t`` (B, ...) of a ``step`` of the grid.
+
+    Args:
+        student: gives x0 at the steps that are left.
+        sampler: grid and rule between steps.
+        x_t: see above.
+        x0: see above.
+        step: index of the step that was made last.
+        conditioning: of B samples.
+        step_noise: as in :func:`rollout`.
+    """
+    last = len(sampler.grid) - 1
+    if step == last:
+        return sampler.arrive(x_t, x0, step)
+    x_t = _moved(sampler, x_t, x0, step, step_noise)
+    return _walk(student, sampler, x_t, conditioning, step_noise, (step + 1, last), None, None)
+
+
+def _walk(
+    student: Denoiser,
+    sampler: Sampler,
+    x_t: Tensor,
+    conditioning: AnyConditioning,
+    step_noise: Callable[[int], Tensor] | None,
+    steps: tuple[int, int],
+    on_step: Callable[[int, Tensor], None] | None,
+    gradient_from: int | None,
+) -> Tensor:
+    """From ``x_t`` (B, ...) at the first of these ``steps`` to where the walk ends that stops at the last."""
+    first, last = steps
+    for step in range(first, last):
         followed = gradient_from is not None and step >= gradient_from
         with nullcontext() if followed else torch.no_grad():
-            t = sampler.times(step, x_t)
             if on_step is not None:
                 on_step(step, x_t)
-            x0 = ask_at(student, sampler, step, x_t, conditioning)
-            fresh = None
-            if sampler.renoise != "ode":
-                assert step_noise is not None  # as it is needed here
-                fresh = step_noise(step + 1)
-            x_t = sampler.move(x_t, x0, t, sampler.times(step + 1, x_t), fresh)
+            x_t = _moved(sampler, x_t, ask_at(student, sampler, step, x_t, conditioning), step, step_noise)
     if on_step is not None:
         on_step(last, x_t)
     return sampler.arrive(x_t, ask_at(student, sampler, last, x_t, conditioning), last)
+
+
+def _moved(sampler: Sampler, x_t: Tensor, x0: Tensor, step: int, step_noise: Callable[[int], Tensor] | None) -> Tensor:
+    """The sample (B, ...) at the step after ``step``, where ``x0`` was said at ``x_t``."""
+    fresh = None
+    if sampler.renoise != "ode":
+        assert step_noise is not None  # as it is needed here
+        fresh = step_noise(step + 1)
+    return sampler.move(x_t, x0, sampler.times(step, x_t), sampler.times(step + 1, x_t), fresh)
 
 
 def ask_at(student: Denoiser, sampler: Sampler, step: int, x_t: Tensor, conditioning: AnyConditioning) -> Tensor:

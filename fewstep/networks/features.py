@@ -85,7 +85,7 @@ def find_tap(network: nn.Module, run: Callable[[Tensor], Any], x: Tensor) -> Fea
     """
     if getattr(network, "mid_block", None) is not None:
         return FeatureTap("mid_block")
-    lists = _lists_of_blocks(network)
+    lists = lists_of_blocks(network)
     if not lists:
         raise UserError(f"{type(network).__name__} has no mid block and no list of blocks to tap features from")
     other = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
@@ -131,14 +131,14 @@ def likely_tap(network: nn.Module) -> FeatureTap:
     """
     if getattr(network, "mid_block", None) is not None:
         return FeatureTap("mid_block")
-    lists = _lists_of_blocks(network)
+    lists = lists_of_blocks(network)
     if not lists:
         raise UserError(f"{type(network).__name__} has no mid block and no list of blocks to tap features from")
     longest = max(lists, key=lambda name: len(lists[name]))
     return FeatureTap(f"{longest}.{max(len(lists[longest]) // 2 - 1, 0)}")
 
 
-def _lists_of_blocks(network: nn.Module) -> dict[str, nn.ModuleList]:
+def lists_of_blocks(network: nn.Module) -> dict[str, nn.ModuleList]:
     """The lists that are not inside another list's blocks, by name; of those with one block only where all are."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in network.named_modules():  # parents come first

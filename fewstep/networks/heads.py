@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,23 @@ class TokenHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Logits (B,), in the head's dtype."""
         return self.logit(self.body(features)).mean(1).squeeze(1)
+
+
+class LevelHeads(nn.Module):
+    """A head for each of several levels of features.
+
+    Args:
+        features: like those that it will see.
+        seed: of the weights, the same on every process.
+    """
+
+    def __init__(self, features: Sequence[Tensor], seed: int) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(make_head(level, seed) for level in features)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Logits (B, n) of n levels, in the heads' dtype."""
+        return torch.stack([head(level) for head, level in zip(self.levels, features, strict=True)], 1)
 
 
 def make_head(features: Tensor, seed: int) -> ConvHead | TokenHead:

@@ -36,7 +36,8 @@ from fewstep.networks.features import FeatureTap, tapped
 from fewstep.networks.flow_map import SECOND_TIME
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.guidance_embedding import find_guidance_embedding, with_guidance_embedding
-from fewstep.networks.heads import make_head
+from fewstep.networks.heads import LevelHeads, make_head
+from fewstep.networks.image_features import image_features_of
 from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.perceptual import images_of, lpips_of
 from fewstep.networks.roles import Role
@@ -217,6 +218,15 @@ class Workbench:
         tap, features = self._tapped(role)
         role.add("head", make_head(features, self.config.seed))
         return tap
+
+    def add_image_heads(self, role: Role, extractor: str | None = None) -> Callable[[Tensor], list[Tensor]]:
+        """Give a role GAN heads on features of the images that samples show, and return the way from x0 to those."""
+        features = image_features_of(self.recording, extractor, self.device)
+        with torch.no_grad():
+            seen = features(self._two())
+        role.add("heads", LevelHeads(seen, self.config.seed))
+        self.say(f"the discriminator's heads see {features.about}: {', '.join(str(list(f.shape[1:])) for f in seen)}")
+        return features
 
     def add_module(self, role: Role, name: str, make: Callable[[], nn.Module]) -> None:
         """Give a role one more module, which is trained and kept with it, with the same weights on every process."""

@@ -162,6 +162,17 @@ class Bench(Protocol):
         """
         ...
 
+    def add_image_heads(self, role: Role, extractor: str | None = None) -> Callable[[Tensor], list[Tensor]]:
+        """Give a role GAN heads on features of the images that samples show, and return the way from x0 to those.
+
+        ``extractor`` is a vision network in transformers' form, None for a stand-in: see
+        :mod:`fewstep.networks.image_features`.
+
+        Raises:
+            UserError: the network cannot be had, or the teacher makes videos.
+        """
+        ...
+
     def add_module(self, role: Role, name: str, make: Callable[[], nn.Module]) -> None:
         """Give a role one more module, which is trained and kept with it, with the same weights on every process."""
         ...

@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict] = {
     "disback": {"critic_updates": 2, "degradation_steps": 2, "record_steps": [1, 2], "node_steps": 2},
     "dmd2": {"critic_updates": 2},
     "mdt_dist": {"num_pairs": 6, "pair_steps": 2},
+    "flash_dmd": {"data": True},
     "mean_flow": {"num_pairs": 6, "pair_steps": 2, "apart": 0.5},
     "perflow": {"num_pairs": 6, "pair_steps": 2, "solver_steps": 2},
     "any_flow": {"num_pairs": 6, "pair_steps": 2, "map_steps": 2, "critic_updates": 2},
@@ -60,6 +61,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "f-distill": {"f_divergence": "js", "data": True},
         "swiftbrush": {"swiftbrush": True},
     },
+    "flash_dmd": {"matched alone": {"gan_weight": 0.0, "data": None, "critic_follows_student": 1.0}},
     "mean_flow": {
         "images": {"data": True, "guidance_scale": 3.0, "kappa": 0.5},
         "alpha": {"variant": "alpha_flow"},
@@ -134,12 +136,10 @@ def distil(teacher: Workbench, data: Path, tmp_path: Path) -> Callable[..., tupl
     """Makes a run of a method, as the command line does."""
 
     def make(name: str, **settings) -> tuple[Workbench, Method]:
-        if settings.get("data"):
-            settings["data"] = str(data)
+        settings = RUN | SETTINGS.get(name, {}) | settings | {"teacher": "tiny", "out": str(tmp_path)}
+        settings |= {"prompts": "prompts.txt", "data": str(data) if settings.get("data") else None}
         run = copy.copy(teacher)
-        run.config = method_class(name).Config(
-            teacher="tiny", out=str(tmp_path), prompts="prompts.txt", **{**RUN, **SETTINGS.get(name, {}), **settings}
-        )
+        run.config = method_class(name).Config(**settings)
         return run, method_class(name).prepare(run.config, run)
 
     return make

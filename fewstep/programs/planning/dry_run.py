@@ -30,7 +30,7 @@ from fewstep.networks.all_times import ask_at_all_times, refuse_undifferentiated
 from fewstep.networks.features import FeatureTap, likely_tap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.guidance_embedding import likely_guidance_embedding
-from fewstep.networks.heads import make_head
+from fewstep.networks.heads import LevelHeads, make_head
 from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.roles import FOLLOWERS, Role, update_average
 from fewstep.networks.second_time import attach_second_time
@@ -154,6 +154,17 @@ class DryRun:
                 features = denoiser.features(x, t, self._conditioning(2), tap)
             role.add("head", make_head(features, self.config.seed))
         return tap
+
+    def add_image_heads(self, role: Role, extractor: str | None = None) -> Callable[[Tensor], list[Tensor]]:
+        """Heads on a sample's numbers as tokens, in the place of features: no decoder or extractor is looked at."""
+
+        def tokens(x0: Tensor) -> list[Tensor]:
+            return [x0.flatten(1)[:, :, None]]
+
+        with self.world():
+            x = torch.zeros(2, *self.recording.sample_shape, device=self.device)
+            role.add("heads", LevelHeads(tokens(x), self.config.seed))
+        return tokens
 
     def add_module(self, role: Role, name: str, make: Callable[[], nn.Module]) -> None:
         """As in a run."""
