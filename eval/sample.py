@@ -21,6 +21,8 @@ def sample(
     directory: str | Path,
     *,
     prompt: str | None = None,
+    negative_prompt: str | None = None,
+    nasa_scale: float | None = None,
     label: int | None = None,
     steps: int | None = None,
     seed: int = 0,
@@ -37,6 +39,7 @@ def sample(
     directory: a student's folder, or a teacher's folder or embedded name (then `steps` must be given, unless embedded).
     revision, subfolder, variant: which of a teacher's files are meant; a student's say that themselves.
     base: where the base model of a LoRA student lies, if it is not found by itself.
+    negative_prompt, nasa_scale: what a student steers away from in its attention, and how strongly (`fewstep.nasa`).
     prompt or label: what the pipeline is conditioned on, as it needs. steps: default the student's own count.
     One image is saved as it is, several side by side; a video as a row of up to eight frames.
 
@@ -55,6 +58,10 @@ def sample(
     model = _model(directory, base, {name: value for name, value in told.items() if value is not None})
     if base is not None and model.base is None:
         raise UserError(f"{directory} is a whole pipeline and has no base model; leave the base out")
+    if nasa_scale is not None and negative_prompt is None:
+        raise UserError("nasa_scale is how strongly a negative prompt is steered away from: give negative_prompt")
+    if negative_prompt is not None and model.role == "teacher":
+        raise UserError(f"{directory} is a teacher, and negative_prompt here is what a student steers away from")
     count = next((n for n in (steps, model.steps, _embedded_steps(model)) if n is not None), None)
     if count is None:
         raise UserError(f"{directory} does not say how many steps it takes: give steps")
@@ -63,9 +70,14 @@ def sample(
     reason = model.why_not(count)
     if reason:
         raise UserError(reason)
+    # Inside: it imports diffusers.
+    from fewstep.export.steering import nasa
+
     conditions = _conditions(model, prompt, label)
     pipeline = model.load(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), torch.float32)
     call = {**model.call, "num_inference_steps": count}
+    if negative_prompt is not None:
+        pipeline = nasa(pipeline, negative_prompt, *(() if nasa_scale is None else (nasa_scale,)))
     batches = generate(
         pipeline, call, conditions, range(num), seed=seed, batch_size=min(num, 16), description="samples"
     )

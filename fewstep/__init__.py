@@ -5,6 +5,7 @@ import fewstep
 folder = fewstep.distill("fashion-sd", method="dmd2", steps=4, out="runs/mine")   # train and export a student
 pipeline = fewstep.load(folder)                                                   # samples right by default
 fewstep.apply(pipeline, "runs/mine/student_lora")                                 # the same for a LoRA student
+fewstep.nasa(pipeline, "a coat", 0.3)                                             # steers away from a negative prompt
 fewstep.evaluate([folder], teacher="fashion-sd", out="runs/mine/report")          # measure it beside its teacher
 fewstep.cache("fashion-sd", "runs/cache", prompts="prompts.txt")                  # encode prompts once, for many runs
 fewstep.make_pairs("fashion-sd", num=1000, out="runs/pairs")                      # noise and sample of its ODE
@@ -26,13 +27,25 @@ if TYPE_CHECKING:
     from fewstep.errors import UserError
     from fewstep.eval.during import distill
     from fewstep.eval.evaluate import evaluate
-    from fewstep.export import apply, load
+    from fewstep.export import apply, load, nasa
     from fewstep.programs.cache import cache
     from fewstep.programs.pairs import make_pairs
     from fewstep.programs.planning.plan import plan
     from fewstep.recording import record
 
-__all__ = ["UserError", "__version__", "apply", "cache", "distill", "evaluate", "load", "make_pairs", "plan", "record"]
+__all__ = [
+    "UserError",
+    "__version__",
+    "apply",
+    "cache",
+    "distill",
+    "evaluate",
+    "load",
+    "make_pairs",
+    "nasa",
+    "plan",
+    "record",
+]
 
 # Importing torch and diffusers takes seconds, so the public names are imported when they are first used.
 _HOMES = {
@@ -43,6 +56,7 @@ _HOMES = {
     "evaluate": "fewstep.eval.evaluate",
     "load": "fewstep.export",
     "make_pairs": "fewstep.programs.pairs",
+    "nasa": "fewstep.export",
     "plan": "fewstep.programs.planning.plan",
     "record": "fewstep.recording",
 }

@@ -65,6 +65,7 @@ PROGRAMS = (
     "fewstep.eval.forms",
     "fewstep.eval.memory",
     "fewstep.eval.methods",
+    "fewstep.eval.steering",
 )
 LONGEST_FILE = 350
 

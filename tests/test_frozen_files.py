@@ -9,6 +9,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "pipelines"
 FROZEN = {
     "flow_map.py": "4d6d3d6014ff2f1261f95e5bb64e82840bd99b71626e3e176b3598c46d5501d9",
     "multi_student.py": "444dcc9cef41eff7f3eca90606c2846e9102a4446420e69989400bac7e702d63",
+    "nasa.py": "f1db09234ca71bd29f83a694963b22b1582964bfed817ac01b3aea5cffda09e2",
     "phased.py": "67f717e7b68cb1bdec105bdefafe8428b917f443ba5360336478e91ae09ab735",
     "tcd_flow.py": "d0c5047946a32549a45157eed321b71d8716b40544339a6c954ad2a4bc69e789",
 }

@@ -17,6 +17,10 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--variant", type=str | None, default=None, help="of the teacher's weights, such as fp16")
     parser.add_argument("--base", type=str | None, default=None, help="of a LoRA: its base model's folder or hub id")
     parser.add_argument("--prompt", type=str | None, default=None)
+    parser.add_argument(
+        "--negative_prompt", type=str | None, default=None, help="what a student steers away from (NASA)"
+    )
+    parser.add_argument("--nasa_scale", type=float | None, default=None, help="how strongly (default 0.3)")
     parser.add_argument("--class", dest="label", type=int | None, default=None, help="a class label")
     parser.add_argument("--steps", type=int | None, default=None, help="default: the student's own")
     parser.add_argument("--seed", type=int, default=0)
@@ -26,6 +30,8 @@ def run(words: Sequence[str]) -> None:
     path = sample(
         parsed.directory,
         prompt=parsed.prompt,
+        negative_prompt=parsed.negative_prompt,
+        nasa_scale=parsed.nasa_scale,
         label=parsed.label,
         steps=parsed.steps,
         seed=parsed.seed,

@@ -5,6 +5,7 @@ from fewstep.export.errors import ExportError
 from fewstep.export.hub import publish
 from fewstep.export.load import load
 from fewstep.export.lora import export_lora, loads_lora, why_no_lora
+from fewstep.export.steering import nasa
 from fewstep.export.walk.check import SchedulerCheckError
 from fewstep.export.walk.plan import StudentPlan, plan_student
 from fewstep.export.whole import export_student, refuse_own_code, verify_student
@@ -18,6 +19,7 @@ __all__ = [
     "export_student",
     "load",
     "loads_lora",
+    "nasa",
     "plan_student",
     "publish",
     "refuse_own_code",

@@ -82,7 +82,7 @@ def apply(pipeline: DiffusionPipeline, lora: str | Path, *, fuse: bool = False, 
     if fuse:
         _fuse(pipeline, about)
     else:
-        pipeline.__class__ = _with_adapter(type(pipeline), about)
+        pipeline.__class__ = adapter_class(type(pipeline), about)
     return pipeline
 
 
@@ -154,7 +154,7 @@ def _whole(stock: type[DiffusionPipeline], about: Mapping[str, Any]) -> type[Dif
     return student_class(stock, {name: value for name, value in about.items() if name != "lora"})
 
 
-def _with_adapter(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type[DiffusionPipeline]:
+def adapter_class(stock: type[DiffusionPipeline], about: dict[str, Any]) -> type[DiffusionPipeline]:
     """The class of a student that is an adapter: it says when that is off, and writes nothing that does not load."""
     components = list(lora_files(about))
 

@@ -17,22 +17,17 @@ _EXPERTS = re.compile(r"^EXPERTS: tuple\[str, \.\.\.\] = (\([\w', ]*\))  # <- ex
 
 
 def is_own_code(folder: str | Path) -> bool:
-    """Whether a folder's pipeline or scheduler is run by a copy of a file of ``pipelines/``, and nothing else is."""
+    """Whether a folder's pipeline or scheduler is run by copies of files of ``pipelines/``, and nothing else is."""
     folder = Path(folder)
     code = _code_file(folder)
     if code is None:
         return False
     if not _looks_inside_alone(folder):
         return False
-    own = next((path for path in _pipelines() if path.name == code.name), None)
-    # A part of the pipeline whose class is in the same file has a copy of it beside its weights.
-    copies = list(folder.rglob("*.py"))
-    return (
-        own is not None
-        and {path.name for path in copies} == {code.name}
-        and _without_choices(own) is not None
-        and all(_without_choices(path) == _without_choices(own) for path in copies)
-    )
+    own = {path.name: _without_choices(path) for path in _pipelines()}
+    # A part of the pipeline whose class is in the same file has a copy of it beside its weights, a scheduler its own.
+    copies = {path: own.get(path.name) for path in folder.rglob("*.py")}
+    return all(text is not None and text == _without_choices(path) for path, text in copies.items())
 
 
 def _looks_inside_alone(folder: Path) -> bool:
