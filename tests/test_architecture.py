@@ -41,6 +41,7 @@ PIPELINE_LOOKUP = {
     "fewstep.export.own_code",
     "fewstep.export.several",
     "fewstep.data.partition",
+    "fewstep.export.steering",
     "fewstep.export.walk.scheduler",
     "fewstep.networks.second_time",
 }
