@@ -19,7 +19,8 @@ form one for (t + r) / 2. Parts are by place in the whole step, so that one samp
 micro-batch will do, and take turns where a step has fewer samples. Guidance,
 targets and samples are asked only for the rows that use them. The twin's noise is drawn afresh. Tables are asked at
 their own times alone, with the first step as long as these are apart. A student that guides itself loses the
-condition of some samples. ``--order 0`` is the released code's: velocities of mul and adv, and rectification.
+condition of some samples. Students walk as maps (the paper's sampler ``any``, with which ``few`` agrees in one step).
+``--order 0`` is the released code's: velocities of mul and adv, and rectification.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ SQUARE = {"distance": "mse", "max_grad_norm": 1.0, "lr": 1e-3}
 
 
 def test_one_checkpoint_draws_from_the_mixture_and_every_doubling_of_its_steps_helps(tmp_path: Path):
-    """The teacher is 1.5 away at one step, 0.2 at two and 0.03 at four; 0.25, 0.030, 0.003 and 0.001 here, of 240 steps.
+    """The teacher is 1.5 away at one step, 0.2 at two, 0.03 at four; 0.25, 0.030, 0.003, 0.001 here, of 240 steps.
 
     With the robust distance, whose gradient does not fall with the error, and a rate of 3e-3 this diverged.
     """
