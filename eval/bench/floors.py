@@ -69,7 +69,10 @@ def _disback(method: Any, step: int, batch: Batch) -> Cost:
 def _flash_dmd(method: Any, step: int, batch: Batch) -> Cost:
     """What one step costs: a student's turn finishes its walk, and calls at a clean step once more for the judge."""
     earlier, steps = batch.draws.shared_integer("student_step", 0, method.matched), len(method.sampler.grid)
-    if step % method.config.critic_updates:
+    if method.config.prefers(step):
+        student = Calls(no_grad=earlier + method.config.preference_candidates, to_parameters=1)
+        return {"student": student, "target": Calls(no_grad=1)}
+    if not method.config.student_moves(step):
         return {"student": Calls(no_grad=earlier + 1), "critic": Calls(to_parameters=1)}
     judged = method.judge is not None
     student = Calls(no_grad=steps - 1 if judged else earlier, to_parameters=1 + judged)

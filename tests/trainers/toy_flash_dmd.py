@@ -14,6 +14,7 @@ from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.head_role import HeadRole
 from fewstep.networks.heads import LevelHeads
 from fewstep.trainers.flash_dmd import FlashDmd, FlashDmdConfig
+from fewstep.training.rewards import Reward, Rewards
 from tests.toys import Labels, labels
 
 GRID = (1.0, 0.75, 0.5, 0.25)
@@ -40,13 +41,23 @@ def levels(x0: Tensor) -> list[Tensor]:
 
 
 def method(
-    settings: FlashDmdConfig, schedule: NoiseSchedule | None = None, kind: str = "flow", renoise: str = "fresh"
+    settings: FlashDmdConfig,
+    schedule: NoiseSchedule | None = None,
+    kind: str = "flow",
+    renoise: str = "fresh",
+    reward: Reward | None = None,
 ) -> FlashDmd:
     """Student and critic start as the teacher."""
     schedule = schedule or FlowSchedule()
     torch.manual_seed(0)
     first, roles = TinyNetwork(6), {}
-    for name in ("teacher", "student", "critic", *(["ema"] if settings.ema_decay else [])):
+    for name in (
+        "teacher",
+        "student",
+        "critic",
+        *(["ema"] if settings.ema_decay else []),
+        *(["target"] if reward else []),
+    ):
         network = TinyNetwork(6)
         network.load_state_dict(first.state_dict())
         roles[name] = role(name, network, schedule, kind, trainable=name in ("student", "critic"))
@@ -57,4 +68,8 @@ def method(
         judge = ImageJudge(heads, levels, settings.gan_loss)
     guided = GuidedDenoiser(roles["teacher"], labels([5.0]), 1.5)
     grid = GRID if settings.steps == 4 else tuple(1 - k / settings.steps for k in range(settings.steps))
-    return FlashDmd(settings, roles, guided, Sampler(schedule, grid, renoise, schedule.initial_scale()), judge)
+    sampler = Sampler(schedule, grid, renoise, schedule.initial_scale())
+    rewards = None
+    if reward is not None:
+        rewards = Rewards(settings, {"r": reward}, None, "teacher", lambda x0: x0, roles["teacher"], 0)
+    return FlashDmd(settings, roles, guided, sampler, judge, 1.0, rewards)
