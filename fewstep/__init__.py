@@ -5,6 +5,7 @@ import fewstep
 folder = fewstep.distill("fashion-sd", method="dmd2", steps=4, out="runs/mine")   # train and export a student
 pipeline = fewstep.load(folder)                                                   # samples right by default
 fewstep.apply(pipeline, "runs/mine/student_lora")                                 # the same for a LoRA student
+fewstep.plug(tuned, folder)                                                       # a SpeedUpNet adapter on a fine-tuned copy
 fewstep.nasa(pipeline, "a coat", 0.3)                                             # steers away from a negative prompt
 fewstep.evaluate([folder], teacher="fashion-sd", out="runs/mine/report")          # measure it beside its teacher
 fewstep.cache("fashion-sd", "runs/cache", prompts="prompts.txt")                  # encode prompts once, for many runs
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from fewstep.errors import UserError
     from fewstep.eval.during import distill
     from fewstep.eval.evaluate import evaluate
-    from fewstep.export import apply, load, nasa
+    from fewstep.export import apply, load, nasa, plug
     from fewstep.programs.cache import cache
     from fewstep.programs.pairs import make_pairs
     from fewstep.programs.planning.plan import plan
@@ -44,6 +45,7 @@ __all__ = [
     "make_pairs",
     "nasa",
     "plan",
+    "plug",
     "record",
 ]
 
@@ -58,6 +60,7 @@ _HOMES = {
     "make_pairs": "fewstep.programs.pairs",
     "nasa": "fewstep.export",
     "plan": "fewstep.programs.planning.plan",
+    "plug": "fewstep.export",
     "record": "fewstep.recording",
 }
 

@@ -221,6 +221,11 @@ def _perflow(method: Any, step: int, batch: Batch) -> Cost:
     return {"student": Calls(to_parameters=1), "teacher": Calls(no_grad=asked)}
 
 
+def _speed_up_net(method: Any, step: int, batch: Batch) -> Cost:
+    """What one step costs: the guided teacher's way through a step of the student, and one pass of the student."""
+    return {"student": Calls(to_parameters=1), "teacher": Calls(no_grad=2 * method.config.asked_calls)}
+
+
 def _continuous_consistency(method: Any, step: int, batch: Batch) -> Cost:
     """What one step costs; the student's own earlier steps count too, once it is matched."""
     config, w, matching = method.config, method.teacher.calls, method.matches(step)
@@ -295,6 +300,7 @@ _BY_CLASS = {
     "Consistency": _consistency,
     "MeanFlow": _mean_flow,
     "PerFlow": _perflow,
+    "SpeedUpNet": _speed_up_net,
     "MdtDist": _mdt_dist,
     "MfRae": _mf_rae,
     "FreeFlow": _free_flow,

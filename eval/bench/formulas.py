@@ -177,6 +177,7 @@ _FORMULAS = {
     "Consistency": _formula_of_consistency,
     "MeanFlow": _formula_of_mean_flow,
     "PerFlow": lambda method, _h: (f"3 + {walk_calls(method)}w", 3.0 + walk_calls(method) * method.teacher.calls),
+    "SpeedUpNet": lambda method, _h: (f"3 + {method.config.asked_calls}w", 3.0 + 2 * method.config.asked_calls),
     "MdtDist": _formula_of_mdt_dist,
     "MfRae": _formula_of_mf_rae,
     "FreeFlow": _formula_of_free_flow,

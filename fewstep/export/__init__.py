@@ -5,6 +5,7 @@ from fewstep.export.errors import ExportError
 from fewstep.export.hub import publish
 from fewstep.export.load import load
 from fewstep.export.lora import export_lora, loads_lora, why_no_lora
+from fewstep.export.plug import plug
 from fewstep.export.steering import nasa
 from fewstep.export.walk.check import SchedulerCheckError
 from fewstep.export.walk.plan import StudentPlan, plan_student
@@ -21,6 +22,7 @@ __all__ = [
     "loads_lora",
     "nasa",
     "plan_student",
+    "plug",
     "publish",
     "refuse_own_code",
     "verify_student",

@@ -15,6 +15,7 @@ from torch import nn
 
 from fewstep.errors import UserError
 from fewstep.networks.flow_map import SECOND_TIME, FlowMapRecipe
+from fewstep.networks.speed_up import SPEED_UP
 from fewstep.recording.pipeline import is_quantized
 
 if TYPE_CHECKING:
@@ -56,9 +57,10 @@ def refuse_no_flow_map(recording: Recording) -> None:
 
 
 def whole_network(role: Role) -> nn.Module:
-    """What a role's pipeline is made of: its stock network, and its second time where it is told one."""
+    """What a role's pipeline is made of: its stock network, and its second time or its adapter where it has one."""
     network = role.stock_network()
-    if not role.has_second_time:
-        return network
-    second_time: Any = role.added[SECOND_TIME]  # of a class that lies in a file of pipelines/
-    return nn.ModuleDict({second_time.config.network: network, SECOND_TIME: second_time})
+    for name in (SECOND_TIME, SPEED_UP):
+        if name in role.added:
+            added: Any = role.added[name]  # of a class that lies in a file of pipelines/
+            return nn.ModuleDict({added.config.network: network, name: added})
+    return network

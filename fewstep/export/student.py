@@ -17,10 +17,12 @@ from fewstep.export.folder import remove_student
 from fewstep.export.full_precision import in_full_precision
 from fewstep.export.lora import export_lora, rehearse_lora, why_no_lora
 from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
+from fewstep.export.speed_up import speed_up_recording
 from fewstep.export.walk.plan import StudentPlan
 from fewstep.export.whole import check_counts, export_student, refuse_own_code
 from fewstep.networks.flow_map import SECOND_TIME
 from fewstep.networks.roles import Role
+from fewstep.networks.speed_up import SPEED_UP
 from fewstep.networks.two_time_form import DeltaTime
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import find_scheduler, is_quantized, with_parts
@@ -83,6 +85,14 @@ class Student:
             UserError: its pipeline does not walk so.
         """
         return self._told(second_time)._checked()
+
+    def plugged(self, adapter: nn.Module) -> Student:
+        """The same with an adapter on its network's attention; untrained, it samples at every count.
+
+        Raises:
+            UserError: its pipeline does not walk so.
+        """
+        return replace(self, recording=speed_up_recording(self.teacher, adapter))._checked()
 
     def _told(self, second_time: nn.Module) -> Student:
         """The same with the pipeline that tells its network this second time: ours, or diffusers' own."""
@@ -156,6 +166,8 @@ class Student:
         student = self
         if role.has_second_time:  # the exported role's own: an average has another one than the student in training
             student = self._told(role.added[SECOND_TIME])
+        if SPEED_UP in role.added:
+            student = replace(self, recording=speed_up_recording(self.teacher, role.added[SPEED_UP]))
         recording: Recording
         network: nn.Module
         lora = role.is_adapter

@@ -153,7 +153,23 @@ class GuidedDenoiser:
         negative, positive = in_groups(ask, torch.cat([x_t, x_t]), known_too(_twice, t), both).chunk(2)
         return positive, negative
 
-    def _negatives(self, conditioning: AnyConditioning) -> Conditioning:
+    def _negatives(self, conditioning: AnyConditioning) -> AnyConditioning:
         """Those that belong to ``conditioning``."""
         assert self.negative is not None  # at a scale other than 1 there is one, and nothing else asks
         return self.negative.select([0] * conditioning.batch_size)
+
+
+class AwayFrom(GuidedDenoiser):
+    """The same guidance away from a negative of each sample's own.
+
+    Args:
+        guided: away from one for all.
+        negatives: of as many samples as it is called with.
+    """
+
+    def __init__(self, guided: GuidedDenoiser, negatives: AnyConditioning) -> None:
+        super().__init__(guided.denoiser, guided.negative, guided.guidance_scale, guided.joint)
+        self.negatives = negatives
+
+    def _negatives(self, conditioning: AnyConditioning) -> AnyConditioning:
+        return self.negatives

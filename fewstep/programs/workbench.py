@@ -43,6 +43,7 @@ from fewstep.networks.perceptual import images_of, lpips_of
 from fewstep.networks.roles import Role
 from fewstep.networks.second_time import add_second_time
 from fewstep.networks.smaller import refuse_unanswering, resized_recording
+from fewstep.networks.speed_up import SPEED_UP, plugged_roles, refuse_unlike
 from fewstep.programs.teacher import (
     Teacher,
     TeacherSettings,
@@ -167,22 +168,14 @@ class Workbench:
         return make_roles(RoleSettings.of(self.config), self.recording, names, self.device, resized)
 
     def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
-        """The frozen teacher, a student (and ``ema``) with an expert for each phase, and the trainable roles ``names``.
-
-        Raises:
-            UserError: the phases do not fit this teacher, or its pipeline does not walk with as many networks.
-        """
+        """The frozen teacher, a student (and ``ema``) with an expert for each phase, and the trainable roles ``names``."""
         self.say(describe(phases, self.recording.schedule))
         self.student = self.student.phased(phases)
         own = self.student.recording
         return make_roles(RoleSettings.of(self.config), self.recording, ("student", *names), self.device, own)
 
     def make_flow_map_roles(self, *names: str, differentiated: bool) -> dict[str, Role]:
-        """The frozen teacher, a student (and ``ema``) that is told where its steps end, and the roles ``names``.
-
-        Raises:
-            UserError: no network or pipeline could be told it, or ``differentiated`` without such a derivative.
-        """
+        """The frozen teacher, a student (and ``ema``) that is told where its steps end, and the roles ``names``."""
         refuse_no_flow_map(self.recording)
         roles = self.make_roles("student", *names)
         conditioning = self.with_default_guidance(self.conditions.select([0, 0]))
@@ -190,6 +183,14 @@ class Workbench:
         how = (differentiated, self.config.gradient_checkpointing, self.config.seed, stock)
         add_second_time(roles, self.recording.component, self._two(), conditioning, *how)
         self.student = self.student.flow_map(roles["student"].added[SECOND_TIME])
+        return roles
+
+    def make_plugged_roles(self) -> dict[str, Role]:
+        """The frozen teacher, and a student (and ``ema``) that is its network under an adapter of the attention to text."""
+        asked = self.two_samples()
+        roles = plugged_roles(RoleSettings.of(self.config), self.recording, self.negative, asked, self.device)
+        refuse_unlike(roles, asked)
+        self.student = self.student.plugged(roles["student"].added[SPEED_UP])
         return roles
 
     def make_differentiated_roles(self, *names: str, exact: bool) -> dict[str, Role]:

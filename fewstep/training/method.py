@@ -139,6 +139,14 @@ class Bench(Protocol):
         """
         ...
 
+    def make_plugged_roles(self) -> dict[str, Role]:
+        """The frozen teacher, and a student (and ``ema``) that is its network under an adapter of the attention to text.
+
+        Raises:
+            UserError: the teacher is not guided or attends to no text, or no pipeline could have the adapter.
+        """
+        ...
+
     def make_differentiated_roles(self, *names: str, exact: bool) -> dict[str, Role]:
         """The frozen teacher, a student (and ``ema``) that is asked at all times, and the trainable roles ``names``.
 

@@ -44,6 +44,7 @@ SETTINGS: dict[str, dict] = {
     "rectified_flow": {"num_pairs": 6, "pair_steps": 2},
     "sid": {"critic_updates": 2},
     "snoopi": {"critic_updates": 2},
+    "speed_up_net": {"num_pairs": 6, "pair_steps": 2, "solver_steps": 2},
     "twin_flow": {"num_pairs": 6, "pair_steps": 2},
 }
 VARIANTS: dict[str, dict[str, dict]] = {
@@ -81,6 +82,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
     },
     "multi_student": {"two": {"students": 2}, "smaller": {"student_network": {"layers_per_block": 2}, "data": True}},
     "phased_dmd": {"alternating": {"order": "alternating", "phase_steps": None}},
+    "speed_up_net": {"drawn": {"data": True, "guidance_min": 2.0, "guidance_max": 4.0, "solver": "heun"}},
     "segmented_consistency": {
         "stages": {"variant": "tscd", "segments": [2, 1], "stage_steps": [2], "data": True},
         "phases": {"variant": "pcm", "adversarial_weight": [0.1], "data": True},

@@ -35,6 +35,7 @@ from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.roles import FOLLOWERS, Role, update_average
 from fewstep.networks.second_time import attach_second_time
 from fewstep.networks.smaller import resized_recording
+from fewstep.networks.speed_up import plugged_roles
 from fewstep.networks.time_embedders import likely_time_embedders
 from fewstep.programs.methods import method_class
 from fewstep.programs.teacher import TeacherSettings, guidance_of
@@ -127,6 +128,14 @@ class DryRun:
                 how = (sites, checkpointing, self.config.seed, stock)
                 attach_second_time(roles[name].single, self.recording.component, *how)
         return roles
+
+    def make_plugged_roles(self) -> dict[str, Role]:
+        """As in a run."""
+        x = torch.zeros(2, *self.recording.sample_shape, device=self.device)
+        t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
+        with self.world():
+            asked = (x, t, self._conditioning(2))
+            return plugged_roles(self.roles, self.recording, self.negative, asked, self.device)
 
     def make_differentiated_roles(self, *names: str, exact: bool) -> dict[str, Role]:
         """As in a run; whether there is a derivative is not tried."""
