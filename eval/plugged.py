@@ -2,8 +2,8 @@
 
     python -m fewstep.eval.plugged runs/speed-up/student --out runs/plugged
 
-The copy is ``fashion-sd``, fine-tuned on pictures that stand on their heads. Its samples are turned round again, so that
-the embedded classifier and its reference judge them. The adapter was trained on the teacher, and never on the copy.
+The copy is ``fashion-sd``, fine-tuned on pictures that stand on their heads. Its samples are turned round again, so
+that the embedded classifier and its reference judge them. The adapter was trained on the teacher, not on the copy.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from fewstep.config.parsing import Parser, parse
 from fewstep.errors import UserError
+from fewstep.eval.features import fashion_reference
 from fewstep.eval.generate import sample_generator
 from fewstep.eval.metrics.frechet import frechet
 from fewstep.export import plug
 from fewstep.export.about import read_about
-from fewstep.fashion import PROMPTS, load_classifier, reference, teacher_path, training_images
+from fewstep.fashion import PROMPTS, load_classifier, teacher_path, training_images
 from fewstep.fashion.classifier import extract
 
 _BATCH = 100
@@ -94,7 +95,7 @@ def judged(name: str, pipeline: DiffusionPipeline, num: int, seed: int, **call: 
         images.append(made.mean(1, keepdim=True).flip(2, 3))
     features, logits = extract(load_classifier(), torch.cat(images))
     share = (logits.argmax(1) == classes).float().mean().item()
-    return Plugged(name, call["num_inference_steps"], frechet(features, reference()), share)
+    return Plugged(name, call["num_inference_steps"], frechet(features, fashion_reference()), share)
 
 
 def measure(student: str | Path, out: Path, *, tune_steps: int, lr: float, num: int, seed: int) -> list[Plugged]:

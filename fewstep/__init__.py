@@ -5,7 +5,7 @@ import fewstep
 folder = fewstep.distill("fashion-sd", method="dmd2", steps=4, out="runs/mine")   # train and export a student
 pipeline = fewstep.load(folder)                                                   # samples right by default
 fewstep.apply(pipeline, "runs/mine/student_lora")                                 # the same for a LoRA student
-fewstep.plug(tuned, folder)                                                       # a SpeedUpNet adapter on a fine-tuned copy
+fewstep.plug(tuned, folder)                                                       # a SpeedUpNet adapter on a copy
 fewstep.nasa(pipeline, "a coat", 0.3)                                             # steers away from a negative prompt
 fewstep.evaluate([folder], teacher="fashion-sd", out="runs/mine/report")          # measure it beside its teacher
 fewstep.cache("fashion-sd", "runs/cache", prompts="prompts.txt")                  # encode prompts once, for many runs

@@ -5,8 +5,8 @@ below: which stock pipeline it is. It loads with
 
     DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 
-and is called like the stock pipeline without guidance; a ``negative_prompt`` is heeded all the same, by the adapter. The
-network's own weights are the teacher's, so that the adapter fits every fine-tuned copy of it (``fewstep.plug``).
+and is called like the stock pipeline without guidance; a ``negative_prompt`` is heeded all the same, by the adapter.
+The network's own weights are the teacher's, so that the adapter fits every fine-tuned copy of it (``fewstep.plug``).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _SeenError(Exception):
 
 
 class Projection(nn.Module):
-    """Keys or values of tokens: by weights of its own, or by the attention's and a product of low rank that is added."""
+    """Keys or values of tokens: by weights of its own, or by the attention's and a product of low rank beside them."""
 
     def __init__(self, told: int, width: int, rank: int = 0) -> None:
         super().__init__()

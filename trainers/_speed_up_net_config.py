@@ -52,9 +52,7 @@ class SpeedUpNetConfig(DrawnGuidanceConfig, TeacherPairsConfig):
         if self.renoise != "ode":
             raise UserError(f"--renoise must be ode for SpeedUpNet, not {self.renoise!r}")
         if self.merge or self.full_critic:
-            raise UserError(
-                "--merge and --full_critic are of adapters that are added to weights, which this one is not"
-            )
+            raise UserError("--merge and --full_critic are of adapters that weights take up, which this one is not")
         if self.quantization is not None or self.sharding != "none":
             what = "quantization" if self.quantization is not None else "sharding"
             raise UserError(f"--{what} is not for SpeedUpNet, whose network is frozen and whole; leave it out")

@@ -1,4 +1,4 @@
-"""SpeedUpNet (SUN, 2023, arXiv 2312.08887): a plug-in adapter on the attention to the text, for few steps without guidance.
+"""SpeedUpNet (2023, arXiv 2312.08887): an adapter on the attention to the text, for few steps without guidance.
 
 The network stays as it is. Each of its attentions to the text gets an offset for the prompt and one for the negative
 prompt, out(A0 - offset(c-) + offset(c+)), which learn what guidance adds, and to make one step of several of the
@@ -11,17 +11,18 @@ negative-prompt offset), and to where the guided teacher's ODE is after ``--solv
 consistency). Negative prompts are the usual one, or another prompt of the run.
 
 Departures: no trainer was published, so that losses, weights and times are read out of the abstract. Both distances are
-of velocities noise - x0, the ODE's being the straight line's to where it leads, so that they weigh alike in every family
-of teachers. Norms are those of single samples, where the released code takes them over the batch. Keys and values begin
-as the network's own; with ``--lora_rank`` they are the network's own, plus a product of low rank, of the copy that the
-adapter is plugged into. Where picture and text attend jointly (MMDiT), which the paper does not have, the picture's
-queries ask the tokens as the network embeds them, and the text gets no offset. The adapter is told no time and no
-guidance: queries know the one, and the other is trained in, so a drawn one (``--guidance_min``, ``--guidance_max``, the
-paper's 5 to 10) comes to its mean. Without ``--data`` samples of the teacher are noised.
+of velocities noise - x0, the ODE's being the straight line's to where it leads, so that they weigh alike in every
+family of teachers. Norms are those of single samples, where the released code takes them over the batch. Keys and
+values begin as the network's own; with ``--lora_rank`` they are the network's own, plus a product of low rank, of the
+copy that the adapter is plugged into. Where picture and text attend jointly (MMDiT), which the paper does not have, the
+picture's queries ask the tokens as the network embeds them, and the text gets no offset. The adapter is told no time
+and no guidance: queries know the one, and the other is trained in, so a drawn one (``--guidance_min``,
+``--guidance_max``, the paper's 5 to 10) comes to its mean. Without ``--data`` samples of the teacher are noised.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -34,7 +35,7 @@ from fewstep.diffusion.ode import solver_step
 from fewstep.diffusion.prediction import add_noise, expand
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.timesteps import uniform_times
-from fewstep.diffusion.windows import Window, slope, solver_times
+from fewstep.diffusion.windows import Window, line, slope, solver_times
 from fewstep.losses.consistency import distance
 from fewstep.networks.guidance import AwayFrom, GuidedDenoiser
 from fewstep.networks.roles import Role
@@ -116,7 +117,7 @@ class SpeedUpNet:
         return torch.where(first, self.sampler.initial_scale * noise, x_t)
 
     def negatives(self, batch: Batch) -> AnyConditioning:
-        """Of each sample: the usual negative prompt, or one of the batch's prompts, which real samples do not follow."""
+        """Of each sample: the usual negative prompt, or one of the batch's prompts, which the samples do not follow."""
         usual, coins = self.teacher.negative, batch.draws.coins("other_negative", self.config.negative_share)
         assert usual is not None  # as the roles were made
         if not any(coins):
@@ -149,7 +150,7 @@ class SpeedUpNet:
         if not self.config.consistency_weight:
             return denoise(x_t, window.start), x_t
         times, x = solver_times(window, self.config.solver_steps, self.schedule, self.shift), x_t
-        for begins, ends in zip(times[:-1], times[1:], strict=True):
+        for begins, ends in itertools.pairwise(times):
             x = solver_step(denoise, self.schedule, x, begins, ends, self.config.solver)
         return said[0], x
 
@@ -160,9 +161,8 @@ class SpeedUpNet:
 
     def mean_velocity(self, x_t: Tensor, x_s: Tensor, window: Window) -> Tensor:
         """That of the straight line from ``x_t`` to ``x_s`` (B, ...), on which one step of an ODE sampler goes."""
-        sizes = [expand(sum(self.schedule.coefficients(t)), x_t) for t in (window.start, window.end)]
-        start, end = (self.schedule.flow_time(t) for t in (window.start, window.end))
-        return slope(x_t / sizes[0], x_s / sizes[1], start, end)
+        (size_t, start), (size_s, end) = (line("velocity", self.schedule, t) for t in (window.start, window.end))
+        return slope(x_t / expand(size_t, x_t), x_s / expand(size_s, x_s), start, end)
 
     def distance(self, ours: Tensor, theirs: Tensor) -> Tensor:
         """The mean over all samples, a scalar."""

@@ -16,15 +16,15 @@ from fewstep.recording.pipeline import find_scheduler
 
 
 def plug(pipeline: DiffusionPipeline, student: str | Path) -> DiffusionPipeline:
-    """A pipeline of a fine-tuned copy of the teacher, sped up by the adapter of a SpeedUpNet student; nothing is trained.
+    """A pipeline of a fine-tuned copy of the teacher, sped up by a SpeedUpNet student's adapter; nothing is trained.
 
     Args:
         pipeline: of the same class as the teacher's; it stays as it is.
         student: a folder that a run of ``speed_up_net`` wrote.
 
     Returns:
-        Another pipeline of the same networks, whose call needs a prompt alone, and which ``save_pretrained`` writes as a
-        student.
+        Another pipeline of the same networks, whose call needs a prompt alone, and which ``save_pretrained`` writes as
+        a student.
 
     Raises:
         ExportError: not such a student, or its adapter does not fit the network.

@@ -173,7 +173,8 @@ def find_text_sites(denoiser: NetworkDenoiser, x: Tensor, t: Tensor, conditionin
     def note_site(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         told = inspect.signature(module.forward).bind(*args, **kwargs).arguments.get(text)
         if isinstance(told, Tensor) and isinstance(module.to_out, nn.ModuleList | nn.Sequential):
-            widths[name] = module.to_q.out_features  # type: ignore[union-attr]  # of every kind of linear layer
+            query: Any = module.to_q  # every kind of linear layer
+            widths[name] = query.out_features
 
     def note_embedder(name: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         told = bool(given) and any(value is given[0] for value in (*args, *kwargs.values()))
@@ -181,9 +182,9 @@ def find_text_sites(denoiser: NetworkDenoiser, x: Tensor, t: Tensor, conditionin
             embedders[name] = output.shape[-1]
 
     outside = {n: m for n, m in modules.items() if n and not any(f"{n}.".startswith(f"{a}.") for a in attentions)}
-    with hooked({"": network}, before=note_text), hooked(attentions, before=note_site):
-        with hooked(outside, after=note_embedder):
-            denoiser.raw(x, t, conditioning)
+    sites = hooked(attentions, before=note_site)
+    with hooked({"": network}, before=note_text), sites, hooked(outside, after=note_embedder):
+        denoiser.raw(x, t, conditioning)
     if not given or not widths:
         raise UserError(
             f"{type(network).__name__} has no attention to a text's tokens, which is where SpeedUpNet's adapter sits; "

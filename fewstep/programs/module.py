@@ -105,8 +105,9 @@ class _SampleGuided(GuidedDenoiser):
     """Guidance away from a negative that is the sample's own condition but for what it names."""
 
     def _negatives(self, conditioning: AnyConditioning) -> Conditioning:
-        assert isinstance(conditioning, Conditioning)  # as ModuleSamples makes them
-        return Conditioning({**conditioning.tree, **super()._negatives(conditioning).tree}, conditioning.batch_size)
+        negatives = super()._negatives(conditioning)
+        assert isinstance(conditioning, Conditioning) and isinstance(negatives, Conditioning)  # as ModuleSamples' are
+        return Conditioning({**conditioning.tree, **negatives.tree}, conditioning.batch_size)
 
 
 class ModuleBench:

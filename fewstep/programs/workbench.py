@@ -168,7 +168,7 @@ class Workbench:
         return make_roles(RoleSettings.of(self.config), self.recording, names, self.device, resized)
 
     def make_phased_roles(self, phases: Sequence[Phase], *names: str) -> dict[str, Role]:
-        """The frozen teacher, a student (and ``ema``) with an expert for each phase, and the trainable roles ``names``."""
+        """The frozen teacher, a student (and ``ema``) with an expert for each phase, and the roles ``names``."""
         self.say(describe(phases, self.recording.schedule))
         self.student = self.student.phased(phases)
         own = self.student.recording
@@ -186,7 +186,7 @@ class Workbench:
         return roles
 
     def make_plugged_roles(self) -> dict[str, Role]:
-        """The frozen teacher, and a student (and ``ema``) that is its network under an adapter of the attention to text."""
+        """The frozen teacher, and a student (and ``ema``) that is its network under an adapter."""
         asked = self.two_samples()
         roles = plugged_roles(RoleSettings.of(self.config), self.recording, self.negative, asked, self.device)
         refuse_unlike(roles, asked)

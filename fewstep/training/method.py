@@ -140,7 +140,7 @@ class Bench(Protocol):
         ...
 
     def make_plugged_roles(self) -> dict[str, Role]:
-        """The frozen teacher, and a student (and ``ema``) that is its network under an adapter of the attention to text.
+        """The frozen teacher, and a student (and ``ema``) that is its network with an adapter on its attention to text.
 
         Raises:
             UserError: the teacher is not guided or attends to no text, or no pipeline could have the adapter.

@@ -1,4 +1,4 @@
-"""SpeedUpNet on an attention to one token: the adapter's formula, closed forms, gradients, what a step costs, refusals."""
+"""SpeedUpNet on an attention to one token: the adapter's formula, closed forms, gradients, costs, refusals."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_many_steps_of_the_teacher_lead_where_the_closed_form_does():
 
 
 def test_a_student_of_two_steps_draws_from_the_guided_gaussians():
-    """Energy distance of samples, per prompt, to the guided teacher's closed form; the untrained adapter's beside it."""
+    """Energy distance of samples, per prompt, to the guided teacher's closed form, before and after training."""
     one = method(config(solver_steps=8, offset_weight=0.0, negative_share=0.0), network=Gaussian())
     network = one.teacher.denoiser.denoiser.network
     optimizer = torch.optim.Adam(one.student.parameters(), lr=2e-2)

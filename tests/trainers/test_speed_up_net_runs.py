@@ -1,4 +1,4 @@
-"""SpeedUpNet on stock pipelines: where the adapter sits, what a run writes, and the same adapter on a fine-tuned copy."""
+"""SpeedUpNet on stock pipelines: where the adapter sits, what a run writes, the same adapter on a fine-tuned copy."""
 
 from __future__ import annotations
 
