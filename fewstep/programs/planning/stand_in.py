@@ -13,26 +13,49 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
-from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.conditioning import Conditioning, Leaf
 from fewstep.recording import Recipe, Recording
 from fewstep.recording.recipe import OutputRule, SampleRule, TimeRule
 
 #: Entries of a sample.
 _SIZE = 2
+_TEXT = "encoder_hidden_states"
+
+
+class _Attention(nn.Module):
+    """Of one head, to a text."""
+
+    heads = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(_SIZE, _SIZE, bias=False) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(_SIZE, _SIZE)])
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """(B, N, 2) of queries (B, N, 2) and tokens (B, L, 2)."""
+        keys, values = self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
+        answer: Tensor = self.to_out[0]((self.to_q(hidden_states) @ keys.mT).softmax(-1) @ values)
+        return answer
 
 
 class StandIn(nn.Module):
-    """A weight times the sample, with what methods look for in a network: a block to tap, and an embedded time."""
+    """A weight times the sample, with what methods look for in a network: a block to tap, an embedded time, a text."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
         self.time_embedding = TimestepEmbedding(1, _SIZE)
         self.mid_block = nn.Linear(_SIZE, _SIZE)
+        self.attention = _Attention()
 
-    def forward(self, sample: Tensor, timestep: Tensor, **_told: Any) -> Tensor:
-        """The answer (B, 2) to ``sample`` (B, 2) at ``timestep`` (B,)."""
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None = None, **_told: Any
+    ) -> Tensor:
+        """The answer (B, 2) to ``sample`` (B, 2) at ``timestep`` (B,), for texts (B, L, 2) where it is told such."""
         features = self.mid_block(sample[:, None])  # one token of two channels
+        if encoder_hidden_states is not None:
+            features = features + self.attention(features, encoder_hidden_states=encoder_hidden_states)
         return self.weight * sample + features[:, 0] + self.time_embedding(timestep[:, None].to(sample))
 
 
@@ -52,6 +75,8 @@ def stand_in(recording: Recording) -> Recording:
     with torch.random.fork_rng(devices=[]):  # their first weights are nobody else's business
         experts = tuple(replace(expert, network=StandIn()) for expert in recording.experts)
     told = {name: recording.marked[name] for name in recording.embedded}
+    if _TEXT in recording.marked:
+        told[_TEXT] = Leaf(torch.zeros(1, 1, _SIZE), rows=1)
     return replace(
         recording,
         network=experts[0].network,
