@@ -11,6 +11,7 @@ FROZEN = {
     "multi_student.py": "444dcc9cef41eff7f3eca90606c2846e9102a4446420e69989400bac7e702d63",
     "nasa.py": "f1db09234ca71bd29f83a694963b22b1582964bfed817ac01b3aea5cffda09e2",
     "phased.py": "67f717e7b68cb1bdec105bdefafe8428b917f443ba5360336478e91ae09ab735",
+    "speed_up.py": "aa2bb1a04fc4c8cc0d9922dc8ca09c9c942572122d7a38bd02e01dc289437d7d",
     "tcd_flow.py": "d0c5047946a32549a45157eed321b71d8716b40544339a6c954ad2a4bc69e789",
 }
 
