@@ -41,9 +41,11 @@ PIPELINE_LOOKUP = {
     "fewstep.export.own_code",
     "fewstep.export.several",
     "fewstep.data.partition",
+    "fewstep.export.speed_up",
     "fewstep.export.steering",
     "fewstep.export.walk.scheduler",
     "fewstep.networks.second_time",
+    "fewstep.networks.speed_up",
 }
 #: Losses and kernels know tensors, not networks; a file of pipelines/ works when copied beside a checkpoint.
 NARROW = {
@@ -66,6 +68,7 @@ PROGRAMS = (
     "fewstep.eval.forms",
     "fewstep.eval.memory",
     "fewstep.eval.methods",
+    "fewstep.eval.plugged",
     "fewstep.eval.steering",
 )
 LONGEST_FILE = 350
