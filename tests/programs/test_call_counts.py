@@ -186,8 +186,7 @@ def test_a_method_costs_no_more_than_its_floor_and_encodes_no_text(name: str, se
     # On stand-ins for the networks the same is counted.
     counted = count_calls(run.config, name, run.recording, compared)
     assert all(same(counted[step], counter.calls(step)) for step in compared)
-    for step in counter.steps:
-        assert counter.beside_calls(step)["text_encoder"] == 0
+    assert all(counter.beside_calls(step)["text_encoder"] == 0 for step in counter.steps)
     assert counter.outside() == {}
 
 
