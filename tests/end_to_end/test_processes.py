@@ -78,7 +78,7 @@ def finish(run: "subprocess.Popen[str]", seconds: float = 300) -> str:
 
 
 def test_every_method_is_run() -> None:
-    assert SETTINGS.keys() == set(methods())
+    assert SETTINGS.keys() == set(methods()) - {"speed_up_net"}  # whose teachers have a text, and this one labels
 
 
 @pytest.mark.parametrize(("launcher", "method", "lora"), EVERY)
