@@ -13,7 +13,8 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
-from fewstep.conditioning.conditioning import Conditioning, Leaf
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.tree import Leaf
 from fewstep.recording import Recipe, Recording
 from fewstep.recording.recipe import OutputRule, SampleRule, TimeRule
 
