@@ -74,7 +74,7 @@ def tuned_copy(steps: int, lr: float, seed: int, batch_size: int = 64) -> Stable
 @torch.no_grad()
 def _encoded(pipeline: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Turned images as the network's samples (N, ...), the prompts' embeddings (10, L, D), and those of no prompt."""
-    turned = images.flip(2, 3).float().repeat(1, 3, 1, 1) / 127.5 - 1
+    turned = images.flip(2, 3).float() / 127.5 - 1
     vae = pipeline.vae
     shift = vae.config.shift_factor or 0.0
     x0 = torch.cat([vae.encode(part).latent_dist.mode() for part in turned.split(_BATCH)])
