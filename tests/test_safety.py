@@ -106,6 +106,7 @@ def test_json_and_yaml_of_others_are_read_in_bounds() -> None:
         "fewstep.programs.choice",  # of a file of this package
         "fewstep.pipelines.flow_map",  # of a student's folder; these files import nothing of the package
         "fewstep.pipelines.multi_student",
+        "fewstep.pipelines.nasa",
         "fewstep.pipelines.phased",
         "fewstep.reading",
         "fewstep.recording.plain_call",

@@ -133,7 +133,8 @@ def test_what_follows_is_said_beside_what_was_given(method: str, given: dict, fo
 
 @pytest.mark.parametrize("method", methods())
 def test_resolving_twice_and_what_was_written_down_change_nothing(method: str):
-    config = method_class(method).Config(teacher="t", out="o")
+    needed = {"data": "images"} if method == "flash_dmd" else {}
+    config = method_class(method).Config(teacher="t", out="o", **needed)
     resolved = config.resolved()
     assert type(resolved) is type(config)
     assert resolved.resolved() == resolved

@@ -24,6 +24,10 @@ LAUNCHERS = {
 RUN = "--steps 2 --max_steps 3 --batch_size 2 --lr 1e-3 --log_steps 1 --sample_steps 0 --cpu --classes 0-2"
 #: What a method needs beside RUN, to be short.
 SETTINGS = {
+    "flash_dmd": "--critic_updates 1 --gan_weight 0",
+    "hyper_sd": "--max_steps 5 --segments [2,1] --stage_steps [1] --critic_updates 1",
+    "multi_student": "--critic_updates 1 --students 3",
+    "snoopi": "--critic_updates 1",
     "dmd2": "--critic_updates 1 --report_to tensorboard",
     "disback": "--critic_updates 1 --degradation_steps 1 --node_steps 1",
     "phased_dmd": "--critic_updates 1 --phases [1,1]",

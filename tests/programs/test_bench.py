@@ -59,11 +59,15 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Teacher, str]:
     return bench.teacher, str(prompts)
 
 
+#: What a method must be told to run on two prompts without images.
+NEEDED: dict[str, dict[str, Any]] = {"flash_dmd": {"gan_weight": 0.0}, "multi_student": {"students": 2}}
+
+
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}], ids=["copies", "adapters"])
 @pytest.mark.parametrize("name", methods())
 def test_a_method_is_prepared_alike_at_both(name: str, settings: dict[str, Any], opened: tuple[Teacher, str]) -> None:
     teacher, prompts = opened
-    config = method_class(name).Config(**BASE, **settings, prompts=prompts)
+    config = method_class(name).Config(**BASE, **settings, **NEEDED.get(name, {}), prompts=prompts)
     benches = [Workbench(config, teacher, "cpu"), DryRun(config, name, teacher.recording)]
     roles = []
     for bench in benches:

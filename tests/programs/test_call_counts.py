@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict] = {
     "dmd2": {"critic_updates": 2},
     "mdt_dist": {"num_pairs": 6, "pair_steps": 2},
     "flash_dmd": {"data": True},
+    "hyper_sd": {"segments": [2, 1], "stage_steps": [1]},
     "mean_flow": {"num_pairs": 6, "pair_steps": 2, "apart": 0.5},
     "perflow": {"num_pairs": 6, "pair_steps": 2, "solver_steps": 2},
     "any_flow": {"num_pairs": 6, "pair_steps": 2, "map_steps": 2, "critic_updates": 2},

@@ -115,7 +115,7 @@ def test_any_pipeline_is_planned_without_its_weights(zoo_name: str, zoo: Path, t
 @pytest.mark.parametrize("name", methods())
 def test_every_method_can_be_planned(name: str, teachers: Callable) -> None:
     _, folder, _ = teachers("stable_diffusion" if name == "speed_up_net" else "dit")  # which has no text
-    data = "images" if name in ("consistency", "mean_flow") else None
+    data = "images" if name in ("consistency", "flash_dmd", "mean_flow") else None
     plan = fewstep.plan(folder, name, lora_rank=2, batch_size=1, data=data)
     assert plan.roles["student"].gradients > 0
     assert plan.peak > plan.held >= plan.kept

@@ -143,5 +143,6 @@ def test_every_method_heeds_the_variant_of_its_teachers_files(method: str):
     told = {field.name: field for field in fields(config)}
     own = told["variant"].default is not None  # a paper's
     assert ("teacher_variant" in told) == own, "a flag beside --variant hides it"
-    settings = config(teacher="t", out="o", **{"teacher_variant" if own else "variant": "fp16"})
+    needed = {"data": "images"} if method == "flash_dmd" else {}
+    settings = config(teacher="t", out="o", **needed, **{"teacher_variant" if own else "variant": "fp16"})
     assert TeacherSettings.of(settings).variant == "fp16"

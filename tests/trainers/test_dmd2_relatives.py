@@ -274,7 +274,7 @@ def test_swiftbrushs_critic_hears_the_negative_in_a_tenth_of_its_updates(tmp_pat
         ({"data": "x"}, "--data is used by the GAN alone"),
         ({"f_divergence": "js", "data": "x", "decoupled": "hybrid"}, "give one of them"),
         ({"swiftbrush": True, "decoupled": "hybrid"}, "give one of them"),
-        ({"swiftbrush": True, "normalizer_min": 0.1}, "--swiftbrush knows neither"),
+        ({"swiftbrush": True, "normalizer_min": 0.1}, "--swiftbrush knows no --gan_weight"),
     ],
 )
 def test_settings_that_belong_to_another_method_are_refused(tmp_path: Path, settings: dict, message: str):

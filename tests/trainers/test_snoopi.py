@@ -139,7 +139,7 @@ def test_a_run_trains_both_roles_at_the_declared_cost(tmp_path: Path):
         ({"guidance_scale": 3.0}, "is drawn from --guidance_min to --guidance_max"),
         ({"swiftbrush": False}, "snoopi is SwiftBrush under a random guidance"),
         ({"decoupled": "hybrid"}, "give one of them"),
-        ({"gan_weight": 0.1, "data": "x"}, "--swiftbrush knows neither"),
+        ({"gan_weight": 0.1, "data": "x"}, "--swiftbrush knows no --gan_weight"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path, settings: dict, message: str):
