@@ -199,7 +199,8 @@ def test_a_plan_of_auto_is_that_of_its_method(monkeypatch: pytest.MonkeyPatch) -
 
     rows = (measured("sid", 1.0, settings={"lr": 2e-4, "batch_size": 64}),)
     monkeypatch.setattr(auto, "shipped_evidence", lambda: Evidence(1.0, rows))
-    for place in ("fewstep.programs.planning.plan", "fewstep.cli.plan"):
+    # The command first: a module that is imported while the other is replaced would keep the replacement.
+    for place in ("fewstep.cli.plan", "fewstep.programs.planning.plan"):
         monkeypatch.setattr(f"{place}.Planner", note)
     with pytest.raises(PlannedError):
         fewstep.plan("fashion-flow", "auto", batch_size=2)
