@@ -25,7 +25,8 @@ from fewstep.programs.planning.stand_in import stand_in
 from fewstep.programs.planning.weightless import _FakeTensors, fake_world, pretend
 from fewstep.recording import Recording, record
 from fewstep.sending import sent
-from tests.programs.test_call_counts import RUN, SETTINGS, VARIANTS
+from tests.programs.call_cases import SETTINGS, VARIANTS
+from tests.programs.test_call_counts import RUN
 
 aten = torch.ops.aten
 #: The host needs a number of the device to go on.
