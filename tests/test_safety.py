@@ -108,6 +108,7 @@ def test_json_and_yaml_of_others_are_read_in_bounds() -> None:
         "fewstep.pipelines.multi_student",
         "fewstep.pipelines.nasa",
         "fewstep.pipelines.phased",
+        "fewstep.pipelines.speed_up",
         "fewstep.reading",
         "fewstep.recording.plain_call",
         "fewstep.recording.recipe",
