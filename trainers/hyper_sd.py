@@ -28,12 +28,11 @@ import torch
 from torch import Tensor
 
 from fewstep.cli.distill import main
-from fewstep.critic.denoising import CLEANEST, critic_denoising, sample_log
-from fewstep.critic.matching import matching_log
+from fewstep.critic.denoising import CLEANEST, critic_denoising
+from fewstep.critic.matching import DistributionMatching, Matched
 from fewstep.data.batch import Batch
 from fewstep.diffusion.renoising import Renoiser
 from fewstep.diffusion.rollout import draw_sample
-from fewstep.losses.score import distribution_matching
 from fewstep.trainers._hyper_sd_config import HyperSdConfig
 from fewstep.trainers._rewards import open_rewards
 from fewstep.trainers.segmented_consistency import SegmentedConsistency
@@ -160,14 +159,11 @@ class HyperSd:
             log |= said
         return pieces, log
 
-    @torch.no_grad()
-    def matching(self, x0: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def matching(self, x0: Tensor, batch: Batch) -> Matched:
         """DMD2's gradient (B, ...) at one-step samples (B, ...), weighted, and what to log."""
-        here = self.compared(x0, batch.draws, "matching")
-        x0_critic = self.roles["critic"](here.x_t, here.t, batch.conditioning)
-        x0_teacher = self.teacher(here.x_t, here.t, batch.conditioning)
-        loss, gradient = distribution_matching(x0, x0_teacher, x0_critic, self.config.normalizer_min)
-        return self.config.score_weight * gradient, matching_log(loss) | sample_log(x0, x0_teacher)
+        match = DistributionMatching(self.teacher, self.roles["critic"], self.compared, self.config.normalizer_min)
+        gradient, log = match(x0, batch, self.one_step.grid[0])
+        return self.config.score_weight * gradient, log
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixture import MixtureTeacher, energy_distance, mixture_sample
+from mixture import MixtureTeacher, distance_of_walk
 from torch import Tensor, nn
-from toys import Labels, TinyNetwork, every_kind_of_teacher, make_loop, role, unconditional
+from toys import Labels, TinyNetwork, every_kind_of_teacher, make_loop, role
 
-from fewstep.diffusion.rollout import Sampler, rollout
+from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.networks.guidance import GuidedDenoiser
@@ -271,23 +271,8 @@ def test_a_student_of_a_mixture_comes_back_to_draw_from_it(tmp_path: Path, steps
         checkpointing_steps=steps,
     )
     one = method(settings, kind="sample", network=MixtureTeacher)
-    target = mixture_sample(3000, 1)
-
-    def distance() -> float:
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            noise = torch.randn(3000, 2, generator=generator)
-            samples = rollout(
-                one.roles["student"],
-                one.sampler,
-                noise,
-                unconditional(3000),
-                lambda _step: torch.randn(3000, 2, generator=generator),
-            )
-        return energy_distance(samples, target)
-
-    before = distance()
+    before = distance_of_walk(one.roles["student"], one.sampler)
     make_loop(one, settings, (2,), conditions=Labels(None)).run()
-    after = distance()
+    after = distance_of_walk(one.roles["student"], one.sampler)
     assert before > 0.5
     assert after < 0.15

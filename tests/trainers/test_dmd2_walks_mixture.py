@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixture import MixtureTeacher, energy_distance, mixture_sample
-from toys import Labels, make_loop, role, unconditional
+from mixture import MixtureTeacher, distance_of_walk
+from toys import Labels, make_loop, role
 
-from fewstep.diffusion.rollout import Sampler, rollout
+from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
@@ -31,19 +31,8 @@ def test_a_student_of_a_mixture_comes_to_draw_from_it(tmp_path: Path, walk: str)
     common |= {"log_steps": 300, "checkpointing_steps": 1200}
     settings = Dmd2Config(teacher="mixture", out=str(tmp_path), **common, **given)
     method = Dmd2(settings, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler)
-    target = mixture_sample(3000, 1)
-
-    def distance() -> float:
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            noise = torch.randn(3000, 2, generator=generator)
-            samples = rollout(
-                method.student, sampler, noise, unconditional(3000), lambda k: torch.randn(3000, 2, generator=generator)
-            )
-        return energy_distance(samples, target)
-
-    before = distance()
+    before = distance_of_walk(method.student, sampler)
     make_loop(method, settings, (2,), conditions=Labels(None)).run()
-    after = distance()
+    after = distance_of_walk(method.student, sampler)
     assert before > 0.3
     assert after < 0.15  # two exact samples of 3000 are 0.003 apart

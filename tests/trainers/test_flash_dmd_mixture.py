@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixture import MixtureTeacher, energy_distance, mixture_sample
+from mixture import MixtureTeacher, distance_of_walk, mixture_sample
 from torch import Tensor
 from toys import Labels, make_loop, role, unconditional
 
 from fewstep.critic.image_judge import ImageJudge
 from fewstep.data.batch import Real
 from fewstep.diffusion.draws import keyed_generator
-from fewstep.diffusion.rollout import Sampler, rollout
+from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.head_role import HeadRole
@@ -70,19 +70,8 @@ def test_a_student_of_a_mixture_comes_to_draw_from_it(tmp_path: Path, steps: int
     )
     judge = ImageJudge(heads, drawn_features, settings.gan_loss)
     method = FlashDmd(settings, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler, judge)
-    target = mixture_sample(3000, 1)
-
-    def distance() -> float:
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            noise = torch.randn(3000, 2, generator=generator)
-            samples = rollout(
-                method.student, sampler, noise, unconditional(3000), lambda k: torch.randn(3000, 2, generator=generator)
-            )
-        return energy_distance(samples, target)
-
-    before = distance()
+    before = distance_of_walk(method.student, sampler)
     make_loop(method, settings, (2,), conditions=Labels(None), real=Points()).run()
-    after = distance()
+    after = distance_of_walk(method.student, sampler)
     assert before > 0.5
     assert after < bound
