@@ -9,6 +9,7 @@ import pytest
 
 from fewstep.cli import main
 from fewstep.eval import speed
+from fewstep.fashion import teacher_path
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -61,6 +62,10 @@ def test_the_documents_python_runs(demo: Path, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "runs").mkdir()
     for name in ("demo-fashion-sd", "first", "mine"):
         (tmp_path / "runs" / name).symlink_to(demo)
+    # What is plugged into, and what is plugged in: any pipeline of that network, and a student of speed_up_net.
+    (tmp_path / "my-fine-tune").symlink_to(teacher_path("fashion-sd"))
+    plugged = ["speed_up_net", "--teacher", "fashion-sd", "--out", "runs/sun", "--max_steps", "1", "--batch_size", "8"]
+    assert main(["distill", *plugged, "--sample_steps", "0"]) == 0
     asked = {"tag": "single_object", "include": [{"class": "boot", "count": 1}], "prompt": "a photo of an ankle boot"}
     (tmp_path / "evaluation_metadata.jsonl").write_text(json.dumps(asked) + "\n")
     for path, block in blocks:

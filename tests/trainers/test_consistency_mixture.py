@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mixture import MixtureTeacher, energy_distance, mixture_sample
 from torch import Tensor, nn
 from toys import Labels, make_loop, role, unconditional
 
@@ -14,7 +15,6 @@ from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.trainers.consistency import Consistency, ConsistencyConfig
-from tests.trainers.test_dmd2_mixture import MixtureTeacher, energy_distance, mixture_sample
 
 SCHEDULE = FlowSchedule()
 GRID = (1.0, 0.75, 0.5, 0.25)
