@@ -40,11 +40,17 @@ class SecondTime(ModelMixin, ConfigMixin):
         sites: modules of the network whose outputs (B, D) it is added to, and their D.
         hidden: width of its own two layers.
         frequencies: number of sines, and of cosines, of the gap that it sees.
+        told: where a walk says that its steps end: "next" (at the next time), "clean" (at the clean sample, which the
+            walk then noises anew) or "same" (where they begin: the velocity itself, for walks of many steps).
     """
 
     @register_to_config
-    def __init__(self, network: str, sites: dict[str, int], hidden: int = 256, frequencies: int = 32) -> None:
+    def __init__(
+        self, network: str, sites: dict[str, int], hidden: int = 256, frequencies: int = 32, told: str = "next"
+    ) -> None:
         super().__init__()
+        if told not in ("next", "clean", "same"):
+            raise ValueError(f"told must be 'next', 'clean' or 'same', not {told!r}")
         self.trunk = nn.Sequential(nn.Linear(2 * frequencies, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
         self.heads = nn.ModuleList(nn.Linear(hidden, width) for width in sites.values())
         for head in self.heads:
@@ -57,6 +63,10 @@ class SecondTime(ModelMixin, ConfigMixin):
         angles = gap.float()[:, None] * spread.exp()
         waves = torch.cat([angles.sin(), angles.cos()], 1)
         return self.heads[site](self.trunk(waves.to(self.heads[site].weight.dtype)))
+
+    def end(self, time: Any, following: Any) -> Any:
+        """Where a walk's step is said to end that leads from ``time`` to the time ``following``, numbers or tensors."""
+        return {"next": following, "clean": 0 * following, "same": time}[self.config.told]
 
     @contextlib.contextmanager
     def on(self, network: nn.Module, gap: Callable[[], Tensor]) -> Iterator[None]:
@@ -145,7 +155,7 @@ def _telling(pipeline: Any) -> Iterator[None]:
         return result
 
     def gap() -> Tensor:
-        return torch.tensor([times[done] - times[done + 1]], dtype=torch.float32)
+        return torch.tensor([times[done] - second_time.end(times[done], times[done + 1])], dtype=torch.float32)
 
     scheduler.set_timesteps, scheduler.step = reading, counting
     try:

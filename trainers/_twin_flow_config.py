@@ -13,6 +13,7 @@ from fewstep.config.pairs import PairsWanted
 from fewstep.config.teacher_pairs import TeacherPairsConfig
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.diffusion.signed_times import PARTS, BatchParts
+from fewstep.diffusion.timesteps import WalkTimes
 from fewstep.errors import UserError
 from fewstep.losses.twin_flow import DISTANCES, WEIGHTINGS
 
@@ -26,7 +27,11 @@ class TwinFlowConfig(TeacherPairsConfig):
 
     Args:
         steps: the largest number of steps; one student makes all smaller numbers too.
-        renoise: a flow map is an ODE; there is no other choice.
+        sampler: how the student walks: any (each step is told where it ends, along the ODE), few (each step goes to
+            the clean sample, which is noised anew) or mul (the velocity itself, for walks of many steps).
+        last_time: flow time of few's last step, before which its steps are even, with a flow teacher (paper: 0.6 at two
+            steps, the default there, and 0.5 at four, the default at more).
+        renoise: follows from the sampler; there is no other choice.
         parts: of every batch, equal ones: e2e (the whole path at once), any (any step), mul (short steps), adv (the
             twin's velocity), one (to the clean sample from any time), flow (the velocity itself). A word that stands
             twice has twice the share. Without e2e there is no rectification, without adv no twin.
@@ -58,6 +63,8 @@ class TwinFlowConfig(TeacherPairsConfig):
     """
 
     steps: int = 4
+    sampler: str = "any"
+    last_time: float | None = None
     renoise: str = "ode"
     parts: list[str] | None = None
     order: int = 2
@@ -87,8 +94,7 @@ class TwinFlowConfig(TeacherPairsConfig):
             self._refuse_unknown("reference", "student", "frozen")
         self._refuse_unknown("distance", *DISTANCES)
         self._refuse_unknown("weighting", *WEIGHTINGS)
-        if self.renoise != "ode":
-            raise UserError(f"--renoise must be ode for a flow map, not {self.renoise!r}")
+        self._check_sampler()
         self._refuse_negative("order", "enhanced_ratio", "adversarial_weight", "match_weight")
         for name in ("target_clamp", "distance_c"):
             value = getattr(self, name)
@@ -107,6 +113,21 @@ class TwinFlowConfig(TeacherPairsConfig):
             raise UserError(f"--guidance_t_min and --guidance_t_max must be a range, not {low}, {high}")
         self._check_parts()
         self._check_samples()
+
+    def _check_sampler(self) -> None:
+        self._refuse_unknown("sampler", "any", "few", "mul")
+        if self.renoise not in ("ode", self.consequences().get("renoise")):
+            raise UserError(
+                f"--renoise follows from --sampler {self.sampler}: leave it out, and take --sampler few for fresh noise"
+            )
+        if self.last_time is None:
+            return
+        if self.sampler != "few" or self.steps < 2 or self.shift is not None or self.dynamic_shift != "static":
+            raise UserError(
+                "--last_time is of --sampler few with two steps and more, and without a shift; leave one of them out"
+            )
+        if not 0 < self.last_time < 1:
+            raise UserError(f"--last_time must be between 0 and 1, not {self.last_time}")
 
     def _check_parts(self) -> None:
         parts = settled(self.resolved().parts)
@@ -138,8 +159,10 @@ class TwinFlowConfig(TeacherPairsConfig):
             )
 
     def consequences(self) -> dict[str, Any]:
-        """Whose velocity is followed, the batch's parts, and the weight of rectification."""
+        """Whose velocity is followed, the batch's parts, the weight of rectification, and the noise of walks."""
         auto: dict[str, Any] = {}
+        if self.sampler == "few" and self.steps > 1:
+            auto["renoise"] = "fresh"
         if self.velocity == "auto":
             auto["velocity"] = "teacher" if self.data is None else "data"
         if self.reference is None:
@@ -149,6 +172,16 @@ class TwinFlowConfig(TeacherPairsConfig):
         if self.match_weight is None:
             auto["match_weight"] = 0.75 if self.image_free else 0.5
         return super().consequences() | auto
+
+    @property
+    def walk_times(self) -> WalkTimes | None:
+        """The paper's times of a flow student's walk, unless a shift is asked for: they start at pure noise in few."""
+        if self.shift is not None or self.dynamic_shift != "static" or self.sampler == "any":
+            return None
+        if self.sampler == "mul":
+            return WalkTimes(first=0.999, warp=(1.17, 0.8, 1.1))
+        usual = 0.6 if self.steps == 2 else 0.5
+        return None if self.steps == 1 else WalkTimes(last=usual if self.last_time is None else self.last_time)
 
     @property
     def matches(self) -> bool:

@@ -19,7 +19,9 @@ form one for (t + r) / 2. Parts are by place in the whole step, so that one samp
 micro-batch will do, and take turns where a step has fewer samples. Guidance,
 targets and samples are asked only for the rows that use them. The twin's noise is drawn afresh. Tables are asked at
 their own times alone, with the first step as long as these are apart. A student that guides itself loses the
-condition of some samples. Students walk as maps (the paper's sampler ``any``, with which ``few`` agrees in one step).
+condition of some samples. Students walk by the paper's sampler ``any``, ``few`` or ``mul`` (``--sampler``); the times
+of ``any``, and of tables and EDM ramps, are those of other students, and ``few`` starts at pure noise, not at .999. Its
+second-order steps and its extrapolation are not offered.
 ``--order 0`` is the released code's: velocities of mul and adv, and rectification.
 """
 
@@ -39,6 +41,7 @@ from fewstep.data.batch import Batch
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.prediction import expand
 from fewstep.diffusion.rollout import Sampler
+from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.diffusion.signed_times import BASE_PARTS, SignedTimes
 from fewstep.errors import UserError
 from fewstep.losses.twin_flow import distance, gap_weight, recursive_target
@@ -49,6 +52,9 @@ from fewstep.networks.twin import TwinDenoiser
 from fewstep.sending import sent
 from fewstep.trainers._twin_flow_config import PLAIN_PARTS, TwinFlowConfig
 from fewstep.training.method import Bench, Turn
+
+#: Where a walk of each sampler says that its steps end.
+_TOLD = {"any": "next", "few": "clean", "mul": "same"}
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,9 @@ class TwinFlow:
         """Make the roles: the student starts as the teacher, or as in --init."""
         config = config.resolved()
         names = ["target"] if config.target_decay else []
-        roles = bench.make_flow_map_roles(*names, differentiated=False)
+        if config.last_time is not None and not isinstance(bench.recording.schedule, FlowSchedule):
+            raise UserError("--last_time is of flow-matching teachers; this one has times of its own: leave it out")
+        roles = bench.make_flow_map_roles(*names, differentiated=False, told=_TOLD[config.sampler])
         bench.describe(trained_at_every_count=True)
         return cls(config, roles, bench.guided(roles["teacher"]), bench.sampler)
 

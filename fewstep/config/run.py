@@ -11,6 +11,7 @@ from fewstep.config.attention import AUTO, refuse_unknown_backend
 from fewstep.config.checks import Settings, names_of, setting
 from fewstep.config.pairs import PairsWanted
 from fewstep.config.partition import PartitionWanted
+from fewstep.diffusion.timesteps import WalkTimes
 from fewstep.errors import UserError
 
 #: What ``--quantization`` takes; :mod:`fewstep.teachers.quantization` says what each is.
@@ -321,6 +322,11 @@ class RunConfig(Settings):
     @property
     def walk_gamma(self) -> float | None:
         """How much of the noise each step draws anew, of a method whose students walk as TCD's do; None for others."""
+        return None
+
+    @property
+    def walk_times(self) -> WalkTimes | None:
+        """The times of a flow student's walk, of a method whose walks are not even ones; None for others."""
         return None
 
     @property

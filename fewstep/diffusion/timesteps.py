@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,6 +62,33 @@ def even_grid(steps: int, shift: float = 1.0) -> Tensor:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     return shift_time(torch.arange(steps, 0, -1, dtype=torch.float64) / steps, shift)
+
+
+@dataclass(frozen=True)
+class WalkTimes:
+    """The times of a flow student's walk that are not an even grid, nor a shifted one (TwinFlow's sampler, after UCGM).
+
+    Attributes:
+        first: where it starts, at most 1.
+        last: where its last step starts; 0 for even steps down to the clean sample.
+        warp: (a, b, c) of 1 - (1 - (1 - u^a)^b)^c in the place of each u = 1 - t; (1, 1, 1) leaves them.
+    """
+
+    first: float = 1.0
+    last: float = 0.0
+    warp: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    @property
+    def even(self) -> bool:
+        """Whether they are evenly spaced from pure noise."""
+        return self.first == 1 and self.warp == (1.0, 1.0, 1.0)
+
+    def grid(self, steps: int) -> Tensor:
+        """The times (N,) at which a walk's steps start: float64, descending, without the final 0."""
+        low, (a, b, c) = 1 - self.first, self.warp
+        ends = (low, 1 - self.last, steps) if self.last > 0 else (low, 1.0, steps + 1)
+        u = torch.linspace(*ends, dtype=torch.float64)[:steps]
+        return 1 - (1 - (1 - u**a) ** b) ** c
 
 
 def descends(grid: Sequence[float]) -> bool:

@@ -66,7 +66,12 @@ class FlowMapDenoiser(NetworkDenoiser):
         return in_groups(self._between, x_t, t, conditioning, end)
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
-        """What the step's end is mixed of: x0 (B, ...) such that an ODE step to ``end`` is right."""
+        """What the end of a walk's step is mixed of: x0 (B, ...) such that an ODE step to ``end`` is right.
+
+        Where the student's walks tell it another end, it is right to that one.
+        """
+        if end is not None:
+            end = self.second_time.end(t, end)
         return to_x0(self.raw(x_t, t, conditioning, end), self.prediction_type, x_t, self.schedule, t)
 
     def velocity(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
@@ -163,7 +168,7 @@ class FlowMapRecipe:
     ) -> Tensor:
         """As :meth:`fewstep.recording.Recipe.call`."""
         t, r = self._schedule.time(timestep), self._schedule.time(next_timestep)
-        told = gap(self._schedule, t, torch.where(r < 1e-9, 0.0, r))
+        told = gap(self._schedule, t, self._second_time.end(t, torch.where(r < 1e-9, 0.0, r)))
         with self._second_time.on(network, lambda: told):
             return self._recipe.call(network, x, timestep, conditioning, continuous=continuous)
 

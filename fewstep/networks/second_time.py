@@ -34,6 +34,7 @@ def add_second_time(
     gradient_checkpointing: bool,
     seed: int,
     stock: bool = False,
+    told: str = "next",
 ) -> None:
     """Give the student and what follows it a second time, and prove that it changes nothing yet.
 
@@ -46,6 +47,7 @@ def add_second_time(
         gradient_checkpointing: whether blocks of the student run again in the backward pass.
         seed: of the second time's first weights, the same on every process.
         stock: whether it is one that diffusers' network of two times has room for.
+        told: where a walk says that its steps end, see :mod:`fewstep.pipelines.flow_map`.
 
     Raises:
         UserError: the network has no place for it, or takes no times between those of its table, or has no derivative.
@@ -55,7 +57,8 @@ def add_second_time(
     sites = find_time_embedders(teacher.network, partial(teacher.raw, conditioning=conditioning), x, t)
     for name, role in roles.items():
         if name in ("student", *FOLLOWERS):
-            attach_second_time(role.single, component, sites, gradient_checkpointing and name == "student", seed, stock)
+            checkpointing = gradient_checkpointing and name == "student"
+            attach_second_time(role.single, component, sites, checkpointing, seed, stock, told)
     student = roles["student"].denoiser
     assert isinstance(student, FlowMapDenoiser)  # from here on
     theirs, ours = teacher.raw(x, t, conditioning), student.raw(x, t, conditioning, end=0.3 * t)
@@ -67,7 +70,13 @@ def add_second_time(
 
 
 def attach_second_time(
-    role: NetworkRole, component: str, sites: dict[str, int], checkpointing: bool, seed: int, stock: bool = False
+    role: NetworkRole,
+    component: str,
+    sites: dict[str, int],
+    checkpointing: bool,
+    seed: int,
+    stock: bool = False,
+    told: str = "next",
 ) -> None:
     """Let a role be told a second time: it owns a new module, which changes nothing yet.
 
@@ -78,6 +87,7 @@ def attach_second_time(
         checkpointing: whether blocks of the network run again in the backward pass.
         seed: of the module's first weights, the same on every process.
         stock: whether it is :class:`fewstep.networks.two_time_form.DeltaTime`, at its own site.
+        told: where a walk says that its steps end, see :mod:`fewstep.pipelines.flow_map`; a stock one is told the next.
     """
     module: nn.Module
     if stock:
@@ -86,7 +96,7 @@ def attach_second_time(
         own = importlib.import_module("fewstep.pipelines.flow_map").SecondTime
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module = own(component, sites)
+            module = own(component, sites, told=told)
     parameter = next(role.denoiser.network.parameters())
     trained = any(p.requires_grad for p in role.weights.parameters())
     module = module.to(parameter.device).eval().requires_grad_(trained)

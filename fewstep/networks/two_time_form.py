@@ -52,6 +52,10 @@ class DeltaTime(nn.Module):
         added: Tensor = self.embedder(self.waves(_SCALE * gap).to(self.embedder.linear_1.weight.dtype))
         return added
 
+    def end(self, _time: Tensor, following: Tensor) -> Tensor:
+        """Where a walk's step is said to end: at the next time, as diffusers' pipeline of two times has it."""
+        return following
+
     @contextmanager
     def on(self, network: nn.Module, gap: Callable[[], Tensor]) -> Iterator[None]:
         """Inside, the network is told ``gap()``: (B,) on its device, or (1,) for every sample alike."""

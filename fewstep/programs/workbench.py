@@ -109,6 +109,7 @@ class Workbench:
             start=config.start,
             dynamic_shift=config.dynamic_shift,
             gamma=config.walk_gamma,
+            times=config.walk_times,
         )
         say(plan.note)
         self.student = Student(self.recording, self.recording, plan, teacher.lora)
@@ -174,13 +175,13 @@ class Workbench:
         own = self.student.recording
         return make_roles(RoleSettings.of(self.config), self.recording, ("student", *names), self.device, own)
 
-    def make_flow_map_roles(self, *names: str, differentiated: bool) -> dict[str, Role]:
+    def make_flow_map_roles(self, *names: str, differentiated: bool, told: str = "next") -> dict[str, Role]:
         """The frozen teacher, a student (and ``ema``) that is told where its steps end, and the roles ``names``."""
         refuse_no_flow_map(self.recording)
         roles = self.make_roles("student", *names)
         conditioning = self.with_default_guidance(self.conditions.select([0, 0]))
-        stock = takes_two_times(self.recording, self.student.plan)
-        how = (differentiated, self.config.gradient_checkpointing, self.config.seed, stock)
+        stock = told == "next" and takes_two_times(self.recording, self.student.plan)
+        how = (differentiated, self.config.gradient_checkpointing, self.config.seed, stock, told)
         add_second_time(roles, self.recording.component, self._two(), conditioning, *how)
         self.student = self.student.flow_map(roles["student"].added[SECOND_TIME])
         return roles

@@ -129,10 +129,11 @@ class Bench(Protocol):
         """
         ...
 
-    def make_flow_map_roles(self, *names: str, differentiated: bool) -> dict[str, Role]:
+    def make_flow_map_roles(self, *names: str, differentiated: bool, told: str = "next") -> dict[str, Role]:
         """The frozen teacher, a student (and ``ema``) that is told where its steps end, and the roles ``names``.
 
-        These are told one time, like the teacher.
+        These are told one time, like the teacher. ``told`` is what the student's walks tell it: "next", "clean" or
+        "same" (:mod:`fewstep.pipelines.flow_map`).
 
         Raises:
             UserError: no network or pipeline could be told it, or ``differentiated`` without such a derivative.

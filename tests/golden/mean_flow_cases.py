@@ -67,6 +67,9 @@ class TwoTimes(ToyNetwork):
 class Telling(nn.Module):
     """Tells it."""
 
+    def end(self, _time: object, following: object) -> object:
+        return following
+
     @contextmanager
     def on(self, network: TwoTimes, gap: Callable[[], Tensor]) -> Iterator[None]:
         network.gap = gap()

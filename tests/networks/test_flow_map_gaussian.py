@@ -48,6 +48,9 @@ class Gaussian(nn.Module):
 class Told2(nn.Module):
     from contextlib import contextmanager
 
+    def end(self, _time: object, following: object) -> object:
+        return following
+
     @contextmanager
     def on(self, network: Gaussian, gap: Any) -> Any:
         network.gap = gap()

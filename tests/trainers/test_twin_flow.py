@@ -282,7 +282,7 @@ def test_the_targets_decay_grows_as_the_released_code_has_it():
         ({"reference": "nobody"}, "--reference must be one of student, frozen"),
         ({"distance": "far"}, "--distance must be one of barron, mse"),
         ({"weighting": "cube"}, "--weighting must be one of gap, uniform"),
-        ({"renoise": "fresh"}, "--renoise must be ode"),
+        ({"renoise": "fresh"}, "--renoise follows from --sampler any"),
         ({"order": -1}, "--order must not be negative"),
         ({"parts": []}, "--parts takes a list of e2e, one, any, mul, flow, adv"),
         ({"parts": ["half"]}, "--parts takes a list of"),

@@ -28,6 +28,9 @@ class Telling(nn.Module):
         super().__init__()
         self.factor = nn.Parameter(torch.ones(()))
 
+    def end(self, _time: object, following: object) -> object:
+        return following
+
     @contextmanager
     def on(self, network: nn.Module, gap: Callable[[], Tensor]) -> Iterator[None]:
         def told(_module: nn.Module, arguments: tuple, named: dict) -> tuple:

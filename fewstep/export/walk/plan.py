@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.diffusion.schedule import FlowSchedule, TableSchedule
 from fewstep.diffusion.strategic import Move
-from fewstep.diffusion.timesteps import descends, even_grid
+from fewstep.diffusion.timesteps import WalkTimes, descends, even_grid
 from fewstep.export.errors import ExportError
 from fewstep.export.walk.check import Reference, SchedulerCheck, SchedulerCheckError, walk
 from fewstep.export.walk.refusals import refuse
@@ -101,6 +101,7 @@ def plan_student(
     start: str = "noise",
     dynamic_shift: str = "static",
     gamma: float | None = None,
+    times: WalkTimes | None = None,
 ) -> StudentPlan:
     """Find the stock scheduler that carries a student of ``steps`` steps, and prove it on the teacher's weights.
 
@@ -116,6 +117,7 @@ def plan_student(
         dynamic_shift: of a teacher that shifts its grid by the size: ``"static"``: the student has the grid of the
             recorded size at every size; ``"keep"``: its scheduler shifts as the teacher's, if that holds at several.
         gamma: of a student that walks as TCD's do: how much of the noise each step draws anew, in (0, 1].
+        times: of a flow's walk, in the place of an even or a shifted grid; those of other teachers stay as they are.
 
     Raises:
         ExportError: the wish cannot ship; one line names the reason.
@@ -132,18 +134,19 @@ def plan_student(
         prediction_type=recording.prediction_type,
         steps=steps,
         renoise=renoise,
-        shift=_flow_shift(recording, shift, steps if keep else None) if is_flow else 1.0,
+        shift=_flow_shift(recording, shift, steps if keep else None) if is_flow and times is None else 1.0,
         first_timestep=first_timestep,
         first_sigma=first_sigma,
         start=start,
         dynamic=dynamic,
         gamma=gamma or 0.0,
+        times=times if is_flow else None,
     )
     if is_flow and not descends(even_grid(steps, wish.shift).tolist()):
         raise ExportError(
             f"a shift of {wish.shift:.4g} leaves {steps} steps whose times cannot be told apart; state one (--shift)"
         )
-    measured = shift is None and shifts_by_size(recording)
+    measured = shift is None and wish.times is None and shifts_by_size(recording)
     origin = ", with the shift that the teacher has at the recorded size" if measured else ""
     call = student_call(recording, steps)
     reference = reference_of(recording, recording.networks)
@@ -288,13 +291,19 @@ def _first_that_holds(
         if wanted is None:
             return scheduler, found, name
         if all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(found.grid, wanted)):
-            return scheduler, found, f"{name}, grid shifted by {wish.shift:.4g}" if is_flow else name
+            return scheduler, found, f"{name}, grid {_grid_in_words(wish, found)}" if is_flow else name
         if other is None and wish.dynamic is None:
             times = ", ".join(f"{t:.4g}" for t in found.grid)
             other = scheduler, found, f"{name}; the pipeline makes its own grid ({times})"
     if other is None:
         raise SchedulerCheckError("; ".join(dict.fromkeys(failures)) or "the pipeline makes its own grid")
     return other
+
+
+def _grid_in_words(wish: Wish, found: SchedulerCheck) -> str:
+    if wish.times is None:
+        return f"shifted by {wish.shift:.4g}"
+    return f"from {found.grid[0]:.4g} to {found.grid[-1]:.4g} and the clean sample"
 
 
 def _last_sigma(recording: Recording, wish: Wish, call: dict[str, Any]) -> float | None:

@@ -25,7 +25,7 @@ from diffusers import (
 
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 from fewstep.diffusion.strategic import Move
-from fewstep.diffusion.timesteps import even_grid, shift_time
+from fewstep.diffusion.timesteps import WalkTimes, even_grid, shift_time
 from fewstep.export.errors import ExportError
 
 
@@ -45,6 +45,7 @@ class Wish:
         last_sigma: the smallest of the sigmas that the pipeline itself passes for this count, None if it passes none.
         dynamic: config by which the pipeline shifts a flow grid by the size; None: the scheduler shifts, by ``shift``.
         gamma: of ``"tcd"``.
+        times: of a flow's walk, where they are neither even nor shifted; no shift is taken then.
     """
 
     schedule: NoiseSchedule
@@ -58,6 +59,7 @@ class Wish:
     last_sigma: float | None = None
     dynamic: dict[str, Any] | None = None
     gamma: float = 0.0
+    times: WalkTimes | None = None
 
     @property
     def move(self) -> Move:
@@ -86,6 +88,8 @@ def wanted_grid(wish: Wish) -> tuple[float, ...] | None:
     """The grid that the wish means, where it means a certain one; a table's grid is what its scheduler makes of it."""
     if isinstance(wish.schedule, TableSchedule):
         return None
+    if wish.times is not None and isinstance(wish.schedule, FlowSchedule):
+        return tuple(wish.times.grid(wish.steps).tolist())
     grid = even_grid(wish.steps, wish.shift)
     if isinstance(wish.schedule, EDMSchedule):
         grid *= _first_time(wish, wish.schedule)
@@ -109,6 +113,9 @@ def _flow(wish: Wish, schedule: FlowSchedule) -> Iterator[Any]:
         yield file.FlowTCDScheduler(num_train_timesteps=count, shift=wish.shift, gamma=wish.gamma)
         return
     fresh = {"stochastic_sampling": True} if wish.renoise == "fresh" else {}
+    if wish.times is not None:
+        yield from _timed_flow(wish.times, wish.steps, count, fresh)
+        return
     if wish.dynamic is not None:
         yield FlowMatchEulerDiscreteScheduler(
             num_train_timesteps=count, use_dynamic_shifting=True, **wish.dynamic, **fresh
@@ -122,6 +129,14 @@ def _flow(wish: Wish, schedule: FlowSchedule) -> Iterator[Any]:
     if wish.steps > 1:
         # At one step its stretch divides by zero.
         yield _stretched_flow(wish, count, fresh)
+
+
+def _timed_flow(times: WalkTimes, steps: int, count: int, fresh: dict[str, Any]) -> Iterator[Any]:
+    if times.even and times.last > 0 and steps > 1:  # at one step its stretch divides by zero
+        yield FlowMatchEulerDiscreteScheduler(num_train_timesteps=count, shift=1.0, shift_terminal=times.last, **fresh)
+    file: Any = importlib.import_module("fewstep.pipelines.warped_flow")
+    told = {"first": times.first, "last": times.last, "warp": list(times.warp)}
+    yield file.WarpedFlowScheduler(num_train_timesteps=count, **told, **fresh)
 
 
 def _stretched_flow(wish: Wish, count: int, fresh: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler:

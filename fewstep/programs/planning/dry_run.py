@@ -117,15 +117,16 @@ class DryRun:
         """As in a run; how the student is shipped is not looked at."""
         return self._roles(("student", *names), phased_recording(self.recording, phases))
 
-    def make_flow_map_roles(self, *names: str, differentiated: bool) -> dict[str, Role]:
+    def make_flow_map_roles(self, *names: str, differentiated: bool, told: str = "next") -> dict[str, Role]:
         """As in a run; where the network is told its second time is not observed, but known by names."""
         refuse_no_flow_map(self.recording)
         roles = self.make_roles("student", *names)
-        sites, stock = likely_time_embedders(self.recording.network), takes_two_times(self.recording)
+        sites = likely_time_embedders(self.recording.network)
+        stock = told == "next" and takes_two_times(self.recording)
         for name in roles.keys() & {"student", *FOLLOWERS}:
             checkpointing = self.roles.gradient_checkpointing and name == "student"
             with self.world():
-                how = (sites, checkpointing, self.config.seed, stock)
+                how = (sites, checkpointing, self.config.seed, stock, told)
                 attach_second_time(roles[name].single, self.recording.component, *how)
         return roles
 
