@@ -60,7 +60,9 @@ def test_one_checkpoint_draws_from_the_mixture_and_every_doubling_of_its_steps_h
     assert all(later < before + 0.002 for before, later in itertools.pairwise(found)), found
 
 
-@pytest.mark.parametrize(("told", "renoise", "steps", "bound"), [("clean", "fresh", 2, 0.16), ("same", "ode", 30, 0.01)])
+@pytest.mark.parametrize(
+    ("told", "renoise", "steps", "bound"), [("clean", "fresh", 2, 0.16), ("same", "ode", 30, 0.01)]
+)
 def test_so_do_the_walks_few_and_mul(checkpoint: TwinFlow, told: str, renoise: str, steps: int, bound: float):
     """few: 0.10 here at two steps, 0.25 at one, as maps; mul is the flow itself, with the paper's warps."""
     times = TwinFlowConfig(teacher="t", out="o", steps=steps, sampler={"clean": "few", "same": "mul"}[told]).walk_times
