@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fewstep.conditioning.item import Item
 from fewstep.data.conditions import read_classes
+from fewstep.data.items import read_items
 from fewstep.errors import UserError
 from fewstep.eval.config import EvalConfig
 from fewstep.eval.models import Model
@@ -19,12 +21,13 @@ from fewstep.eval.models import Model
 class SampleConditions:
     """What sample i is asked for: entry ``i % len(values)``.
 
-    kind: "prompt", "label" or None (unconditional). values: prompts or class numbers; empty when unconditional.
+    kind: "prompt", "label", "item" or None (unconditional). values: prompts, class numbers or items (a prompt with the
+    pictures of a pipeline's call); empty when unconditional.
     labels: the class each value stands for (what the agreement metric compares with), or empty when unknown.
     """
 
-    kind: Literal["prompt", "label"] | None = None
-    values: tuple[str | int, ...] = ()
+    kind: Literal["prompt", "label", "item"] | None = None
+    values: tuple[str | int | Item, ...] = ()
     labels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -33,13 +36,30 @@ class SampleConditions:
         if self.labels and len(self.labels) != len(self.values):
             raise UserError(f"{len(self.values)} {self.kind}s but {len(self.labels)} labels")
 
-    def take(self, indices: Sequence[int]) -> list[str | int]:
+    def about(self) -> dict[str, Any]:
+        """What it is known by, as JSON holds it: items by their content."""
+        values = [value.key if isinstance(value, Item) else value for value in self.values]
+        return {"kind": self.kind, "values": values, "labels": list(self.labels)}
+
+    def take(self, indices: Sequence[int]) -> list[str | int | Item]:
         """The values of the samples `indices`."""
         return [self.values[i % len(self.values)] for i in indices]
 
+    def items(self, indices: Sequence[int]) -> list[Item]:
+        """The items of the samples `indices`; none where they are asked for otherwise."""
+        return [value for value in self.take(indices) if isinstance(value, Item)] if self.kind == "item" else []
+
     def prompts(self, indices: Sequence[int]) -> list[str] | None:
         """The prompts of the samples `indices`, or None where they are asked for by none."""
+        if self.kind == "item":
+            texts = [item.subject for item in self.items(indices)]
+            return [text or "" for text in texts] if any(texts) else None
         return [str(value) for value in self.take(indices)] if self.kind == "prompt" else None
+
+    @property
+    def prompted(self) -> bool:
+        """Whether samples are asked for by texts."""
+        return bool(self.values) and self.prompts(range(len(self.values))) is not None
 
     def take_labels(self, indices: Sequence[int]) -> Tensor:
         """The classes of the samples `indices`, int64 (len(indices),)."""
@@ -62,7 +82,7 @@ def conditions_of(model: Model, config: EvalConfig, fashion: bool) -> SampleCond
 
     Args:
         model: of the evaluation.
-        config: with prompts or classes, where they are told.
+        config: with prompts, classes or items, where they are told.
         fashion: the ten classes of Fashion-MNIST are the default.
 
     Raises:
@@ -71,6 +91,8 @@ def conditions_of(model: Model, config: EvalConfig, fashion: bool) -> SampleCond
     from fewstep.fashion import PROMPTS
 
     kind = model.condition_kind()
+    if config.items is not None or kind == "item":
+        return items_of(model, config.items)
     if kind is not None and config.unconditional:
         raise UserError(f"{model.name} is not unconditional: it takes {kind}s")
     if kind == "prompt":
@@ -88,9 +110,26 @@ def conditions_of(model: Model, config: EvalConfig, fashion: bool) -> SampleCond
     return SampleConditions()
 
 
+def items_of(model: Model, source: Any) -> SampleConditions:
+    """Items for a model that looks at pictures.
+
+    Args:
+        model: of the evaluation.
+        source: of the items, as :func:`fewstep.data.items.read_items` takes it.
+
+    Raises:
+        UserError: there are none, or the model looks at none.
+    """
+    if source is None:
+        raise UserError(f"{model.name} takes items, a prompt with pictures each, and none were given (--items FILE)")
+    if model.role == "student" and model.kind != "item":
+        raise UserError(f"{model.name} was distilled without pictures, so that it takes no items")
+    return SampleConditions("item", tuple(read_items(source, model.pipeline_class(), model.call).each))
+
+
 def with_trained_classes(config: EvalConfig, models: Sequence[Model]) -> EvalConfig:
     """Where nothing was asked for: the classes that the first student was distilled with (cards name no prompts)."""
     classes = next((model.training["classes"] for model in models if model.training.get("classes")), None)
-    if classes is None or config.prompts is not None or config.classes is not None:
+    if classes is None or any(told is not None for told in (config.prompts, config.classes, config.items)):
         return config
     return dataclasses.replace(config, classes=read_classes(classes))

@@ -34,8 +34,8 @@ class EvalConfig:
     (guidance_scale, ...). measure_teacher: False takes the rows of an
     embedded teacher that ship with the package, where they fit. teacher_steps: None takes its own count, and those of
     the students. steps: the students'
-    step counts; None takes those that their cards name. num: samples in every row. prompts or classes (a file, or such
-    as 0-9, or a list): what sample i
+    step counts; None takes those that their cards name. num: samples in every row. prompts, classes or items (a file,
+    or such as 0-9, or a list; items: a prompt with the pictures of the pipeline's call, as of a run): what sample i
     is asked for (entry i modulo their number); None takes the ten of Fashion-MNIST for its models. unconditional: the
     models take neither, which is checked.
     metrics: None takes all that there are for these models. reference: "teacher" (its own samples with other seeds),
@@ -67,6 +67,7 @@ class EvalConfig:
     seed: int = 0
     prompts: Sequence[str] | None = None
     classes: Sequence[int] | None = None
+    items: str | Path | Sequence[Mapping[str, Any]] | None = None
     unconditional: bool = False
     batch_size: int = 100
     metrics: Sequence[str] | None = None
@@ -104,8 +105,9 @@ class EvalConfig:
         unknown = sorted(set(self.metrics or ()) - set(METRICS))
         if unknown:
             raise UserError(f"metrics has the unknown {', '.join(unknown)}; there are {', '.join(METRICS)}")
-        if sum((self.prompts is not None, self.classes is not None, self.unconditional)) > 1:
-            raise UserError("samples are asked for by prompts, by classes or by nothing: give one of them")
+        told = [name for name in ("prompts", "classes", "items") if getattr(self, name) is not None]
+        if len(told) + self.unconditional > 1:
+            raise UserError("samples are asked for by prompts, by classes, by items or by nothing: give one of them")
         unknown = sorted(set(self.export) - set(EXPORTERS))
         if unknown:
             raise UserError(f"there is no export {', '.join(unknown)}; there are {', '.join(EXPORTERS)}")

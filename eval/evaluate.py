@@ -99,7 +99,7 @@ def prepared(
     panel = open_panel(
         config,
         fashion=judge is not None or known,
-        prompted=any(one.kind == "prompt" for one in conditions),
+        prompted=any(one.prompted for one in conditions),
         extractors={**(extractors or {}), **({} if judge is None else {"fashion": judge.extractor})},
         scorers=scorers,
         unfit=comparison.unfit,

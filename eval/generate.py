@@ -134,22 +134,29 @@ def _own_global_rng(seed: int) -> Iterator[None]:
 def run_pipeline(
     pipeline: Any, call: Mapping[str, Any], conditions: SampleConditions, indices: Sequence[int], *, seed: int
 ) -> Samples:
-    """One call of the pipeline for the samples `indices`.
+    """One call of the pipeline for the samples `indices`; of items one for each, as not every pipeline takes several.
 
     call: the pipeline's keyword arguments; the condition, generators and output type are added here.
     Raises NonFiniteImagesError when the result holds NaN or infinity, UserError when the pipeline refuses the call.
     """
+    if conditions.kind == "item" and len(indices) > 1:
+        return _joined([run_pipeline(pipeline, call, conditions, [index], seed=seed) for index in indices])
     generators = [sample_generator(seed, index) for index in indices]
     arguments = as_taken(type(pipeline), call)  # a call comes from a file or a command line, where tuples are lists
-    for name, value in call.items():
+    for name, value in call.items() if conditions.kind != "item" else ():
         # One text for all samples becomes one a sample: several pipelines do not broadcast a negative prompt.
         if isinstance(value, str) and name.startswith(("negative_prompt", "prompt_")):
             arguments[name] = [value] * len(indices)
+    who = ""
     if conditions.kind is None:
         arguments["batch_size"] = len(indices)
+    elif conditions.kind == "item":
+        (item,) = conditions.items(indices)
+        arguments, who = arguments | dict(item.arguments), f" for {item}"
     else:
         arguments[SUBJECT_ARGUMENTS[conditions.kind]] = conditions.take(indices)
-    arguments |= {"generator": generators, "output_type": "np"}
+    drawn = generators if conditions.kind != "item" else generators[0]  # a list of one is not taken by all
+    arguments |= {"generator": drawn, "output_type": "np"}
     with (
         torch.no_grad(),
         _quiet(pipeline),
@@ -162,7 +169,7 @@ def run_pipeline(
             output = pipeline(**arguments)
         except (IndexError, TypeError, ValueError) as error:  # a label, a size or an argument that it does not take
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{type(pipeline).__name__} cannot be run with {dict(call)}: {reason}") from error
+            raise UserError(f"{type(pipeline).__name__} cannot be run{who} with {dict(call)}: {reason}") from error
         # "np" output lives on the host, so the device has finished when the call returns.
         seconds = time.perf_counter() - started
     if not seen.evaluations:
@@ -170,6 +177,17 @@ def run_pipeline(
         raise UserError(f"{kind} calls no network before its scheduler's steps: its evaluations cannot be counted")
     images = to_uint8(output.frames if "frames" in output else output.images)
     return Samples(indices, images, seen.evaluations / len(indices), seconds)
+
+
+def _joined(samples: Sequence[Samples]) -> Samples:
+    """Samples that were made one by one, as of one call."""
+    shapes = {tuple(one.images.shape[1:]) for one in samples}
+    if len(shapes) > 1:
+        sizes = ", ".join(f"{shape[-1]}x{shape[-2]}" for shape in sorted(shapes))
+        raise UserError(f"the samples of these items are of several sizes ({sizes}): give items of one size at a time")
+    made = torch.cat([one.images for one in samples])
+    mean = sum(one.evaluations for one in samples) / len(samples)
+    return Samples([i for one in samples for i in one.indices], made, mean, sum(one.seconds for one in samples))
 
 
 def generate(

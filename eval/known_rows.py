@@ -8,7 +8,6 @@ conditions, seed, number of samples, classifier and reference. A row of another 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -53,7 +52,7 @@ def content_of(source: ModelSource) -> str | None:
         "sampling": SAMPLING,
         "teacher": theirs,
         "call": source.call,
-        "conditions": dataclasses.asdict(source.conditions),
+        "conditions": source.conditions.about(),
         "samples": [source.num, source.seed],
         "judge": [known[CLASSIFIER]["sha256"], known[REFERENCE]["sha256"]],
     }

@@ -21,7 +21,7 @@ class Model:
 
     call: keyword arguments without the condition; ``num_inference_steps`` is set by the evaluation.
     steps: the largest step count it was made for, None where any will do (teachers).
-    counts: the step counts known to hold, None where unknown. kind: "prompt", "label" or None, read from the
+    counts: the step counts known to hold, None where unknown. kind: "prompt", "label", "item" or None, read from the
     pipeline when not given ("infer"). source: folder or hub id it is loaded from, and base that of the model below it
     where it is a LoRA; pipeline: the loaded object. A source or a pipeline must be there; rows of a model without a
     source are not kept for resuming, as nothing identifies it.
@@ -39,7 +39,7 @@ class Model:
     pipeline: Any = None
     steps: int | None = None
     counts: frozenset[int] | None = None
-    kind: Literal["prompt", "label", "infer"] | None = "infer"
+    kind: Literal["prompt", "label", "item", "infer"] | None = "infer"
     files: dict[str, str] = field(default_factory=dict)
     of_teacher: dict[str, str] = field(default_factory=dict)
     base_model: str | None = None
@@ -102,7 +102,7 @@ class Model:
             raise UserError(f"{self.name} has neither a source nor a pipeline")
         return self.source
 
-    def condition_kind(self) -> Literal["prompt", "label"] | None:
+    def condition_kind(self) -> Literal["prompt", "label", "item"] | None:
         """How it is conditioned: as its card says, else read from its pipeline's class. Raises as `pipeline_class`."""
         return condition_kind(self.pipeline_class()) if self.kind == "infer" else self.kind
 

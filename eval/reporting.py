@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fewstep.data.durable import as_json, json_sha256
@@ -55,7 +56,10 @@ def report_of(
     for row, timing in zip(rows, timings):
         pictures = write_pictures(config.out, row.samples.name, row.samples.pictures(config.columns))
         content.append({**row.to_dict(), "speed": timing, "pictures": pictures})
-    settings = as_json(dataclasses.asdict(config))
+    settings = {one.name: getattr(config, one.name) for one in dataclasses.fields(config)}
+    if config.items is not None and not isinstance(config.items, str | Path):
+        settings["items"] = f"{len(config.items)} from Python"
+    settings = as_json(settings)
     settings["students"] = list(dict.fromkeys(r.source.model.source for r in rows if r.source.model.role == "student"))
     versions = {"fewstep": __version__, "python": platform.python_version()}
     return Report(
@@ -92,7 +96,7 @@ def protocol_of(sources: Sequence[ModelSource], config: EvalConfig) -> dict[str,
     return protocol(
         num=sources[0].num,
         seed=config.seed,
-        conditions_sha256=json_sha256([dataclasses.asdict(conditions) for conditions in asked]),
+        conditions_sha256=json_sha256([conditions.about() for conditions in asked]),
         image_format="uint8, rounded half up",
     )
 

@@ -1,20 +1,22 @@
 """A few samples of a student (or a teacher) as one picture."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fewstep.config.values import MOST, shown
 from fewstep.data.durable import write_durably
 from fewstep.errors import UserError
-from fewstep.eval.conditions import SampleConditions
+from fewstep.eval.conditions import SampleConditions, items_of
 from fewstep.eval.generate import generate
 from fewstep.eval.grid import contact_sheet, tile, to_pil
 from fewstep.eval.models import CARD_NAME, Model, student_model, teacher_model
 
 _MOST = 4096  # samples in one picture
+_OF_ITEMS = 16  # where nobody says how many
 
 
 def sample(
@@ -24,9 +26,10 @@ def sample(
     negative_prompt: str | None = None,
     nasa_scale: float | None = None,
     label: int | None = None,
+    items: str | Path | Sequence[Mapping[str, Any]] | None = None,
     steps: int | None = None,
     seed: int = 0,
-    num: int = 1,
+    num: int | None = None,
     base: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
@@ -40,7 +43,9 @@ def sample(
     revision, subfolder, variant: which of a teacher's files are meant; a student's say that themselves.
     base: where the base model of a LoRA student lies, if it is not found by itself.
     negative_prompt, nasa_scale: what a student steers away from in its attention, and how strongly (`fewstep.nasa`).
-    prompt or label: what the pipeline is conditioned on, as it needs. steps: default the student's own count.
+    prompt, label or items: what the pipeline is conditioned on, as it needs; items are a prompt with pictures each, as
+    of a run, taken in turn. num: default 1, or as many as there are items, at most 16. steps: default the student's own
+    count.
     One image is saved as it is, several side by side; a video as a row of up to eight frames.
 
     Raises UserError with one line for whatever a caller can get wrong.
@@ -52,7 +57,7 @@ def sample(
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    if not 1 <= num <= _MOST:
+    if num is not None and not 1 <= num <= _MOST:
         raise UserError(f"num must be between 1 and {_MOST:,}, for one picture, not {shown(num)}")
     told = {"revision": revision, "subfolder": subfolder, "variant": variant}
     model = _model(directory, base, {name: value for name, value in told.items() if value is not None})
@@ -73,7 +78,9 @@ def sample(
     # Inside: it imports diffusers.
     from fewstep.export.steering import nasa
 
-    conditions = _conditions(model, prompt, label)
+    conditions = _conditions(model, prompt, label, items)
+    if num is None:
+        num = 1 if items is None else min(len(conditions.values), _OF_ITEMS)
     pipeline = model.load(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), torch.float32)
     call = {**model.call, "num_inference_steps": count}
     if negative_prompt is not None:
@@ -107,8 +114,12 @@ def _embedded_steps(model: Model) -> int | None:
     return None if model.embedded is None else TEACHERS[model.embedded].steps
 
 
-def _conditions(model: Model, prompt: str | None, label: int | None) -> SampleConditions:
+def _conditions(model: Model, prompt: str | None, label: int | None, items: Any) -> SampleConditions:
     kind = model.condition_kind()
+    if items is not None or kind == "item":
+        if prompt is not None or label is not None:
+            raise UserError("items hold the prompts: give them alone")
+        return items_of(model, items)
     if kind is None:
         if prompt is not None or label is not None:
             raise UserError(f"{model.source} is unconditional: it takes neither a prompt nor a class")

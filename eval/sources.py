@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from fewstep.conditioning.item import Item
 from fewstep.data.durable import as_json, json_sha256
 from fewstep.data.image_opening import UNREADABLE, opened, upright_size
 from fewstep.data.images import RealImages, image_contents, read_images
@@ -82,7 +83,7 @@ class ModelSource:
         about = {
             "version": [SAMPLING, __version__, torch.__version__, diffusers.__version__],
             "model": [identity, self.call],
-            "conditions": json_sha256(asdict(self.conditions)),
+            "conditions": json_sha256(self.conditions.about()),
             "samples": [self.num, self.seed],
             "machine": self.machine,
         }
@@ -103,7 +104,9 @@ class ModelSource:
         """A sample's base seed, and what it is asked for."""
         about: dict[str, Any] = {"seed": self.seed}
         if self.conditions.kind is not None:
-            about[self.conditions.kind] = self.conditions.take([index])[0]
+            (value,) = self.conditions.take([index])
+            about[self.conditions.kind] = str(value) if isinstance(value, Item) else value
+            about |= {"prompt": value.subject} if isinstance(value, Item) and value.subject is not None else {}
         return about
 
     def prompts(self, indices: Sequence[int]) -> list[str] | None:

@@ -93,7 +93,7 @@ def _problems(content: Any) -> Iterator[str]:
     for name, measure in content["measures"].items():
         yield from _measure(f"its measure {name!r}", measure)
     yield from _table("its conditions", content["conditions"], CONDITIONS)
-    if content["conditions"]["kind"] not in ("prompt", "label", None):
+    if content["conditions"]["kind"] not in ("prompt", "label", "item", None):
         yield "its conditions are of no known kind"
     texts = [content["conditions"]["shown"], *(content[name] for name in ("skipped", "notes", "optimised"))]
     if any(not isinstance(text, str) for listed in texts for text in listed):

@@ -23,8 +23,8 @@ class Content:
         measures: of every number in the rows' ``metrics``, in the order of the columns.
         num: samples in every row; None where joined reports have several numbers.
         seed: that the samples' own seeds are made of; None as above.
-        conditions: ``kind`` of what samples are asked for ("prompt", "label" or None); ``shown``: what each of a row's
-            pictures was asked for.
+        conditions: ``kind`` of what samples are asked for ("prompt", "label", "item" or None); ``shown``: what each of
+            a row's pictures was asked for.
         reference: what the samples are compared with, and its other floors; None where there is none.
         skipped: one sentence per number or row that is not there.
         notes: what a reader should know.

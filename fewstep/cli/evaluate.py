@@ -53,6 +53,7 @@ def run(words: Sequence[str]) -> None:
             teacher_call=parsed.teacher_call,
             prompts=parsed.prompts,
             classes=parsed.classes,
+            items=parsed["items"],  # the attribute is a method
             unconditional=parsed.unconditional,
             batch_size=parsed.batch_size or (100 if embedded else 8),
             train_data=parsed.train_data,
@@ -95,6 +96,9 @@ def _parser() -> Parser:
     parser.add_argument("--num", type=int | None, default=None, help="samples in every row; default 5000")
     parser.add_argument("--prompts", type=str | None, default=None, help="UTF-8 file, one a line")
     parser.add_argument("--classes", type=str | None, default=None, help="labels such as 0-9")
+    parser.add_argument(
+        "--items", type=str | None, default=None, help="prompts with pictures: .jsonl, .parquet, folder"
+    )
     parser.add_argument("--unconditional", type=bool, default=False, help="the models take neither; checked")
     parser.add_argument("--metrics", type=str | None, default=None, help=f"some of {','.join(METRICS)}; default all")
     parser.add_argument(

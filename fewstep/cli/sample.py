@@ -22,9 +22,12 @@ def run(words: Sequence[str]) -> None:
     )
     parser.add_argument("--nasa_scale", type=float | None, default=None, help="how strongly (default 0.3)")
     parser.add_argument("--class", dest="label", type=int | None, default=None, help="a class label")
+    parser.add_argument(
+        "--items", type=str | None, default=None, help="prompts with pictures: .jsonl, .parquet, folder"
+    )
     parser.add_argument("--steps", type=int | None, default=None, help="default: the student's own")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num", type=int, default=1, help="how many samples")
+    parser.add_argument("--num", type=int | None, default=None, help="how many samples; default 1, or all items")
     parser.add_argument("--out", type=str, required=True, help="a PNG file")
     parsed = parse(parser, words)
     path = sample(
@@ -33,6 +36,7 @@ def run(words: Sequence[str]) -> None:
         negative_prompt=parsed.negative_prompt,
         nasa_scale=parsed.nasa_scale,
         label=parsed.label,
+        items=parsed["items"],  # the attribute is a method
         steps=parsed.steps,
         seed=parsed.seed,
         num=parsed.num,
