@@ -23,7 +23,7 @@ from fewstep.networks.two_time_form import GATE, DeltaTime, has_two_time_form, i
 from fewstep.recording import Recording
 from fewstep.recording.experts import Expert
 from fewstep.recording.invocation import read_invocation
-from fewstep.recording.recipe import TimeRule
+from fewstep.recording.rules import TimeRule
 
 #: In float32, relative to the largest entry.
 _EQUAL = 1e-5

@@ -13,12 +13,20 @@ from fewstep.conditioning.tree import Leaf, SampleList, leaves, map_paths
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.observation import NetworkCall, Step
 from fewstep.recording.recipe import Recipe
+from fewstep.recording.rules import SampleRule, TimeRule
 
 
 def without_sample(call: NetworkCall, recipe: Recipe) -> dict[str, Any]:
-    """The arguments of a network call other than the sample and the times."""
-    own = {recipe.sample.argument, *(rule.argument for rule in recipe.times)}
-    return {name: value for name, value in call.arguments.items() if name not in own}
+    """The arguments of a network call other than the sample and the times, and what of theirs is neither.
+
+    Raises:
+        ValueError: an argument that holds the sample has no room for it.
+    """
+    rules: dict[str, SampleRule | TimeRule] = {rule.argument: rule for rule in recipe.times}
+    rules[recipe.sample.argument] = recipe.sample
+    told = {name: value for name, value in call.arguments.items() if name not in rules}
+    rests = {name: rule.rest(call.arguments[name]) for name, rule in rules.items() if name in call.arguments}
+    return {**told, **{name: rest for name, rest in rests.items() if rest is not None}}
 
 
 def network_calls(step: Step, components: Collection[str]) -> list[NetworkCall]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.recording.dtypes import dtype_name
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.observation import Step
-from fewstep.recording.recipe import OutputRule, SampleRule, TimeRule
+from fewstep.recording.rules import OutputRule, SampleRule, TimeRule
 
 
 def fit_sample(component: str, steps: list[Step]) -> SampleRule:
@@ -80,15 +80,15 @@ def fit_times(component: str, sample: str, runs: list[list[Step]], two: dict[str
     """
     first = [step.calls[-1].arguments for step in runs[0]]
     changing = [
-        name for name in first[0] if name != sample and any(_differs(first[0][name], a[name]) for a in first[1:])
+        name for name in first[0] if name != sample and any(differs(first[0][name], a[name]) for a in first[1:])
     ]
     rules = []
     for name in changing:
         columns = [[_time_value(component, name, step.calls[-1].arguments[name]) for step in run] for run in runs]
         rows, shape = _time_shape(component, name, first[0][name], two[name])
         # The last step's, because some pipelines let the sample, and the time with it, change dtype after the first.
-        dtype = _time_dtype(first[-1][name])
-        rules.append(_fit_time(component, name, runs, columns, dtype, rows, shape))
+        dtype = time_dtype(first[-1][name])
+        rules.append(fit_time(component, name, runs, columns, dtype, rows, shape))
     if not any(rule.source == "timestep" for rule in rules):
         raise RecordingError(
             f"no argument of {component} follows the scheduler's timestep "
@@ -98,13 +98,16 @@ def fit_times(component: str, sample: str, runs: list[list[Step]], two: dict[str
     return tuple(rules)
 
 
-def _differs(a: Any, b: Any) -> bool:
+def differs(a: Any, b: Any) -> bool:
+    """Whether two values of an argument are not the same, containers included."""
+    if a is b:
+        return False
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape != b.shape or not torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() != b.keys() or any(_differs(a[key], b[key]) for key in a)
+        return a.keys() != b.keys() or any(differs(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) != len(b) or any(_differs(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) != len(b) or any(differs(x, y) for x, y in zip(a, b, strict=True))
     return type(a) is not type(b) or (not isinstance(a, Tensor) and a != b)
 
 
@@ -124,7 +127,8 @@ def _time_value(component: str, name: str, value: Any) -> float:
     )
 
 
-def _time_dtype(value: Any) -> torch.dtype:
+def time_dtype(value: Any) -> torch.dtype:
+    """The dtype of a time argument, of a plain number that of its kind."""
     if isinstance(value, Tensor):
         return value.dtype
     return torch.float64 if isinstance(value, float) else torch.int64
@@ -147,7 +151,7 @@ def _time_shape(component: str, name: str, one: Any, two: Any) -> tuple[int, tup
     )
 
 
-def _fit_time(
+def fit_time(
     component: str,
     name: str,
     runs: list[list[Step]],
@@ -155,7 +159,23 @@ def _fit_time(
     dtype: torch.dtype,
     rows: int,
     shape: tuple[int, ...],
+    moving: tuple[tuple[int, int], ...] = (),
 ) -> TimeRule:
+    """The rule by which an argument follows the time, or the next one.
+
+    Args:
+        component: the network, and
+        name: its argument, for messages.
+        runs: the steps of two runs with different step counts.
+        columns: what the argument was in each step of each.
+        dtype: of the argument.
+        rows: of `TimeRule`, as
+        shape: and
+        moving: are.
+
+    Raises:
+        RecordingError: it follows neither by a simple rule.
+    """
     current = [step.timestep for run in runs for step in run]
     values = [v for column in columns for v in column]
     following = [step.timestep for run in runs for step in run[1:]]
@@ -163,7 +183,7 @@ def _fit_time(
     for source, x, y in (("timestep", current, values), ("next", following, before_last)):
         rule = _fit_line(name, source, x, y, dtype, rows, shape)
         if rule is not None:
-            return rule
+            return replace(rule, moving=moving)
     seen = ", ".join(f"{v:g} at {t:g}" for t, v in zip(current[:4], values[:4], strict=True))
     raise RecordingError(
         f"the argument {name} of {component} changes between steps, but by no simple rule of the scheduler's timestep "
@@ -221,7 +241,7 @@ def _lines(slope: float, offset: float, near: float) -> Iterator[tuple[tuple[str
 def fit_output(component: str, steps: list[Step]) -> OutputRule:
     """The chain from the network's return value to `model_output` that holds in every step."""
     output, target = steps[0].calls[-1].output, steps[0].model_output
-    for element, value in _elements(output):
+    for element, value in elements(output):
         stack = isinstance(value, list)
         if stack and not all(isinstance(v, Tensor) for v in value):
             continue
@@ -270,7 +290,8 @@ def _velocity(rule: OutputRule, steps: list[Step]) -> OutputRule | None:
     return replace(rule, relation="velocity", scale=scale, floor=float(f"{floor:.6g}"))
 
 
-def _elements(output: Any) -> list[tuple[int, Any]]:
+def elements(output: Any) -> list[tuple[int, Any]]:
+    """The parts of what a network returned, with their positions; -1: it returned the part itself."""
     if isinstance(output, dict):
         return list(enumerate(output.values()))
     if isinstance(output, tuple):

@@ -73,8 +73,16 @@ def scale_arguments(invocation: Invocation) -> list[str]:
     return [name for name in invocation.parameters if name.endswith(SCALES)]
 
 
-def unguided_step(step: Step, component: str) -> bool:
-    """Whether a step at one sample holds one network call of exactly one sample."""
+def unguided_step(step: Step, component: str, *, beside: bool = False) -> bool:
+    """Whether a step at one sample holds one network call of exactly one sample.
+
+    Args:
+        step: of the pipeline.
+        component: the network.
+        beside: pictures stand beside the sample in the network's arguments, so that the answers count.
+    """
+    if beside:
+        return _answers_once(step, component)
     if sum(call.component == component for call in step.calls) != 1 or step.network_input.shape[0] != 1:
         return False
     try:
@@ -106,7 +114,7 @@ def switch_off(subject: Subject) -> tuple[Subject, str]:
             continue
         step = first_step(subject, seen.steps)
         component = step.calls[-1].component
-        if unguided_step(step, component):
+        if unguided_step(step, component, beside=subject.invocation.conditional == "item"):
             return replace(subject, off=changes), component
         if single is None and _answers_once(step, component):
             single = step
@@ -165,7 +173,11 @@ def _stubbed_step(subject: Subject, denoisers: Denoisers, changes: dict[str, Any
         steps = subject.run(_STEPS, changes=changes, steps=1, stub=denoisers.stub).steps
     except RecordingError:
         return None
-    return steps[0] if steps and unguided_step(steps[0], denoisers.recipe.component) else None
+    recipe = denoisers.recipe
+    if subject.invocation.conditional == "item":  # of which a stub answers once whatever it is asked
+        calls = denoisers.calls(steps[0]) if steps else []
+        return steps[0] if [len(call.arguments[recipe.sample.argument]) for call in calls] == [1] else None
+    return steps[0] if steps and unguided_step(steps[0], recipe.component) else None
 
 
 def record_guided(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
+from fewstep.conditioning.item import Item, holds_picture
 from fewstep.recording.call_numbers import refuse_impossible
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.items import check_items, with_other_pictures
 from fewstep.recording.pictures import refuse_pictures
 from fewstep.recording.plain_call import plain_call
 
@@ -29,14 +32,15 @@ SCALES = ("guidance_scale", "cfg_scale")
 
 @dataclass
 class Invocation:
-    """A pipeline's call with everything fixed but the prompts or labels.
+    """A pipeline's call with everything fixed but the prompts, labels or items.
 
     Attributes:
-        conditional: "prompt", "label" or None (an unconditional pipeline).
-        call: the fixed keyword arguments, prompts and labels apart, as JSON gives them back.
-        item: the prompt or label that the recording itself uses.
+        conditional: "prompt", "label", "item" (a prompt or none, and pictures) or None (an unconditional pipeline).
+        call: the fixed keyword arguments, those of prompts, labels and items apart, as JSON gives them back.
+        item: the prompt, label or item that the recording itself uses.
         parameters: the names that the pipeline's `__call__` takes, with their defaults (`inspect._empty`: required).
         steps: the teacher's own step count: the caller's, else the pipeline's default; None where neither says one.
+        other: an item with other pictures than `item`; None: the pipeline is not conditioned on items.
     """
 
     conditional: str | None
@@ -44,11 +48,23 @@ class Invocation:
     item: Any
     parameters: dict[str, Any] = field(repr=False)
     steps: int | None = None
+    other: Any = None
 
-    def arguments(self, items: list[Any], steps: int, **changes: Any) -> dict[str, Any]:
-        """The keyword arguments that sample `items` (B prompts or labels; unconditional: only their number counts)."""
+    def arguments(self, items: list[Any], steps: int, seed: int = 0, **changes: Any) -> dict[str, Any]:
+        """The keyword arguments that sample `items` (B of them; unconditional: only their number counts).
+
+        Args:
+            items: prompts, labels or items.
+            steps: how many the pipeline makes.
+            seed: of the generator that the pipeline is given where it takes one.
+            changes: to the call.
+
+        Raises:
+            RecordingError: items that differ in what one call has once.
+        """
         batch = len(items)
-        arguments = {**self.call, **changes, "num_inference_steps": steps}
+        own = _joined(items) if self.conditional == "item" else {}
+        arguments = {**self.call, **own, **changes, "num_inference_steps": steps}
         # Pipelines demand that a negative prompt is a list where the prompt is one, and a string where it is a string.
         if batch > 1:
             for name, value in arguments.items():
@@ -58,10 +74,10 @@ class Invocation:
             arguments["prompt"] = items[0] if batch == 1 else list(items)
         elif self.conditional == "label":
             arguments["class_labels"] = list(items)
-        elif "batch_size" in self.parameters:
+        elif self.conditional is None and "batch_size" in self.parameters:
             arguments["batch_size"] = batch
         if "generator" in self.parameters:
-            arguments["generator"] = torch.Generator().manual_seed(0)
+            arguments["generator"] = torch.Generator().manual_seed(seed)
         if "output_type" in self.parameters:
             arguments["output_type"] = "pt"
         return arguments
@@ -72,14 +88,35 @@ class Invocation:
         return None if value is inspect.Parameter.empty else value
 
 
+def _joined(items: Sequence[Item]) -> dict[str, Any]:
+    """The arguments of items in one call: their own of one; of several a list where they are texts or pictures."""
+    if len(items) == 1:
+        return dict(items[0].arguments)
+    joined: dict[str, Any] = {}
+    for name, first in items[0].arguments.items():
+        values = [item.arguments.get(name) for item in items]
+        if isinstance(first, str) or holds_picture(first):
+            joined[name] = values
+        elif any(value != first for value in values):
+            raise RecordingError(f"the items of one call have several values of {name}: {values}")
+        else:
+            joined[name] = first
+    return joined
+
+
 def condition_kind(pipeline_class: type) -> Literal["prompt", "label"] | None:
     """What a pipeline class is conditioned on, as its call says; None where that names neither prompts nor labels."""
     parameters = inspect.signature(pipeline_class.__call__).parameters
     return next((kind for kind, argument in SUBJECT_ARGUMENTS.items() if argument in parameters), None)
 
 
-def read_invocation(pipeline: Any, call: dict[str, Any]) -> Invocation:
+def read_invocation(pipeline: Any, call: dict[str, Any], items: Sequence[Item] | None = None) -> Invocation:
     """Sort the caller's keyword arguments.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        call: keyword arguments of its call.
+        items: what samples are conditioned on, where that holds pictures; None: prompts, labels or nothing.
 
     Raises:
         RecordingError: an argument the pipeline does not take, or one that cannot be part of a recipe.
@@ -110,10 +147,15 @@ def read_invocation(pipeline: Any, call: dict[str, Any]) -> Invocation:
     }
     steps = call.get("num_inference_steps") or parameters["num_inference_steps"]
     steps = steps if isinstance(steps, int) else None
-    refuse_pictures(pipeline, rest)
+    if items is None:
+        refuse_pictures(pipeline, rest)
+    else:
+        check_items(type(pipeline), items, call)
     rest = plain_call(type(pipeline), rest)
     asked = call.get("num_inference_steps")
     refuse_impossible(type(pipeline), rest if asked is None else {**rest, "num_inference_steps": asked})
+    if items is not None:
+        return Invocation("item", rest, items[0], parameters, steps, with_other_pictures(items))
     for argument, (conditional, stand_in) in _SUBJECTS.items():
         if argument in parameters:
             item = call.get(argument)

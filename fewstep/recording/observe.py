@@ -40,6 +40,7 @@ def observe(
     stop_at_decode: bool = False,
     x0: bool = False,
     set_up: Callable[[Any], None] | None = None,
+    seed: int | None = None,
 ) -> Observation:
     """Call `pipeline(**arguments)` and watch.
 
@@ -53,6 +54,7 @@ def observe(
         stop_at_decode: stop when the decoder is called and keep what it is given.
         x0: also ask the scheduler for its own clean sample at every step, where it has one.
         set_up: called once with the scheduler's copy before the run.
+        seed: of the global random state during the run; None leaves that as it is.
 
     Raises:
         RecordingError: the pipeline itself failed, or what it computes is not finite; the message carries its words.
@@ -60,6 +62,8 @@ def observe(
     seen = Observation()
     with contextlib.ExitStack() as stack:
         scheduler = stack.enter_context(_left_as_found(pipeline))
+        if seed is not None:
+            torch.manual_seed(seed)  # within the fork, so that the caller's state stays what it was
         if set_up is not None:
             set_up(scheduler)
         check = partial(refuse_unfinite_step, pipeline, result=stub is None)

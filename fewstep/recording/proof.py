@@ -21,6 +21,8 @@ from fewstep.recording.call_parts import answers, network_calls, repeated, witho
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.formula import GuidedCall
 from fewstep.recording.guided import another_item
+from fewstep.recording.item_proof import item_errors
+from fewstep.recording.items import with_pictures_of
 from fewstep.recording.observation import NetworkCall, Observation, Step
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.proof_runs import STEPS, each, own_calls, own_conditioning, relative_error, run, times
@@ -53,11 +55,13 @@ class Proof:
         checks: what was compared, on the weights as they are and, where they hide something, on shaken ones.
         warnings: what the network does not react to, and what could not be compared.
         shaken: whether the proof was repeated on shaken weights.
+        swapped: the error that another item's pictures make, on the weights as they are; None: nobody was told any.
     """
 
     checks: tuple[Check, ...]
     warnings: tuple[str, ...]
     shaken: bool
+    swapped: float | None = None
 
     def worst(self) -> float:
         """The largest relative error of all checks."""
@@ -66,6 +70,8 @@ class Proof:
     def describe(self) -> list[str]:
         """One line per check, then the warnings."""
         lines = [f"{c.name}: {c.error:.1e} (at most {c.tolerance:.0e})" for c in self.checks]
+        if self.swapped is not None:
+            lines.append(f"told another item's pictures it is off by {self.swapped:.1e}, so these would show")
         return lines + [f"warning: {text}" for text in self.warnings]
 
 
@@ -77,7 +83,7 @@ def prove(recording: Recorded, seed: int = 0) -> Proof:
 
 def _prove(recording: Recorded, seed: int) -> Proof:
     notes: list[str] = []
-    checks = _checks(recording, seed, notes, "")
+    checks, swapped = _checks(recording, seed, notes, "")
     ignored = _ignored(recording, seed)
     if ignored:
         text = (
@@ -87,7 +93,7 @@ def _prove(recording: Recorded, seed: int) -> Proof:
         warnings.warn(text, stacklevel=4)
         notes.append(text)
         with shaken(*_networks(recording), seed=seed):
-            checks += _checks(recording, seed + 1, notes, "shaken weights, ")
+            checks += _checks(recording, seed + 1, notes, "shaken weights, ")[0]
             still = _ignored(recording, seed)
         if still:
             notes.append(f"even with shaken weights it does not change with {_any_of(still)}")
@@ -98,7 +104,7 @@ def _prove(recording: Recorded, seed: int) -> Proof:
             f"the recording of {type(recording.pipeline).__name__} failed its proof: {worst.name} differs by "
             f"{worst.error:.2g} relative (at most {worst.tolerance:.0e}); it must not be trained on, please report it"
         )
-    return Proof(tuple(checks), tuple(dict.fromkeys(notes)), bool(ignored))
+    return Proof(tuple(checks), tuple(dict.fromkeys(notes)), bool(ignored), swapped)
 
 
 def tolerance(recording: Recorded) -> float:
@@ -108,14 +114,13 @@ def tolerance(recording: Recorded) -> float:
     return 1e-6 if next(recording.network.parameters()).device.type == "cpu" else 1e-3
 
 
-def _checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> list[Check]:
-    item, other = recording.invocation.item, another_item(recording.invocation)
+def _checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> tuple[list[Check], float | None]:
+    """The comparisons, and with items the error that other pictures make."""
+    item = recording.invocation.item
     allowed = tolerance(recording)
-    single = run(recording, [item], seed, x0=True)
+    single, told = run(recording, [item], seed, x0=True), own_conditioning(recording)
     checks = [
-        Check(
-            f"{prefix}unguided, one sample", _unguided_error(recording, single, own_conditioning(recording)), allowed
-        ),
+        Check(f"{prefix}unguided, one sample", _unguided_error(recording, single, told), allowed),
         Check(f"{prefix}mixed times in one batch", _mixed_error(recording, single), allowed),
     ]
     x0_error = _x0_error(recording, single)
@@ -123,14 +128,29 @@ def _checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> li
         notes.append("the scheduler gives no clean sample to compare x0 with")
     else:
         checks.append(Check(f"{prefix}x0 against the scheduler's", x0_error, max(1e-5, allowed)))
+    if recording.conditional == "item":
+        errors = item_errors(recording, single, told, seed + 1)
+        checks.append(Check(f"{prefix}unguided, another item and draw", errors.one, allowed))
+        if errors.two is None:
+            notes.append("the two items of the recording cannot form one batch, so they were compared one by one")
+        else:
+            checks.append(Check(f"{prefix}unguided, two items in one call", errors.two, max(5e-6, allowed)))
+        return checks, errors.swapped
+    return checks + _pair_checks(recording, seed, notes, prefix), None
+
+
+def _pair_checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> list[Check]:
+    """The comparisons with the pipeline's own call of two prompts or labels, and with its guided calls."""
+    item, other = recording.invocation.item, another_item(recording.invocation)
+    allowed = tolerance(recording)
     pair = run(recording, [item, other], seed + 1)
-    checks.append(
+    checks = [
         Check(
             f"{prefix}unguided, two samples",
             _unguided_error(recording, pair, _pair_conditioning(recording, pair, [item, other])),
             allowed,
         )
-    )
+    ]
     guided = recording.guided
     if guided is None:
         return checks
@@ -315,7 +335,10 @@ def _ignored_by_network(recording: Recorded, first: Step, second: Step, network:
         "the sample": answer(second.network_input, first, conditioning),
         "the time": answer(x, second, conditioning),
     }
-    if recording.conditional is not None:
+    if recording.conditional == "item":
+        item, other = recording.invocation.item, recording.invocation.other
+        reactions["the picture"] = answer(x, first, each(recording, [with_pictures_of(item, other)])[0])
+    elif recording.conditional is not None:
         name, other = recording.conditional, another_item(recording.invocation)
         reactions[f"the {name}"] = answer(x, first, each(recording, [other])[0])
     return [name for name, value in reactions.items() if relative_error(value, base) < _NO_REACTION]

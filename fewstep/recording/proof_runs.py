@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.recording.fresh import fresh_samples
 from fewstep.recording.observation import Observation, Step
 from fewstep.recording.recipe import Recipe
 from fewstep.recording.recorded import Recorded
@@ -18,23 +19,24 @@ STEPS = 5
 
 
 def run(
-    recording: Recorded, items: list[Any], seed: int, *, changes: dict[str, Any] | None = None, x0: bool = False
+    recording: Recorded,
+    items: list[Any],
+    seed: int,
+    *,
+    changes: dict[str, Any] | None = None,
+    x0: bool = False,
+    draw: int = 0,
 ) -> Observation:
     """The pipeline's own run with a fresh sample after every step.
 
     Args:
         recording: of the pipeline.
-        items: prompts or labels.
+        items: prompts, labels or items.
         seed: of the samples.
         changes: to the recorded call with guidance off.
         x0: also ask the scheduler for its clean samples.
+        draw: the seed of what the pipeline itself draws.
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def fresh(_index: int, sample: Tensor) -> Tensor:
-        # The spread of the scheduler's own sample, so that the network sees inputs of the size it would see.
-        spread = sample.float().std().nan_to_num(1.0).clamp(min=1e-3)
-        return (torch.randn(sample.shape, generator=generator) * spread.cpu()).to(sample)
 
     def unclipped(scheduler: Any) -> None:
         if hasattr(scheduler, "register_to_config"):
@@ -43,16 +45,18 @@ def run(
 
     visits = recording.visits
     count, stub = (STEPS, None) if visits is None else (visits.count, visits.run_live(recording.components))
-    return recording.subject.run(count, items, changes, steps=count, replace=fresh, x0=x0, set_up=unclipped, stub=stub)
+    return recording.subject.run(
+        count, items, changes, draw, steps=count, replace=fresh_samples(seed), x0=x0, set_up=unclipped, stub=stub
+    )
 
 
 def own_conditioning(recording: Recorded) -> Conditioning:
-    """That of the recording's own prompt or label."""
+    """That of the recording's own prompt, label or item."""
     return each(recording, [recording.invocation.item])[0]
 
 
 def each(recording: Recorded, items: list[Any]) -> list[Conditioning]:
-    """The conditioning of each prompt or label."""
+    """The conditioning of each prompt, label or item."""
     if recording.conditional is None:
         return recording.condition_each() * len(items)
     return recording.condition_each(**{f"{recording.conditional}s": items})

@@ -16,168 +16,11 @@ from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.recording.dtypes import network_dtype
+from fewstep.recording.entries import entries_from_json
+from fewstep.recording.rules import OutputRule, SampleRule, TimeRule
 
-
-@dataclass(frozen=True)
-class SampleRule:
-    """Where the sample goes: axes permuted (the batch axis stays first), reshaped, padded, perhaps split into a list.
-
-    Attributes:
-        argument: the network's argument.
-        permutation: the order of all axes, batch included, of (B, *sample_shape); empty: as they are.
-        shape: the per-sample shape that the network is given, before padding.
-        as_list: the network takes a list of B tensors instead of one tensor.
-        dtype: the recorded dtype's name.
-        pad_axis: the axis (batch included) along which a constant stands before and after the sample, such as the empty
-            image condition of a network that could take one; 0: none.
-        pad: entries before and after.
-        fill: the constant.
-    """
-
-    argument: str
-    permutation: tuple[int, ...]
-    shape: tuple[int, ...]
-    as_list: bool
-    dtype: str
-    pad_axis: int = 0
-    pad: tuple[int, int] = (0, 0)
-    fill: float = 0.0
-
-    def value(self, x: Tensor) -> Tensor | list[Tensor]:
-        """The argument for x (B, *sample_shape)."""
-        if self.permutation:
-            x = x.permute(self.permutation)
-        x = x.reshape(x.shape[0], *self.shape)
-        if self.pad_axis:
-            sides = [0, 0] * (x.dim() - 1 - self.pad_axis) + list(self.pad)
-            x = torch.nn.functional.pad(x, sides, value=self.fill)
-        return list(x.unbind(0)) if self.as_list else x
-
-
-@dataclass(frozen=True)
-class TimeRule:
-    """How one time argument is computed from the scheduler's timestep.
-
-    Attributes:
-        argument: the network's argument.
-        source: "timestep", or "next" for the timestep of the following step.
-        arithmetic: the dtype's name in which the operations are done, so that their rounding is the pipeline's own.
-        operations: pairs (name, number), applied in order: mul, div, add, rsub (number - value).
-        dtype: the dtype's name that the network is given.
-        to_integer: "round" or "trunc" before a cast to an integer dtype.
-        rows: entries of the leading axis per sample.
-        shape: the further axes (frames), all holding the same time.
-    """
-
-    argument: str
-    source: str
-    arithmetic: str
-    operations: tuple[tuple[str, float], ...]
-    dtype: str
-    to_integer: str = "round"
-    rows: int = 1
-    shape: tuple[int, ...] = ()
-
-    def numbers(self, timestep: Tensor, *, continuous: bool = False) -> Tensor:
-        """The network's time (B,) for the scheduler's timesteps (B,) float64.
-
-        With `continuous`, nothing is rounded, so that a derivative with respect to the time is not lost.
-        """
-        dtype = getattr(torch, self.dtype)
-        value = timestep if continuous else timestep.to(getattr(torch, self.arithmetic))
-        for name, number in self.operations:
-            value = _OPERATIONS[name](value, number)
-        if dtype.is_floating_point:
-            return value if continuous else value.to(dtype)
-        if continuous:
-            return value
-        # Times come from float64 arithmetic: 665.99999 is 666, and a plain cast would make it 665.
-        nearest = value.double().round()
-        near = (value.double() - nearest).abs() < 1e-6
-        if self.to_integer == "trunc":
-            nearest = torch.where(near, nearest, value.double().trunc())
-        return nearest.to(dtype)
-
-    def describe(self) -> str:
-        """The rule as a formula."""
-        text = "t" if self.source == "timestep" else "t_next"
-        for i, (name, number) in enumerate(self.operations):
-            text = _FORMULAS[name].format(f"({text})" if i and name != "rsub" else text, f"{number:g}")
-        if not getattr(torch, self.dtype).is_floating_point:
-            text = f"{self.to_integer}({text})" if self.operations or self.to_integer == "trunc" else text
-        per = "" if self.rows == 1 else f", {self.rows} rows per sample"
-        per += "" if not self.shape else f", over {list(self.shape)}"
-        return f"{self.argument} = {text} ({self.dtype}{per})"
-
-
-_OPERATIONS = {
-    "mul": lambda value, number: value * number,
-    "div": lambda value, number: value / number,
-    "add": lambda value, number: value + number,
-    "rsub": lambda value, number: number - value,
-}
-_FORMULAS = {"mul": "{0}*{1}", "div": "{0}/{1}", "add": "{0} + {1}", "rsub": "{1} - {0}"}
-
-
-@dataclass(frozen=True)
-class OutputRule:
-    """From the network's return value to `model_output`: pick, stack, halve, permute, reshape, then the relation.
-
-    Attributes:
-        element: position in a returned tuple (or output class); -1: the network returns the tensor or list itself.
-        stack: the value is a list of B tensors.
-        half_axis: the axis of which only the first half is kept; 0: none.
-        permutation: order of all axes, batch included; empty: as they are.
-        shape: the per-sample shape of `model_output`.
-        relation: "same", "negated", or "velocity": the network predicts x0 and the pipeline makes
-            (x - x0) / max(timestep / scale, floor) of it.
-        scale: see `relation`.
-        floor: see `relation`.
-    """
-
-    element: int
-    stack: bool
-    half_axis: int
-    permutation: tuple[int, ...]
-    shape: tuple[int, ...]
-    relation: str
-    scale: float = 1.0
-    floor: float = 0.0
-
-    def tensor(self, output: Any) -> Tensor:
-        """The network's answer (B, *shape), before the relation."""
-        value = output
-        if self.element >= 0:
-            value = (list(output.values()) if isinstance(output, dict) else output)[self.element]
-        if self.stack:
-            value = torch.stack(list(value))
-        if self.half_axis:
-            value = value.narrow(self.half_axis, 0, value.shape[self.half_axis] // 2)
-        if self.permutation:
-            value = value.permute(self.permutation)
-        return value.reshape(value.shape[0], *self.shape)
-
-    def model_output(self, output: Any, x: Tensor, timestep: Tensor) -> Tensor:
-        """What the pipeline hands to `scheduler.step`: (B, *shape)."""
-        value = self.tensor(output)
-        if self.relation == "negated":
-            return -value
-        if self.relation == "velocity":
-            span = (timestep / self.scale).clamp(min=self.floor).to(value.dtype)
-            return (x.reshape(value.shape) - value) / span.view(-1, *[1] * (value.dim() - 1))
-        return value
-
-    def describe(self) -> str:
-        """The chain in words."""
-        chain = [f"element {self.element}"] if self.element > 0 else []
-        chain += ["stack the list"] if self.stack else []
-        chain += [f"first half of axis {self.half_axis}"] if self.half_axis else []
-        chain += [f"axes {list(self.permutation)}"] if self.permutation else []
-        if self.relation == "velocity":
-            chain.append(f"(x - output) / max(t/{self.scale:g}, {self.floor:g})")
-        else:
-            chain.append(self.relation)
-        return ", ".join(chain)
+#: Of the JSON; 1 knew no entries.
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -200,6 +43,11 @@ class Recipe:
     times: tuple[TimeRule, ...]
     output: OutputRule
     network_dtype: str
+
+    @property
+    def read(self) -> Tensor:
+        """Which entries of a sample the network is told: bool, *sample_shape. The others are never looked at."""
+        return self.sample.read(self.sample_shape)
 
     @property
     def needs_next(self) -> bool:
@@ -247,7 +95,8 @@ class Recipe:
         arguments = conditioning.arguments()
         if own != recorded:
             arguments = conditioning.map_tensors(lambda v: v.to(followed(v.dtype))).arguments()
-        arguments[self.sample.argument] = self.sample.value(x.to(followed(getattr(torch, self.sample.dtype))))
+        own_x = x.to(followed(getattr(torch, self.sample.dtype)))
+        arguments[self.sample.argument] = self.sample.value(own_x, arguments.get(self.sample.argument))
         for rule in self.times:
             at = timestep if rule.source == "timestep" else next_timestep
             if at is None:
@@ -259,29 +108,37 @@ class Recipe:
                 value = value.to(torch.promote_types(dtype, followed(dtype)))
             elif continuous:
                 value = value.to(torch.promote_types(x.dtype, torch.float32))
-            value = value.repeat_interleave(rule.rows) if rule.rows > 1 else value
-            for size in rule.shape:
-                value = value.unsqueeze(-1).expand(*value.shape, size)
-            arguments[rule.argument] = value
+            arguments[rule.argument] = rule.value(value, arguments.get(rule.argument))
         return self.output.model_output(network(**arguments), x, timestep.to(x.device))
 
     def to_json(self) -> str:
         """The recipe as JSON text."""
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps({"version": VERSION, **dataclasses.asdict(self)})
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """The recipe that `to_json` wrote.
+        """The recipe that `to_json` wrote, here or in a version that knew no entries.
 
         Raises:
-            ValueError: not the JSON of a recipe.
+            ValueError: not the JSON of a recipe, or of a later version.
         """
         try:
             data = json.loads(text)
+            if data.get("version", 1) > VERSION:
+                raise ValueError(
+                    f"the recipe has version {data['version']}, and this fewstep reads {VERSION}; update it"
+                )
             sample = {**data["sample"], **_tuples(data["sample"], "permutation", "shape", "pad")}
             output = {**data["output"], **_tuples(data["output"], "permutation", "shape")}
+            for rule in (sample, output):
+                rule["entries"] = entries_from_json(rule.get("entries"))
             times = [
-                {**t, "shape": tuple(t["shape"]), "operations": tuple((name, n) for name, n in t["operations"])}
+                {
+                    **t,
+                    "shape": tuple(t["shape"]),
+                    "operations": tuple((name, n) for name, n in t["operations"]),
+                    "moving": tuple((first, length) for first, length in t.get("moving", ())),
+                }
                 for t in data["times"]
             ]
             return cls(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning, remark
+from fewstep.conditioning.item import Item
 from fewstep.diffusion.intervals import TimeIntervals
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.recording.call_parts import mark_arguments, without_sample
@@ -21,6 +22,9 @@ from fewstep.recording.formula import GuidedCall
 from fewstep.recording.guided import GuidanceReport
 from fewstep.recording.hooks import hooked
 from fewstep.recording.invocation import Invocation
+from fewstep.recording.item_learning import Told
+from fewstep.recording.item_marks import by_axes
+from fewstep.recording.items import as_items, check_items
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.recipe import Recipe
 from fewstep.recording.subject import Subject
@@ -49,6 +53,7 @@ class Recorded:
         embedded: the arguments that follow an embedded guidance.
         experts: the networks that share the loop by time, from noise to data; usually one. The recipe holds for each.
         visits: a run of the pipeline that meets each of several experts; None for one.
+        told: what pictures, items and draws change of what the network is told; None for prompts and labels.
     """
 
     pipeline: Any
@@ -66,6 +71,7 @@ class Recorded:
     embedded: set[str]
     experts: tuple[Expert, ...]
     visits: Visits | None = None
+    told: Told | None = None
     _negative: Conditioning | None = None
 
     def __repr__(self) -> str:
@@ -80,12 +86,17 @@ class Recorded:
 
     @property
     def call(self) -> dict[str, Any]:
-        """The pipeline's keyword arguments that the recording holds for, prompts and labels apart."""
+        """The pipeline's keyword arguments that the recording holds for, those of prompts, labels and items apart."""
         return dict(self.invocation.call)
 
     @property
+    def inputs(self) -> dict[str, str]:
+        """The arguments of the pipeline's call that are an item's own, and what each is, in words; {} without items."""
+        return self.invocation.item.forms if self.conditional == "item" else {}
+
+    @property
     def conditional(self) -> str | None:
-        """ "prompt", "label" or None."""
+        """ "prompt", "label", "item" (pictures with a prompt or without one) or None."""
         return self.invocation.conditional
 
     @property
@@ -137,32 +148,52 @@ class Recorded:
         return network_dtype(self.network)
 
     def condition_each(
-        self, prompts: Sequence[str] | None = None, labels: Sequence[int] | None = None
+        self,
+        prompts: Sequence[str] | None = None,
+        labels: Sequence[int] | None = None,
+        items: Sequence[Item | Mapping[str, Any]] | None = None,
     ) -> list[Conditioning]:
-        """The conditioning of each prompt or label, each encoded alone, as users sample; runs the text encoders only.
+        """The conditioning of each prompt, label or item, each encoded alone, as users sample; runs the encoders only.
+
+        Args:
+            prompts: for a pipeline that takes such.
+            labels: likewise.
+            items: likewise, for a recording that was made with items.
 
         Raises:
             RecordingError: prompts for a pipeline that takes labels or nothing, and the like.
         """
-        items = self._items(prompts, labels)
+        asked = self._asked(prompts, labels, items)
         if self.conditional is None:
-            return [Conditioning(self.marked, 1)] * len(items)
-        return [self._encode_text(item) for item in items]
+            return [Conditioning(self.marked, 1)] * len(asked)
+        return [self._encode(one) for one in asked]
 
-    def condition(self, prompts: Sequence[str] | None = None, labels: Sequence[int] | None = None) -> Conditioning:
+    def draw_each(self, items: Sequence[Item | Mapping[str, Any]], seed: int) -> list[Conditioning]:
+        """`condition_each` of items as another seed draws it: 0 is that of `condition_each`.
+
+        They differ where the pipeline samples an encoder's distribution or adds noise to a picture (`told.draws`).
+        """
+        return [self._encode(item, seed) for item in self._asked(None, None, items)]
+
+    def condition(
+        self,
+        prompts: Sequence[str] | None = None,
+        labels: Sequence[int] | None = None,
+        items: Sequence[Item | Mapping[str, Any]] | None = None,
+    ) -> Conditioning:
         """`condition_each` as one batch.
 
         Raises:
             RecordingError: as there, or the items' shapes differ; the message lists which.
         """
-        items = self._items(prompts, labels)
-        each = self.condition_each(prompts, labels)
+        asked = self._asked(prompts, labels, items)
+        each = self.condition_each(prompts, labels, items)
         odd = [i for i, c in enumerate(each) if not Conditioning.compatible(each[0], c)]
         if odd:
             reason = Conditioning.mismatch(each[0], each[odd[0]])
-            listed = ", ".join(repr(items[i]) for i in odd[:5]) + (", ..." if len(odd) > 5 else "")
+            listed = ", ".join(_name(asked[i]) for i in odd[:5]) + (", ..." if len(odd) > 5 else "")
             raise RecordingError(
-                f"these cannot form one batch with {items[0]!r}: {listed} ({reason}); batch items of equal shapes "
+                f"these cannot form one batch with {_name(asked[0])}: {listed} ({reason}); batch items of equal shapes "
                 "(condition_each)"
             )
         return Conditioning.cat(each)
@@ -208,38 +239,60 @@ class Recorded:
         with evaluating(self.network):
             return self.recipe.call(self.network, x, time, told, next_timestep=time / 2)
 
-    def _items(self, prompts: Sequence[str] | None, labels: Sequence[int] | None) -> list[Any]:
+    def _asked(
+        self,
+        prompts: Sequence[str] | None,
+        labels: Sequence[int] | None,
+        items: Sequence[Item | Mapping[str, Any]] | None,
+    ) -> list[Any]:
         kind = type(self.pipeline).__name__
-        if prompts is not None and labels is not None:
-            raise RecordingError("prompts and labels were given; a pipeline is conditioned on one of them")
-        given = prompts if prompts is not None else labels
-        if isinstance(given, str):
+        if sum(given is not None for given in (prompts, labels, items)) > 1:
+            raise RecordingError("more than one of prompts, labels and items were given; a pipeline takes one of them")
+        words = {"prompt": "prompts", "label": "class labels", "item": "items"}
+        given, name = next(
+            ((given, name) for given, name in ((prompts, "prompt"), (labels, "label"), (items, "item")) if given),
+            ((), ""),
+        )
+        if isinstance(prompts, str):
             raise RecordingError("prompts must be a list of strings, not one string")
-        items: list[Any] = [] if given is None else list(given)
-        if not items:
+        if not given:
             if self.conditional is None:
                 return [None]
             raise RecordingError(f"{kind} is conditioned on a {self.conditional}; give at least one")
         if self.conditional is None:
             raise RecordingError(f"{kind} is conditioned on nothing: it takes neither prompts nor labels")
-        if prompts is not None and self.conditional == "label":
-            raise RecordingError(f"{kind} takes class labels, not prompts")
-        if labels is not None and self.conditional == "prompt":
-            raise RecordingError(f"{kind} takes prompts, not class labels")
-        return items
+        if name != self.conditional:
+            raise RecordingError(f"{kind} takes {words[self.conditional]}, not {words[name]}")
+        if name != "item":
+            return list(given)
+        found = as_items(items or ())
+        check_items(type(self.pipeline), [self.invocation.item, *found], self.call)
+        return found
 
-    def _encode_text(self, item: Any) -> Conditioning:
-        arguments = self._told([item])
+    def _encode(self, item: Any, seed: int = 0) -> Conditioning:
+        arguments = self._told([item], seed)
         try:
             return remark(arguments, self.marked, 1)
         except ValueError:
             # This item has other arguments than the recorded one (a mask where that had None): mark it by itself.
+            if self.told is not None:
+                return Conditioning(by_axes(arguments, self.told.pictures | self.told.items), 1)
             return Conditioning(mark_arguments(self.component, arguments, self._told([item, item])), 1)
 
-    def _told(self, items: list[Any]) -> dict[str, Any]:
-        """What the pipeline tells its network of these prompts or labels in one call."""
-        call = self.subject.run(CONDITION_STEPS, items, before=self.component).pending[-1]
-        return without_sample(call, self.recipe)
+    def _told(self, items: list[Any], seed: int = 0) -> dict[str, Any]:
+        """What the pipeline tells its network of these prompts, labels or items in one call."""
+        call = self.subject.run(CONDITION_STEPS, items, before=self.component, seed=seed).pending[-1]
+        try:
+            return without_sample(call, self.recipe)
+        except ValueError as error:
+            raise RecordingError(
+                f"{_name(items[0])} is told to the {self.component} in another shape than the recorded one: {error}; "
+                "items of another size need a recording of their own"
+            ) from error
+
+
+def _name(item: Any) -> str:
+    return str(item) if isinstance(item, Item) else repr(item)
 
 
 def _is_label(value: Any) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from fewstep.conditioning.item import Item
 from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule, TableSchedule, from_scheduler
 from fewstep.recording.call_parts import equal, mark_arguments, without_sample
 from fewstep.recording.denoisers import Denoisers
@@ -16,13 +18,19 @@ from fewstep.recording.experts import Expert, components_of, expert_at
 from fewstep.recording.few_step import refuse_few_step, refuse_fixed_grid
 from fewstep.recording.find_experts import check_alike, find_experts, find_visits, loop_components
 from fewstep.recording.fit import fit_output, fit_sample, fit_times
-from fewstep.recording.guided import embedded_paths, record_guided, switch_off, unguided_step
+from fewstep.recording.fresh import fresh_samples
+from fewstep.recording.guided import GuidanceReport, embedded_paths, record_guided, switch_off, unguided_step
 from fewstep.recording.invocation import read_invocation
+from fewstep.recording.item_fit import fit_entries, fit_output_entries
+from fewstep.recording.item_learning import learn_items
+from fewstep.recording.items import as_items
 from fewstep.recording.observation import Observation, Step, Stub
 from fewstep.recording.pipeline import find_scheduler, modules_of
-from fewstep.recording.recipe import Recipe, TimeRule
+from fewstep.recording.recipe import Recipe
 from fewstep.recording.recording import Recording
+from fewstep.recording.rules import TimeRule
 from fewstep.recording.shake import shaken
+from fewstep.recording.starts import from_noise_alone, skipped_steps
 from fewstep.recording.subject import Subject
 
 # Two step counts, because on an even grid one count cannot tell the time from the next time. The network runs in every
@@ -32,7 +40,7 @@ _LONGEST = 1000
 _LIVE = frozenset({0, LONG // 2, LONG - 2, LONG - 1})
 
 
-def record(pipeline: Any, **call: Any) -> Recording:
+def record(pipeline: Any, items: Sequence[Item | Mapping[str, Any]] | None = None, **call: Any) -> Recording:
     """Run `pipeline(**call)` for a few steps under observation and learn how it calls its denoiser.
 
     The pipeline is left exactly as found. The guidance in `call` matters only where it is embedded in the network;
@@ -40,24 +48,29 @@ def record(pipeline: Any, **call: Any) -> Recording:
 
     Args:
         pipeline: a diffusers pipeline.
+        items: for a pipeline that is told pictures, two items with different ones at least: the arguments of its call
+            that are a sample's own, such as {"prompt": ..., "image": ...}. The rules are learnt from the first.
         call: keyword arguments of the pipeline's call (prompt or labels, height, width, num_frames, ...).
 
     Raises:
         RecordingError: the pipeline cannot be recorded; one line says what was seen and what to do.
     """
     refuse_offloaded(pipeline)
-    invocation = read_invocation(pipeline, call)
+    invocation = read_invocation(pipeline, call, None if items is None else as_items(items))
     refuse_few_step(pipeline, invocation)
     try:
         schedule, prediction_type = from_scheduler(getattr(pipeline, find_scheduler(pipeline)))
     except ValueError as error:
         raise RecordingError(str(error)) from error
-    subject, component = switch_off(Subject(pipeline, invocation, {}))
+    whole = Subject(pipeline, invocation, {})
+    subject, component = switch_off(whole if items is None else from_noise_alone(whole))
 
     _refuse_size_without_effect(subject, component)
     runs, experts = _unguided_runs(subject, component, schedule)
     _check_walk(pipeline, schedule, runs[1])
-    two = subject.run(SHORT, [invocation.item] * 2, before=component).pending[-1].arguments
+    two = None
+    if items is None:
+        two = subject.run(SHORT, [invocation.item] * 2, before=component).pending[-1].arguments
     check_alike(experts, _all(runs))
     try:
         recipe = _recipe(subject, experts, schedule, runs, two)
@@ -69,18 +82,26 @@ def record(pipeline: Any, **call: Any) -> Recording:
     check_alike(experts, _all(runs), recipe)
 
     first = runs[0][0].calls[-1]
-    one = without_sample(first, recipe)
-    two = {name: value for name, value in two.items() if name in one}
+    told = None
+    if two is not None:
+        one = without_sample(first, recipe)
+        marked = mark_arguments(component, one, {name: value for name, value in two.items() if name in one})
+    else:
+        marked, told = learn_items(subject, experts[0].network, component, recipe, runs[0][0])
     stub = Stub(components_of(experts), first.output)
     visits = find_visits(subject, experts, stub) if len(experts) > 1 else None
-    denoisers = Denoisers(experts, recipe, mark_arguments(component, one, two), stub, visits)
+    denoisers = Denoisers(experts, recipe, marked, stub, visits)
     embedded = embedded_paths(subject, denoisers)
-    report, negative, guided = record_guided(subject, denoisers, embedded)
+    if items is None:
+        report, negative, guided = record_guided(subject, denoisers, embedded)
+    else:
+        words = "the further answers of a guided call are not recorded for items"
+        report, negative, guided = GuidanceReport(embedded=bool(embedded), remark=words), None, None
     return Recording(
         pipeline=pipeline,
         component=component,
         network=experts[0].network,
-        invocation=invocation,
+        invocation=subject.invocation,
         recipe=recipe,
         schedule=schedule,
         prediction_type=prediction_type,
@@ -92,6 +113,7 @@ def record(pipeline: Any, **call: Any) -> Recording:
         embedded=embedded,
         experts=experts,
         visits=visits,
+        told=told,
         _negative=negative,
     )
 
@@ -112,18 +134,22 @@ def _unguided_runs(
     subject: Subject, component: str, schedule: NoiseSchedule
 ) -> tuple[list[list[Step]], tuple[Expert, ...]]:
     """The steps of the short and the long run, checked to hold one network call each, and the networks called."""
-    seen = subject.run(SHORT, steps=SHORT)
+    # What follows fresh noise is the sample: of a network that is told more in one argument, that is how it is found.
+    beside = subject.invocation.conditional == "item"
+    seen = subject.run(SHORT, steps=SHORT, replace=fresh_samples(0) if beside else None)
     _refuse_late_start(subject, seen)
     short = seen.steps
     names = loop_components(subject, component, short)
     output = short[0].calls[-1].output
-    long = subject.run(LONG, steps=LONG, stub=Stub(names, output, _LIVE)).steps
+    replace = fresh_samples(1) if beside else None
+    long = subject.run(LONG, steps=LONG, stub=Stub(names, output, _LIVE), replace=replace).steps
     refuse_fixed_grid(subject.pipeline, len(long), LONG)
     names = loop_components(subject, component, short, long)
     experts = find_experts(subject, names, [short, long], schedule)
     if len(experts) > 1:
         # Again, with every one of them running in some steps.
-        long = subject.run(LONG, steps=LONG, stub=Stub(names, output, _live(long, experts))).steps
+        stub = Stub(names, output, _live(long, experts))
+        long = subject.run(LONG, steps=LONG, stub=stub, replace=replace).steps
     runs = [short, long]
     for run in runs:
         _check_loop(subject, experts, run)
@@ -135,12 +161,18 @@ def _recipe(
     experts: tuple[Expert, ...],
     schedule: NoiseSchedule,
     runs: list[list[Step]],
-    two: dict[str, Any],
+    two: dict[str, Any] | None,
 ) -> Recipe:
-    """The one recipe that holds for every step, whichever network is called."""
+    """The one recipe that holds for every step, whichever network is called.
+
+    `two` are the network's arguments at two samples; None: of an item, whose recipe is found entry by entry.
+    """
     component = experts[0].component
-    sample = fit_sample(component, _all(runs))
-    times = fit_times(component, sample.argument, runs, two)
+    if two is None:
+        sample, times = fit_entries(component, runs)
+    else:
+        sample = fit_sample(component, _all(runs))
+        times = fit_times(component, sample.argument, runs, two)
     if not isinstance(schedule, TableSchedule):
         times = tuple(_unrounded(rule, runs[0][0].integer) for rule in times)
     steps = _live_steps(runs, experts)
@@ -149,7 +181,7 @@ def _recipe(
         with shaken(*(expert.network for expert in experts)):
             again, _ = _unguided_runs(subject, component, schedule)
             steps = _live_steps(again, experts)
-    output = fit_output(component, steps)
+    output = fit_output(component, steps) if two is not None else fit_output_entries(component, steps)
     if output.relation == "velocity":
         output = fit_output(component, steps + _near_zero(subject, experts, steps))
     shape = tuple(runs[0][0].network_input.shape[1:])
@@ -192,7 +224,7 @@ def _check_loop(subject: Subject, experts: tuple[Expert, ...], steps: list[Step]
                 f"{subject} calls scheduler.step more often than {component}, so what it hands to it is no answer of "
                 "the network alone; it cannot be recorded"
             )
-        if not unguided_step(step, component):
+        if not unguided_step(step, component, beside=subject.invocation.conditional == "item"):
             raise RecordingError(
                 f"{subject} does not call {component} exactly once in every step with guidance off; it cannot be "
                 "recorded"
@@ -218,11 +250,8 @@ def _refuse_size_without_effect(subject: Subject, component: str) -> None:
 
 def _refuse_late_start(subject: Subject, seen: Observation) -> None:
     """Raise for a pipeline that leaves out its scheduler's first steps, so that it starts from more than noise."""
-    if seen.timesteps is None or not seen.steps:
-        return
-    times = seen.timesteps.double().flatten()
-    skipped = int((times - seen.steps[0].timestep).abs().argmin())
-    if skipped:
+    if (skipped := skipped_steps(seen)) and seen.timesteps is not None:
+        times = seen.timesteps.double().flatten()
         raise RecordingError(
             f"{subject} starts at timestep {seen.steps[0].timestep:g}, {skipped} of {len(times)} steps after the first "
             f"of its scheduler ({float(times[0]):g}): it does not start from noise alone, and only such walks can be "

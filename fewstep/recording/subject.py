@@ -44,28 +44,37 @@ class Subject:
         return type(self.pipeline).__name__
 
     def call(
-        self, count: int, items: Sequence[Any] | None = None, changes: Mapping[str, Any] | None = None
+        self,
+        count: int,
+        items: Sequence[Any] | None = None,
+        changes: Mapping[str, Any] | None = None,
+        seed: int = 0,
     ) -> dict[str, Any]:
         """The keyword arguments of a call with guidance off.
 
         Args:
             count: steps that it makes.
-            items: prompts or labels; None: the recording's own, once.
+            items: prompts, labels or items; None: the recording's own, once.
             changes: to the call, which may switch guidance on again.
+            seed: of the generator that the pipeline is given.
         """
         items = [self.invocation.item] if items is None else list(items)
-        return self.invocation.arguments(items, count, **{**self.off, **(changes or {})})
+        return self.invocation.arguments(items, count, seed, **{**self.off, **(changes or {})})
 
     def run(
         self,
         count: int,
         items: Sequence[Any] | None = None,
         changes: Mapping[str, Any] | None = None,
+        seed: int = 0,
         **watching: Unpack[Watching],
     ) -> Observation:
         """Make the call of :meth:`call` under observation; ``watching`` goes to :func:`observe`.
 
+        With items the global random state is seeded, too: some pipelines draw from it what they tell their network.
+
         Raises:
             RecordingError: the pipeline itself failed.
         """
-        return observe(self.pipeline, self.call(count, items, changes), **watching)
+        everywhere = seed if self.invocation.conditional == "item" else None
+        return observe(self.pipeline, self.call(count, items, changes, seed), seed=everywhere, **watching)
