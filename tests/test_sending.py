@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning.conditioning import Conditioning, Leaf
-from fewstep.conditioning.ragged import join
+from fewstep.conditioning.ragged import join, with_others
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.noise_levels import NoiseLevels
 from fewstep.diffusion.renoising import Renoiser
@@ -78,7 +78,7 @@ def test_experts_are_chosen_without_a_read() -> None:
     x_t = torch.zeros(4, 2, device="meta")
     for ragged in (False, True):
         noisy, clean = Expert(), Expert()
-        denoiser = GuidedDenoiser(ExpertsDenoiser([(0.5, noisy), (0.0, clean)]), told(3, 1), 2.0)
+        denoiser = GuidedDenoiser(ExpertsDenoiser([(0.5, noisy), (0.0, clean)]), 2.0)
         conditioning = join([told(3, 2), told(5, 2)]) if ragged else told(3, 4)
-        assert denoiser(x_t, t, conditioning).shape == x_t.shape
+        assert denoiser(x_t, t, with_others(conditioning, [told(3, 4)])).shape == x_t.shape
         assert (sum(noisy.asked), sum(clean.asked)) == (6, 2)

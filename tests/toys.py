@@ -83,8 +83,13 @@ def adapter_role(name: str, backbone: Backbone, recording: Recording, *, trainab
     return AdapterRole(name, backbone, denoiser, adapter)
 
 
-def labels(values: Sequence[float] | Tensor) -> Conditioning:
-    return Conditioning({"label": Leaf(torch.as_tensor(values, dtype=torch.float32), rows=1)}, len(values))
+#: The label that guidance leads away from, unless a test names another.
+NULL = 5.0
+
+
+def labels(values: Sequence[float] | Tensor, null: float | None = NULL) -> Conditioning:
+    others = [] if null is None else [labels([null] * len(values), None)]
+    return Conditioning({"label": Leaf(torch.as_tensor(values, dtype=torch.float32), rows=1)}, len(values), others)
 
 
 def unconditional(batch: int) -> Conditioning:
@@ -94,13 +99,14 @@ def unconditional(batch: int) -> Conditioning:
 class Labels:
     """Conditions of a run: one label per sample, or none, in the run's keyed order."""
 
-    def __init__(self, values: Sequence[float] | None = (-1.0, 0.0, 1.0)) -> None:
-        self.values = values
+    def __init__(self, values: Sequence[float] | None = (-1.0, 0.0, 1.0), null: float = NULL) -> None:
+        self.values, self.null = values, null
 
     def batch(self, seed: int, positions: Sequence[int]) -> Conditioning:
         if self.values is None:
             return unconditional(len(positions))
-        return labels([self.values[keyed_order(seed, "labels", len(self.values), place)] for place in positions])
+        told = [self.values[keyed_order(seed, "labels", len(self.values), place)] for place in positions]
+        return labels(told, self.null)
 
 
 def make_loop(

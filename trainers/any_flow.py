@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fewstep.cli.distill import main
-from fewstep.conditioning.ragged import AnyConditioning, replaced
+from fewstep.conditioning.ragged import AnyConditioning, without_condition
 from fewstep.config.checks import settled
 from fewstep.critic.denoising import critic_denoising, sample_log
 from fewstep.critic.matching import Matched, matching_log
@@ -107,9 +107,9 @@ class AnyFlow:
         student = roles["student"].denoiser
         assert isinstance(student, FlowMapDenoiser)  # it is one network
         # Guidance mixes velocities as it does x0.
-        velocity, negative = roles["teacher"].single.denoiser.velocity, guided_teacher.negative
+        velocity, further = roles["teacher"].single.denoiser.velocity, guided_teacher.further
         given = guided_teacher.guidance_scale if config.map_guidance is None else config.map_guidance
-        self.student, self.mapped = student, GuidedDenoiser(velocity, negative, given, guided_teacher.joint)
+        self.student, self.mapped = student, GuidedDenoiser(velocity, given, further, guided_teacher.joint)
         # Where data's velocity is followed, by how much the student's own answers are guided.
         assert isinstance(given, int | float)  # as the student is one network
         self.fused = float(given) if config.velocity == "data" else 1.0
@@ -202,8 +202,7 @@ class AnyFlow:
             return Points(x_t, t, r, self.mapped(x_t, t, conditioning), conditioning, kept, parts)
         if self.fused != 1.0:
             dropped = batch.draws.coins("label_drop", self.config.label_drop)
-            assert self.mapped.negative is not None  # or the guidance would have been refused
-            conditioning = replaced(conditioning, self.mapped.negative, dropped)
+            conditioning = without_condition(conditioning, dropped)
             kept = ~sent(dropped, x0.device, torch.bool)
         return Points(x_t, t, r, noise - x0, conditioning, kept, parts)
 
@@ -222,10 +221,8 @@ class AnyFlow:
             change: its derivative along the velocity (B, ...).
         """
         if self.fused != 1.0:
-            assert self.mapped.negative is not None  # or the guidance would have been refused
             with torch.no_grad():
-                nothing = self.mapped.negative.select([0] * len(u))
-                u_null = self.student.velocity(points.x_t, points.t, nothing, points.r)
+                u_null = self.student.velocity(points.x_t, points.t, points.conditioning.others[-1], points.r)
             # Who has no condition is not guided: its own answer is the null one.
             u = torch.where(expand(points.kept, u).bool(), fused_guidance(u, u_null, self.fused), u)
             change = change / expand(torch.where(points.kept, self.fused, 1.0), change)

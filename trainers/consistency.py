@@ -84,7 +84,7 @@ class Consistency:
         roles = bench.make_roles("student", *(["target"] if config.target_decay != 0 else []))
         teacher, told = bench.guided(roles["teacher"]), bench.guidance_embedding
         prediction = bench.recording.prediction_type
-        config.refuse_teacher(prediction, teacher.negative is not None, told.default if told else None)
+        config.refuse_teacher(prediction, teacher.further > 0, told.default if told else None)
         levels = SigmaRange(bench.sampler.schedule, bench.sampler.grid[0])
         visited = sorted({t for grid in bench.grids.values() for t in grid})
         discretization = config.make_discretization(levels, bench.shift, visited)

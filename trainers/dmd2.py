@@ -306,8 +306,8 @@ class Dmd2:
 
     def denoising_with_negative(self, x0: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """SwiftBrush's critic: weighted by alpha^2, and told the negative in a tenth of the steps, as it is guided."""
-        if self.teacher.negative is not None and batch.draws.shared_integer("critic_drop", 0, 10) == 0:
-            batch = replace(batch, conditioning=self.teacher.negative.select([0] * batch.size))
+        if self.teacher.further and batch.draws.shared_integer("critic_drop", 0, 10) == 0:
+            batch = replace(batch, conditioning=batch.conditioning.others[-1])
         return critic_denoising(self.critic, self.roles["teacher"], x0, batch, self.learnt, _signal_power)
 
     def logits(self, seen: Renoised, of: Batch | Real) -> Tensor:

@@ -114,10 +114,10 @@ class MeanFlow:
         self.guide: SelfGuidance | None = None
         omega, kappa = config.self_guidance(scale)
         if config.velocity == "data" and (omega, kappa) != (1.0, 0.0):
-            if guided_teacher.negative is None:
+            if not guided_teacher.further:
                 raise UserError("--omega and --kappa guide away from a negative condition, which this teacher lacks")
             interval = config.guidance_t_min, config.guidance_t_max
-            self.guide = SelfGuidance(student, guided_teacher.negative, omega, kappa, *interval)
+            self.guide = SelfGuidance(student, omega, kappa, *interval)
         self.times = config.two_times(self.schedule, sampler.grid[0])
         self.difference = config.difference(self.schedule, sampler.grid[0])
         # Blocks that are run again in the backward pass have no tangents there.

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fewstep.cli.distill import main
-from fewstep.conditioning.ragged import AnyConditioning, replaced
+from fewstep.conditioning.ragged import AnyConditioning, without_condition
 from fewstep.config.checks import settled
 from fewstep.data.batch import Batch
 from fewstep.diffusion.ode import CLEANEST, solver_step
@@ -101,7 +101,7 @@ class PerFlow:
         config = config.resolved()
         roles, kept = bench.make_roles("student"), config.guidance == "kept"
         teacher = bench.guided(roles["teacher"], 1.0 if kept else None)
-        config.refuse_teacher(bench.sampler.schedule, bench.sampler.grid[0], teacher.negative is not None)
+        config.refuse_teacher(bench.sampler.schedule, bench.sampler.grid[0], teacher.further > 0)
         method = cls(config, roles, teacher, bench.sampler, bench.shift)
         right = {count: grid for count, grid in bench.grids.items() if method.walks(grid)}
         bench.describe(
@@ -138,9 +138,9 @@ class PerFlow:
 
     def conditioning(self, conditioning: AnyConditioning, batch: Batch) -> AnyConditioning:
         """Of B samples, of which some lose theirs where the student is to be guided later."""
-        if self.config.guidance == "baked" or self.teacher.negative is None:
+        if self.config.guidance == "baked" or not self.teacher.further:
             return conditioning
-        return replaced(conditioning, self.teacher.negative, batch.draws.coins("label_drop", self.config.label_drop))
+        return without_condition(conditioning, batch.draws.coins("label_drop", self.config.label_drop))
 
     def times(self, batch: Batch) -> Tensor:
         """Times (B,), float64, at which the student learns."""

@@ -87,7 +87,7 @@ class SegmentedConsistency:
         config = config.resolved()
         roles = bench.make_roles("student", *(["target"] if config.target_decay != 0 else []), *others)
         teacher = bench.guided(roles["teacher"])
-        config.refuse_unguided(teacher.negative is not None)
+        config.refuse_unguided(teacher.further > 0)
         judge = None
         if config.judged:
             if len(roles["teacher"].experts) > 1:

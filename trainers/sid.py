@@ -77,8 +77,8 @@ class Sid:
         self.teacher, self.critic, self.critic_in_training = teacher, critic, critic_in_training
         # Wherever the critic is guided it has to know the negative, and is told that in the place of some prompts.
         guided = critic.guidance_scale != 1.0 or critic_in_training.guidance_scale != 1.0
-        self.dropped = critic_in_training.negative if guided and config.critic_dropout > 0 else None
-        if config.shared_walk and self.dropped is not None:
+        self.drops = guided and config.critic_dropout > 0
+        if config.shared_walk and self.drops:
             raise UserError(
                 "--shared_walk walks to the prompts of both turns: give --critic_dropout 0, or leave it out"
             )
@@ -95,7 +95,7 @@ class Sid:
         roles = bench.make_roles("student", "critic")
         teacher, critic = roles["teacher"], roles["critic"]
         kappas = config.kappas(bench.guidance_scale)
-        if bench.negative is None:
+        if not bench.further:
             config.refuse_guided_critic()
         guided = bench.guided(teacher, kappas.teacher), bench.guided(critic, kappas.critic)
         in_training = bench.guided(critic, kappas.critic_training)
@@ -133,8 +133,8 @@ class Sid:
         The student's inputs x_t (B, ...) on the way, by step, are put into ``inputs``.
         """
         conditioning = batch.conditioning
-        if self.dropped is not None:
-            conditioning = with_dropout(conditioning, self.dropped, batch.draws, self.config.critic_dropout)
+        if self.drops:
+            conditioning = with_dropout(conditioning, batch.draws, self.config.critic_dropout)
         with torch.no_grad():
             x0 = self.sample("critic", batch, conditioning, last, inputs)
         t = self.critic_levels.draw(batch.draws, "critic_time", self.schedule)

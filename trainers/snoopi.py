@@ -66,7 +66,7 @@ class Snoopi(Dmd2):
         """Make the roles: student and critic start as the teacher, or as in --init."""
         assert isinstance(config, SnoopiConfig)  # the command line makes it of cls.Config
         method = super().prepare(config, bench)
-        config.refuse_unguided(method.teacher.negative is not None)
+        config.refuse_unguided(method.teacher.further > 0)
         assert isinstance(method, Snoopi)
         return method
 

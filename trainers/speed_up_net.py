@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fewstep.cli.distill import main
-from fewstep.conditioning.ragged import AnyConditioning, join
+from fewstep.conditioning.ragged import AnyConditioning, join, with_others
 from fewstep.data.batch import Batch
 from fewstep.diffusion.ode import solver_step
 from fewstep.diffusion.prediction import add_noise, expand
@@ -37,7 +37,7 @@ from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.timesteps import uniform_times
 from fewstep.diffusion.windows import Window, line, slope, solver_times
 from fewstep.losses.consistency import distance
-from fewstep.networks.guidance import AwayFrom, GuidedDenoiser
+from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role
 from fewstep.networks.speed_up import SpeedUpDenoiser
 from fewstep.sending import sent
@@ -118,12 +118,11 @@ class SpeedUpNet:
 
     def negatives(self, batch: Batch) -> AnyConditioning:
         """Of each sample: the usual negative prompt, or one of the batch's prompts, which the samples do not follow."""
-        usual, coins = self.teacher.negative, batch.draws.coins("other_negative", self.config.negative_share)
-        assert usual is not None  # as the roles were made
+        usual, others = batch.conditioning.others[0], batch.conditioning.alone()
+        coins = batch.draws.coins("other_negative", self.config.negative_share)
         if not any(coins):
-            return usual.select([0] * batch.size)
-        rows = enumerate(coins)
-        return join([batch.conditioning.select([place]) if other else usual for place, other in rows])
+            return usual
+        return join([(others if other else usual).select([place]) for place, other in enumerate(coins)])
 
     def guidance_scale(self, batch: Batch) -> Tensor | None:
         """Of each sample (B,), where it is drawn."""
@@ -140,11 +139,10 @@ class SpeedUpNet:
         guidance_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the guided teacher says of ``x_t`` (B, ...), x0, and where its ODE is at the windows' ends."""
-        teacher = AwayFrom(self.teacher, negative)
-        said: list[Tensor] = []
+        conditioning, said = with_others(conditioning, [negative]), list[Tensor]()
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            said.append(teacher(x, t, conditioning, guidance_scale=guidance_scale))
+            said.append(self.teacher(x, t, conditioning, guidance_scale=guidance_scale))
             return said[-1]
 
         if not self.config.consistency_weight:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from fewstep.cli.distill import main
-from fewstep.conditioning.ragged import AnyConditioning, join, replaced
+from fewstep.conditioning.ragged import AnyConditioning, join, without_condition
 from fewstep.config.checks import settled
 from fewstep.data.batch import Batch
 from fewstep.diffusion.intervals import TimedScale
@@ -104,9 +104,9 @@ class TwinFlow:
         if isinstance(scale, TimedScale):  # a student of two times is one network
             raise UserError("a guidance for each interval of the time is not offered for twin_flow; give one number")
         asked = roles["teacher"].single.denoiser if config.reference == "frozen" else self.target.student
-        self.guide = GuidedDenoiser(asked.velocity, guided_teacher.negative, scale, guided_teacher.joint)
+        self.guide = GuidedDenoiser(asked.velocity, scale, guided_teacher.further, guided_teacher.joint)
         self.ratio = config.ratio(scale) if config.velocity == "data" else 0.0
-        if self.ratio and self.guide.negative is None:
+        if self.ratio and not self.guide.further:
             raise UserError("--enhanced_ratio needs classifier-free guidance, which this teacher lacks; leave it out")
         words = {*settled(config.parts)}
         # Where every step is short, or none, its target is the velocity itself.
@@ -184,8 +184,7 @@ class TwinFlow:
             conditioning = given.conditioning
         if self.ratio and config.reference == "student" and config.label_drop:
             dropped = batch.draws.coins("label_drop", config.label_drop)
-            assert self.guide.negative is not None  # or the guidance would have been refused
-            conditioning = replaced(conditioning, self.guide.negative, dropped)
+            conditioning = without_condition(conditioning, dropped)
             kept = [not one for one in dropped]
         if not config.image_free and not adv:
             return given.x0, conditioning, kept

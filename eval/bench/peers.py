@@ -95,11 +95,11 @@ def dmd2_in_turn(run: Run, step: int) -> list[Tensor]:
     The distances in float64, as DMD2's own code has them, and every gradient asked on the host whether it is finite.
     """
     method: Any = run.method
-    x0, here, told, batch = compared(run, step)
+    x0, here, told, _ = compared(run, step)
     teacher = run.method.roles["teacher"]
     positive = teacher(here.x_t, here.t, told).detach().double()
     with torch.no_grad():
-        away = teacher(here.x_t, here.t, method.teacher.negative.select([0] * batch.size)).double()
+        away = teacher(here.x_t, here.t, told.others[0]).double()
         x0_critic = method.critic(here.x_t, here.t, told).double()
     found = gradients(run, [float64_loss(x0, away, positive, method.teacher.guidance_scale, x0_critic)])
     assert all(bool(torch.isfinite(gradient).all()) for gradient in found)
@@ -114,7 +114,7 @@ def dmd2_in_float64(run: Run, step: int) -> list[Tensor]:
     method: Any = run.method
     x0, here, told, _ = compared(run, step)
     critic, teacher = (run.method.roles[name].single.denoiser for name in ("critic", "teacher"))
-    told_twice = join([method.teacher.negative.select([0] * len(x0)), told])
+    told_twice = join([told.others[0], told.alone()])
     with torch.no_grad():
         x_t, t = torch.cat([here.x_t, here.x_t]), torch.cat([here.t, here.t])
         of_teacher, of_critic = teacher.raw(x_t, t, told_twice), critic.raw(here.x_t, here.t, told)

@@ -6,6 +6,9 @@ A network's keyword arguments form a tree (dicts, lists, tuples) with leaves of 
   and the number of frames where a video pipeline repeats the text once per frame.
 - *a list with entries per sample*: `rows` consecutive entries for each sample (ragged embeddings, image shapes).
 - *shared*: position ids, rotary tables, plain numbers, None. Never indexed, and equal for all samples of one batch.
+
+Classifier-free guidance combines several answers of the network to one sample. What it is told for the further ones
+(the negative prompt, with the sample's own picture) goes with the sample: selected, joined and moved along with it.
 """
 
 from __future__ import annotations
@@ -47,9 +50,11 @@ class Conditioning:
     Args:
         tree: argument name -> node, where a node is a dict, list or tuple of nodes, a `Leaf` or a `SampleList`.
         batch_size: the number of samples B. A network without any conditioning still has one.
+        others: what the network is told for the further answers of the same samples, in the order in which guidance
+            leads away from them; () where there is no classifier-free guidance. They have none themselves.
     """
 
-    def __init__(self, tree: dict[str, Any], batch_size: int) -> None:
+    def __init__(self, tree: dict[str, Any], batch_size: int, others: Sequence[Conditioning] = ()) -> None:
         if batch_size < 1:
             raise ValueError(f"a Conditioning holds at least one sample, not {batch_size}")
         for path, node in leaves(tree):
@@ -58,11 +63,19 @@ class Conditioning:
                 raise ValueError(
                     f"the conditioning argument {path} has {length} rows for {batch_size} samples of {node.rows} each"
                 )
+        for number, other in enumerate(others, start=1):
+            if other.batch_size != batch_size or other.others:
+                raise ValueError(
+                    f"the further answer {number} is of {other.batch_size} samples with {len(other.others)} answers of "
+                    f"their own, beside {batch_size} samples; it has to be of as many, with none"
+                )
         self.tree = tree
+        self.others: tuple[Conditioning, ...] = tuple(others)
         self._batch_size = batch_size
 
     def __repr__(self) -> str:
-        return f"Conditioning(batch_size={self.batch_size}, {', '.join(self.describe())})"
+        others = f", and {len(self.others)} more" * bool(self.others)
+        return f"Conditioning(batch_size={self.batch_size}, {', '.join(self.describe())}{others})"
 
     @property
     def batch_size(self) -> int:
@@ -72,6 +85,10 @@ class Conditioning:
     def describe(self) -> list[str]:
         """One text per leaf: its path, what it holds, and how it depends on the batch."""
         return [f"{path}: {describe(node)}" for path, node in leaves(self.tree)]
+
+    def alone(self) -> Conditioning:
+        """The same samples without their further answers."""
+        return Conditioning(self.tree, self.batch_size) if self.others else self
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments to pass to the network (fresh containers, the tensors themselves)."""
@@ -95,7 +112,8 @@ class Conditioning:
                 return SampleList(tuple(node.items[r] for r in rows), node.rows, node.is_tuple)
             return Leaf(node.value.index_select(0, sent(rows, node.value.device, torch.int64)), node.rows)
 
-        return Conditioning(map_leaves(self.tree, pick), len(positions))
+        others = [other.select(positions) for other in self.others]
+        return Conditioning(map_leaves(self.tree, pick), len(positions), others)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         """Move every tensor to `device`; cast the real floating-point ones to `dtype`."""
@@ -111,11 +129,13 @@ class Conditioning:
                 return Leaf(moved(node.value, device, dtype))
             return _changed(node, move)
 
-        return Conditioning(map_leaves(self.tree, apply), self.batch_size)
+        others = [other.to(device, dtype) for other in self.others]
+        return Conditioning(map_leaves(self.tree, apply), self.batch_size, others)
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         """Replace every tensor by `change(tensor)`, which must keep its leading axis."""
-        return Conditioning(map_leaves(self.tree, lambda node: _changed(node, change)), self.batch_size)
+        others = [other.map_tensors(change) for other in self.others]
+        return Conditioning(map_leaves(self.tree, lambda node: _changed(node, change)), self.batch_size, others)
 
     @staticmethod
     def mismatch(a: Conditioning, b: Conditioning) -> str | None:
@@ -130,6 +150,12 @@ class Conditioning:
             if isinstance(one, Leaf) and isinstance(other, Leaf) and one.rows == other.rows and joinable(one, other):
                 continue
             return f"{path} is {describe(one)} in one and {describe(other)} in the other"
+        if len(a.others) != len(b.others):
+            return f"one has {len(a.others)} further answers and the other {len(b.others)}"
+        for number, (mine, theirs) in enumerate(zip(a.others, b.others, strict=True), start=1):
+            reason = Conditioning.mismatch(mine, theirs)
+            if reason is not None:
+                return f"for the further answer {number} {reason}"
         return None
 
     @staticmethod
@@ -165,10 +191,11 @@ class Conditioning:
                 return node
             return Leaf(torch.cat([part.value for part in parts]), node.rows)
 
-        return Conditioning(map_paths(items[0].tree, join), sum(item.batch_size for item in items))
+        others = [Conditioning.cat(each) for each in zip(*(item.others for item in items), strict=True)]
+        return Conditioning(map_paths(items[0].tree, join), sum(item.batch_size for item in items), others)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; the tree's structure stands as JSON in its metadata (no pickle).
+        """Write one safetensors file, without further answers; the tree stands as JSON in its metadata (no pickle).
 
         Raises:
             TypeError: a leaf is neither a tensor nor a plain value that JSON can hold.

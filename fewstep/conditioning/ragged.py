@@ -45,6 +45,19 @@ class RaggedConditioning:
             raise IndexError(f"select wants indices in 0..{self.batch_size - 1}, at least one; got {positions}")
         return join([part.select([k]) for part, k in (home[position] for position in positions)])
 
+    @property
+    def others(self) -> tuple[Conditioning | RaggedConditioning, ...]:
+        """What the network is told for the further answers of the B samples, see :class:`Conditioning`."""
+        home = {row: (part, k) for rows, part in self.groups for k, row in enumerate(rows)}
+        parts = [home[row] for row in range(self.batch_size)]
+        return tuple(
+            join([part.others[number].select([k]) for part, k in parts]) for number in range(len(parts[0][0].others))
+        )
+
+    def alone(self) -> RaggedConditioning:
+        """As :meth:`Conditioning.alone`."""
+        return RaggedConditioning([(rows, part.alone()) for rows, part in self.groups])
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RaggedConditioning:
         """As :meth:`Conditioning.to`."""
         return RaggedConditioning([(rows, part.to(device, dtype)) for rows, part in self.groups])
@@ -83,11 +96,34 @@ def join(items: Sequence[AnyConditioning]) -> AnyConditioning:
     return RaggedConditioning([(tuple(rows), Conditioning.cat(parts)) for rows, parts in found])
 
 
-def replaced(conditioning: AnyConditioning, other: Conditioning, rows: Sequence[bool]) -> AnyConditioning:
-    """The conditioning of B samples, in which ``other``, of one sample, stands wherever ``rows`` (B) is true."""
+def with_others(conditioning: AnyConditioning, others: Sequence[AnyConditioning]) -> AnyConditioning:
+    """The same B samples with other further answers, of B samples each: the ways in which guidance leads away.
+
+    Raises:
+        ValueError: they are of another number of samples.
+    """
+    if any(other.batch_size != conditioning.batch_size for other in others):
+        raise ValueError(f"further answers of {[other.batch_size for other in others]} samples; select() expands them")
+    told, own = conditioning.alone(), [other.alone() for other in others]
+    if isinstance(told, Conditioning) and all(isinstance(other, Conditioning) for other in own):
+        return Conditioning(told.tree, told.batch_size, own)  # type: ignore[arg-type]  # as was just seen
+    rows = range(told.batch_size)
+    return join([with_others(told.select([row]), [other.select([row]) for other in own]) for row in rows])
+
+
+def without_condition(conditioning: AnyConditioning, rows: Sequence[bool]) -> AnyConditioning:
+    """The conditioning of B samples, in which their own last further answer stands wherever ``rows`` (B) is true.
+
+    Raises:
+        ValueError: they have no further answers.
+    """
     if not any(rows):
         return conditioning
-    return join([other if row else conditioning.select([place]) for place, row in enumerate(rows)])
+    if not conditioning.others:
+        raise ValueError("samples without further answers cannot lose their condition")
+    told, nothing = conditioning.alone(), conditioning.others[-1]
+    mixed = join([(nothing if row else told).select([place]) for place, row in enumerate(rows)])
+    return with_others(mixed, conditioning.others)
 
 
 def in_groups(

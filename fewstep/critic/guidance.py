@@ -6,13 +6,10 @@ kappa2 = kappa3 of the critic in the student's loss, kappa4 of the teacher.
 
 from __future__ import annotations
 
-from fewstep.conditioning.conditioning import Conditioning
-from fewstep.conditioning.ragged import AnyConditioning, join
+from fewstep.conditioning.ragged import AnyConditioning, without_condition
 from fewstep.diffusion.draws import Draws
 
 
-def with_dropout(conditioning: AnyConditioning, negative: Conditioning, draws: Draws, share: float) -> AnyConditioning:
-    """``conditioning`` of B samples, each replaced by ``negative`` (of one) with probability ``share``."""
-    dropped = draws.coins("critic_dropout", share)
-    size = conditioning.batch_size
-    return join([conditioning, negative]).select([size if d else row for row, d in enumerate(dropped)])
+def with_dropout(conditioning: AnyConditioning, draws: Draws, share: float) -> AnyConditioning:
+    """``conditioning`` of B samples, each replaced by its own last further answer with probability ``share``."""
+    return without_condition(conditioning, draws.coins("critic_dropout", share))

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.conditioning.ragged import AnyConditioning, RaggedConditioning, join
+from fewstep.conditioning.ragged import AnyConditioning, RaggedConditioning, join, with_others
 from fewstep.conditioning.stacking import Stack, in_memory, one_of_each_kind
 from fewstep.config.values import shown
 from fewstep.data.batch import Asked
@@ -165,6 +165,8 @@ class Conditions:
     a cache, and each batch reads what it needs. Items of several shapes are padded where the network has a mask and
     padding is proven harmless, and form a ragged batch elsewhere: each sample is conditioned as if it were alone.
 
+    With each sample goes what guidance leads away from: of prompts and labels the teacher's one negative.
+
     Args:
         recording: of the teacher.
         prompts: for a text-conditioned teacher.
@@ -210,6 +212,8 @@ class Conditions:
         else:
             self._unconditional = recording.condition().to("cpu")
             self.count, kinds = 1, []
+        negative = recording.negative() if cache is None else cache.negative()
+        self._negative = None if negative is None else negative.to(device=device)
         self.padding: Padding | None = None
         self.note = ""
         #: Whether a batch may take several calls of the network.
@@ -250,10 +254,20 @@ class Conditions:
         """The conditioning of one item, on the CPU and as it was encoded."""
         return self._item(row)
 
+    @property
+    def further(self) -> int:
+        """How many further answers each item has: 0 without classifier-free guidance."""
+        return 0 if self._negative is None else 1
+
     def select(self, rows: Sequence[int]) -> AnyConditioning:
-        """The conditioning of these items, on the device."""
+        """The conditioning of these items with their further answers, on the device."""
         items = [self._item(row) for row in rows]
-        return join(self.padding.padded(items) if self.padding is not None else items).to(device=self._device)
+        told = join(self.padding.padded(items) if self.padding is not None else items).to(device=self._device)
+        return with_others(told, self.others(rows))
+
+    def others(self, rows: Sequence[int]) -> tuple[AnyConditioning, ...]:
+        """What the network is told for the further answers of these items, on the device."""
+        return () if self._negative is None else (self._negative.select([0] * len(rows)),)
 
     def batch(self, seed: int, positions: Sequence[int], stream: str = "conditions") -> AnyConditioning:
         """The conditioning at these places of the run's endless, keyed stream."""

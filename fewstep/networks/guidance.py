@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning, in_groups, join
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.intervals import TimedScale
@@ -44,36 +43,33 @@ def _twice(t: Tensor) -> Tensor:
 class GuidedDenoiser:
     """A denoiser under classifier-free guidance; itself a :class:`fewstep.diffusion.denoiser.Denoiser`.
 
-    A network's raw outputs are combined and converted to x0 once; of any other denoiser two x0 are combined. There is
-    one network call of 2B rows where the conditionings can be joined, else one for each group of equal shape; of B rows
-    at scale 1 (the positive alone) and at scale 0 (the negative alone).
+    What it is led away from goes with the samples, as the further answer of their conditioning: each sample has its
+    own. A network's raw outputs are combined and converted to x0 once; of any other denoiser two x0 are combined. There
+    is one network call of 2B rows where the conditionings can be joined, else one for each group of equal shape; of B
+    rows at scale 1 (the positive alone) and at scale 0 (the negative alone).
 
     Args:
         denoiser: the unguided one.
-        negative: conditioning of one sample, used for every sample of a batch; None where the scale is 1.
         guidance_scale: w; or one for each interval of the time.
+        further: how many further answers the samples' conditionings have; 0 of a teacher without guidance.
         joint: the condition and its negative are asked in one call of 2B rows, else in two: slower, and in less memory.
 
     Raises:
-        UserError: a scale other than 1 without a negative conditioning.
+        UserError: a scale other than 1 without a further answer.
     """
 
     def __init__(
-        self,
-        denoiser: Denoiser,
-        negative: Conditioning | None,
-        guidance_scale: float | TimedScale,
-        joint: bool = True,
+        self, denoiser: Denoiser, guidance_scale: float | TimedScale, further: int = 1, joint: bool = True
     ) -> None:
-        if guidance_scale != 1.0 and negative is None:
+        if guidance_scale != 1.0 and not further:
             wish = guidance_scale.scales if isinstance(guidance_scale, TimedScale) else guidance_scale
             raise UserError(
                 f"guidance_scale={wish} needs classifier-free guidance, which this teacher lacks; "
                 "set guidance_scale to 1"
             )
         self.denoiser = denoiser
-        self.negative = negative
         self.guidance_scale = guidance_scale
+        self.further = further
         self.joint = joint
 
     @property
@@ -83,7 +79,7 @@ class GuidedDenoiser:
 
     def of(self, denoiser: Denoiser) -> GuidedDenoiser:
         """Another denoiser under the same guidance."""
-        return type(self)(denoiser, self.negative, self.guidance_scale, self.joint)
+        return GuidedDenoiser(denoiser, self.guidance_scale, self.further, self.joint)
 
     def __call__(
         self,
@@ -103,7 +99,7 @@ class GuidedDenoiser:
         if self.guidance_scale == 1.0:
             return self.denoiser(x_t, t, conditioning)
         if self.guidance_scale == 0.0:
-            return self.denoiser(x_t, t, self._negatives(conditioning))
+            return self.denoiser(x_t, t, _negative(conditioning))
         return self._guided(x_t, t, conditioning, self.scale_at(t, x_t))
 
     def step(
@@ -130,7 +126,7 @@ class GuidedDenoiser:
         return scale.at(t, like) if isinstance(scale, TimedScale) else scale
 
     def pair(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor]:
-        """What guidance combines: x0_positive and x0_negative, (B, ...) each; there must be a negative."""
+        """What guidance combines: x0_positive and x0_negative, (B, ...) each."""
         return self._both(self.denoiser, x_t, t, conditioning)
 
     def _guided(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, scale: float | Tensor) -> Tensor:
@@ -147,29 +143,15 @@ class GuidedDenoiser:
     def _both(self, ask: Denoiser, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor]:
         """What ``ask`` answers with the condition and with the negative, (B, ...) each."""
         if not self.joint:
-            negative = in_groups(ask, x_t, t, self._negatives(conditioning))
+            negative = in_groups(ask, x_t, t, _negative(conditioning))
             return in_groups(ask, x_t, t, conditioning), negative
-        both = join([self._negatives(conditioning), conditioning])
+        both = join([_negative(conditioning), conditioning.alone()])
         negative, positive = in_groups(ask, torch.cat([x_t, x_t]), known_too(_twice, t), both).chunk(2)
         return positive, negative
 
-    def _negatives(self, conditioning: AnyConditioning) -> AnyConditioning:
-        """Those that belong to ``conditioning``."""
-        assert self.negative is not None  # at a scale other than 1 there is one, and nothing else asks
-        return self.negative.select([0] * conditioning.batch_size)
 
-
-class AwayFrom(GuidedDenoiser):
-    """The same guidance away from a negative of each sample's own.
-
-    Args:
-        guided: away from one for all.
-        negatives: of as many samples as it is called with.
-    """
-
-    def __init__(self, guided: GuidedDenoiser, negatives: AnyConditioning) -> None:
-        super().__init__(guided.denoiser, guided.negative, guided.guidance_scale, guided.joint)
-        self.negatives = negatives
-
-    def _negatives(self, conditioning: AnyConditioning) -> AnyConditioning:
-        return self.negatives
+def _negative(conditioning: AnyConditioning) -> AnyConditioning:
+    """What B samples are led away from."""
+    if not conditioning.others:
+        raise ValueError("guidance was asked for samples that have no further answer to be led away from")
+    return conditioning.others[0]

@@ -53,7 +53,10 @@ class GuidanceEmbedding:
     @overload
     def tell(self, conditioning: AnyConditioning, guidance_scale: Tensor) -> AnyConditioning: ...
     def tell(self, conditioning: AnyConditioning, guidance_scale: Tensor) -> AnyConditioning:
-        """The same conditioning of B samples with other scales (B,), which lie on its device."""
+        """The same conditioning of B samples with other scales (B,), which lie on its device.
+
+        Their further answers are told the default: guidance leads away from what the network says by itself.
+        """
         if isinstance(conditioning, RaggedConditioning):
             groups = [(rows, self._tell(part, guidance_scale[list(rows)])) for rows, part in conditioning.groups]
             return RaggedConditioning(groups)
@@ -61,7 +64,9 @@ class GuidanceEmbedding:
 
     def _tell(self, conditioning: Conditioning, guidance_scale: Tensor) -> Conditioning:
         leaf = Leaf(self.value(guidance_scale).to(self.dtype), rows=1)
-        return Conditioning({**conditioning.tree, self.argument: leaf}, conditioning.batch_size)
+        by_default = torch.full((conditioning.batch_size,), self.default, device=guidance_scale.device)
+        others = [self._tell(other, by_default) for other in conditioning.others]
+        return Conditioning({**conditioning.tree, self.argument: leaf}, conditioning.batch_size, others)
 
 
 def find_guidance_embedding(recording: Recording, *, heeded: bool) -> GuidanceEmbedding:

@@ -21,18 +21,15 @@ _TIMES = (0.25, 0.5, 0.75, 1.0)
 
 
 @torch.no_grad()
-def refuse_unresponsive(
-    recording: Recording, negative: AnyConditioning, conditions: Sequence[AnyConditioning], noise: Tensor
-) -> None:
-    """Raise where the teacher answers its conditions and its negative alike.
+def refuse_unresponsive(recording: Recording, conditions: Sequence[AnyConditioning], noise: Tensor) -> None:
+    """Raise where the teacher answers each of its conditions as it does that one's own negative.
 
     Guidance-distilled teachers may do so. A network that answers nothing but zeros is untrained, and passes: the proof
     of its recording has warned of it.
 
     Args:
         recording: of the teacher.
-        negative: of one sample.
-        conditions: of one sample each.
+        conditions: of one sample each, with its further answers.
         noise: (2, ...) unit normal; noise and a clean sample are made of it.
 
     Raises:
@@ -45,8 +42,8 @@ def refuse_unresponsive(
         denoiser = NetworkDenoiser(network, recording.recipe, schedule, recording.prediction_type)
         x_t = add_noise(noise[:1], noise[1:], schedule.coefficients(time))
         with evaluating(network):
-            without, *answers = (denoiser.raw(x_t, time, told) for told in (negative, *conditions))
-        if any(a.abs().max() == 0 or (a - without).abs().max() > _SAME * a.abs().max() for a in answers):
+            pairs = [[denoiser.raw(x_t, time, told) for told in (one, one.others[-1])] for one in conditions]
+        if any(a.abs().max() == 0 or (a - without).abs().max() > _SAME * a.abs().max() for a, without in pairs):
             return
     raise UserError(
         "this teacher answers the same with and without its condition, as guidance-distilled models may: guidance "

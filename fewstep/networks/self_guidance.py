@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.conditioning.conditioning import Conditioning
-from fewstep.conditioning.ragged import AnyConditioning, replaced
+from fewstep.conditioning.ragged import AnyConditioning, without_condition
 from fewstep.diffusion.prediction import expand
 from fewstep.networks.flow_map import FlowMapDenoiser
 from fewstep.sending import sent
@@ -21,7 +20,6 @@ class SelfGuidance:
 
     Attributes:
         student: asked for its velocities at one time.
-        negative: conditioning of one sample.
         omega: weight of the data's velocity.
         kappa: weight of the student's own.
         low: flow time below which nothing is guided.
@@ -29,7 +27,6 @@ class SelfGuidance:
     """
 
     student: FlowMapDenoiser
-    negative: Conditioning
     omega: float
     kappa: float
     low: float = 0.0
@@ -43,7 +40,7 @@ class SelfGuidance:
 
         Who has no condition is not guided, so that the student knows that flow too.
         """
-        conditioning = replaced(conditioning, self.negative, dropped)
+        conditioning = without_condition(conditioning, dropped)
         flow_time = self.student.schedule.flow_time(t)
         inside = (flow_time >= self.low) & (flow_time <= self.high)
         inside &= ~sent(dropped, t.device, torch.bool)
@@ -53,10 +50,10 @@ class SelfGuidance:
     def mix(self, velocity: Tensor, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """omega v + kappa u(x_t, t, t, c) + (1 - omega - kappa) u(x_t, t, t, null), (B, ...) (MeanFlow, Eq. 20).
 
+        The null condition is each sample's own last further answer.
         Where u is this, it is the flow guided by omega / (1 - kappa).
         """
-        negative = self.negative.select([0] * len(x_t))
         mixed = self.omega * velocity
         if self.kappa:
             mixed = mixed + self.kappa * self.student.velocity(x_t, t, conditioning, t)
-        return mixed + (1 - self.omega - self.kappa) * self.student.velocity(x_t, t, negative, t)
+        return mixed + (1 - self.omega - self.kappa) * self.student.velocity(x_t, t, conditioning.others[-1], t)

@@ -231,7 +231,6 @@ def make_speed_up(recording: Recording, network: nn.Module, sites: TextSites, ne
 def plugged_roles(
     settings: RoleSettings,
     recording: Recording,
-    negative: Conditioning | None,
     samples: tuple[Tensor, Tensor, AnyConditioning],
     device: torch.device,
 ) -> dict[str, Role]:
@@ -240,19 +239,21 @@ def plugged_roles(
     Args:
         settings: of the run's roles; ``lora_rank`` is that of the adapter's keys and values.
         recording: of the teacher.
-        negative: of one sample, the usual negative prompt.
-        samples: two of noise, times (2,), and the conditioning of both.
+        samples: two of noise, times (2,), and the conditioning of both; the first one's further answer is of the usual
+            negative prompt.
         device: of the roles.
 
     Raises:
         UserError: the teacher is not guided, is quantised, has several networks, or does not attend to a text.
     """
-    if negative is None:
+    if not samples[2].others:
         raise UserError("SpeedUpNet's adapter stands for guidance, which this teacher lacks; take another method")
     if is_quantized(recording.network) or len(recording.experts) > 1:
         raise UserError(f"SpeedUpNet's adapter is for one {recording.component}, in full precision; take dmd2")
     roles = make_roles(replace(settings, lora_rank=0, full_critic=False, ema=False), recording, (), device)
     base = roles["teacher"].single.denoiser
+    negative = samples[2].others[0].select([0])
+    assert isinstance(negative, Conditioning)  # one sample is not ragged
     sites = find_text_sites(base, *samples)
     for name in ("student", *(["ema"] if settings.ema else [])):
         with torch.random.fork_rng(devices=[]):

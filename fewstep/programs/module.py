@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.conditioning.tree import Leaf
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batches, Real
@@ -71,11 +70,14 @@ class ModuleSamples:
         x0: N clean samples (N, ...), in memory.
         conditions: what the network is told of each, (N, ...) by the name of its argument.
         device: where batches are put.
+        negative: what guidance leads away from, of one sample (1, ...) by name: the sample's own condition but for what
+            it names; None where it is not guided.
     """
 
     x0: Tensor
     conditions: Mapping[str, Tensor]
     device: torch.device
+    negative: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.conditions.items():
@@ -88,7 +90,11 @@ class ModuleSamples:
         """Those at these places of an endless keyed order."""
         rows = torch.tensor([keyed_order(seed, "samples", len(self.x0), place) for place in positions])
         told = {name: value[rows].to(self.device) for name, value in self.conditions.items()}
-        return Real(self.x0[rows].to(self.device), condition(told, len(rows)))
+        others: list[Conditioning] = []
+        if self.negative is not None:
+            less = {name: value[[0] * len(rows)].to(self.device) for name, value in self.negative.items()}
+            others = [condition({**told, **less}, len(rows))]
+        return Real(self.x0[rows].to(self.device), condition(told, len(rows), others))
 
 
 @dataclass(frozen=True)
@@ -101,15 +107,6 @@ class _Conditions:
         return self.samples.batch(seed, positions).conditioning
 
 
-class _SampleGuided(GuidedDenoiser):
-    """Guidance away from a negative that is the sample's own condition but for what it names."""
-
-    def _negatives(self, conditioning: AnyConditioning) -> Conditioning:
-        negatives = super()._negatives(conditioning)
-        assert isinstance(conditioning, Conditioning) and isinstance(negatives, Conditioning)  # as ModuleSamples' are
-        return Conditioning({**conditioning.tree, **negatives.tree}, conditioning.batch_size)
-
-
 class ModuleBench:
     """What a method is prepared at where there is no pipeline: roles, guidance and a sampler, and nothing besides.
 
@@ -119,7 +116,6 @@ class ModuleBench:
         samples: that are trained on.
         schedule: of its times.
         prediction_type: of its answers.
-        negative: of one sample; None where it is not guided.
     """
 
     shift = 1.0
@@ -131,10 +127,10 @@ class ModuleBench:
         samples: ModuleSamples,
         schedule: NoiseSchedule,
         prediction_type: str,
-        negative: Conditioning | None,
     ) -> None:
         self.config, self.network, self.samples, self.schedule = config, network, samples, schedule
-        self.prediction_type, self.negative = prediction_type, negative
+        self.prediction_type = prediction_type
+        self.further = 0 if samples.negative is None else 1
         self.guidance_scale = 1.0 if config.guidance_scale is None else config.guidance_scale
         self.sampler = module_sampler(schedule, config.steps, "ode" if config.renoise == "auto" else config.renoise)
 
@@ -165,7 +161,7 @@ class ModuleBench:
     def guided(self, role: Role, guidance_scale: float | None = None) -> GuidedDenoiser:
         """A role under guidance, by default the run's."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return _SampleGuided(role, self.negative, scale, joint=not self.config.sequential_guidance)
+        return GuidedDenoiser(role, scale, self.further, joint=not self.config.sequential_guidance)
 
     def describe(self, **what: Any) -> None:
         """Nothing: there is no card."""
@@ -224,9 +220,8 @@ def distill_module(
         folder, main = Path(out), accelerator.is_main_process
         resuming = check_folder(folder, method, config, in_memory=True)
         accelerator.wait_for_everyone()
-        samples = ModuleSamples(x0, dict(conditions or {}), accelerator.device)
-        told = None if negative is None else condition(negative, 1).to(device=accelerator.device)
-        bench = ModuleBench(config, network, samples, schedule or FlowSchedule(), prediction_type, told)
+        samples = ModuleSamples(x0, dict(conditions or {}), accelerator.device, negative)
+        bench = ModuleBench(config, network, samples, schedule or FlowSchedule(), prediction_type)
         prepared = method_class(method).prepare(config, bench)
         if main:
             write_config(folder, method, config)
@@ -292,6 +287,6 @@ def module_sampler(schedule: NoiseSchedule, steps: int, renoise: str) -> Sampler
     return Sampler(schedule, tuple(even_grid(steps).tolist()), renoise, schedule.initial_scale())
 
 
-def condition(values: Mapping[str, Tensor], count: int) -> Conditioning:
-    """Tensors (B, ...) by the names of a network's arguments."""
-    return Conditioning({name: Leaf(value, rows=1) for name, value in values.items()}, count)
+def condition(values: Mapping[str, Tensor], count: int, others: Sequence[Conditioning] = ()) -> Conditioning:
+    """Tensors (B, ...) by the names of a network's arguments, and what it is told for the samples' further answers."""
+    return Conditioning({name: Leaf(value, rows=1) for name, value in values.items()}, count, others)

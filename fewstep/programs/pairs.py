@@ -81,10 +81,9 @@ def _make_pairs(config: PairsConfig, pipeline: DiffusionPipeline | None, acceler
     opened.refuse_next_time("and no pairs can be made of it yet")
     if quantized := quantized_network(recording):
         raise UserError(f"the {quantized} is quantised; make pairs of the teacher in full precision")
-    conditions, negative = conditions_of(config, opened, device, progress=accelerator.is_main_process)
-    negative = None if negative is None else negative.to(device=device)
+    conditions = conditions_of(config, opened, device, progress=accelerator.is_main_process)
     scale, draws = opened.guidance_scale, Draws(config.seed, RESPONSE_STEP, range(2), device)
-    refuse_guided_alike(recording, scale, negative, conditions, draws)
+    refuse_guided_alike(recording, scale, conditions, draws)
     out = Path(config.out)
     real, images_digest = None, None
     if config.data is not None:
@@ -110,7 +109,7 @@ def _make_pairs(config: PairsConfig, pipeline: DiffusionPipeline | None, acceler
     )
     identity = teacher_digest(recording)
     frozen = make_roles(RoleSettings(mixed_precision=config.mixed_precision), recording, (), device)["teacher"]
-    guided = GuidedDenoiser(frozen, negative, scale)
+    guided = GuidedDenoiser(frozen, scale, conditions.further)
     independent = config.share
 
     def begin(second: bool) -> PairMaker:

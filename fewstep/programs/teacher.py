@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from diffusers import DiffusionPipeline
 
-from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.data.condition_cache import ConditionCache
 from fewstep.data.conditions import Conditions, read_classes, read_prompts
@@ -182,8 +181,8 @@ class ConditionSettings(Protocol):
 
 def conditions_of(
     settings: ConditionSettings, teacher: Teacher, device: torch.device | str, *, progress: bool = False
-) -> tuple[Conditions, Conditioning | None]:
-    """What is generated for, and the teacher's negative: encoded now, or read from a cache.
+) -> Conditions:
+    """What is generated for, and what guidance leads away from: encoded now, or read from a cache.
 
     An embedded teacher has prompts of its own.
 
@@ -194,8 +193,7 @@ def conditions_of(
     if settings.cache is not None:
         cache = ConditionCache(settings.cache, progress=progress)
         cache.check(recording, name, teacher.lora is not None)
-        conditions = Conditions(recording, device=device, cache=cache, progress=progress)
-        return conditions, cache.negative()
+        return Conditions(recording, device=device, cache=cache, progress=progress)
     prompts: list[str] | None = None
     if settings.prompts is not None:
         prompts = read_prompts(settings.prompts, settings.data_text, Path(settings.out) / INDEX_FOLDER)
@@ -204,13 +202,12 @@ def conditions_of(
 
         prompts = list(PROMPTS)
     labels = read_classes(settings.classes) if settings.classes is not None else None
-    return Conditions(recording, prompts, labels, device, progress=progress), recording.negative()
+    return Conditions(recording, prompts, labels, device, progress=progress)
 
 
 def refuse_guided_alike(
     recording: Recording,
     guidance_scale: float | TimedScale,
-    negative: AnyConditioning | None,
     conditions: Conditions,
     draws: Draws,
     told: Callable[[AnyConditioning], AnyConditioning] = lambda conditioning: conditioning,
@@ -220,14 +217,13 @@ def refuse_guided_alike(
     Args:
         recording: of the teacher.
         guidance_scale: that it is asked with.
-        negative: of one sample, as the network is told it.
         conditions: of which the first two are tried.
         draws: of two samples.
         told: adds to a conditioning what the network is told beside it.
     """
-    if negative is not None and guidance_scale != 1.0:
+    if conditions.further and guidance_scale != 1.0:
         some = [told(conditions.select([row])) for row in range(min(2, len(conditions)))]
-        refuse_unresponsive(recording, negative, some, draws.normal("response", recording.sample_shape))
+        refuse_unresponsive(recording, some, draws.normal("response", recording.sample_shape))
 
 
 def quantized_network(recording: Recording) -> str | None:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batches, Pairs, Source
@@ -113,7 +112,7 @@ class Workbench:
         )
         say(plan.note)
         self.student = Student(self.recording, self.recording, plan, teacher.lora)
-        self.conditions, negative = conditions_of(config, teacher, device, progress=progress)
+        self.conditions = conditions_of(config, teacher, device, progress=progress)
         say(self.conditions.cut_note)
         say(self.conditions.note)
         every, part = self.conditions, None
@@ -124,11 +123,9 @@ class Workbench:
             say(part.note)
         if items := self.conditions.items():
             self.describe(example=items[0])
-        # Also where the teacher is not guided: a critic may be.
-        self.negative = None if negative is None else self.with_default_guidance(negative.to(device=device))
         draws = Draws(config.seed, RESPONSE_STEP, range(2), device)
         scale, told = self.guidance_scale, self.with_default_guidance
-        refuse_guided_alike(self.recording, scale, self.negative, self.conditions, draws, told)
+        refuse_guided_alike(self.recording, scale, self.conditions, draws, told)
         self.real: RealSamples | None = None
         if config.data is not None:
             images = read_data(config.data, config.data_text, Path(config.out) / INDEX_FOLDER)
@@ -151,6 +148,11 @@ class Workbench:
     def shift(self) -> float:
         """Of a flow student's grid."""
         return self.student.plan.shift
+
+    @property
+    def further(self) -> int:
+        """How many further answers each sample has that guidance may lead away from; 0 without such guidance."""
+        return self.conditions.further
 
     @property
     def sampler(self) -> Sampler:
@@ -189,7 +191,7 @@ class Workbench:
     def make_plugged_roles(self) -> dict[str, Role]:
         """The frozen teacher, and a student (and ``ema``) that is its network under an adapter."""
         asked = self.two_samples()
-        roles = plugged_roles(RoleSettings.of(self.config), self.recording, self.negative, asked, self.device)
+        roles = plugged_roles(RoleSettings.of(self.config), self.recording, asked, self.device)
         refuse_unlike(roles, asked)
         self.student = self.student.plugged(roles["student"].added[SPEED_UP])
         return roles
@@ -209,7 +211,7 @@ class Workbench:
     def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
         """A role under guidance, by default the run's, which is the teacher's."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return GuidedDenoiser(role, self.negative, scale, joint=not self.config.sequential_guidance)
+        return GuidedDenoiser(role, scale, self.further, joint=not self.config.sequential_guidance)
 
     def tap(self, role: Role) -> FeatureTap:
         """Where a role's features are tapped, the same place in each of several experts."""
@@ -268,10 +270,6 @@ class Workbench:
         """Put on the student's card what the method knows of it: fields of :class:`fewstep.export.StudentPlan`."""
         self.student = self.student.described(**what)
 
-    @overload
-    def with_default_guidance(self, conditioning: Conditioning) -> Conditioning: ...
-    @overload
-    def with_default_guidance(self, conditioning: AnyConditioning) -> AnyConditioning: ...
     def with_default_guidance(self, conditioning: AnyConditioning) -> AnyConditioning:
         """The same conditioning where the network is told its guidance by default, else as it is."""
         told = self.guidance_embedding

@@ -14,7 +14,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from fewstep.conditioning.conditioning import Conditioning
 from fewstep.data.batch import Batch
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.phases import Phase
@@ -108,8 +107,8 @@ class Bench(Protocol):
         ...
 
     @property
-    def negative(self) -> Conditioning | None:
-        """The teacher's, of one sample; None where it has none."""
+    def further(self) -> int:
+        """How many further answers each sample has that guidance may lead away from; 0 without such guidance."""
         ...
 
     @property

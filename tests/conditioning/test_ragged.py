@@ -9,7 +9,7 @@ from torch import Tensor
 from toys import adapter_role
 
 from fewstep.conditioning.conditioning import Conditioning, Leaf
-from fewstep.conditioning.ragged import RaggedConditioning, in_groups, join
+from fewstep.conditioning.ragged import RaggedConditioning, in_groups, join, with_others
 from fewstep.networks.adapters import Backbone
 from fewstep.networks.features import find_tap
 from fewstep.networks.guidance import GuidedDenoiser
@@ -76,9 +76,9 @@ def test_guidance_of_a_ragged_batch(length: int) -> None:
         calls.append(len(x_t))
         return total(x_t, t, conditioning)
 
-    negative = text(length, -1.0)
-    guided = GuidedDenoiser(counted, negative, 3.0)(X, T, join(ITEMS))
-    told = in_groups(total, X, T, negative.select([0] * 5))
+    negative = text(length, -1.0).select([0] * 5)
+    guided = GuidedDenoiser(counted, 3.0)(X, T, with_others(join(ITEMS), [negative]))
+    told = in_groups(total, X, T, negative)
     torch.testing.assert_close(guided, told + 3.0 * (alone() - told))
     assert sorted(calls) == ([1, 2, 2, 5] if length == 1 else [1, 2, 7])
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.conditioning import shared
 from fewstep.conditioning.conditioning import Conditioning, Leaf
+from fewstep.conditioning.ragged import with_others
 from fewstep.networks.guidance import GuidedDenoiser
 
 
@@ -32,10 +33,10 @@ def conditioning(table: Tensor, batch: int = 1) -> Conditioning:
 
 
 def test_guidance_joins_two_conditionings_without_comparing_what_they_share() -> None:
-    negative, positive = (conditioning(torch.arange(6.0), n).to("cpu") for n in (1, 3))
-    guided = GuidedDenoiser(lambda x_t, t, told, end=None: x_t + len(told.tree["table"].value), negative, 2.0)
+    negative, positive = (conditioning(torch.arange(6.0), 3).to("cpu") for _ in range(2))
+    guided = GuidedDenoiser(lambda x_t, t, told, end=None: x_t + len(told.tree["table"].value), 2.0)
     with Compared() as compared:
-        guided(torch.zeros(3, 2), torch.zeros(3), positive)
+        guided(torch.zeros(3, 2), torch.zeros(3), with_others(positive, [negative]))
         assert compared.count == 0
         assert Conditioning.compatible(conditioning(torch.ones(2)), conditioning(torch.ones(2)))
         assert compared.count == 1  # of what was never moved

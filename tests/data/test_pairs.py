@@ -68,8 +68,7 @@ def test_a_pair_is_noise_and_what_the_guided_teacher_makes_of_it(
     x0, noise, item = pairs.row(4)
     assert sorted({pairs.row(i)[2] for i in range(3)}) == [0, 1, 2]  # every item as often as any other
     schedule = recording.schedule
-    negative = recording.negative() if guidance != 1 else None
-    guided = GuidedDenoiser(make_role("teacher", recording, trainable=False), negative, guidance)
+    guided = GuidedDenoiser(make_role("teacher", recording, trainable=False), guidance)
     shift = 3.0 if builder is tiny_flow else 1.0  # the flow teacher's own
     with torch.no_grad():
         start = schedule.initial_scale() * noise[None]

@@ -119,9 +119,8 @@ def trainer(golden: GoldenFile, shift: float) -> tuple[AnyFlow, float]:
         zero_share=number(golden, "r_zero_fraction"),
     )
     roles = {"student": NetworkRole("student", student(golden)), "teacher": NetworkRole("teacher", teacher(golden))}
-    null = toy_conditioning(torch.zeros(1, dtype=torch.float64))
     sampler = Sampler(SCHEDULE, (1.0,), "ode")
-    method = AnyFlow(config, roles, GuidedDenoiser(roles["teacher"], null, 1.0), sampler, shift=shift)
+    method = AnyFlow(config, roles, GuidedDenoiser(roles["teacher"], 1.0), sampler, shift=shift)
     method.weight = time_weight(config.weighting, time_table(golden.number("weight_grid"), shift))
     return method, divisor
 

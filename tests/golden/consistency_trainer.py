@@ -5,7 +5,7 @@ from functools import partial
 
 from golden_file import GoldenFile
 from torch import Tensor
-from vocabulary import MORE, TIME_WEIGHTS, null, time_weight
+from vocabulary import MORE, TIME_WEIGHTS, time_weight
 
 from fewstep.diffusion.discretization import TimePair
 from fewstep.diffusion.rollout import Sampler
@@ -67,9 +67,9 @@ def guided_teacher(golden: GoldenFile, schedule: NoiseSchedule) -> GuidedDenoise
     """The teacher; guided by ``in.guidance_scale`` where there is one, else by the scale of each sample."""
     teacher, more = network(golden, "k_teacher", schedule), MORE[golden.choice("guidance_form", *MORE)]
     if more is None:
-        return GuidedDenoiser(teacher, None, 1.0)
+        return GuidedDenoiser(teacher, 1.0, further=0)
     scale = golden["guidance_scale"].item() + more if "in.guidance_scale" in golden.tensors else 1.0
-    return GuidedDenoiser(teacher, null(), scale)
+    return GuidedDenoiser(teacher, scale)
 
 
 def huber_c(golden: GoldenFile, name: str = "huber_c") -> float:

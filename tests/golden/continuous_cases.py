@@ -4,7 +4,7 @@ import torch
 from diffusers import SCMScheduler
 from golden_file import GoldenFile
 from torch import Tensor
-from toy_network import toy_conditioning, toy_denoiser
+from toy_network import toy_denoiser
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.diffusion.discretization import TimePair, ect_mapping
@@ -55,8 +55,7 @@ def guided(golden: GoldenFile, denoiser: NetworkDenoiser, scale: str, on: bool =
     """A network under the file's guidance, in its own output."""
     more = {"none": None, "u+w*(c-u)": 0.0, "c+w*(c-u)": 1.0}
     form = more[golden.choice("guidance_form", *more)]
-    null = toy_conditioning(torch.zeros(1, dtype=torch.float64))
-    return GuidedDenoiser(denoiser, null, 1.0 if form is None or not on else golden[scale].item() + form)
+    return GuidedDenoiser(denoiser, 1.0 if form is None or not on else golden[scale].item() + form)
 
 
 def derivative_of(golden: GoldenFile, denoiser: NetworkDenoiser, trig: TrigFlow) -> TrigFlowNetwork:

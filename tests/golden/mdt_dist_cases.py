@@ -7,7 +7,6 @@ import torch
 from golden_file import GoldenFile
 from mean_flow_cases import DERIVATIVES
 from torch import Tensor
-from toy_network import toy_conditioning
 from vocabulary import number
 
 from fewstep.data.batch import Batch, Real
@@ -50,11 +49,10 @@ def losses(golden: GoldenFile) -> None:
     config = MdtDistConfig(teacher="toy", out="out", data="toy", **settings)
     form = golden.choice("guidance_form", *SCALES)
     on = golden.absent("guide_teacher") or golden.choice("guide_teacher", True, False)
-    null = toy_conditioning(torch.zeros(1, dtype=torch.float64))
 
     def guided(name: str) -> GuidedDenoiser:
         scale = SCALES[form](number(golden, name) if form != "none" else 0.0) if on else 1.0
-        return GuidedDenoiser(roles["teacher"], null, scale)
+        return GuidedDenoiser(roles["teacher"], scale)
 
     method = MdtDist(config, roles, guided("w_vm"), guided("w_vd"), Sampler(schedule, (1.0,), "ode"))
     if method.difference is not None:  # the definition, at all times

@@ -141,7 +141,6 @@ def weighting(golden: GoldenFile) -> dict:
 
 def trainer(golden: GoldenFile, **settings) -> MeanFlow:
     """The trainer's own class on toy networks."""
-    null = toy_conditioning(torch.zeros(1, dtype=torch.float64))
     config = MeanFlowConfig(teacher="toy", out="out", data="toy", time_min=1e-9, **settings, **weighting(golden))
     config = config.resolved()
     denoiser = student(golden)
@@ -150,12 +149,12 @@ def trainer(golden: GoldenFile, **settings) -> MeanFlow:
     form = golden.choice("guidance_form", *forms)
     scale = 0.0 if form == "none" else number(golden, "omega", "guidance_scale", "w")
     of_teacher = OF_TEACHER[form](scale) if config.velocity == "teacher" else 1.0
-    guided = GuidedDenoiser(roles["teacher"], null, of_teacher)
+    guided = GuidedDenoiser(roles["teacher"], of_teacher)
     method = MeanFlow(config, roles, guided, Sampler(SCHEDULE, (1.0,), "ode"))
     if config.velocity == "data" and form != "none":
         kappa = number(golden, "kappa") if "kappa" in form else 0.0
         interval = config.guidance_t_min, config.guidance_t_max
-        method.guide = SelfGuidance(denoiser, null, *OF_STUDENT[form](scale, kappa), *interval)
+        method.guide = SelfGuidance(denoiser, *OF_STUDENT[form](scale, kappa), *interval)
     if method.difference is not None:  # the definition, at all times
         method.difference = replace(method.difference, guarded=False)
     return method

@@ -1,6 +1,5 @@
 """mf-rae's golden files, compared with the trainers' own classes."""
 
-import torch
 from golden_file import GoldenFile
 from mean_flow_cases import (
     OF_TEACHER,
@@ -44,10 +43,9 @@ def trajectory_pairs(golden: GoldenFile) -> None:
     golden.choice("target_detached", True)
     golden.choice("reduction", "mean")
     golden.choice("pair_order", "i_outer_j_inner_sample_last")
-    null = toy_conditioning(torch.zeros(1, dtype=torch.float64))
     form = golden.choice("guidance_form", *OF_TEACHER)
     scale = OF_TEACHER[form](0.0 if form == "none" else number(golden, "guidance_scale", "w"))
-    solver = OdeSolver(GuidedDenoiser(teacher(golden), null, scale), SCHEDULE, golden.choice("solver", *SOLVERS))
+    solver = OdeSolver(GuidedDenoiser(teacher(golden), scale), SCHEDULE, golden.choice("solver", *SOLVERS))
     cond, labels = conditions(golden, "noise"), golden.choice("label_times", *LABEL_TIMES)
     *times, end = golden["sigmas"].tolist()
     assert end == 0  # a walk ends at the clean sample

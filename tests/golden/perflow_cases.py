@@ -2,7 +2,7 @@
 
 import torch
 from golden_file import GoldenFile
-from toy_network import toy_conditioning, toy_denoiser
+from toy_network import toy_denoiser
 
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import TableSchedule
@@ -30,8 +30,8 @@ def guided_teacher(golden: GoldenFile, schedule: TableSchedule) -> GuidedDenoise
     form, on = forms[golden.choice("guidance_form", *forms)], golden.choice("guide_teacher", True, False)
     scale = number(golden, "guidance_scale") if golden.states("guidance_scale") or form is not None else 1.0
     if form is None or not on:
-        return GuidedDenoiser(teacher, None, 1.0)
-    return GuidedDenoiser(teacher, toy_conditioning(torch.zeros(1, dtype=torch.float64)), scale + form)
+        return GuidedDenoiser(teacher, 1.0, further=0)
+    return GuidedDenoiser(teacher, scale + form)
 
 
 def perflow_loss(golden: GoldenFile) -> None:

@@ -5,7 +5,6 @@ from consistency_trainer import SOLVERS, given, network
 from diffusers import TCDScheduler
 from golden_file import GoldenFile
 from torch import Tensor
-from vocabulary import null
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.diffusion.discretization import EvenTimes, SigmaRange, TimePair
@@ -38,7 +37,7 @@ def trainer(golden: GoldenFile, schedule: TableSchedule) -> SegmentedConsistency
         roles["target"] = network(golden, "k_target", schedule)
     on = golden.choice("guide_teacher", True, False) if given(golden, "guide_teacher") else True
     on = golden.choice("guidance_form", *FORMS) != "none" and on
-    teacher = GuidedDenoiser(network(golden, "k_teacher", schedule), null() if on else None, 1.0)
+    teacher = GuidedDenoiser(network(golden, "k_teacher", schedule), 1.0, further=1 if on else 0)
     return SegmentedConsistency(config, roles, teacher, Sampler(schedule, (1.0,), "ode"), [])
 
 

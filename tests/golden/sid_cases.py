@@ -3,7 +3,6 @@
 import torch
 from golden_file import GoldenFile
 from torch import Tensor
-from toy_network import toy_conditioning
 from vocabulary import MORE, SPACES, TIME_WEIGHTS, denoising, error_weight
 
 from fewstep.diffusion.denoiser import Denoiser
@@ -250,7 +249,7 @@ def denoised(
     scale: float = 1.0,
 ) -> Tensor:
     """The critic's loss ()."""
-    x0 = GuidedDenoiser(critic, NULL, scale)(add_noise(y, noise, schedule.coefficients(t)), t, golden.conditioning())
+    x0 = GuidedDenoiser(critic, scale)(add_noise(y, noise, schedule.coefficients(t)), t, golden.conditioning())
     kind, named = critic.prediction_type, f"{prefix}distance"
     distance = "mse_x0" if golden.absent(named) else golden.choice(named, "mse", *SPACES)
     if TRAINED.get(kind) == (distance, golden.choice(f"{prefix}weighting", *TIME_WEIGHTS)):
@@ -269,10 +268,7 @@ TRAINED = {
 
 
 def guided(golden: GoldenFile, coefficients: str, schedule: NoiseSchedule, scale: float) -> GuidedDenoiser:
-    return GuidedDenoiser(golden.denoiser(coefficients, schedule), NULL, scale)
-
-
-NULL = toy_conditioning(torch.zeros(1, dtype=torch.float64))
+    return GuidedDenoiser(golden.denoiser(coefficients, schedule), scale)
 
 
 def elements_of(golden: GoldenFile, y: Tensor) -> float:

@@ -51,8 +51,9 @@ def toy_denoiser(
 
 
 def toy_conditioning(cond: Tensor) -> Conditioning:
-    """The condition (B,) of B samples; 0 is the null condition."""
-    return Conditioning({"cond": Leaf(cond, rows=1)}, len(cond))
+    """The condition (B,) of B samples, each with its null condition, which is 0."""
+    null = Conditioning({"cond": Leaf(torch.zeros_like(cond), rows=1)}, len(cond))
+    return Conditioning({"cond": Leaf(cond, rows=1)}, len(cond), [null])
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

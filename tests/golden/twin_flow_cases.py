@@ -6,7 +6,6 @@ from golden_file import GoldenFile
 from mean_flow_cases import SCHEDULE, Telling
 from torch import Tensor
 from toy_network import ToyNetwork, ToyRecipe, toy_conditioning
-from vocabulary import null
 
 from fewstep.data.batch import Batch, Real
 from fewstep.diffusion.placed_times import spread_places
@@ -98,9 +97,9 @@ def trainer(golden: GoldenFile) -> TwinFlow:
     )
     student, frozen = (toy(golden, name) for name in ("k_student", "k_teacher" if source == "frozen" else "k_student"))
     roles = {"student": NetworkRole("student", student), "teacher": NetworkRole("teacher", frozen)}
-    method = TwinFlow(config, roles, GuidedDenoiser(frozen, null(), 1.0), Sampler(SCHEDULE, (1.0,), "ode"))
+    method = TwinFlow(config, roles, GuidedDenoiser(frozen, 1.0), Sampler(SCHEDULE, (1.0,), "ode"))
     asked = frozen if source == "frozen" else student
-    method.guide = GuidedDenoiser(asked.velocity, null(), SCALES[form](w) if form in SCALES else 1.0)
+    method.guide = GuidedDenoiser(asked.velocity, SCALES[form](w) if form in SCALES else 1.0)
     method.ratio = ADDED[form](w) if form in ADDED else 0.0
     constants = {}
     for name in ("alpha", "c", "eps"):

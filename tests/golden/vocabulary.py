@@ -30,7 +30,7 @@ def guided(golden: GoldenFile, denoiser: Denoiser, option: str | None = None, na
     more = MORE[golden.choice("guidance_form", *MORE)]
     if more is None or not on:
         return denoiser
-    return GuidedDenoiser(denoiser, null(), number(golden, name) + more)
+    return GuidedDenoiser(denoiser, number(golden, name) + more)
 
 
 def number(golden: GoldenFile, name: str) -> float:

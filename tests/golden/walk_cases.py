@@ -3,7 +3,7 @@
 import torch
 from golden_file import GoldenFile
 from torch import Tensor, nn
-from vocabulary import SPACES, denoising, guided, null, number
+from vocabulary import SPACES, denoising, guided, number
 
 from fewstep.critic.first_step import TeacherStart, walk_apart
 from fewstep.critic.off_trajectory import Walked, place
@@ -163,13 +163,13 @@ def term(
     on = golden.choice("guide_teacher", True, False) and more is not None
     scale = number(golden, "guidance_scale") + more if on else 1.0
     if name == "ca":
-        positive, negative = GuidedDenoiser(teacher, null(), 2.0).pair(here.x_t, here.t, told)
+        positive, negative = GuidedDenoiser(teacher, 2.0).pair(here.x_t, here.t, told)
         away = (scale - 1) * (negative - positive)
         teachers = {"teacher_cond": positive, "teacher": positive - away}
         return matched(away, normalized(golden, "guidance_normalizer", y, here.x_t, teachers))
     x0_teacher = teacher(here.x_t, here.t, told)
     if golden.choice("guide_critic", False, True) and on:
-        critic = GuidedDenoiser(critic, null(), scale)
+        critic = GuidedDenoiser(critic, scale)
     away = critic(here.x_t, here.t, told) - x0_teacher
     teachers = {"teacher_cond": x0_teacher, "teacher": x0_teacher}
     return matched(away, normalized(golden, "normalizer", y, here.x_t, teachers))

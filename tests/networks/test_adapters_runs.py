@@ -6,6 +6,7 @@ import pytest
 import torch
 from toys import adapter_role, make_loop
 
+from fewstep.conditioning.ragged import with_others
 from fewstep.data.batch import Real
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.rollout import Sampler
@@ -23,7 +24,7 @@ class Prompts:
     """A run's conditions: one of two prompts for each sample."""
 
     def __init__(self, recording: Recording) -> None:
-        self.each = recording.condition(prompts=["a", "b"])
+        self.each = with_others(recording.condition(prompts=["a", "b"]), [recording.negative().select([0, 0])])
 
     def batch(self, seed: int, positions: list[int]):
         return self.each.select([position % 2 for position in positions])
@@ -68,7 +69,7 @@ def run_dmd2(recording: Recording, out: Path, *, separate: bool, dtype: torch.dt
     tap = find_tap(critic.network, lambda x: critic.raw(x, t, conditioning), x)
     with torch.no_grad():
         roles["critic"].add("head", make_head(critic.features(x, t, conditioning, tap), seed=0))
-    teacher = GuidedDenoiser(roles["teacher"], recording.negative(), 2.0)
+    teacher = GuidedDenoiser(roles["teacher"], 2.0)
     sampler = Sampler(recording.schedule, (1.0, 0.5), "fresh", recording.schedule.initial_scale())
     method = Dmd2(config, roles, teacher, sampler, tap)
     conditions, real = Prompts(recording), Noises(recording)

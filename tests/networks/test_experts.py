@@ -46,7 +46,7 @@ def sample() -> Tensor:
 
 
 def told() -> object:
-    return labels([-1.0, 0.0, 1.0, 2.0, 3.0])
+    return labels([-1.0, 0.0, 1.0, 2.0, 3.0], null=7.0)
 
 
 # --- times ------------------------------------------------------------------------------------------------------------
@@ -80,12 +80,11 @@ def test_intervals_descend_to_zero(lowest: tuple[float, ...]) -> None:
 
 def test_each_interval_has_its_own_guidance() -> None:
     intervals = TimeIntervals(FlowSchedule(), (BOUND, 0.0))
-    x, negative = sample(), labels([7.0])
-    model = expert(1)
-    guided = GuidedDenoiser(model, negative, TimedScale(intervals, (4.0, 2.0)))
+    x, model = sample(), expert(1)
+    guided = GuidedDenoiser(model, TimedScale(intervals, (4.0, 2.0)))
     assert guided.calls == 2
     found = guided(x, TIMES, told())
-    pair = model(x, TIMES, told()), model(x, TIMES, negative.select([0] * 5))
+    pair = model(x, TIMES, told()), model(x, TIMES, labels([7.0] * 5))
     for k in range(5):
         wanted = guide(pair[0][k], pair[1][k], 4.0 if k in HIGH else 2.0)
         torch.testing.assert_close(found[k], wanted, rtol=1e-12, atol=1e-12)

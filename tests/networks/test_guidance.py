@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from toys import TinyNetwork, labels, role
 
 from fewstep.conditioning.conditioning import Conditioning, Leaf
-from fewstep.conditioning.ragged import join
+from fewstep.conditioning.ragged import join, with_others
 from fewstep.config.run import RunConfig
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.errors import UserError
@@ -34,9 +34,11 @@ class Model:
         return x_t + t.reshape(-1, 1).float() + text
 
 
-def texts(*lengths: int, value: float = 1.0) -> Conditioning:
+def texts(*lengths: int, value: float = 1.0, away: Conditioning | None = None) -> Conditioning:
+    """Of one length; ``away``: what guidance leads away from."""
     rows = [torch.full((length,), value) for length in lengths]
-    return Conditioning({"text": Leaf(torch.stack(rows), rows=1)}, len(rows))
+    others = [] if away is None else [away.select([0] * len(rows))]
+    return Conditioning({"text": Leaf(torch.stack(rows), rows=1)}, len(rows), others)
 
 
 X = torch.arange(6.0).reshape(3, 2)
@@ -46,7 +48,7 @@ T = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
 @pytest.mark.parametrize(("negative", "batches"), [(texts(4, value=-1.0), [6]), (texts(2, value=-1.0), [3, 3])])
 def test_guidance_is_the_same_in_one_call_and_in_two(negative: Conditioning, batches: list[int]):
     model = Model()
-    guided = GuidedDenoiser(model, negative, 3.0)(X, T, texts(4, 4, 4))
+    guided = GuidedDenoiser(model, 3.0)(X, T, texts(4, 4, 4, away=negative))
     assert model.batches == batches
     positive = X + T.reshape(-1, 1).float() + 4.0
     expected = guide(positive, positive - 4.0 - negative.arguments()["text"].numel(), 3.0)
@@ -58,20 +60,44 @@ def test_guidance_that_is_asked_in_sequence_says_the_same(ragged: bool):
     """Also for another denoiser under it, with a scale for each sample, and where the batch is ragged itself."""
     model, negative = Model(), texts(4, value=-1.0)
     conditioning = join([texts(4, 4), texts(2)]) if ragged else texts(4, 4, 4)
-    joint = GuidedDenoiser(model, negative, 3.0)(X, T, conditioning)
+    conditioning = with_others(conditioning, [negative.select([0, 0, 0])])
+    joint = GuidedDenoiser(model, 3.0)(X, T, conditioning)
     model.batches.clear()
-    sequential = GuidedDenoiser(Model(), negative, 3.0, joint=False).of(model)
+    sequential = GuidedDenoiser(Model(), 3.0, joint=False).of(model)
     assert torch.equal(sequential(X, T, conditioning), joint)
     assert model.batches == ([3, 2, 1] if ragged else [3, 3])
     scales = torch.tensor([3.0, 3.0, 3.0])
     assert torch.equal(sequential(X, T, conditioning, guidance_scale=scales), joint)
 
 
+def test_each_sample_is_led_away_from_its_own_further_answer():
+    """Whatever else is in its batch, in one call and in two, of several shapes, selected and joined."""
+    own = [-1.0, 2.0, 5.0]
+    items = [texts(4, value=k, away=texts(4 if k else 2, value=away)) for k, away in enumerate(own)]
+    batches = [
+        (range(3), join(items)),
+        ((2, 0, 1), join(items).select([2, 0, 1])),
+        ((1, 2), join(items).select([1, 2])),
+    ]
+    for joint in (True, False):
+        for rows, told in batches:
+            at = X[list(rows)], T[list(rows)]
+            found = GuidedDenoiser(Model(), 3.0, joint=joint)(*at, told)
+            for place, row in enumerate(rows):
+                alone = GuidedDenoiser(Model(), 3.0)(X[row : row + 1], T[row : row + 1], items[row])
+                torch.testing.assert_close(found[place : place + 1], alone)
+    told = join(items[1:])
+    swapped = with_others(told, [told.others[0].select([1, 0])])
+    right, wrong = (GuidedDenoiser(Model(), 3.0)(X[1:], T[1:], each) for each in (told, swapped))
+    assert (right - wrong).abs().min() > 1
+
+
 def test_a_scale_of_one_costs_one_call_and_changes_nothing():
     model = Model()
     plain = Model()(X, T, texts(4, 4, 4))
     for negative in (None, texts(4, value=-1.0)):
-        assert torch.equal(GuidedDenoiser(model, negative, 1.0)(X, T, texts(4, 4, 4)), plain)
+        further = 0 if negative is None else 1
+        assert torch.equal(GuidedDenoiser(model, 1.0, further)(X, T, texts(4, 4, 4, away=negative)), plain)
     assert model.batches == [3, 3]
 
 
@@ -83,31 +109,33 @@ def test_scales_follow_diffusers_convention():
 
 
 def test_each_sample_may_have_a_scale_of_its_own():
-    scales, negative = torch.tensor([1.0, 3.0, 7.0]), texts(4, value=-1.0)
+    scales, told = torch.tensor([1.0, 3.0, 7.0]), texts(4, 4, 4, away=texts(4, value=-1.0))
     for usual in (1.0, 5.0):
-        each = GuidedDenoiser(Model(), negative, usual)(X, T, texts(4, 4, 4), guidance_scale=scales)
+        each = GuidedDenoiser(Model(), usual)(X, T, told, guidance_scale=scales)
         for k, scale in enumerate(scales.tolist()):
-            alone = GuidedDenoiser(Model(), negative, scale)(X, T, texts(4, 4, 4))
+            alone = GuidedDenoiser(Model(), scale)(X, T, told)
             torch.testing.assert_close(each[k], alone[k])
 
 
 def test_a_teacher_without_a_negative_cannot_be_guided():
     with pytest.raises(ValueError, match="set guidance_scale to 1"):
-        GuidedDenoiser(Model(), None, 4.0)
+        GuidedDenoiser(Model(), 4.0, further=0)
+    with pytest.raises(ValueError, match="no further answer to be led away from"):
+        GuidedDenoiser(Model(), 4.0)(X, T, texts(4, 4, 4))
 
 
 def test_a_scale_of_zero_costs_one_call_of_the_negative_alone():
     model, negative = Model(), texts(4, value=-1.0)
-    guided = GuidedDenoiser(model, negative, 0.0)
-    assert torch.equal(guided(X, T, texts(4, 4, 4)), Model()(X, T, negative.select([0, 0, 0])))
+    guided = GuidedDenoiser(model, 0.0)
+    assert torch.equal(guided(X, T, texts(4, 4, 4, away=negative)), Model()(X, T, negative.select([0, 0, 0])))
     assert model.batches == [3]
-    assert [GuidedDenoiser(model, negative, scale).calls for scale in (0.0, 1.0, -1.0, 4.5)] == [1, 1, 2, 2]
+    assert [GuidedDenoiser(model, scale).calls for scale in (0.0, 1.0, -1.0, 4.5)] == [1, 1, 2, 2]
 
 
 def test_a_negative_scale_leads_away_from_the_condition():
     positive = Model()(X, T, texts(4, 4, 4))
     negative = Model()(X, T, texts(4, 4, 4, value=-1.0))
-    guided = GuidedDenoiser(Model(), texts(4, value=-1.0), -1.0)(X, T, texts(4, 4, 4))
+    guided = GuidedDenoiser(Model(), -1.0)(X, T, texts(4, 4, 4, away=texts(4, value=-1.0)))
     torch.testing.assert_close(guided, 2 * negative - positive)
 
 
@@ -144,13 +172,13 @@ def test_an_untrained_teacher_is_not_taken_for_a_deaf_one(tmp_path: Path):
 
 def test_a_network_is_guided_in_its_raw_output_and_converted_once():
     """A network, a role of it and several experts, with a number and with a scale of each sample."""
-    schedule, conditioning, negative = FlowSchedule(), labels([-1.0, 0.0, 1.0]), labels([5.0])
+    schedule, conditioning = FlowSchedule(), labels([-1.0, 0.0, 1.0])
     roles = [role("teacher", TinyNetwork(6).double(), schedule, "flow") for _ in range(2)]
     experts = ExpertsRole("teacher", {"high": (0.5, roles[0]), "low": (0.0, roles[1])})
     x_t = torch.randn(3, 6, dtype=torch.float64)
     for denoiser in (roles[0].denoiser, roles[0], experts, experts.denoiser):
         for scale in (3.0, torch.tensor([0.5, 1.0, 4.0])):
-            guided = GuidedDenoiser(denoiser, negative, 3.0)
+            guided = GuidedDenoiser(denoiser, 3.0)
             with dispatch.counted() as counted:
                 found = guided(x_t, T, conditioning, guidance_scale=scale if isinstance(scale, Tensor) else None)
             assert counted == {("guided_x0", "reference"): 1}

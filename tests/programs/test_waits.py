@@ -98,7 +98,6 @@ class Step:
         self.run = DryRun(config, method, recording, "cpu", world)  # what it works out for itself is of the host
         self.run.device = torch.device("cuda")
         with world():
-            self.run.negative = None if self.run.negative is None else self.run.negative.to("cuda")
             self.run._conditions = self.run._conditions.to("cuda")
         monkeypatch.setattr(torch.autograd, "grad", _no_gradient)
         with monkeypatch.context() as patch:

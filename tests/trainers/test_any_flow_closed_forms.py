@@ -95,13 +95,13 @@ def exact(scale: float, **settings) -> AnyFlow:
     roles = {"teacher": role("teacher", GaussianTeacher(), SCHEDULE, "flow", False)}
     roles["student"] = role("student", GuidedMap(scale), SCHEDULE, "flow")
     roles["student"].denoiser = FlowMapDenoiser(roles["student"].denoiser, TellingMap())
-    guided = GuidedDenoiser(roles["teacher"], labels([0.0]), scale)
+    guided = GuidedDenoiser(roles["teacher"], scale)
     settings = config(stage="map", **settings)
     return AnyFlow(settings, roles, guided, Sampler(SCHEDULE, (1.0,), "ode"))
 
 
 def batch(count: int) -> Batch:
-    told, x0 = labels([1.0] * count), torch.randn(count, 1, generator=torch.Generator().manual_seed(3)).double()
+    told, x0 = labels([1.0] * count, 0.0), torch.randn(count, 1, generator=torch.Generator().manual_seed(3)).double()
     return Batch(count, (1,), told, Draws(0, 0, range(count)), None, False, Pairs(x0, x0, told), per_step=count)
 
 
@@ -139,7 +139,7 @@ def test_the_authors_form_has_another_fixed_point_for_guided_maps():
     """Residuals at t 0.8, r 0.3 of the map guided by 3: 1.14, 0.32, -0.24 at three places, where ours has none."""
     x = torch.tensor([[-1.0], [0.3], [1.2]], dtype=torch.float64)
     t, r = (torch.full((3,), time, dtype=torch.float64) for time in (0.8, 0.3))
-    conditioning, kept = labels([1.0] * 3), torch.ones(3, dtype=torch.bool)
+    conditioning, kept = labels([1.0] * 3, 0.0), torch.ones(3, dtype=torch.bool)
     parts = Parts([], [], [0, 1, 2])
     found = {}
     for velocity in ("teacher", "data"):
@@ -166,7 +166,7 @@ def test_matching_rests_where_the_rollouts_end_has_the_teachers_law_and_only_the
             one = exact(1.0)
             noise = torch.randn(500, 1).double()
             walk = shortcut(even_grid(steps).tolist(), place)
-            told = labels([1.0] * 500)
+            told = labels([1.0] * 500, 0.0)
             with torch.no_grad():
                 end = rollout(one.roles["student"], Sampler(SCHEDULE, walk, "ode"), noise, told)
             x0 = m + factor * (end - m)

@@ -36,7 +36,7 @@ def trained(out: Path, **settings) -> AnyFlow:
     defaults |= {"weight_power": 0.0}
     config = AnyFlowConfig(teacher="mixture", out=str(out), **(defaults | settings))
     sampler = Sampler(SCHEDULE, tuple(even_grid(16).tolist()), "ode")
-    method = AnyFlow(config, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler)
+    method = AnyFlow(config, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), sampler)
     data = {"conditions": Labels(None), "pairs": Samples(Pairs)}
     make_loop(method, config, (2,), **data, on_samples=spread_of(method)).run()
     return method

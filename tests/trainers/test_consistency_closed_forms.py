@@ -63,7 +63,7 @@ def gaussian_method(settings: ConsistencyConfig, start: Tensor | None = None) ->
     for name in ("student", "target"):
         network = Gains(times, torch.ones_like(times) if start is None else start)
         roles[name] = role(name, network, schedule, "sample", trainable=name == "student")
-    teacher = GuidedDenoiser(roles["teacher"], None, 1.0)
+    teacher = GuidedDenoiser(roles["teacher"], 1.0, further=0)
     boundary = settings.make_boundary(discretization.levels, None)
     return Consistency(settings, roles, teacher, Sampler(schedule, GRID, "fresh"), discretization, boundary)
 

@@ -78,7 +78,7 @@ def consistency(out: Path, student: nn.Module, kind: str, **settings) -> Consist
     return Consistency(
         config,
         roles,
-        GuidedDenoiser(roles["teacher"], None, 1.0),
+        GuidedDenoiser(roles["teacher"], 1.0, further=0),
         Sampler(SCHEDULE, GRID, "fresh"),
         config.make_discretization(levels, 1.0, list(GRID)),
         config.make_boundary(levels, None),

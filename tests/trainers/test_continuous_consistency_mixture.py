@@ -37,7 +37,7 @@ def trained(out: Path, **settings) -> ContinuousConsistency:
     if config.log_variance:
         roles["student"].add(LOG_VARIANCE, LogVariance())
     method = ContinuousConsistency(
-        config, roles, GuidedDenoiser(roles["teacher"], None, 1.0), Sampler(SCHEDULE, GRID, "fresh")
+        config, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), Sampler(SCHEDULE, GRID, "fresh")
     )
     data = {"real": Samples(Real)} if config.data else {"pairs": Samples(Pairs)}
     make_loop(method, config, (2,), conditions=Labels(None), **data, on_samples=spread_of(method)).run()

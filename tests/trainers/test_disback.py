@@ -39,7 +39,7 @@ def method(
         one.load_state_dict(weights)
         roles[name] = role(name, one, schedule, kind, trainable=name in ("student", "critic"))
     targets = [*(roles[name] for name in reversed(node_names(settings)[:-1])), roles["teacher"]]
-    guided = [GuidedDenoiser(target, None, 1.0) for target in targets]
+    guided = [GuidedDenoiser(target, 1.0, further=0) for target in targets]
     grid = (1.0, 0.75)[: settings.steps]
     return Disback(settings, roles, guided, Sampler(schedule, grid, "fresh", schedule.initial_scale()))
 
@@ -108,7 +108,7 @@ def test_without_degradation_it_is_dmd2(tmp_path: Path):
     one = method(DisbackConfig(teacher="tiny", out=str(tmp_path / "a"), max_steps=6, degradation_steps=0, **COMMON))
     plain = Dmd2Config(teacher="tiny", out=str(tmp_path / "b"), max_steps=6, **COMMON)
     roles = method(one.config).roles
-    other = Dmd2(plain, roles, GuidedDenoiser(roles["teacher"], None, 1.0), one.sampler)
+    other = Dmd2(plain, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), one.sampler)
     make_loop(one, one.config).run()
     make_loop(other, plain).run()
     for name in ("student", "critic"):

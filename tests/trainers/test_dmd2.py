@@ -74,7 +74,7 @@ def vector_method(
         network.load_state_dict(teacher.state_dict())
         roles[name] = role(name, network, schedule, kind, trainable=name != "teacher")
     sampler = Sampler(schedule, GRID, renoise, schedule.initial_scale())
-    return Noting(settings, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler)
+    return Noting(settings, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), sampler)
 
 
 def batch(step: int, indices: range, logging: bool = False) -> Batch:
@@ -267,7 +267,7 @@ def gan_method(settings: Dmd2Config, checkpointing: bool = False) -> Dmd2:
         features = critic.denoiser.features(torch.zeros(1, 1, 8, 8), half, unconditional(1), tap)
     critic.add("head", make_head(features, seed=0))
     sampler = Sampler(schedule, GRID, "fresh")
-    return Dmd2(settings, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler, tap)
+    return Dmd2(settings, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), sampler, tap)
 
 
 def gan_run(out: Path, checkpointing: bool = False, **settings) -> tuple[Dmd2, list[tuple[str, dict[str, Tensor]]]]:

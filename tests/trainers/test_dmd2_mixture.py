@@ -36,7 +36,7 @@ def test_a_student_of_a_mixture_comes_to_draw_from_it(tmp_path: Path, grid: tupl
         log_steps=400,
         checkpointing_steps=1200,
     )
-    method = Dmd2(settings, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler)
+    method = Dmd2(settings, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), sampler)
     before = distance_of_walk(method.student, sampler)
     make_loop(method, settings, (2,), conditions=Labels(None)).run()
     after = distance_of_walk(method.student, sampler)

@@ -38,13 +38,13 @@ def method(settings: Dmd2Config, schedule: str = "flow", shift: float = 1.0, sca
     for seed, name in enumerate(("teacher", "student", "critic")):
         torch.manual_seed(seed)
         roles[name] = role(name, TinyNetwork(6), chosen, kind, trainable=name != "teacher")
-    guided = GuidedDenoiser(roles["teacher"], labels([0.0]), scale)
+    guided = GuidedDenoiser(roles["teacher"], scale)
     return Dmd2(settings, roles, guided, Sampler(chosen, GRID, "ode", chosen.initial_scale()), shift=shift)
 
 
 def batch(step: int, draws: type[Draws] = Draws, size: int = 4) -> Batch:
     indices = range(size)
-    return Batch(size, (6,), Labels().batch(0, list(indices)), draws(0, step, indices), None, logging=False)
+    return Batch(size, (6,), Labels(null=0.0).batch(0, list(indices)), draws(0, step, indices), None, logging=False)
 
 
 class OnePlace(Draws):
@@ -252,7 +252,7 @@ def test_swiftbrushs_critic_hears_the_negative_in_a_tenth_of_its_updates(tmp_pat
     )
     for step in range(200):
         given = batch(step)
-        given.conditioning = labels([1.0] * 4)
+        given.conditioning = labels([1.0] * 4, 0.0)
         one.critic_loss(torch.randn(4, 6), given)
     assert 8 <= heard[True] <= 35
 

@@ -53,7 +53,7 @@ def truth(count: int, seed: int, guidance: float) -> tuple[Tensor, Conditioning]
     label = torch.tensor(SIDES)[torch.randint(2, (count,), generator=generator)]
     mean = torch.tensor(GuidedMixture.MEANS)[torch.randint(3, (count,), generator=generator)]
     noise = GuidedMixture.STD * torch.randn(count, 2, generator=generator)
-    return torch.stack([mean, guidance * SHIFT * label], 1) + noise, labels(label)
+    return torch.stack([mean, guidance * SHIFT * label], 1) + noise, labels(label, 0.0)
 
 
 class Samples:
@@ -99,7 +99,7 @@ def distil(
     }
     quiet = {"report_to": "none", "sample_steps": 0, "log_steps": 500, "checkpointing_steps": 600}
     config = kind.Config(teacher="mixture", out=str(out), **{**defaults, **quiet, **settings})
-    method = kind(config, roles, GuidedDenoiser(roles["teacher"], labels([0.0]), guidance), sampler, tap)
+    method = kind(config, roles, GuidedDenoiser(roles["teacher"], guidance), sampler, tap)
     target, conditioning = truth(3000, 1, guidance)
     side = conditioning.arguments()["label"]
 
@@ -111,7 +111,7 @@ def distil(
         return energy_distance(samples, target), torch.stack([samples[side == s, 1].mean() for s in SIDES])
 
     before, first = look()
-    make_loop(method, config, (2,), conditions=Labels(SIDES), real=Samples() if tap else None).run()
+    make_loop(method, config, (2,), conditions=Labels(SIDES, 0.0), real=Samples() if tap else None).run()
     after, then = look()
     return before, after, first, then
 

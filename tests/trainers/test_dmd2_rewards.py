@@ -44,7 +44,7 @@ def method(settings: Dmd2Config, rewarded: bool = True, beside=None) -> Dmd2:
         looks = settings.reward_look_steps
         rewards = Rewards(settings, {"first": first_entry}, beside, "x", lambda x0: 2 * x0, roles["teacher"], looks)
     sampler = Sampler(schedule, GRID, "fresh")
-    return Dmd2(settings, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler, rewards=rewards)
+    return Dmd2(settings, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), sampler, rewards=rewards)
 
 
 def batch(step: int, indices: range) -> Batch:
@@ -176,7 +176,7 @@ def test_a_mixtures_student_goes_where_the_reward_leads_and_stays_near_its_teach
         return torch.softmax(-torch.cdist(x0, torch.tensor(MixtureTeacher.MEANS)).square() / 4, 1)[:, 0]
 
     rewards = Rewards(settings, {"right": right}, None, "teacher", lambda x0: x0, roles["teacher"], 300)
-    one = Dmd2(settings, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler, rewards=rewards)
+    one = Dmd2(settings, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), sampler, rewards=rewards)
     make_loop(one, settings, (2,), conditions=Labels(None)).run()
     generator = torch.Generator().manual_seed(2)
 

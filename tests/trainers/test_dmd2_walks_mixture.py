@@ -30,7 +30,7 @@ def test_a_student_of_a_mixture_comes_to_draw_from_it(tmp_path: Path, walk: str)
     common = {"report_to": "none", "sample_steps": 0, "batch_size": 64, "lr": 2e-3, "critic_lr": 5e-3}
     common |= {"log_steps": 300, "checkpointing_steps": 1200}
     settings = Dmd2Config(teacher="mixture", out=str(tmp_path), **common, **given)
-    method = Dmd2(settings, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler)
+    method = Dmd2(settings, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), sampler)
     before = distance_of_walk(method.student, sampler)
     make_loop(method, settings, (2,), conditions=Labels(None)).run()
     after = distance_of_walk(method.student, sampler)

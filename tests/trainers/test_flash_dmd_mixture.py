@@ -69,7 +69,7 @@ def test_a_student_of_a_mixture_comes_to_draw_from_it(tmp_path: Path, steps: int
         checkpointing_steps=steps,
     )
     judge = ImageJudge(heads, drawn_features, settings.gan_loss)
-    method = FlashDmd(settings, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler, judge)
+    method = FlashDmd(settings, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), sampler, judge)
     before = distance_of_walk(method.student, sampler)
     make_loop(method, settings, (2,), conditions=Labels(None), real=Points()).run()
     after = distance_of_walk(method.student, sampler)

@@ -39,12 +39,12 @@ def vectors(settings: FreeFlowConfig, kind: str = "flow", guidance_scale: float 
     names = {"teacher": False, "student": True, "critic": True}
     roles = {name: role(name, TinyNetwork(6), schedule, network, on) for name, on in names.items()}
     roles["student"].denoiser = FlowMapDenoiser(roles["student"].denoiser, Telling())
-    guided = GuidedDenoiser(roles["teacher"], labels([0.0]), guidance_scale)
+    guided = GuidedDenoiser(roles["teacher"], guidance_scale)
     return FreeFlow(settings, roles, guided, Sampler(schedule, (1.0,), "ode", schedule.initial_scale()))
 
 
 def batch(count: int = 8, step: int = 0) -> Batch:
-    told = labels([float(k) for k in range(count)])
+    told = labels([float(k) for k in range(count)], 0.0)
     return Batch(count, (6,), told, Draws(0, step, range(count)), None, False)
 
 
@@ -66,7 +66,7 @@ def test_the_exact_map_of_a_gaussian_has_no_residual(derivative: str, kind: tupl
     roles["student"].denoiser = FlowMapDenoiser(roles["student"].denoiser, Told2())
     how = config(correction=0.0, derivative=derivative, derivative_step=1e-4)
     start = 0.93 if kind[0] == "table" else 1.0
-    trained = FreeFlow(how, roles, GuidedDenoiser(roles["teacher"], None, 1.0), Sampler(schedule, (start,), "ode"))
+    trained = FreeFlow(how, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), Sampler(schedule, (start,), "ode"))
     count = 16
     t = torch.full((count,), start, dtype=torch.float64)
     tau = schedule.flow_time(t) * torch.linspace(0.01, 0.99, count, dtype=torch.float64)
@@ -156,7 +156,7 @@ def test_one_step_comes_nearer_to_the_mixture(tmp_path: Path):
     quiet = {"report_to": "none", "sample_steps": 0, "log_steps": 1000, "checkpointing_steps": 9000, "batch_size": 64}
     times = {"time_mean": 0.5, "time_std": 1.6, "ema_decay": 0.99, "weight_power": 0.5}
     told = FreeFlowConfig(teacher="mixture", out=str(tmp_path), lr=3e-3, max_steps=450, **quiet, **times)
-    trained = FreeFlow(told, roles, GuidedDenoiser(roles["teacher"], None, 1.0), Sampler(SCHEDULE, (1.0,), "ode"))
+    trained = FreeFlow(told, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), Sampler(SCHEDULE, (1.0,), "ode"))
     make_loop(trained, told, (2,), conditions=Labels(None)).run()
     noise = Draws(1, 0, range(2000)).normal("noise", (2,))
     with torch.no_grad():

@@ -58,7 +58,7 @@ class Average(Velocity):
 def gaussian(settings: MdtDistConfig, student: nn.Module | None = None) -> MdtDist:
     networks = {"teacher": Velocity(), "student": student or Average()}
     roles = {n: NetworkRole(n, NetworkDenoiser(net, ModuleRecipe(), FLOW, "flow")) for n, net in networks.items()}
-    guided = GuidedDenoiser(roles["teacher"], None, 1.0)
+    guided = GuidedDenoiser(roles["teacher"], 1.0, further=0)
     return MdtDist(settings, roles, guided, guided, Sampler(FLOW, (1.0,), "ode"))
 
 
@@ -72,14 +72,14 @@ def vectors(settings: MdtDistConfig, schedule: NoiseSchedule = FLOW, kind: str =
     """Over vectors of 6 with labels."""
     torch.manual_seed(0)
     roles = {name: role(name, TinyNetwork(6), schedule, kind, name == "student") for name in ("teacher", "student")}
-    guided = [GuidedDenoiser(roles["teacher"], labels([0.0]), scale) for scale in scales]
+    guided = [GuidedDenoiser(roles["teacher"], scale) for scale in scales]
     return MdtDist(settings, roles, *guided, Sampler(schedule, (1.0, 0.5), "ode", schedule.initial_scale()))
 
 
 def batch(count: int = 8, step: int = 0) -> Batch:
     x0, told = (
         torch.randn(count, 6, generator=torch.Generator().manual_seed(1)),
-        labels([float(k) for k in range(count)]),
+        labels([float(k) for k in range(count)], 0.0),
     )
     return Batch(count, (6,), told, Draws(0, step, range(count)), Real(x0, told), False, Pairs(x0, x0, told))
 
@@ -220,7 +220,7 @@ def sparse(objects: list[Tensor], size: int) -> tuple[Batch, MdtDist]:
     """Objects (N, 3) of several N, padded to ``size`` with nonsense."""
     torch.manual_seed(0)
     roles = {n: NetworkRole(n, NetworkDenoiser(Sparse(), ModuleRecipe(), FLOW, "flow")) for n in ("student", "teacher")}
-    guided = GuidedDenoiser(roles["teacher"], None, 1.0)
+    guided = GuidedDenoiser(roles["teacher"], 1.0, further=0)
     method = MdtDist(config(data="images"), roles, guided, guided, Sampler(FLOW, (1.0,), "ode"))
     x0 = torch.full((len(objects), size, 3), 7.0, dtype=torch.float64)
     mask = torch.zeros(len(objects), size, dtype=torch.bool)

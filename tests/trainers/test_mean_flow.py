@@ -53,13 +53,13 @@ def method(kind: str = "flow", settings: MeanFlowConfig | None = None, guidance_
     torch.manual_seed(0)
     roles = {name: role(name, TinyNetwork(6), schedule, kind, name == "student") for name in ("teacher", "student")}
     roles["student"].denoiser = FlowMapDenoiser(roles["student"].denoiser, Telling())
-    guided = GuidedDenoiser(roles["teacher"], labels([0.0]), guidance_scale)
+    guided = GuidedDenoiser(roles["teacher"], guidance_scale)
     return MeanFlow(settings or config(), roles, guided, Sampler(schedule, GRID, "ode", schedule.initial_scale()))
 
 
 def batch(count: int = 8, step: int = 0) -> Batch:
     draws, x0 = Draws(0, step, range(count)), torch.randn(count, 6, generator=torch.Generator().manual_seed(1))
-    told = labels([1.0] * count)
+    told = labels([1.0] * count, 0.0)
     return Batch(count, (6,), told, draws, Real(x0, told), False, Pairs(x0, x0, told))
 
 

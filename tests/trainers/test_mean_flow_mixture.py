@@ -96,7 +96,7 @@ def trained(out: Path, from_teacher: bool, **settings) -> MeanFlow:
         "ema_decay": 0.995,
     }
     config = MeanFlowConfig(teacher="mixture", out=str(out), batch_size=128, **(defaults | settings))
-    guided = GuidedDenoiser(roles["teacher"], None, 1.0)
+    guided = GuidedDenoiser(roles["teacher"], 1.0, further=0)
     method = MeanFlow(config, roles, guided, Sampler(SCHEDULE, GRIDS[8], "ode"))
     real, pairs = (Samples(Real), None) if config.data else (None, Samples(Pairs))
     data = {"conditions": Labels(None), "real": real, "pairs": pairs}

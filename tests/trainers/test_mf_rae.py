@@ -34,13 +34,13 @@ def vectors(settings: MfRaeConfig, guidance_scale: float = 1.0) -> MfRae:
     torch.manual_seed(0)
     roles = {name: role(name, TinyNetwork(6), FLOW, "flow", name == "student") for name in ("teacher", "student")}
     roles["student"].denoiser = FlowMapDenoiser(roles["student"].denoiser, Telling())
-    guided = GuidedDenoiser(roles["teacher"], labels([0.0]), guidance_scale)
+    guided = GuidedDenoiser(roles["teacher"], guidance_scale)
     return MfRae(settings, roles, guided, Sampler(FLOW, (1.0, 0.5), "ode"), 6)
 
 
 def batch(count: int = 8, step: int = 0) -> Batch:
     draws, x0 = Draws(0, step, range(count)), torch.randn(count, 6, generator=torch.Generator().manual_seed(1))
-    told = labels([float(k) for k in range(count)])
+    told = labels([float(k) for k in range(count)], 0.0)
     return Batch(count, (6,), told, draws, Real(x0, told), False, Pairs(x0, x0, told))
 
 
@@ -185,7 +185,7 @@ def test_each_stage_reaches_the_closed_form_on_a_gaussian(stage: str, weighting:
     roles["student"].denoiser = FlowMapDenoiser(roles["student"].denoiser, Told2())
     settings = {"data": "images", "apart": 0.75, "weighting": weighting, "walk_solver": "heun", "walk_steps": 8}
     how = config(stages=stage, **settings)
-    trained = MfRae(how, roles, GuidedDenoiser(roles["teacher"], None, 1.0), Sampler(FLOW, (1.0,), "ode"), 4)
+    trained = MfRae(how, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), Sampler(FLOW, (1.0,), "ode"), 4)
     optimizer = torch.optim.Adam([off.nothing], lr=2e-2)
     values = []
     for step in range(80):

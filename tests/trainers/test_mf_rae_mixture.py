@@ -39,7 +39,7 @@ def trained(out: Path, **settings) -> MfRae:
     }
     config = MfRaeConfig(teacher="mixture", out=str(out), batch_size=64, lr=3e-3, **{**watching, **how, **settings})
     sampler = Sampler(SCHEDULE, (1.0,), "ode")
-    method = MfRae(config, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler, 2)
+    method = MfRae(config, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), sampler, 2)
     make_loop(method, config, (2,), conditions=Labels(None), real=Samples(Real)).run()
     return method
 

@@ -36,7 +36,7 @@ class Gaussian:
     """The exact x0 of samples of N(0, s^2), and where its ODE leads."""
 
     def __init__(self, schedule: NoiseSchedule) -> None:
-        self.schedule, self.negative, self.calls = schedule, None, 1
+        self.schedule, self.further, self.calls = schedule, 0, 1
 
     def variance(self, t: torch.Tensor) -> torch.Tensor:
         alpha, sigma = self.schedule.coefficients(t)
@@ -57,7 +57,7 @@ def method(kind: str = "flow", teacher=None, **settings) -> PerFlow:
     torch.manual_seed(0)
     roles = {name: role(name, TinyNetwork(6), schedule, kind, name == "student") for name in ("teacher", "student")}
     told = config(**settings)
-    guided = teacher or GuidedDenoiser(roles["teacher"], labels([0.5]), 3.0)
+    guided = teacher or GuidedDenoiser(roles["teacher"], 3.0)
     grid = tuple(schedule.snap(even_grid(told.steps)).tolist())
     return PerFlow(told, roles, guided, Sampler(schedule, grid, "ode", schedule.initial_scale()))
 
@@ -65,7 +65,7 @@ def method(kind: str = "flow", teacher=None, **settings) -> PerFlow:
 def batch(count: int = 8) -> Batch:
     draws = Draws(0, 0, range(count))
     x0 = Draws(0, 7, range(count)).normal("x0", (6,)).double()
-    conditioning = labels([float(i % 3) for i in range(count)])
+    conditioning = labels([float(i % 3) for i in range(count)], 0.5)
     pairs = Pairs(x0, x0, conditioning)
     return Batch(count, (6,), conditioning, draws, None, False, pairs)
 

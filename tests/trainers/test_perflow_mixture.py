@@ -39,7 +39,7 @@ def trained(out: Path, **settings) -> PerFlow:
     defaults = {"report_to": "none", "sample_steps": 0, "log_steps": 1000, "checkpointing_steps": 5000, "data": "them"}
     config = PerFlowConfig(teacher="mixture", out=str(out), batch_size=64, **(defaults | settings))
     sampler = Sampler(SCHEDULE, tuple(even_grid(config.steps).tolist()), "ode")
-    method = PerFlow(config, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler)
+    method = PerFlow(config, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), sampler)
     make_loop(method, config, (2,), conditions=Labels(None), real=Samples(), on_samples=spread_of(method)).run()
     return method
 

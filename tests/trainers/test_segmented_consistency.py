@@ -226,7 +226,11 @@ def test_jumps_of_one_point_agree_whatever_their_end(tmp_path: Path):
         settings = config(tmp_path, "tscd").resolved()
         stages = settings.make_stages(SigmaRange(schedule), 1.0, [0.25, 0.5, 0.75, 1.0])
         method = SegmentedConsistency(
-            settings, {"student": Point()}, GuidedDenoiser(Point(), None, 1.0), Sampler(schedule, (1.0,), "ode"), stages
+            settings,
+            {"student": Point()},
+            GuidedDenoiser(Point(), 1.0, further=0),
+            Sampler(schedule, (1.0,), "ode"),
+            stages,
         )
         for number, stage in enumerate(stages):
             draws = Draws(0, number, range(50))

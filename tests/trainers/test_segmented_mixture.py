@@ -33,7 +33,7 @@ def segmented(out: Path, **settings) -> SegmentedConsistency:
     visited = sorted({t for count in counts for t in even_grid(count).tolist()})
     stages = config.make_stages(SigmaRange(SCHEDULE), 1.0, visited)
     sampler = Sampler(SCHEDULE, tuple(even_grid(4).tolist()), "ode")
-    return SegmentedConsistency(config, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler, stages)
+    return SegmentedConsistency(config, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), sampler, stages)
 
 
 def distance(method: SegmentedConsistency, steps: int, gamma: float = 0.0, name: str = "ema") -> float:

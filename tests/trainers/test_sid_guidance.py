@@ -122,6 +122,6 @@ def test_in_the_critics_turn_some_prompts_become_the_negative_for_student_and_cr
 
 
 def test_without_guidance_no_prompt_is_dropped(tmp_path: Path):
-    assert vector_method(config(tmp_path, **OFF)).dropped is None
-    assert vector_method(config(tmp_path, guidance="zero")).dropped is not None
-    assert vector_method(config(tmp_path, guidance="zero", critic_dropout=0.0)).dropped is None
+    assert not vector_method(config(tmp_path, **OFF)).drops
+    assert vector_method(config(tmp_path, guidance="zero")).drops
+    assert not vector_method(config(tmp_path, guidance="zero", critic_dropout=0.0)).drops

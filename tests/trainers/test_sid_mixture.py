@@ -37,7 +37,7 @@ def test_a_student_of_a_mixture_comes_to_draw_from_it(tmp_path: Path, grid: tupl
         log_steps=400,
         checkpointing_steps=1200,
     )
-    guided = [GuidedDenoiser(roles[name], None, 1.0) for name in ("teacher", "critic", "critic")]
+    guided = [GuidedDenoiser(roles[name], 1.0, further=0) for name in ("teacher", "critic", "critic")]
     method = Sid(settings, roles, *guided, sampler)
     target = mixture_sample(3000, 1)
 

@@ -14,7 +14,6 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from fewstep.conditioning.conditioning import Conditioning
 from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.rollout import rollout
@@ -172,7 +171,11 @@ def test_critic_and_teacher_are_guided_by_the_recordings_negative(
     method = prepare(run, "sid")
     scales = (method.critic_in_training, method.critic, method.teacher)
     assert tuple(guided.guidance_scale for guided in scales) == kappas
-    assert isinstance(method.critic.negative, Conditioning)
+    assert method.critic.further == 1
+    negative, told = run.recording.negative().arguments(), run.conditions.select([0, 1]).others[0].arguments()
+    assert all(
+        torch.equal(told[name], torch.cat([value, value])) for name, value in negative.items() if value is not None
+    )
     if settings == {"guidance": "zero"}:
         whole_run(run.config, "sid", tiny_pipelines.tiny_stable_diffusion())
 

@@ -38,13 +38,15 @@ def method(settings: Dmd2Config, schedule: str = "flow", scale: float = 3.0, sam
     for seed, name in enumerate(("teacher", "student", "critic")):
         torch.manual_seed(0 if same else seed)
         roles[name] = role(name, TinyNetwork(6), chosen, kind, trainable=name != "teacher")
-    guided = GuidedDenoiser(roles["teacher"], labels([0.0]), scale)
+    guided = GuidedDenoiser(roles["teacher"], scale)
     made = Snoopi if isinstance(settings, SnoopiConfig) else Dmd2
     return made(settings, roles, guided, Sampler(chosen, GRID, "ode", chosen.initial_scale()))
 
 
 def batch(step: int, indices: range = range(4)) -> Batch:
-    return Batch(len(indices), (6,), Labels().batch(0, list(indices)), Draws(0, step, indices), None, logging=False)
+    return Batch(
+        len(indices), (6,), Labels(null=0.0).batch(0, list(indices)), Draws(0, step, indices), None, logging=False
+    )
 
 
 def noise_of(x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from tiny_pipelines import tiny_ddim, tiny_dit, tiny_flow, tiny_stable_diffusion
 from torch import Tensor
 
 import fewstep
+from fewstep.conditioning.ragged import with_others
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.eval.plugged import Plugged, main, table
@@ -60,11 +61,11 @@ def test_an_adapter_begins_as_the_identity_and_learns_from_both_prompts(family: 
     make, call = FAMILIES[family]
     pipeline = make()
     recording = record(pipeline, **call)
-    told = recording.condition(["a cat", "a dog"])
+    told = with_others(recording.condition(["a cat", "a dog"]), [recording.negative().select([0, 0])])
     draws = Draws(0, 0, range(2))
     samples = draws.normal("x", recording.sample_shape), torch.full((2,), 0.5, dtype=torch.float64), told
     settings = RoleSettings(lora_rank=rank, gradient_checkpointing=True)
-    roles = plugged_roles(settings, recording, recording.negative(), samples, torch.device("cpu"))
+    roles = plugged_roles(settings, recording, samples, torch.device("cpu"))
     refuse_unlike(roles, samples)
     student = roles["student"].denoiser
     assert isinstance(student, SpeedUpDenoiser)

@@ -312,7 +312,7 @@ def test_settings_that_cannot_be_meant_are_refused(settings: dict, message: str)
 
 def test_a_ratio_without_guidance_to_take_it_from_is_refused():
     trained = method(config(data="images"))
-    trained.guide.negative = None
+    trained.guide.further = 0
     with pytest.raises(UserError, match="--enhanced_ratio needs classifier-free guidance"):
         TwinFlow(config(data="images", enhanced_ratio=0.5), trained.roles, trained.guide, trained.sampler)
     assert isinstance(method().points(batch()), Points)

@@ -30,7 +30,9 @@ def trained(out: Path, **settings) -> TwinFlow:
     defaults = {"report_to": "none", "sample_steps": 0, "log_steps": 1000, "checkpointing_steps": 9000}
     defaults |= {"ema_decay": 0.99, "batch_size": 128, "guidance_t_max": 1.1}
     config = TwinFlowConfig(teacher="mixture", out=str(out), **(defaults | settings))
-    method = TwinFlow(config, roles, GuidedDenoiser(roles["teacher"], None, 1.0), Sampler(SCHEDULE, GRIDS[4], "ode"))
+    method = TwinFlow(
+        config, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), Sampler(SCHEDULE, GRIDS[4], "ode")
+    )
     data = {"conditions": Labels(None), "pairs": Samples(Pairs)}
     make_loop(method, config, (2,), **data, on_samples=spread_of(method)).run()
     return method

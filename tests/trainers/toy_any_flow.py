@@ -60,14 +60,14 @@ def method(
         roles[name].denoiser = FlowMapDenoiser(roles[name].denoiser, roles[name].added[SECOND_TIME])
     if "ema" in roles:
         roles["ema"].copy_weights(roles["student"])
-    guided = GuidedDenoiser(roles["teacher"], labels([0.0]), guidance_scale)
+    guided = GuidedDenoiser(roles["teacher"], guidance_scale)
     sampler = Sampler(schedule, (1.0, 0.5), "ode", schedule.initial_scale())
     return AnyFlow(settings, roles, guided, sampler, shift=shift)
 
 
 def batch(count: int = 8, step: int = 0, logging: bool = False) -> Batch:
     draws, x0 = Draws(0, step, range(count)), torch.randn(count, 6, generator=torch.Generator().manual_seed(1))
-    told = labels([1.0] * count)
+    told = labels([1.0] * count, 0.0)
     return Batch(count, (6,), told, draws, Real(x0, told), logging, Pairs(x0, x0, told), per_step=count)
 
 
@@ -79,5 +79,5 @@ class Samples:
 
     def batch(self, seed: int, positions: list[int]) -> Real | Pairs:
         x0 = self.x0[[position % 64 for position in positions]]
-        told = labels([1.0] * len(x0))
+        told = labels([1.0] * len(x0), 0.0)
         return Real(x0, told) if self.kind is Real else Pairs(x0, x0, told)

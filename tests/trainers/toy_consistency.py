@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from toys import TinyNetwork, labels, role
+from toys import TinyNetwork, role
 
 from fewstep.diffusion.discretization import SigmaRange
 from fewstep.diffusion.rollout import Sampler
@@ -42,7 +42,7 @@ def vector_method(
     return Consistency(
         settings,
         roles,
-        GuidedDenoiser(roles["teacher"], labels([5.0]), guidance_scale),
+        GuidedDenoiser(roles["teacher"], guidance_scale),
         Sampler(schedule, GRID, "fresh", schedule.initial_scale()),
         settings.make_discretization(levels, 1.0, list(GRID)),
         settings.make_boundary(levels, timestep_scaling),

@@ -43,7 +43,7 @@ def vector_method(
         roles[name] = role(name, network, schedule, kind, trainable=name in ("student", "critic"))
     if settings.log_variance:
         roles["student"].add(LOG_VARIANCE, LogVariance())
-    guided = GuidedDenoiser(roles["teacher"], labels([5.0]), guidance_scale)
+    guided = GuidedDenoiser(roles["teacher"], guidance_scale)
     sampler = Sampler(schedule, GRID[: settings.steps], "fresh", schedule.initial_scale())
     return ContinuousConsistency(settings, roles, guided, sampler)
 

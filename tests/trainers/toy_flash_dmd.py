@@ -15,7 +15,7 @@ from fewstep.networks.head_role import HeadRole
 from fewstep.networks.heads import LevelHeads
 from fewstep.trainers.flash_dmd import FlashDmd, FlashDmdConfig
 from fewstep.training.rewards import Reward, Rewards
-from tests.toys import Labels, labels
+from tests.toys import Labels
 
 GRID = (1.0, 0.75, 0.5, 0.25)
 
@@ -66,7 +66,7 @@ def method(
         roles["discriminator"] = heads = HeadRole("discriminator", roles["teacher"])
         heads.add("heads", LevelHeads(levels(torch.zeros(2, 6)), seed=0))
         judge = ImageJudge(heads, levels, settings.gan_loss)
-    guided = GuidedDenoiser(roles["teacher"], labels([5.0]), 1.5)
+    guided = GuidedDenoiser(roles["teacher"], 1.5)
     grid = GRID if settings.steps == 4 else tuple(1 - k / settings.steps for k in range(settings.steps))
     sampler = Sampler(schedule, grid, renoise, schedule.initial_scale())
     rewards = None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from toys import TinyNetwork, labels, role
+from toys import TinyNetwork, role
 
 from fewstep.data.batch import Asked
 from fewstep.diffusion.discretization import SigmaRange
@@ -52,7 +52,7 @@ def toy_method(
     trajectories = SegmentedConsistency(
         settings,
         roles,
-        GuidedDenoiser(roles["teacher"], None if make is not None else labels([5.0]), 1.0),
+        GuidedDenoiser(roles["teacher"], 1.0, further=0 if make is not None else 1),
         Sampler(schedule, grid, renoise, schedule.initial_scale(), settings.gamma),
         settings.make_stages(SigmaRange(schedule), 1.0, visited),
     )

@@ -84,7 +84,7 @@ def method(settings: MultiStudentConfig, width: int = 6) -> MultiStudent:
     }
     if "ema" in roles:
         roles["ema"].copy_weights(roles["student"])
-    own = Dmd2(settings, roles, GuidedDenoiser(roles["teacher"], None, 1.0), Sampler(schedule, (1.0,), "ode"))
+    own = Dmd2(settings, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), Sampler(schedule, (1.0,), "ode"))
     return MultiStudent(settings, own)
 
 

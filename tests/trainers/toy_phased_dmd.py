@@ -50,4 +50,4 @@ def method(settings: PhasedDmdConfig, kind: str = "flow", network=lambda: TinyNe
     if settings.ema_decay:
         roles["ema"] = experts("ema", False)
     sampler = Sampler(schedule, grid, settings.renoise, schedule.initial_scale())
-    return PhasedDmd(settings, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler, phases)
+    return PhasedDmd(settings, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), sampler, phases)

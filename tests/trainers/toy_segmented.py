@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from toys import TinyNetwork, labels, role
+from toys import TinyNetwork, role
 
 from fewstep.critic.jumps import JumpDiscriminator
 from fewstep.diffusion.discretization import SigmaRange
@@ -69,7 +69,7 @@ def vector_method(
     return SegmentedConsistency(
         settings,
         roles,
-        GuidedDenoiser(roles["teacher"], labels([5.0]), guidance_scale),
+        GuidedDenoiser(roles["teacher"], guidance_scale),
         Sampler(schedule, grid, renoise, schedule.initial_scale(), settings.gamma),
         settings.make_stages(SigmaRange(schedule), 1.0, grids_of(settings)),
         judge,

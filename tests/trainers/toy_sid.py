@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from toys import Labels, TinyNetwork, labels, role
+from toys import Labels, TinyNetwork, role
 
 from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
@@ -24,10 +24,10 @@ def config(out: Path, **settings) -> SidConfig:
     return SidConfig(teacher="tiny", out=str(out), **{**defaults, **settings})
 
 
-def method_of(settings: SidConfig, roles: dict, sampler: Sampler, discriminator=None, negative=None) -> Sid:
+def method_of(settings: SidConfig, roles: dict, sampler: Sampler, discriminator=None, further: int = 0) -> Sid:
     kappas = settings.kappas(1.0 if settings.guidance_scale is None else settings.guidance_scale)
     scales = (("teacher", kappas.teacher), ("critic", kappas.critic), ("critic", kappas.critic_training))
-    guided = [GuidedDenoiser(roles[name], negative, scale) for name, scale in scales]
+    guided = [GuidedDenoiser(roles[name], scale, further) for name, scale in scales]
     return Sid(settings, roles, *guided, sampler, discriminator)
 
 
@@ -38,9 +38,7 @@ def vector_method(
     schedule = schedule or FlowSchedule()
     torch.manual_seed(0)
     roles = {name: role(name, TinyNetwork(6), schedule, kind, trainable=name != "teacher") for name in ROLES}
-    return method_of(
-        settings, roles, Sampler(schedule, GRID, renoise, schedule.initial_scale()), negative=labels([5.0])
-    )
+    return method_of(settings, roles, Sampler(schedule, GRID, renoise, schedule.initial_scale()), further=1)
 
 
 def batch(step: int, indices: range = range(4), logging: bool = False) -> Batch:

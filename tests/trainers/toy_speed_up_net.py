@@ -63,8 +63,11 @@ class Gaussian(OneToken):
 
 
 def tokens(numbers: Sequence[int]) -> Conditioning:
-    """One token of length 1 for each prompt."""
-    return Conditioning({"encoder_hidden_states": Leaf(torch.eye(D)[list(numbers)][:, None], rows=1)}, len(numbers))
+    """One token of length 1 for each prompt, and for its negative the fourth."""
+    told, other = (
+        {"encoder_hidden_states": Leaf(torch.eye(D)[n][:, None], 1)} for n in (list(numbers), [3] * len(numbers))
+    )
+    return Conditioning(told, len(numbers), [Conditioning(other, len(numbers))])
 
 
 class Prompts:
@@ -118,5 +121,5 @@ def method(
     adapter = adapter_of(network, settings.lora_rank)
     student = PluggedRole("student", SpeedUpDenoiser(base, adapter), network, adapter)
     roles: dict[str, Role] = {"teacher": NetworkRole("teacher", base), "student": student}
-    guided = GuidedDenoiser(roles["teacher"], tokens([3]), guidance_scale)
+    guided = GuidedDenoiser(roles["teacher"], guidance_scale)
     return SpeedUpNet(settings, roles, guided, Sampler(schedule, grid, "ode", schedule.initial_scale()))

@@ -26,11 +26,11 @@ def method(settings: TwinFlowConfig | None = None, kind: str = "flow", guidance_
     for name in {"student", "target"} & roles.keys():
         roles[name].add(SECOND_TIME, Telling().requires_grad_(name == "student"))
         roles[name].denoiser = FlowMapDenoiser(roles[name].denoiser, roles[name].added[SECOND_TIME])
-    guided = GuidedDenoiser(roles["teacher"], labels([0.0]), guidance_scale)
+    guided = GuidedDenoiser(roles["teacher"], guidance_scale)
     return TwinFlow(settings, roles, guided, Sampler(schedule, (1.0, 0.5), "ode", schedule.initial_scale()))
 
 
 def batch(count: int = 8, step: int = 0) -> Batch:
     draws, x0 = Draws(0, step, range(count)), torch.randn(count, 6, generator=torch.Generator().manual_seed(1))
-    told = labels([1.0] * count)
+    told = labels([1.0] * count, 0.0)
     return Batch(count, (6,), told, draws, Real(x0, told), False, Pairs(x0, x0, told), per_step=count)

@@ -40,7 +40,7 @@ def toy_loop(out: Path, spoil: Callable[[Dmd2], None] = lambda method: None, kin
         network.load_state_dict(teacher.state_dict())
         roles[name] = role(name, network, FlowSchedule(), kind, trainable=name != "teacher")
     sampler = Sampler(FlowSchedule(), (1.0, 0.5), "fresh")
-    method = Dmd2(chosen, roles, GuidedDenoiser(roles["teacher"], None, 1.0), sampler)
+    method = Dmd2(chosen, roles, GuidedDenoiser(roles["teacher"], 1.0, further=0), sampler)
     spoil(method)
 
     @torch.no_grad()

@@ -85,8 +85,7 @@ class DryRun:
         # An input for the guidance that a run would add to the network weighs next to nothing, and is left out.
         told = config.embedded_guidance if recording.embedded else None
         self.guidance_embedding = None if told is None else likely_guidance_embedding(recording, told[0])
-        negative = recording.negative()
-        self.negative = None if negative is None else negative.to(device=self.device)
+        self.further = 0 if recording.negative() is None else 1
         self._conditions = self._conditioning(config.batch_size)
 
     def prepare(self) -> Method:
@@ -136,7 +135,7 @@ class DryRun:
         t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
         with self.world():
             asked = (x, t, self._conditioning(2))
-            return plugged_roles(self.roles, self.recording, self.negative, asked, self.device)
+            return plugged_roles(self.roles, self.recording, asked, self.device)
 
     def make_differentiated_roles(self, *names: str, exact: bool) -> dict[str, Role]:
         """As in a run; whether there is a derivative is not tried."""
@@ -148,7 +147,7 @@ class DryRun:
     def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
         """As in a run."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return GuidedDenoiser(role, self.negative, scale, joint=not self.config.sequential_guidance)
+        return GuidedDenoiser(role, scale, self.further, joint=not self.config.sequential_guidance)
 
     def tap(self, role: Role) -> FeatureTap:
         """As in a run, but its place alone is looked up: which tokens are the image is not observed."""
@@ -225,7 +224,9 @@ class DryRun:
             return make_roles(self.roles, self.recording, names, self.device, student, _always_the_first)
 
     def _conditioning(self, size: int) -> Conditioning:
-        return Conditioning(self.recording.marked, 1).select([0] * size).to(device=self.device)
+        negative = self.recording.negative()
+        one = Conditioning(self.recording.marked, 1, [] if negative is None else [negative])
+        return one.select([0] * size).to(device=self.device)
 
 
 class LongestDraws(Draws):
