@@ -11,6 +11,7 @@ v_prediction   alpha * noise - sigma * x0     (alpha * x_t - sigma * raw) / (alp
 sample         x0                             raw
 flow           noise - x0                     (x_t - sigma * raw) / (alpha + sigma)
 edm            the preconditioned F           c_skip * x_t + c_out * raw (Karras et al. 2022, Eq. 7)
+edm_v          -F, diffusers' v of an EDM     c_skip * x_t - c_out * raw
 =============  =============================  ======================================================
 """
 
@@ -24,14 +25,14 @@ from fewstep.kernels.guided_x0 import guided_x0
 from fewstep.kernels.renoise import renoise
 from fewstep.kernels.rows import expand as expand
 
-KINDS = ("epsilon", "v_prediction", "sample", "flow", "edm")
+KINDS = ("epsilon", "v_prediction", "sample", "flow", "edm", "edm_v")
 
 
 def x0_map(kind: str, schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
     """(skip, out), each float64 (B,), of ``x0 = skip * x_t + out * raw`` at ``t`` (B,).
 
     Raises:
-        ValueError: unknown ``kind``, or ``"edm"`` under a schedule without a sigma_data.
+        ValueError: unknown ``kind``, or one of EDM under a schedule without a sigma_data.
     """
     alpha, sigma = schedule.coefficients(t)
     if kind == "epsilon":
@@ -43,9 +44,10 @@ def x0_map(kind: str, schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tenso
         return torch.zeros_like(alpha), torch.ones_like(alpha)
     if kind == "flow":
         return 1 / (alpha + sigma), -sigma / (alpha + sigma)
-    if kind == "edm" and isinstance(schedule, EDMSchedule):
+    if kind in ("edm", "edm_v") and isinstance(schedule, EDMSchedule):
         variance = sigma**2 + schedule.sigma_data**2
-        return schedule.sigma_data**2 / variance, sigma * schedule.sigma_data / variance.sqrt()
+        out = sigma * schedule.sigma_data / variance.sqrt()
+        return schedule.sigma_data**2 / variance, out if kind == "edm" else -out
     raise ValueError(f"unknown prediction type {kind!r} under {type(schedule).__name__}; known: {', '.join(KINDS)}")
 
 

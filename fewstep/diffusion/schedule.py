@@ -257,17 +257,20 @@ def from_scheduler(scheduler: Any) -> tuple[NoiseSchedule, str]:
     stated = config.get("prediction_type", "epsilon")
     flow_sigmas = config.get("use_flow_sigmas", False) or stated == "flow_prediction"
     if hasattr(scheduler, "precondition_outputs"):
-        if stated != "epsilon" or name.startswith("Cosine") or config.get("sigma_schedule", "karras") != "karras":
+        known = stated in ("epsilon", "v_prediction") and not name.startswith("Cosine")
+        if not known or config.get("sigma_schedule", "karras") != "karras":
             raise ValueError(
                 f"{name} with prediction_type={stated!r} is an EDM variant that fewstep does not train; "
-                "use a teacher with an EDMEulerScheduler, prediction_type='epsilon' and the Karras ramp"
+                "use a teacher with an EDMEulerScheduler, which predicts epsilon or v, and the Karras ramp"
             )
         ramp = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max, "sigma_data": config.sigma_data}
-        return EDMSchedule(**ramp, rho=config.get("rho", 7.0)), "edm"
+        return EDMSchedule(**ramp, rho=config.get("rho", 7.0)), "edm" if stated == "epsilon" else "edm_v"
     if "SCM" in name:
         return TrigFlowSchedule(), "v_prediction"
     if flow_sigmas or (not hasattr(scheduler, "alphas_cumprod") and "shift" in config):
         return FlowSchedule(float(config.num_train_timesteps)), "flow"
+    if stated == "v_prediction" and config.get("timestep_type") == "continuous":
+        return _continuous_v(scheduler), "edm_v"
     if hasattr(scheduler, "alphas_cumprod"):
         if stated not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"{name} states prediction_type={stated!r}, which no table schedule of fewstep knows")
@@ -276,3 +279,18 @@ def from_scheduler(scheduler: Any) -> tuple[NoiseSchedule, str]:
         f"{name} has neither a table of alphas, nor flow sigmas, nor an EDM ramp; "
         "give the pipeline the scheduler that its network was trained with"
     )
+
+
+def _continuous_v(scheduler: Any) -> EDMSchedule:
+    """The schedule of an Euler scheduler that tells its network ln(sigma) / 4, as Stable Video Diffusion's does.
+
+    Its v is that of x_t / sqrt(sigma^2 + 1), which is -F of an EDM network with sigma_data 1.
+    """
+    config = scheduler.config
+    if not config.get("use_karras_sigmas") or config.get("sigma_min") is None or config.get("sigma_max") is None:
+        raise ValueError(
+            f"{type(scheduler).__name__} with continuous times walks another ramp than Karras' from sigma_max to "
+            "sigma_min, and only that one is trained; give the pipeline a scheduler with use_karras_sigmas, sigma_min "
+            "and sigma_max"
+        )
+    return EDMSchedule(config.sigma_min, config.sigma_max, sigma_data=1.0)

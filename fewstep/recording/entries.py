@@ -62,8 +62,9 @@ class Block:
 
     def describe(self) -> str:
         """In words."""
-        side = "before the last" if self.from_end else "after the first"
-        return f"{self.length} along axis {self.axis}" + (f" {side} {self.start}" if self.start else "")
+        side = "last" if self.from_end else "first"
+        text = f"the {side} {self.length} along axis {self.axis}"
+        return text + (f" but {self.start}" if self.start else "")
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,9 @@ def _range(mask: Tensor) -> tuple[Block | None, tuple[int, ...]] | None:
         full = (some == every).nonzero().flatten()
         if len(full) and int(some.sum()) == every * len(full) and int(full[-1] - full[0]) == len(full) - 1:
             shape = (*mask.shape[:axis], len(full), *mask.shape[axis + 1 :])
-            return Block(axis + 1, int(full[0]), len(full)), shape
+            # The last ones are so whatever stands before them: another item may have more references.
+            last = int(full[-1]) == mask.shape[axis] - 1
+            return Block(axis + 1, 0 if last else int(full[0]), len(full), from_end=last), shape
     return None
 
 

@@ -122,9 +122,11 @@ def switch_off(subject: Subject) -> tuple[Subject, str]:
         fit_sample(single.calls[-1].component, [single])  # raises, and says what is wrong with the sample
     if failure is not None:
         raise failure
+    guider = next((name for name, part in subject.pipeline.components.items() if hasattr(part, "guidance_scale")), None)
+    why = "" if guider is None else f", as its {guider} asks, which no argument of the call switches off"
     raise RecordingError(
         f"{subject} calls {component} for more than one answer per step whatever its guidance scale "
-        f"({', '.join(scales) or 'it has none'}); this cannot be recorded"
+        f"({', '.join(scales) or 'it has none'}){why}; this cannot be recorded"
     )
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.recording.dtypes import dtype_name
-from fewstep.recording.entries import as_entries, copies
+from fewstep.recording.entries import Entries, as_entries, copies
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.fit import differs, elements, fit_output, fit_time, time_dtype
 from fewstep.recording.observation import Step
@@ -102,28 +103,26 @@ def carries(rule: SampleRule, step: Step) -> bool:
 
 
 def fit_output_entries(component: str, steps: list[Step]) -> OutputRule:
-    """The chain from the network's return value to `model_output`, which may be a selection of it, perhaps negated.
+    """The chain from the network's return value to `model_output`: a selection of it, perhaps negated, or what
+    :func:`fit_output` finds.
 
     Raises:
         RecordingError: there is none.
     """
-    try:
-        return fit_output(component, steps)
-    except RecordingError as error:
-        targets = [step.model_output for step in steps]
-        for element, value in elements(steps[0].calls[-1].output):
-            outputs = [_stacked(dict(elements(step.calls[-1].output))[element]) for step in steps]
-            tensors = [output for output in outputs if output is not None and output.is_floating_point()]
-            if len(tensors) < len(steps) or len(tensors[0]) != len(targets[0]):
-                continue
-            for relation, wanted in (("same", targets), ("negated", [-target for target in targets])):
-                index = copies(wanted[:_STEPS], tensors[:_STEPS])
-                if bool((index >= 0).all()):
-                    shape = tuple(targets[0].shape[1:])
-                    entries = as_entries(index, tensors[0].shape[1:], shape)
-                    stack = isinstance(value, list)
-                    return OutputRule(element, stack, 0, (), shape, relation, entries=entries)
-        raise error
+    targets = [step.model_output for step in steps]
+    for element, value in elements(steps[0].calls[-1].output):
+        outputs = [_stacked(dict(elements(step.calls[-1].output))[element]) for step in steps]
+        tensors = [output for output in outputs if output is not None and output.is_floating_point()]
+        if len(tensors) < len(steps) or len(tensors[0]) != len(targets[0]):
+            continue
+        for relation, wanted in (("same", targets), ("negated", [-target for target in targets])):
+            index = copies(wanted[:_STEPS], tensors[:_STEPS])
+            if bool((index >= 0).all()):
+                # Not the half that it may be here: another item's output may be longer.
+                entries = as_entries(index, tensors[0].shape[1:], targets[0].shape[1:])
+                rule = OutputRule(element, isinstance(value, list), 0, (), entries.shape, relation, entries=entries)
+                return replace(rule, entries=None) if entries == Entries(entries.shape) else rule
+    return fit_output(component, steps)
 
 
 def _stacked(value: Any) -> Tensor | None:

@@ -70,9 +70,10 @@ def learn_items(
     one, two = without_sample(step.calls[-1], recipe), told(other)
     pictures = moved_paths(one, told(with_pictures_of(item, other)))
     if not pictures:
+        made = "video" if len(recipe.sample_shape) > 3 else "image"
         raise RecordingError(
             f"the {component} of {subject} is told nothing of {', '.join(item.pictures)}: {subject} only starts from "
-            "its picture, or pins it between steps; distil the text-to-image pipeline of the same network: its "
+            f"its picture, or pins it between steps; distil the text-to-{made} pipeline of the same network: its "
             f"student's weights serve {subject}"
         )
     found = Told(frozenset(pictures), frozenset(moved_paths(one, two)), frozenset(moved_paths(one, told(item, seed=1))))

@@ -1,4 +1,4 @@
-"""Pictures, masks and videos in a pipeline's call: a teacher that is told any cannot be distilled yet, and is refused.
+"""Pictures, masks and videos in a pipeline's call: they are one sample's own, and come with items.
 
 What an argument takes is read from its type, and only where that says nothing from its name. What was given is looked
 at, too: a picture may come under any name.
@@ -17,14 +17,15 @@ import PIL.Image
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from fewstep.conditioning.item import holds_picture
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.pipeline import modules_of
 from fewstep.recording.plain_call import argument_hints
 
-_NOT_YET = (
-    "teachers that are told a picture, a mask or a video (image to image, editing, inpainting, ControlNet, image or "
-    "video to video) cannot be distilled yet; if its network also works from the prompt alone, record the pipeline for "
-    "that"
+_BY_ITEMS = (
+    'a picture, a mask or a video is one sample\'s own and comes with items (--items, or items=[{"prompt": ..., '
+    '"image": ...}, ...] with two different ones at least); if its network also works from the prompt alone, record '
+    "the pipeline for that"
 )
 _WORDS = frozenset({"image", "images", "video", "videos", "mask"})
 # Masks of texts, and counts and limits of pictures.
@@ -32,28 +33,28 @@ _OTHER_WORDS = frozenset({"prompt", "attention", "text", "num", "max"})
 
 
 def refuse_pictures(pipeline: Any, call: Mapping[str, Any]) -> None:
-    """Raise for a call with a picture in it, and for a pipeline that cannot be called without one.
+    """Raise for a call with a picture in it, and for a pipeline that cannot be called without one, without items.
 
     Args:
         pipeline: a diffusers pipeline.
         call: keyword arguments of its call, prompts and labels apart.
 
     Raises:
-        RecordingError: it says which argument, and that such teachers cannot be distilled yet.
+        RecordingError: it says which argument, and that it comes with items.
     """
     name = type(pipeline).__name__
     takes = picture_arguments(type(pipeline))
     given = [key for key, value in call.items() if _holds_picture(value) or (key in takes and not _is_number(value))]
     if given:
-        raise RecordingError(f"{name} was given {', '.join(given)}: {_NOT_YET}")
+        raise RecordingError(f"{name} was given {', '.join(given)}: {_BY_ITEMS}")
     parameters = inspect.signature(type(pipeline).__call__).parameters
     required = [key for key in takes if parameters[key].default is inspect.Parameter.empty]
     if required:
-        raise RecordingError(f"{name} requires {', '.join(required)}: {_NOT_YET}")
+        raise RecordingError(f"{name} requires {', '.join(required)}: {_BY_ITEMS}")
     adapted = [part for part, module in modules_of(pipeline).items() if getattr(module, "encoder_hid_proj", None)]
     if adapted and any(key.startswith("ip_adapter") for key in takes):
         raise RecordingError(
-            f"the {adapted[0]} of {name} has an IP-Adapter, which needs a picture in every call: {_NOT_YET} "
+            f"the {adapted[0]} of {name} has an IP-Adapter, which needs a picture in every call: {_BY_ITEMS} "
             "(unload_ip_adapter)"
         )
 
@@ -75,9 +76,11 @@ def advice(pipeline: Any, arguments: Mapping[str, Any], error: Exception) -> str
         return f"install {error.name}, which this pipeline uses"
     if (scheduler := _scheduler_that_raised(error)) is not None:
         return f"its {scheduler} raised that, so its configuration may not fit this pipeline"
+    if any(holds_picture(value) for value in arguments.values()):
+        return "check the arguments of the call and of the items"
     check = "check the arguments of the call"
     wanting = [key for key in own_pictures(type(pipeline)) if key not in arguments]
-    return check if not wanting else f"if it is for want of {', '.join(wanting)}: {_NOT_YET}; else {check}"
+    return check if not wanting else f"if it is for want of {', '.join(wanting)}: {_BY_ITEMS}; else {check}"
 
 
 def _scheduler_that_raised(error: Exception) -> str | None:

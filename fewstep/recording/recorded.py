@@ -44,7 +44,7 @@ class Recorded:
         invocation: how the pipeline is called.
         recipe: how the network is called.
         schedule: alpha and sigma of the network's input.
-        prediction_type: what the recipe's answer is ("epsilon", "v_prediction", "sample", "flow", "edm").
+        prediction_type: what the recipe's answer is ("epsilon", "v_prediction", "sample", "flow", "edm", "edm_v").
         guidance: what was seen of the pipeline's guidance.
         initial_noise_scale: what the pipeline multiplies unit noise with at its first step, in the network's input.
         off: the changes to the call that switch guidance off.

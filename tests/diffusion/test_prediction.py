@@ -14,7 +14,7 @@ TIMES = torch.tensor([0.02, 0.25, 0.5, 0.777, 0.98], dtype=torch.float64)
 
 
 def kinds_of(schedule: NoiseSchedule) -> list[str]:
-    return [kind for kind in KINDS if kind != "edm" or isinstance(schedule, EDMSchedule)]
+    return [kind for kind in KINDS if not kind.startswith("edm") or isinstance(schedule, EDMSchedule)]
 
 
 def samples(count: int) -> list[Tensor]:

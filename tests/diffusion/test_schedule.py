@@ -114,6 +114,14 @@ def test_the_edm_ramp_runs_from_sigma_min_to_sigma_max_and_starts_as_diffusers_d
     assert schedule.initial_scale() == pytest.approx(float(stock.init_noise_sigma), rel=1e-6)
 
 
+#: Stable Video Diffusion's.
+CONTINUOUS = {
+    "prediction_type": "v_prediction",
+    "timestep_type": "continuous",
+    "use_karras_sigmas": True,
+    "sigma_min": 0.002,
+    "sigma_max": 700.0,
+}
 NOISING = {
     "DDIM": diffusers.DDIMScheduler(**SD),
     "DDIM_zero_snr": diffusers.DDIMScheduler(**SD, rescale_betas_zero_snr=True, prediction_type="v_prediction"),
@@ -125,6 +133,8 @@ NOISING = {
     "UniPC": diffusers.UniPCMultistepScheduler(**SD),
     "EDMEuler": diffusers.EDMEulerScheduler(),
     "EDMDPMSolver": diffusers.EDMDPMSolverMultistepScheduler(sigma_max=50.0, sigma_data=1.0),
+    "EDMEuler_v": diffusers.EDMEulerScheduler(prediction_type="v_prediction"),
+    "Euler_continuous_v": diffusers.EulerDiscreteScheduler(**SD, **CONTINUOUS),
 }
 
 
@@ -205,11 +215,14 @@ def test_prediction_types_are_the_schedulers_own():
         "UniPC": "epsilon",
         "EDMEuler": "edm",
         "EDMDPMSolver": "edm",
+        "EDMEuler_v": "edm_v",
+        "Euler_continuous_v": "edm_v",
     }
 
 
-def test_edm_preconditioning_is_that_of_the_scheduler():
-    scheduler = diffusers.EDMEulerScheduler()
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_edm_preconditioning_is_that_of_the_scheduler(prediction_type: str):
+    scheduler = diffusers.EDMEulerScheduler(prediction_type=prediction_type)
     schedule, kind = from_scheduler(scheduler)
     scheduler.set_timesteps(6)
     raw, x_t = torch.randn(2, 6, 3, 4, 4)
@@ -223,6 +236,22 @@ def test_edm_preconditioning_is_that_of_the_scheduler():
     torch.testing.assert_close(
         to_x0(raw, kind, x_t, schedule, t), scheduler.precondition_outputs(x_t, raw, broadcast), rtol=1e-5, atol=1e-5
     )
+
+
+def test_a_continuous_euler_scheduler_is_an_edm_of_sigma_data_one():
+    scheduler = diffusers.EulerDiscreteScheduler(**SD, **CONTINUOUS)
+    schedule, kind = from_scheduler(scheduler)
+    assert isinstance(schedule, EDMSchedule) and (schedule.sigma_max, schedule.sigma_data) == (700.0, 1.0)
+    scheduler.set_timesteps(5)
+    raw, sample = torch.randn(2, 1, 3, 4, 4)
+    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+        t = schedule.time(timestep.reshape(1))
+        assert float(schedule.coefficients(t).sigma) == pytest.approx(float(sigma), rel=1e-5)
+        scaled = scheduler.scale_model_input(sample, timestep)
+        torch.testing.assert_close(schedule.input_scale(t).float().reshape(1, 1, 1, 1) * sample, scaled)
+        stepped = scheduler.step(raw, timestep, sample)
+        ours = to_x0(raw, kind, sample, schedule, t)
+        torch.testing.assert_close(ours, stepped.pred_original_sample, rtol=1e-4, atol=1e-4)
 
 
 def test_an_scm_scheduler_is_trigflow():
@@ -240,7 +269,7 @@ def test_an_scm_scheduler_is_trigflow():
 @pytest.mark.parametrize(
     "scheduler",
     [
-        diffusers.EDMEulerScheduler(prediction_type="v_prediction"),
+        diffusers.EulerDiscreteScheduler(**{**CONTINUOUS, "use_karras_sigmas": False}),
         diffusers.EDMEulerScheduler(sigma_schedule="exponential"),
         diffusers.CMStochasticIterativeScheduler(),
         diffusers.VQDiffusionScheduler(16),

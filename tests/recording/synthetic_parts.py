@@ -96,6 +96,17 @@ SCHEDULERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     ),
     "euler": (lambda: EulerDiscreteScheduler(**_BETAS), {"scaled": True}),
     "edm": (EDMEulerScheduler, {"scaled": True, "time": "own"}),
+    "continuous_v": (
+        lambda: EulerDiscreteScheduler(
+            prediction_type="v_prediction",
+            timestep_type="continuous",
+            use_karras_sigmas=True,
+            sigma_min=0.002,
+            sigma_max=700.0,
+            timestep_spacing="leading",
+        ),
+        {"scaled": True, "time": "own"},
+    ),
     "static_shift": (lambda: FlowMatchEulerDiscreteScheduler(shift=5.0), {}),
     "integer_flow": (
         lambda: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),

@@ -91,7 +91,8 @@ def test_what_is_no_copy_is_none() -> None:
 
 
 def test_a_block_counted_from_the_end_takes_any_number_of_entries_before_it() -> None:
-    entries = Entries((3, 2), place=Block(1, 0, 3, from_end=True))
+    entries = as_entries(torch.tensor([-1, -1, 0, 1, 2, 3, 4, 5]), (3, 2), (4, 2))
+    assert entries.place == Block(1, 0, 3, from_end=True)
     x = torch.randn(1, 3, 2)
     for count in (0, 1, 4):
         rest = torch.randn(1, count, 2)

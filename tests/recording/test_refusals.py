@@ -46,13 +46,13 @@ def _parts(pipeline: Any, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
 def test_pipelines_that_need_an_image(kind: type) -> None:
-    refused(kind(**_parts(tiny_stable_diffusion())), "cannot be distilled yet", prompt="the cat")
+    refused(kind(**_parts(tiny_stable_diffusion())), "comes with items", prompt="the cat")
 
 
 def test_pipelines_that_are_given_an_image() -> None:
     pipeline = StableDiffusionImg2ImgPipeline(**_parts(tiny_stable_diffusion()))
     refused(
-        pipeline, "was given image: teachers that are told a picture", prompt="the cat", image=torch.zeros(1, 3, 16, 16)
+        pipeline, "was given image: a picture, a mask or a video", prompt="the cat", image=torch.zeros(1, 3, 16, 16)
     )
 
 
@@ -60,7 +60,7 @@ def test_control_networks() -> None:
     pipeline = tiny_stable_diffusion()
     control = ControlNetModel.from_unet(pipeline.unet)
     pipeline = StableDiffusionControlNetPipeline(**_parts(pipeline, controlnet=control))
-    refused(pipeline, "cannot be distilled yet", prompt="the cat")
+    refused(pipeline, "for want of image: a picture, a mask or a video", prompt="the cat")
 
 
 def test_further_guidance() -> None:

@@ -34,9 +34,12 @@ def test_every_family_of_schedulers_is_recorded_and_proved(name: str) -> None:
     make, traits = SCHEDULERS[name]
     recording = _recorded(scheduler=make(), **traits)
     assert recording.prove().worst() <= 1e-5
-    assert recording.prediction_type == {"v": "v_prediction", "x0": "sample", "edm": "edm"}.get(
-        name, "flow" if "flow" in name or "static" in name else "v_prediction" if "snr" in name else "epsilon"
-    )
+    assert recording.prediction_type == {
+        "v": "v_prediction",
+        "x0": "sample",
+        "edm": "edm",
+        "continuous_v": "edm_v",
+    }.get(name, "flow" if "flow" in name or "static" in name else "v_prediction" if "snr" in name else "epsilon")
 
 
 @pytest.mark.parametrize("layout", ["first", "last", "list"])

@@ -200,7 +200,13 @@ def _edm(wish: Wish, schedule: EDMSchedule) -> EDMEulerScheduler:
     first = _first_time(wish, schedule)
     last = schedule.coefficients(torch.tensor([first / wish.steps], dtype=torch.float64)).sigma
     top = schedule.sigma_max if wish.first_sigma is None else wish.first_sigma
-    return EDMEulerScheduler(sigma_min=float(last), sigma_max=top, sigma_data=schedule.sigma_data, rho=schedule.rho)
+    return EDMEulerScheduler(
+        sigma_min=float(last),
+        sigma_max=top,
+        sigma_data=schedule.sigma_data,
+        rho=schedule.rho,
+        prediction_type="v_prediction" if wish.prediction_type == "edm_v" else "epsilon",
+    )
 
 
 def _first_time(wish: Wish, schedule: EDMSchedule) -> float:
