@@ -100,9 +100,9 @@ class Disback:
                 x0 = self.matchers[-1].sample(batch, student_turn=False).x0
             loss, log = self.matchers[-1].critic_loss(x0, batch)
             yield Turn("critic", [(loss, None)], log)
-            # Here the critic has made its update.
+            # Here the critic has made its update. It is an order, for a step may be played again without one.
             if step + 1 in self.config.path:
-                self.nodes[self.config.path.index(step + 1)].copy_weights(self.critic)
+                yield Renew(self.nodes[self.config.path.index(step + 1)].name, like="critic")
             return
 
         # 2. The way back. It begins with the critic at the last node.

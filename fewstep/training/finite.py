@@ -104,16 +104,15 @@ def find_in_step(
     Returns:
         Words that go on after "not finite", None where everything is finite this time.
     """
-    search = _Search()
+    search, first = _Search(), None
     with _watched(method.roles, search):
         for batch in batches:
             for turn in method.turns(step, batch):
-                if not isinstance(turn, Turn):  # it was done when the step was played
-                    continue
-                found = search.found or _in_turn(turn, parameters[turn.role])
-                if found:
-                    return found[0]
-    return None
+                # It is played to its end whatever is found: what a method sums over processes, all of them have to ask.
+                if first is None and isinstance(turn, Turn):  # an order was carried out when the step was played
+                    found = search.found or _in_turn(turn, parameters[turn.role])
+                    first = found[0] if found else None
+    return first
 
 
 def _in_turn(turn: Turn, parameters: Mapping[str, nn.Parameter]) -> list[str]:
@@ -139,12 +138,12 @@ def _in_turn(turn: Turn, parameters: Mapping[str, nn.Parameter]) -> list[str]:
 def _watched(roles: Mapping[str, Role], search: _Search) -> Iterator[None]:
     networks = [one.denoiser for name in roles for one in roles[name].experts.values()]
     names = [name for name in roles for _ in roles[name].experts]
+    added = [module for role in roles.values() for module in role.added.values()]
+    noted = [(buffer, buffer.clone()) for module in added for buffer in module.buffers()]  # f-distill's bins
     before = [(denoiser.on_call, denoiser.without_gradient) for denoiser in networks]
     seen: set[int] = set()
     with ExitStack() as stack:
-        modules = [denoiser.network for denoiser in networks]
-        modules += [module for role in roles.values() for module in role.added.values()]
-        for module in modules:
+        for module in (*(denoiser.network for denoiser in networks), *added):
             if id(module) not in seen:  # adapters share their network
                 stack.enter_context(hooked(dict(module.named_modules()), after=search.ran))
                 seen.add(id(module))
@@ -155,3 +154,5 @@ def _watched(roles: Mapping[str, Role], search: _Search) -> Iterator[None]:
         finally:
             for denoiser, own in zip(networks, before, strict=True):
                 denoiser.on_call, denoiser.without_gradient = own
+            for buffer, value in noted:
+                buffer.copy_(value)

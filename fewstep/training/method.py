@@ -46,7 +46,7 @@ class Turn:
 class Renew:
     """Start a role over: weights like another role's, fresh optimizer, fresh average, warm-up from here.
 
-    Of modules beside the networks, those are taken over that both roles own.
+    Of modules beside the networks, those are taken over that both roles own. A frozen role has weights alone.
     """
 
     role: str

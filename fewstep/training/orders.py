@@ -40,7 +40,8 @@ def _renew(order: Renew, roles: dict[str, Role], optimizers: Mapping[str, RoleOp
     role.copy_weights(like)
     for part in role.added.keys() & like.added.keys():  # a second time, of a student that becomes its average
         role.added[part].load_state_dict(like.added[part].state_dict())
-    optimizers[order.role].renew(step)
+    if order.role in optimizers:  # of a role that nobody trains there is none
+        optimizers[order.role].renew(step)
     if order.role == "student":
         follow(roles)
 

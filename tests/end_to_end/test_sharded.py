@@ -45,6 +45,8 @@ def test_a_sharded_lora_run_ends_in_what_stock_diffusers_loads(tmp_path: Path) -
     ("method", "settings", "message"),
     [
         ("mean_flow", {"apart": 0.5}, "its processes would not make the same network calls"),
+        ("any_flow", {}, "its processes would not make the same network calls"),
+        ("twin_flow", {}, "its processes would not make the same network calls"),
         ("phased_dmd", {"lora_rank": 2, "full_critic": True}, "a full critic that starts over"),
     ],
 )

@@ -15,6 +15,7 @@ from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import NODE
 from fewstep.trainers.disback import Disback, DisbackConfig, node_names
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
+from fewstep.training.finite import find_in_step
 from fewstep.training.initialization import initialize
 from fewstep.training.method import Renew
 from tests.trainers.test_dmd2 import batch
@@ -70,7 +71,10 @@ def run(one: Disback) -> list[tuple[int, str, Tensor, Tensor]]:
 def test_the_path_is_recorded_of_the_critic_while_the_student_stands_still(tmp_path: Path):
     one = method(config(tmp_path, max_steps=6))
     student = weights_of(one, "student")
-    noted = run(one)
+    every = run(one)
+    kept = [(step, what) for step, what, *_ in every if what.startswith("renew")]
+    assert kept == [(2 * k - 1, f"renew {NODE}{k} like critic") for k in (1, 2, 3)]
+    noted = [one for one in every if not one[1].startswith("renew")]
     assert [(step, what) for step, what, *_ in noted] == [(step, "critic") for step in range(6)]
     assert all(torch.equal(now, student) for *_, now in noted)
     # Before the updates of steps 2 and 4 the critic is what was kept after two and four; after the last it is node 3.
@@ -78,6 +82,15 @@ def test_the_path_is_recorded_of_the_critic_while_the_student_stands_still(tmp_p
     assert torch.equal(weights_of(one, f"{NODE}2"), noted[4][2])
     assert torch.equal(weights_of(one, f"{NODE}3"), weights_of(one, "critic"))
     assert not torch.equal(noted[2][2], noted[4][2])
+
+
+def test_a_step_that_is_played_again_leaves_the_path_as_it_was_recorded(tmp_path: Path):
+    """As the search for a number that is not finite plays it, with the critic of a later step."""
+    one = method(config(tmp_path, max_steps=6))
+    run(one)
+    before = weights_of(one, f"{NODE}1")
+    found = find_in_step(one, 1, [batch(1, range(4))], {"critic": dict(one.roles["critic"].named_parameters())})
+    assert found is None and torch.equal(weights_of(one, f"{NODE}1"), before)
 
 
 def test_the_way_back_has_every_node_as_the_target_the_most_degraded_first_and_then_the_teacher(tmp_path: Path):

@@ -150,6 +150,27 @@ def test_a_run_goes_back_and_on_with_lower_learning_rates_and_other_draws(
     assert all(torch.isfinite(weights(one)).all() for one in method.roles.values())
 
 
+class Noting(Spoiled):
+    """Its critic's head notes how often it was asked, as f-distill's bins note what they see."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        self.roles["critic"].added["head"].register_buffer("asked", torch.zeros(()))
+
+    def turns(self, step, batch):
+        for turn in super().turns(step, batch):
+            self.roles["critic"].added["head"].asked += turn.role == "critic"
+            yield turn
+
+
+def test_a_step_that_is_searched_is_not_noted_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    method = Noting(spoil=backward_of("critic"))
+    with caplog.at_level(logging.WARNING, "fewstep"):
+        started(tmp_path, method, stop_on="never", max_steps=6).run()
+    assert "in the backward pass of the critic" in caplog.text
+    assert method.roles["critic"].added["head"].asked == 6
+
+
 @pytest.mark.parametrize("named", ["critic", "student"])
 def test_an_update_that_is_not_finite_is_left_out_where_nothing_is_to_end_a_run(
     named: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

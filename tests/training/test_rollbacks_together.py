@@ -13,6 +13,7 @@ from toys import TinyMethod, make_loop
 
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
+from fewstep.training.distributed import sum_over_processes
 from tests.forked import well
 from tests.training.loop_runs import config, rows
 
@@ -22,10 +23,26 @@ RUN = {"max_steps": 12, "rollbacks": 1, "checkpointing_steps": 2, "log_steps": 3
 class BadSample(TinyMethod):
     """One sample of the run's own draws, the fourth of those of step 7, has a gradient that is not finite."""
 
+    BAD = 3
+
     def turns(self, step, batch):
-        bad = (batch.draws.seed, step) == (0, 7) and 3 in batch.draws.indices
+        bad = (batch.draws.seed, step) == (0, 7) and self.BAD in batch.draws.indices
         self.poison = ("critic", 0) if bad else None
         yield from super().turns(step, batch)
+
+
+class Summing(BadSample):
+    """Its critic's loss is weighed by what all processes have, in each micro-batch; the bad sample is in the first."""
+
+    BAD = 1
+
+    def turns(self, step, batch):
+        for turn in super().turns(step, batch):
+            if turn.role == "critic":
+                weight = torch.tensor([float(batch.size)])
+                sum_over_processes([weight])
+                turn.backward = [(loss * weight / weight, gradient) for loss, gradient in turn.backward]
+            yield turn
 
 
 class DrivenOut:
@@ -86,6 +103,15 @@ def test_a_gradient_of_one_process_sends_both_back_as_it_does_one_process_with_t
     assert [row["step"] for row in rows(two)] == [row["step"] for row in rows(one)] == [1, 3, 6, 9, 12]
     assert same(all_weights(two, 0), all_weights(two, 1))
     torch.testing.assert_close(all_weights(two), all_weights(one), rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_with_sums_over_processes_is_searched_by_all_of_them_alike(tmp_path: Path) -> None:
+    """One of them finds what is not finite in its first micro-batch, and the other has two to ask with it."""
+    train(tmp_path / "run", 2, lambda: Summing(ema=True), batch_size=1, gradient_accumulation_steps=2)
+    assert rollbacks(tmp_path / "run") == [(8, 6)]
+    assert same(all_weights(tmp_path / "run", 0), all_weights(tmp_path / "run", 1))
+    said = (tmp_path / "run" / "checkpoints" / "rollbacks.json").read_text()
+    assert "in the loss of the critic" in said
 
 
 def test_what_went_back_on_two_processes_and_was_resumed_is_the_undisturbed_run(tmp_path: Path) -> None:
