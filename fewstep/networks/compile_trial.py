@@ -13,6 +13,7 @@ from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.networks.attention_trial import apart, is_half
 from fewstep.networks.compiled import CompiledForms, reason
 from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.networks.head_role import HeadRole
 from fewstep.networks.roles import Role
 
 #: How far a compiled network's answer and gradients may be from its own, relative: in float32, and in half precision,
@@ -28,7 +29,7 @@ def compile_roles(
     say: Callable[[str], None],
     backend: str | Callable[..., Any] = "inductor",
 ) -> str:
-    """Let the networks of all roles but ``ema`` run compiled, or none where one cannot.
+    """Let the networks of all roles but ``ema`` and heads alone run compiled, or none where one cannot.
 
     Args:
         roles: of a run, before its training.
@@ -44,15 +45,16 @@ def compile_roles(
     began = time.monotonic()
     compiled: dict[str, NetworkDenoiser] = {}
     before = {}
-    left, far = [], 0.0
+    left: dict[str, str] = {}
+    far = 0.0
     for name, role in roles.items():
+        if name == "ema" or isinstance(role, HeadRole):  # samples alone, in batches of their own; features alone
+            continue
         for component, expert in role.experts.items():
             key = name if len(role.experts) == 1 else f"{name}_{component}"
             denoiser = expert.denoiser
-            if name == "ema":  # is asked for samples alone, in batches of their own
-                continue
-            if type(denoiser) is not NetworkDenoiser:
-                left.append(key)  # is told its second time by hooks, anew in every call
+            if type(denoiser) is not NetworkDenoiser:  # by hooks, anew in every call
+                left[key] = "a second time" if role.has_second_time else "a second prompt"
                 continue
             compiled[key], before[key] = denoiser, denoiser.form
             trained = [p for p in expert.weights.parameters() if p.requires_grad]
@@ -63,9 +65,10 @@ def compile_roles(
                     compiled[one].form = plain
                 return f"--compile: nothing is compiled: {reason(error)}"
     kinds = ", ".join(dict.fromkeys(type(one.network).__name__ for one in compiled.values()))
-    also = f"; not {', '.join(left)}, which is told a second time" if left else ""
+    why = f"is told {' and '.join(dict.fromkeys(left.values()))}"
     if not compiled:
-        return f"--compile: nothing is compiled: {', '.join(left)} is told a second time"
+        return f"--compile: nothing is compiled: {', '.join(left)} {why}"
+    also = f"; not {', '.join(left)}, which {why}" if left else ""
     took = f"{time.monotonic() - began:.0f} s, answers and gradients as without to {far:.0e}"
     return f"compiled: {', '.join(compiled)} ({kinds}) in {took}{also}"
 

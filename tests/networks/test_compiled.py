@@ -26,6 +26,7 @@ from fewstep.networks.attention import switch_attention
 from fewstep.networks.compile_trial import compile_roles
 from fewstep.networks.compiled import CompiledForms, CompiledNetwork
 from fewstep.networks.features import find_tap
+from fewstep.networks.head_role import HeadRole
 from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.roles import NetworkRole
 from fewstep.networks.second_time import attach_second_time
@@ -201,6 +202,13 @@ def test_a_second_time_and_averages_are_not_compiled() -> None:
     assert is_plain(roles["ema"])
     alone, _ = compiled({"student": roles["student"]}, Counting())
     assert alone == "--compile: nothing is compiled: student is told a second time"
+
+
+def test_heads_alone_need_no_graph() -> None:
+    """Their features end a pass early, at a hook: a graph of the teacher for them would cost minutes and never run."""
+    roles, count = roles_of("teacher", "student"), Counting()
+    line, _ = compiled({**roles, "discriminator": HeadRole("discriminator", roles["teacher"])}, count)
+    assert line.startswith("compiled: teacher, student (") and len(count.graphs) == 2, line
 
 
 def test_the_exported_network_is_a_plain_one() -> None:
