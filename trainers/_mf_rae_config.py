@@ -57,13 +57,13 @@ class MfRaeConfig(MeanFlowConfig):
                 f"--variant {self.variant} belongs to mean_flow; mf_rae learns the identity by its stages (files of "
                 "the teacher: --teacher_variant)"
             )
+        if self.velocity != "auto":
+            raise UserError("leave out --velocity: mfd learns the teacher's, mft that of --data")
         super().__post_init__()
         self._refuse_unknown("walk_solver", *SOLVERS)
         self._refuse_unknown("label_times", *LABEL_TIMES)
         self._refuse_unknown("cmt_distance", "mse", "l1")
         self._refuse_below_one("walk_steps", "pairs_per_walk")
-        if self.velocity != "auto":
-            raise UserError("leave out --velocity: mfd learns the teacher's, mft that of --data")
         starts = self.starts()
         if "mft" in starts and self.data is None:
             raise UserError("stage mft learns from real images: give --data, or leave it out of --stages")

@@ -93,6 +93,7 @@ def test_times_are_shifted_by_the_size_of_a_sample():
         ({"stages": "mfd:500,mft"}, "stage mft learns from real images: give --data"),
         ({"kappa": 0.5, "data": "images"}, "are the guidance of stage mft"),
         ({"velocity": "teacher"}, "leave out --velocity"),
+        ({"velocity": "data"}, "leave out --velocity"),
         ({"variant": "alpha_flow"}, "--variant alpha_flow belongs to mean_flow"),
         ({"variant": "fp16"}, "--variant fp16 belongs to mean_flow; .*files of the teacher: --teacher_variant"),
         ({"walk_steps": 0}, "--walk_steps must be at least 1"),
