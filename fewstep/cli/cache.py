@@ -22,6 +22,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--call", type=dict[str, Any] | None, default=None, help="JSON for its call, as in the run")
     parser.add_argument("--prompts", type=str | None, default=None, help="UTF-8 file, one a line")
     parser.add_argument("--classes", type=str | None, default=None, help="labels such as 0-9")
+    parser.add_argument("--items", type=str | None, default=None, help="prompts with pictures: .jsonl or .parquet")
     parser.add_argument("--data", type=str | None, default=None, help="images, encoded for fewstep distill --data")
     parser.add_argument("--data_text", type=str | None, default=None, help="which column, field or suffix has texts")
     parser.add_argument("--data_workers", type=int, default=2, help="threads that read images")
@@ -33,7 +34,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--cpu", type=bool, default=False, help="encode on the CPU even where there is a GPU")
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="let it run code from its own folder")
     parsed = parse(parser, with_values(words, {"resume", "cpu", "trust_remote_code"}))
-    folder = cache(**vars(parsed))
+    folder = cache(**parsed.as_dict())
     if PartialState().is_main_process:
         flag = "--cache" if parsed.data is None else "--data"
         print(f"the cache is in {folder}; fewstep distill METHOD --teacher {parsed.teacher} {flag} {folder} reads it")

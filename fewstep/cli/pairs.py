@@ -16,7 +16,7 @@ def run(words: Sequence[str]) -> None:
 
     parser = Parser(prog="fewstep pairs", description="Make noise-sample pairs of a teacher's ODE.")
     parser.add_class_arguments(PairsConfig)
-    settings = vars(parse(parser, with_values(words, PairsConfig)))
+    settings = parse(parser, with_values(words, PairsConfig)).as_dict()
     folder = make_pairs(settings.pop("teacher"), **settings)
     if PartialState().is_main_process:
         print(f"the pairs are in {folder}; fewstep distill rectified_flow --pairs {folder} trains on them")

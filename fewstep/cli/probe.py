@@ -27,12 +27,13 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--subfolder", type=str | None, default=None, help="where in it the pipeline lies")
     parser.add_argument("--variant", type=str | None, default=None, help="of the weights, such as fp16")
     parser.add_argument("--call", type=dict[str, Any] | None, default=None, help="JSON for its call")
+    parser.add_argument("--items", type=str | None, default=None, help="with pictures; default: two made-up ones")
     parser.add_argument("--attention_backend", type=str, default=AUTO, help="try this one on its network, on a CPU")
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="let it run code from its own folder")
     parsed = parse(parser, with_values(words, {"trust_remote_code"}))
     refuse_unknown_backend(parsed.attention_backend)
     settings = TeacherSettings(**{name: value for name, value in parsed.items() if name != "attention_backend"})
-    recording = open_teacher(settings, "cpu").recording
+    recording = open_teacher(settings, "cpu", make_up=True).recording
     print(recording.summary())
     print(_attention(recording, parsed.attention_backend))
 

@@ -1,7 +1,8 @@
 """Many conditionings in few tensors: items of one structure and one shape are stacked, what they share is kept once.
 
 A hundred thousand prompts have a handful of shapes. Stacked, each is a row of a few large tensors, which a safetensors
-file gives out one by one; position ids and the like, equal for all, stand there only once.
+file gives out one by one; position ids and the like, equal for all, stand there only once. So does an item's picture,
+which several answers of the network are told.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.tree import decode, encode
 from fewstep.reading import parse_json
 
+_ANSWERS = "answers"
+
 
 @dataclass(frozen=True)
 class Group:
@@ -26,7 +29,8 @@ class Group:
 
     Attributes:
         kind: a digest of structure, shapes and dtypes: groups of one kind in two stacks may share a batch.
-        tree: their structure, as :func:`fewstep.conditioning.tree.encode` gives it; tensors by name.
+        tree: their structure, as :func:`fewstep.conditioning.tree.encode` gives it; tensors by name. Of items with
+            further answers: ["answers", ...] with the structure of each, the item's own first.
         items: their places in the stack; the k-th is row k of the stacked tensors.
         stacked: the names of the tensors that have a row for each item; the others are the same for all.
     """
@@ -69,7 +73,8 @@ class Stack:
             full = f"{number}.{name}"
             value = self._row(full, row) if name in group.stacked else self._tensor(full)
             tensors[name] = value.clone()
-        return Conditioning(decode(group.tree, tensors), 1)
+        told, *others = (Conditioning(decode(tree, tensors), 1) for tree in _answers(group.tree))
+        return Conditioning(told.tree, 1, others)
 
 
 def stack(items: Sequence[Conditioning]) -> tuple[list[Group], dict[str, Tensor]]:
@@ -85,6 +90,8 @@ def stack(items: Sequence[Conditioning]) -> tuple[list[Group], dict[str, Tensor]
             raise ValueError(f"items are stacked one by one, and item {place} holds {item.batch_size} samples")
         tensors: dict[str, Tensor] = {}
         tree = encode(item.tree, tensors)
+        if item.others:
+            tree = [_ANSWERS, tree, *(_encode_beside(other, tensors) for other in item.others)]
         shapes = [[str(tensor.dtype), list(tensor.shape)] for tensor in tensors.values()]
         kinds.setdefault(json.dumps([tree, shapes]), []).append((place, tensors))
     groups: list[Group] = []
@@ -120,7 +127,8 @@ def from_json(text: str) -> list[Group]:
     """
     groups = [Group(g["kind"], g["tree"], tuple(g["items"]), frozenset(g["stacked"])) for g in parse_json(text)]
     for group in groups:
-        decode(group.tree, dict.fromkeys(names_in(group.tree), torch.empty(0)))
+        for tree in _answers(group.tree):
+            decode(tree, dict.fromkeys(names_in(tree), torch.empty(0)))
     return groups
 
 
@@ -131,6 +139,31 @@ def one_of_each_kind(stacks: Iterable[Stack], size: int) -> list[int]:
         for group in held.groups:
             first.setdefault(group.kind, number * size + group.items[0])
     return list(first.values())
+
+
+def _answers(tree: Any) -> list[Any]:
+    """The structure of each answer."""
+    return list(tree[1:]) if tree[0] == _ANSWERS else [tree]
+
+
+def _encode_beside(other: Conditioning, tensors: dict[str, Tensor]) -> Any:
+    """The structure of a further answer; a tensor that is among ``tensors`` already is that one, others are added."""
+    own: dict[str, Tensor] = {}
+    tree, names = encode(other.tree, own), {}
+    for name, value in own.items():
+        same = (known for known, there in tensors.items() if there.dtype == value.dtype and torch.equal(there, value))
+        names[name] = next(same, f"t{len(tensors)}")
+        tensors[names[name]] = value
+    return _renamed(tree, names)
+
+
+def _renamed(tree: Any, names: dict[str, str]) -> Any:
+    """An encoded tree with other names for its tensors."""
+    if not isinstance(tree, list):
+        return tree
+    if len(tree) == 2 and tree[0] == "tensor" and isinstance(tree[1], str):
+        return ["tensor", names[tree[1]]]
+    return [_renamed(child, names) for child in tree]
 
 
 def names_in(tree: Any) -> Iterator[str]:

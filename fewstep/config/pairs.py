@@ -25,7 +25,9 @@ class PairsConfig(Settings):
         prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers; or whatever --data
             takes that has texts, of which each is one.
         classes: class labels such as 0-9 or 1,5,7, for class-conditional teachers.
-        cache: folder of fewstep cache, in the place of prompts or classes.
+        items: for teachers that look at a picture: a .jsonl or .parquet file, or a folder with items.jsonl in it; a row
+            has a prompt and the pictures of the pipeline's call under their own names, as paths relative to the file.
+        cache: folder of fewstep cache, in the place of prompts or classes; with items, of these.
         call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
         guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own.
         negative_prompt: what guidance leads away from; default the pipeline's own.
@@ -55,6 +57,7 @@ class PairsConfig(Settings):
     num: int | None = None
     prompts: str | None = None
     classes: str | None = None
+    items: str | None = None
     cache: str | None = None
     call: dict[str, Any] | None = None
     guidance_scale: float | None = None
@@ -77,7 +80,7 @@ class PairsConfig(Settings):
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        self._refuse_misfits("teacher", "out", "prompts", "classes", "cache", "data", "teacher_lora")
+        self._refuse_misfits("teacher", "out", "prompts", "classes", "items", "cache", "data", "teacher_lora")
         if self.num is None and self.data is None:
             raise UserError("--num is needed: how many pairs to make")
         self._refuse_below_one("num", "teacher_steps", "batch_size", "shard_size")
@@ -89,7 +92,7 @@ class PairsConfig(Settings):
             raise UserError("--rank and --world go together: which process this is, and of how many")
         if self.share is not None and not 0 <= self.share[0] < self.share[1]:
             raise UserError(f"--rank counts from 0 to --world - 1; {self.rank} of {self.world} is none of them")
-        if sum(given is not None for given in (self.prompts, self.classes, self.cache)) > 1:
+        if sum(given is not None for given in (self.prompts, self.classes, self.items or self.cache)) > 1:
             raise UserError("give one of --prompts, --classes and --cache, not several")
 
     @property

@@ -36,7 +36,9 @@ class RunConfig(Settings):
         prompts: UTF-8 file with one prompt a line, for text-to-image and text-to-video teachers; or whatever --data
             takes that has texts, of which each is one.
         classes: class labels such as 0-9 or 1,5,7, for class-conditional teachers.
-        cache: a folder of ``fewstep cache``, in the place of prompts or classes.
+        items: for teachers that look at a picture: a .jsonl or .parquet file, or a folder with items.jsonl in it; a row
+            has a prompt and the pictures of the pipeline's call under their own names, as paths relative to the file.
+        cache: a folder of ``fewstep cache``, in the place of prompts or classes; with items, of these.
         call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
         guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own. A network
             with embedded guidance is told this value instead, teacher and student alike.
@@ -126,6 +128,7 @@ class RunConfig(Settings):
     steps: int = 4
     prompts: str | None = setting("source", None)
     classes: str | None = None
+    items: str | None = setting("source", None)
     cache: str | None = setting("source", None)
     call: dict[str, Any] | None = None
     guidance_scale: float | None = None
@@ -224,8 +227,8 @@ class RunConfig(Settings):
             raise UserError(f"--push_to_hub takes owner/name, not {self.push_to_hub!r}")
         if self.hub_private and self.push_to_hub is None:
             raise UserError("--hub_private belongs to --push_to_hub: give a repository, or leave it out")
-        if self.prompts is not None and self.classes is not None:
-            raise UserError("give --prompts or --classes, not both")
+        if (told := [name for name in ("prompts", "classes", "items") if getattr(self, name) is not None])[1:]:
+            raise UserError(f"give --{' or --'.join(told)}, not {'both' if len(told) == 2 else 'several'}")
         if self.cache is not None and (self.prompts is not None or self.classes is not None):
             raise UserError("give --cache or --prompts and --classes, not both: a cache holds the prompts or labels")
 

@@ -3,6 +3,8 @@
 A cache's folder holds ``shard_00000.safetensors`` and so on (:mod:`fewstep.conditioning.stacking`), the teacher's
 negative in ``negative.safetensors``, and ``index.json``: the teacher's fingerprint, the number of items, and the size
 and SHA-256 of every file. A shard is named in the index only when it is complete and on the disk.
+
+Of items with pictures it holds no picture: each is known by its key, and its negative lies beside it.
 """
 
 from __future__ import annotations
@@ -21,18 +23,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.item import Item
 from fewstep.conditioning.stacking import Stack, from_json, names_in, one_of_each_kind, stack, to_json
-from fewstep.data.cache_form import is_well_formed
+from fewstep.data.cache_form import FORMAT, FORMAT_OF_ITEMS, INDEX, damaged, intact, read_index
 from fewstep.data.durable import file_sha256, json_sha256, write_durably
+from fewstep.data.encoding import encode_one, tensors_of
 from fewstep.data.fingerprint import fingerprint
+from fewstep.data.items import Items, known_by
 from fewstep.errors import UserError
-from fewstep.reading import parse_json, read_json
+from fewstep.reading import parse_json
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import is_quantized
 
-FORMAT = "fewstep-cache-2"
-INDEX = "index.json"
 _NEGATIVE = "negative.safetensors"
+_WHAT = {"prompt": "the prompts or classes", "label": "the prompts or classes", "item": "the items or their pictures"}
 _CLOSE = 1e-2  # relative; another text is off by its own size
 _CLOSE_IN_HALF = 5e-2  # between encoders in bfloat16 and in float32
 _OPEN_SHARDS = 64  # at a time; each is a file and its table of contents, not its content
@@ -60,7 +64,7 @@ class ConditionCache:
         negative = [self.index["negative"]] if self.index["negative"] else []
         for entry in tqdm([*negative, *self.index["shards"]], desc="check the cache", delay=2, disable=not progress):
             if not intact(self.folder, entry):
-                raise UserError(_damaged(self.folder, entry["file"]))
+                raise UserError(damaged(self.folder, entry["file"]))
         self._shard = functools.lru_cache(_OPEN_SHARDS)(self._read)
         self._dtypes: dict[torch.dtype, torch.dtype] = {}
 
@@ -73,11 +77,11 @@ class ConditionCache:
 
     @property
     def kind(self) -> str:
-        """ "prompt" or "label"."""
+        """ "prompt", "label" or "item"."""
         return self.index["kind"]
 
     def items(self) -> list[str] | list[int]:
-        """The prompts or labels, in order."""
+        """The prompts or labels, in order; of items their keys."""
         return [item for shard in range(len(self.index["shards"])) for item in self._shard(shard)[1]]
 
     def negative(self) -> Conditioning | None:
@@ -90,13 +94,29 @@ class ConditionCache:
         shards = range(len(self.index["shards"]))
         return one_of_each_kind((self._shard(shard)[0] for shard in shards), self.index["shard_size"])
 
-    def check(self, recording: Recording, teacher: str, fused: bool = False) -> None:
+    def refuse_other_items(self, items: Items) -> None:
+        """Raise :class:`UserError` where the items are not those that the cache was made of; the first is named."""
+        theirs = self.items()
+        if len(items) != len(theirs):
+            raise UserError(
+                f"the cache {self.folder} is of {len(theirs):,} items, and {items.name} has {len(items):,}; give those "
+                "that it was made of, or make another"
+            )
+        changed = [item for item, key in zip(items.each, theirs, strict=True) if item.key != key]
+        if changed:
+            raise UserError(
+                f"{changed[0]} is not what it was when the cache {self.folder} was made: its row or a picture has "
+                f"changed{_and_others(len(changed) - 1)}; put back what it was, or make the cache again"
+            )
+
+    def check(self, recording: Recording, teacher: str, fused: bool = False, first: Item | None = None) -> None:
         """Refuse another teacher, and one that encodes otherwise by now, as another version of diffusers may.
 
         Args:
             recording: of the teacher.
             teacher: its name.
             fused: a LoRA was fused into it: of a cache of its base, what encodes must still be the same.
+            first: the first item, of a cache of items.
 
         Raises:
             UserError: a part that decides the conditioning differs, and is named; or the first item is another one.
@@ -104,10 +124,10 @@ class ConditionCache:
         # What a quantised or a changed denoiser was before cannot be seen, and it encodes nothing.
         unseen = {name for name, network in recording.networks.items() if fused or is_quantized(network)}
         refuse_other_teacher(self.folder, self.index, fingerprint(recording), teacher, unseen)
-        (now,) = recording.condition_each(**{f"{self.kind}s": self._shard(0)[1][:1]})
+        now = encode_one(recording, self._shard(0)[1][0] if first is None else first)
         if not _close(now, self[0]):
             raise UserError(f"{teacher} encodes otherwise than when the cache {self.folder} was made; make it again")
-        pairs = {(a.dtype, b.dtype) for a, b in zip(_tensors(self[0]), _tensors(now)) if a.is_floating_point()}
+        pairs = {(a.dtype, b.dtype) for a, b in zip(tensors_of(self[0]), tensors_of(now)) if a.is_floating_point()}
         own = [cached for cached, _ in pairs]
         self._dtypes = {cached: dtype for cached, dtype in pairs if own.count(cached) == 1}
 
@@ -119,7 +139,7 @@ class ConditionCache:
         entry = self.index["shards"][shard]
         stack, items = self._open(entry["file"])
         if not len(stack) == len(items) == entry["items"]:
-            raise UserError(_damaged(self.folder, entry["file"]))
+            raise UserError(damaged(self.folder, entry["file"]))
         return stack, items
 
     def _open(self, name: str) -> tuple[Stack, list[Any]]:
@@ -127,7 +147,7 @@ class ConditionCache:
         try:
             # Memory-mapped: a row that is asked for is read, and nothing else.
             file = safe_open(str(path), framework="pt")
-            content = parse_json(file.metadata()[FORMAT])
+            content = parse_json(file.metadata()[self.index["format"]])
             groups, items = from_json(content["groups"]), list(content["items"])
             for number, group in enumerate(groups):
                 for name in names_in(group.tree):
@@ -136,7 +156,7 @@ class ConditionCache:
                         raise ValueError(f"{name} has {shape[0]} rows for {len(group.items)} items")
             return Stack(groups, file.get_tensor, lambda name, row: file.get_slice(name)[row : row + 1][0]), items
         except (OSError, SafetensorError, LookupError, AttributeError, TypeError, ValueError) as error:
-            raise UserError(_damaged(self.folder, path.name)) from error
+            raise UserError(damaged(self.folder, path.name)) from error
 
 
 class CacheWriter:
@@ -148,9 +168,10 @@ class CacheWriter:
         folder: of the cache.
         recording: of the teacher.
         teacher: its name, for people.
-        items: all prompts or all labels.
+        items: all prompts, all labels or all items.
         shard_size: items in one shard.
         resume: go on with what is there.
+        source: the file of the items.
 
     Raises:
         UserError: the folder is in use, or holds a cache of something else.
@@ -164,28 +185,30 @@ class CacheWriter:
         items: Sequence[Any],
         shard_size: int,
         resume: bool,
+        source: str | None = None,
     ) -> None:
         self.folder, self.items, self.size = Path(folder), list(items), shard_size
         digests = fingerprint(recording)
         self.index: dict[str, Any]
         wanted = {
-            "format": FORMAT,
+            "format": FORMAT_OF_ITEMS if recording.conditional == "item" else FORMAT,
             "kind": recording.conditional,
             "items": len(self.items),
-            "items_sha256": json_sha256(self.items),
+            "items_sha256": json_sha256(known_by(self.items)),
             "shard_size": shard_size,
         }
         found = read_index(self.folder)
         if found is None:
             _make(self.folder)
-            self.index = {**wanted, "teacher": teacher, "fingerprint": digests, "negative": None, "shards": []}
+            told = {} if source is None else {"source": source}
+            self.index = {**wanted, **told, "teacher": teacher, "fingerprint": digests, "negative": None, "shards": []}
         elif not resume:
             raise UserError(f"--out {folder} already holds a cache; add --resume to go on with it, or choose another")
         else:
             refuse_other_teacher(self.folder, found, digests, teacher)
             if changed := [name for name in wanted if found[name] != wanted[name]]:
                 names = ", ".join(
-                    "--shard_size" if name == "shard_size" else "the prompts or classes" for name in changed
+                    "--shard_size" if name == "shard_size" else _WHAT[str(recording.conditional)] for name in changed
                 )
                 raise UserError(f"--resume: {names} differ from those of {folder}; choose another --out")
             self.index = found
@@ -227,7 +250,7 @@ class CacheWriter:
     def _write_stack(self, name: str, encoded: Sequence[Conditioning], items: list[Any]) -> dict[str, Any]:
         groups, tensors = stack(encoded)
         # One entry: safetensors writes several in an order of its own, and the same items shall be the same bytes.
-        metadata = {FORMAT: json.dumps({"groups": to_json(groups), "items": items})}
+        metadata = {self.index["format"]: json.dumps({"groups": to_json(groups), "items": known_by(items)})}
         return self._write(name, lambda path: save_file(tensors, path, metadata))
 
     def _write(self, name: str, save: Callable[[Path], object]) -> dict[str, Any]:
@@ -243,38 +266,6 @@ class CacheWriter:
     def _save_index(self) -> None:
         text = json.dumps({**self.index, "sha256": json_sha256(self.index)}, indent=1, ensure_ascii=False)
         self._write(INDEX, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def read_index(folder: Path) -> dict[str, Any] | None:
-    """The index of a cache; None where the folder holds none.
-
-    Raises:
-        UserError: it is damaged, or of another version.
-    """
-    try:
-        index = read_json(folder / INDEX)
-        known, digest = index["format"] == FORMAT, index.pop("sha256", None)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(_damaged(folder, INDEX)) from error
-    if not known:
-        theirs = index["format"]
-        raise UserError(
-            f"the cache {folder} is of another version of fewstep ({theirs!r}, not {FORMAT!r}); make it again"
-        )
-    if digest != json_sha256(index) or not is_well_formed(index):
-        raise UserError(_damaged(folder, INDEX))
-    return index
-
-
-def intact(folder: Path, entry: dict[str, Any]) -> bool:
-    """Whether a file of a cache is what was written."""
-    path = folder / entry["file"]
-    try:
-        return path.stat().st_size == entry["bytes"] and file_sha256(path) == entry["sha256"]
-    except OSError:
-        return False
 
 
 def refuse_other_teacher(
@@ -307,7 +298,7 @@ def _make(folder: Path) -> None:
 
 def _close(a: Conditioning, b: Conditioning) -> bool:
     """Whether two encodings agree as closely as those of two machines do."""
-    tensors = _tensors(a), _tensors(b)
+    tensors = tensors_of(a), tensors_of(b)
     return len(tensors[0]) == len(tensors[1]) and all(
         one.shape == other.shape and bool(((one - other).abs() <= _closeness(one, other) * one.abs().max()).all())
         if one.is_floating_point()
@@ -320,16 +311,5 @@ def _closeness(one: Tensor, other: Tensor) -> float:
     return _CLOSE if one.dtype == other.dtype else _CLOSE_IN_HALF
 
 
-def _tensors(item: Conditioning) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor.cpu())
-        return tensor
-
-    item.map_tensors(note)
-    return found
-
-
-def _damaged(folder: Path, name: str) -> str:
-    return f"the cache {folder} is damaged: {name} is not what was written; make the cache again"
+def _and_others(count: int) -> str:
+    return f", and {count:,} more" if count else ""

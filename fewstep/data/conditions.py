@@ -1,29 +1,28 @@
-"""What a run generates for: prompts or class labels, encoded once or read from a cache, in a keyed order."""
+"""What a run generates for: prompts, class labels or items, encoded once or read from a cache, in a keyed order."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.item import Item
 from fewstep.conditioning.ragged import AnyConditioning, RaggedConditioning, join, with_others
 from fewstep.conditioning.stacking import Stack, in_memory, one_of_each_kind
 from fewstep.config.values import shown
 from fewstep.data.batch import Asked
 from fewstep.data.condition_cache import ConditionCache
+from fewstep.data.encoding import CutPrompts, encode_each, encoding_bar
 from fewstep.data.image_shards import find_shards
 from fewstep.data.images import read_images
 from fewstep.data.padding import Padding, find_padding
 from fewstep.diffusion.draws import keyed_order
 from fewstep.errors import UserError
 from fewstep.recording import Recording
-from fewstep.recording.cut_texts import cut_texts
 
 _MOST_CLASSES = 10**6  # a longer range is a slip of the keyboard, and its list would fill the memory
 _MOST_DIGITS = 18  # of a label
@@ -79,17 +78,22 @@ def read_classes(text: str) -> list[int]:
     return labels
 
 
-def check_items(recording: Recording, prompts: Sequence[str] | None, labels: Sequence[int] | None) -> list[Any] | None:
-    """The prompts or labels, of the kind that the teacher takes; None for an unconditional teacher.
+def check_items(
+    recording: Recording,
+    prompts: Sequence[str] | None,
+    labels: Sequence[int] | None,
+    items: Sequence[Item] | None = None,
+) -> list[Any] | None:
+    """The prompts, labels or items, of the kind that the teacher takes; None for an unconditional teacher.
 
     Raises:
         UserError: the teacher asks for conditions of the other kind, or for any at all, or does not know a label.
     """
     kind = recording.conditional
-    given = "prompt" if prompts is not None else "label" if labels is not None else None
-    refuse_other_kind(kind, given)
-    if prompts is not None:
-        return list(prompts)
+    told = {"prompt": prompts, "item": items, "label": labels}
+    refuse_other_kind(kind, next((name for name, given in told.items() if given is not None), None))
+    if prompts is not None or items is not None:
+        return [*(prompts or items or ())]
     if labels is None:
         return None
     # Beyond its table a network stops in the middle of a run, on a GPU with the whole process.
@@ -104,58 +108,8 @@ def refuse_other_kind(kind: str | None, given: str | None) -> None:
     """Raises :class:`UserError` where conditions of another kind are given than a teacher takes."""
     if kind != given:
         wanted = {"prompt": "--prompts FILE", "label": "--classes 0-9", None: "neither --prompts nor --classes"}
+        wanted["item"] = "--items FILE, a prompt with its pictures in each row"
         raise UserError(f"this teacher is conditioned on {kind or 'nothing'}: it takes {wanted[kind]}")
-
-
-@dataclass
-class CutPrompts:
-    """How many prompts were longer than the encoders read.
-
-    Attributes:
-        count: of prompts that at least one tokenizer cut.
-        limits: of the tokenizers that did, the number of tokens that they keep.
-    """
-
-    count: int = 0
-    limits: dict[str, int] = field(default_factory=dict)
-
-    def note(self, among: int) -> str:
-        """One line for people; "" where none was cut of the ``among`` that were encoded."""
-        limits = ", ".join(f"{name} at {limit} tokens" for name, limit in sorted(self.limits.items()))
-        return f"{self.count} of {among} prompts are longer than the encoder reads and were cut ({limits})" * bool(
-            limits
-        )
-
-
-def joined_cuts(cuts: Sequence[CutPrompts]) -> CutPrompts:
-    """Those of several processes as one."""
-    joined = CutPrompts()
-    for cut in cuts:
-        joined.count += cut.count
-        joined.limits |= cut.limits
-    return joined
-
-
-def encode_each(
-    recording: Recording, items: Sequence[Any], cut: CutPrompts, bar: tqdm[Any] | None = None
-) -> Iterator[Conditioning]:
-    """The conditioning of each prompt or label, encoded alone, on the CPU; those that were cut are counted in ``cut``.
-
-    The bar moves with them.
-    """
-    for item in items:
-        with cut_texts(recording.pipeline) as limits:
-            (encoded,) = recording.condition_each(**{f"{recording.conditional}s": [item]})
-        cut.count += bool(limits)
-        cut.limits |= limits
-        yield encoded.to("cpu")
-        if bar is not None:
-            bar.update()
-
-
-def encoding_bar(recording: Recording, count: int, *, done: int = 0, disable: bool = False) -> tqdm[Any]:
-    """The progress bar of encoding; short work shows none."""
-    return tqdm(total=count, initial=done, desc="encode", unit=recording.conditional or "it", delay=2, disable=disable)
 
 
 class Conditions:
@@ -172,7 +126,8 @@ class Conditions:
         prompts: for a text-conditioned teacher.
         labels: for a class-conditional one.
         device: where batches are put.
-        cache: of this teacher, in the place of prompts and labels.
+        items: for one that looks at pictures.
+        cache: of this teacher, in the place of prompts and labels; with items, of these.
         progress: show how far encoding is.
 
     Raises:
@@ -186,12 +141,13 @@ class Conditions:
         labels: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         *,
+        items: Sequence[Item] | None = None,
         cache: ConditionCache | None = None,
         progress: bool = False,
     ) -> None:
         self.kind = recording.conditional
         self._device = device
-        self._items: list[Any] | None = None
+        self._items: list[Any] | None = None if items is None else list(items)
         self._rows: dict[Any, int] | None = None
         self._cache = cache
         self._stacks: list[Stack] = []
@@ -200,15 +156,15 @@ class Conditions:
         if cache is not None:
             refuse_other_kind(self.kind, cache.kind)
             self.count, kinds = len(cache), cache.kinds()
-        elif (items := check_items(recording, prompts, labels)) is not None:
-            self._items = items
+        elif (asked := check_items(recording, prompts, labels, items)) is not None:
+            self._items = asked
             cut = CutPrompts()
-            with encoding_bar(recording, len(items), disable=not progress) as bar:
-                for first in range(0, len(items), _STACKED):
-                    encoded = encode_each(recording, items[first : first + _STACKED], cut, bar)
+            with encoding_bar(recording, len(asked), disable=not progress) as bar:
+                for first in range(0, len(asked), _STACKED):
+                    encoded = encode_each(recording, asked[first : first + _STACKED], cut, bar)
                     self._stacks.append(in_memory(list(encoded)))
-            self.cut_note = cut.note(len(items))
-            self.count, kinds = len(items), one_of_each_kind(self._stacks, _STACKED)
+            self.cut_note = cut.note(len(asked))
+            self.count, kinds = len(asked), one_of_each_kind(self._stacks, _STACKED)
         else:
             self._unconditional = recording.condition().to("cpu")
             self.count, kinds = 1, []
@@ -220,24 +176,26 @@ class Conditions:
         self.grouped = False
         if len(kinds) > 1:
             some = {self.items()[row]: self._item(row) for row in kinds[:: -(-len(kinds) // _LOOKED_AT)]}
-            self.padding = find_padding(recording, some)
+            # Items of several forms differ in more than a text's length.
+            self.padding = None if self.kind == "item" else find_padding(recording, some)
             if self.padding is not None:
                 self.note = f"{self.kind}s of several lengths are padded; the mask was proven to hide that"
             elif isinstance(join(list(some.values())), RaggedConditioning):
                 self.grouped = True
-                self.note = f"{self.kind}s of several lengths: each batch is called in groups of equal length"
+                what = "forms" if self.kind == "item" else "lengths"
+                self.note = f"{self.kind}s of several {what}: each batch is called in groups of equal {what[:-1]}"
 
     def __len__(self) -> int:
         return self.count
 
     def items(self) -> list[Any]:
-        """The prompts or labels in order; none for an unconditional teacher."""
+        """The prompts, labels or items in order; none for an unconditional teacher."""
         if self._items is None:
             self._items = self._cache.items() if self._cache is not None else []
         return self._items
 
     def rows(self, items: Sequence[Any]) -> list[int] | None:
-        """The numbers of these prompts or labels among the conditions; None where one of them is not there."""
+        """The numbers of these prompts, labels or items among the conditions; None where one of them is not there."""
         if self._rows is None:
             self._rows = {item: row for row, item in reversed(list(enumerate(self.items())))}
         known = self._rows
@@ -257,16 +215,18 @@ class Conditions:
     @property
     def further(self) -> int:
         """How many further answers each item has: 0 without classifier-free guidance."""
-        return 0 if self._negative is None else 1
+        return len(self._item(0).others) if self.kind == "item" else 0 if self._negative is None else 1
 
     def select(self, rows: Sequence[int]) -> AnyConditioning:
         """The conditioning of these items with their further answers, on the device."""
         items = [self._item(row) for row in rows]
         told = join(self.padding.padded(items) if self.padding is not None else items).to(device=self._device)
-        return with_others(told, self.others(rows))
+        return told if self.kind == "item" else with_others(told, self.others(rows))
 
     def others(self, rows: Sequence[int]) -> tuple[AnyConditioning, ...]:
         """What the network is told for the further answers of these items, on the device."""
+        if self.kind == "item":
+            return self.select(rows).others
         return () if self._negative is None else (self._negative.select([0] * len(rows)),)
 
     def batch(self, seed: int, positions: Sequence[int], stream: str = "conditions") -> AnyConditioning:
@@ -274,9 +234,16 @@ class Conditions:
         return self.select([keyed_order(seed, stream, len(self), position) for position in positions])
 
     def asked(self, seed: int, positions: Sequence[int]) -> Asked:
-        """The prompts or labels at these places of the same stream; None of an unconditional teacher."""
-        items = self.items()
+        """The prompts or labels at these places of the same stream, of items the prompts; None where there are none."""
+        items = self.texts()
         return [items[keyed_order(seed, "conditions", len(self), place)] for place in positions] if items else None
+
+    def texts(self) -> list[Any]:
+        """The prompts or labels in order, of items their prompts; none where there are none."""
+        items = self.items()
+        if self.kind != "item":
+            return items
+        return [item.subject for item in items] if items and items[0].subject is not None else []
 
     def _item(self, row: int) -> Conditioning:
         row = row if self._chosen is None else self._chosen[row]

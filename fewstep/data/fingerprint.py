@@ -26,12 +26,13 @@ SAMPLED_IN_MEMORY = 2**16  # entries of each tensor of a pipeline that lies in n
 def fingerprint(recording: Recording) -> dict[str, str]:
     """A digest for each part of a recorded teacher, by name.
 
-    Everything that may run before the denoiser counts in full: text encoders, projections (all weights), tokenizers.
+    Everything that may run before the denoiser counts in full: text encoders, projections (all weights), tokenizers,
+    and of items with pictures the autoencoder.
     Of the denoiser, some entries of every tensor count: enough to tell it from any other training, and cheap.
     Beside the parts of the pipeline there are ``pipeline`` (its class) and ``call``.
     """
     pipeline = recording.pipeline
-    without = {find_decoder(pipeline), find_scheduler(pipeline)}
+    without = {find_scheduler(pipeline)} | _unasked(recording)
     digests = {"pipeline": _digest(type(pipeline).__name__), "call": call_digest(recording)}
     for name, part in sorted(pipeline.components.items()):
         if part is not None and name not in without:
@@ -39,6 +40,11 @@ def fingerprint(recording: Recording) -> dict[str, str]:
     scheduler = getattr(pipeline, find_scheduler(pipeline))
     digests["scheduler"] = _digest([type(scheduler).__name__, _plain(scheduler.config)])
     return digests
+
+
+def _unasked(recording: Recording) -> set[str | None]:
+    """The decoder, which decides no conditioning but that of pictures: its other half encodes them."""
+    return set() if recording.conditional == "item" else {find_decoder(recording.pipeline)}
 
 
 def part_digest(part: Any, sampled: int | None = None) -> str:
@@ -144,7 +150,7 @@ def teacher_digest(recording: Recording, away: Mapping[str, str] | None = None) 
         away: the digests of what encodes and is freed by now.
     """
     pipeline = recording.pipeline
-    others = {find_decoder(pipeline), find_scheduler(pipeline), *recording.components}
+    others = {find_scheduler(pipeline), *recording.components} | _unasked(recording)
     encoding = {name: part for name, part in pipeline.components.items() if part is not None and name not in others}
     quarters = torch.linspace(0, 1, 5, dtype=torch.float64)
     coefficients = [[f"{value:.6g}" for value in part.tolist()] for part in recording.schedule.coefficients(quarters)]

@@ -96,9 +96,9 @@ class Columns:
             return True
         each = list(flat(list(value) if isinstance(value, tuple) else value))
         if each and all(isinstance(one, str) for one in each):
-            plain = _mentions(self.hints[column], str, int, float, bool, dict)
+            plain = mentions(self.hints[column], str, int, float, bool, dict)
             return not plain and not column.startswith((PROMPT, f"negative_{PROMPT}"))
-        return bool(each) and all(isinstance(one, SHOWN) for one in each) and not _mentions(self.hints[column], str)
+        return bool(each) and all(isinstance(one, SHOWN) for one in each) and not mentions(self.hints[column], str)
 
 
 def _picture(value: Any, grey: bool, folder: Path) -> Any:
@@ -132,6 +132,6 @@ def _picture(value: Any, grey: bool, folder: Path) -> Any:
     return look_at(stored, grey)
 
 
-def _mentions(hint: Any, *kinds: type) -> bool:
+def mentions(hint: Any, *kinds: type) -> bool:
     """Whether a type is one of these, or has one as a part."""
-    return hint in kinds or any(_mentions(part, *kinds) for part in get_args(hint))
+    return hint in kinds or any(mentions(part, *kinds) for part in get_args(hint))

@@ -134,6 +134,11 @@ def values_of(item: Item) -> dict[str, Any]:
     return item.arguments.as_read if isinstance(item.arguments, Arguments) else dict(item.arguments)
 
 
+def known_by(items: Sequence[Any]) -> list[Any]:
+    """Prompts and labels as they are, and items by their keys."""
+    return [item.key if isinstance(item, Item) else item for item in items]
+
+
 def form_of(item: Item) -> str:
     """What two items of one form have alike: the sizes and numbers of their pictures, and all that is no text."""
     return str({name: _form(value) for name, value in sorted(values_of(item).items())})

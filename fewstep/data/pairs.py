@@ -23,6 +23,7 @@ from fewstep.config.pairs import PairsWanted
 from fewstep.data.batch import Pairs
 from fewstep.data.conditions import Conditions
 from fewstep.data.durable import json_sha256
+from fewstep.data.items import known_by
 from fewstep.data.real import RealSamples
 from fewstep.data.shards import Shards
 from fewstep.diffusion.denoiser import Denoiser
@@ -310,5 +311,5 @@ def pair_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: 
 
 
 def conditions_digest(conditions: Conditions) -> dict[str, str]:
-    """The digest of the prompts or labels, in their order."""
-    return {"items": json_sha256([conditions.kind, conditions.items()])}
+    """The digest of the prompts, labels or items, in their order."""
+    return {"items": json_sha256([conditions.kind, known_by(conditions.items())])}

@@ -1,9 +1,9 @@
-"""Encoding a teacher's prompts or labels once, into a folder that any number of runs read."""
+"""Encoding a teacher's prompts, labels or items once, into a folder that any number of runs read."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,8 @@ from diffusers import DiffusionPipeline
 
 from fewstep.config.values import number_within
 from fewstep.data.condition_cache import CacheWriter
-from fewstep.data.conditions import (
-    CutPrompts,
-    check_items,
-    encode_each,
-    encoding_bar,
-    joined_cuts,
-    read_classes,
-    read_prompts,
-)
+from fewstep.data.conditions import check_items, read_classes, read_prompts
+from fewstep.data.encoding import CutPrompts, encode_each, encoding_bar, joined_cuts, size_of_all
 from fewstep.errors import UserError
 from fewstep.programs.latents import cache_images
 from fewstep.programs.teacher import TeacherSettings, open_teacher
@@ -39,6 +32,7 @@ def cache(
     *,
     prompts: str | Path | Sequence[str] | None = None,
     classes: str | Sequence[int] | None = None,
+    items: str | Path | Sequence[Mapping[str, Any]] | None = None,
     data: str | Path | None = None,
     data_text: str | None = None,
     data_workers: int = 2,
@@ -53,7 +47,7 @@ def cache(
     cpu: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Encode prompts or class labels, each alone, for ``fewstep distill --cache``: ``fewstep cache`` as a function.
+    """Encode prompts, class labels or items, each alone, for ``fewstep distill --cache``: ``fewstep cache`` in Python.
 
     With ``data``, images are encoded instead, for ``fewstep distill --data``.
 
@@ -65,6 +59,8 @@ def cache(
         out: folder of the cache.
         prompts: for a text-conditioned teacher: a UTF-8 file with one prompt a line, or the prompts themselves.
         classes: for a class-conditional one: labels such as ``"0-9"``, or the labels themselves.
+        items: for one that looks at pictures: a .jsonl or .parquet file, a folder with items.jsonl in it, or the items
+            themselves, tables of arguments of the pipeline's call such as ``{"prompt": ..., "image": picture}``.
         data: images, as ``fewstep distill --data`` takes them, to be encoded in the place of prompts or labels.
         data_text: which column, field of a .json or suffix has the texts of images; default text, caption or txt.
         data_workers: threads that read images; 0 reads them when they are wanted.
@@ -86,8 +82,8 @@ def cache(
         UserError: for everything that a user can mend.
     """
     number_within("--shard_size", shard_size, 2**31 - 1)
-    if sum(given is not None for given in (prompts, classes, data)) > 1:
-        raise UserError("give one of --prompts, --classes and --data, not several")
+    if sum(given is not None for given in (prompts, classes, items, data)) > 1:
+        raise UserError("give one of --prompts, --classes, --items and --data, not several")
     if dtype not in ("float32", "float16", "bfloat16"):
         raise UserError(f"--dtype must be one of float32, float16, bfloat16, not {dtype!r}")
     if data_workers < 0:
@@ -105,6 +101,7 @@ def cache(
         call=call,
         teacher_lora=teacher_lora,
         trust_remote_code=trust_remote_code,
+        items=items,
     )
     with shared_fate(launch):
         if data is not None:
@@ -120,12 +117,16 @@ def cache(
                 dtype=dtype,
                 resume=resume,
             )
-        recording = open_teacher(settings, launch.device, pipeline).recording
-        items = check_items(recording, texts, labels)
-        if not items:
+        opened = open_teacher(settings, launch.device, pipeline, progress=launch.is_main_process)
+        recording, shown = opened.recording, opened.items
+        asked = check_items(recording, texts, labels, None if shown is None else shown.each)
+        if not asked:
             raise UserError(f"{name} is conditioned on nothing, so there is nothing to encode; train without --cache")
         # Each process gets a copy of the writer that one of them began.
-        writer = on_main(launch, lambda: CacheWriter(out, recording, name, items, shard_size, resume))
+        source = str(Path(items).resolve()) if isinstance(items, str | Path) else None
+        writer = on_main(launch, lambda: CacheWriter(out, recording, name, asked, shard_size, resume, source))
+        if shown is not None and launch.is_main_process:
+            logger.info(size_of_all(recording, shown.each))
         _encode_together(launch, recording, writer)
     return writer.folder
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ def distill(
             :class:`fewstep.config.run.RunConfig` alone.
         evaluator: makes the evaluator that ``eval_steps`` asks for.
         **settings: fields of the method's configuration (``out`` is required), see ``fewstep distill METHOD --help``.
+            ``items`` may be a list of them: tables of arguments of the pipeline's call, such as
+            ``{"prompt": ..., "image": picture}``.
 
     Returns:
         The student's folder, a stock diffusers pipeline; with ``lora_rank`` and no ``merge`` that of its LoRA.
@@ -73,15 +75,16 @@ def distill(
     """
     pipeline = teacher if isinstance(teacher, DiffusionPipeline) else None
     name = str(teacher) if pipeline is None else name_of(pipeline)
+    items = None if isinstance(settings.get("items"), str | Path) else settings.pop("items", None)
     if method == CHOOSE:
         decision = decide({"teacher": name, **settings}, pipeline)
         decision.say()
-        return run(decision.config, decision.method, pipeline, evaluator)
+        return run(decision.config, decision.method, pipeline, evaluator, items)
     try:
         config = method_class(method).Config(teacher=name, **settings)
     except TypeError as error:
         raise UserError(f"{method} has no such setting: {error}") from error
-    return run(config, method, pipeline, evaluator)
+    return run(config, method, pipeline, evaluator, items)
 
 
 def run(
@@ -89,6 +92,7 @@ def run(
     method: str,
     pipeline: DiffusionPipeline | None = None,
     evaluator: MakeEvaluator | None = None,
+    items: Sequence[Mapping[str, Any]] | None = None,
 ) -> Path:
     """Train, then export the student. Returns its pipeline's folder, or its LoRA's where that is all.
 
@@ -97,6 +101,7 @@ def run(
         method: its name.
         pipeline: the teacher's, where it is in memory already, else it is loaded from ``config.teacher``.
         evaluator: makes the evaluator that ``--eval_steps`` asks for.
+        items: that are in memory, in the place of ``config.items``.
 
     Raises:
         UserError: for everything that a user can mend.
@@ -106,13 +111,13 @@ def run(
     if wanted is not None and wanted.only is None:
 
         def train(own: RunConfig) -> Path:
-            return run(own, method, pipeline, evaluator)
+            return run(own, method, pipeline, evaluator, items)
 
         return run_several(config, method, wanted, train, pipeline is not None)
     config = config.resolved()
     accelerator = join_launch(config.cpu, log_with=trackers(config.report_to), project_dir=config.out)
     with shared_fate(accelerator, Interrupted):
-        return _run(config, method, pipeline, accelerator, evaluator)
+        return _run(config, method, pipeline, accelerator, evaluator, items)
 
 
 def _run(
@@ -121,6 +126,7 @@ def _run(
     pipeline: DiffusionPipeline | None,
     accelerator: Accelerator,
     evaluator: MakeEvaluator | None,
+    items: Sequence[Mapping[str, Any]] | None,
 ) -> Path:
     # 1. This process among those of the launch, and the run's folder.
     out, main = Path(config.out), accelerator.is_main_process
@@ -144,7 +150,7 @@ def _run(
     evaluation = Evaluation(config, evaluator, accelerator.device, processes) if config.eval_steps else None
 
     # 2. The teacher, the student's plan, and what there is to train on.
-    bench = open_workbench(config, accelerator.device, pipeline, say, progress=main)
+    bench = open_workbench(config, accelerator.device, pipeline, say, progress=main, items=items)
     samples = Samples(config, bench.recording, bench.conditions, bench.device, bench.with_default_guidance)
     previews = Previews(samples, wanted=config.sample_steps > 0)
     say(previews.note)
@@ -156,7 +162,8 @@ def _run(
         identity = teacher_digest(bench.recording, encoders.digests) if wanted is not None else {}
         prepared = prepare(bench, method)
         lora = bench.teacher.lora
-        say(on_main(accelerator, lambda: inputs.check_fetched(lora.file if lora is not None else None)))
+        keys = [] if bench.teacher.items is None else bench.teacher.items.keys
+        say(on_main(accelerator, lambda: inputs.check_fetched(lora.file if lora is not None else None, keys)))
 
         # 4. The folder becomes this run's: what is made there from now on is gone on with after a kill.
         def claim() -> None:

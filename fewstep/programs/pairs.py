@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
 
     Args:
         teacher: folder, hub id, embedded name, or a loaded pipeline.
-        **settings: fields of :class:`PairsConfig`; ``out`` and ``num`` are needed.
+        **settings: fields of :class:`PairsConfig`; ``out`` and ``num`` are needed. ``items`` may be a list of them.
 
     Returns:
         The folder.
@@ -63,6 +63,7 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
     """
     pipeline = teacher if isinstance(teacher, DiffusionPipeline) else None
     name = str(teacher) if pipeline is None else name_of(pipeline)
+    items = None if isinstance(settings.get("items"), str | Path) else settings.pop("items", None)
     try:
         config = PairsConfig(teacher=name, **settings)
     except TypeError as error:
@@ -70,13 +71,16 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
         raise UserError(f"pairs have no such setting: {error}; there are: {known}") from error
     accelerator = join_launch(config.cpu)
     with shared_fate(accelerator):
-        _make_pairs(config, pipeline, accelerator)
+        _make_pairs(config, pipeline, accelerator, items)
     return Path(config.out)
 
 
-def _make_pairs(config: PairsConfig, pipeline: DiffusionPipeline | None, accelerator: Accelerator) -> None:
-    device = accelerator.device
-    opened = open_teacher(TeacherSettings.of(config), device, pipeline)
+def _make_pairs(
+    config: PairsConfig, pipeline: DiffusionPipeline | None, accelerator: Accelerator, items: Sequence[Any] | None
+) -> None:
+    device, told = accelerator.device, TeacherSettings.of(config)
+    told = told if items is None else replace(told, items=items)
+    opened = open_teacher(told, device, pipeline, progress=accelerator.is_main_process)
     recording = opened.recording
     opened.refuse_next_time("and no pairs can be made of it yet")
     if quantized := quantized_network(recording):

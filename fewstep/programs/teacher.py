@@ -12,13 +12,17 @@ import torch
 from diffusers import DiffusionPipeline
 
 from fewstep.conditioning.ragged import AnyConditioning
+from fewstep.config.run import RunConfig
 from fewstep.data.condition_cache import ConditionCache
-from fewstep.data.conditions import Conditions, read_classes, read_prompts
+from fewstep.data.conditions import Conditions, read_classes, read_prompts, refuse_other_kind
+from fewstep.data.items import Items
 from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.errors import UserError
+from fewstep.export import why_no_lora
 from fewstep.networks.response import refuse_unresponsive
+from fewstep.programs.given_items import given_items, record_for
 from fewstep.recording import Recording, record
 from fewstep.recording.pipeline import is_quantized
 from fewstep.teachers.loading import load_teacher
@@ -42,6 +46,8 @@ class TeacherSettings:
     quantization: str | None = None
     mixed_precision: str = "no"
     trust_remote_code: bool = False
+    items: Any = None
+    cache: str | None = None
 
     @classmethod
     def of(cls, settings: Any) -> TeacherSettings:
@@ -103,6 +109,7 @@ class Teacher:
         recording: of its pipeline.
         guidance_scale: the w of neg + w (pos - neg) that it is asked with, or one for each expert that shares the time.
         lora: what was fused into it.
+        items: that it was recorded with two of, where it looks at pictures; None for prompts, labels or nothing.
         source: the files that it was loaded from; None where it was in memory.
         reload: gives its pipeline once more, when it is told the parts that are there; None where that is not possible.
     """
@@ -111,6 +118,7 @@ class Teacher:
     recording: Recording
     guidance_scale: float | TimedScale
     lora: FusedLora | None = None
+    items: Items | None = None
     source: Source | None = None
     reload: Callable[[dict[str, Any]], DiffusionPipeline] | None = field(default=None, repr=False)
 
@@ -121,7 +129,12 @@ class Teacher:
 
 
 def open_teacher(
-    settings: TeacherSettings, device: torch.device | str, pipeline: DiffusionPipeline | None = None
+    settings: TeacherSettings,
+    device: torch.device | str,
+    pipeline: DiffusionPipeline | None = None,
+    *,
+    make_up: bool = False,
+    progress: bool = False,
 ) -> Teacher:
     """Load a teacher, fuse its LoRA, record and prove it.
 
@@ -129,6 +142,8 @@ def open_teacher(
         settings: which, and how.
         device: of its networks.
         pipeline: where it is in memory already; it stays as it is, its device apart.
+        make_up: pictures for a pipeline that looks at some, where the settings name no items.
+        progress: show how far the look at the items is.
 
     Raises:
         UserError: and its subclasses, for everything that a user can mend.
@@ -139,13 +154,14 @@ def open_teacher(
         pipeline = with_own_weights(pipeline) if given else pipeline
         lora = fuse_teacher_lora(pipeline, settings.teacher_lora)
     pipeline.to(device)
-    recording = record(pipeline, **settings.recorded_call)
+    items = given_items(settings.items, settings.cache, pipeline, settings.recorded_call, progress=progress)
+    recording = record_for(record, pipeline, settings.recorded_call, items, make_up=make_up)
     _refuse_unquantized(settings, recording, given)
     recording.prove()
     # Where a LoRA is in a text encoder, what lies in the teacher's folder is another one.
     again = None if given or (lora is not None and lora.in_text) else settings.load
     source = None if given else settings.source
-    return Teacher(settings, recording, guidance_of(settings, recording), lora, source, again)
+    return Teacher(settings, recording, guidance_of(settings, recording), lora, items, source, again)
 
 
 def guidance_of(settings: TeacherSettings, recording: Recording) -> float | TimedScale:
@@ -192,8 +208,16 @@ def conditions_of(
     recording, name = teacher.recording, teacher.settings.teacher
     if settings.cache is not None:
         cache = ConditionCache(settings.cache, progress=progress)
-        cache.check(recording, name, teacher.lora is not None)
-        return Conditions(recording, device=device, cache=cache, progress=progress)
+        refuse_other_kind(recording.conditional, cache.kind)
+        if teacher.items is None:
+            cache.check(recording, name, teacher.lora is not None)
+            return Conditions(recording, device=device, cache=cache, progress=progress)
+        cache.refuse_other_items(teacher.items)
+        each = teacher.items.each
+        cache.check(recording, name, teacher.lora is not None, each[0])
+        return Conditions(recording, device=device, items=each, cache=cache, progress=progress)
+    if teacher.items is not None:
+        return Conditions(recording, device=device, items=teacher.items.each, progress=progress)
     prompts: list[str] | None = None
     if settings.prompts is not None:
         prompts = read_prompts(settings.prompts, settings.data_text, Path(settings.out) / INDEX_FOLDER)
@@ -237,3 +261,20 @@ def _refuse_unquantized(settings: TeacherSettings, recording: Recording, given: 
     if settings.quantization is not None and plain is not None:
         why = "is loaded already" if given else "has no layer that can be quantised"
         raise UserError(f"--quantization {settings.quantization}: the {plain} {why}; leave it out")
+
+
+def refuse_quantized(config: RunConfig, teacher: Teacher) -> None:
+    """Raise for what a quantised teacher cannot do: full copies, and a whole student where nobody has the weights."""
+    name = quantized_network(teacher.recording)
+    if name is None:
+        return
+    if not config.lora_rank or config.full_critic:
+        raise UserError(f"the {name} is quantised, so that only adapters can be trained: give --lora_rank alone")
+    if config.lora_walks == "merged":
+        raise UserError(f"the {name} is quantised, and nothing can be added to its weights: leave out --lora_walks")
+    whole = config.merge or why_no_lora(teacher.recording) is not None
+    if whole and config.quantization is None:
+        raise UserError(
+            f"the {name} is quantised and its weights in full precision are not at hand, so that no whole pipeline can "
+            "be written; give the teacher unquantised, with --quantization"
+        )

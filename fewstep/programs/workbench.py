@@ -6,6 +6,7 @@ A method is prepared at it (:class:`fewstep.training.method.Bench`). It writes n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ from fewstep.diffusion.draws import OBSERVATION_STEP, RESPONSE_STEP, Draws
 from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.phases import Phase, describe
 from fewstep.diffusion.rollout import Sampler
-from fewstep.errors import UserError
-from fewstep.export import plan_student, why_no_lora
+from fewstep.export import plan_student
 from fewstep.export.any_flow import takes_two_times
 from fewstep.export.flow_map import refuse_no_flow_map
 from fewstep.export.student import Student
@@ -48,8 +48,8 @@ from fewstep.programs.teacher import (
     TeacherSettings,
     conditions_of,
     open_teacher,
-    quantized_network,
     refuse_guided_alike,
+    refuse_quantized,
 )
 from fewstep.recording import Recording
 from fewstep.training.rewards import Reward
@@ -121,8 +121,8 @@ class Workbench:
             self.conditions = every.only(part.rows)
             self.describe(part=part.about())
             say(part.note)
-        if items := self.conditions.items():
-            self.describe(example=items[0])
+        if texts := self.conditions.texts():
+            self.describe(example=texts[0])
         draws = Draws(config.seed, RESPONSE_STEP, range(2), device)
         scale, told = self.guidance_scale, self.with_default_guidance
         refuse_guided_alike(self.recording, scale, self.conditions, draws, told)
@@ -311,6 +311,7 @@ def open_workbench(
     pipeline: DiffusionPipeline | None = None,
     say: Callable[[str], None] = _silent,
     progress: bool = False,
+    items: Sequence[Mapping[str, Any]] | None = None,
 ) -> Workbench:
     """Open the teacher of a run, and make the workbench.
 
@@ -320,28 +321,14 @@ def open_workbench(
         pipeline: the teacher's, where it is in memory already.
         say: told in one line what a user may want to know.
         progress: show how far encoding is.
+        items: that are in memory, in the place of those that the settings name.
 
     Raises:
         UserError: and its subclasses, for everything that a user can mend.
     """
-    teacher = open_teacher(TeacherSettings.of(config), device, pipeline)
-    _refuse_quantized(config, teacher)
+    settings = TeacherSettings.of(config)
+    settings = settings if items is None else replace(settings, items=items)
+    teacher = open_teacher(settings, device, pipeline, progress=progress)
+    refuse_quantized(config, teacher)
     teacher.refuse_next_time("which no method here can train yet")
     return Workbench(config, teacher, torch.device(device), say, progress)
-
-
-def _refuse_quantized(config: RunConfig, teacher: Teacher) -> None:
-    """Refuse what a quantised teacher cannot do: full copies, and a whole student where nobody has the weights."""
-    name = quantized_network(teacher.recording)
-    if name is None:
-        return
-    if not config.lora_rank or config.full_critic:
-        raise UserError(f"the {name} is quantised, so that only adapters can be trained: give --lora_rank alone")
-    if config.lora_walks == "merged":
-        raise UserError(f"the {name} is quantised, and nothing can be added to its weights: leave out --lora_walks")
-    whole = config.merge or why_no_lora(teacher.recording) is not None
-    if whole and config.quantization is None:
-        raise UserError(
-            f"the {name} is quantised and its weights in full precision are not at hand, so that no whole pipeline can "
-            "be written; give the teacher unquantised, with --quantization"
-        )

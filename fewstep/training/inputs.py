@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
 from fewstep.config.checks import names_of
 from fewstep.config.run import RunConfig
-from fewstep.data.condition_cache import INDEX
+from fewstep.data.cache_form import INDEX
 from fewstep.data.conditions import read_prompts
 from fewstep.data.contents import Contents, changed_folders, contents_of
 from fewstep.data.durable import json_sha256, write_text_durably
@@ -69,6 +70,7 @@ class RunInputs:
         self.config, self.pipeline, self.out = config, pipeline, Path(config.out)
         self.recorded = read_inputs(self.out)
         self.found: dict[str, Contents] = {}
+        self._items: list[str] = []
 
     def check_here(self) -> str:
         """Look at those inputs that lie on this machine before anything is loaded.
@@ -83,16 +85,19 @@ class RunInputs:
         """
         return self._check({name: value for name, value in self._given().items() if self._is_here(name, value)})
 
-    def check_fetched(self, lora: Path | None) -> str:
+    def check_fetched(self, lora: Path | None, items: Sequence[str] = ()) -> str:
         """Look at those that the hub gave, once they are loaded: it may have given others than it did before.
 
         Args:
             lora: the file of the teacher's LoRA.
+            items: what each item holds, as its key; only with the teacher it is known which columns are pictures.
 
         Returns and raises:
             As :meth:`check_here`.
         """
         fetched = {name: value for name, value in self._given().items() if not self._is_here(name, value)}
+        fetched |= {"items": self.config.items or "of memory"} if items else {}
+        self._items = list(items)
         return self._check(fetched, lora)
 
     def _given(self) -> dict[str, str]:
@@ -100,6 +105,8 @@ class RunInputs:
         return {name: value for name, value in values.items() if value is not None}
 
     def _is_here(self, name: str, value: str) -> bool:
+        if name == "items":
+            return False
         if name == "teacher_lora":
             return Path(value).exists()
         hub = name in ("teacher", "init") and teacher_folder(value) is None
@@ -141,6 +148,8 @@ class RunInputs:
         if name == "prompts":
             prompts = read_prompts(value, self.config.data_text, self.out / INDEX_FOLDER)
             return {"": {"sha256": json_sha256(prompts)}}
+        if name == "items":
+            return {"": {"sha256": json_sha256(self._items)}}
         if name == "data":
             return self._images(value, known)
         if name == "teacher_lora":

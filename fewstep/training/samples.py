@@ -91,7 +91,7 @@ class Samples:
 
     def asked(self, count: int) -> list[str] | list[int] | None:
         """The prompts or labels of the samples 0 to ``count`` - 1; None for an unconditional teacher."""
-        items = self.conditions.items()
+        items = self.conditions.texts()
         return [items[index % len(items)] for index in range(count)] if items else None
 
     def why_no_pictures(self) -> str:

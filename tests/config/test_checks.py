@@ -41,7 +41,7 @@ def test_every_setting_of_a_method_is_of_one_kind(method: str) -> None:
 
 def test_a_students_card_says_nothing_of_the_machine() -> None:
     """Where things lie; which of a teacher's files are meant, fewstep.json says by itself."""
-    private = {"teacher", "teacher_lora", "out", "prompts", "cache", "pairs", "inverted_pairs", "data", "init"}
+    private = {"teacher", "teacher_lora", "out", "prompts", "items", "cache", "pairs", "inverted_pairs", "data", "init"}
     private |= {
         "attention_backend",
         "lora_walks",

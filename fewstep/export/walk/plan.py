@@ -200,7 +200,7 @@ def reference_of(recording: Recording, networks: dict[str, nn.Module]) -> Refere
         networks: by component.
     """
     item = [recording.invocation.item]
-    items = {"prompt": {"prompts": item}, "label": {"labels": item}, None: {}}[recording.conditional]
+    items: dict[str, Any] = {} if recording.conditional is None else {f"{recording.conditional}s": item}
     return Reference(recording.recipe, networks, recording.condition(**items))
 
 

@@ -22,6 +22,7 @@ from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.networks.roles import Role
 from fewstep.programs.auto import CHOOSE, decide
+from fewstep.programs.given_items import given_items, record_for
 from fewstep.programs.methods import method_class
 from fewstep.programs.planning.call_counts import Calls
 from fewstep.programs.planning.counting import costliest_step, mean_calls
@@ -160,7 +161,9 @@ class Planner:
         else:
             self.pipeline = build(partial(fake_world, self.mode))
         with answering(self.pipeline, self.mode):
-            self.recording = record(self.pipeline, **TeacherSettings.of(config).recorded_call)
+            call = TeacherSettings.of(config).recorded_call
+            self.items = given_items(config.items, None, self.pipeline, call)
+            self.recording = record_for(record, self.pipeline, call, self.items, make_up=config.prompts is None)
         self.device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
         self._counted: list[tuple[RunConfig, int, dict[str, Calls]]] = []
 

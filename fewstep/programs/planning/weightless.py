@@ -7,6 +7,7 @@ on real tokens, latents and times, and the recorder learns from it how the netwo
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import warnings
@@ -127,13 +128,15 @@ def _converted(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: b
 def answering(pipeline: DiffusionPipeline, mode: FakeTensorMode) -> Iterator[None]:
     """Inside, the pipeline's fake networks take real tensors, and give drawn ones in the shapes of their answers."""
     networks = [module for module in pipeline.components.values() if isinstance(module, nn.Module)]
-    for network in networks:
-        network.forward = _drawn(network.forward, mode)
+    # An autoencoder is asked for its other half by name.
+    asked = [(network, name) for network in networks for name in ("forward", "encode") if hasattr(network, name)]
+    for network, name in asked:
+        setattr(network, name, _drawn(getattr(network, name), mode))
     try:
         yield
     finally:
-        for network in networks:
-            del network.forward
+        for network, name in asked:
+            delattr(network, name)
 
 
 def _configuration_folder(name: str, revision: str | None, subfolder: str | None) -> Path:
@@ -204,7 +207,13 @@ def _draw(given: list[Tensor], like: Any, place: int) -> Any:
     `place`: of the tensor among those of the answer, so that no two of them are equal.
     """
     if not isinstance(like, Tensor):
-        return like
+        held = {name: value for name, value in getattr(like, "__dict__", {}).items() if isinstance(value, Tensor)}
+        if not held:
+            return like
+        answer = copy.copy(like)  # a distribution
+        for number, (name, value) in enumerate(held.items()):
+            setattr(answer, name, _draw(given, value, 100 * (place + 1) + number))
+        return answer
     if not like.is_floating_point():
         return torch.zeros(like.shape, dtype=like.dtype)
     rows = like.shape[0] if like.dim() else 1

@@ -1,0 +1,130 @@
+"""Encoding what a run generates for, each item alone, as users sample; and what that will take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.tree import Leaf, leaves
+from fewstep.data.items import form_of
+from fewstep.errors import UserError
+from fewstep.recording import Recording
+from fewstep.recording.cut_texts import cut_texts
+
+_FORMS = 8  # of items, of which one each is encoded to say what all take
+
+
+@dataclass
+class CutPrompts:
+    """How many prompts were longer than the encoders read.
+
+    Attributes:
+        count: of prompts that at least one tokenizer cut.
+        limits: of the tokenizers that did, the number of tokens that they keep.
+    """
+
+    count: int = 0
+    limits: dict[str, int] = field(default_factory=dict)
+
+    def note(self, among: int) -> str:
+        """One line for people; "" where none was cut of the ``among`` that were encoded."""
+        limits = ", ".join(f"{name} at {limit} tokens" for name, limit in sorted(self.limits.items()))
+        return f"{self.count} of {among} prompts are longer than the encoder reads and were cut ({limits})" * bool(
+            limits
+        )
+
+
+def joined_cuts(cuts: Sequence[CutPrompts]) -> CutPrompts:
+    """Those of several processes as one."""
+    joined = CutPrompts()
+    for cut in cuts:
+        joined.count += cut.count
+        joined.limits |= cut.limits
+    return joined
+
+
+def encode_each(
+    recording: Recording, items: Sequence[Any], cut: CutPrompts, bar: tqdm[Any] | None = None
+) -> Iterator[Conditioning]:
+    """The conditioning of each prompt, label or item, encoded alone, on the CPU; what was cut is counted in ``cut``.
+
+    The bar moves with them.
+    """
+    for item in items:
+        with cut_texts(recording.pipeline) as limits:
+            encoded = encode_one(recording, item)
+        cut.count += bool(limits)
+        cut.limits |= limits
+        yield encoded.to("cpu")
+        if bar is not None:
+            bar.update()
+
+
+def encode_one(recording: Recording, item: Any) -> Conditioning:
+    """The conditioning of a prompt, a label or an item.
+
+    Raises:
+        UserError: the pipeline does not take an item, or makes NaN of it; the item is named.
+    """
+    if recording.conditional != "item":
+        (told,) = recording.condition_each(**{f"{recording.conditional}s": [item]})
+        return told
+    try:
+        (told,) = recording.condition_each(items=[item])
+    except UserError as error:
+        raise UserError(f"{item}: {error}") from error
+    return told
+
+
+def encoding_bar(recording: Recording, count: int, *, done: int = 0, disable: bool = False) -> tqdm[Any]:
+    """The progress bar of encoding; short work shows none."""
+    return tqdm(total=count, initial=done, desc="encode", unit=recording.conditional or "it", delay=2, disable=disable)
+
+
+def tensors_of(told: Conditioning) -> list[Tensor]:
+    """All tensors of a conditioning, those of its further answers behind its own."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor.cpu())
+        return tensor
+
+    told.map_tensors(note)
+    return found
+
+
+def size_of_all(recording: Recording, items: Sequence[Any]) -> str:
+    """What all items will take once they are encoded, in one line; one of each form is encoded for that."""
+    counts: dict[str, int] = {}
+    examples: dict[str, Any] = {}
+    for item in items:
+        form = form_of(item)
+        counts[form] = counts.get(form, 0) + 1
+        examples.setdefault(form, item)
+    seen = list(examples)[:_FORMS]
+    each = {form: _own_bytes(encode_one(recording, examples[form])) for form in seen}
+    mean = sum(each.values()) / len(each)
+    total = sum(counts[form] * each.get(form, mean) for form in counts)
+    forms = f" in {len(counts):,} forms" if len(counts) > 1 else ""
+    return f"{len(items):,} items{forms} take about {_in_words(total)} once they are encoded, {_in_words(mean)} each"
+
+
+def _own_bytes(told: Conditioning) -> int:
+    """Bytes of the tensors of a sample's own, each once, though several answers are told it."""
+    nodes = [node for answer in (told, *told.others) for _, node in leaves(answer.tree)]
+    own = [node.value for node in nodes if isinstance(node, Leaf) and node.rows and isinstance(node.value, Tensor)]
+    kept: list[Tensor] = []
+    for value in own:
+        if not any(value.dtype == known.dtype and torch.equal(value, known) for known in kept):
+            kept.append(value)
+    return sum(value.nbytes for value in kept)
+
+
+def _in_words(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"

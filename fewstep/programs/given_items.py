@@ -1,0 +1,98 @@
+"""The items of a program: named, of a cache, or made up; and the recording of a pipeline with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from fewstep.conditioning.item import holds_picture
+from fewstep.data.cache_form import read_index
+from fewstep.data.items import Items, read_items
+from fewstep.data.made_up import made_up_items
+from fewstep.errors import UserError
+from fewstep.recording import Recording
+from fewstep.recording.errors import RecordingError
+from fewstep.recording.pictures import picture_arguments
+
+
+def given_items(
+    source: str | Path | Sequence[Any] | None,
+    cache: str | Path | None,
+    pipeline: DiffusionPipeline,
+    call: Mapping[str, Any],
+    *,
+    progress: bool = False,
+) -> Items | None:
+    """The items that a teacher is asked for; None for one of prompts, labels or nothing.
+
+    Args:
+        source: as :func:`fewstep.data.items.read_items` takes them.
+        cache: a folder of ``fewstep cache``, which knows where its items were.
+        pipeline: the teacher's.
+        call: of the pipeline.
+        progress: show how far the look at them is.
+
+    Raises:
+        UserError: a row cannot be meant, the call holds a picture, or the cache's items are nowhere.
+    """
+    takes = picture_arguments(type(pipeline))
+    pictured = [name for name, value in call.items() if holds_picture(value) or (name in takes and _may_be_one(value))]
+    if pictured:
+        raise UserError(
+            f"the call has {', '.join(pictured)}, and a picture is of one sample: give it by --items, a row with a "
+            "prompt and its pictures for each"
+        )
+    if source is None and cache is not None:
+        index = read_index(Path(cache))
+        if index is None or index["kind"] != "item":
+            return None
+        source = index.get("source")
+        if source is None or not Path(source).exists():
+            raise UserError(
+                f"the items that the cache {cache} was made of are not in {source}, and two of them show how a teacher "
+                "is called: say by --items where they are"
+            )
+    return None if source is None else read_items(source, type(pipeline), call, progress=progress)
+
+
+def record_for(
+    record: Callable[..., Recording],
+    pipeline: DiffusionPipeline,
+    call: Mapping[str, Any],
+    items: Items | None,
+    *,
+    make_up: bool = False,
+) -> Recording:
+    """The recording of a pipeline, with two items where there are some.
+
+    Args:
+        record: makes it (:func:`fewstep.recording.record`).
+        pipeline: the teacher's.
+        call: of the pipeline.
+        items: None: of prompts, labels or nothing.
+        make_up: two items for a pipeline that looks at pictures, where there are none.
+
+    Raises:
+        RecordingError: it cannot be recorded.
+    """
+    if items is not None:
+        return record(pipeline, items=items.two(), **call)
+    first: RecordingError | None = None
+    for two in made_up_items(pipeline, call) if make_up else ():
+        try:
+            return record(pipeline, items=two, **call)
+        except RecordingError as error:
+            # The pipeline's own word for want of one more picture; what the recorder says stays.
+            if error.__cause__ is None:
+                raise
+            first = first or error
+    if first is not None:
+        raise first
+    return record(pipeline, **call)
+
+
+def _may_be_one(value: Any) -> bool:
+    return value is not None and not isinstance(value, bool | int | float)
