@@ -208,10 +208,10 @@ def conditions_of(
     recording, name = teacher.recording, teacher.settings.teacher
     if settings.cache is not None:
         cache = ConditionCache(settings.cache, progress=progress)
-        refuse_other_kind(recording.conditional, cache.kind)
         if teacher.items is None:
             cache.check(recording, name, teacher.lora is not None)
             return Conditions(recording, device=device, cache=cache, progress=progress)
+        refuse_other_kind(recording.conditional, cache.kind)
         cache.refuse_other_items(teacher.items)
         each = teacher.items.each
         cache.check(recording, name, teacher.lora is not None, each[0])

@@ -60,6 +60,7 @@ def test_a_run_from_a_cache_ends_in_a_student_and_a_changed_picture_is_refused(
     assert "say by --items where they are" in said(capsys)
 
 
+@pytest.mark.soak
 def test_a_run_from_python_goes_on_with_the_same_items_alone(editor: Path, tmp_path: Path) -> None:
     given = [{"prompt": f"the {word}", "image": picture(number)} for number, word in enumerate("ab")]
     settings: dict[str, Any] = {**SHORT, "out": tmp_path / "run", "checkpointing_steps": 1}
