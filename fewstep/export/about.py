@@ -123,7 +123,7 @@ def student_class(
         if unheeded is not None and not about.get("guidable"):
             warnings.warn(unheeded, stacklevel=2)
         if relative is None:
-            if (untrained := what_is_untrained(given, about.get("untrained_pictures", ()))) is not None:
+            if (untrained := what_is_untrained(given, *_pictures(about))) is not None:
                 warnings.warn(untrained, stacklevel=2)
         else:
             refuse_strength(stock, relative, {**missing, **given}, about.get("counts", ()))
@@ -145,6 +145,10 @@ def student_class(
     if "lora" not in about:  # which would be no whole pipeline
         body["save_pretrained"] = functools.wraps(stock.save_pretrained)(save_pretrained)
     return type(stock.__name__, (stock,), body)
+
+
+def _pictures(about: Mapping[str, Any]) -> tuple[Sequence[str], Mapping[str, str]]:
+    return about.get("untrained_pictures", ()), about.get("inputs", {})
 
 
 def refuse_adapters(pipeline: DiffusionPipeline) -> None:

@@ -20,6 +20,7 @@ _KINDS: Kinds = {
     "gamma": (int, float),
     "guidable": bool,
     "guidance_range": (list, _NONE),
+    "inputs": dict,
     "load": dict,
     "lora": dict,
     "part": dict,
@@ -44,6 +45,8 @@ def why_misshapen(about: Any) -> str | None:
     if any(value is not None for value in about.get("load", {}).values()):
         # They are words of from_pretrained, and one of those would run code.
         return "its load names more than parts that are absent"
+    if not _texts(about.get("inputs", {})):
+        return "its inputs are no names with their forms"
     told = about.get("base_files", {})
     if told.keys() - _TOLD_OF_BASE or not _texts(told):
         return f"its base_files are other than {', '.join(sorted(_TOLD_OF_BASE))}"

@@ -33,17 +33,24 @@ def what_is_not_heeded(
     return f"this student has its guidance in its weights{alone}, so leave out {told}"
 
 
-def what_is_untrained(given: Mapping[str, Any], pictures: Sequence[str]) -> str | None:
+def what_is_untrained(
+    given: Mapping[str, Any], pictures: Sequence[str], inputs: Mapping[str, str] | None = None
+) -> str | None:
     """The words of a warning, or None.
 
     Args:
         given: the arguments of the call.
         pictures: the arguments by which the student's pipeline may be told a picture, and was not in training.
+        inputs: those that it was told in every sample of its training, with their forms.
     """
     told = [name for name in pictures if given.get(name) is not None]
-    if not told:
-        return None
-    return f"this student was trained without pictures, so what it makes of {', '.join(told)} is not known"
+    if told:
+        without = "these" if inputs else "pictures"
+        return f"this student was trained without {without}, so what it makes of {', '.join(told)} is not known"
+    missing = [name for name, form in (inputs or {}).items() if form != "text" and given.get(name) is None]
+    if missing:
+        return f"this student was trained with {', '.join(missing)}, so what it makes without is not known"
+    return None
 
 
 def _is_other_scale(name: str, value: Any, usual: Any, guidance_range: Sequence[float] | None) -> bool:

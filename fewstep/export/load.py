@@ -37,7 +37,7 @@ def load(
     pipeline: str | type[DiffusionPipeline] | None = None,
     **from_pretrained: Any,
 ) -> DiffusionPipeline:
-    """Load a student's pipeline; its call needs a prompt or labels and nothing else.
+    """Load a student's pipeline; its call needs a prompt, labels or its inputs (``fewstep.json``), and nothing else.
 
     Args:
         student: a folder that fewstep wrote, a whole pipeline or a LoRA, or a hub id (``"owner/name"``).

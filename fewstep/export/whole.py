@@ -20,13 +20,13 @@ from fewstep.export.card.card import write_card
 from fewstep.export.copied_parts import save_pipeline
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
+from fewstep.export.inputs import about_inputs, untrained_pictures
 from fewstep.export.precision import as_computed, as_written
 from fewstep.export.published_paths import publish_no_paths
 from fewstep.export.related.walk import walk_relatives
 from fewstep.export.walk.check import Reference
 from fewstep.export.walk.plan import StudentPlan, check_student, reference_of
 from fewstep.export.walk.size_checks import about_sizes, check_sizes
-from fewstep.recording.pictures import own_pictures
 from fewstep.recording.pipeline import find_scheduler, with_parts
 from fewstep.teachers import names
 from fewstep.teachers.license import teacher_license_of
@@ -216,9 +216,10 @@ def about_student(
         **({} if teacher_lora is None else {"teacher_lora": teacher_lora.name}),
         "conditional": recording.conditional,
         "example": plan.example,
+        **about_inputs(recording),
         "pipeline": type(recording.pipeline).__name__,
         "call": plan.call,
-        "untrained_pictures": own_pictures(type(recording.pipeline)),
+        "untrained_pictures": untrained_pictures(recording),
         "load": absent_parts(recording.pipeline),
         **_about_code(recording, plan),
         **about_gate(recording.pipeline),

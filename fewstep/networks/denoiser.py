@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning, in_groups
-from fewstep.diffusion.prediction import expand, to_velocity, to_x0
+from fewstep.diffusion.prediction import expand, from_x0, to_velocity, to_x0
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.networks.features import FeatureTap
 from fewstep.recording import Recipe
@@ -27,6 +27,9 @@ OnCall = Callable[[Tensor, Tensor, bool], Callable[[Tensor], None]]
 
 class NetworkDenoiser:
     """A stock diffusers network as a :class:`Denoiser`.
+
+    Entries of a sample that the network is never told (``recipe.read``: a frame in whose place it is given a picture)
+    are 0 in every clean sample, and the answer is the one that says so: no loss sees a difference there.
 
     Args:
         network: the teacher's network or a copy of it.
@@ -52,6 +55,8 @@ class NetworkDenoiser:
         self.prediction_type = prediction_type
         self.autocast = autocast
         self.active = active
+        read = recipe.read
+        self._unread: Tensor | None = None if bool(read.all()) else ~read
         #: Whether the network is fed float times even where its pipeline rounds them.
         self.continuous = False
         #: Watches every call of the network.
@@ -84,7 +89,12 @@ class NetworkDenoiser:
         with autocast:
             timestep = self.schedule.timestep(t)
             called = self.form(network)
-            return self.recipe.call(called, network_input, timestep, conditioning, continuous=self.continuous)
+            answer = self.recipe.call(called, network_input, timestep, conditioning, continuous=self.continuous)
+        if self._unread is None:
+            return answer
+        self._unread = self._unread.to(answer.device)
+        nothing = from_x0(torch.zeros_like(x_t), self.prediction_type, x_t, self.schedule, t)
+        return torch.where(self._unread, nothing.to(answer), answer)
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
         """x0 (B, ...) in the dtype of ``x_t``; ``end`` is ignored."""

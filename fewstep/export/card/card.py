@@ -11,6 +11,7 @@ from typing import Any
 
 from fewstep.data.durable import write_text_durably
 from fewstep.export.about import call_of
+from fewstep.export.card.inputs import given, imports, inputs_section
 from fewstep.export.card.lora import loaders, sections
 from fewstep.export.card.related import related_section
 from fewstep.export.card.sampling import generator_lines, impossible_counts, samplers, seeds, sizes
@@ -49,13 +50,15 @@ def write_card(
         "The arguments matter: without them a stock pipeline runs its own number of steps, and most guide. fewstep "
         "fills them in:\n\n"
         f"```python\n{_loading(about, pipeline)}\n"
-        f"{_output(pipeline)[0]} = pipe({_subject(about)}){_output(pipeline)[1]}\n```",
+        f"{_output(pipeline)[0]} = pipe({', '.join(given(about))}){_output(pipeline)[1]}\n```",
         "\n\n".join(
             filter(None, ["## Steps", _grids(about), impossible_counts(about, pipeline), samplers(about, pipeline)])
         ),
         f"## Seeds\n\n{seeds(about, pipeline)}",
         *sections(about, pipeline),
     ]
+    if (inputs := inputs_section(about)) is not None:
+        parts.append(inputs)
     if other_sizes := sizes(about):
         parts.append(f"## Other sizes\n\n{other_sizes}")
     if about["guidance_range"]:
@@ -73,7 +76,11 @@ def write_card(
     if told := about.get("untrained_pictures"):
         parts.append(
             f"## Pictures\n\n`{stock}` also takes {', '.join(f'`{name}`' for name in told)}. This student was trained "
-            "from its prompts alone: what it makes of a picture is not known."
+            + (
+                "without: what it makes of them is not known."
+                if about["conditional"] == "item"
+                else "from its prompts alone: what it makes of a picture is not known."
+            )
         )
     if (section := related_section(about, PLACEHOLDER)) is not None:
         parts.append(section)
@@ -106,13 +113,13 @@ def write_numbers(folder: Path, rows: Mapping[str, Mapping[str, Any]], note: str
 def snippet(about: Mapping[str, Any], pipeline: Any) -> str:
     """Stock diffusers code that samples the student right."""
     name, pick = _output(pipeline)
-    subject = _subject(about)
+    asked = given(about)
     call = call_of(type(pipeline), about)
-    arguments = ([subject] if subject else []) + [f"{key}={value!r}" for key, value in call.items()]
+    arguments = asked + [f"{key}={value!r}" for key, value in call.items()]
     lora = "lora" in about
     loads, *fetch = _stock(about, pipeline)
     used = ", ".join(sorted([loads.partition(" = ")[2].partition(".")[0], *([about["scheduler"]] if lora else [])]))
-    lines = ["import torch", f"from diffusers import {used}", *fetch, "", loads]
+    lines = ["import torch", f"from diffusers import {used}", *imports(asked), *fetch, "", loads]
     if about["noise_follows"] == "global seed":
         lines = ["import functools", "", *lines]
     if lora:
@@ -190,18 +197,20 @@ def _stock(about: Mapping[str, Any], pipeline: Any) -> list[str]:
 
 
 def _loading(about: Mapping[str, Any], pipeline: Any) -> str:
+    needs = imports(given(about))
     if "lora" not in about:
-        return f"import fewstep\n\npipe = fewstep.load({PLACEHOLDER})"
+        return "\n".join(["import fewstep", *needs, "", f"pipe = fewstep.load({PLACEHOLDER})"])
     loads, *fetch = _stock(about, pipeline)
     base = loads.removeprefix("pipe = ")
-    imports = "\n".join(["import fewstep", f"from diffusers import {base.partition('.')[0]}", *fetch])
-    return f"{imports}\n\npipe = fewstep.apply({base}, {PLACEHOLDER})"
+    first = "\n".join(["import fewstep", f"from diffusers import {base.partition('.')[0]}", *needs, *fetch])
+    return f"{first}\n\npipe = fewstep.apply({base}, {PLACEHOLDER})"
 
 
 def pipeline_tag(about: Mapping[str, Any], pipeline: Any) -> str:
     """The hub's word for what the pipeline does."""
     kind = "video" if _is_video(pipeline) else "image"
-    return f"text-to-{kind}" if about["conditional"] == "prompt" else f"unconditional-{kind}-generation"
+    source = {"prompt": f"text-to-{kind}", "item": f"image-to-{kind}"}
+    return source.get(about["conditional"], f"unconditional-{kind}-generation")
 
 
 def _front_matter(about: Mapping[str, Any], pipeline: Any, license_fields: Mapping[str, str]) -> str:
@@ -218,14 +227,6 @@ def _front_matter(about: Mapping[str, Any], pipeline: Any, license_fields: Mappi
     # JSON is YAML, and it quotes what needs quoting.
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
     return "\n".join(["---", *lines, "---"])
-
-
-def _subject(about: Mapping[str, Any]) -> str:
-    """What is asked for in the card's code: a prompt or label of the run, where the student comes of one."""
-    example = about.get("example")
-    if about["conditional"] == "prompt":
-        return json.dumps("a photo of a cat" if example is None else example, ensure_ascii=False)
-    return "" if about["conditional"] is None else f"class_labels=[{example or 0}]"
 
 
 def _is_video(pipeline: Any) -> bool:

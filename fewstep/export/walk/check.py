@@ -259,6 +259,8 @@ def _initial_scale(name: str, scheduler: Any, seen: Trace, schedule: NoiseSchedu
     close = _TOLERANCE[first.sample.dtype]
     for draw in seen.initial_draws:
         noise = draw.value.double().cpu().flatten().sort().values
+        if noise.numel() > x.numel() and _holds(noise, x / stated, 10 * close):
+            return stated  # a part of the noise: of the rest a picture takes the place
         if noise.numel() != x.numel():
             continue
         # Packing reorders the noise, so sorted values are compared.
@@ -266,6 +268,13 @@ def _initial_scale(name: str, scheduler: Any, seen: Trace, schedule: NoiseSchedu
         if bool((x - scale * noise).abs().max() <= 10 * close * scale):
             return stated if math.isclose(scale, stated, rel_tol=close) else scale
     raise SchedulerCheckError(f"{name} does not start from unit noise times a number")
+
+
+def _holds(values: Tensor, some: Tensor, tolerance: float) -> bool:
+    """Whether each of some numbers is one of the sorted values, within a tolerance."""
+    places = torch.searchsorted(values, some).clamp(1, len(values) - 1)
+    nearest = torch.minimum((values[places] - some).abs(), (values[places - 1] - some).abs())
+    return bool((nearest <= tolerance).all())
 
 
 def _time(schedule: NoiseSchedule, timestep: float, like: Tensor) -> Tensor:

@@ -17,21 +17,20 @@ from fewstep.diffusion.schedule import FlowSchedule, TableSchedule
 from fewstep.diffusion.strategic import Move
 from fewstep.diffusion.timesteps import WalkTimes, descends, even_grid
 from fewstep.export.errors import ExportError
+from fewstep.export.inputs import NEGATIVES
 from fewstep.export.walk.check import Reference, SchedulerCheck, SchedulerCheckError, walk
 from fewstep.export.walk.refusals import refuse
 from fewstep.export.walk.scheduler import Wish, candidates, wanted_grid
 from fewstep.export.walk.sizes import SizeShift, dynamic_config, size_shifts, walked_sizes
 from fewstep.export.walk.teacher_shift import shifts_by_size, teacher_shift
 from fewstep.export.walk.trace import trace
+from fewstep.recording.guided import scale_arguments
 from fewstep.recording.pipeline import find_scheduler, with_parts
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fewstep.recording import Recording
-
-# Guidance is off in a student's call, so what is guided away from is not part of it.
-_NEGATIVES = ("negative_prompt",)
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class StudentPlan:
         grid: the same as t in (0, 1], descending; the trainer trains on it.
         counts: the step counts up to ``steps`` at which the walk holds.
         grids: their grids.
-        call: the keyword arguments that sample it right, prompt or labels apart; JSON can hold it.
+        call: the keyword arguments that sample it right, prompt, labels or items apart; JSON can hold it.
         initial_scale: the first x_t is this times unit noise.
         noise_follows: ``"generator"``, ``"global seed"``; None for ODE.
         prediction_type: what the network says.
@@ -187,9 +186,21 @@ def _flow_shift(recording: Recording, given: float | None, steps: int | None) ->
 
 
 def student_call(recording: Recording, steps: int) -> dict[str, Any]:
-    """The keyword arguments that sample the student right, prompt or labels apart."""
-    kept = {name: value for name, value in recording.call.items() if not name.startswith(_NEGATIVES)}
-    return {"num_inference_steps": steps, **kept, **recording.off}
+    """The keyword arguments that sample the student right, prompt, labels or items apart."""
+    # Guidance is off in it, so what is guided away from is not part of it.
+    kept = {name: value for name, value in recording.call.items() if not name.startswith(NEGATIVES)}
+    return {"num_inference_steps": steps, **kept, **_no_further_scales(recording), **recording.off}
+
+
+def _no_further_scales(recording: Recording) -> dict[str, float]:
+    """Of a teacher that looks at pictures, the scales that guide nothing once its first one is off (a picture's), at 1.
+
+    With another value in the student's call one would think that it is heeded. A scale that the network is told stays.
+    """
+    if recording.conditional != "item" or recording.embedded:
+        return {}
+    defaults = {name: recording.invocation.default(name) for name in scale_arguments(recording.invocation)}
+    return {name: 1.0 for name, value in defaults.items() if isinstance(value, int | float) and value > 1}
 
 
 def reference_of(recording: Recording, networks: dict[str, nn.Module]) -> Reference:
@@ -212,7 +223,7 @@ def check_student(
     count: int,
     reference: Reference | None = None,
 ) -> SchedulerCheck:
-    """Check a stock student pipeline at ``count`` steps under ``call``, with the recording's own prompt or label.
+    """Check a stock student pipeline at ``count`` steps under ``call``, with the recording's own prompt, label or item.
 
     Raises:
         SchedulerCheckError: it does not hold.
@@ -323,7 +334,7 @@ def _other_counts(steps: int) -> list[int]:
 
 
 def _arguments(recording: Recording, count: int, call: dict[str, Any]) -> dict[str, Any]:
-    """One sample of the recording's own prompt or label under exactly ``call``, at ``count`` steps."""
+    """One sample of the recording's own prompt, label or item under exactly ``call``, at ``count`` steps."""
     arguments = recording.invocation.arguments([recording.invocation.item], count)
     dropped = set(recording.call) - set(call)
     kept = {name: value for name, value in arguments.items() if name not in dropped}
