@@ -25,6 +25,10 @@ from fewstep.recording.rules import OutputRule, SampleRule, TimeRule
 _STEPS = 8
 
 
+class RedrawnError(RecordingError):
+    """Entries beside the sample's that the pipeline draws anew in every step, or that follow the trajectory."""
+
+
 def changing_arguments(steps: Sequence[Step]) -> list[str]:
     """The arguments of the network that are not the same in all of these steps, in the order of its call."""
     first, *others = [step.calls[-1].arguments for step in steps]
@@ -49,8 +53,13 @@ def fit_entries(component: str, runs: list[list[Step]]) -> tuple[SampleRule, tup
             others.append(name)
         else:
             times.append((name, timed))
-    if others or len(samples) != 1:
-        raise RecordingError(_unexplained(component, steps, [rule.argument for rule in samples], others))
+    if others:
+        raise RedrawnError(
+            f"the argument {', '.join(others)} of {component} changes between steps and is neither the sample nor the "
+            "time"
+        )
+    if len(samples) != 1:
+        raise RecordingError(_unexplained(component, steps, [rule.argument for rule in samples]))
     rules = tuple(_time_rule(component, name, moving, runs) for name, moving in times)
     if not any(rule.source == "timestep" for rule in rules):
         raise RecordingError(
@@ -79,7 +88,7 @@ def fit_sample_entries(name: str, steps: Sequence[Step]) -> SampleRule | None:
     moving = _differing(tensors)
     if bool((moving & (index < 0)).any()):
         count = int((moving & (index < 0)).sum())
-        raise RecordingError(
+        raise RedrawnError(
             f"{count} entries of the argument {name} change in every step and are neither the sample's nor the time"
         )
     as_list = isinstance(steps[0].calls[-1].arguments[name], list)
@@ -178,12 +187,7 @@ def _runs(mask: Tensor) -> tuple[tuple[int, int], ...]:
     return tuple((a, b - a) for a, b in zip(edges[::2], edges[1::2], strict=True))
 
 
-def _unexplained(component: str, steps: Sequence[Step], samples: list[str], others: list[str]) -> str:
-    if others:
-        return (
-            f"the argument {', '.join(others)} of {component} changes between steps and is neither the sample nor the "
-            "time; conditioning that follows the trajectory cannot be recorded"
-        )
+def _unexplained(component: str, steps: Sequence[Step], samples: list[str]) -> str:
     if samples:
         return f"the sample is told to {component} twice, as {', '.join(samples)}; this cannot be recorded"
     listed = ", ".join(steps[0].calls[-1].arguments)

@@ -13,6 +13,7 @@ from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule, TableSchedul
 from fewstep.recording.call_parts import equal, mark_arguments, without_sample
 from fewstep.recording.denoisers import Denoisers
 from fewstep.recording.dtypes import dtype_name, network_dtype
+from fewstep.recording.encoded_once import encoded_once
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.experts import Expert, components_of, expert_at
 from fewstep.recording.few_step import refuse_few_step, refuse_fixed_grid
@@ -21,13 +22,14 @@ from fewstep.recording.fit import fit_output, fit_sample, fit_times
 from fewstep.recording.fresh import fresh_samples
 from fewstep.recording.guided import GuidanceReport, embedded_paths, record_guided, switch_off, unguided_step
 from fewstep.recording.invocation import read_invocation
-from fewstep.recording.item_fit import fit_entries, fit_output_entries
+from fewstep.recording.item_fit import RedrawnError, fit_entries, fit_output_entries
 from fewstep.recording.item_learning import learn_items
 from fewstep.recording.items import as_items
 from fewstep.recording.observation import Observation, Step, Stub
 from fewstep.recording.pipeline import find_scheduler, modules_of
 from fewstep.recording.recipe import Recipe
 from fewstep.recording.recording import Recording
+from fewstep.recording.redrawn import say_what_stops
 from fewstep.recording.rules import TimeRule
 from fewstep.recording.shake import shaken
 from fewstep.recording.starts import from_noise_alone, skipped_steps
@@ -56,7 +58,14 @@ def record(pipeline: Any, items: Sequence[Item | Mapping[str, Any]] | None = Non
         RecordingError: the pipeline cannot be recorded; one line says what was seen and what to do.
     """
     refuse_offloaded(pipeline)
-    invocation = read_invocation(pipeline, call, None if items is None else as_items(items))
+    if items is None:
+        return _record(pipeline, None, call)
+    with encoded_once(pipeline):
+        return _record(pipeline, as_items(items), call)
+
+
+def _record(pipeline: Any, items: Sequence[Item] | None, call: dict[str, Any]) -> Recording:
+    invocation = read_invocation(pipeline, call, items)
     refuse_few_step(pipeline, invocation)
     try:
         schedule, prediction_type = from_scheduler(getattr(pipeline, find_scheduler(pipeline)))
@@ -169,7 +178,10 @@ def _recipe(
     """
     component = experts[0].component
     if two is None:
-        sample, times = fit_entries(component, runs)
+        try:
+            sample, times = fit_entries(component, runs)
+        except RedrawnError as error:
+            raise say_what_stops(error, subject, component, runs) from error
     else:
         sample = fit_sample(component, _all(runs))
         times = fit_times(component, sample.argument, runs, two)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.recording.codec import Codec, read_codec
 from fewstep.recording.dtypes import dtype_name
+from fewstep.recording.encoded_once import encoded_once
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.pipeline import find_scheduler
 from fewstep.recording.proof import Proof, prove
@@ -30,7 +32,8 @@ class Recording(Recorded):
     @cached_property
     def codec(self) -> Codec:
         """The way between images and the network's space, read off from the pipeline when it is first wanted."""
-        return read_codec(self)
+        with self._encoded_once():
+            return read_codec(self)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), or videos (B, C, F, H, W), in [0, 1] -> x0 (B, *sample_shape).
@@ -51,10 +54,14 @@ class Recording(Recorded):
             RecordingError: they differ; the message says what was compared and by how much. Or the decoder makes NaN of
                 noise of unit size.
         """
-        proof = prove(self, seed)
-        self._check_decoder(seed)
+        with self._encoded_once():
+            proof = prove(self, seed)
+            self._check_decoder(seed)
         object.__setattr__(self, "proof", proof)  # remembered; everything else is frozen
         return proof
+
+    def _encoded_once(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.conditional != "item" else encoded_once(self.pipeline)
 
     def _check_decoder(self, seed: int) -> None:
         try:

@@ -195,3 +195,22 @@ def test_pipelines_that_only_start_from_a_picture(kind: Any, of: str, items: Any
     )
     with pytest.raises(RecordingError, match=words):
         record(pipeline, items=items, **call)
+
+
+def test_every_picture_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = zoo_image.load("InstructPix2Pix")
+    own, seen = pipeline.vae.encode, []
+
+    def encode(pixels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(pixels)
+        return own(pixels, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline.vae, "encode", encode)
+    items = zoo_image.items_of("InstructPix2Pix")
+    recording = record(pipeline, items=items, **zoo_image.call_of("InstructPix2Pix"))
+    assert len(seen) == 2 and not torch.equal(*seen)
+    assert pipeline.vae.encode is encode
+    one, two = recording.condition_each(items=items)
+    again = recording.condition_each(items=items)[0]
+    told = [conditioning.arguments()["sample"] for conditioning in (one, two, again)]
+    assert len(seen) == 6 and torch.equal(told[0], told[2]) and not torch.equal(told[0], told[1])
