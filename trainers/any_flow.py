@@ -37,6 +37,7 @@ from fewstep.diffusion.placed_times import Parts, parts_of, spread_places, time_
 from fewstep.diffusion.prediction import add_noise, expand
 from fewstep.diffusion.renoising import Renoiser
 from fewstep.diffusion.rollout import Sampler, rollout, shortcut
+from fewstep.diffusion.scales import one_number
 from fewstep.diffusion.timesteps import even_grid
 from fewstep.losses.flow_map import fused_guidance, rebalanced, time_weight
 from fewstep.losses.mean_flow import mean_flow_target, weighted_loss
@@ -107,12 +108,11 @@ class AnyFlow:
         student = roles["student"].denoiser
         assert isinstance(student, FlowMapDenoiser)  # it is one network
         # Guidance mixes velocities as it does x0.
-        velocity, further = roles["teacher"].single.denoiser.velocity, guided_teacher.further
-        given = guided_teacher.guidance_scale if config.map_guidance is None else config.map_guidance
-        self.student, self.mapped = student, GuidedDenoiser(velocity, given, further, guided_teacher.joint)
+        velocity = roles["teacher"].single.denoiser.velocity
+        self.student, self.mapped = student, guided_teacher.of(velocity, config.map_guidance)
         # Where data's velocity is followed, by how much the student's own answers are guided.
-        assert isinstance(given, int | float)  # as the student is one network
-        self.fused = float(given) if config.velocity == "data" else 1.0
+        given = self.mapped.guidance_scale
+        self.fused = float(one_number(given, "data's velocity")) if config.velocity == "data" else 1.0
         self.times = config.two_times(self.schedule, sampler.grid[0], shift)
         self.difference = config.difference(self.schedule, self.times.high)
         self.weight = time_weight(config.weighting, time_table(_WEIGHT_ENTRIES, shift))

@@ -26,10 +26,10 @@ from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.critic.denoising import CLEANEST, critic_denoising, sample_log
 from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.prediction import expand
 from fewstep.diffusion.renoising import Renoiser
 from fewstep.diffusion.rollout import Sampler
+from fewstep.diffusion.scales import one_number
 from fewstep.diffusion.timesteps import logit_normal_times
 from fewstep.losses.mean_flow import mean_flow_target, weighted_loss
 from fewstep.networks.derivative import derivative_along
@@ -53,8 +53,9 @@ class FreeFlow:
         config = config.resolved()
         self.config, self.roles, self.sampler, self.schedule = config, roles, sampler, sampler.schedule
         student, scale = roles["student"].denoiser, guided_teacher.guidance_scale
-        assert isinstance(student, FlowMapDenoiser) and not isinstance(scale, TimedScale)  # it is one network
-        self.student, self.teacher, self.scale = student, guided_teacher, scale
+        assert isinstance(student, FlowMapDenoiser)  # it is one network
+        self.student, self.teacher = student, guided_teacher
+        self.scale = one_number(scale, "the correction") if config.correction and guided_teacher.calls > 1 else 1.0
         # Guidance mixes velocities as it does x0.
         self.flow = guided_teacher.of(roles["teacher"].single.denoiser.velocity)
         self.compared = Renoiser(self.schedule, config.match_min, config.match_max)
@@ -145,7 +146,7 @@ class FreeFlow:
         """The gradient v_teacher - v_critic of the student's ``x0`` (B, ...), and the teacher's x0 (B, ...)."""
         here = self.compared(x0, batch.draws, "matching")
         tau, told = self.schedule.flow_time(here.t), None
-        if self.teacher.calls == 2:
+        if self.teacher.calls > 1:
             told = torch.where(tau <= self.config.correction_t_max, self.scale, 1.0)
         x0_teacher = self.teacher(here.x_t, here.t, batch.conditioning, guidance_scale=told)
         x0_critic = self.roles["critic"](here.x_t, here.t, batch.conditioning)

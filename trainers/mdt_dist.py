@@ -31,7 +31,6 @@ from fewstep.cli.distill import main
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.data.batch import Batch
-from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.prediction import add_noise, expand
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import Coefficients
@@ -83,7 +82,6 @@ class MdtDist:
     ) -> None:
         self.config = config = config.resolved()
         self.roles, self.sampler, self.schedule = roles, sampler, sampler.schedule
-        assert not isinstance(guided_teacher.guidance_scale, TimedScale)  # it is one network
         self.student = roles["student"].single.denoiser
         velocity = roles["teacher"].single.denoiser.velocity  # guidance mixes velocities as it does x0
         self.teacher, self.distilled = guided_teacher.of(velocity), distilled_teacher.of(velocity)

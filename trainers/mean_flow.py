@@ -29,9 +29,9 @@ from torch import Tensor
 from fewstep.cli.distill import main
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.data.batch import Batch
-from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler
+from fewstep.diffusion.scales import one_number
 from fewstep.errors import UserError
 from fewstep.losses.mean_flow import alpha_flow_target, mean_flow_target, weighted_loss
 from fewstep.networks.flow_map import FlowMapDenoiser, gap
@@ -108,12 +108,14 @@ class MeanFlow:
         config = config.resolved()
         self.config, self.roles, self.sampler, self.schedule = config, roles, sampler, sampler.schedule
         student, scale = roles["student"].denoiser, guided_teacher.guidance_scale
-        assert isinstance(student, FlowMapDenoiser) and not isinstance(scale, TimedScale)  # it is one network
+        assert isinstance(student, FlowMapDenoiser)  # it is one network
         # Guidance mixes velocities as it does x0.
         self.student, self.teacher = student, guided_teacher.of(roles["teacher"].single.denoiser.velocity)
         self.guide: SelfGuidance | None = None
-        omega, kappa = config.self_guidance(scale)
-        if config.velocity == "data" and (omega, kappa) != (1.0, 0.0):
+        omega, kappa = 1.0, 0.0
+        if config.velocity == "data":
+            omega, kappa = config.self_guidance(one_number(scale, "data's velocity"))
+        if (omega, kappa) != (1.0, 0.0):
             if not guided_teacher.further:
                 raise UserError("--omega and --kappa guide away from a negative condition, which this teacher lacks")
             interval = config.guidance_t_min, config.guidance_t_max

@@ -38,9 +38,9 @@ from fewstep.cli.distill import main
 from fewstep.conditioning.ragged import AnyConditioning, join, without_condition
 from fewstep.config.checks import settled
 from fewstep.data.batch import Batch
-from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.prediction import expand
 from fewstep.diffusion.rollout import Sampler
+from fewstep.diffusion.scales import one_number
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.diffusion.signed_times import BASE_PARTS, SignedTimes
 from fewstep.errors import UserError
@@ -101,11 +101,9 @@ class TwinFlow:
             for name in ("student", "target" if "target" in roles else "student")
         )
         scale = guided_teacher.guidance_scale
-        if isinstance(scale, TimedScale):  # a student of two times is one network
-            raise UserError("a guidance for each interval of the time is not offered for twin_flow; give one number")
         asked = roles["teacher"].single.denoiser if config.reference == "frozen" else self.target.student
-        self.guide = GuidedDenoiser(asked.velocity, scale, guided_teacher.further, guided_teacher.joint)
-        self.ratio = config.ratio(scale) if config.velocity == "data" else 0.0
+        self.guide = guided_teacher.of(asked.velocity)
+        self.ratio = config.ratio(one_number(scale, "data's velocity")) if config.velocity == "data" else 0.0
         if self.ratio and not self.guide.further:
             raise UserError("--enhanced_ratio needs classifier-free guidance, which this teacher lacks; leave it out")
         words = {*settled(config.parts)}

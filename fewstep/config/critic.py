@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fewstep.config.run import RunConfig
-from fewstep.diffusion.intervals import TimedScale
+from fewstep.diffusion.scales import GuidanceScale
 from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule
 from fewstep.errors import UserError
 
@@ -123,9 +123,9 @@ class AdversarialConfig(RunConfig):
 class Kappas(NamedTuple):
     """The scales of the critic in its own loss, of the critic in the student's loss, and of the teacher."""
 
-    critic_training: float | TimedScale
-    critic: float | TimedScale
-    teacher: float | TimedScale
+    critic_training: GuidanceScale
+    critic: GuidanceScale
+    teacher: GuidanceScale
 
 
 #: What --guidance fixes. The published scale of Anti-CFG is unknown to us: -1, at which the critic says 2 neg - pos, is
@@ -166,12 +166,12 @@ class CriticGuidanceConfig(RunConfig):
         if asked := [f"--{name}" for name in given if getattr(self, name) not in (None, 1.0)]:
             raise UserError(f"this teacher has no negative to guide away from: leave out {' and '.join(asked)}")
 
-    def kappas(self, guidance_scale: float | TimedScale) -> Kappas:
+    def kappas(self, guidance_scale: GuidanceScale) -> Kappas:
         """The scales of a run whose teacher would have this one."""
         if self.guidance in FIXED:
             return FIXED[self.guidance]
 
-        def given(own: float | None) -> float | TimedScale:
+        def given(own: float | None) -> GuidanceScale:
             return guidance_scale if own is None else own
 
         return Kappas(given(self.critic_training_guidance), given(self.critic_guidance), guidance_scale)

@@ -11,15 +11,15 @@ from fewstep.critic.denoising import sample_log
 from fewstep.critic.matching import Matched, matching_log
 from fewstep.data.batch import Batch
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.renoising import Renoiser
+from fewstep.diffusion.scales import GuidanceScale
 from fewstep.errors import UserError
 from fewstep.losses.score import decoupled_matching
 from fewstep.networks.guidance import GuidedDenoiser, guide
 from fewstep.recording import GuidanceReport
 
 
-def refuse_unguided(guidance: GuidanceReport, guidance_scale: float | TimedScale) -> None:
+def refuse_unguided(guidance: GuidanceReport, guidance_scale: GuidanceScale) -> None:
     """Raise ``UserError`` where guidance is off: the method trains on what it changes.
 
     A teacher that answers the same with and without its condition was refused before.

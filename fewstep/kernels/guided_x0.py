@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fewstep.kernels.dispatch import choose
-from fewstep.kernels.rows import at_least_float32, expand, folded, of_one_shape, unfolded
+from fewstep.kernels.rows import aligned, at_least_float32, expand, folded, of_one_shape, of_samples, unfolded
 
 
 def guided_x0(
@@ -26,12 +26,13 @@ def guided_x0(
     Karras et al. 2022, Eq. 7).
 
     Shapes: ``x_t``: (B, ...); ``positive``, ``negative``: raw outputs (B, ...) in any dtype; without a negative the
-        positive alone is converted. ``skip``, ``out``: (B,), usually float64. ``guidance_scale``: w, a number, or (B,)
-        or (B, 1, ...). Gradients and tangents flow through all of them.
+        positive alone is converted. ``skip``, ``out``: (B,), usually float64. ``guidance_scale``: w, a number, or (B,),
+        or with as many axes as the samples, which it is broadcast to. Gradients and tangents flow through all of them.
     """
     samples = [x_t, positive] if negative is None else [x_t, positive, negative]
     coefficients = [value for value in (skip, out, guidance_scale) if isinstance(value, Tensor)]
     fixed = not any(value.requires_grad for value in coefficients)
+    fixed &= of_samples(guidance_scale, len(x_t))
     form = choose("guided_x0", *samples, triton=fixed and of_one_shape(*samples))
     arguments = (x_t, skip, out, positive, negative, guidance_scale)
     if form == "triton":
@@ -153,4 +154,4 @@ class _GuidedX0(Function):
 
 
 def _scale(guidance_scale: float | Tensor, like: Tensor) -> Any:
-    return expand(guidance_scale, like) if isinstance(guidance_scale, Tensor) else guidance_scale
+    return aligned(guidance_scale, like) if isinstance(guidance_scale, Tensor) else guidance_scale

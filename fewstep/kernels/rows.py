@@ -14,6 +14,16 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
     return coefficient.to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.dim() - 1))
 
 
+def aligned(scale: Tensor, like: Tensor) -> Tensor:
+    """``scale``, (B,) or of as many axes as ``like`` (B, ...), in its dtype and device, shaped to broadcast over it."""
+    return scale.to(like) if scale.dim() == like.dim() else expand(scale, like)
+
+
+def of_samples(scale: float | Tensor, count: int) -> bool:
+    """Whether a scale is one number, or one for each of B samples: kernels take no other."""
+    return not isinstance(scale, Tensor) or scale.numel() == count
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """``x`` (B, ...) itself where it is float32 or float64, else in float32: what losses are computed in."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

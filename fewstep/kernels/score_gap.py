@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.kernels.dispatch import choose, refuse_tangents
-from fewstep.kernels.rows import at_least_float32, expand, of_one_shape
+from fewstep.kernels.rows import aligned, at_least_float32, expand, of_one_shape, of_samples
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def score_gap(
     x0 both networks may say any other output at one x_t, its factor in ``weight``.
 
     Shapes: all samples (B, ...), any float dtype; ``reference_x0`` is the teacher's x0 by default, ``other_reference``
-        the ``positive``. ``weight``: (B,). ``share``: a number, or (B,) or (B, 1, ...).
+        the ``positive``. ``weight``: (B,). ``share``: a number, (B,), or with as many axes as the samples.
 
     Raises:
         NotImplementedError: the Triton form is differentiated forward.
@@ -42,7 +42,7 @@ def score_gap(
     arguments = (x0_critic, x0_teacher, x0, reference_x0, weight, normalizer_min, normalizer_eps)
     second = (negative, positive, share, other_reference)
     samples = [value for value in (*arguments[:4], negative, positive, other_reference) if isinstance(value, Tensor)]
-    form = choose("score_gap", *samples, triton=of_one_shape(*samples))
+    form = choose("score_gap", *samples, triton=of_samples(share, len(x0_critic)) and of_one_shape(*samples))
     if form == "reference":
         return reference(*arguments, *second)
     if form == "closed":
@@ -79,7 +79,7 @@ def reference(
     direction = normalized(gap, x0_teacher if reference_x0 is None else reference_x0)
     if negative is not None and positive is not None:
         guidance = at_least_float32(negative) - at_least_float32(positive)
-        guidance = guidance * expand(share, gap) if isinstance(share, Tensor) else guidance * share
+        guidance = guidance * aligned(share, gap) if isinstance(share, Tensor) else guidance * share
         direction = direction + normalized(guidance, positive if other_reference is None else other_reference)
     if weight is not None:
         direction = expand(weight, direction) * direction
@@ -115,7 +115,7 @@ def closed(
 
     gradient.mul_(factor(x0_teacher if reference_x0 is None else reference_x0))
     if negative is not None and positive is not None:
-        scale = expand(share, gradient) if isinstance(share, Tensor) else share
+        scale = aligned(share, gradient) if isinstance(share, Tensor) else share
         guidance = at_least_float32(negative) - at_least_float32(positive)
         gradient.addcmul_(guidance, scale * factor(positive if other_reference is None else other_reference))
     gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fewstep.conditioning.ragged import AnyConditioning, in_groups, join
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.ode import solver_step
 from fewstep.diffusion.prediction import expand, to_x0
+from fewstep.diffusion.scales import GuidanceScale
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
@@ -36,50 +39,63 @@ def rescale_norm(guided: Tensor, positive: Tensor) -> Tensor:
     return guided * (positive.norm() / guided.norm()).clamp(max=1.0)
 
 
-def _twice(t: Tensor) -> Tensor:
-    return torch.cat([t, t])
+def _repeated(t: Tensor, count: int) -> Tensor:
+    return torch.cat([t] * count)
 
 
 class GuidedDenoiser:
     """A denoiser under classifier-free guidance; itself a :class:`fewstep.diffusion.denoiser.Denoiser`.
 
-    What it is led away from goes with the samples, as the further answer of their conditioning: each sample has its
-    own. A network's raw outputs are combined and converted to x0 once; of any other denoiser two x0 are combined. There
-    is one network call of 2B rows where the conditionings can be joined, else one for each group of equal shape; of B
-    rows at scale 1 (the positive alone) and at scale 0 (the negative alone).
+    What it is led away from goes with the samples, as the further answers of their conditioning: each sample has its
+    own. With the positive answer a1, further ones a2 .. an and a scale w_k between each and the next, the guided one is
+    an + sum w_k (a_k - a_(k+1)): neg + w (pos - neg) of two, u + w_t (t - i) + w_i (i - u) of three (InstructPix2Pix,
+    arXiv 2211.09800, Eq. 3). An answer without weight is not asked for. A network's raw outputs are combined and
+    converted to x0 once; of any other denoiser several x0 are combined. There is one network call for all answers where
+    their conditionings can be joined, else one for each group of equal shape.
 
     Args:
         denoiser: the unguided one.
-        guidance_scale: w; or one for each interval of the time.
+        guidance_scale: w_1.
         further: how many further answers the samples' conditionings have; 0 of a teacher without guidance.
-        joint: the condition and its negative are asked in one call of 2B rows, else in two: slower, and in less memory.
+        joint: all answers are asked in one call, else in one each: slower, and in less memory.
+        later: w_2 and on, of teachers with more than two answers; they stay as they are whatever w_1 is.
 
     Raises:
         UserError: a scale other than 1 without a further answer.
+        ValueError: another number of later scales than of further answers beyond the first.
     """
 
     def __init__(
-        self, denoiser: Denoiser, guidance_scale: float | TimedScale, further: int = 1, joint: bool = True
+        self,
+        denoiser: Denoiser,
+        guidance_scale: GuidanceScale,
+        further: int = 1,
+        joint: bool = True,
+        later: Sequence[float] = (),
     ) -> None:
         if guidance_scale != 1.0 and not further:
-            wish = guidance_scale.scales if isinstance(guidance_scale, TimedScale) else guidance_scale
+            wish = guidance_scale if isinstance(guidance_scale, int | float) else guidance_scale.scales
             raise UserError(
                 f"guidance_scale={wish} needs classifier-free guidance, which this teacher lacks; "
                 "set guidance_scale to 1"
             )
+        if len(later) != max(further - 1, 0):
+            raise ValueError(f"{further} further answers have {max(further - 1, 0)} later scales, not {len(later)}")
         self.denoiser = denoiser
         self.guidance_scale = guidance_scale
         self.further = further
         self.joint = joint
+        self.later = tuple(later)
 
     @property
     def calls(self) -> int:
-        """Network calls per sample: 2, or 1 where one of the two has no weight."""
-        return 1 if self.guidance_scale in (0.0, 1.0) else 2
+        """Network calls per sample: one for each answer that has a weight."""
+        return len(self._weighed(self.guidance_scale))
 
-    def of(self, denoiser: Denoiser) -> GuidedDenoiser:
-        """Another denoiser under the same guidance."""
-        return GuidedDenoiser(denoiser, self.guidance_scale, self.further, self.joint)
+    def of(self, denoiser: Denoiser, guidance_scale: GuidanceScale | None = None) -> GuidedDenoiser:
+        """Another denoiser under the same guidance, or under another w_1."""
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return GuidedDenoiser(denoiser, scale, self.further, self.joint, self.later)
 
     def __call__(
         self,
@@ -90,17 +106,24 @@ class GuidedDenoiser:
         *,
         guidance_scale: Tensor | None = None,
     ) -> Tensor:
-        """Guided x0 (B, ...); by ``guidance_scale`` (B,), a w for each sample, where it is given.
+        """Guided x0 (B, ...); by ``guidance_scale`` (B,), a w_1 for each sample, where it is given.
 
         ``end`` is ignored: a student of two times has its guidance trained in.
         """
-        if guidance_scale is not None:
-            return self._guided(x_t, t, conditioning, expand(guidance_scale, x_t))
-        if self.guidance_scale == 1.0:
-            return self.denoiser(x_t, t, conditioning)
-        if self.guidance_scale == 0.0:
-            return self.denoiser(x_t, t, _negative(conditioning))
-        return self._guided(x_t, t, conditioning, self.scale_at(t, x_t))
+        weighed = self._weighed(self.guidance_scale if guidance_scale is None else expand(guidance_scale, x_t))
+        if len(weighed) == 1:
+            (number,) = weighed
+            return self.denoiser(x_t, t, _told(conditioning, number))
+        scale = _at(next(iter(weighed.values())), t, x_t)
+        network = self.denoiser.denoiser if isinstance(self.denoiser, Role) else self.denoiser
+        if not isinstance(network, NetworkDenoiser | ExpertsDenoiser):
+            return guide(*self._pair(self.denoiser, x_t, t, conditioning, weighed), scale)
+
+        def raw(x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
+            return network.raw(x_t, t, conditioning)
+
+        positive, negative = self._pair(raw, x_t, t, conditioning, weighed)
+        return to_x0(positive, network.prediction_type, x_t, network.schedule, t, negative, scale)
 
     def step(
         self,
@@ -121,37 +144,68 @@ class GuidedDenoiser:
         return solver_step(denoise, schedule, x_t, t, then, solver)
 
     def scale_at(self, t: Tensor, like: Tensor) -> float | Tensor:
-        """w at ``t`` (B,), as a number or shaped to multiply ``like`` (B, ...)."""
-        scale = self.guidance_scale
-        return scale.at(t, like) if isinstance(scale, TimedScale) else scale
+        """w_1 at ``t`` (B,), as a number or shaped to multiply ``like`` (B, ...)."""
+        return _at(self.guidance_scale, t, like)
 
     def pair(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor]:
-        """What guidance combines: x0_positive and x0_negative, (B, ...) each."""
-        return self._both(self.denoiser, x_t, t, conditioning)
+        """Two x0 (B, ...) that :func:`guide` makes the guided one of at any w_1.
 
-    def _guided(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, scale: float | Tensor) -> Tensor:
-        network = self.denoiser.denoiser if isinstance(self.denoiser, Role) else self.denoiser
-        if not isinstance(network, NetworkDenoiser | ExpertsDenoiser):
-            return guide(*self.pair(x_t, t, conditioning), scale)
+        Of two answers these are x0_positive and x0_negative; of more, both are moved by what the later scales add.
+        """
+        return self._pair(self.denoiser, x_t, t, conditioning, self._weighed(None))
 
-        def raw(x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
-            return network.raw(x_t, t, conditioning)
+    def _weighed(self, scale: GuidanceScale | Tensor | None) -> dict[int, GuidanceScale | Tensor | None]:
+        """The answers that have a weight, by number from 0, and the scale between each of them and the next.
 
-        positive, negative = self._both(raw, x_t, t, conditioning)
-        return to_x0(positive, network.prediction_type, x_t, network.schedule, t, negative, scale)
+        ``scale``: w_1; None: any. The weight of a_k is w_k - w_(k-1), where w_0 is 0 and the last one's own is 1. A w_1
+        of 1 is off, as in the pipelines: the positive alone, whatever the later scales are.
+        """
+        off = isinstance(scale, int | float) and scale == 1
+        scales = [scale, *([1.0] * len(self.later) if off else self.later), 1.0]
+        return {
+            number: own
+            for number, (before, own) in enumerate(zip([0.0, *scales], scales, strict=False))
+            if not (isinstance(before, int | float) and isinstance(own, int | float) and before == own)
+        }
 
-    def _both(self, ask: Denoiser, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor]:
-        """What ``ask`` answers with the condition and with the negative, (B, ...) each."""
-        if not self.joint:
-            negative = in_groups(ask, x_t, t, _negative(conditioning))
-            return in_groups(ask, x_t, t, conditioning), negative
-        both = join([_negative(conditioning), conditioning.alone()])
-        negative, positive = in_groups(ask, torch.cat([x_t, x_t]), known_too(_twice, t), both).chunk(2)
+    def _pair(
+        self,
+        ask: Denoiser,
+        x_t: Tensor,
+        t: Tensor,
+        conditioning: AnyConditioning,
+        weighed: dict[int, GuidanceScale | Tensor | None],
+    ) -> tuple[Tensor, Tensor]:
+        """What ``ask`` answers to the first two that are weighed, (B, ...) each, moved by what the others add."""
+        answers = self._answers(ask, x_t, t, conditioning, list(weighed))
+        positive, negative = answers[:2]
+        for number, scale in enumerate(list(weighed.values())[1:-1], start=1):
+            assert isinstance(scale, int | float)  # as every later one is
+            more = (scale - 1) * (answers[number] - answers[number + 1])
+            positive, negative = positive + more, negative + more
         return positive, negative
 
+    def _answers(
+        self, ask: Denoiser, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, numbers: list[int]
+    ) -> list[Tensor]:
+        """What ``ask`` answers, (B, ...) each, for the conditionings of these numbers, of which 0 is the positive."""
+        told = [_told(conditioning, number) for number in reversed(numbers)]
+        if not self.joint:
+            return [in_groups(ask, x_t, t, one) for one in told][::-1]
+        count = len(told)
+        both = join([one.alone() for one in told])
+        said = in_groups(ask, torch.cat([x_t] * count), known_too(partial(_repeated, count=count), t), both)
+        return list(said.chunk(count))[::-1]
 
-def _negative(conditioning: AnyConditioning) -> AnyConditioning:
-    """What B samples are led away from."""
-    if not conditioning.others:
+
+def _at(scale: GuidanceScale | Tensor | None, t: Tensor, like: Tensor) -> float | Tensor:
+    """A scale at ``t`` (B,), as a number or shaped to multiply ``like`` (B, ...)."""
+    assert scale is not None
+    return scale if isinstance(scale, int | float | Tensor) else scale.at(t, like)
+
+
+def _told(conditioning: AnyConditioning, number: int) -> AnyConditioning:
+    """What the network is told for one answer, of which 0 is the positive."""
+    if number > len(conditioning.others):
         raise ValueError("guidance was asked for samples that have no further answer to be led away from")
-    return conditioning.others[0]
+    return conditioning if number == 0 else conditioning.others[number - 1]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning, RaggedConditioning
 from fewstep.conditioning.tree import Leaf
-from fewstep.diffusion.intervals import TimedScale
+from fewstep.diffusion.scales import GuidanceScale
 from fewstep.errors import UserError
 from fewstep.recording import Recording, record
 from fewstep.recording.guided import scale_arguments
@@ -106,7 +106,7 @@ def likely_guidance_embedding(recording: Recording, default: float) -> GuidanceE
     return GuidanceEmbedding(argument, _rules(told)[0], told.dtype, default, heeded=True)
 
 
-def with_guidance_embedding(recording: Recording, guidance_scale: float | TimedScale, *, trained: bool) -> Recording:
+def with_guidance_embedding(recording: Recording, guidance_scale: GuidanceScale, *, trained: bool) -> Recording:
     """A recording whose network is told its guidance: this one, or of the same pipeline with room made in its network.
 
     Until it is trained the new network is the old one for every guidance: its new weights are zero.
@@ -124,7 +124,7 @@ def with_guidance_embedding(recording: Recording, guidance_scale: float | TimedS
     network = recording.network
     known = inspect.signature(type(network).__init__).parameters
     # A scale for each of several experts: no single network has room for it.
-    if isinstance(guidance_scale, TimedScale) or len(recording.experts) > 1 or "time_cond_proj_dim" not in known:
+    if not isinstance(guidance_scale, int | float) or len(recording.experts) > 1 or "time_cond_proj_dim" not in known:
         raise _lacking(network)
     if not trained:
         raise UserError("--guidance_embedding adds weights that no LoRA holds; leave out --lora_rank or the embedding")

@@ -21,7 +21,7 @@ from fewstep.data.real import RealSamples
 from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.data.shards import begun_about
 from fewstep.diffusion.draws import RESPONSE_STEP, Draws
-from fewstep.diffusion.intervals import TimedScale
+from fewstep.diffusion.scales import plain_scale
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.errors import UserError
 from fewstep.export.walk.teacher_shift import teacher_shift
@@ -216,11 +216,6 @@ def _make_together(
     with tqdm(total=count, desc="pairs", unit="pair", disable=not main) as bar:
         maker.run(rank, world, bar.update)
     accelerator.wait_for_everyone()
-
-
-def plain_scale(scale: float | TimedScale) -> float | list[float]:
-    """A guidance scale as JSON holds it: one number, or one for each interval of the time."""
-    return list(scale.scales) if isinstance(scale, TimedScale) else scale
 
 
 def _count(config: PairsConfig, real: RealSamples | None) -> int:

@@ -19,6 +19,7 @@ from fewstep.data.items import Items
 from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.intervals import TimedScale
+from fewstep.diffusion.scales import GuidanceScale
 from fewstep.errors import UserError
 from fewstep.export import why_no_lora
 from fewstep.networks.response import refuse_unresponsive
@@ -116,7 +117,7 @@ class Teacher:
 
     settings: TeacherSettings
     recording: Recording
-    guidance_scale: float | TimedScale
+    guidance_scale: GuidanceScale
     lora: FusedLora | None = None
     items: Items | None = None
     source: Source | None = None
@@ -164,7 +165,7 @@ def open_teacher(
     return Teacher(settings, recording, guidance_of(settings, recording), lora, items, source, again)
 
 
-def guidance_of(settings: TeacherSettings, recording: Recording) -> float | TimedScale:
+def guidance_of(settings: TeacherSettings, recording: Recording) -> GuidanceScale:
     """The w of neg + w (pos - neg) that the teacher is asked with, or one for each expert that shares the time."""
     from fewstep.fashion import TEACHERS
 
@@ -231,7 +232,7 @@ def conditions_of(
 
 def refuse_guided_alike(
     recording: Recording,
-    guidance_scale: float | TimedScale,
+    guidance_scale: GuidanceScale,
     conditions: Conditions,
     draws: Draws,
     told: Callable[[AnyConditioning], AnyConditioning] = lambda conditioning: conditioning,

@@ -23,9 +23,9 @@ from fewstep.data.partition import part_of
 from fewstep.data.real import RealSamples
 from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.diffusion.draws import OBSERVATION_STEP, RESPONSE_STEP, Draws
-from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.phases import Phase, describe
 from fewstep.diffusion.rollout import Sampler
+from fewstep.diffusion.scales import GuidanceScale
 from fewstep.export import plan_student
 from fewstep.export.any_flow import takes_two_times
 from fewstep.export.flow_map import refuse_no_flow_map
@@ -208,7 +208,7 @@ class Workbench:
         refuse_jumping(roles, self._two(), self.with_default_guidance(self.conditions.select([0, 0])), exact)
         return roles
 
-    def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
+    def guided(self, role: Role, guidance_scale: GuidanceScale | None = None) -> GuidedDenoiser:
         """A role under guidance, by default the run's, which is the teacher's."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return GuidedDenoiser(role, scale, self.further, joint=not self.config.sequential_guidance)

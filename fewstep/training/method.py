@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.batch import Batch
-from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.phases import Phase
 from fewstep.diffusion.rollout import Sampler
+from fewstep.diffusion.scales import GuidanceScale
 from fewstep.networks.features import FeatureTap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.guidance_embedding import GuidanceEmbedding
@@ -102,7 +102,7 @@ class Bench(Protocol):
         ...
 
     @property
-    def guidance_scale(self) -> float | TimedScale:
+    def guidance_scale(self) -> GuidanceScale:
         """Of the teacher: the w of neg + w (pos - neg), or one for each expert that shares the time."""
         ...
 
@@ -155,7 +155,7 @@ class Bench(Protocol):
         """
         ...
 
-    def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
+    def guided(self, role: Role, guidance_scale: GuidanceScale | None = None) -> GuidedDenoiser:
         """A role under guidance, by default the run's, which is the teacher's."""
         ...
 

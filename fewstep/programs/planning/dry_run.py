@@ -19,9 +19,9 @@ from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batch, Pairs, Real
 from fewstep.data.pairs import numbers_used
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.intervals import TimedScale
 from fewstep.diffusion.phases import Phase
 from fewstep.diffusion.rollout import Sampler
+from fewstep.diffusion.scales import GuidanceScale
 from fewstep.diffusion.timesteps import even_grid
 from fewstep.export.any_flow import takes_two_times
 from fewstep.export.flow_map import refuse_no_flow_map
@@ -144,7 +144,7 @@ class DryRun:
         ask_at_all_times(roles["student"])
         return roles
 
-    def guided(self, role: Role, guidance_scale: float | TimedScale | None = None) -> GuidedDenoiser:
+    def guided(self, role: Role, guidance_scale: GuidanceScale | None = None) -> GuidedDenoiser:
         """As in a run."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return GuidedDenoiser(role, scale, self.further, joint=not self.config.sequential_guidance)
