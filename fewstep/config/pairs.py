@@ -30,6 +30,8 @@ class PairsConfig(Settings):
         cache: folder of fewstep cache, in the place of prompts or classes; with items, of these.
         call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
         guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own.
+        image_guidance_scale: of a teacher with three answers (InstructPix2Pix), its guidance towards the picture;
+            default the pipeline's own.
         negative_prompt: what guidance leads away from; default the pipeline's own.
         teacher_steps: steps of the teacher's ODE for each pair.
         solver: euler (DDIM for tables) or heun (twice the network calls).
@@ -61,6 +63,7 @@ class PairsConfig(Settings):
     cache: str | None = None
     call: dict[str, Any] | None = None
     guidance_scale: float | None = None
+    image_guidance_scale: float | None = None
     negative_prompt: str | None = None
     teacher_steps: int = 25
     solver: str = "euler"

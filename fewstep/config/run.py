@@ -42,6 +42,8 @@ class RunConfig(Settings):
         call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
         guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own. A network
             with embedded guidance is told this value instead, teacher and student alike.
+        image_guidance_scale: of a teacher with three answers (InstructPix2Pix), its guidance towards the picture,
+            beside guidance_scale, which is that towards the prompt; default the pipeline's own.
         sequential_guidance: ask a guided network for the condition and for its negative in two calls: slower, and in
             less memory where no gradient passes through them.
         negative_prompt: what guidance leads away from; default the pipeline's own.
@@ -132,6 +134,7 @@ class RunConfig(Settings):
     cache: str | None = setting("source", None)
     call: dict[str, Any] | None = None
     guidance_scale: float | None = None
+    image_guidance_scale: float | None = None
     sequential_guidance: bool = setting("machine", False)
     negative_prompt: str | None = None
     data: str | None = setting("source", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +42,14 @@ class PlacedScale:
 GuidanceScale = float | TimedScale | PlacedScale
 
 
-def plain_scale(scale: GuidanceScale) -> float | list[float]:
-    """A guidance scale as JSON holds it: one number, or one for each interval of the time or place in a sample."""
-    return scale if isinstance(scale, int | float) else list(scale.scales)
+def plain_scale(scale: GuidanceScale, later: Sequence[float] = ()) -> float | list[float]:
+    """A guidance scale as JSON holds it: one number, or one for each interval of the time or place in a sample.
+
+    Of a teacher with more than two answers the ``later`` scales stand behind it.
+    """
+    if not later:
+        return scale if isinstance(scale, int | float) else list(scale.scales)
+    return [*([scale] if isinstance(scale, int | float) else scale.scales), *later]
 
 
 def one_number(scale: GuidanceScale, what: str) -> float:

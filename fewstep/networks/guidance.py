@@ -29,16 +29,6 @@ def guide(positive: Tensor, negative: Tensor, guidance_scale: float | Tensor) ->
     return torch.lerp(negative, positive, guidance_scale)
 
 
-def rescale_last_axis(guided: Tensor, positive: Tensor) -> Tensor:
-    """``guided`` with the norm of ``positive`` along the last axis (per token); both (B, ..., C)."""
-    return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
-
-
-def rescale_norm(guided: Tensor, positive: Tensor) -> Tensor:
-    """``guided`` shrunk, never grown, to the norm of ``positive`` over the whole tensor; both (B, ...)."""
-    return guided * (positive.norm() / guided.norm()).clamp(max=1.0)
-
-
 def _repeated(t: Tensor, count: int) -> Tensor:
     return torch.cat([t] * count)
 

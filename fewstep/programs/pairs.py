@@ -104,7 +104,7 @@ def _make_pairs(
         steps=config.teacher_steps,
         solver=config.solver,
         shift=_own_shift(recording),
-        guidance_scale=plain_scale(scale),
+        guidance_scale=plain_scale(scale, opened.later_scales),
         seed=config.seed,
         batch_size=config.batch_size,
         shard_size=config.shard_size,
@@ -113,7 +113,7 @@ def _make_pairs(
     )
     identity = teacher_digest(recording)
     frozen = make_roles(RoleSettings(mixed_precision=config.mixed_precision), recording, (), device)["teacher"]
-    guided = GuidedDenoiser(frozen, scale, conditions.further)
+    guided = GuidedDenoiser(frozen, scale, conditions.further, later=opened.later_scales)
     independent = config.share
 
     def begin(second: bool) -> PairMaker:
@@ -165,7 +165,7 @@ def pairs_of_run(
             steps=wanted.steps,
             solver=wanted.solver,
             shift=_own_shift(bench.recording),
-            guidance_scale=plain_scale(bench.guidance_scale),
+            guidance_scale=plain_scale(bench.guidance_scale, bench.teacher.later_scales),
             seed=config.seed,
             batch_size=begun.get("batch_size", size),
             shard_size=begun.get("shard_size", size * max(1, _ROWS // size)),
@@ -191,7 +191,8 @@ def pairs_of_run(
             )
         return found
 
-    mine = plain_scale(bench.guidance_scale) if wanted.guided or config.guidance_scale is not None else None
+    own = plain_scale(bench.guidance_scale, bench.teacher.later_scales)
+    mine = own if wanted.guided or config.guidance_scale is not None else None
     out = Path(config.out)
     pairs = made(out / "pairs", None) if wanted.folder is None else given(wanted.folder, "noise", mine)
     scale = pairs.about["guidance_scale"] if mine is None else mine

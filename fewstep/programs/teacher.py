@@ -19,7 +19,7 @@ from fewstep.data.items import Items
 from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.intervals import TimedScale
-from fewstep.diffusion.scales import GuidanceScale
+from fewstep.diffusion.scales import GuidanceScale, PlacedScale
 from fewstep.errors import UserError
 from fewstep.export import why_no_lora
 from fewstep.networks.response import refuse_unresponsive
@@ -42,6 +42,7 @@ class TeacherSettings:
     variant: str | None = None
     call: dict[str, Any] | None = None
     guidance_scale: float | None = None
+    image_guidance_scale: float | None = None
     negative_prompt: str | None = None
     teacher_lora: str | None = None
     quantization: str | None = None
@@ -74,7 +75,8 @@ class TeacherSettings:
     @property
     def recorded_call(self) -> dict[str, Any]:
         """The keyword arguments that the teacher is recorded with."""
-        told = {"guidance_scale": self.guidance_scale, "negative_prompt": self.negative_prompt}
+        names = ("guidance_scale", "image_guidance_scale", "negative_prompt")
+        told = {name: getattr(self, name) for name in names}
         return {**(self.call or {}), **{name: value for name, value in told.items() if value is not None}}
 
     def load(self, parts: dict[str, Any] | None = None, *, quantized: bool = True) -> DiffusionPipeline:
@@ -122,6 +124,12 @@ class Teacher:
     items: Items | None = None
     source: Source | None = None
     reload: Callable[[dict[str, Any]], DiffusionPipeline] | None = field(default=None, repr=False)
+
+    @property
+    def later_scales(self) -> tuple[float, ...]:
+        """The scales between its further answers, as the pipeline has them in the call; () of at most two answers."""
+        weighing = self.recording.guidance.weighing
+        return () if weighing is None else weighing.scales[1:]
 
     def refuse_next_time(self, what: str) -> None:
         """Raise ``UserError`` for a network that is told the next time too; ``what`` says what that forbids."""
@@ -176,6 +184,8 @@ def guidance_of(settings: TeacherSettings, recording: Recording) -> GuidanceScal
         less = report.offset or 0.0 if wish is not None else 0.0
         scales = tuple(1.0 if w == 1.0 else w - less for w in report.expert_scales)
         return scales[0] if len(set(scales)) == 1 else TimedScale(recording.intervals, scales)
+    if (weighing := report.weighing) is not None and weighing.places and report.argument_scale not in (None, 1.0):
+        return PlacedScale(weighing.places, weighing.axis)  # its pipeline has no single scale that could be wished
     # A network that is told its guidance got it with the conditioning; what is left is a second, explicit guidance.
     if wish is not None and not report.embedded:
         return wish

@@ -211,7 +211,8 @@ class Workbench:
     def guided(self, role: Role, guidance_scale: GuidanceScale | None = None) -> GuidedDenoiser:
         """A role under guidance, by default the run's, which is the teacher's."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return GuidedDenoiser(role, scale, self.further, joint=not self.config.sequential_guidance)
+        joint = not self.config.sequential_guidance
+        return GuidedDenoiser(role, scale, self.further, joint, self.teacher.later_scales)
 
     def tap(self, role: Role) -> FeatureTap:
         """Where a role's features are tapped, the same place in each of several experts."""

@@ -1,7 +1,7 @@
 """How to call a pipeline's denoiser, learnt by watching the pipeline run, and proved against it."""
 
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.guided import GuidanceReport
+from fewstep.recording.guidance_report import GuidanceReport
 from fewstep.recording.proof import Proof
 from fewstep.recording.recipe import Recipe
 from fewstep.recording.recorder import record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,11 +26,30 @@ NO_RESPONSE = "the answer does not depend on the prompt, even on shaken weights,
 
 @dataclass(frozen=True)
 class GuidedCall:
-    """A guided call's arguments beside the invocation's, and which answer of the network is which."""
+    """How to make a guided call again.
+
+    Attributes:
+        changes: its arguments beside the invocation's.
+        order: which answer of the network is the positive one, and which are what guidance leads away from, in the
+            order in which it does.
+        calls: of the network in a step.
+        stub: stands in for the network, for one sample.
+    """
 
     changes: dict[str, Any]
-    positive: int
-    negative: int
+    order: tuple[int, ...]
+    calls: int
+    stub: Stub = field(repr=False, compare=False)
+
+    @property
+    def positive(self) -> int:
+        """Which answer is the positive one."""
+        return self.order[0]
+
+    @property
+    def negative(self) -> int:
+        """Which answer is the first that guidance leads away from."""
+        return self.order[1]
 
 
 @dataclass(frozen=True)

@@ -12,60 +12,13 @@ from fewstep.recording.denoisers import Denoisers
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.fit import fit_sample
 from fewstep.recording.formula import NO_RESPONSE, FormulaFit, GuidedCall, expert_guidance
+from fewstep.recording.guidance_report import GuidanceReport
 from fewstep.recording.invocation import SCALES, Invocation
 from fewstep.recording.observation import Step
 from fewstep.recording.shake import shaken
 from fewstep.recording.subject import Subject
 
 _STEPS = 4
-
-
-@dataclass(frozen=True)
-class GuidanceReport:
-    """What the recorder found out about a pipeline's guidance. Reported, not used: fewstep guides with its own formula.
-
-    Attributes:
-        off_argument: the keyword argument and value that switch classifier-free guidance off; None: there is none.
-        argument_scale: the pipeline's default (or the caller's value) of that argument, None where unknown.
-        embedded: the network is told a guidance value; that is conditioning, recorded at the caller's value.
-        calls: network calls in a guided step (1: one call of both halves); 0 without classifier-free guidance.
-        order: "negative, positive" or "positive, negative".
-        formula: (n, p) with guided = n * negative + p * positive at `formula_scale`; None: not linear, or not seen.
-        formula_scale: the pipeline's value at which the formula was fitted.
-        linear: whether the guided answer is a linear combination; None: not seen.
-        offset: fewstep's guidance_scale is the pipeline's value plus this (0, or 1 for pos + w (pos - neg)).
-        remark: what could not be seen, in words.
-        expert_formulas: `formula` of each of several networks that are split by time, in the same guided call.
-        expert_scales: w of neg + w (pos - neg) of each of them in the pipeline's call as it was given; 1 is off.
-    """
-
-    off_argument: tuple[str, float] | None = None
-    argument_scale: float | None = None
-    embedded: bool = False
-    calls: int = 0
-    order: str | None = None
-    formula: tuple[float, float] | None = None
-    formula_scale: float | None = None
-    linear: bool | None = None
-    offset: float | None = None
-    remark: str = ""
-    expert_formulas: tuple[tuple[float, float], ...] = ()
-    expert_scales: tuple[float, ...] = ()
-
-    def describe(self) -> str:
-        """One line for people."""
-        embedded = "embedded guidance is part of the conditioning; " if self.embedded else ""
-        if self.off_argument is None:
-            return f"{embedded}no classifier-free guidance" + (f" ({self.remark})" if self.remark else "")
-        name, value = self.off_argument
-        text = f"{embedded}off at {name}={value:g}; {self.calls} call{'s' * (self.calls != 1)}, {self.order}"
-        if self.formula is not None:
-            text += f"; {self.formula[0]:.4g}*negative + {self.formula[1]:.4g}*positive at {self.formula_scale:g}"
-        elif self.linear is False:
-            text += "; the pipeline's sum is not linear (fewstep's is)"
-        if self.expert_scales:
-            text += f"; scales of the networks {', '.join(f'{w:g}' for w in self.expert_scales)}"
-        return text + (f"; {self.remark}" if self.remark else "")
 
 
 def scale_arguments(invocation: Invocation) -> list[str]:
@@ -195,6 +148,69 @@ def record_guided(
         denoisers: of its loop.
         embedded: their arguments that follow an embedded guidance.
     """
+    found = find_guided(subject, denoisers)
+    if isinstance(found, str):
+        return GuidanceReport(embedded=bool(embedded), remark=found), None, None
+    changes, name, steps, pieces = found.changes, found.name, found.steps, found.pieces
+    if len(pieces) > 2:
+        raise RecordingError(
+            f"a guided step of {subject} asks its network for {len(pieces)} answers per sample, more than a "
+            "positive and a negative one; switch the further guidance off in the call"
+        )
+    positive, certain = _find_positive(subject, denoisers, changes, pieces, embedded)
+    calls = len(denoisers.calls(steps[0]))
+    guided = GuidedCall(changes, (positive, 1 - positive), calls, denoisers.stub)
+    fit = FormulaFit(denoisers, guided, found.scale)
+    fitted, linear, offset, words = fit(steps)
+    if words == NO_RESPONSE:
+        with shaken(*denoisers.networks):
+            fitted, linear, offset, words = fit(_guided_steps(subject, changes))
+    default = subject.invocation.default(name)
+    report = GuidanceReport(
+        off_argument=(name, found.off),
+        argument_scale=float(default) if isinstance(default, int | float) else None,
+        embedded=bool(embedded),
+        calls=calls,
+        order="positive, negative" if positive == 0 else "negative, positive",
+        formula=fitted,
+        formula_scale=found.scale,
+        linear=linear,
+        offset=offset,
+        remark=words if certain else "the prompt changes neither half, so their order was not seen",
+    )
+    if denoisers.visits is not None:
+        formulas, scales = expert_guidance(subject, fit, denoisers.visits, pieces, (name, found.off))
+        report = replace(report, expert_formulas=formulas, expert_scales=scales)
+    return report, in_types_of(pieces[1 - positive], denoisers.unguided), guided
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A guided call of one sample.
+
+    Attributes:
+        changes: to the call with guidance off.
+        name: of the argument that guides.
+        scale: its value.
+        off: the value that switches guidance off.
+        steps: the first two.
+        pieces: the conditioning of each answer in them, in the pipeline's order.
+    """
+
+    changes: dict[str, Any]
+    name: str
+    scale: float
+    off: float
+    steps: list[Step]
+    pieces: list[Conditioning]
+
+
+def find_guided(subject: Subject, denoisers: Denoisers) -> Guided | str:
+    """A call that asks the network for several answers in a step; in words what was tried, where there is none.
+
+    Raises:
+        RecordingError: the call as it was given is guided, and fails under every scale that was tried.
+    """
     failure: RecordingError | None = None
     for changes, name, scale in _guided_attempts(subject):
         try:
@@ -206,41 +222,11 @@ def record_guided(
         if len(pieces) < 2:
             continue
         off_value = subject.off[name] if name in subject.off else _off_value(subject, denoisers, changes, name)
-        if off_value is None:
-            continue  # another argument guides here
-        if len(pieces) > 2:
-            raise RecordingError(
-                f"a guided step of {subject} asks its network for {len(pieces)} answers per sample, more than a "
-                "positive and a negative one; switch the further guidance off in the call"
-            )
-        positive, certain = _find_positive(subject, denoisers, changes, pieces, embedded)
-        guided = GuidedCall(changes, positive, 1 - positive)
-        fit = FormulaFit(denoisers, guided, scale)
-        fitted, linear, offset, words = fit(steps)
-        if words == NO_RESPONSE:
-            with shaken(*denoisers.networks):
-                fitted, linear, offset, words = fit(_guided_steps(subject, changes))
-        default = subject.invocation.default(name)
-        report = GuidanceReport(
-            off_argument=(name, off_value),
-            argument_scale=float(default) if isinstance(default, int | float) else None,
-            embedded=bool(embedded),
-            calls=len(denoisers.calls(steps[0])),
-            order="positive, negative" if positive == 0 else "negative, positive",
-            formula=fitted,
-            formula_scale=scale,
-            linear=linear,
-            offset=offset,
-            remark=words if certain else "the prompt changes neither half, so their order was not seen",
-        )
-        if denoisers.visits is not None:
-            formulas, scales = expert_guidance(subject, fit, denoisers.visits, pieces, (name, off_value))
-            report = replace(report, expert_formulas=formulas, expert_scales=scales)
-        return report, in_types_of(pieces[1 - positive], denoisers.unguided), guided
+        if off_value is not None:  # else another argument guides here
+            return Guided(changes, name, scale, off_value, steps, pieces)
     if subject.off and failure is not None:
         raise failure  # the call was guided before, so this is not a pipeline without guidance
-    words = "" if failure is None else f"a guided call was tried and failed: {failure}"
-    return GuidanceReport(embedded=bool(embedded), remark=words), None, None
+    return "" if failure is None else f"a guided call was tried and failed: {failure}"
 
 
 def _off_value(subject: Subject, denoisers: Denoisers, changes: dict[str, Any], name: str) -> float | None:
@@ -260,7 +246,9 @@ def _guided_attempts(subject: Subject) -> Iterator[tuple[dict[str, Any], str, fl
         default = invocation.default(name)
         scale = float(default) if isinstance(default, int | float) and default > 1 else 5.0
         yield {name: scale}, name, scale
-        if "negative_prompt" in invocation.parameters and invocation.call.get("negative_prompt") is None:
+        own = invocation.item.arguments if invocation.conditional == "item" else invocation.call
+        given = invocation.call.get("negative_prompt", own.get("negative_prompt"))
+        if "negative_prompt" in invocation.parameters and given is None:
             yield {name: scale, "negative_prompt": ""}, name, scale
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.recording.call_parts import answers, network_calls
 from fewstep.recording.items import with_pictures_of
 from fewstep.recording.observation import Observation
 from fewstep.recording.proof_runs import own_calls, relative_error, run
@@ -67,3 +68,25 @@ def _together(recording: Recorded, runs: list[Observation], told: list[Condition
         wanted = torch.cat([one.model_output, two.model_output])
         errors.append(relative_error(answer, wanted))
     return max(errors)
+
+
+def guided_item_errors(recording: Recorded, seed: int) -> dict[str, float]:
+    """The errors of each answer, and of their weighed sum, in a guided run of the item that nothing was learnt from.
+
+    {} without guidance. Of several networks the answers alone are compared, as each weighs them in its own way.
+    """
+    guided, weighing = recording.guided, recording.guidance.weighing
+    if guided is None:
+        return {}
+    other, errors = recording.invocation.other, {"guided, each answer": 0.0}
+    seen = run(recording, [other], seed, changes=guided.changes, draw=_DRAW)
+    told = [*recording.draw_each([other], _DRAW), *recording.negative_each([other], _DRAW)[0]]
+    for step, own in own_calls(recording, seen):
+        theirs = answers(network_calls(step, recording.components), recording.recipe, step)
+        ours = [own(step.network_input[:1], conditioning) for conditioning in told]
+        pairs = list(zip(ours, (theirs[number] for number in guided.order), strict=True))
+        errors["guided, each answer"] = max(errors["guided, each answer"], *(relative_error(*pair) for pair in pairs))
+        if weighing is not None and len(recording.experts) == 1:
+            error = relative_error(weighing.combined(ours), step.model_output[:1])
+            errors["guided, combined"] = max(errors.get("guided, combined", 0.0), error)
+    return errors

@@ -35,6 +35,7 @@ def observe(
     *,
     steps: int | None = None,
     before: str | None = None,
+    skip: int = 0,
     replace: Callable[[int, Tensor], Tensor] | None = None,
     stub: Stub | None = None,
     stop_at_decode: bool = False,
@@ -49,6 +50,7 @@ def observe(
         arguments: of its call.
         steps: stop after so many `scheduler.step` calls; None: let the pipeline finish.
         before: name of a component; stop when it is called (its arguments are kept, it does not run).
+        skip: so many calls of it go before that.
         replace: (index of the step, the scheduler's next sample) -> what the pipeline is given instead.
         stub: components whose forward is not run, and what they return instead.
         stop_at_decode: stop when the decoder is called and keep what it is given.
@@ -69,7 +71,7 @@ def observe(
         check = partial(refuse_unfinite_step, pipeline, result=stub is None)
         watch_scheduler(scheduler, seen, steps, replace, x0, check)
         for component, module in modules_of(pipeline).items():
-            stack.enter_context(_watched(component, module, seen, before, stub))
+            stack.enter_context(_watched(component, module, seen, before, stub, skip))
         decoder = find_decoder(pipeline)
         if decoder is not None and stop_at_decode:
             stack.enter_context(_decode_caught(getattr(pipeline, decoder), seen))
@@ -146,7 +148,7 @@ def _left_as_found(pipeline: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _watched(
-    component: str, module: nn.Module, seen: Observation, before: str | None, stub: Stub | None
+    component: str, module: nn.Module, seen: Observation, before: str | None, stub: Stub | None, skip: int = 0
 ) -> Iterator[None]:
     """Note the calls of a component in `seen`, where it is stubbed without running it."""
     signature = inspect.signature(module.forward)
@@ -162,7 +164,7 @@ def _watched(
         running.append(NetworkCall(component, capture_changes(arguments, previous)))
         previous.update(running[-1].arguments)
         seen.pending.append(running[-1])
-        if component == before:
+        if component == before and sum(call.component == before for call in seen.pending) > skip:
             raise Stop
 
     def leave(_name: str, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:

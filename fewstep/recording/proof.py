@@ -21,7 +21,7 @@ from fewstep.recording.call_parts import answers, network_calls, repeated, witho
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.formula import GuidedCall
 from fewstep.recording.guided import another_item
-from fewstep.recording.item_proof import item_errors
+from fewstep.recording.item_proof import guided_item_errors, item_errors
 from fewstep.recording.items import with_pictures_of
 from fewstep.recording.observation import NetworkCall, Observation, Step
 from fewstep.recording.pipeline import evaluating
@@ -135,6 +135,8 @@ def _checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> tu
             notes.append("the two items of the recording cannot form one batch, so they were compared one by one")
         else:
             checks.append(Check(f"{prefix}unguided, two items in one call", errors.two, max(5e-6, allowed)))
+        guided = guided_item_errors(recording, seed + 2)
+        checks += [Check(prefix + name, error, max(1e-5, allowed)) for name, error in guided.items()]
         return checks, errors.swapped
     return checks + _pair_checks(recording, seed, notes, prefix), None
 

@@ -14,12 +14,12 @@ from fewstep.conditioning.conditioning import Conditioning, remark
 from fewstep.conditioning.item import Item
 from fewstep.diffusion.intervals import TimeIntervals
 from fewstep.diffusion.schedule import NoiseSchedule
-from fewstep.recording.call_parts import mark_arguments, without_sample
+from fewstep.recording.call_parts import in_types_of, mark_arguments, split_pieces, without_sample
 from fewstep.recording.dtypes import network_dtype
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.experts import Expert, Visits, components_of, expert_at
 from fewstep.recording.formula import GuidedCall
-from fewstep.recording.guided import GuidanceReport
+from fewstep.recording.guidance_report import GuidanceReport
 from fewstep.recording.hooks import hooked
 from fewstep.recording.invocation import Invocation
 from fewstep.recording.item_learning import Told
@@ -27,7 +27,7 @@ from fewstep.recording.item_marks import by_axes
 from fewstep.recording.items import as_items, check_items
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.recipe import Recipe
-from fewstep.recording.subject import Subject
+from fewstep.recording.subject import Subject, Watching
 
 # Any count will do for a run that ends before the network's first call.
 CONDITION_STEPS = 4
@@ -198,6 +198,24 @@ class Recorded:
             )
         return Conditioning.cat(each)
 
+    def negative_each(self, items: Sequence[Item | Mapping[str, Any]], seed: int = 0) -> list[tuple[Conditioning, ...]]:
+        """What the network is told for the further answers of each item, each encoded alone; () without guidance.
+
+        Args:
+            items: for a recording that was made with items.
+            seed: of what the pipeline draws, as in :meth:`draw_each`.
+
+        Raises:
+            RecordingError: as of :meth:`condition_each`.
+        """
+        asked = self._asked(None, None, items)
+        return [() if self.guided is None else self._further(item, self.guided, seed) for item in asked]
+
+    @property
+    def further(self) -> int:
+        """How many answers guidance leads away from; 0 without classifier-free guidance."""
+        return 0 if self.guided is None else len(self.guided.order) - 1
+
     def negative(self) -> Conditioning | None:
         """The negative conditioning that the pipeline itself uses (batch 1); None without classifier-free guidance."""
         return self._negative
@@ -278,6 +296,21 @@ class Recorded:
             if self.told is not None:
                 return Conditioning(by_axes(arguments, self.told.pictures | self.told.items), 1)
             return Conditioning(mark_arguments(self.component, arguments, self._told([item, item])), 1)
+
+    def _further(self, item: Item, guided: GuidedCall, seed: int) -> tuple[Conditioning, ...]:
+        """What the network is told in a guided step of an item, the positive answer apart."""
+        # Up to the last call of the step, so that nothing is asked of the network but what it is told.
+        watching = Watching(before=self.component, skip=guided.calls - 1, stub=guided.stub)
+        seen = self.subject.run(CONDITION_STEPS, [item], guided.changes, seed, **watching)
+        calls = [call for call in seen.pending if call.component == self.component]
+        try:
+            pieces = split_pieces(calls, self.recipe, self.marked)
+        except (RecordingError, ValueError):
+            # This item has other arguments than the recorded one: mark each answer by itself.
+            paths = frozenset() if self.told is None else self.told.pictures | self.told.items
+            pieces = [Conditioning(by_axes(without_sample(call, self.recipe), paths), 1) for call in calls]
+        positive = Conditioning(self.marked, 1)
+        return tuple(in_types_of(pieces[number], positive) for number in guided.order[1:])
 
     def _told(self, items: list[Any], seed: int = 0) -> dict[str, Any]:
         """What the pipeline tells its network of these prompts, labels or items in one call."""

@@ -20,9 +20,10 @@ from fewstep.recording.few_step import refuse_few_step, refuse_fixed_grid
 from fewstep.recording.find_experts import check_alike, find_experts, find_visits, loop_components
 from fewstep.recording.fit import fit_output, fit_sample, fit_times
 from fewstep.recording.fresh import fresh_samples
-from fewstep.recording.guided import GuidanceReport, embedded_paths, record_guided, switch_off, unguided_step
+from fewstep.recording.guided import embedded_paths, record_guided, switch_off, unguided_step
 from fewstep.recording.invocation import read_invocation
 from fewstep.recording.item_fit import RedrawnError, fit_entries, fit_output_entries
+from fewstep.recording.item_guidance import record_item_guidance
 from fewstep.recording.item_learning import learn_items
 from fewstep.recording.items import as_items
 from fewstep.recording.observation import Observation, Step, Stub
@@ -101,11 +102,11 @@ def _record(pipeline: Any, items: Sequence[Item] | None, call: dict[str, Any]) -
     visits = find_visits(subject, experts, stub) if len(experts) > 1 else None
     denoisers = Denoisers(experts, recipe, marked, stub, visits)
     embedded = embedded_paths(subject, denoisers)
-    if items is None:
+    negative = None
+    if told is None:
         report, negative, guided = record_guided(subject, denoisers, embedded)
     else:
-        words = "the further answers of a guided call are not recorded for items"
-        report, negative, guided = GuidanceReport(embedded=bool(embedded), remark=words), None, None
+        report, guided = record_item_guidance(subject, denoisers, embedded, told)
     return Recording(
         pipeline=pipeline,
         component=component,

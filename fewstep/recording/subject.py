@@ -18,6 +18,7 @@ class Watching(TypedDict, total=False):
 
     steps: int | None
     before: str | None
+    skip: int
     replace: Callable[[int, Tensor], Tensor] | None
     stub: Stub | None
     stop_at_decode: bool

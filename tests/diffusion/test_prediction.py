@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fewstep.diffusion.prediction import KINDS, add_noise, convert, from_x0, noise_from_x0, ode_step, to_x0, x0_map
 from fewstep.diffusion.schedule import EDMSchedule, NoiseSchedule, from_scheduler
-from fewstep.networks.guidance import guide, rescale_last_axis, rescale_norm
+from fewstep.networks.guidance import guide
+from fewstep.recording.weighing import rescale_last_axis, rescale_norm
 from tests.diffusion.test_schedule import SCHEDULES, SD, every_schedule
 
 TIMES = torch.tensor([0.02, 0.25, 0.5, 0.777, 0.98], dtype=torch.float64)

@@ -12,7 +12,8 @@ from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.losses.adversarial import discriminator_loss, generator_loss
 from fewstep.losses.score import Matching, distribution_matching, score_distillation
-from fewstep.networks.guidance import guide, rescale_last_axis, rescale_norm
+from fewstep.networks.guidance import guide
+from fewstep.recording.weighing import rescale_last_axis, rescale_norm
 
 
 def generator_edm(golden: GoldenFile) -> None:

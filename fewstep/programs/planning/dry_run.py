@@ -85,7 +85,7 @@ class DryRun:
         # An input for the guidance that a run would add to the network weighs next to nothing, and is left out.
         told = config.embedded_guidance if recording.embedded else None
         self.guidance_embedding = None if told is None else likely_guidance_embedding(recording, told[0])
-        self.further = 0 if recording.negative() is None else 1
+        self.further = recording.further
         self._conditions = self._conditioning(config.batch_size)
 
     def prepare(self) -> Method:
@@ -147,7 +147,9 @@ class DryRun:
     def guided(self, role: Role, guidance_scale: GuidanceScale | None = None) -> GuidedDenoiser:
         """As in a run."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return GuidedDenoiser(role, scale, self.further, joint=not self.config.sequential_guidance)
+        weighing = self.recording.guidance.weighing
+        later = () if weighing is None else weighing.scales[1:]
+        return GuidedDenoiser(role, scale, self.further, not self.config.sequential_guidance, later)
 
     def tap(self, role: Role) -> FeatureTap:
         """As in a run, but its place alone is looked up: which tokens are the image is not observed."""
@@ -224,8 +226,10 @@ class DryRun:
             return make_roles(self.roles, self.recording, names, self.device, student, _always_the_first)
 
     def _conditioning(self, size: int) -> Conditioning:
-        negative = self.recording.negative()
-        one = Conditioning(self.recording.marked, 1, [] if negative is None else [negative])
+        told, negative = Conditioning(self.recording.marked, 1), self.recording.negative()
+        # Of items a further answer is of the positive one's size, or of nearly that.
+        others = [told] * self.further if negative is None else [negative]
+        one = Conditioning(told.tree, 1, others)
         return one.select([0] * size).to(device=self.device)
 
 

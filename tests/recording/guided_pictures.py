@@ -1,0 +1,170 @@
+"""Synthetic pipelines that are told a picture and guided: each in another way, all in the smallest form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+from picture_pipeline import CHANNELS, PictureNetwork, picture
+from torch import Tensor
+
+#: Every way in which such a pipeline is guided here.
+WAYS = ("one_call", "two_calls", "dropped", "other_picture", "rescaled", "plus_one", "drawn")
+
+
+class GuidedPictures(DiffusionPipeline):
+    """From a prompt and a picture (3, 4, 4) to an image; `way` is how it is guided."""
+
+    way = "one_call"
+
+    def __init__(self, network: PictureNetwork, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(network=network, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | None = None,
+        image: Tensor | None = None,
+        negative_prompt: str | None = None,
+        guidance_scale: float = 5.0,
+        num_inference_steps: int = 8,
+        generator: torch.Generator | None = None,
+        output_type: str = "pt",
+        return_dict: bool = True,
+    ) -> Any:
+        scales = {"guidance_scale": guidance_scale}
+        return self._sample(prompt, image, negative_prompt, scales, num_inference_steps, generator)
+
+    def _sample(
+        self,
+        prompt: str | None,
+        image: Any,
+        negative_prompt: str | None,
+        scales: dict[str, float],
+        steps: int,
+        generator: torch.Generator | None,
+    ) -> Any:
+        image = image[None]
+        if self.way == "drawn":
+            image = image + 0.1 * torch.randn(image.shape, generator=generator)
+        x = torch.randn(image.shape, generator=generator)
+        self.scheduler.set_timesteps(steps)
+        told = self.answers(prompt, negative_prompt, image, scales)
+        for t in self.scheduler.timesteps:
+            if self.way == "two_calls":
+                said = [self.ask(x, t, [one]) for one in told]
+            else:
+                said = list(self.ask(x, t, told).split(1))
+            x = self.scheduler.step(self.weighed(said, scales), t, x, return_dict=False)[0]
+        return ImagePipelineOutput(images=x.clamp(0, 1))
+
+    def answers(
+        self, prompt: str | None, negative: str | None, image: Tensor, scales: dict[str, float]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Text and picture of each answer."""
+        if scales["guidance_scale"] <= (0 if self.way == "plus_one" else 1):
+            return [(text(prompt), image)]
+        others = {"dropped": torch.zeros_like(image), "other_picture": torch.ones_like(image)}
+        positive, away = (text(prompt), image), (text(negative), others.get(self.way, image))
+        return [positive, away] if self.way in ("two_calls", "plus_one") else [away, positive]
+
+    def ask(self, x: Tensor, t: Tensor, told: list[tuple[Tensor, Tensor]]) -> Tensor:
+        rows = torch.cat([torch.cat([x, image], 1) for _, image in told])
+        texts = torch.cat([one for one, _ in told])
+        return self.network(rows, t.expand(len(rows)), text=texts)[0][:, :CHANNELS]
+
+    def weighed(self, said: list[Tensor], scales: dict[str, float]) -> Tensor:
+        if len(said) == 1:
+            return said[0]
+        positive, away = said if self.way in ("two_calls", "plus_one") else said[::-1]
+        if self.way == "plus_one":
+            return positive + scales["guidance_scale"] * (positive - away)
+        total = away + scales["guidance_scale"] * (positive - away)
+        if self.way == "rescaled":
+            total = total * positive.norm(dim=-1, keepdim=True) / total.norm(dim=-1, keepdim=True)
+        return total
+
+
+class ThreeAnswers(GuidedPictures):
+    """Text and picture, picture alone, neither, as InstructPix2Pix; in another order than it has."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | None = None,
+        image: Tensor | None = None,
+        negative_prompt: str | None = None,
+        guidance_scale: float = 5.0,
+        image_guidance_scale: float = 1.5,
+        num_inference_steps: int = 8,
+        generator: torch.Generator | None = None,
+        output_type: str = "pt",
+        return_dict: bool = True,
+    ) -> Any:
+        scales = {"guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale}
+        return self._sample(prompt, image, negative_prompt, scales, num_inference_steps, generator)
+
+    def answers(
+        self, prompt: str | None, negative: str | None, image: Tensor, scales: dict[str, float]
+    ) -> list[tuple[Tensor, Tensor]]:
+        if scales["guidance_scale"] <= 1 or scales["image_guidance_scale"] < 1:
+            return [(text(prompt), image)]
+        away = text(negative)
+        return [(away, torch.zeros_like(image)), (text(prompt), image), (away, image)]
+
+    def weighed(self, said: list[Tensor], scales: dict[str, float]) -> Tensor:
+        if len(said) == 1:
+            return said[0]
+        neither, both, alone = said
+        total = neither + scales["guidance_scale"] * (both - alone)
+        total = total + scales["image_guidance_scale"] * (alone - neither)
+        return total * total.abs().sum().sqrt() if self.way == "odd" else total
+
+
+class PlacedPictures(GuidedPictures):
+    """No prompt, and a scale for each row of the sample, as Stable Video Diffusion has one for each frame."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Tensor | None = None,
+        min_guidance_scale: float = 1.0,
+        max_guidance_scale: float = 3.0,
+        num_inference_steps: int = 8,
+        generator: torch.Generator | None = None,
+        output_type: str = "pt",
+        return_dict: bool = True,
+    ) -> Any:
+        scales = {"low": min_guidance_scale, "guidance_scale": max_guidance_scale}
+        return self._sample(None, image, None, scales, num_inference_steps, generator)
+
+    def weighed(self, said: list[Tensor], scales: dict[str, float]) -> Tensor:
+        if len(said) == 1:
+            return said[0]
+        away, positive = said
+        w = torch.linspace(scales["low"], scales["guidance_scale"], away.shape[2])[None, None, :, None]
+        return away + w * (positive - away)
+
+
+def text(prompt: str | None) -> Tensor:
+    """(1, 2, 3)."""
+    letters = [ord(c) % 7 for c in ((prompt or "") + "abcdef")[:6]]
+    return torch.tensor(letters).float().reshape(1, 2, CHANNELS)
+
+
+def guided_pictures(kind: type[GuidedPictures] = GuidedPictures, way: str = "one_call") -> GuidedPictures:
+    """A pipeline of one kind and way; the same weights each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = kind(PictureNetwork(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipeline.way = way
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def guided_items(kind: type[GuidedPictures] = GuidedPictures, count: int = 2) -> list[dict[str, Any]]:
+    """Items with a picture of their own each, and a prompt where the pipeline takes one."""
+    prompts: list[dict[str, Any]] = [{"prompt": f"{word} boat"} for word in "abcdef"]
+    return [{**({} if kind is PlacedPictures else prompts[i]), "image": picture(i)} for i in range(count)]
