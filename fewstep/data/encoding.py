@@ -67,7 +67,7 @@ def encode_each(
 
 
 def encode_one(recording: Recording, item: Any) -> Conditioning:
-    """The conditioning of a prompt, a label or an item.
+    """The conditioning of a prompt, a label or an item; of an item with its further answers, which are its own.
 
     Raises:
         UserError: the pipeline does not take an item, or makes NaN of it; the item is named.
@@ -76,10 +76,10 @@ def encode_one(recording: Recording, item: Any) -> Conditioning:
         (told,) = recording.condition_each(**{f"{recording.conditional}s": [item]})
         return told
     try:
-        (told,) = recording.condition_each(items=[item])
+        (told,), (others,) = recording.condition_each(items=[item]), recording.negative_each([item])
     except UserError as error:
         raise UserError(f"{item}: {error}") from error
-    return told
+    return Conditioning(told.tree, 1, others)
 
 
 def encoding_bar(recording: Recording, count: int, *, done: int = 0, disable: bool = False) -> tqdm[Any]:

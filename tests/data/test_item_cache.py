@@ -158,7 +158,12 @@ def test_items_of_several_forms_are_called_in_groups(recording: Recording, items
 
 def test_what_the_items_take_is_said(recording: Recording, items: Items) -> None:
     own = encode_one(recording, items.each[0])
-    size = sum(t.nbytes for name, t in own.arguments().items() if isinstance(t, torch.Tensor))
+    each = [own, *own.others]
+    told = [t for answer in each for t in answer.arguments().values() if isinstance(t, torch.Tensor)]
+    # What several answers are told, the picture and the negative's text, is kept once.
+    kept = [t for place, t in enumerate(told) if not any(torch.equal(t, before) for before in told[:place])]
+    size = sum(t.nbytes for t in kept)
+    assert len(each) == 3 and len(kept) == 4 < len(told)
     words = size_of_all(recording, items.each)
     assert words == f"5 items take about {5 * size / 1e6:.2f} MB once they are encoded, {size / 1e6:.2f} MB each"
 
@@ -185,3 +190,22 @@ def test_an_item_that_the_teacher_cannot_encode_is_named(recording: Recording, i
     (_, item) = read_items(given, type(recording.pipeline)).each
     with pytest.raises(UserError, match=f"^item 2: .*{words}"):
         encode_one(recording, item)
+
+
+def test_each_items_negative_is_cached_with_it_and_two_that_are_swapped_are_seen(
+    recording: Recording, items: Items, tmp_path: Path
+) -> None:
+    """What guidance leads an item away from holds its own picture, whatever it is batched with."""
+    cached = Conditions(recording, items=items.each, cache=ConditionCache(write(tmp_path / "cache", recording, items)))
+    here = Conditions(recording, items=items.each)
+    assert cached.further == here.further == recording.further > 0
+    own = recording.negative_each(items.each)
+    assert not any(equal(own[0][k], own[1][k]) for k in range(1))  # of two pictures
+    for conditions in (cached, here):
+        told = conditions.select([3, 0])
+        for place, row in enumerate((3, 0)):
+            one = told.select([place])
+            assert len(one.others) == recording.further
+            assert all(equal(a, b) for a, b in zip(one.others, own[row], strict=True))
+            assert all(equal(a.select([place]), b) for a, b in zip(conditions.others([3, 0]), own[row], strict=True))
+            assert not equal(one.others[0], own[3 - row][0])
