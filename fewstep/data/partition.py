@@ -52,6 +52,11 @@ def part_of(wanted: PartitionWanted, conditions: Conditions) -> Part:
     """
     if conditions.kind is None:
         raise UserError("this teacher is conditioned on nothing, so that there is nothing to divide among students")
+    if conditions.kind == "item":
+        raise UserError(
+            "students that share the work are chosen by a prompt or a label, and this teacher takes items: train one, "
+            "with dmd2"
+        )
     if len(conditions) < wanted.students:
         count, kind = len(conditions), conditions.kind
         raise UserError(f"{count} {kind}{'s' * (count != 1)} are too few for --students {wanted.students}")

@@ -86,3 +86,10 @@ def test_lists_of_prompts(tmp_path: Any) -> None:
     files[1].write_text("prompt 1\nanother\n")
     with pytest.raises(UserError, match="has 'another', which is not among the run's prompts"):
         parts(conditions, students=2, by="lists", lists=tuple(map(str, files)))
+
+
+def test_items_are_not_divided() -> None:
+    conditions = Told(torch.randn(4, 2, generator=torch.Generator().manual_seed(0)))
+    conditions.kind = "item"
+    with pytest.raises(UserError, match="this teacher takes items: train one, with dmd2"):
+        parts(conditions, students=2, by="consecutive")

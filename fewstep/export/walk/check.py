@@ -8,7 +8,6 @@ be x0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from fewstep.diffusion.strategic import Move, strategic_step, walk_end
 from fewstep.diffusion.timesteps import descends
 from fewstep.errors import one_line
 from fewstep.export.errors import ExportError
+from fewstep.export.walk.start import start_of
 from fewstep.export.walk.trace import Trace, TracedStep, replay, trace
 from fewstep.recording import Recipe
 from fewstep.recording.pipeline import find_scheduler
@@ -47,6 +47,7 @@ class SchedulerCheck:
         initial_scale: the first x_t is this times unit noise.
         noise_follows: ``"generator"``, ``"global seed"``, or None where no noise is drawn between steps.
         deviation: the largest deviation met, in units of the tolerance (1 would be too much).
+        traced: whether the first x_t also holds a trace of a picture.
     """
 
     timesteps: tuple[float, ...]
@@ -54,6 +55,7 @@ class SchedulerCheck:
     initial_scale: float
     noise_follows: str | None
     deviation: float
+    traced: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def walk(
     move: Move,
     component_at: Callable[[float], str],
     reference: Reference | None = None,
+    pictured: bool = False,
 ) -> SchedulerCheck:
     """Run the stock pipeline and check every step.
 
@@ -90,6 +93,7 @@ def walk(
         move: what a step does.
         component_at: the component that training calls at a scheduler's timestep.
         reference: also compare the network's answers with the recipe's, at the same x and timestep.
+        pictured: the first sample may hold a trace of a picture (HunyuanVideo: a thousandth).
 
     Raises:
         SchedulerCheckError: the pipeline does not run with this scheduler, or a step is not the student's; the message
@@ -118,12 +122,19 @@ def walk(
     follows = None
     if move.renoise != "ode" and drawn:
         follows = "generator" if all(draw.own_generator for draw in drawn) else "global seed"
+    x_t = _x_t(schedule, steps[0].network_input, times[0])
+    start = start_of(
+        seen, getattr(pipeline, find_scheduler(pipeline)), x_t, _TOLERANCE[steps[0].sample.dtype], pictured
+    )
+    if start is None:
+        raise SchedulerCheckError(f"{name} does not start from unit noise times a number")
     return SchedulerCheck(
         timesteps=tuple(step.timestep for step in steps),
         grid=tuple(min(float(t[0]), 1.0) for t in times),
-        initial_scale=_initial_scale(name, getattr(pipeline, find_scheduler(pipeline)), seen, schedule, times[0]),
+        initial_scale=start.scale,
         noise_follows=follows,
         deviation=max(deviations),
+        traced=start.traced,
     )
 
 
@@ -247,34 +258,6 @@ def _check_told(name: str, steps: list[TracedStep], recipe: Recipe) -> None:
         if rule.source == "timestep" and len(set(told)) < len(told):
             listed = ", ".join(f"{value:g}" for value in told)
             raise SchedulerCheckError(f"{name} tells the network the times {listed}, two of which are the same")
-
-
-def _initial_scale(name: str, scheduler: Any, seen: Trace, schedule: NoiseSchedule, t: Tensor) -> float:
-    """What unit noise was multiplied with to give the first x_t, found by looking the drawn numbers up in it."""
-    first = seen.steps[0]
-    x = _x_t(schedule, first.network_input, t).flatten().sort().values
-    # The scheduler's own word for it, in x_t: exact where the measured number is rounded.
-    sample = first.sample.double().cpu().flatten().sort().values
-    stated = float(getattr(scheduler, "init_noise_sigma", 1.0)) * float(x.norm() / sample.norm())
-    close = _TOLERANCE[first.sample.dtype]
-    for draw in seen.initial_draws:
-        noise = draw.value.double().cpu().flatten().sort().values
-        if noise.numel() > x.numel() and _holds(noise, x / stated, 10 * close):
-            return stated  # a part of the noise: of the rest a picture takes the place
-        if noise.numel() != x.numel():
-            continue
-        # Packing reorders the noise, so sorted values are compared.
-        scale = float(x.norm() / noise.norm())
-        if bool((x - scale * noise).abs().max() <= 10 * close * scale):
-            return stated if math.isclose(scale, stated, rel_tol=close) else scale
-    raise SchedulerCheckError(f"{name} does not start from unit noise times a number")
-
-
-def _holds(values: Tensor, some: Tensor, tolerance: float) -> bool:
-    """Whether each of some numbers is one of the sorted values, within a tolerance."""
-    places = torch.searchsorted(values, some).clamp(1, len(values) - 1)
-    nearest = torch.minimum((values[places] - some).abs(), (values[places - 1] - some).abs())
-    return bool((nearest <= tolerance).all())
 
 
 def _time(schedule: NoiseSchedule, timestep: float, like: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from fewstep.recording import Recording
 
+_TRACED = "; the pipeline adds a trace of its picture to the first noise, which training does without"
+
 
 @dataclass(frozen=True)
 class StudentPlan:
@@ -233,7 +235,8 @@ def check_student(
     def component_at(timestep: float) -> str:
         return recording.expert_at(timestep).component
 
-    return walk(pipeline, arguments, recording.schedule, recording.prediction_type, move, component_at, reference)
+    told = recording.schedule, recording.prediction_type, move, component_at, reference
+    return walk(pipeline, arguments, *told, pictured=recording.conditional == "item")
 
 
 def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Reference, reason: str) -> StudentPlan:
@@ -271,7 +274,7 @@ def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Ref
         noise_follows=found.noise_follows,
         prediction_type=recording.prediction_type,
         shift=wish.shift,
-        note=f"{reason}: {remark}{_idle(recording, found.timesteps)}",
+        note=f"{reason}: {remark}{_idle(recording, found.timesteps)}{_TRACED * found.traced}",
         dynamic=wish.dynamic is not None,
         sizes=sizes,
         gamma=wish.gamma if wish.renoise == "tcd" else 0.0,

@@ -1,0 +1,64 @@
+"""Where a pipeline's walk starts: which number times the noise that it drew is its first sample."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.export.walk.trace import Trace
+
+# The largest trace of a picture in a first sample, relative to its noise.
+_TRACE = 0.01
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first x_t is ``scale`` times unit noise; ``traced``: and a trace of a picture."""
+
+    scale: float
+    traced: bool = False
+
+
+def start_of(seen: Trace, scheduler: Any, x_t: Tensor, close: float, pictured: bool) -> Start | None:
+    """What unit noise was multiplied with to give the first x_t, found by looking the drawn numbers up in it.
+
+    Args:
+        seen: the run.
+        scheduler: of the pipeline.
+        x_t: the first one, float64 on the CPU.
+        close: how near numbers of size one are in the sample's dtype.
+        pictured: whether it may hold a trace of a picture (HunyuanVideo's image to video: a thousandth).
+
+    Returns:
+        None where the first x_t is nothing of the kind.
+    """
+    x = x_t.flatten().sort().values
+    # The scheduler's own word for it, in x_t: exact where the measured number is rounded.
+    sample = seen.steps[0].sample.double().cpu().flatten().sort().values
+    stated = float(getattr(scheduler, "init_noise_sigma", 1.0)) * float(x.norm() / sample.norm())
+    for draw in seen.initial_draws:
+        drawn = draw.value.double().cpu().flatten()
+        noise = drawn.sort().values
+        if len(noise) > len(x) and _holds(noise, x / stated, 10 * close):
+            return Start(stated)  # a part of the noise: of the rest a picture takes the place
+        if len(noise) != len(x):
+            continue
+        # Packing reorders the noise, so sorted values are compared.
+        scale = float(x.norm() / noise.norm())
+        if bool((x - scale * noise).abs().max() <= 10 * close * scale):
+            return Start(stated if math.isclose(scale, stated, rel_tol=close) else scale)
+        share = float(x_t.flatten() @ drawn / (drawn @ drawn))
+        if pictured and bool((x_t.flatten() - share * drawn).abs().max() <= _TRACE * share):
+            return Start(share, traced=True)
+    return None
+
+
+def _holds(values: Tensor, some: Tensor, tolerance: float) -> bool:
+    """Whether each of some numbers is one of the sorted values, within a tolerance."""
+    places = torch.searchsorted(values, some).clamp(1, len(values) - 1)
+    nearest = torch.minimum((values[places] - some).abs(), (values[places - 1] - some).abs())
+    return bool((nearest <= tolerance).all())

@@ -1,0 +1,55 @@
+"""Where a walk starts: noise times a number, reordered or a part of it, or with a trace of a picture; nothing else."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.export.walk.start import Start, start_of
+from fewstep.export.walk.trace import Draw, Trace, TracedStep
+
+SHAPE = (1, 3, 5, 4, 4)
+
+
+def drawn() -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def start(x: Tensor, *, scale: float = 1.0, pictured: bool = True) -> Start | None:
+    step: Any = TracedStep(
+        called=frozenset(),
+        timestep=999.0,
+        passed={},
+        sample=x,
+        scaled=False,
+        network_input=x,
+        answer=x,
+        told=x,
+        draws=[],
+        result=x,
+    )
+    seen = Trace(steps=[step], initial_draws=[Draw(drawn(), True)])
+    return start_of(seen, SimpleNamespace(init_noise_sigma=scale), x.double(), 1e-5, pictured)
+
+
+def test_noise_times_a_number_also_reordered() -> None:
+    assert start(drawn()) == Start(1.0)
+    assert start(14.6 * drawn().movedim(2, -1), scale=14.6) == Start(14.6)
+
+
+def test_a_part_of_the_noise_where_a_picture_takes_the_place_of_the_rest() -> None:
+    assert start(drawn()[:, :, 1:]) == Start(1.0)
+    assert start(2 * drawn()[:, :, 1:]) is None, "the scheduler multiplies with 1"
+    other = torch.randn(1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert start(other) is None
+
+
+def test_a_trace_of_a_picture_is_seen_where_there_may_be_one() -> None:
+    picture = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
+    traced = 0.999 * drawn() + 0.001 * picture
+    found = start(traced)
+    assert found is not None and found.traced and found.scale == pytest.approx(0.999, abs=1e-3)
+    assert start(traced, pictured=False) is None
+    assert start(0.9 * drawn() + 0.1 * picture) is None
