@@ -162,8 +162,8 @@ def copies(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
         targets: the same tensor in several runs; flattened, n entries.
         sources: the tensor that may have been copied, in the same runs; cast to the target's dtype first.
     """
-    own = [source.to(target.dtype).flatten() for source, target in zip(sources, targets, strict=True)]
-    wanted = [target.flatten() for target in targets]
+    own = [source.to(target.dtype).flatten().cpu() for source, target in zip(sources, targets, strict=True)]
+    wanted = [target.flatten().cpu() for target in targets]
     keys, order = _digests(own).sort()
     asked = _digests(wanted)
     place = torch.searchsorted(keys, asked).clamp(max=len(keys) - 1)

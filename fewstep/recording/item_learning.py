@@ -14,7 +14,7 @@ from fewstep.recording.call_parts import without_sample
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.item_marks import candidate_marks, moved_paths
 from fewstep.recording.items import with_pictures_of
-from fewstep.recording.observation import Step
+from fewstep.recording.observation import Step, Stub
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.recipe import Recipe
 from fewstep.recording.subject import Subject
@@ -33,16 +33,20 @@ class Told:
         pictures: other pictures, all else being equal.
         items: another item.
         draws: another seed: the pipeline samples an encoder's distribution, or adds noise.
+        start: how far other pictures move the first sample, relative; 0 where the walk starts from noise alone.
     """
 
     pictures: frozenset[str]
     items: frozenset[str]
     draws: frozenset[str]
+    start: float = 0.0
 
     def describe(self) -> list[str]:
         """One text for each kind."""
         found = [("of each item", self.items | self.pictures), ("of each draw", self.draws)]
-        return [f"{', '.join(sorted(paths))}: {words}" for words, paths in found if paths]
+        texts = [f"{', '.join(sorted(paths))}: {words}" for words, paths in found if paths]
+        trace = f"the first sample: {self.start:.1g} of it follows the pictures ({_STEPS} steps)"
+        return texts + ([trace] if self.start else [])
 
 
 def learn_items(
@@ -67,8 +71,8 @@ def learn_items(
         call = subject.run(_STEPS, [item], before=component, seed=seed).pending[-1]
         return without_sample(call, recipe)
 
-    one, two = without_sample(step.calls[-1], recipe), told(other)
-    pictures = moved_paths(one, told(with_pictures_of(item, other)))
+    one, two, swapped = without_sample(step.calls[-1], recipe), told(other), with_pictures_of(item, other)
+    pictures = moved_paths(one, told(swapped))
     if not pictures:
         made = "video" if len(recipe.sample_shape) > 3 else "image"
         raise RecordingError(
@@ -76,7 +80,14 @@ def learn_items(
             f"its picture, or pins it between steps; distil the text-to-{made} pipeline of the same network: its "
             f"student's weights serve {subject}"
         )
-    found = Told(frozenset(pictures), frozenset(moved_paths(one, two)), frozenset(moved_paths(one, told(item, seed=1))))
+    stub = Stub((component,), step.calls[-1].output)
+    first = subject.run(_STEPS, [swapped], steps=1, stub=stub).steps[0].network_input
+    found = Told(
+        frozenset(pictures),
+        frozenset(moved_paths(one, two)),
+        frozenset(moved_paths(one, told(item, seed=1))),
+        float((first - step.network_input).double().norm() / step.network_input.double().norm()),
+    )
     fallback = None
     for marked in candidate_marks(subject, component, recipe, one, found.items | found.pictures):
         agreed = _agrees(marked, two, network, recipe, step)

@@ -86,6 +86,7 @@ class Recording(Recorded):
             ("output", self.recipe.output.describe()),
             ("conditional on", self.conditional or "nothing"),
             *(("conditioning", text) for text in Conditioning(self.marked, 1).describe()),
+            *(("told", text) for text in (self.told.describe() if self.told is not None else [])),
             ("guidance", self.guidance.describe()),
             ("scheduler", type(getattr(self.pipeline, find_scheduler(self.pipeline))).__name__),
             ("schedule", f"{type(self.schedule).__name__}, prediction {self.prediction_type}"),

@@ -27,6 +27,7 @@ RECORDABLE = (
     "no_prompt",
     "negated",
     "several_of_one",
+    "trace",
 )
 
 
@@ -100,6 +101,8 @@ class PicturePipeline(DiffusionPipeline):
         x = torch.randn(batch, *shape[: len(shape)], generator=generator)
         if way == "frame_not_stepped":
             x = x[:, :, 1:]
+        if way == "trace":
+            x = 0.99 * x + 0.01 * pictures
         scheduler.set_timesteps(num_inference_steps)
         times = scheduler.timesteps
         if way == "starts" or strength < 1:
@@ -126,7 +129,7 @@ class PicturePipeline(DiffusionPipeline):
         way, batch = self.way, len(x)
         time = t.expand(batch)
         told: dict[str, Any] = {} if text is None else {"text": text}
-        if way in ("channels", "drawn", "global_draw", "no_prompt"):
+        if way in ("channels", "drawn", "global_draw", "no_prompt", "trace"):
             return self.network(torch.cat([x, pictures], 1), time, **told)[0][:, :CHANNELS]
         if way == "redrawn":
             noisy = pictures + jitter * torch.randn(pictures.shape)
