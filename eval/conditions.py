@@ -15,6 +15,9 @@ from fewstep.data.items import read_items
 from fewstep.errors import UserError
 from fewstep.eval.config import EvalConfig
 from fewstep.eval.models import Model
+from fewstep.eval.scorers.kept import picture_and_hole
+from fewstep.fashion import PROMPTS, looking
+from fewstep.fashion.items import inpainting_items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,11 @@ class SampleConditions:
         """Whether samples are asked for by texts."""
         return bool(self.values) and self.prompts(range(len(self.values))) is not None
 
+    @property
+    def holed(self) -> bool:
+        """Whether samples are asked for by a picture each, and the mask of its hole."""
+        return any(picture_and_hole(item) is not None for item in self.items([0])) if self.values else False
+
     def take_labels(self, indices: Sequence[int]) -> Tensor:
         """The classes of the samples `indices`, int64 (len(indices),)."""
         return torch.tensor([self.labels[i % len(self.labels)] for i in indices], dtype=torch.int64)
@@ -83,16 +91,15 @@ def conditions_of(model: Model, config: EvalConfig, fashion: bool) -> SampleCond
     Args:
         model: of the evaluation.
         config: with prompts, classes or items, where they are told.
-        fashion: the ten classes of Fashion-MNIST are the default.
+        fashion: the ten classes of Fashion-MNIST are the default, or held-back pictures with holes.
 
     Raises:
         UserError: it takes conditions, and none are told.
     """
-    from fewstep.fashion import PROMPTS
-
     kind = model.condition_kind()
-    if config.items is not None or kind == "item":
-        return items_of(model, config.items)
+    if config.items is not None or kind == "item" or looking(model.embedded):
+        own = looking(model.embedded) and not (config.items or config.prompts or config.classes)
+        return items_of(model, inpainting_items(config.num) if own else config.items)
     if kind is not None and config.unconditional:
         raise UserError(f"{model.name} is not unconditional: it takes {kind}s")
     if kind == "prompt":
@@ -124,7 +131,10 @@ def items_of(model: Model, source: Any) -> SampleConditions:
         raise UserError(f"{model.name} takes items, a prompt with pictures each, and none were given (--items FILE)")
     if model.role == "student" and model.kind != "item":
         raise UserError(f"{model.name} was distilled without pictures, so that it takes no items")
-    return SampleConditions("item", tuple(read_items(source, model.pipeline_class(), model.call).each))
+    items = read_items(source, model.pipeline_class(), model.call).each
+    texts = [item.subject for item in items]
+    known = model.embedded is not None and all(text in PROMPTS for text in texts)
+    return SampleConditions("item", tuple(items), tuple(PROMPTS.index(text or "") for text in texts) if known else ())
 
 
 def with_trained_classes(config: EvalConfig, models: Sequence[Model]) -> EvalConfig:

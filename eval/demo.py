@@ -13,7 +13,7 @@ from fewstep.eval import known_rows
 from fewstep.eval.during import evaluator_of
 from fewstep.eval.evaluate import evaluate
 from fewstep.eval.report import Report
-from fewstep.fashion import TEACHERS
+from fewstep.fashion import TEXT_TEACHERS
 from fewstep.programs import distillation
 from fewstep.programs.methods import method_class
 
@@ -54,8 +54,8 @@ def demo(
     Raises:
         UserError: there is no such teacher, or ``out`` holds another run.
     """
-    if teacher not in TEACHERS:
-        raise UserError(f"--teacher of the demo is one of {', '.join(TEACHERS)}, not {teacher!r}")
+    if teacher not in TEXT_TEACHERS:
+        raise UserError(f"--teacher of the demo is one of {', '.join(TEXT_TEACHERS)}, not {teacher!r}")
     out = Path(out)
     settings = yaml.safe_load(recipe_of(teacher).read_text(encoding="utf-8"))
     settings |= {"teacher": teacher, "data": "fashion", "out": str(out), "steps": steps, "seed": seed}

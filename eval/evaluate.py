@@ -100,6 +100,7 @@ def prepared(
         config,
         fashion=judge is not None or known,
         prompted=any(one.prompted for one in conditions),
+        holed=any(one.holed for one in conditions),
         extractors={**(extractors or {}), **({} if judge is None else {"fashion": judge.extractor})},
         scorers=scorers,
         unfit=comparison.unfit,

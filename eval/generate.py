@@ -14,7 +14,9 @@ the denoisers of a pipeline are the networks that it is seen to call before its 
 import contextlib
 import hashlib
 import inspect
+import logging
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +27,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fewstep.conditioning.item import digest
 from fewstep.errors import UserError
 from fewstep.eval.conditions import SampleConditions
 from fewstep.export.step_noise import step_noise_from, step_replaced
 from fewstep.recording.invocation import SUBJECT_ARGUMENTS
 from fewstep.recording.pipeline import find_scheduler, modules_of
 from fewstep.recording.plain_call import as_taken
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteImagesError(UserError):
@@ -134,13 +139,53 @@ def _own_global_rng(seed: int) -> Iterator[None]:
 def run_pipeline(
     pipeline: Any, call: Mapping[str, Any], conditions: SampleConditions, indices: Sequence[int], *, seed: int
 ) -> Samples:
-    """One call of the pipeline for the samples `indices`; of items one for each, as not every pipeline takes several.
+    """One call of the pipeline for the samples `indices`; of items one for each where it does not take several.
 
     call: the pipeline's keyword arguments; the condition, generators and output type are added here.
     Raises NonFiniteImagesError when the result holds NaN or infinity, UserError when the pipeline refuses the call.
     """
-    if conditions.kind == "item" and len(indices) > 1:
-        return _joined([run_pipeline(pipeline, call, conditions, [index], seed=seed) for index in indices])
+    if conditions.kind == "item" and len(indices) > 1 and not _takes_several(pipeline, call, conditions, indices, seed):
+        return _joined([_called(pipeline, call, conditions, [index], seed) for index in indices])
+    return _called(pipeline, call, conditions, indices, seed)
+
+
+#: Pipelines that were seen to make of several items in one call what they make of each alone, and those that do not.
+_SEVERAL: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def _takes_several(
+    pipeline: Any, call: Mapping[str, Any], conditions: SampleConditions, indices: Sequence[int], seed: int
+) -> bool:
+    """Whether lists of the items' arguments are an item each: seen by trying, since to some they are one item's.
+
+    It is tried with two items of which every argument differs, as nothing else would show that each is heeded.
+    """
+    if pipeline not in _SEVERAL:
+        digests = [{k: digest({k: v}) for k, v in item.arguments.items()} for item in conditions.items(indices)]
+        others = (n for n, other in enumerate(digests) if all(other[k] != v for k, v in digests[0].items()))
+        if (second := next(others, None)) is None:
+            return False
+        two = [indices[0], indices[second]]
+        alone = [_called(pipeline, call, conditions, [index], seed).images[0] for index in two]
+        try:
+            together = _called(pipeline, call, conditions, two, seed).images
+        except (UserError, RuntimeError, AttributeError, KeyError) as error:  # it takes one picture alone
+            logger.debug("%s takes no list of items: %s", type(pipeline).__name__, error)
+            together = torch.empty(0)
+        same = len(together) == 2 and all(a.shape == b.shape for a, b in zip(together, alone, strict=True))
+        _SEVERAL[pipeline] = same and _difference(together, torch.stack(alone)) <= 1
+    return _SEVERAL[pipeline]
+
+
+def _difference(one: Tensor, other: Tensor) -> int:
+    """The largest, of 255 grey levels."""
+    return int((one.int() - other.int()).abs().max())
+
+
+def _called(
+    pipeline: Any, call: Mapping[str, Any], conditions: SampleConditions, indices: Sequence[int], seed: int
+) -> Samples:
+    """One call of the pipeline, whose arguments are lists where it is for several items."""
     generators = [sample_generator(seed, index) for index in indices]
     arguments = as_taken(type(pipeline), call)  # a call comes from a file or a command line, where tuples are lists
     for name, value in call.items() if conditions.kind != "item" else ():
@@ -151,11 +196,14 @@ def run_pipeline(
     if conditions.kind is None:
         arguments["batch_size"] = len(indices)
     elif conditions.kind == "item":
-        (item,) = conditions.items(indices)
-        arguments, who = arguments | dict(item.arguments), f" for {item}"
+        items = conditions.items(indices)
+        own = {name: [item.arguments[name] for item in items] for name in items[0].arguments}
+        arguments |= own if len(items) > 1 else {name: value for name, (value,) in own.items()}
+        who = f" for {items[0]}" if len(items) == 1 else f" for {items[0]} and {len(items) - 1} others"
     else:
         arguments[SUBJECT_ARGUMENTS[conditions.kind]] = conditions.take(indices)
-    drawn = generators if conditions.kind != "item" else generators[0]  # a list of one is not taken by all
+    single = conditions.kind == "item" and len(indices) == 1  # a list of one is not taken by all
+    drawn = generators[0] if single else generators
     arguments |= {"generator": drawn, "output_type": "np"}
     with (
         torch.no_grad(),

@@ -16,7 +16,7 @@ from fewstep.eval.viewers import View, views_of
 from fewstep.eval.weights import MissingWeightsError, Weights
 
 #: What is measured of the embedded teachers' models where nothing is asked for: what needs no further file.
-_FASHION = ("fd_test", "fd", "agreement", "prdc", "diversity", "saturation", "speed")
+_FASHION = ("fd_test", "fd", "agreement", "prdc", "diversity", "kept", "saturation", "speed")
 #: What only the embedded classifier gives.
 _CLASSIFIED = ("fd_test", "fd", "agreement")
 
@@ -79,6 +79,7 @@ def open_panel(
     *,
     fashion: bool,
     prompted: bool,
+    holed: bool = False,
     extractors: Mapping[str, Extractor] | None = None,
     scorers: Mapping[str, Scorer] | None = None,
     unfit: Mapping[str, str] | None = None,
@@ -89,6 +90,7 @@ def open_panel(
         config: of the evaluation.
         fashion: the models' images are those of Fashion-MNIST.
         prompted: the samples are asked for by prompts.
+        holed: they are asked for by pictures with a hole.
         extractors: to use in the place of the published networks, by kind.
         scorers: likewise, by group.
         unfit: groups that mean nothing beside this reference, and why.
@@ -128,6 +130,10 @@ def open_panel(
             continue
         if score.reads_prompts and not prompted:
             panel.reasons[score.group] = "these samples are asked for without prompts"
+            continue
+        if score.reads_holes and not holed:
+            if panel.asked:  # else it is no loss: nearly nothing has a hole
+                panel.reasons[score.group] = "these samples are asked for without a picture and the mask of its hole"
             continue
         try:
             panel.scorers[score.group] = (

@@ -30,6 +30,7 @@ from fewstep.data.image_opening import UNREADABLE, opened
 from fewstep.data.shards import Shards, begun_about
 from fewstep.errors import UserError
 from fewstep.eval.grid import to_pil
+from fewstep.eval.scorers.scorer import Asked
 from fewstep.eval.viewers import BLOCK, View, look
 from fewstep.training.distributed import Processes
 
@@ -72,8 +73,8 @@ class Source(Protocol):
         """What the manifest says of a sample: its seed, and what it is asked for."""
         ...
 
-    def prompts(self, indices: Sequence[int]) -> list[str] | None:
-        """The prompts of samples, or None where they have none."""
+    def asked(self, indices: Sequence[int]) -> Asked:
+        """The prompts or items of samples, or None where they have none."""
         ...
 
 
@@ -213,10 +214,10 @@ class SampleSet:
             images = self._read(rows, self._shape_of(number))
         else:
             images = self._make(number, on_samples)
-        prompts = self.source.prompts(rows)
+        asked = self.source.asked(rows)
         for view in self.views:
             if view.refuses(images.shape[1:]) is None and not self._seen[view.kind].is_whole(number):
-                self._seen[view.kind].write(number, look(view, images, prompts))
+                self._seen[view.kind].write(number, look(view, images, asked))
 
     def _make(self, number: int, on_samples: Callable[[int], object]) -> Tensor:
         rows = self._made.rows(number)

@@ -22,6 +22,7 @@ from fewstep.eval.conditions import SampleConditions
 from fewstep.eval.generate import generate
 from fewstep.eval.models import Model, in_steps
 from fewstep.eval.samples import Made
+from fewstep.eval.scorers.scorer import Asked
 from fewstep.recording.pipeline import without_safety_checker
 from fewstep.version import __version__
 
@@ -113,6 +114,10 @@ class ModelSource:
         """What samples are asked for, where that is text."""
         return self.conditions.prompts(indices)
 
+    def asked(self, indices: Sequence[int]) -> Asked:
+        """What samples are asked for, where that is text or an item."""
+        return self.conditions.items(indices) or self.prompts(indices)
+
 
 @dataclass
 class ImageSource:
@@ -160,7 +165,7 @@ class ImageSource:
         files = self._images.files
         return {} if isinstance(files, Tensor) else {"from": str(files[index])}
 
-    def prompts(self, indices: Sequence[int]) -> list[str] | None:
+    def asked(self, indices: Sequence[int]) -> Asked:
         """The texts that belong to images."""
         texts = self._images.texts
         return None if texts is None else [texts[index] for index in indices]

@@ -14,13 +14,13 @@ from fewstep.data.durable import write_text_durably
 from fewstep.eval.config import EvalConfig
 from fewstep.eval.evaluate import prepared
 from fewstep.eval.known_rows import METRICS, NAME, NUM, STEPS, content_of
-from fewstep.fashion import TEACHERS
+from fewstep.fashion import TEXT_TEACHERS
 
 
 def measured(num: int = NUM, steps: tuple[int, ...] = STEPS) -> list[dict[str, Any]]:
-    """The rows of all embedded teachers, as `fewstep.eval.known_rows.KnownRow` has them."""
+    """The rows of the embedded teachers of text, as `fewstep.eval.known_rows.KnownRow` has them."""
     found = []
-    for name in TEACHERS:
+    for name in TEXT_TEACHERS:
         with tempfile.TemporaryDirectory() as out:
             options: dict[str, Any] = {"num": num, "teacher_steps": steps, "metrics": METRICS, "images": "shown"}
             evaluation = prepared([], EvalConfig(out=Path(out), teacher=name, **options))

@@ -70,6 +70,7 @@ PROGRAMS = (
     "fewstep.eval.methods",
     "fewstep.eval.plugged",
     "fewstep.eval.steering",
+    "fewstep.fashion.items",
 )
 LONGEST_FILE = 350
 

@@ -17,7 +17,7 @@ import pytest
 import fewstep
 from fewstep import cli
 from fewstep.cli.distill import auto_settings, distill_config
-from fewstep.fashion import TEACHERS, reference
+from fewstep.fashion import TEACHERS, TEXT_TEACHERS, reference
 from fewstep.fashion.files import manifest
 from fewstep.programs.auto import CHOOSE
 from tests import tiny_pipelines
@@ -204,12 +204,26 @@ def test_tested_pipelines_are_tested() -> None:
 
 def test_embedded_teachers_are_listed_with_their_size() -> None:
     files = manifest()["files"]
-    table = rows("docs/teachers.md", "The two pipelines")
+    table = rows("docs/teachers.md", "The three pipelines")
     assert [cells[0].strip("`") for cells in table] == list(TEACHERS)
     for name, _, guidance, size in ([cells[0].strip("`"), *cells[1:]] for cells in table):
         assert float(guidance) == TEACHERS[name].guidance_scale
         weight = sum(about["bytes"] for path, about in files.items() if path.startswith(f"{name}/"))
         assert size == f"{weight / 1e6:.1f} MB"
+
+
+def test_the_rows_of_the_teacher_that_looks_are_those_of_the_manifest() -> None:
+    measured = manifest()["teachers"]["fashion-inpaint"]
+    shown = rows("docs/teachers.md", "The one that looks at a picture")
+    assert shown == [
+        [str(row["steps"]), *(f"{row[name]:.3f}" for name in ("fd", "agreement", "kept"))] for row in measured["rows"]
+    ]
+    page = " ".join(text("docs/teachers.md").split())
+    assert f"guidance {measured['guidance_scale']}" in page
+    assert f"of {measured['rows'][0]['samples']:,} items" in page
+    floors = measured["kept_floors"]
+    assert f"it is {floors['autoencoder']:.3f} of the pictures" in page
+    assert f"and {floors['blind']:.3f} of another picture" in page
 
 
 def test_the_floors_are_those_of_the_reference() -> None:
@@ -266,7 +280,7 @@ def test_what_is_said_of_the_demo_elsewhere_is_what_its_table_says() -> None:
     assert said is not None
     assert said.groups() == (students()["fashion-sd", 4][1], students()["fashion-flow", 4][1])
     lora = " ".join(text("docs/lora.md").split())
-    for teacher in TEACHERS:
+    for teacher in TEXT_TEACHERS:
         found = re.search(rf"([\d.]+) on `{teacher}` \([^)]*\), ([\d.]+) times", lora)
         assert found is not None
         assert float(found[2]) == pytest.approx(float(found[1]) / float(students()[teacher, 4][0]), abs=0.005)

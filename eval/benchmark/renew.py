@@ -28,6 +28,7 @@ from fewstep.eval.benchmark.cell_results import RESULTS, Result
 from fewstep.eval.benchmark.cells import digest
 from fewstep.fashion import PROMPTS, TEACHERS
 from fewstep.fashion.files import DATA, MANIFEST, sha256
+from fewstep.fashion.items import inpainting_items
 
 #: What of a part's configuration says how it was saved, or how long its table of positions is: not what it computes.
 _FORM = frozenset({"transformers_version", "_diffusers_version", "_name_or_path", "max_position_embeddings"})
@@ -47,8 +48,8 @@ def renew(before: Path, after: Path, results: Path) -> list[Path]:
         UserError: a folder has no manifest, or a teacher does not compute what it did; nothing is written then.
     """
     old, new = _digests(before), _digests(after)
-    renewed = {old[name]: new[name] for name in TEACHERS if old[name] != new[name]}
-    for name in TEACHERS:
+    renewed = {old[name]: new[name] for name in old if old[name] != new[name]}
+    for name in old:
         if old[name] != new[name] and (difference := next(differences(before / name, after / name, name), None)):
             raise UserError(f"{name} is another teacher than the one in {before}: {difference}")
     written = []
@@ -136,12 +137,14 @@ def _pictures(pipeline: Any, name: str, steps: int) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     called = {"num_inference_steps": steps, "guidance_scale": TEACHERS[name].guidance_scale, "generator": generator}
-    images: torch.Tensor = pipeline(list(PROMPTS), output_type="pt", **called).images
+    items = inpainting_items(len(PROMPTS)) if TEACHERS[name].looks else []
+    shown = {argument: [item.arguments[argument] for item in items] for item in items[:1] for argument in item.pictures}
+    images: torch.Tensor = pipeline(list(PROMPTS), output_type="pt", **shown, **called).images
     return images
 
 
 def _digests(data: Path) -> dict[str, str]:
-    """The digest of each teacher's files, as results name it."""
+    """The digest of the files of each teacher that is there, as results name it."""
     try:
         named = {path: about["sha256"] for path, about in json.loads((data / MANIFEST).read_text())["files"].items()}
         differing = [path for path, expected in named.items() if sha256(data / path) != expected]
@@ -149,9 +152,8 @@ def _digests(data: Path) -> dict[str, str]:
         raise UserError(f"{data} is no data folder with a manifest of its files: {one_line(error)}") from error
     if differing:
         raise UserError(f"{data / differing[0]} is not the file that the manifest names")
-    return {
-        name: digest({path: its for path, its in named.items() if path.startswith(f"{name}/")}) for name in TEACHERS
-    }
+    theirs = {name: {path: its for path, its in named.items() if path.startswith(f"{name}/")} for name in TEACHERS}
+    return {name: digest(its) for name, its in theirs.items() if its}
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -12,13 +12,15 @@ import torch
 
 from fewstep.errors import UserError
 from fewstep.eval.fashion import idx, teachers
-from fewstep.eval.fashion.files import save_classifier, save_pipeline, save_training_images
+from fewstep.eval.fashion.files import save_classifier, save_images, save_pipeline
+from fewstep.eval.fashion.inpainting import train_inpaint
 from fewstep.eval.fashion.latents import scaled_latents
 from fewstep.eval.fashion.train_autoencoder import train_autoencoder
 from fewstep.eval.fashion.train_classifier import train_classifier
 from fewstep.fashion import TEACHERS
+from fewstep.fashion.files import HELD_BACK_IMAGES, TRAINING_IMAGES
 
-PARTS = ("classifier", "autoencoder", "sd", "flow", "reference", "sweep", "table", "all")
+PARTS = ("classifier", "autoencoder", "sd", "flow", "inpaint", "reference", "sweep", "table", "all")
 
 
 def _teacher(kind: str, data: idx.Dataset, work: Path) -> None:
@@ -33,15 +35,18 @@ def _teacher(kind: str, data: idx.Dataset, work: Path) -> None:
     print(save_pipeline(teacher.pipeline(autoencoder), name))
 
 
-def _build(part: str, data: idx.Dataset, work: Path, names: list[str]) -> None:
+def _build(part: str, data: idx.Dataset, work: Path, names: list[str], num: int | None) -> None:
     if part in ("classifier", "all"):
         save_classifier(train_classifier(data.train, work))
-        save_training_images(idx.shipped(data.train))
+        save_images(idx.shipped(data.train), TRAINING_IMAGES)
     if part in ("autoencoder", "all"):
         train_autoencoder(data.train, work)
     for kind in ("sd", "flow"):
         if part in (kind, "all"):
             _teacher(kind, data, work)
+    if part in ("inpaint", "all"):
+        save_images(data.held_back, HELD_BACK_IMAGES)
+        print(save_pipeline(train_inpaint(data.train, work), "fashion-inpaint"))
     if part not in ("reference", "sweep", "table", "all"):
         return
     # Here, so that training does not wait for the evaluation package.
@@ -53,7 +58,7 @@ def _build(part: str, data: idx.Dataset, work: Path, names: list[str]) -> None:
         if part == "sweep":
             measure.sweep(name)
         if part in ("table", "all"):
-            measure.write_table(name)
+            measure.write_table(name, num or measure.TABLE_SAMPLES)
 
 
 def main() -> int:
@@ -63,12 +68,13 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=idx.DEFAULT_FOLDER, help="folder of the four idx files")
     parser.add_argument("--work", type=Path, default=Path("runs/fashion"), help="folder for checkpoints and latents")
     parser.add_argument("--teacher", choices=list(TEACHERS), help="for sweep and table: only this one")
+    parser.add_argument("--num", type=int, help="for table: samples in a row, default 5000")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads to compute with")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     try:
         names = [arguments.teacher] if arguments.teacher else list(TEACHERS)
-        _build(arguments.part, idx.load(arguments.data), arguments.work, names)
+        _build(arguments.part, idx.load(arguments.data), arguments.work, names, arguments.num)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ from fewstep.eval.fashion.text import write_old_vocabulary
 from fewstep.eval.fashion.text_encoder_files import write_for_all_readers
 from fewstep.export.folder import written
 from fewstep.fashion.classifier import FashionClassifier
-from fewstep.fashion.files import CLASSIFIER, DATA, MANIFEST, TRAINING_IMAGES, sha256
+from fewstep.fashion.files import CLASSIFIER, DATA, MANIFEST, sha256
 
 CITATION = (
     "Han Xiao, Kashif Rasul, Roland Vollgraf: Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning "
@@ -37,10 +37,10 @@ def save_classifier(classifier: FashionClassifier) -> None:
     write_manifest({})
 
 
-def save_training_images(images: Split) -> None:
-    """The shipped training images without their black border, compressed; loads without pickle."""
+def save_images(images: Split, name: str) -> None:
+    """Shipped images without their black border, compressed; loads without pickle."""
     DATA.mkdir(parents=True, exist_ok=True)
-    with open(DATA / TRAINING_IMAGES, "wb") as file:
+    with open(DATA / name, "wb") as file:
         np.savez_compressed(
             file, images=images.images[:, 0, 2:-2, 2:-2].numpy(), labels=images.labels.numpy().astype(np.uint8)
         )

@@ -23,7 +23,11 @@ WARMUP_FRACTION = 0.1
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast to train. ``ema_decay`` 0 ships the last weights as they are."""
+    """How long and how fast to train.
+
+    ``ema_decay`` 0 ships the last weights as they are. ``cycle``: steps of the learning rate's cycle, where training
+    ends within it and leaves the rest to the average; 0 is all steps.
+    """
 
     steps: int
     batch_size: int
@@ -32,6 +36,7 @@ class Plan:
     betas: tuple[float, float] = (0.9, 0.95)
     ema_decay: float = 0.0
     clip: float = 1.0
+    cycle: int = 0
 
 
 def one_cycle(step: int, steps: int) -> float:
@@ -119,7 +124,7 @@ def train(
         generator = torch.Generator().manual_seed(step + 1)
         indices = torch.randint(examples, (plan.batch_size,), generator=generator)
         for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate * one_cycle(step, plan.steps)
+            group["lr"] = plan.learning_rate * one_cycle(step, plan.cycle or plan.steps)
         value = loss(indices, generator)
         optimizer.zero_grad(set_to_none=True)
         value.backward()

@@ -1,4 +1,4 @@
-"""The two teachers: their networks, their losses, and the stock pipelines they are shipped in."""
+"""The two teachers of text: their networks, their losses, and the stock pipelines they are shipped in."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Train the autoencoder that both teachers share, and encode the training images with it."""
+"""Train the autoencoder that all teachers share, and encode the training images with it."""
 
 import math
 from pathlib import Path

@@ -58,7 +58,7 @@ class Metric:
 class Score:
     """A scorer's numbers, whose means over the samples are reported. Fields as of `Metric`.
 
-    reads_prompts: it compares images with what they were asked for.
+    reads_prompts: it compares images with what they were asked for. reads_holes: with the picture whose hole they fill.
     """
 
     group: str
@@ -66,6 +66,7 @@ class Score:
     format: str = "{:.3f}"
     better: Better = "higher"
     reads_prompts: bool = False
+    reads_holes: bool = False
 
 
 def _prdc(features: Tensor, reference: Tensor, radii: Callable[[int], Tensor]) -> tuple[float, ...]:
@@ -118,6 +119,7 @@ SCORES = (
     Score("pick", ("pick",), "{:.2f}", reads_prompts=True),
     Score("hps", ("hps",), "{:.2f}", reads_prompts=True),
     Score("aesthetic", ("aesthetic",), "{:.2f}"),
+    Score("kept", ("kept",), "{:.4f}", reads_holes=True),
     Score("saturation", ("saturation", "contrast"), better="near"),
     Score("motion", ("motion", "motion_dino"), better="near"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from fewstep.eval.scorers.clip_score import OPENAI_L_FILES
 from fewstep.eval.scorers.clip_shapes import VIT_L_14
 from fewstep.eval.scorers.files import first_found
 from fewstep.eval.scorers.pixels import clip_pixels
-from fewstep.eval.scorers.scorer import each_sample
+from fewstep.eval.scorers.scorer import Asked, each_sample
 from fewstep.eval.weights import WeightFile, Weights, load_strictly, read_state
 
 HEAD = WeightFile(
@@ -66,7 +66,7 @@ class AestheticScorer:
         self.verified = verified
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Mapping[str, Tensor]:
+    def __call__(self, images: Tensor, asked: Asked = None) -> Mapping[str, Tensor]:
         """uint8 (N, [F,] 1 or 3, H, W) -> ``aesthetic``, float64 (N,)."""
         network, head = self.network, self.head
         return {"aesthetic": each_sample(images, lambda part, _: head(network.of_pictures(part)), network.batch_size)}

@@ -14,7 +14,7 @@ from fewstep.eval.scorers.clip_shapes import ClipShape, as_transformers
 from fewstep.eval.scorers.clip_tokens import ClipTokens
 from fewstep.eval.scorers.files import read_clip
 from fewstep.eval.scorers.pixels import Resize, normalised
-from fewstep.eval.scorers.scorer import each_sample, paired
+from fewstep.eval.scorers.scorer import Asked, each_sample, paired
 from fewstep.eval.weights import Found, load_strictly
 
 
@@ -46,16 +46,16 @@ class ClipNetwork:
         parts = self.tokens(prompts, words_before).to(self.model.device).split(self.batch_size)
         return torch.cat([normalize(_features(self.model.get_text_features(input_ids=part)), dim=1) for part in parts])
 
-    def cosines(self, images: Tensor, prompts: Sequence[str] | None, name: str, words_before: str = "") -> Tensor:
+    def cosines(self, images: Tensor, asked: Asked, name: str, words_before: str = "") -> Tensor:
         """The cosine of each sample with its prompt, the mean over the frames of a video; float64 (N,), on the CPU.
 
         Args:
-            images: uint8 (N, [F,] 1 or 3, H, W). prompts: one each. name: of the scorer, for errors.
+            images: uint8 (N, [F,] 1 or 3, H, W). asked: a prompt each. name: of the scorer, for errors.
 
         Raises:
             ValueError: there are no prompts, or not one for each sample.
         """
-        prompts = paired(images, prompts, name)
+        prompts = paired(images, asked, name)
         if len(prompts) == 0:
             return torch.empty(0, dtype=torch.float64)
         # Each prompt is read once, however many samples it has.
@@ -85,10 +85,10 @@ class CosineScorer:
     words_before: str = ""
     looks_at: Literal["images", "videos"] = "images"
 
-    def __call__(self, images: Tensor, prompts: Sequence[str] | None) -> Mapping[str, Tensor]:
+    def __call__(self, images: Tensor, asked: Asked) -> Mapping[str, Tensor]:
         """uint8 (N, [F,] 1 or 3, H, W) and N prompts -> the number, float64 (N,). ValueError without prompts."""
         (number,) = self.names
-        return {number: self.scale * self.network.cosines(images, prompts, number, self.words_before)}
+        return {number: self.scale * self.network.cosines(images, asked, number, self.words_before)}
 
     def note(self) -> str | None:
         return self.network.tokens.note() if self.network.tokens is not None else None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fewstep.eval.features import to_grey
-from fewstep.eval.scorers.scorer import each_sample
+from fewstep.eval.scorers.scorer import Asked, each_sample
 
 _AT_ONCE = 64  # pictures: bounds the memory, changes no number
 
@@ -28,7 +28,7 @@ class ColourScorer:
     verified = True
     looks_at: Literal["images", "videos"] = "images"
 
-    def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Mapping[str, Tensor]:
+    def __call__(self, images: Tensor, asked: Asked = None) -> Mapping[str, Tensor]:
         """uint8 (N, [F,] 1 or 3, H, W) -> saturation and contrast, float64 (N,). Raises ValueError for other images."""
         return {
             "saturation": each_sample(images, lambda part, _: saturation(part), _AT_ONCE),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from fewstep.eval.features import Extractor
-from fewstep.eval.scorers.scorer import frames_of
+from fewstep.eval.scorers.scorer import Asked, frames_of
 
 _AT_ONCE = 8  # videos: bounds the memory, changes no number
 
@@ -35,7 +35,7 @@ class MotionScorer:
             self.name += f"; 1 - cosine of their features, {extractor.name}"
             self.sha256, self.verified = extractor.sha256, bool(getattr(extractor, "verified", True))
 
-    def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Mapping[str, Tensor]:
+    def __call__(self, images: Tensor, asked: Asked = None) -> Mapping[str, Tensor]:
         """Videos, uint8 (N, F, 1 or 3, H, W), F >= 2 -> float64 (N,) by name. Raises ValueError for anything else."""
         frames_of(images)
         if images.ndim != 5 or images.shape[1] < 2:

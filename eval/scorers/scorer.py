@@ -8,6 +8,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from fewstep.conditioning.item import Item
+
+#: What samples were asked for, one each; None where that is not known.
+Asked = Sequence[str] | Sequence[Item] | None
+
 
 class Scorer(Protocol):
     """Numbers for each sample, that need no other samples.
@@ -23,10 +28,11 @@ class Scorer(Protocol):
     verified: bool
     looks_at: Literal["images", "videos"]
 
-    def __call__(self, images: Tensor, prompts: Sequence[str] | None) -> Mapping[str, Tensor]:
+    def __call__(self, images: Tensor, asked: Asked, /) -> Mapping[str, Tensor]:
         """uint8 images (N, C, H, W), or videos (N, F, C, H, W), C 1 or 3 -> float64 (N,) by name, on the CPU.
 
-        prompts: one for each sample; None where they are not known. Raises ValueError where it cannot be computed.
+        asked: a prompt or an item for each sample; None where they are not known. Raises ValueError where it cannot be
+        computed.
         """
         ...
 
@@ -75,14 +81,14 @@ def each_sample(images: Tensor, score: Callable[[Tensor, Tensor], Tensor], batch
     return scores.view(-1, frames).mean(dim=1)
 
 
-def paired(images: Tensor, prompts: Sequence[str] | None, name: str) -> Sequence[str]:
+def paired(images: Tensor, asked: Asked, name: str) -> list[str]:
     """The prompts of the samples, one each.
 
     Raises:
         ValueError: there are none, or another number of them.
     """
-    if prompts is None:
+    if asked is None:
         raise ValueError(f"{name} needs the samples' prompts")
-    if len(prompts) != len(images):
-        raise ValueError(f"{name} got {len(images)} samples and {len(prompts)} prompts")
-    return prompts
+    if len(asked) != len(images):
+        raise ValueError(f"{name} got {len(images)} samples and {len(asked)} prompts")
+    return [one if isinstance(one, str) else one.subject or "" for one in asked]

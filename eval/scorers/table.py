@@ -12,6 +12,7 @@ from fewstep.eval.scorers.aesthetic import open_aesthetic_scorer
 from fewstep.eval.scorers.clip_score import open_clip_scorer
 from fewstep.eval.scorers.colour import ColourScorer
 from fewstep.eval.scorers.hps import open_hps_scorer
+from fewstep.eval.scorers.kept import KeptScorer
 from fewstep.eval.scorers.motion import MotionScorer
 from fewstep.eval.scorers.pick import open_pick_scorer
 from fewstep.eval.scorers.scorer import Scorer
@@ -24,6 +25,7 @@ SCORERS: Mapping[str, Callable[[Weights, torch.device | str, Extractor | None, s
     "pick": lambda weights, device, extractor, backbone: open_pick_scorer(weights, device),
     "hps": lambda weights, device, extractor, backbone: open_hps_scorer(weights, device),
     "aesthetic": lambda weights, device, extractor, backbone: open_aesthetic_scorer(weights, device),
+    "kept": lambda weights, device, extractor, backbone: KeptScorer(),
     "saturation": lambda weights, device, extractor, backbone: ColourScorer(),
     "motion": lambda weights, device, extractor, backbone: MotionScorer(extractor),
 }

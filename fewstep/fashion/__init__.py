@@ -12,17 +12,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.fashion.classifier import FashionClassifier
-from fewstep.fashion.files import CLASSIFIER, DATA, REFERENCE, TRAINING_IMAGES, manifest, verified
+from fewstep.fashion.files import CLASSIFIER, DATA, HELD_BACK_IMAGES, REFERENCE, TRAINING_IMAGES, manifest, verified
 from fewstep.fashion.prompts import CLASSES, PROMPTS
 
 __all__ = [
     "CLASSES",
     "PROMPTS",
     "TEACHERS",
+    "TEXT_TEACHERS",
     "FashionClassifier",
     "Reference",
     "Teacher",
+    "held_back_images",
     "load_classifier",
+    "looking",
     "reference",
     "teacher_path",
     "training_images",
@@ -33,13 +36,15 @@ __all__ = [
 class Teacher:
     """An embedded teacher and the call that its numbers belong to.
 
-    guidance_scale is diffusers' (1.0 is off); the scheduler is the one in the teacher's folder.
+    guidance_scale is diffusers' (1.0 is off); the scheduler is the one in the teacher's folder. looks: a call takes a
+    picture and a mask beside the prompt, as the items of :mod:`fewstep.fashion.items` have them.
     """
 
     name: str
     guidance_scale: float
     steps: int = 25
     note: str = ""
+    looks: bool = False
 
 
 _GUIDANCE_NOTE = (
@@ -59,7 +64,15 @@ TEACHERS: dict[str, Teacher] = {
         note="StableDiffusion3Pipeline: transformer, flow matching, Euler without shift. " + _GUIDANCE_NOTE + ". "
         "The third text encoder always says one zero token, so that the text is ten tokens long and not 265",
     ),
+    "fashion-inpaint": Teacher(
+        "fashion-inpaint",
+        guidance_scale=2.5,
+        note="StableDiffusionInpaintPipeline: fashion-sd with nine channels in, which fills holes in pictures",
+        looks=True,
+    ),
 }
+#: Those that are asked by prompts alone.
+TEXT_TEACHERS = tuple(name for name, teacher in TEACHERS.items() if not teacher.looks)
 
 
 def teacher_path(name: str) -> Path:
@@ -73,9 +86,23 @@ def teacher_path(name: str) -> Path:
     return DATA / name
 
 
+def looking(name: str | None) -> bool:
+    """Whether a name is that of an embedded teacher that is shown a picture and a mask."""
+    return name in TEACHERS and name not in TEXT_TEACHERS
+
+
 def training_images() -> tuple[Tensor, Tensor]:
     """10,000 training images, 1,000 of each class: uint8 (10000, 1, 32, 32) and labels int64 (10000,)."""
-    with np.load(verified(TRAINING_IMAGES), allow_pickle=False) as file:
+    return _images(TRAINING_IMAGES)
+
+
+def held_back_images() -> tuple[Tensor, Tensor]:
+    """5,000 images that trained nothing, 500 of each class: uint8 (5000, 1, 32, 32) and labels int64 (5000,)."""
+    return _images(HELD_BACK_IMAGES)
+
+
+def _images(name: str) -> tuple[Tensor, Tensor]:
+    with np.load(verified(name), allow_pickle=False) as file:
         images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"].astype(np.int64))
     return torch.nn.functional.pad(images[:, None], (2, 2, 2, 2)), labels
 

@@ -12,6 +12,7 @@ MANIFEST = "manifest.json"
 CLASSIFIER = "classifier.safetensors"
 REFERENCE = "reference.safetensors"
 TRAINING_IMAGES = "training_images.npz"
+HELD_BACK_IMAGES = "held_back_images.npz"
 
 
 def sha256(path: Path) -> str:

@@ -13,9 +13,15 @@ from fewstep.data.cache_form import read_index
 from fewstep.data.items import Items, read_items
 from fewstep.data.made_up import made_up_items
 from fewstep.errors import UserError
+from fewstep.fashion import looking
+from fewstep.fashion.items import inpainting_items
 from fewstep.recording import Recording
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.pictures import picture_arguments
+from fewstep.teachers.names import embedded_name
+
+#: Of an embedded teacher that looks at pictures: so many holes and clothes that a short run sees each a few times.
+OWN_ITEMS = 2000
 
 
 def given_items(
@@ -24,15 +30,19 @@ def given_items(
     pipeline: DiffusionPipeline,
     call: Mapping[str, Any],
     *,
+    name: str | None = None,
     progress: bool = False,
 ) -> Items | None:
     """The items that a teacher is asked for; None for one of prompts, labels or nothing.
+
+    An embedded teacher that looks at pictures has items of its own, of training pictures.
 
     Args:
         source: as :func:`fewstep.data.items.read_items` takes them.
         cache: a folder of ``fewstep cache``, which knows where its items were.
         pipeline: the teacher's.
         call: of the pipeline.
+        name: of the teacher.
         progress: show how far the look at them is.
 
     Raises:
@@ -55,6 +65,8 @@ def given_items(
                 f"the items that the cache {cache} was made of are not in {source}, and two of them show how a teacher "
                 "is called: say by --items where they are"
             )
+    if source is None and name is not None and looking(embedded_name(name)):
+        source = inpainting_items(OWN_ITEMS, pictures="training")
     return None if source is None else read_items(source, type(pipeline), call, progress=progress)
 
 

@@ -163,7 +163,9 @@ def open_teacher(
         pipeline = with_own_weights(pipeline) if given else pipeline
         lora = fuse_teacher_lora(pipeline, settings.teacher_lora)
     pipeline.to(device)
-    items = given_items(settings.items, settings.cache, pipeline, settings.recorded_call, progress=progress)
+    items = given_items(
+        settings.items, settings.cache, pipeline, settings.recorded_call, name=settings.teacher, progress=progress
+    )
     recording = record_for(record, pipeline, settings.recorded_call, items, make_up=make_up)
     _refuse_unquantized(settings, recording, given)
     recording.prove()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,14 @@ from item_sets import picture, tiny_editor, write_items
 from PIL import Image
 
 from fewstep.cli import main
+from fewstep.conditioning.item import Item
 from fewstep.errors import UserError
 from fewstep.eval import evaluate, sample
 from fewstep.eval.conditions import SampleConditions
 from fewstep.eval.config import EvalConfig
 from fewstep.eval.generate import generate, sample_generator
 
+generating = importlib.import_module("fewstep.eval.generate")
 CALL = {"num_inference_steps": 2, "guidance_scale": 4.0, "image_guidance_scale": 1.5}
 
 
@@ -56,13 +60,57 @@ def test_each_sample_is_what_the_stock_pipeline_makes_of_its_own_item(editor: Pa
 def test_a_sample_does_not_depend_on_its_neighbours(editor: Path, items: Path) -> None:
     from fewstep.data.items import read_items
 
-    pipeline = tiny_editor()
+    pipeline, calls = tiny_editor(), []
+    inner = pipeline.vae.decode
+    pipeline.vae.decode = lambda latents, *args, **kwargs: (
+        calls.append(len(latents)),
+        inner(latents, *args, **kwargs),
+    )[1]
     conditions = SampleConditions("item", tuple(read_items(items, type(pipeline)).each))
-    one, all_three = (
-        torch.cat([made.images for made in generate(pipeline, CALL, conditions, range(3), seed=1, batch_size=size)])
-        for size in (1, 3)
+    one, all_three = made(pipeline, conditions, 1), made(pipeline, conditions, 3)
+    assert (one.int() - all_three.int()).abs().max() <= 1 and conditions.prompts([3, 1]) == ["the a", "the b"]
+    assert calls == [1, 1, 1, 1, 1, 2, 3], "three alone; two alone and together, and then all at once"
+
+
+def test_a_pipeline_to_which_a_list_is_one_items_is_called_once_for_each(
+    items: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some take several references of one prompt, some one picture for all prompts."""
+    from fewstep.data.items import read_items
+
+    def of_first(self: Any, prompt: Any, image: Any, **call: Any) -> Any:
+        return stock(self, prompt=prompt, image=image[0] if isinstance(image, list) else image, **call)
+
+    def none(self: Any, prompt: Any, image: Any, **call: Any) -> Any:
+        if isinstance(image, list):
+            raise ValueError("one picture, please")
+        return stock(self, prompt=prompt, image=image, **call)
+
+    conditions = SampleConditions("item", tuple(read_items(items, type(tiny_editor())).each))
+    stock = type(tiny_editor()).__call__
+    expected = made(tiny_editor(), conditions, 1)
+    for other in (of_first, none):
+        monkeypatch.setattr(type(tiny_editor()), "__call__", other)
+        assert torch.equal(made(tiny_editor(), conditions, 3), expected)
+
+
+def test_items_that_share_an_argument_prove_nothing_of_lists(items: Path) -> None:
+    from fewstep.data.items import read_items
+
+    pipeline = tiny_editor()
+    each = read_items(items, type(pipeline)).each
+    alike = [Item({"prompt": "the a", "image": item.arguments["image"]}) for item in each]
+    assert torch.equal(
+        made(pipeline, SampleConditions("item", tuple(alike)), 3),
+        made(pipeline, SampleConditions("item", tuple(alike)), 1),
     )
-    assert torch.equal(one, all_three) and conditions.prompts([3, 1]) == ["the a", "the b"]
+    assert pipeline not in generating._SEVERAL
+
+
+def made(pipeline: Any, conditions: SampleConditions, batch_size: int) -> torch.Tensor:
+    """Three samples."""
+    batches = generate(pipeline, CALL, conditions, range(3), seed=1, batch_size=batch_size)
+    return torch.cat([batch.images for batch in batches])
 
 
 def test_the_command_measures_a_teacher_with_items(editor: Path, items: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from fewstep.eval import EvalConfig, evaluate
 from fewstep.eval.evaluate import prepared
 from fewstep.eval.known_rows import METRICS, NUM, STEPS, KnownRow, content_of, known_row
 from fewstep.eval.sources import ModelSource
-from fewstep.fashion import TEACHERS
+from fewstep.fashion import TEXT_TEACHERS
 
 RESULTS = Path(__file__).resolve().parents[2] / "eval" / "results"
 
@@ -21,7 +21,7 @@ def sources(name: str, tmp_path: Path, **options: object) -> list[ModelSource]:
     return prepared([], EvalConfig(**told)).sources
 
 
-@pytest.mark.parametrize("name", list(TEACHERS))
+@pytest.mark.parametrize("name", TEXT_TEACHERS)
 def test_what_ships_is_of_the_teachers_that_ship(name: str, tmp_path: Path) -> None:
     for source in sources(name, tmp_path):
         row = known_row(source)

@@ -1,4 +1,4 @@
-"""Both teachers are stock pipelines: they load with one call and sample with one call."""
+"""The teachers of text are stock pipelines: they load with one call and sample with one call."""
 
 import numpy as np
 import pytest
@@ -7,14 +7,14 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from fewstep.fashion import CLASSES, PROMPTS, TEACHERS, load_classifier, teacher_path
+from fewstep.fashion import CLASSES, PROMPTS, TEACHERS, TEXT_TEACHERS, load_classifier, teacher_path
 from fewstep.fashion.classifier import extract
 
 TRAINED_POSITIONS = 9
 CLIP = "clip_text_model"
 
 
-@pytest.fixture(scope="module", params=TEACHERS)
+@pytest.fixture(scope="module", params=TEXT_TEACHERS)
 def loaded(request):
     pipeline = DiffusionPipeline.from_pretrained(teacher_path(request.param))
     pipeline.set_progress_bar_config(disable=True)

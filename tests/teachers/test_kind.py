@@ -28,7 +28,7 @@ def test_two_small_files_tell_the_kind(family: str, tmp_path: Path) -> None:
 
 def test_the_embedded_teachers_are_one_of_each_measured_kind() -> None:
     kinds = {name: kind_of_scheduler(scheduler_of(find_source(name, weights=False), name)) for name in TEACHERS}
-    assert kinds == {"fashion-sd": "table", "fashion-flow": "flow"}
+    assert kinds == {"fashion-sd": "table", "fashion-flow": "flow", "fashion-inpaint": "table"}
 
 
 def test_a_scheduler_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ class Planner:
             self.pipeline = build(partial(fake_world, self.mode))
         with answering(self.pipeline, self.mode):
             call = TeacherSettings.of(config).recorded_call
-            self.items = given_items(config.items, None, self.pipeline, call)
+            self.items = given_items(config.items, None, self.pipeline, call, name=config.teacher)
             self.recording = record_for(record, self.pipeline, call, self.items, make_up=config.prompts is None)
         self.device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
         self._counted: list[tuple[RunConfig, int, dict[str, Calls]]] = []
