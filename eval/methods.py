@@ -1,7 +1,8 @@
 """One table and one picture of all methods on the embedded teachers, in cells that are run one by one.
 
     python -m fewstep.eval.methods                              what is missing or stale, then table and picture
-    python -m fewstep.eval.methods --list                       every cell, its state, and the calls of its training
+    python -m fewstep.eval.methods --list                       every cell, its state, the calls kept of its training
+    python -m fewstep.eval.methods --list --calls               the same; calls of the others are counted (minutes)
     python -m fewstep.eval.methods --only 'sid*' --seeds 0 1 2  some cells, by their names
     python -m fewstep.eval.methods --table                      table and picture alone, without running anything
     python -m fewstep.eval.methods --table --readme docs/methods.md   and what ships: the page, what auto chooses from
@@ -17,8 +18,7 @@ import fnmatch
 import logging
 import sys
 import time
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -69,17 +69,31 @@ def run(cells: Sequence[Cell], results: Path, work: Path) -> None:
         print(f"  FD {result.metrics['fd_test']:.3f}, {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def show(cells: Sequence[Cell], results: Path) -> None:
-    """The cells with their state and the network calls that their trainings take, in samples."""
+def show(cells: Sequence[Cell], results: Path, count: bool = False) -> None:
+    """The cells with their state and the network calls of their trainings, in samples.
 
-    @cache
-    def calls(title: str) -> float:
-        training = next(c.training for c in cells if c.training is not None and c.training.title == title)
-        return sum(sum(kinds.values()) for kinds in network_calls(training).values())
-
+    Args:
+        cells: to show.
+        results: folder of what is kept, calls as well.
+        count: count them, where none are kept of the present recipe; that takes seconds for each.
+    """
+    known: dict[str, float] = {}
+    states = {cell.file: state(results, cell) for cell in cells}
     for cell in cells:
-        planned = "" if cell.training is None else f"{calls(cell.training.title):>12,.0f} calls"
-        print(f"{state(results, cell):8}{cell.file:44}{planned}", flush=True)
+        if cell.training is not None and states[cell.file] == "done" and (kept := read_result(results, cell)):
+            known[cell.training.title] = _total(kept.calls)
+    for cell in cells:
+        planned = ""
+        if cell.training is not None:
+            title = cell.training.title
+            if count and title not in known:
+                known[title] = _total(network_calls(cell.training))
+            planned = f"{known[title]:>12,.0f} calls" if title in known else ""
+        print(f"{states[cell.file]:8}{cell.file:44}{planned}", flush=True)
+
+
+def _total(calls: Mapping[str, Mapping[str, float]]) -> float:
+    return sum(sum(kinds.values()) for kinds in calls.values())
 
 
 def publish(
@@ -128,6 +142,7 @@ def parser() -> Parser:
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of what is kept of finished cells")
     made.add_argument("--readme", type=Path | None, default=None, help=PAGE)
     made.add_argument("--list", type=bool, default=False, help="show the cells instead of running them")
+    made.add_argument("--calls", type=bool, default=False, help="with --list: count the calls that nothing is kept of")
     made.add_argument("--table", type=bool, default=False, help="make table and picture without running anything")
     return made
 
@@ -137,7 +152,7 @@ def main(words: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fewstep").setLevel(logging.WARNING)
     try:
-        asked = parse(parser(), with_values(sys.argv[1:] if words is None else words, {"list", "table"}))
+        asked = parse(parser(), with_values(sys.argv[1:] if words is None else words, {"list", "table", "calls"}))
         if asked.threads < 1 or (asked.num or 1) < 1 or min(asked.seeds or [0]) < 0:
             raise UserError("--threads and --num must be at least 1, and --seeds at least 0")
         torch.set_num_threads(asked.threads)
@@ -146,7 +161,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise UserError(f"{RESULTS} holds cells of {plan.num} samples: with another --num give --results DIR, too")
         cells = chosen(plan.cells(asked.seeds, asked.num), asked.only)
         if asked.list:
-            show(cells, asked.results)
+            show(cells, asked.results, asked.calls)
             return 0
         if not asked.table:
             run(cells, asked.results, asked.out)

@@ -97,7 +97,7 @@ class Disback:
         number, start = self.place(step), self.config.degradation
         if number < 0:
             with torch.no_grad():
-                x0 = self.matchers[-1].sample(batch, student_turn=False).x0
+                x0 = self.matchers[-1].sample(batch, False).x0
             loss, log = self.matchers[-1].critic_loss(x0, batch)
             yield Turn("critic", [(loss, None)], log)
             # Here the critic has made its update. It is an order, for a step may be played again without one.

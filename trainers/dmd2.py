@@ -29,60 +29,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fewstep.cli.distill import main
-from fewstep.critic.decoupled import DecoupledMatching, refuse_unguided
-from fewstep.critic.denoising import CLEANEST, critic_denoising, sample_log
-from fewstep.critic.first_step import TeacherStart, walk_apart
-from fewstep.critic.matching import Matched, Matching, matching_log
-from fewstep.critic.off_trajectory import OffTrajectory, Walked
+from fewstep.critic.decoupled import refuse_unguided
+from fewstep.critic.denoising import CLEANEST, critic_denoising
 from fewstep.data.batch import Batch, Real
-from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.random_grids import RandomGrid
 from fewstep.diffusion.renoising import Renoised, Renoiser
-from fewstep.diffusion.rollout import Sampler, draw_sample
+from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import Coefficients
-from fewstep.diffusion.timesteps import even_grid
 from fewstep.errors import UserError
 from fewstep.losses.adversarial import discriminator_loss, generator_loss
-from fewstep.losses.divergence import DivergenceWeight
-from fewstep.losses.score import distribution_matching, score_distillation
 from fewstep.networks.features import FeatureTap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.head_role import HeadRole
 from fewstep.networks.roles import Role
 from fewstep.trainers._dmd2_config import Dmd2Config
+from fewstep.trainers._dmd2_matching import chosen_matching
+from fewstep.trainers._dmd2_sampling import chosen_sampling
 from fewstep.trainers._rewards import open_rewards
-from fewstep.training.distributed import sum_over_processes
 from fewstep.training.following import pulls_after_student
 from fewstep.training.method import Bench, Order, Turn
 from fewstep.training.rewards import Rewards
 
 #: A loss () of the critic on the student's x0 (B, ...), and what to log.
 CriticLoss = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
-
-
-class Sampled(NamedTuple):
-    """A student's sample.
-
-    Attributes:
-        x0: (B, ...).
-        called_at: the time at which it was said.
-        finished: whether that was at the last step of the walk.
-        pieces: what else goes backward in the student's turn.
-        log: of those.
-    """
-
-    x0: Tensor
-    called_at: float
-    finished: bool
-    pieces: list[tuple[Tensor, Tensor | None]]
-    log: dict[str, Tensor]
 
 
 def _signal_power(_: Coefficients, at_t: Coefficients) -> Tensor:
@@ -113,39 +86,11 @@ class Dmd2:
         self.compared = Renoiser(sampler.schedule, config.time_min, config.time_max, shift)
         self.learnt = Renoiser(sampler.schedule, CLEANEST, 1.0, shift)
         self.judged = Renoiser(sampler.schedule, CLEANEST, 1.0)
-        self.matching: Matching = self.distribution_matching
-        self.random_grid: RandomGrid | None = None
-        self.off_trajectory: OffTrajectory | None = None
-        self.teacher_start: TeacherStart | None = None
-        if config.schedule == "random":
-            law = config.schedule_fewest, config.schedule_most, config.schedule_low, config.schedule_high
-            self.random_grid = RandomGrid(sampler.schedule, sampler.grid[0], *law)
-        if config.off_trajectory > 0:
-            # Where guidance has a term of its own, the match is with the teacher's condition alone.
-            teacher: Denoiser = guided_teacher if config.decoupled == "none" else guided_teacher.denoiser
-            how = config.off_trajectory_input, config.off_trajectory_teacher_time, config.normalizer_min
-            self.off_trajectory = OffTrajectory(self.student, teacher, self.critic, self.compared, *how)
-        if config.diversity_weight > 0:
-            grid = even_grid(config.diversity_teacher_steps, grid_shift).tolist()
-            times = sampler.grid[0], *[*grid, 0.0][1 : config.diversity_anchor_steps + 1]
-            self.teacher_start = TeacherStart(guided_teacher, sampler.schedule, times)
-        self.critic_loss: CriticLoss = self.denoising
-        if config.swiftbrush:
-            self.matching = partial(self.score_distillation, guided_teacher.of(self.critic))
-            self.critic_loss = self.denoising_with_negative
-        elif config.decoupled != "none":
-            self.matching = DecoupledMatching(
-                guided_teacher,
-                self.critic,
-                self.compared,
-                config.decoupled,
-                config.decoupled_normalizer,
-                config.normalizer_min,
-            )
-        elif config.f_divergence != "none" and "divergence" not in self.critic.added:
-            low, high = self.compared.ends
-            weight = DivergenceWeight(config.f_divergence, config.f_bins, config.f_momentum, t_min=low, t_max=high)
-            self.critic.add("divergence", weight.to(self.critic.parameters()[0].device))
+        which = config, guided_teacher, self.critic, self.compared, self.logits, self.drawn_guidance
+        self.matching = chosen_matching(*which)
+        walk = self.student, guided_teacher, self.critic, sampler, self.compared, grid_shift
+        self.sample = chosen_sampling(config, *walk)
+        self.critic_loss: CriticLoss = self.denoising_with_negative if config.swiftbrush else self.denoising
 
     @classmethod
     def prepare(cls, config: Dmd2Config, bench: Bench) -> Dmd2:
@@ -225,35 +170,6 @@ class Dmd2:
         real = self.logits(self.judged(batch.real.x0, batch.draws, "real"), batch.real)
         return discriminator_loss(real, fake)
 
-    def sample(self, batch: Batch, student_turn: bool) -> Sampled:
-        """A sample of the student by its walk, and in its own turn the terms that belong to the walk."""
-        if self.teacher_start is not None:
-            return self.sample_from_taught_start(self.teacher_start, batch, student_turn)
-        sampler = self.sampler
-        if self.random_grid is not None:
-            sampler = replace(sampler, grid=self.random_grid.draw(batch.draws))
-        last = batch.draws.shared_integer("student_step", 0, len(sampler.grid))
-        inputs: dict[int, Tensor] = {}
-        finished = last == len(sampler.grid) - 1
-        walk = (self.student, sampler, batch.draws, batch.shape, batch.conditioning, last)
-        x0 = draw_sample(*walk, on_step=inputs.__setitem__)
-        if self.off_trajectory is None or not student_turn:
-            return Sampled(x0, sampler.grid[last], finished, [], {})
-        walked = Walked(inputs[last].detach(), sampler.times(last, x0), x0.detach())
-        elsewhere, (gradient, log) = self.off_trajectory(walked, batch)
-        return Sampled(x0, sampler.grid[last], finished, [(elsewhere, self.config.off_trajectory * gradient)], log)
-
-    def sample_from_taught_start(self, start: TeacherStart, batch: Batch, student_turn: bool) -> Sampled:
-        """DP-DMD's: the whole walk, whose first step is taught apart from the others; the match reaches those."""
-        noise, told, sampler = batch.draws.normal("noise", batch.shape), batch.conditioning, self.sampler
-        x0, first = walk_apart(self.student, sampler, noise, told)
-        if not student_turn:
-            return Sampled(x0, sampler.grid[1], True, [], {})
-        x = sampler.initial_scale * noise
-        loss = start.loss(x, first, start.velocity(x, start.end(x, told)))
-        log = {"student/first_step": loss.detach()}
-        return Sampled(x0, sampler.grid[1], True, [(self.config.diversity_weight * loss, None)], log)
-
     def rewarded(
         self,
         rewards: Rewards,
@@ -271,29 +187,6 @@ class Dmd2:
         if rewards.due(step, self.config.critic_updates):
             log |= rewards.look(self.student, self.sampler, batch)
         return log
-
-    @torch.no_grad()
-    def distribution_matching(self, x0: Tensor, batch: Batch, _called_at: float) -> Matched:
-        """DMD's gradient, weighted by f-distill's density ratio where the run asks for it."""
-        here = self.compared(x0, batch.draws, "matching")
-        x0_critic, x0_teacher = (role(here.x_t, here.t, batch.conditioning) for role in (self.critic, self.teacher))
-        weight = None
-        if "divergence" in self.critic.added:
-            weight = self.critic.added["divergence"](self.logits(here, batch), here.t, sum_over_processes)
-        compared = x0 if self.config.normalizer == "x0" else here.x_t
-        loss, gradient = distribution_matching(compared, x0_teacher, x0_critic, self.config.normalizer_min, weight)
-        return gradient, matching_log(loss) | sample_log(x0, x0_teacher)
-
-    @torch.no_grad()
-    def score_distillation(self, critic: GuidedDenoiser, x0: Tensor, batch: Batch, _called_at: float) -> Matched:
-        """SwiftBrush's gradient, of a ``critic`` under guidance."""
-        here, scale = self.compared(x0, batch.draws, "matching"), self.drawn_guidance(batch)
-        x0_critic, x0_teacher = (
-            role(here.x_t, here.t, batch.conditioning, guidance_scale=scale) for role in (critic, self.teacher)
-        )
-        alpha, sigma = self.compared.schedule.coefficients(here.t)
-        loss, gradient = score_distillation(x0_teacher, x0_critic, alpha * sigma)
-        return gradient, matching_log(loss) | sample_log(x0, x0_teacher)
 
     def drawn_guidance(self, batch: Batch) -> Tensor | None:
         """The scale (B,) of both in SwiftBrush's gradient, where it is not the run's."""

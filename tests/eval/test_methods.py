@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from fewstep.eval import methods
-from fewstep.eval.benchmark.cell_results import read_result, read_strip
+from fewstep.eval.benchmark.cell_results import Result, read_result, read_strip, write_result
 from fewstep.eval.benchmark.cell_runs import Stopwatch, fresh_pipeline, network_calls, train
-from fewstep.eval.benchmark.cells import Cell, CellPlan, Training
+from fewstep.eval.benchmark.cells import Cell, CellPlan, Training, digest
 from fewstep.fashion import teacher_path
 from fewstep.training.monitor import Monitor
 
@@ -133,6 +134,29 @@ def test_cells_are_run_once_and_make_table_and_picture(command: Any, tmp_path: P
     states = dict(reversed(line.split()[:2]) for line in capsys.readouterr().out.splitlines())
     expected = {"dmd2_fashion-sd_1of2.seed0": "done", "dmd2_fashion-sd_2of2.seed0": "missing"}
     assert states == {"teacher_fashion-sd_1": "done", "teacher_fashion-sd_2": "done", **expected}
+
+
+def test_a_list_shows_the_calls_that_are_kept_and_counts_none_unasked(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+
+    def count(training: Training) -> dict[str, dict[str, float]]:
+        counted.append(training.title)
+        return {"student": {"no_grad": 4000, "to_parameters": 3}}
+
+    monkeypatch.setattr(methods, "network_calls", count)
+    cells = CellPlan((TINY, replace(TINY, name="other")), (1,), 20).cells()
+    kept = [cell for cell in cells if cell.training == TINY][1]
+    empty = Result(kept.name, 0, 20, 1, {}, {}, {"teacher": {"no_grad": 1234}}, {}, 1, kept.content(), "")
+    write_result(tmp_path, kept, replace(empty, hash=digest(empty.content)), None)
+    methods.show(cells, tmp_path)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "teacher_" not in line]
+    # Cells of one training share what is kept of one of them.
+    assert [line.split()[0] for line in shown] == ["missing", "done", "missing", "missing"] and not counted
+    assert ["1,234 calls" in line for line in shown] == [True, True, False, False]
+    methods.show(cells, tmp_path, count=True)
+    assert counted == [replace(TINY, name="other").title] and capsys.readouterr().out.count("4,003 calls") == 2
 
 
 def test_committed_cells_are_not_overwritten_by_cells_of_fewer_samples(capsys: Any) -> None:

@@ -180,7 +180,7 @@ def test_the_student_is_asked_once_more_with_gradient_and_judged_there(
 def test_without_guidance_of_its_own_the_further_match_is_with_the_guided_teacher(tmp_path: Path):
     for how in ("none", "hybrid"):
         one = method(config(tmp_path, off_trajectory=1.0, decoupled=how))
-        assert one.off_trajectory.teacher is (one.teacher if how == "none" else one.roles["teacher"])
+        assert one.sample.off_trajectory.teacher is (one.teacher if how == "none" else one.roles["teacher"])
 
 
 def test_the_pull_comes_after_whom_it_is_said_to_follow(tmp_path: Path):
