@@ -151,14 +151,26 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path, settings: dic
 
 
 def test_a_mixtures_student_goes_where_the_reward_leads_and_stays_near_its_teacher(tmp_path: Path):
-    """The teacher's three modes have a third each; the reward of the right one comes to have most of the samples."""
+    """The teacher's three modes have a third each; the reward of the right one comes to have most of the samples.
+
+    Beside it the control: the same run at weight 0, whose samples stay spread over all three.
+    """
+    share, near = mixture_run(tmp_path / "rewarded", 1.5)
+    assert share > 0.7  # 0.88 here
+    assert near < 1.0  # 0.81 here; the modes are 3.4 apart
+    control, _ = mixture_run(tmp_path / "control", 0.0)
+    assert 0.2 < control < 0.5  # 0.36 here, a third of the mixture
+
+
+def mixture_run(out: Path, weight: float) -> tuple[float, float]:
+    """The share of a student's samples that is nearest to the rewarded mode, and the median distance to a mode."""
     torch.manual_seed(0)
     schedule, roles = FlowSchedule(), {}
     for name in ("teacher", "student", "critic"):
         roles[name] = role(name, MixtureTeacher(), schedule, "sample", trainable=name != "teacher")
     sampler = Sampler(schedule, (1.0, 0.75), "fresh")
     settings = config(
-        tmp_path,
+        out,
         max_steps=300,
         batch_size=64,
         lr=2e-3,
@@ -167,7 +179,7 @@ def test_a_mixtures_student_goes_where_the_reward_leads_and_stays_near_its_teach
         log_steps=300,
         checkpointing_steps=300,
         reward="my.Reward",
-        reward_weight=1.5,
+        reward_weight=weight,
         reward_look_steps=300,
     )
 
@@ -186,6 +198,4 @@ def test_a_mixtures_student_goes_where_the_reward_leads_and_stays_near_its_teach
     with torch.no_grad():
         x0 = rollout(one.student, sampler, fresh(0), unconditional(2000), fresh)
     nearest = torch.cdist(x0, torch.tensor(MixtureTeacher.MEANS)).min(1)
-    share, near = (nearest.indices == 0).float().mean().item(), nearest.values.median().item()
-    assert share > 0.7  # 0.88 here; 0.36 without the reward, a third of the mixture
-    assert near < 1.0  # 0.81 here; the modes are 3.4 apart
+    return (nearest.indices == 0).float().mean().item(), nearest.values.median().item()

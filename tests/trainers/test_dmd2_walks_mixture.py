@@ -1,4 +1,4 @@
-"""A pulled critic, CDM's walk and DP-DMD's, on a teacher whose score has a closed form: where their students end is known."""
+"""A pulled critic, CDM's walk and DP-DMD's, on a teacher whose score has a closed form: where students end is known."""
 
 from pathlib import Path
 
