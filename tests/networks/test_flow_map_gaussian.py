@@ -58,6 +58,8 @@ class Told2(nn.Module):
 
 
 class TimestepRecipe:
+    read = torch.ones((), dtype=torch.bool)
+
     def __init__(self, schedule: NoiseSchedule) -> None:
         self.schedule = schedule
 
