@@ -21,12 +21,13 @@ from fewstep.recording.invocation import SCALES
 from fewstep.recording.pictures import picture_arguments
 from fewstep.recording.plain_call import argument_hints, members
 
-#: The column with the wanted result, which is no argument of the pipeline.
-TARGET = "target"
 #: What is the recorder's, the whole run's or the caller's business, and no item's.
 _NOT_OF_AN_ITEM = frozenset(
     {"batch_size", "generator", "latents", "num_inference_steps", "output_type", "return_dict", "sigmas", "timesteps"}
 )
+
+
+_TARGET = "target"
 
 
 class Columns:
@@ -61,8 +62,8 @@ class Columns:
         return {column: self._value(row.name, column, value, folder) for column, value in row.values.items()}
 
     def _refuse_no_column(self, row: str, column: str) -> None:
-        if column == TARGET:
-            return
+        if column == _TARGET and column not in self.hints:
+            raise UserError(f"{row} has a {_TARGET}, the wanted result, which is not trained on yet; leave it out")
         if column not in self.hints:
             known = ", ".join(self.pictures) or "none"
             raise UserError(
@@ -92,7 +93,7 @@ class Columns:
 
     def _is_picture(self, column: str, value: Any) -> bool:
         """Whether a value is meant as pictures: the argument takes some, or is given a text and takes nothing plain."""
-        if column == TARGET or column in self.pictures:
+        if column in self.pictures:
             return True
         each = list(flat(list(value) if isinstance(value, tuple) else value))
         if each and all(isinstance(one, str) for one in each):

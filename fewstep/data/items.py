@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from fewstep.conditioning.item import Item, digest
 from fewstep.data.durable import json_sha256
-from fewstep.data.item_columns import TARGET, Columns
+from fewstep.data.item_columns import Columns
 from fewstep.data.item_pictures import SHOWN, Clip, Picture, flat, is_blank, is_mask, size_of
 from fewstep.data.item_rows import Row, items_file, rows_of
 from fewstep.errors import UserError
@@ -52,13 +52,11 @@ class Items:
 
     Attributes:
         each: in their order.
-        targets: the wanted result of each, one picture or the frames of a clip; empty where there are none.
         files: that their pictures were read from.
         name: where they came from, for messages.
     """
 
     each: list[Item]
-    targets: list[Any]
     files: list[Path]
     name: str
 
@@ -117,16 +115,14 @@ def read_items(
         raise UserError(f"{name} holds no item; write a row of the pipeline's arguments for each")
     columns = Columns(pipeline_class, call or {})
     each: list[Item] = []
-    targets: list[Any] = []
     for row in tqdm(rows, desc="look at the items", unit="item", delay=2, disable=not progress):
         values = columns.read(row, folder)
         _refuse_misfitting(row.name, values)
-        targets += [values.pop(TARGET)] if TARGET in values else []
         each.append(Item(Arguments(values), row.name, json_sha256({k: _known_by(v) for k, v in values.items()})))
-    _refuse_unlike(each, targets)
-    seen = [one.source for one in _pictures([*map(values_of, each), targets]) if isinstance(one, Picture)]
+    _refuse_unlike(each)
+    seen = [one.source for one in _pictures([*map(values_of, each)]) if isinstance(one, Picture)]
     files = dict.fromkeys(getattr(source, "path", source) for source in seen)
-    return Items(each, targets, [file for file in files if isinstance(file, Path)], name)
+    return Items(each, [file for file in files if isinstance(file, Path)], name)
 
 
 def values_of(item: Item) -> dict[str, Any]:
@@ -155,7 +151,7 @@ def _given(number: int, row: Item | Mapping[str, Any]) -> Row:
 
 def _refuse_misfitting(name: str, values: Mapping[str, Any]) -> None:
     """Refuse pictures of a row that do not fit each other: a mask of another size, or blank, clips of two lengths."""
-    shown = {column: value for column, value in values.items() if column != TARGET and _pictures(value)}
+    shown = {column: value for column, value in values.items() if _pictures(value)}
     others = {column: value for column, value in shown.items() if not is_mask(column)}
     for column in shown.keys() - others.keys():
         mask = _pictures(shown[column])
@@ -170,7 +166,7 @@ def _refuse_misfitting(name: str, values: Mapping[str, Any]) -> None:
         raise UserError(f"{name}: its clips are of unequal lengths: {each} frames")
 
 
-def _refuse_unlike(items: Sequence[Item], targets: Sequence[Any]) -> None:
+def _refuse_unlike(items: Sequence[Item]) -> None:
     """Refuse rows that do not belong together: with other arguments than the first, or clips of another length."""
     first = items[0]
     for item in items[1:]:
@@ -184,8 +180,6 @@ def _refuse_unlike(items: Sequence[Item], targets: Sequence[Any]) -> None:
                     f"{item.name}: {column} has {len(value)} frames, and that of {first.name} has {len(there)}: "
                     "give clips of one length"
                 )
-    if targets and len(targets) != len(items):
-        raise UserError(f"{len(targets)} of {len(items)} rows have a {TARGET}: give every row one, or none")
 
 
 def _is_clip(column: str, value: Any) -> bool:

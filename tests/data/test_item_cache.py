@@ -92,7 +92,7 @@ def test_two_pictures_that_changed_places_are_noticed(recording: Recording, item
         cache.refuse_other_items(read_items(tmp_path / "swapped", type(recording.pipeline)))
     with pytest.raises(UserError, match="--resume: the items or their pictures differ"):
         write(tmp_path / "c", recording, read_items(tmp_path / "swapped", type(recording.pipeline)), resume=True)
-    fewer = Items(items.each[:3], [], items.files, "fewer")
+    fewer = Items(items.each[:3], items.files, "fewer")
     with pytest.raises(UserError, match="is of 5 items, and fewer has 3"):
         cache.refuse_other_items(fewer)
 
