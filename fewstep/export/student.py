@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fewstep.export.full_precision import in_full_precision
 from fewstep.export.lora import export_lora, rehearse_lora, why_no_lora
 from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
 from fewstep.export.speed_up import speed_up_recording
+from fewstep.export.walk.control import as_walked
 from fewstep.export.walk.plan import StudentPlan
 from fewstep.export.whole import check_counts, export_student, refuse_own_code
 from fewstep.networks.flow_map import SECOND_TIME
@@ -51,7 +53,8 @@ class Student:
 
     Attributes:
         teacher: the recording that its roles start from.
-        recording: of the pipeline that it will be: the teacher's own, unless it has other experts or a second time.
+        recording: of the pipeline that it will be: the teacher's own, unless it has other experts, a second time, or
+            a second network that is switched at other times.
         plan: how it moves.
         teacher_lora: what was fused into the teacher.
     """
@@ -61,13 +64,27 @@ class Student:
     plan: StudentPlan
     teacher_lora: FusedLora | None = None
 
+    @classmethod
+    def of(cls, teacher: Recording, plan: StudentPlan, teacher_lora: FusedLora | None = None) -> Student:
+        """A student on the teacher's own network."""
+        student = cls(teacher, teacher, plan, teacher_lora)
+        return replace(student, recording=student.walked)
+
+    @cached_property
+    def walked(self) -> Recording:
+        """The teacher's recording with its second network, where it has one, switched as the student's walk does it."""
+        if self.teacher.recipe.second is None:
+            return self.teacher
+        pipeline = with_parts(self.teacher.pipeline, **{find_scheduler(self.teacher.pipeline): self.plan.scheduler})
+        return as_walked(self.teacher, pipeline, self.plan.call, self.plan.steps)
+
     def phased(self, phases: Sequence[Phase]) -> Student:
         """The same with an expert for each phase; untrained, it samples at every count.
 
         Raises:
             UserError: the phases do not fit this teacher, or its pipeline does not walk with as many networks.
         """
-        recording = phased_recording(self.teacher, phases)
+        recording = phased_recording(self.walked, phases)
         return replace(self, recording=recording, plan=phased_plan(self.plan, phases))._checked()
 
     def resized(self, recording: Recording) -> Student:
@@ -92,14 +109,14 @@ class Student:
         Raises:
             UserError: its pipeline does not walk so.
         """
-        return replace(self, recording=speed_up_recording(self.teacher, adapter))._checked()
+        return replace(self, recording=speed_up_recording(self.walked, adapter))._checked()
 
     def _told(self, second_time: nn.Module) -> Student:
         """The same with the pipeline that tells its network this second time: ours, or diffusers' own."""
         make: Callable[[Recording, Any], Recording] = flow_map_recording
         if isinstance(second_time, DeltaTime):
             make = any_flow_recording
-        return replace(self, recording=make(self.teacher, second_time))
+        return replace(self, recording=make(self.walked, second_time))
 
     def described(self, **what: Any) -> Student:
         """The same with other fields of its :class:`fewstep.export.StudentPlan`."""
@@ -167,7 +184,7 @@ class Student:
         if role.has_second_time:  # the exported role's own: an average has another one than the student in training
             student = self._told(role.added[SECOND_TIME])
         if SPEED_UP in role.added:
-            student = replace(self, recording=speed_up_recording(self.teacher, role.added[SPEED_UP]))
+            student = replace(self, recording=speed_up_recording(self.walked, role.added[SPEED_UP]))
         recording: Recording
         network: nn.Module
         lora = role.is_adapter

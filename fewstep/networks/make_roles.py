@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import nn
 
 from fewstep.config.run import RunConfig
 from fewstep.networks.adapters import AdapterRole, Backbone, called_by_keyword
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.experts import ExpertOf, ExpertsRole
 from fewstep.networks.roles import FOLLOWERS, NetworkRole, Role, follow, is_trained, make_role
+from fewstep.networks.second import with_frozen_second
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import is_quantized
 
@@ -79,17 +81,24 @@ def make_roles(
         recording: of the teacher.
         names: of the roles beside teacher and ema.
         device: of all of them.
-        student: the recording of the student's own pipeline, where it has other experts than the teacher's.
+        student: the recording of the student's own pipeline, where it has other experts than the teacher's, or a
+            second network that is switched at other times.
         expert_of: which expert each time goes to, where several share the time; default those of the recordings.
 
     Raises:
         UserError: the network has no layer for an adapter of ``settings.lora_rank``.
     """
-    backbones: dict[int, Callable[..., NetworkRole]] = {}
+    beside: dict[int, nn.Module] = {}
+    recording = with_frozen_second(recording, settings.half or torch.float32, device, beside)
+    if student is not None:
+        student = with_frozen_second(student, settings.half or torch.float32, device, beside)
+    backbones: dict[int, Backbone] = {}
 
     def adapters(one: Recording) -> Callable[..., NetworkRole]:
         # One backbone for all roles on a network, and for all experts that begin as one network.
-        return backbones.setdefault(id(one.network), _adapters(settings, one, device))
+        if id(one.network) not in backbones:
+            backbones[id(one.network)] = _backbone(settings, one, device)
+        return _adapters(settings, one, backbones[id(one.network)])
 
     def copies(one: Recording) -> Callable[..., NetworkRole]:
         return _copies(settings, one, device)
@@ -144,10 +153,9 @@ def _copies(settings: RoleSettings, recording: Recording, device: torch.device) 
     return make
 
 
-def _adapters(settings: RoleSettings, recording: Recording, device: torch.device) -> Callable[..., NetworkRole]:
-    """Makes roles on one backbone: the teacher is the backbone itself."""
-    merged = settings.merged_walks and not is_quantized(recording.network)
-    backbone = Backbone(
+def _backbone(settings: RoleSettings, recording: Recording, device: torch.device) -> Backbone:
+    """What the roles on a recording's network share."""
+    return Backbone(
         recording.network,
         settings.lora_rank,
         settings.lora_alpha or settings.lora_rank,
@@ -155,8 +163,17 @@ def _adapters(settings: RoleSettings, recording: Recording, device: torch.device
         device=device,
         gradient_checkpointing=settings.gradient_checkpointing,
         without=called_by_keyword(recording, device),
-        mergeable=merged,
+        mergeable=_merges(settings, recording),
     )
+
+
+def _merges(settings: RoleSettings, recording: Recording) -> bool:
+    """Whether a student's walks without gradient go over a merged copy."""
+    return settings.merged_walks and not is_quantized(recording.network)
+
+
+def _adapters(settings: RoleSettings, recording: Recording, backbone: Backbone) -> Callable[..., NetworkRole]:
+    """Makes roles on one backbone: the teacher is the backbone itself."""
 
     def make(name: str, *, trainable: bool) -> AdapterRole:
         adapter = None if name == "teacher" else backbone.add(name, trainable=trainable, seed=settings.seed)
@@ -169,7 +186,7 @@ def _adapters(settings: RoleSettings, recording: Recording, device: torch.device
             partial(backbone.active, None if adapter is None else name),
         )
         # Only the student walks; of an expert the name goes on with its component.
-        if adapter is not None and merged and name.startswith("student"):
+        if adapter is not None and _merges(settings, recording) and name.startswith("student"):
             denoiser.without_gradient = backbone.merged_form(adapter)
         return AdapterRole(name, backbone, denoiser, adapter)
 

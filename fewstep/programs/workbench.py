@@ -111,7 +111,7 @@ class Workbench:
             times=config.walk_times,
         )
         say(plan.note)
-        self.student = Student(self.recording, self.recording, plan, teacher.lora)
+        self.student = Student.of(self.recording, plan, teacher.lora)
         self.conditions = conditions_of(config, teacher, device, progress=progress)
         say(self.conditions.cut_note)
         say(self.conditions.note)
@@ -164,8 +164,9 @@ class Workbench:
         """The frozen teacher, the roles ``names``, and ``ema`` where the run has one."""
         changes = self.config.resized_network
         if changes is None:
-            return make_roles(RoleSettings.of(self.config), self.recording, names, self.device)
-        resized = resized_recording(self.recording, changes, self.config.seed)
+            own = self.student.recording
+            return make_roles(RoleSettings.of(self.config), self.recording, names, self.device, own)
+        resized = resized_recording(self.student.recording, changes, self.config.seed)
         refuse_unanswering(resized, *self.two_samples())
         self.student = self.student.resized(resized)
         return make_roles(RoleSettings.of(self.config), self.recording, names, self.device, resized)

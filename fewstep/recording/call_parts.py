@@ -19,14 +19,22 @@ from fewstep.recording.rules import SampleRule, TimeRule
 def without_sample(call: NetworkCall, recipe: Recipe) -> dict[str, Any]:
     """The arguments of a network call other than the sample and the times, and what of theirs is neither.
 
+    Of a second network's answers too; what that itself is told stands under its name.
+
     Raises:
         ValueError: an argument that holds the sample has no room for it.
     """
     rules: dict[str, SampleRule | TimeRule] = {rule.argument: rule for rule in recipe.times}
     rules[recipe.sample.argument] = recipe.sample
-    told = {name: value for name, value in call.arguments.items() if name not in rules}
+    second = recipe.second
+    links = [] if second is None else [link.argument for link in second.links]
+    told = {name: value for name, value in call.arguments.items() if name not in rules and name not in links}
     rests = {name: rule.rest(call.arguments[name]) for name, rule in rules.items() if name in call.arguments}
-    return {**told, **{name: rest for name, rest in rests.items() if rest is not None}}
+    told |= {name: rest for name, rest in rests.items() if rest is not None}
+    if second is not None:
+        beside = next(one for one in reversed(call.earlier) if one.component == second.component)
+        told[second.component] = second.told(beside.arguments)
+    return told
 
 
 def network_calls(step: Step, components: Collection[str]) -> list[NetworkCall]:

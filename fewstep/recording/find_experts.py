@@ -29,22 +29,23 @@ _FED = 256
 _COUNTS, _ENOUGH = (5, 9, 17, 33, 65, 129, 257, 513), 3
 
 
-def loop_components(subject: Subject, first: str, *runs: list[Step]) -> tuple[str, ...]:
+def loop_components(subject: Subject, first: str, *runs: list[Step], beside: Sequence[str] = ()) -> tuple[str, ...]:
     """The components that the loop calls, `first` (that of the first step) before the others.
 
-    The first step of a run does not count: it also holds the text encoders.
+    The first step of a run does not count: it also holds the text encoders. Nor does a component of `beside`.
 
     Raises:
         RecordingError: several in one step.
     """
     found = {first: None}
     for step in (step for run in runs for step in run[1:]):
-        names = {call.component for call in step.calls}
+        names = {call.component for call in step.calls} - set(beside)
         if len(names) > 1:
             main = first if first in names else step.calls[-1].component
             raise RecordingError(
                 f"the loop of {subject} calls {', '.join(sorted(names - {main}))} beside {main}; "
-                "pipelines with several denoisers in one step or a control network cannot be distilled yet"
+                "pipelines with several denoisers in one step cannot be distilled, nor with a network that is called "
+                "in some steps only"
             )
         found |= dict.fromkeys(names)
     return tuple(found)

@@ -116,8 +116,12 @@ def _agrees(
     noise = torch.randn(2, *recipe.sample_shape, generator=torch.Generator().manual_seed(0))
     x = (noise * step.network_input.float().std().cpu()).to(step.network_input)
 
+    # Where a second network has a say.
+    switch = None if recipe.second is None else recipe.second.switch
+    timestep = step.timestep if switch is None else min(step.timestep, switch.highest)
+
     def call(x: Tensor, conditioning: Conditioning) -> Tensor:
-        at = torch.full((len(x),), step.timestep, dtype=torch.float64)
+        at = torch.full((len(x),), timestep, dtype=torch.float64)
         return recipe.call(network, x, at, conditioning, next_timestep=at / 2).double()
 
     with torch.no_grad(), evaluating(network):

@@ -10,11 +10,15 @@ from torch import Tensor
 
 @dataclass
 class NetworkCall:
-    """One call of a pipeline component: its bound keyword arguments and what it returned (cloned)."""
+    """One call of a pipeline component: its bound keyword arguments and what it returned (cloned).
+
+    `earlier`: the calls of the same step that came before it.
+    """
 
     component: str
     arguments: dict[str, Any]
     output: Any = None
+    earlier: tuple[NetworkCall, ...] = field(default=(), repr=False)
 
 
 @dataclass
@@ -46,13 +50,15 @@ class Stub:
     """Stands in for the forward of `components`: it returns `output`, except in the steps of `live`, which run as ever.
 
     Without an `output`, what one of them returned last is returned again; the first step must then be live. With
-    `scramble` it is noise of that form, other noise at every call.
+    `scramble` it is noise of that form, other noise at every call. Each component of `beside`, which the pipeline calls
+    beside these, returns what stands there with its name.
     """
 
     components: tuple[str, ...]
     output: Any = None
     live: frozenset[int] = frozenset()
     scramble: bool = False
+    beside: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass

@@ -153,42 +153,49 @@ def _watched(
     """Note the calls of a component in `seen`, where it is stubbed without running it."""
     signature = inspect.signature(module.forward)
     stubbed = stub is not None and component in stub.components
+    beside = stub is not None and component in dict(stub.beside)
     running: list[NetworkCall] = []
     previous: dict[str, Any] = {}
+    answered: dict[str, Any] = {}
 
     def enter(_name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = dict(signature.bind(*args, **kwargs).arguments)
         for name, parameter in signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 arguments.update(arguments.pop(name, {}))
-        running.append(NetworkCall(component, capture_changes(arguments, previous)))
+        running.append(NetworkCall(component, capture_changes(arguments, previous), earlier=tuple(seen.pending)))
         previous.update(running[-1].arguments)
         seen.pending.append(running[-1])
         if component == before and sum(call.component == before for call in seen.pending) > skip:
             raise Stop
 
     def leave(_name: str, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        running[-1].output = capture(output)
+        # A control network answers with more than its sample, and the same in each step in which it is stubbed.
+        answered.update(capture_changes({"": output}, answered) if beside else {"": capture(output)})
+        running[-1].output = answered[""]
         if stubbed:
             seen.last_output = running[-1].output
         running.pop()
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(hooked({component: module}, before=enter, after=leave))
-        if stub is not None and stubbed:
-            stand_in = _stand_in(module.forward, stub, seen, seed=sum(map(ord, component)))
+        if stub is not None and (stubbed or beside):
+            stand_in = _stand_in(component, module.forward, stub, seen)
             stack.enter_context(method_replaced(module, "forward", stand_in))
         yield
 
 
-def _stand_in(forward: Callable[..., Any], stub: Stub, seen: Observation, seed: int) -> Callable[..., Any]:
-    """What is called in the place of a stubbed component's forward; `seed` is that of its noise."""
-    noise = torch.Generator().manual_seed(seed)
+def _stand_in(component: str, forward: Callable[..., Any], stub: Stub, seen: Observation) -> Callable[..., Any]:
+    """What is called in the place of a stubbed component's forward."""
+    noise = torch.Generator().manual_seed(sum(map(ord, component)))
+    beside = dict(stub.beside)
 
     @functools.wraps(forward)
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         if len(seen.steps) in stub.live:
             return forward(*args, **kwargs)
+        if component in beside:
+            return capture(beside[component])
         output = seen.last_output if stub.output is None else stub.output
         return scrambled(output, noise) if stub.scramble else capture(output)
 

@@ -25,7 +25,7 @@ from fewstep.recording.item_proof import guided_item_errors, item_errors
 from fewstep.recording.items import with_pictures_of
 from fewstep.recording.observation import NetworkCall, Observation, Step
 from fewstep.recording.pipeline import evaluating
-from fewstep.recording.proof_runs import STEPS, each, own_calls, own_conditioning, relative_error, run, times
+from fewstep.recording.proof_runs import STEPS, each, own_calls, own_conditioning, relative_error, run, steps_of, times
 from fewstep.recording.recorded import Recorded
 from fewstep.recording.shake import shaken
 
@@ -313,7 +313,7 @@ def _ignored(recording: Recorded, seed: int) -> dict[str, list[str]]:
     seen = run(recording, [recording.invocation.item], seed)
     found = {}
     for expert in recording.experts:
-        steps = [step for step in seen.steps[1:] if recording.expert_at(step.timestep) is expert]
+        steps = steps_of(recording, expert, seen)
         found[expert.component] = _ignored_by_network(recording, steps[0], steps[-1], expert.network)
     return {component: words for component, words in found.items() if words}
 

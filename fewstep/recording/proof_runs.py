@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.recording.experts import Expert
 from fewstep.recording.fresh import fresh_samples
 from fewstep.recording.observation import Observation, Step
 from fewstep.recording.recipe import Recipe
 from fewstep.recording.recorded import Recorded
+from fewstep.recording.second_switch import at_steps, switched
 
 STEPS = 5
 
@@ -68,6 +71,8 @@ def own_calls(recording: Recorded, seen: Observation) -> list[tuple[Step, Callab
     Of several experts the one of that time is called, and steps in which they did not run are left out.
     """
     recipe = recording.recipe
+    if recipe.second is not None:  # switched by the number of the step, and this walk has another number of them
+        recipe = replace(recipe, second=at_steps(recipe.second, seen.steps))
     pairs: list[tuple[Step, Callable[[Tensor, Conditioning], Tensor]]] = []
     for i, step in enumerate(seen.steps):
         last = recipe.needs_next and i + 1 == len(seen.steps)
@@ -78,6 +83,16 @@ def own_calls(recording: Recorded, seen: Observation) -> list[tuple[Step, Callab
         network = recording.expert_at(step.timestep).network
         pairs.append((step, partial(_own_call, recipe, network, step.timestep, following)))
     return pairs
+
+
+def steps_of(recording: Recorded, expert: Expert, seen: Observation) -> list[Step]:
+    """The steps after the first in which an expert was called; those first in which a second network has a say."""
+    steps = [step for step in seen.steps[1:] if recording.expert_at(step.timestep) is expert]
+    second = recording.recipe.second
+    if second is None or second.switch is None:
+        return steps
+    on = dict(switched(second, steps))
+    return sorted(steps, key=lambda step: not on[step.timestep])
 
 
 def _own_call(

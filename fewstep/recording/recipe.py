@@ -9,15 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.recording.dtypes import network_dtype
-from fewstep.recording.entries import entries_from_json
+from fewstep.recording.feeding import feed
 from fewstep.recording.rules import OutputRule, SampleRule, TimeRule
+from fewstep.recording.second_network import SecondNetwork
 
 #: Of the JSON; 1 knew no entries.
 VERSION = 2
@@ -35,6 +33,7 @@ class Recipe:
         output: what is done to the answer.
         network_dtype: the dtype's name of the recorded network's weights. What had that dtype follows a network of
             another one (a student in float32 beside a teacher in bfloat16).
+        second: a network that is called before it in every step, whose answers it is told; None: there is none.
     """
 
     component: str
@@ -43,6 +42,7 @@ class Recipe:
     times: tuple[TimeRule, ...]
     output: OutputRule
     network_dtype: str
+    second: SecondNetwork | None = None
 
     @property
     def read(self) -> Tensor:
@@ -86,41 +86,30 @@ class Recipe:
             raise ValueError(
                 f"conditioning for {conditioning.batch_size} samples, x for {x.shape[0]}; select() expands it"
             )
-        recorded = getattr(torch, self.network_dtype)
-        own = network_dtype(network)
-
-        def followed(dtype: torch.dtype) -> torch.dtype:
-            return own if dtype == recorded else dtype
-
-        arguments = conditioning.arguments()
-        if own != recorded:
-            arguments = conditioning.map_tensors(lambda v: v.to(followed(v.dtype))).arguments()
-        own_x = x.to(followed(getattr(torch, self.sample.dtype)))
-        arguments[self.sample.argument] = self.sample.value(own_x, arguments.get(self.sample.argument))
-        for rule in self.times:
-            at = timestep if rule.source == "timestep" else next_timestep
-            if at is None:
-                raise ValueError(f"the network is also told the next time ({rule.argument}); pass next_timestep")
-            value = rule.numbers(at.to(x.device), continuous=continuous)
-            dtype = getattr(torch, rule.dtype)
-            if dtype.is_floating_point:
-                # Not narrowed: in bfloat16 the timestep 750 is 752.
-                value = value.to(torch.promote_types(dtype, followed(dtype)))
-            elif continuous:
-                value = value.to(torch.promote_types(x.dtype, torch.float32))
-            arguments[rule.argument] = rule.value(value, arguments.get(rule.argument))
+        told = conditioning.arguments()
+        beside = {} if self.second is None else told.pop(self.second.component)
+        at = (x, timestep, next_timestep, continuous)
+        arguments = feed(network, self.sample, self.times, self.network_dtype, told, *at)
+        if self.second is not None:
+            arguments |= self.second.answers(beside, *at)
         return self.output.model_output(network(**arguments), x, timestep.to(x.device))
 
     def to_json(self) -> str:
-        """The recipe as JSON text."""
-        return json.dumps({"version": VERSION, **dataclasses.asdict(self)})
+        """The recipe as JSON text, the weights of a second network apart."""
+        plain = dataclasses.asdict(dataclasses.replace(self, second=None))
+        plain["second"] = None if self.second is None else self.second.about()
+        return json.dumps({"version": VERSION, **plain})
 
     @classmethod
-    def from_json(cls, text: str) -> Recipe:
+    def from_json(cls, text: str, second: nn.Module | None = None) -> Recipe:
         """The recipe that `to_json` wrote, here or in a version that knew no entries.
 
+        Args:
+            text: JSON.
+            second: the second network of a recipe that has one.
+
         Raises:
-            ValueError: not the JSON of a recipe, or of a later version.
+            ValueError: not the JSON of a recipe, or of a later version; or its second network is wanting.
         """
         try:
             data = json.loads(text)
@@ -128,30 +117,17 @@ class Recipe:
                 raise ValueError(
                     f"the recipe has version {data['version']}, and this fewstep reads {VERSION}; update it"
                 )
-            sample = {**data["sample"], **_tuples(data["sample"], "permutation", "shape", "pad")}
-            output = {**data["output"], **_tuples(data["output"], "permutation", "shape")}
-            for rule in (sample, output):
-                rule["entries"] = entries_from_json(rule.get("entries"))
-            times = [
-                {
-                    **t,
-                    "shape": tuple(t["shape"]),
-                    "operations": tuple((name, n) for name, n in t["operations"]),
-                    "moving": tuple((first, length) for first, length in t.get("moving", ())),
-                }
-                for t in data["times"]
-            ]
+            about = data.get("second")
+            if about is not None and second is None:
+                raise ValueError(f"the recipe calls a second network, {about['component']}; give it too")
             return cls(
                 component=data["component"],
                 sample_shape=tuple(data["sample_shape"]),
-                sample=SampleRule(**sample),
-                times=tuple(TimeRule(**t) for t in times),
-                output=OutputRule(**output),
+                sample=SampleRule.of(data["sample"]),
+                times=tuple(TimeRule.of(rule) for rule in data["times"]),
+                output=OutputRule.of(data["output"]),
                 network_dtype=data["network_dtype"],
+                second=None if about is None or second is None else SecondNetwork.of(about, second),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the JSON of a recipe ({error})") from error
-
-
-def _tuples(data: dict[str, Any], *names: str) -> dict[str, tuple[Any, ...]]:
-    return {name: tuple(data[name]) for name in names}

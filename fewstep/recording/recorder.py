@@ -32,6 +32,8 @@ from fewstep.recording.recipe import Recipe
 from fewstep.recording.recording import Recording
 from fewstep.recording.redrawn import say_what_stops
 from fewstep.recording.rules import TimeRule
+from fewstep.recording.second_fit import components_beside, fit_second, outputs_beside
+from fewstep.recording.second_switch import at_steps
 from fewstep.recording.shake import shaken
 from fewstep.recording.starts import from_noise_alone, skipped_steps
 from fewstep.recording.subject import Subject
@@ -98,7 +100,7 @@ def _record(pipeline: Any, items: Sequence[Item] | None, call: dict[str, Any]) -
         marked = mark_arguments(component, one, {name: value for name, value in two.items() if name in one})
     else:
         marked, told = learn_items(subject, experts[0].network, component, recipe, runs[0][0])
-    stub = Stub(components_of(experts), first.output)
+    stub = Stub(components_of(experts), first.output, beside=outputs_beside(runs[0][0], components_beside(*runs)))
     visits = find_visits(subject, experts, stub) if len(experts) > 1 else None
     denoisers = Denoisers(experts, recipe, marked, stub, visits)
     embedded = embedded_paths(subject, denoisers)
@@ -149,16 +151,17 @@ def _unguided_runs(
     seen = subject.run(SHORT, steps=SHORT, replace=fresh_samples(0) if beside else None)
     _refuse_late_start(subject, seen)
     short = seen.steps
-    names = loop_components(subject, component, short)
-    output = short[0].calls[-1].output
+    second = _second_component(subject, short) if beside else ()
+    names = loop_components(subject, component, short, beside=second)
+    output, others = short[0].calls[-1].output, outputs_beside(short[0], second)
     replace = fresh_samples(1) if beside else None
-    long = subject.run(LONG, steps=LONG, stub=Stub(names, output, _LIVE), replace=replace).steps
+    long = subject.run(LONG, steps=LONG, stub=Stub(names, output, _LIVE, beside=others), replace=replace).steps
     refuse_fixed_grid(subject.pipeline, len(long), LONG)
-    names = loop_components(subject, component, short, long)
+    names = loop_components(subject, component, short, long, beside=second)
     experts = find_experts(subject, names, [short, long], schedule)
     if len(experts) > 1:
         # Again, with every one of them running in some steps.
-        stub = Stub(names, output, _live(long, experts))
+        stub = Stub(names, output, _live(long, experts), beside=others)
         long = subject.run(LONG, steps=LONG, stub=stub, replace=replace).steps
     runs = [short, long]
     for run in runs:
@@ -177,10 +180,13 @@ def _recipe(
 
     `two` are the network's arguments at two samples; None: of an item, whose recipe is found entry by entry.
     """
-    component = experts[0].component
+    component, second, seen = experts[0].component, None, runs
     if two is None:
         try:
-            sample, times = fit_entries(component, runs)
+            for name in components_beside(*runs):
+                network = modules_of(subject.pipeline)[name]
+                second, seen = fit_second(name, network, runs, _live_steps(runs, experts))
+            sample, times = fit_entries(component, seen)
         except RedrawnError as error:
             raise say_what_stops(error, subject, component, runs) from error
     else:
@@ -188,6 +194,8 @@ def _recipe(
         times = fit_times(component, sample.argument, runs, two)
     if not isinstance(schedule, TableSchedule):
         times = tuple(_unrounded(rule, runs[0][0].integer) for rule in times)
+        if second is not None:
+            second = replace(second, times=tuple(_unrounded(rule, runs[0][0].integer) for rule in second.times))
     steps = _live_steps(runs, experts)
     if any(step.model_output.abs().max() == 0 for step in steps):
         # Layers that are still zero hide the output's sign and half.
@@ -198,7 +206,25 @@ def _recipe(
     if output.relation == "velocity":
         output = fit_output(component, steps + _near_zero(subject, experts, steps))
     shape = tuple(runs[0][0].network_input.shape[1:])
-    return Recipe(component, shape, sample, times, output, dtype_name(network_dtype(experts[0].network)))
+    if second is not None:
+        # The teacher goes by the times at which its control is switched when it makes its own number of steps.
+        count = subject.invocation.steps or LONG
+        stub = Stub(
+            components_of(experts), steps[0].calls[-1].output, beside=outputs_beside(steps[0], [second.component])
+        )
+        second = at_steps(second, subject.run(count, steps=count, stub=stub).steps if second.switch else [])
+    return Recipe(component, shape, sample, times, output, dtype_name(network_dtype(experts[0].network)), second)
+
+
+def _second_component(subject: Subject, steps: list[Step]) -> tuple[str, ...]:
+    """The component that is called beside the network in every step, or ()."""
+    found = components_beside(steps)
+    if len(found) > 1:
+        raise RecordingError(
+            f"the loop of {subject} calls {', '.join(found)} beside its denoiser; one network beside it can be "
+            "distilled with it, and no more"
+        )
+    return found
 
 
 def _near_zero(subject: Subject, experts: tuple[Expert, ...], steps: list[Step]) -> list[Step]:

@@ -84,6 +84,7 @@ class Recording(Recorded):
             ("sample", f"{sample.argument}: {form}; in the scheduler's space {list(self.sample_shape)}"),
             *(("time", rule.describe()) for rule in self.recipe.times),
             ("output", self.recipe.output.describe()),
+            *(("beside it", second.describe()) for second in [self.recipe.second] if second is not None),
             ("conditional on", self.conditional or "nothing"),
             *(("conditioning", text) for text in Conditioning(self.marked, 1).describe()),
             *(("told", text) for text in (self.told.describe() if self.told is not None else [])),

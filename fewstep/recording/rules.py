@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.recording.entries import Entries
+from fewstep.recording.entries import Entries, entries_from_json
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,12 @@ class SampleRule:
     pad: tuple[int, int] = (0, 0)
     fill: float = 0.0
     entries: Entries | None = None
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> SampleRule:
+        """What `dataclasses.asdict` made of a rule, read from JSON again."""
+        entries = entries_from_json(data.get("entries"))
+        return cls(**{**data, **tuples(data, "permutation", "shape", "pad"), "entries": entries})
 
     def value(self, x: Tensor, rest: Tensor | None = None) -> Tensor | list[Tensor]:
         """The argument for x (B, *sample_shape), and for what :meth:`rest` kept of it."""
@@ -89,6 +95,13 @@ class TimeRule:
     rows: int = 1
     shape: tuple[int, ...] = ()
     moving: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> TimeRule:
+        """What `dataclasses.asdict` made of a rule, read from JSON again."""
+        operations = tuple((name, number) for name, number in data["operations"])
+        moving = tuple((first, length) for first, length in data.get("moving", ()))
+        return cls(**{**data, **tuples(data, "shape"), "operations": operations, "moving": moving})
 
     def value(self, numbers: Tensor, rest: Tensor | None = None) -> Tensor:
         """The argument (B * rows, *shape) for the network's times (B,), and for what :meth:`rest` kept of it."""
@@ -181,6 +194,12 @@ class OutputRule:
     floor: float = 0.0
     entries: Entries | None = None
 
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> OutputRule:
+        """What `dataclasses.asdict` made of a rule, read from JSON again."""
+        entries = entries_from_json(data.get("entries"))
+        return cls(**{**data, **tuples(data, "permutation", "shape"), "entries": entries})
+
     def tensor(self, output: Any) -> Tensor:
         """The network's answer (B, *shape), before the relation."""
         value = output
@@ -218,3 +237,8 @@ class OutputRule:
         else:
             chain.append(self.relation)
         return ", ".join(chain)
+
+
+def tuples(data: dict[str, Any], *names: str) -> dict[str, tuple[Any, ...]]:
+    """These of the values that JSON holds as lists, as tuples."""
+    return {name: tuple(data[name]) for name in names}

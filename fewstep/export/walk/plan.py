@@ -19,6 +19,7 @@ from fewstep.diffusion.timesteps import WalkTimes, descends, even_grid
 from fewstep.export.errors import ExportError
 from fewstep.export.inputs import NEGATIVES
 from fewstep.export.walk.check import Reference, SchedulerCheck, SchedulerCheckError, walk
+from fewstep.export.walk.control import as_walked, walks_alike
 from fewstep.export.walk.refusals import refuse
 from fewstep.export.walk.scheduler import Wish, candidates, wanted_grid
 from fewstep.export.walk.sizes import SizeShift, dynamic_config, size_shifts, walked_sizes
@@ -245,13 +246,15 @@ def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Ref
         wish = replace(wish, last_sigma=_last_sigma(recording, wish, call))
     scheduler, found, remark = _first_that_holds(recording, wish, call, reference)
     pipeline = with_parts(recording.pipeline, **{find_scheduler(recording.pipeline): scheduler})
+    walked = as_walked(recording, pipeline, call, wish.steps)
     grids = {}
     for count in _other_counts(wish.steps):
         # A count that does not hold is left out of the plan, which is how the plan says it.
         with contextlib.suppress(SchedulerCheckError):
             other = check_student(recording, pipeline, call, wish.move, count)
             # Pure noise belongs to the trained first time. (A stretched flow grid has its last time alone at one step.)
-            if math.isclose(other.grid[0], found.grid[0]) and other.initial_scale == found.initial_scale:
+            begins = math.isclose(other.grid[0], found.grid[0]) and other.initial_scale == found.initial_scale
+            if begins and walks_alike(walked, pipeline, call, count):
                 grids[count] = other.grid
     grids[wish.steps] = found.grid
     sizes = size_shifts(recording, wish.steps if wish.dynamic is not None else None)
@@ -297,7 +300,8 @@ def _first_that_holds(
     for scheduler in candidates(wish):
         pipeline = with_parts(recording.pipeline, **{find_scheduler(recording.pipeline): scheduler})
         try:
-            found = check_student(recording, pipeline, call, wish.move, wish.steps, reference)
+            walked = replace(reference, recipe=as_walked(recording, pipeline, call, wish.steps).recipe)
+            found = check_student(recording, pipeline, call, wish.move, wish.steps, walked)
         except SchedulerCheckError as error:
             failures.append(str(error))
             continue

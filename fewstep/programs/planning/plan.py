@@ -195,6 +195,8 @@ class Planner:
         networks = modules_of(pipeline)
         # Those that only encode are freed once everything is encoded (fewstep.data.encoders).
         stay = {expert.component for expert in recording.experts} | {find_decoder(pipeline)}
+        if recording.recipe.second is not None:
+            stay.add(recording.recipe.second.component)
         kept = [network for name, network in networks.items() if name in stay]
         return Plan(
             teacher=config.teacher,
