@@ -55,6 +55,8 @@ def proven(pipeline: Any, items: list[dict[str, Any]], **call: Any) -> Recording
     assert errors["unguided, one sample"] <= 1e-6 and errors["unguided, another item and draw"] <= 1e-6
     assert errors["unguided, two items in one call"] <= 5e-6
     assert proof.swapped is not None and proof.swapped >= 1e-3
+    if recording.further:
+        assert errors["guided, each answer"] <= 1e-5 and errors["guided, combined"] <= 1e-5
     return recording
 
 
@@ -66,6 +68,20 @@ def test_shown_pipelines(name: str) -> None:
     assert recording.told is not None and bool(recording.told.draws) == ("drawn" in entry["mechanisms"])
     assert bool(recording.recipe.read.all()) == ("unread-entries" not in entry["mechanisms"])
     assert recording.call.get("strength", 1.0) == 1.0
+    is_guided_as(entry, recording)
+
+
+def is_guided_as(entry: dict[str, Any], recording: Recording) -> None:
+    """As many answers as were counted, weighed as the entry says, and each told the picture that it says."""
+    mechanisms, weighing = entry["mechanisms"], recording.guidance.weighing
+    answers = entry["network_calls"] * entry["rows_per_call"] // entry["steps"]
+    assert recording.further == answers - 1 == ("three-answers" in mechanisms) + 1
+    assert weighing is not None and len(weighing.scales) == (0 if weighing.places else answers - 1)
+    assert bool(weighing.places) == ("per-frame-guidance" in mechanisms)
+    assert weighing.rescaled == ("tokens" if "rescaled-guidance" in mechanisms else "")
+    told = {"image-dropped": "zeros in the place", "negative-other-image": "another picture"}
+    words = next((told[one] for one in mechanisms if one in told), "the item's picture")
+    assert recording.guidance.pictures[-1].startswith(words)
 
 
 def test_a_pipeline_that_pins_its_picture() -> None:
