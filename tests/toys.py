@@ -37,7 +37,7 @@ class PlainRecipe:
     """Calls a network with the sample, the schedule's timestep and the conditioning's arguments."""
 
     component = "network"
-    read = torch.ones((), dtype=torch.bool)
+    unread = None
 
     def call(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, *, continuous: bool = False

@@ -28,7 +28,7 @@ OnCall = Callable[[Tensor, Tensor, bool], Callable[[Tensor], None]]
 class NetworkDenoiser:
     """A stock diffusers network as a :class:`Denoiser`.
 
-    Entries of a sample that the network is never told (``recipe.read``: a frame in whose place it is given a picture)
+    Entries of a sample that the network is never told (``recipe.unread``: a frame in whose place it is given a picture)
     are 0 in every clean sample, and the answer is the one that says so: no loss sees a difference there.
 
     Args:
@@ -55,8 +55,7 @@ class NetworkDenoiser:
         self.prediction_type = prediction_type
         self.autocast = autocast
         self.active = active
-        read = recipe.read
-        self._unread: Tensor | None = None if bool(read.all()) else ~read
+        self._unread: Tensor | None = recipe.unread
         #: Whether the network is fed float times even where its pipeline rounds them.
         self.continuous = False
         #: Watches every call of the network.

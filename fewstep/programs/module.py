@@ -52,7 +52,7 @@ class ModuleRecipe:
     component = "network"
     times: tuple[Any, ...] = ()
     #: Every entry of a sample is the network's to read, and its answer is looked at everywhere.
-    read = torch.ones((), dtype=torch.bool)
+    unread = None
 
     def call(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, *, continuous: bool = False

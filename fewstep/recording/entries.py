@@ -133,6 +133,18 @@ class Entries:
         used[self.pick(numbers).flatten()] = True
         return used.reshape(tuple(shape))
 
+    def unread(self, shape: Sequence[int]) -> Tensor | None:
+        """Which entries of a source of per-sample `shape` are not used: bool of that shape; None: there are none.
+
+        Whether there are any is said by the map's own numbers: a plan has no tensor whose values could be looked at.
+        """
+        if self.runs:
+            used = {entry for _, first, length in self.runs for entry in range(first, first + length)}
+            whole = len(used) == math.prod(shape)
+        else:
+            whole = self.taken is None or self.taken.length == shape[self.taken.axis - 1]
+        return None if whole else ~self.read(shape)
+
     def describe(self) -> str:
         """In words."""
         if self.runs:

@@ -50,6 +50,11 @@ class Recipe:
         return self.sample.read(self.sample_shape)
 
     @property
+    def unread(self) -> Tensor | None:
+        """Which entries of a sample the network is never told: bool, *sample_shape; None where it is told them all."""
+        return self.sample.unread(self.sample_shape)
+
+    @property
     def needs_next(self) -> bool:
         """Whether the network is also told the next time, so that `call` wants `next_timestep`."""
         return any(rule.source == "next" for rule in self.times)

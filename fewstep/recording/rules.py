@@ -68,6 +68,10 @@ class SampleRule:
         """Which entries of a sample the argument holds: bool of its shape."""
         return torch.ones(sample_shape, dtype=torch.bool) if self.entries is None else self.entries.read(sample_shape)
 
+    def unread(self, sample_shape: tuple[int, ...]) -> Tensor | None:
+        """Which entries of a sample the argument does not hold: bool of its shape; None where it holds them all."""
+        return None if self.entries is None else self.entries.unread(sample_shape)
+
 
 @dataclass(frozen=True)
 class TimeRule:

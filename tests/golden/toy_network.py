@@ -32,7 +32,7 @@ class ToyRecipe:
     """
 
     component = "network"
-    read = torch.ones((), dtype=torch.bool)
+    unread = None
 
     def __init__(self, time: float | Callable[[Tensor], Tensor], sign: int = 1) -> None:
         self.time = time if callable(time) else lambda timestep: timestep / time

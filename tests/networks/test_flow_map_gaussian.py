@@ -58,7 +58,7 @@ class Told2(nn.Module):
 
 
 class TimestepRecipe:
-    read = torch.ones((), dtype=torch.bool)
+    unread = None
 
     def __init__(self, schedule: NoiseSchedule) -> None:
         self.schedule = schedule

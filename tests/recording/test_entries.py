@@ -80,6 +80,9 @@ def test_a_map_is_found_and_holds_for_other_samples(number: int, dtype: torch.dt
         assert rest.numel() + entries.pick(x[:1]).numel() == targets[0].numel()
     (gradient,) = torch.autograd.grad(got.float().sum(), x)
     assert torch.equal(gradient[0] != 0, entries.read(SHAPE))
+    unread = entries.unread(SHAPE)
+    assert (unread is None) == (share == 1.0)
+    assert unread is None or torch.equal(unread, ~entries.read(SHAPE))
     assert entries_from_json(json.loads(json.dumps(dataclasses.asdict(entries)))) == entries
 
 
