@@ -21,7 +21,7 @@ def aligned(scale: Tensor, like: Tensor) -> Tensor:
 
 def of_samples(scale: float | Tensor, count: int) -> bool:
     """Whether a scale is one number, or one for each of B samples: kernels take no other."""
-    return not isinstance(scale, Tensor) or scale.numel() == count
+    return not isinstance(scale, Tensor) or scale.numel() == 1 or scale.numel() == len(scale) == count
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def test_the_command_encodes_and_a_run_trains_on_it(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"prompts": ["a"], "data": "x"}, "give one of --prompts, --classes and --data"),
+        ({"prompts": ["a"], "data": "x"}, "give one of --prompts, --classes, --items and --data"),
         ({"data": "x", "dtype": "int8"}, "--dtype must be one of float32, float16, bfloat16"),
         ({"data": "nowhere"}, "is not a folder, and no shards"),
         ({"data": "nowhere", "data_workers": -1}, "--data_workers must not be negative"),

@@ -20,7 +20,7 @@ MISTAKES = {
     "unknown metric": (lambda student: [student], {"metrics": ("fidd",)}, "the unknown fidd"),
     "unknown reference": (lambda student: [student], {"reference": "/nowhere/at/all"}, "does not exist: give auto"),
     "no teacher to compare with": (lambda student: [student], {"reference": "teacher"}, "needs the teacher"),
-    "both": (lambda student: [student], {"prompts": ("a",), "classes": (1,)}, "by prompts, by classes or"),
+    "both": (lambda student: [student], {"prompts": ("a",), "classes": (1,)}, "by prompts, by classes, by items or"),
     "unknown mode": (lambda student: [student], {"fid_mode": "dirty"}, "fid_mode must be one of clean"),
     "unknown option": (lambda student: [student], {"stepz": (1,)}, "unknown option stepz"),
 }

@@ -1,5 +1,7 @@
 """Golden files of DMD2's options that change where the student walks: CDM and DP-DMD."""
 
+from types import SimpleNamespace
+
 import torch
 from golden_file import GoldenFile
 from torch import Tensor, nn
@@ -131,7 +133,7 @@ def cdm(golden: GoldenFile) -> None:
 
 
 def bare(name: str, k: Tensor, schedule: NoiseSchedule) -> NetworkRole:
-    return NetworkRole(name, NetworkDenoiser(Network(k), None, schedule, "flow"))
+    return NetworkRole(name, NetworkDenoiser(Network(k), SimpleNamespace(unread=None), schedule, "flow"))
 
 
 def off_trajectory(

@@ -41,6 +41,14 @@ def test_one_coefficient_for_all_samples(form: str, device: str) -> None:
     assert_form(guided_x0, form, inputs | {name: inputs[name][:1] for name in ("skip", "out", "guidance_scale")})
 
 
+def test_a_scale_for_each_of_as_many_places_as_samples_is_none_of_the_samples(form: str, device: str) -> None:
+    inputs = example((3, 3, 5), torch.float32, device, "of each sample")
+    placed = inputs | {"guidance_scale": inputs["guidance_scale"].reshape(1, 3, 1)}
+    with dispatch.forced(form):
+        ours = guided_x0.guided_x0(**placed)
+    torch.testing.assert_close(ours, guided_x0.reference(**placed))
+
+
 def test_raw_outputs_in_few_bits_beside_a_sample_in_float32(form: str, device: str) -> None:
     inputs = example((3, 4, 5), torch.bfloat16, device)
     assert_form(guided_x0, form, inputs | {"x_t": inputs["x_t"].float()})

@@ -201,9 +201,10 @@ def test_the_frozen_teacher_stores_nothing(distil: Callable, lora_rank: int) -> 
 
 def test_a_teacher_that_is_asked_with_a_gradient_is_seen(distil: Callable) -> None:
     run, method = distil("dmd2", max_steps=2, lora_rank=2)
-    matching = type(method).distribution_matching.__wrapped__  # without its no_grad
+    matched = method.matching
+    matching = type(matched).__call__.__wrapped__  # without its no_grad
     method.matching = lambda x0, batch, called_at: torch.enable_grad()(matching)(
-        method, x0.clone().requires_grad_(), batch, called_at
+        matched, x0.clone().requires_grad_(), batch, called_at
     )
     counter = CallCounter(method)
     assert stored_by(method, "teacher", lambda: play(run, method, counter))[1] > 0

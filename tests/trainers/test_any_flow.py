@@ -184,7 +184,7 @@ def test_the_student_is_matched_without_a_factor_of_a_half_and_weight_zero_leave
     again = batch()
     here = one.compared(x0.detach(), again.draws, "matching")
     with torch.no_grad():
-        verdicts = [one.teacher(here.x_t, here.t, labels([1.0] * 8)), one.critic(here.x_t, here.t, labels([1.0] * 8))]
+        verdicts = [role(here.x_t, here.t, labels([1.0] * 8, 0.0)) for role in (one.teacher, one.critic)]
     _, half = distribution_matching(x0.detach(), *verdicts, one.config.normalizer_min)
     torch.testing.assert_close(gradient, 2 * 0.7 * half)
     x0 = x0.detach().requires_grad_()

@@ -93,11 +93,16 @@ def test_the_student_moves_by_both_losses_and_then_the_critic(kind: str):
     assert [turn.role for turn in vectors(config(correction=0.0)).turns(0, batch())] == ["student"]
 
 
-def test_the_correction_is_weighed_like_the_prediction_and_guided_below_its_time_alone():
+def test_the_correction_is_weighed_like_the_prediction_and_guided_below_its_time_alone(monkeypatch):
     trained = vectors(config(correction_t_max=0.5), guidance_scale=3.0)
-    asked = []
-    ask = trained.teacher._guided
-    trained.teacher._guided = lambda x, t, c, scale: asked.append((t, scale.flatten())) or ask(x, t, c, scale)
+    asked, ask = [], GuidedDenoiser.__call__
+
+    def noted(self, x, t, told, end=None, *, guidance_scale=None):
+        if guidance_scale is not None:
+            asked.append((t, guidance_scale.flatten()))
+        return ask(self, x, t, told, end, guidance_scale=guidance_scale)
+
+    monkeypatch.setattr(GuidedDenoiser, "__call__", noted)
     turn = next(trained.turns(0, batch(32)))
     ((t, scale),) = [one for one in asked if one[1].numel() == 8 and len(set(one[1].tolist())) == 2]
     assert torch.equal(scale == 3.0, t <= 0.5)

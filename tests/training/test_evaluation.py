@@ -36,6 +36,9 @@ class ToyConditions:
     def items(self) -> list[int]:
         return [4, 5, 6]
 
+    def texts(self) -> list[int]:
+        return self.items()
+
     def select(self, rows: Sequence[int]):
         return labels([float(row) for row in rows])
 
