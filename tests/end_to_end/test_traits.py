@@ -58,7 +58,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Work
     def make(pipeline: Any, **settings: Any) -> Workbench:
         words = {**SETTINGS, "out": str(tmp_path / "full"), "prompts": str(tmp_path / "prompts.txt"), **settings}
         bench = open_workbench(Dmd2Config(**words), "cpu", pipeline)
-        monkeypatch.setattr("fewstep.programs.workbench.open_teacher", lambda *_: bench.teacher)
+        monkeypatch.setattr("fewstep.programs.workbench.open_teacher", lambda *_, **__: bench.teacher)
         return bench
 
     return make
