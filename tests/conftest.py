@@ -1,5 +1,6 @@
 """Options and guards of all tests: where golden numbers and tiny pipelines lie; no network, one thread, fixed seeds."""
 
+import builtins
 import gc
 import os
 import random
@@ -8,6 +9,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
@@ -23,6 +25,8 @@ import torch
 if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter, which is chosen when Triton is first imported, by diffusers at the latest.
     os.environ["TRITON_INTERPRET"] = "1"
+
+from item_sets import tiny_editor, write_items
 
 from fewstep.pytest_plugin import add_options
 
@@ -72,6 +76,28 @@ def pytest_collection_finish() -> None:
     """What imports and collection made stays until the end; every collection of garbage would look through it."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def texts_as_they_are() -> Iterator[None]:
+    """Wan's pipelines repair texts with ftfy, which need not be installed here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtins, "ftfy", SimpleNamespace(fix_text=str), raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def editor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a tiny pipeline that edits pictures."""
+    folder = tmp_path_factory.mktemp("editor")
+    tiny_editor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three items for it, in a file."""
+    return write_items(tmp_path_factory.mktemp("items"), 3)
 
 
 @pytest.fixture(scope="session")

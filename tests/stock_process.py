@@ -72,9 +72,32 @@ def run_stock(code: str, *words: str) -> None:
         assert answer == "0", f"exit code {answer or 'unknown'}: {said.read_text()[-3000:] if said.exists() else ''}"
 
 
+#: Notes what every step of a scheduler's class is given and gives: watch(kind) is the list of both.
+WATCH = """
+import inspect
+def watch(kind):
+    step, seen = kind.step, []
+    def watched(self, *args, **kwargs):
+        found = step(self, *args, **kwargs)
+        sample = inspect.signature(step).bind(self, *args, **kwargs).arguments["sample"]
+        seen.append((sample.clone(), found[0] if isinstance(found, tuple) else found.prev_sample))
+        return found
+    watched.__signature__ = inspect.signature(step)  # pipelines ask it which arguments it takes
+    kind.step = watched
+    return seen
+"""
+
+#: Stands in for ftfy, with which Wan's pipelines repair texts, and which need not be installed.
+PLAIN_TEXTS = """
+import builtins
+builtins.ftfy = type("Unchanged", (), {"fix_text": staticmethod(str)})
+"""
+
 # What the scheduler gives at the last step, and which networks were called, at every count of fewstep.json.
-_STOCK = """
-import inspect, json, sys
+_STOCK = (
+    WATCH
+    + """
+import json, sys
 import diffusers, numpy, torch
 out, *folders = sys.argv[1:]
 saved = {}
@@ -83,14 +106,8 @@ for folder in folders:
     trust = {"trust_remote_code": True} if "code" in about else {}
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **about["load"], **trust)
     pipeline.set_progress_bar_config(disable=True)
-    called, latents, kind = [], [], type(pipeline.scheduler)
-    step = kind.step
-    def watched(self, *args, **kwargs):
-        found = step(self, *args, **kwargs)
-        latents.append(found[0] if isinstance(found, tuple) else found.prev_sample)
-        return found
-    watched.__signature__ = inspect.signature(step)  # pipelines ask it which arguments it takes
-    kind.step = watched
+    called, kind = [], type(pipeline.scheduler)
+    step, seen = kind.step, watch(kind)
     for name in about.get("experts") or [about["component"]]:
         getattr(pipeline, name).register_forward_hook(lambda *_, name=name: called.append(name))
     told = {"prompt": {"prompt": "a cat"}, "label": {"class_labels": [3]}, None: {}}[about["conditional"]]
@@ -98,11 +115,12 @@ for folder in folders:
         called.clear()
         call = {**about["call"], **told, "num_inference_steps": count}
         pipeline(**call, generator=torch.Generator().manual_seed(5))
-        saved[f"{folder} {count} latents"] = latents[-1].float().numpy()
+        saved[f"{folder} {count} latents"] = seen[-1][1].float().numpy()
         saved[f"{folder} {count} called"] = numpy.array(called)
     kind.step = step
 numpy.savez(out, **saved)
 """
+)
 
 
 @dataclass

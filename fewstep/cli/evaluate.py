@@ -81,7 +81,7 @@ def _list(text: str) -> list[str]:
 def _parser() -> Parser:
     parser = Parser(prog="fewstep eval", description=_ABOUT)
     parser.add_argument("models", metavar="DIR", nargs="*", type=str, help="student folders")
-    parser.add_argument("--teacher", type=str | None, default=None, help="folder, hub id, fashion-sd or fashion-flow")
+    parser.add_argument("--teacher", type=str | None, default=None, help="folder, hub id or embedded one (fashion-sd)")
     parser.add_argument("--revision", type=str | None, default=None, help="of a teacher that is a hub id")
     parser.add_argument("--subfolder", type=str | None, default=None, help="where the teacher lies in it")
     parser.add_argument("--variant", type=str | None, default=None, help="of the teacher's weights, such as fp16")

@@ -16,7 +16,7 @@ class PairsConfig(Settings):
 
     Args:
         teacher: folder, single .safetensors file or hub id of a diffusers pipeline, or an embedded teacher (fashion-sd,
-            fashion-flow).
+            fashion-flow, fashion-inpaint).
         revision: branch, tag or commit of a hub id; default its main branch.
         subfolder: where in a folder or repository the pipeline lies.
         variant: of the weights, such as fp16; default the plain ones, or where there are none the only variant.

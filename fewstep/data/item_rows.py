@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewstep.data.parquet_shards import open_parquet
 from fewstep.errors import UserError, one_line
 from fewstep.reading import parse_json
 
@@ -105,7 +106,7 @@ def _bytes_of(value: Any) -> bytes:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    file, number = _file(path), 0
+    file, number = open_parquet(path), 0
     for group in range(file.num_row_groups):
         try:
             rows = file.read_row_group(group).to_pylist()
@@ -126,18 +127,7 @@ def _told(value: Any, held: _Held) -> Any:
     return held if isinstance(value, bytes) else value
 
 
-def _file(path: Path) -> Any:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(f"{path.name} is read by pyarrow; pip install 'fewstep[data]'") from error
-    try:
-        return parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--items {path} is no parquet file that can be read: {one_line(error)}") from error
-
-
 @functools.lru_cache(2)
 def _group(path: Path, version: tuple[int, ...], group: int, column: str) -> Any:
     """A column of a row group; another version of a file is another file."""
-    return _file(path).read_row_group(group, [column]).column(0)
+    return open_parquet(path).read_row_group(group, [column]).column(0)

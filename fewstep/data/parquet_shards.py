@@ -85,10 +85,12 @@ class ParquetShard:
             yield from ((group, row, shown) for row, shown in enumerate(rows))
 
 
-@functools.lru_cache(64)
-def _file(shard: ParquetShard) -> Any:
-    """Raises :class:`UserError` where the file cannot be read, or pyarrow is not there."""
-    path = shard.path
+def open_parquet(path: Path) -> Any:
+    """A file as pyarrow opens it.
+
+    Raises:
+        UserError: it cannot be read, or pyarrow is not there.
+    """
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -97,6 +99,11 @@ def _file(shard: ParquetShard) -> Any:
         return parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no parquet file that can be read: {one_line(error)}") from error
+
+
+@functools.lru_cache(64)
+def _file(shard: ParquetShard) -> Any:
+    return open_parquet(shard.path)
 
 
 @functools.lru_cache(_GROUPS)

@@ -61,8 +61,6 @@ def mask(seed: int, index: int) -> PIL.Image.Image:
 def write_items(folder: Path, count: int, seed: int = 0, pictures: Pictures = "held_back") -> Path:
     """The items' pictures as PNG files, and ``items.jsonl`` with a row for each; returns its path.
 
-    A row's ``target``, what a perfect sample could be, is the picture as it was before it got its hole.
-
     Raises:
         UserError: as :func:`inpainting_items`, or the folder cannot be written.
     """
@@ -75,7 +73,6 @@ def write_items(folder: Path, count: int, seed: int = 0, pictures: Pictures = "h
             for name in ("image", "mask_image"):
                 row[name] = f"pictures/{index:05}_{name}.png"
                 item.arguments[name].save(folder / row[name])
-            row["target"] = row["image"]
             lines.append(json.dumps(row))
         path = folder / "items.jsonl"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")

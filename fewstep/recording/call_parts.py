@@ -11,9 +11,9 @@ from torch import Tensor
 from fewstep.conditioning.conditioning import Conditioning, mark, remark
 from fewstep.conditioning.tree import Leaf, SampleList, leaves, map_paths
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.feeding import unfed
 from fewstep.recording.observation import NetworkCall, Step
 from fewstep.recording.recipe import Recipe
-from fewstep.recording.rules import SampleRule, TimeRule
 
 
 def without_sample(call: NetworkCall, recipe: Recipe) -> dict[str, Any]:
@@ -24,13 +24,9 @@ def without_sample(call: NetworkCall, recipe: Recipe) -> dict[str, Any]:
     Raises:
         ValueError: an argument that holds the sample has no room for it.
     """
-    rules: dict[str, SampleRule | TimeRule] = {rule.argument: rule for rule in recipe.times}
-    rules[recipe.sample.argument] = recipe.sample
     second = recipe.second
     links = [] if second is None else [link.argument for link in second.links]
-    told = {name: value for name, value in call.arguments.items() if name not in rules and name not in links}
-    rests = {name: rule.rest(call.arguments[name]) for name, rule in rules.items() if name in call.arguments}
-    told |= {name: rest for name, rest in rests.items() if rest is not None}
+    told = unfed(call.arguments, recipe.sample, recipe.times, links)
     if second is not None:
         beside = next(one for one in reversed(call.earlier) if one.component == second.component)
         told[second.component] = second.told(beside.arguments)

@@ -1,8 +1,8 @@
-"""Feeding a network: its arguments for samples of any time, from what it is told beside these."""
+"""Feeding a network: its arguments for samples of any time, from what it is told beside these, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,3 +61,24 @@ def feed(
             value = value.to(torch.promote_types(x.dtype, torch.float32))
         arguments[rule.argument] = rule.value(value, arguments.get(rule.argument))
     return arguments
+
+
+def unfed(
+    arguments: Mapping[str, Any], sample: SampleRule, times: Sequence[TimeRule], left_out: Collection[str] = ()
+) -> dict[str, Any]:
+    """What :func:`feed` takes as `told`, of the arguments that it makes.
+
+    Args:
+        arguments: of a network in a step.
+        sample: where x stands in them.
+        times: where the time does.
+        left_out: arguments that come from elsewhere.
+
+    Raises:
+        ValueError: an argument that holds the sample has no room for it.
+    """
+    rules: dict[str, SampleRule | TimeRule] = {rule.argument: rule for rule in times}
+    rules[sample.argument] = sample
+    told = {name: value for name, value in arguments.items() if name not in rules and name not in left_out}
+    rests = {name: rule.rest(arguments[name]) for name, rule in rules.items() if name in arguments}
+    return told | {name: rest for name, rest in rests.items() if rest is not None}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.conditioning.tree import map_plain
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.feeding import feed
+from fewstep.recording.feeding import feed, unfed
 from fewstep.recording.rules import SampleRule, TimeRule
 
 # A switch lies this share of the way from the last step on one side to the first one on the other: by so much may a
@@ -125,12 +125,8 @@ class SecondNetwork:
         Raises:
             ValueError: an argument that holds the sample has no room for it.
         """
-        rules: dict[str, SampleRule | TimeRule] = {rule.argument: rule for rule in self.times}
-        rules[self.sample.argument] = self.sample
-        rests = {name: rule.rest(arguments[name]) for name, rule in rules.items() if name in arguments}
-        switch = None if self.switch is None else self.switch.argument
-        told = {name: value for name, value in arguments.items() if name not in rules and name != switch}
-        return {**told, **{name: rest for name, rest in rests.items() if rest is not None}}
+        switch = () if self.switch is None else (self.switch.argument,)
+        return unfed(arguments, self.sample, self.times, switch)
 
     def answers(
         self,

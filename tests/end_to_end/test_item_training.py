@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -22,8 +19,9 @@ from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.programs.distillation import distill
 from fewstep.recording import record
-from tests.stock_process import run_stock
+from tests.stock_process import PLAIN_TEXTS, WATCH, run_stock
 
+pytestmark = pytest.mark.usefixtures("texts_as_they_are")
 SOAK = pytest.mark.soak
 SHORT = {"steps": 2, "max_steps": 2, "batch_size": 2, "lr": 1e-3, "cpu": True, "report_to": "none", "sample_steps": 0}
 METHODS: dict[str, dict[str, Any]] = {
@@ -52,11 +50,13 @@ RUNS = [
 ]
 
 # Where the scheduler starts and ends for each item, whose pictures lie in folders of their own.
-_STOCK = """
-import builtins, inspect, json, sys
+_STOCK = (
+    WATCH
+    + PLAIN_TEXTS
+    + """
+import json, sys
 import diffusers, numpy, torch
 from PIL import Image
-builtins.ftfy = type("Unchanged", (), {"fix_text": staticmethod(str)})
 folder, base, items, out = sys.argv[1:]
 about = json.load(open(folder + "/fewstep.json"))
 if "lora" in about:
@@ -67,16 +67,7 @@ if "lora" in about:
 else:
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **about["load"])
 pipe.set_progress_bar_config(disable=True)
-kind, seen = type(pipe.scheduler), []
-step = kind.step
-def watched(self, *args, **kwargs):
-    found = step(self, *args, **kwargs)
-    sample = inspect.signature(step).bind(self, *args, **kwargs).arguments["sample"]
-    seen.append((sample, found[0] if isinstance(found, tuple) else found.prev_sample))
-    return found
-watched.__signature__ = inspect.signature(step)
-kind.step = watched
-saved = {}
+seen, saved = watch(type(pipe.scheduler)), {}
 for number, item in enumerate(json.loads(items)):
     seen.clear()
     told = {n: Image.open(v) if v.endswith(".png") else v for n, v in item.items()}
@@ -87,14 +78,7 @@ for number, item in enumerate(json.loads(items)):
     saved[f"first {number}"], saved[f"last {number}"] = (value.float().numpy() for value in (seen[0][0], seen[-1][1]))
 numpy.savez(out, **saved)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def texts_as_they_are() -> Iterator[None]:
-    """Wan's pipelines repair texts with ftfy, which need not be installed here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builtins, "ftfy", SimpleNamespace(fix_text=str), raising=False)
-        yield
+)
 
 
 def written(items: list[dict[str, Any]], place: Path) -> list[dict[str, str]]:

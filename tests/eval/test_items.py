@@ -25,18 +25,6 @@ generating = importlib.import_module("fewstep.eval.generate")
 CALL = {"num_inference_steps": 2, "guidance_scale": 4.0, "image_guidance_scale": 1.5}
 
 
-@pytest.fixture(scope="module")
-def editor(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("editor")
-    tiny_editor().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_items(tmp_path_factory.mktemp("items"), 3)
-
-
 def test_each_sample_is_what_the_stock_pipeline_makes_of_its_own_item(editor: Path, items: Path, tmp_path: Path):
     path = sample(editor, items=items, steps=2, seed=4, out=tmp_path / "all.png")
     pipeline, drawn = tiny_editor(), []

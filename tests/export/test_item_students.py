@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import inspect
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -25,8 +22,9 @@ from fewstep.export import export_student, plan_student
 from fewstep.export.walk.plan import StudentPlan
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.recording import Recording, record
-from tests.stock_process import run_stock
+from tests.stock_process import PLAIN_TEXTS, WATCH, run_stock
 
+pytestmark = pytest.mark.usefixtures("texts_as_they_are")
 SOAK = pytest.mark.soak
 #: Those of the folder whose walk starts from noise alone.
 WALKED = [
@@ -45,21 +43,12 @@ WALKED = [
 COUNTS = (1, 2, 4)
 
 # Runs the code of a card in a folder that holds its pictures, and keeps where the scheduler starts and ends.
-_CARD = """
-import builtins, inspect, os, sys
+_CARD = f"""{WATCH}{PLAIN_TEXTS}
+import os, sys
 import numpy, torch, diffusers
-builtins.ftfy = type("Unchanged", (), {"fix_text": staticmethod(str)})  # Wan's pipelines repair texts with it
 code, place, scheduler, out = sys.argv[1:]
 os.chdir(place)
-kind, seen = getattr(diffusers, scheduler), []
-step = kind.step
-def watched(self, *args, **kwargs):
-    found = step(self, *args, **kwargs)
-    sample = inspect.signature(step).bind(self, *args, **kwargs).arguments["sample"]
-    seen.append((sample, found[0] if isinstance(found, tuple) else found.prev_sample))
-    return found
-watched.__signature__ = inspect.signature(step)
-kind.step = watched
+seen = watch(getattr(diffusers, scheduler))
 exec(code)
 numpy.savez(out, first=seen[0][0].float().numpy(), last=seen[-1][1].float().numpy(), steps=len(seen))
 """
@@ -82,14 +71,6 @@ class Exported:
         sampler = Sampler(recording.schedule, plan.grids[count], plan.renoise, plan.initial_scale)
         with torch.no_grad():
             return rollout(denoiser, sampler, first / plan.initial_scale, told)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def texts_as_they_are() -> Iterator[None]:
-    """Wan's pipelines repair texts with ftfy, which need not be installed here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builtins, "ftfy", SimpleNamespace(fix_text=str), raising=False)
-        yield
 
 
 @pytest.fixture(scope="module", params=WALKED)

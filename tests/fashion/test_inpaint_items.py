@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
+from diffusers import StableDiffusionInpaintPipeline
 
 from fewstep.conditioning.item import Item
+from fewstep.data.items import read_items
 from fewstep.errors import UserError
 from fewstep.fashion import PROMPTS, held_back_images, training_images
 from fewstep.fashion.holes import CELL, SIDE, hole
@@ -82,16 +82,16 @@ def test_items_of_training_pictures_show_none_that_was_held_back() -> None:
     assert not {item.key for item in items} & {item.key for item in inpainting_items(10)}
 
 
-def test_an_items_file_holds_the_same_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_items_file_is_read_as_the_same_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "a"), "--count", "12", "--seed", "5", "--pictures", "training"]) == 0
     path = Path(capsys.readouterr().out.strip())
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row, item in zip(rows, inpainting_items(12, 5, "training"), strict=True):
-        assert row["prompt"] == item.arguments["prompt"] and row["target"] == row["image"]
-        for name in ("image", "mask_image"):
-            with PIL.Image.open(path.parent / row[name]) as shown:
-                assert shown.mode == item.arguments[name].mode
-                assert np.array_equal(np.asarray(shown), np.asarray(item.arguments[name]))
+    read = read_items(path, StableDiffusionInpaintPipeline)
+    for one, item in zip(read.each, inpainting_items(12, 5, "training"), strict=True):
+        assert one.arguments.keys() == item.arguments.keys()
+        assert one.arguments["prompt"] == item.arguments["prompt"]
+        for name in ("image", "mask_image"):  # in colour, as pictures are read, and three channels of the same
+            shown = np.asarray(one.arguments[name].convert("L"))
+            assert np.array_equal(shown, np.asarray(item.arguments[name].convert("L")))
 
 
 def test_what_cannot_be_asked_for_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

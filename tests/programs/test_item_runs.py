@@ -19,18 +19,6 @@ SHORT = {"max_steps": 1, "steps": 2, "batch_size": 2, "cpu": True, "report_to": 
 FLAGS = [word for name, value in SHORT.items() for word in (f"--{name}", str(value).lower())]
 
 
-@pytest.fixture(scope="module")
-def editor(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("editor")
-    tiny_editor().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_items(tmp_path_factory.mktemp("items"), 3)
-
-
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     """Items that a test may spoil."""
