@@ -1,12 +1,15 @@
 """The golden comparison itself: what it does not know must fail by name, never pass by being overlooked."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from golden_file import GoldenFile
 from safetensors.torch import save_file
+
+from fewstep.diffusion.schedule import EDMSchedule
 
 
 def golden(tmp_path: Path, **options) -> GoldenFile:
@@ -31,6 +34,27 @@ def test_an_option_that_no_comparison_read_fails_by_name(tmp_path: Path):
     file.check("loss", torch.tensor(2.0))
     with pytest.raises(AssertionError, match="surprise"):
         file.finish()
+
+
+def test_an_option_that_another_one_makes_idle_is_no_unknown_one(tmp_path: Path):
+    file = golden(tmp_path, guidance_form="none", guidance_scale=1.0)
+    file.check("loss", torch.tensor(2.0))
+    with pytest.raises(AssertionError, match="guidance_form, guidance_scale"):
+        file.finish()  # nobody has looked
+    file.choice("guidance_form", "none")
+    file.finish()
+    file = golden(tmp_path, guidance_form="u+w*(c-u)", guidance_scale=2.0)
+    file.check("loss", torch.tensor(2.0))
+    file.choice("guidance_form", "u+w*(c-u)")
+    with pytest.raises(AssertionError, match="options guidance_scale"):
+        file.finish()
+
+
+@pytest.mark.parametrize(("word", "told"), [("t", 3.0), ("ln(sigma)/4", 0.25 * math.log(3))])
+def test_an_edm_networks_time_is_the_noise_level_or_its_logarithm(word: str, told: float, tmp_path: Path):
+    schedule = EDMSchedule(sigma_data=0.5)
+    timestep = schedule.timestep(schedule.time_from_sigma(torch.tensor([3.0], dtype=torch.float64)))
+    assert golden(tmp_path, toy_time=word).toy_time(schedule)(timestep).item() == pytest.approx(told)
 
 
 def test_a_result_that_no_comparison_looked_at_fails_by_name(tmp_path: Path):

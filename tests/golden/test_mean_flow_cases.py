@@ -227,7 +227,7 @@ def test_a_port_b_of_another_derivative_needs_no_code(tmp_path: Path, derivative
     compare(tmp_path, "meanflow_port_b", kept, {k: v for k, v in options.items() if not k.startswith("p_")})
 
 
-def fastgen(derivative: str, loss_type: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def fastgen(derivative: str, loss_type: str, power: float = 0.5) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """From the teacher under c + w (c - u), with a row near the noisiest time and one whose times are one."""
     x, noise, cond = normal(4, 2, 2), normal(4, 2, 2), normal(4)
     student, teacher = normal(8).requires_grad_(), normal(8)
@@ -252,17 +252,17 @@ def fastgen(derivative: str, loss_type: str) -> tuple[dict[str, Tensor], dict[st
     answer = u(z, t)
     norm = (target - answer).flatten(1).norm(dim=1).detach()
     if loss_type == "opt_grad":
-        weight = (norm + c) ** -0.5
+        weight = (norm + c) ** -power
         each = (answer - (answer + wide(weight) * (target - answer)).detach()).square().sum((1, 2))
     else:
-        weight = (norm**2 + c) ** -0.5
+        weight = (norm**2 + c) ** -power
         each = (answer - target).square().sum((1, 2)) * weight
     (gradient,) = torch.autograd.grad(each.mean(), student)
     tensors = {"in.x": x, "in.noise": noise, "in.cond": cond, "in.t": t, "in.r": r, "in.iteration": torch.tensor(0)}
     tensors |= {"in.k_student": student, "in.k_teacher": teacher, "in.norm_const": torch.tensor(c).double()}
     tensors |= {"exp.velocity": v, "exp.jvp": jvp, "exp.loss_per_sample": each, "exp.loss_mean": each.mean()}
     tensors |= {"exp.weight": weight, "exp.grad_k_student": gradient}
-    options = {**BASE, "derivative": derivative, "derivative_step": H, "adaptive_p": 0.5, "gap_max": 0.999}
+    options = {**BASE, "derivative": derivative, "derivative_step": H, "adaptive_p": power, "gap_max": 0.999}
     options |= {"guidance_form": "c+w*(c-u)", "guidance_scale": w, "guidance_t_min": 0.0, "guidance_t_max": 1.0}
     options |= {"loss_type": loss_type, "tangent_warmup": 0, "velocity_source": "teacher", "weighting": "adaptive"}
     return tensors, options | {"weight_form": "(norm+c)^-p" if loss_type == "opt_grad" else "s/(s+c)^p"}
@@ -272,6 +272,14 @@ def fastgen(derivative: str, loss_type: str) -> tuple[dict[str, Tensor], dict[st
 @pytest.mark.parametrize("loss_type", ["l2", "opt_grad"])
 def test_a_fastgen_of_another_derivative_needs_no_code(tmp_path: Path, derivative: str, loss_type: str):
     compare(tmp_path, "meanflow_fastgen_loss", *fastgen(derivative, loss_type))
+
+
+@pytest.mark.parametrize("loss_type", ["l2", "opt_grad"])
+def test_a_fastgen_without_weights_needs_no_code(tmp_path: Path, loss_type: str):
+    """Where the power is 0, the weight is one; such a file has a form of the weight, or none."""
+    tensors, options = fastgen("finite_difference_central", loss_type, power=0.0)
+    compare(tmp_path, "meanflow_fastgen_loss", tensors, options)
+    compare(tmp_path, "meanflow_fastgen_loss", tensors, options | {"weighting": "uniform"})
 
 
 @pytest.mark.parametrize("change", [{"derivative": "guess"}, {"guidance_form": "c-u"}, {"velocity_source": "air"}])
