@@ -17,6 +17,7 @@ from pathlib import Path
 from fewstep.data.durable import as_json, json_sha256
 from fewstep.errors import UserError
 from fewstep.eval.sources import SAMPLING, ModelSource
+from fewstep.fashion import looking
 from fewstep.fashion.files import CLASSIFIER, REFERENCE, manifest
 from fewstep.reading import read_json
 
@@ -25,6 +26,8 @@ NAME = "teacher_rows.json"
 NUM = 2000
 STEPS = (1, 2, 4, 25)
 METRICS = ("fd_test", "agreement", "prdc", "diversity", "saturation")
+#: And of a teacher that fills holes.
+OF_HOLES = ("kept",)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class KnownRow:
     metrics: Mapping[str, float]
     spread: Mapping[str, float]
     versions: Mapping[str, str]
+
+
+def metrics_of(teacher: str) -> tuple[str, ...]:
+    """The groups that an embedded teacher's shipped rows have."""
+    return (*METRICS, *OF_HOLES) if looking(teacher) else METRICS
 
 
 def content_of(source: ModelSource) -> str | None:

@@ -24,12 +24,12 @@ def evidence_of(comparison: Comparison) -> Evidence:
     """Of each method its best student for every kind of teacher, step count, and with or without real images.
 
     Students from scratch and those of which nothing is claimed are left out, and so are those whose teacher was not
-    measured.
+    measured, or is shown a picture: who fills a hole is not judged as who makes a whole picture.
 
     Raises:
         UserError: a teacher's scheduler cannot be opened.
     """
-    rows = [row for row in comparison.students(gated=True) if not _training(row).scratch]
+    rows = [row for row in comparison.students(gated=True) if not _training(row).scratch and not row.shown]
     spreads = [max(values) / min(values) for row in rows if len(values := _distances(row)) > 1]
     all_of_them = Evidence(
         round(statistics.median(spreads), 3) if spreads else 1.0,

@@ -30,8 +30,9 @@ RESULTS = Path("eval/results")
 class Result:
     """The numbers of one cell.
 
-    metrics: ``fd_test``, ``agreement``, ``recall``. nfe: network evaluations for a sample, counted.
-    seconds: ``training`` (of the whole training, which several cells may share) and ``evaluation``; CPU time.
+    metrics: ``fd_test``, ``agreement``, ``recall``, of models that fill holes ``kept``. nfe: network evaluations for a
+    sample, counted. seconds: ``training`` (of the whole training, which several cells may share) and ``evaluation``;
+    CPU time.
     calls: network calls of the training, by role and by what flows back, in samples. content: what all of it depends
     on, and ``hash`` its digest.
     """

@@ -8,6 +8,7 @@ import logging
 import platform
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from fewstep.eval.benchmark.cell_results import Result
 from fewstep.eval.benchmark.cells import Cell, Training, digest
 from fewstep.eval.config import EvalConfig
 from fewstep.eval.evaluate import evaluate
+from fewstep.eval.known_rows import OF_HOLES
 from fewstep.eval.models import Model, student_model, teacher_model
 from fewstep.export.folder import written
-from fewstep.fashion import PROMPTS
+from fewstep.fashion import PROMPTS, looking
 from fewstep.programs import distillation
 from fewstep.programs.planning.counting import count_calls
 from fewstep.programs.planning.dry_run import DryRun
@@ -38,8 +40,8 @@ from fewstep.version import __version__
 logger = logging.getLogger(__name__)
 
 METRICS = ("fd_test", "agreement", "prdc")
-#: Of their numbers, those that are kept.
-KEPT = ("fd_test", "agreement", "recall")
+#: Of their numbers, those that are written down.
+NUMBERS = ("fd_test", "agreement", "recall")
 #: Samples in a cell's strip: one of each class.
 COLUMNS = len(PROMPTS)
 
@@ -72,13 +74,14 @@ class Runner:
         if reason := model.why_not(cell.steps):
             raise UserError(f"{cell.name}: {reason}")
         started = time.process_time()
-        row, images = self._evaluate(model, cell)
+        more = OF_HOLES if looking(cell.teacher) else ()
+        row, images = self._evaluate(model, cell, (*METRICS, *more))
         result = Result(
             cell=cell.name,
             seed=cell.seed,
             num=cell.num,
             nfe=row["nfe"],
-            metrics={name: row["metrics"][name] for name in KEPT},
+            metrics={name: row["metrics"][name] for name in (*NUMBERS, *more)},
             seconds={name: round(s) for name, s in (trained | {"evaluation": time.process_time() - started}).items()},
             calls=calls,
             versions=versions(),
@@ -88,9 +91,9 @@ class Runner:
         )
         return result, images
 
-    def _evaluate(self, model: Model, cell: Cell) -> tuple[dict[str, Any], Tensor]:
+    def _evaluate(self, model: Model, cell: Cell, metrics: Sequence[str]) -> tuple[dict[str, Any], Tensor]:
         out = self.work / f"{cell.file}.{digest(cell.content())}.report"
-        config = EvalConfig(out, num=cell.num, metrics=METRICS, columns=COLUMNS, images="shown", steps=(cell.steps,))
+        config = EvalConfig(out, num=cell.num, metrics=metrics, columns=COLUMNS, images="shown", steps=(cell.steps,))
         report = evaluate([model], config, teacher_steps=(cell.steps,))
         (row,) = report.rows
         return row, torch.stack([_pixels(out / picture) for picture in row["pictures"]])

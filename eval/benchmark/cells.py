@@ -19,8 +19,8 @@ import yaml
 from fewstep.config.checks import names_of
 from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
-from fewstep.fashion import TEACHERS
-from fewstep.fashion.files import CLASSIFIER, REFERENCE, TRAINING_IMAGES, manifest
+from fewstep.fashion import TEACHERS, looking
+from fewstep.fashion.files import CLASSIFIER, HELD_BACK_IMAGES, REFERENCE, TRAINING_IMAGES, manifest
 from fewstep.programs.methods import method_class
 
 #: The declared list.
@@ -101,7 +101,7 @@ class Training:
         content: dict[str, Any] = {"method": self.method, "teacher": _teacher(self.teacher), "settings": kept}
         if self.scratch:
             content["scratch"] = True
-        if settings["data"] == "fashion":
+        if settings["data"] == "fashion" or looking(self.teacher):  # whose own items are of them
             content["images"] = _file(TRAINING_IMAGES)
         return content
 
@@ -140,6 +140,7 @@ class Cell:
     def content(self) -> dict[str, Any]:
         """All that its numbers depend on, but for the seed of the training, the machine, and the code."""
         judge = {"classifier": _file(CLASSIFIER), "reference": _file(REFERENCE)}
+        judge |= {"pictures": _file(HELD_BACK_IMAGES)} if looking(self.teacher) else {}
         judged = {"evaluation": {"num": self.num, "steps": self.steps, "seed": 0, **judge}}
         if self.training is None:
             return {"teacher": _teacher(self.teacher), **judged}

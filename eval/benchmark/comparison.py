@@ -7,21 +7,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.eval.benchmark.cell_results import Result, read_result, read_strip, why_stale
 from fewstep.eval.benchmark.cells import TEACHER, Cell
 from fewstep.eval.grid import GridRow, draw_grid
 from fewstep.eval.models import in_steps
+from fewstep.eval.scorers.kept import picture_and_hole
+from fewstep.fashion import looking
+from fewstep.fashion.items import inpainting_items
 from fewstep.programs.planning.call_counts import Calls, forward_passes
 
 #: How many times lower than its teacher's, at the same step count, a student's FD is to be.
 AT_LEAST = {1: 1.6, 2: 1.3, 4: 1.0}
 #: How many times the FD of the teacher at its most steps the best student may have, at these step counts.
 AT_MOST, BEST_AT = 1.1, (1, 4)
+#: The same of a teacher that is shown a picture, where anything is asked but to be better than it at as many steps.
+AT_MOST_SHOWN = {1: 1.6}
+#: How much less of its picture than its teacher at most steps a student may keep.
+KEPT_WITHIN = 0.02
 SHORT = "†"
 PICTURE_CELL = 32
+_HOLE = 128
 _TITLES = (
     "method",
     "teacher",
@@ -77,6 +87,11 @@ class Row:
         """Whether something is claimed of it."""
         return self.cell.training is not None and self.cell.training.gated
 
+    @property
+    def shown(self) -> bool:
+        """Whether it is shown a picture with a hole, of which it is to keep what is given."""
+        return looking(self.cell.teacher)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -123,6 +138,11 @@ class Comparison:
         better = self.better(row)
         return row.gated and better is not None and better < AT_LEAST.get(row.cell.steps, 1.0)
 
+    def keeps_too_little(self, row: Row) -> bool:
+        """Whether a student keeps less of its picture than is asked of it."""
+        teacher = self.teacher(row.cell.teacher)
+        return row.gated and teacher is not None and teacher.median("kept") - row.median("kept") > KEPT_WITHIN
+
     def best(self, steps: int) -> list[Row]:
         """Of each teacher the student with the lowest FD at this step count, if there is any."""
         best: dict[str, Row] = {}
@@ -132,11 +152,16 @@ class Comparison:
         return list(best.values())
 
     def markdown(self) -> str:
-        """The table and what is to be said below it."""
+        """The table, that of teachers that are shown a picture, and what is to be said below them."""
+        groups = [[row for row in self.rows if row.shown is shown] for shown in (False, True)]
+        return "\n\n".join([*(self._table(rows) for rows in groups if rows), *self.sentences()])
+
+    def _table(self, rows: Sequence[Row]) -> str:
         titles = [title.format(most=self.most) for title in _TITLES]
-        lines = [titles, ["---", "---", *["---:"] * (len(titles) - 2)], *map(self._cells, self.rows)]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return "\n\n".join([table, *self.sentences()])
+        if rows[0].shown:
+            titles.insert(titles.index("agreement") + 1, "kept")
+        lines = [titles, ["---", "---", *["---:"] * (len(titles) - 2)], *map(self._cells, rows)]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def sentences(self) -> list[str]:
         """The number of samples, what is asked of the students, and what they reach."""
@@ -155,22 +180,34 @@ class Comparison:
         trainings = [(row.cell.training, row.cell.steps) for row in self.rows]
         if any(training is not None and training.at != (steps,) for training, steps in trainings):
             how += " Rows of one student at several step counts have its whole training in both."
+        if any(row.shown for row in self.rows):
+            how += (
+                f" Kept: 1 - mean absolute difference of the pixels that were given; a student's is to be at most "
+                f"{KEPT_WITHIN} below its teacher's at {self.most}."
+            )
         sentences = [how]
         for row in (row for steps in BEST_AT for row in self.best(steps)):
             teacher, over = self.teacher(row.cell.teacher), self.over(row)
             if teacher is None or over is None:
                 continue
-            verdict = "within" if over <= AT_MOST else "not within"
+            most = AT_MOST_SHOWN.get(row.cell.steps) if row.shown else AT_MOST
+            verdict = "" if most is None else f": {'within' if over <= most else 'not within'} the {most} that are asked"
             sentences.append(
                 f"The best student at {in_steps(row.cell.steps)}, `{row.name}` on `{row.cell.teacher}`, has {over:.2f} "
-                f"times the FD of its teacher at {teacher.cell.steps}: {verdict} the {AT_MOST} that are asked."
+                f"times the FD of its teacher at {teacher.cell.steps}{verdict}."
             )
         return sentences
 
     def picture(self, results: Path) -> Image.Image:
-        """One row of samples for each cell, one of each class: same noise, same prompts."""
-        rows = [(row, read_strip(results, row.cell)) for row in self.rows]
-        drawn = [GridRow(_label(row), strip) for row, strip in rows if strip is not None]
+        """One row of samples for each cell, one of each class: same noise, same prompts, and the same pictures."""
+        drawn: list[GridRow] = []
+        for row in self.rows:
+            if (strip := read_strip(results, row.cell)) is None:
+                continue
+            label = f"{row.cell.teacher}: what is given"
+            if row.shown and all(other.label != label for other in drawn):
+                drawn.append(GridRow(label, _given(len(strip))))
+            drawn.append(GridRow(_label(row), strip))
         if not drawn:
             raise UserError(f"{results} holds no samples: run make methods")
         return draw_grid(drawn, smallest=PICTURE_CELL).convert("L")
@@ -181,6 +218,8 @@ class Comparison:
         fd = f"{row.fd:.3f}" + (f" ({values[0]:.3f} to {values[-1]:.3f})" if len(values) > 1 else "")
         about = [f"`{row.cell.teacher}`", str(row.cell.steps), f"{result.nfe:g}", fd]
         judged = [f"{row.median('agreement'):.3f}", f"{row.median('recall'):.3f}"]
+        if row.shown:
+            judged.insert(1, f"{row.median('kept'):.3f}" + (f" {SHORT}" if self.keeps_too_little(row) else ""))
         over = _number(self.over(row), "{:.2f}")
         if training is None:
             return [TEACHER, *about, "", over, *judged, "", "", "", ""]
@@ -198,6 +237,12 @@ def _number(value: float | None, pattern: str) -> str:
 
 def _label(row: Row) -> str:
     return f"{row.cell.teacher}: {row.name}, {in_steps(row.cell.steps)}"
+
+
+def _given(count: int) -> Tensor:
+    """The pictures of the first samples with their holes in grey, uint8 (count, 1, H, W)."""
+    pairs = [pair for item in inpainting_items(count) if (pair := picture_and_hole(item)) is not None]
+    return torch.stack([picture.masked_fill(hole, _HOLE) for picture, hole in pairs])
 
 
 def compare(cells: Sequence[Cell], results: Path) -> Comparison:
