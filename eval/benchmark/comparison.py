@@ -191,7 +191,9 @@ class Comparison:
             if teacher is None or over is None:
                 continue
             most = AT_MOST_SHOWN.get(row.cell.steps) if row.shown else AT_MOST
-            verdict = "" if most is None else f": {'within' if over <= most else 'not within'} the {most} that are asked"
+            verdict = (
+                "" if most is None else f": {'within' if over <= most else 'not within'} the {most} that are asked"
+            )
             sentences.append(
                 f"The best student at {in_steps(row.cell.steps)}, `{row.name}` on `{row.cell.teacher}`, has {over:.2f} "
                 f"times the FD of its teacher at {teacher.cell.steps}{verdict}."

@@ -55,6 +55,16 @@ def test_the_best_of_each_method_and_case_is_kept(tmp_path: Path) -> None:
     )
 
 
+def test_who_fills_holes_says_nothing_of_who_makes_whole_pictures(tmp_path: Path) -> None:
+    cells = [
+        Cell("fashion-inpaint", 25, 20),
+        Cell("fashion-inpaint", 4, 20, Training("a", "dmd2", "fashion-inpaint", 4)),
+    ]
+    for cell in cells:
+        write_result(tmp_path, cell, result(cell, 0.1), None)
+    assert evidence_of(compare(cells, tmp_path)).candidates == ()
+
+
 def test_what_claims_nothing_is_never_chosen(tmp_path: Path) -> None:
     evidence = rows(
         tmp_path,

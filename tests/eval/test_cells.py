@@ -15,6 +15,7 @@ from fewstep.errors import UserError
 from fewstep.eval.benchmark import cells as cells_module
 from fewstep.eval.benchmark.cell_results import Result, read_result, read_strip, state, why_stale, write_result
 from fewstep.eval.benchmark.cells import Cell, Training, digest, read_plan
+from fewstep.fashion import TEACHERS
 
 TRAINING = Training("dmd2", "dmd2", "fashion-sd", 4, settings={"gan_weight": 0.0, "max_steps": 2})
 
@@ -46,14 +47,14 @@ def test_cells_have_names_of_their_own() -> None:
     cells = read_plan().cells([0, 1])
     names = [one.file for one in cells]
     assert len(set(names)) == len(names)
-    assert sum(one.training is None for one in cells) == 2 * len(read_plan().teacher_steps)
+    assert sum(one.training is None for one in cells) == 3 * len(read_plan().teacher_steps)
 
 
-def test_both_teachers_and_all_methods_are_listed() -> None:
+def test_all_teachers_and_all_methods_are_listed() -> None:
     listed = {training.method for training in read_plan().trainings}
     shipped = {Path(str(path)) for path in files("fewstep.trainers").iterdir()}
     assert listed == {path.stem for path in shipped if path.suffix == ".py" and not path.stem.startswith("_")}
-    assert {training.teacher for training in read_plan().trainings} == {"fashion-sd", "fashion-flow"}
+    assert {training.teacher for training in read_plan().trainings} == TEACHERS.keys()
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,15 @@ def test_the_hash_knows_the_settings_that_it_knew_before_they_had_kinds() -> Non
     unknown |= {"attention_backend", "compile", "lora_walks", "sequential_guidance"}
     unknown |= {"reward_beside", "reward_look_steps", "reward_files"}
     assert TRAINING.content()["settings"].keys() == TRAINING.config(0).as_dict().keys() - unknown
+
+
+def test_the_hash_knows_the_pictures_that_a_teacher_is_shown() -> None:
+    """Training pictures those of the items that a student learns from, held-back ones those that it is judged by."""
+    shown = Training("dmd2", "dmd2", "fashion-inpaint", 4)
+    known, asked = shown.content(), Cell("fashion-inpaint", 4, 20, shown).content()["evaluation"]
+    assert known["images"] == cells_module._file("training_images.npz")
+    assert asked["pictures"] == cells_module._file("held_back_images.npz")
+    assert "images" not in TRAINING.content() and "pictures" not in cell().content()["evaluation"]
 
 
 def test_the_hash_knows_the_teachers_weights(monkeypatch: pytest.MonkeyPatch) -> None:

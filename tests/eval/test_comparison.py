@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -64,6 +66,37 @@ def test_what_falls_short_is_marked(results: Path) -> None:
     text = compare(listed(), results).markdown()
     assert "| 1.250 (1.250 to 1.250) | 1.0x † |" in text
     assert "has 1.79 times the FD of its teacher at 25: not within the 1.1" in text
+
+
+def test_who_fills_holes_has_a_table_with_what_is_kept(results: Path) -> None:
+    shown, cells = Training("dmd2", "dmd2", "fashion-inpaint", 1), []
+    for training, steps, fd, keeps in ((None, 1, 3.0, 0.92), (None, 25, 0.5, 0.95), (shown, 1, 0.75, 0.931)):
+        cells.append(Cell("fashion-inpaint", steps, 20, training))
+        of = result(cells[-1], fd)
+        write_result(results, cells[-1], replace(of, metrics={**of.metrics, "kept": keeps}), None)
+    tables = compare([*listed(), *cells], results).markdown().split("\n\n")
+    assert "kept" not in tables[0] and "fashion-inpaint" not in tables[0]
+    assert (
+        "| agreement | kept | recall |" in tables[1] and len({line.count("|") for line in tables[1].split("\n")}) == 1
+    )
+    assert "| teacher | `fashion-inpaint` | 1 | 4 | 3.000 |  | 6.00 | 0.900 | 0.920 | 0.500 |" in tables[1]
+    assert "| `dmd2` | `fashion-inpaint` | 1 | 4 | 0.750 | 4.0x | 1.50 | 0.900 | 0.931 | 0.500 |" in tables[1]
+    assert "`dmd2` on `fashion-inpaint`, has 1.50 times the FD of its teacher at 25: within the 1.6 that" in tables[3]
+    less = result(cells[-1], 0.9)
+    write_result(results, cells[-1], replace(less, metrics={**less.metrics, "kept": 0.929}), None)
+    text = compare([*listed(), *cells], results).markdown()
+    assert "| 0.900 | 0.929 † |" in text and "has 1.80 times the FD of its teacher at 25: not within the 1.6" in text
+
+
+def test_the_picture_shows_what_is_given_to_who_fills_holes(results: Path) -> None:
+    before = compare(listed(), results).picture(results).height
+    cells = [Cell("fashion-inpaint", steps, 20) for steps in (4, 25)]
+    for one in cells:
+        write_result(results, one, result(one), torch.zeros(10, 3, 32, 32, dtype=torch.uint8))
+    drawn = compare([*listed(), *cells], results).picture(results)
+    assert drawn.height == before + 3 * 36
+    rows = torch.from_numpy(numpy.array(drawn))[before - 8 :]
+    assert (rows[:36] == 128).sum() > 10 * 0.39 * 32 * 32 and (rows[36:] == 128).sum() < 50
 
 
 def test_unlike_numbers_of_samples_are_not_compared(results: Path) -> None:
