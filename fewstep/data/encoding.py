@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.outside import as_beside
 from fewstep.conditioning.tree import Leaf, leaves
 from fewstep.data.items import form_of
 from fewstep.errors import UserError
@@ -79,7 +80,7 @@ def encode_one(recording: Recording, item: Any) -> Conditioning:
         (told,), (others,) = recording.condition_each(items=[item]), recording.negative_each([item])
     except UserError as error:
         raise UserError(f"{item}: {error}") from error
-    return Conditioning(told.tree, 1, others)
+    return Conditioning(told.tree, 1, [as_beside(told, other) for other in others])
 
 
 def encoding_bar(recording: Recording, count: int, *, done: int = 0, disable: bool = False) -> tqdm[Any]:

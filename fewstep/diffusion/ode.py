@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.pinned import pinned_again, pinned_clean
 from fewstep.diffusion.prediction import add_noise, expand
 from fewstep.diffusion.schedule import EDMSchedule, NoiseSchedule
 from fewstep.diffusion.timesteps import even_grid
@@ -72,15 +73,19 @@ class OdeSolver:
     ) -> Tensor:
         """x0 (B, ...) from ``x`` (B, ...) at ``times[0]``, by ``times`` (descending, without a final 0).
 
-        The last step is one of Euler to the clean sample. ``on_step`` is called with (t, x_t) before each step.
+        The last step is one of Euler to the clean sample. ``on_step`` is called with (t, x_t) before each step. Where a
+        pipeline pins a part of its samples, a walk from the top begins with the noise of that part alone.
         """
+        first = self.schedule.initial_scale() if times[0] >= 1 else None
         for now, then in pairwise(times):
             if on_step is not None:
                 on_step(now, x)
-            x = self.step(x, now, then, conditioning)
+            moved = self.step(x, now, then, conditioning)
+            x = pinned_again(conditioning, self.schedule, x, _full(now, x), moved, _full(then, x), first)
+            first = None
         if on_step is not None:
             on_step(times[-1], x)
-        return self.denoiser(x, _full(times[-1], x), conditioning)
+        return pinned_clean(conditioning, self.denoiser(x, _full(times[-1], x), conditioning))
 
     def to_noise(self, x: Tensor, times: Sequence[float], conditioning: AnyConditioning) -> Tensor:
         """x_t (B, ...) at the last of ``times`` (ascending, above 0) from ``x`` at the first."""

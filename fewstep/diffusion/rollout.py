@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.pinned import pinned_again, pinned_clean
 from fewstep.diffusion.prediction import add_noise, ode_step
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.diffusion.strategic import strategic_step, walk_end
@@ -131,8 +132,8 @@ def finish(
     """
     last = len(sampler.grid) - 1
     if step == last:
-        return sampler.arrive(x_t, x0, step)
-    x_t = _moved(sampler, x_t, x0, step, step_noise)
+        return pinned_clean(conditioning, sampler.arrive(x_t, x0, step))
+    x_t = _moved(sampler, x_t, x0, step, step_noise, conditioning)
     return _walk(student, sampler, x_t, conditioning, step_noise, (step + 1, last), None, None)
 
 
@@ -153,19 +154,30 @@ def _walk(
         with nullcontext() if followed else torch.no_grad():
             if on_step is not None:
                 on_step(step, x_t)
-            x_t = _moved(sampler, x_t, ask_at(student, sampler, step, x_t, conditioning), step, step_noise)
+            x0 = ask_at(student, sampler, step, x_t, conditioning)
+            x_t = _moved(sampler, x_t, x0, step, step_noise, conditioning)
     if on_step is not None:
         on_step(last, x_t)
-    return sampler.arrive(x_t, ask_at(student, sampler, last, x_t, conditioning), last)
+    return pinned_clean(conditioning, sampler.arrive(x_t, ask_at(student, sampler, last, x_t, conditioning), last))
 
 
-def _moved(sampler: Sampler, x_t: Tensor, x0: Tensor, step: int, step_noise: Callable[[int], Tensor] | None) -> Tensor:
+def _moved(
+    sampler: Sampler,
+    x_t: Tensor,
+    x0: Tensor,
+    step: int,
+    step_noise: Callable[[int], Tensor] | None,
+    conditioning: AnyConditioning,
+) -> Tensor:
     """The sample (B, ...) at the step after ``step``, where ``x0`` was said at ``x_t``."""
     fresh = None
     if sampler.renoise != "ode":
         assert step_noise is not None  # as it is needed here
         fresh = step_noise(step + 1)
-    return sampler.move(x_t, x0, sampler.times(step, x_t), sampler.times(step + 1, x_t), fresh)
+    t, then = sampler.times(step, x_t), sampler.times(step + 1, x_t)
+    moved = sampler.move(x_t, x0, t, then, fresh)
+    first = sampler.initial_scale if step == 0 else None
+    return pinned_again(conditioning, sampler.schedule, x_t, t, moved, then, first)
 
 
 def ask_at(student: Denoiser, sampler: Sampler, step: int, x_t: Tensor, conditioning: AnyConditioning) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.outside import pins_of
 from fewstep.conditioning.ragged import AnyConditioning, in_groups
 from fewstep.diffusion.prediction import expand, from_x0, to_velocity, to_x0
 from fewstep.diffusion.schedule import NoiseSchedule
@@ -28,8 +29,9 @@ OnCall = Callable[[Tensor, Tensor, bool], Callable[[Tensor], None]]
 class NetworkDenoiser:
     """A stock diffusers network as a :class:`Denoiser`.
 
-    Entries of a sample that the network is never told (``recipe.unread``: a frame in whose place it is given a picture)
-    are 0 in every clean sample, and the answer is the one that says so: no loss sees a difference there.
+    Entries of a sample that its pipeline pins are those of the picture in every clean sample, and others that the
+    network is never told (``recipe.unread``: a frame in whose place it is given a picture) are 0. The answer is the one
+    that says so, whatever the network says of them: no loss sees a difference there, and no critic learns any.
 
     Args:
         network: the teacher's network or a copy of it.
@@ -89,11 +91,18 @@ class NetworkDenoiser:
             timestep = self.schedule.timestep(t)
             called = self.form(network)
             answer = self.recipe.call(called, network_input, timestep, conditioning, continuous=self.continuous)
-        if self._unread is None:
+        pins = pins_of(conditioning)
+        if self._unread is None and pins is None:
             return answer
-        self._unread = self._unread.to(answer.device)
-        nothing = from_x0(torch.zeros_like(x_t), self.prediction_type, x_t, self.schedule, t)
-        return torch.where(self._unread, nothing.to(answer), answer)
+        x0, known = torch.zeros_like(x_t), None
+        if self._unread is not None:
+            known = self._unread = self._unread.to(answer.device)
+        if pins is not None:
+            x0 = torch.where(pins.where, pins.value.to(x0), x0)
+            known = pins.where if known is None else known | pins.where
+        assert known is not None  # as one of them is there
+        said = from_x0(x0, self.prediction_type, x_t, self.schedule, t)
+        return torch.where(known, said.to(answer), answer)
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
         """x0 (B, ...) in the dtype of ``x_t``; ``end`` is ignored."""

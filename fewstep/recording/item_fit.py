@@ -83,6 +83,8 @@ def fit_sample_entries(name: str, steps: Sequence[Step]) -> SampleRule | None:
     tensors = [value for value in values if value is not None]
     inputs = [step.network_input for step in steps]
     index = copies(tensors[-_STEPS:], inputs[-_STEPS:])
+    # An entry of the sample that never moves is pinned there by the pipeline: the network is told the item's.
+    index[(index >= 0) & ~_differing(inputs)[index.clamp(min=0)]] = -1
     if not bool((index >= 0).any()):
         return None
     moving = _differing(tensors)

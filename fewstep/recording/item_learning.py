@@ -81,12 +81,14 @@ def learn_items(
             f"student's weights serve {subject}"
         )
     stub = Stub((component,), step.calls[-1].output)
-    first = subject.run(_STEPS, [swapped], steps=1, stub=stub).steps[0].network_input
+    first, before = subject.run(_STEPS, [swapped], steps=1, stub=stub).steps[0].network_input, step.network_input
+    if recipe.unread is not None:  # which no network looks at
+        first, before = (x.masked_fill(recipe.unread.to(x.device), 0) for x in (first, before))
     found = Told(
         frozenset(pictures),
         frozenset(moved_paths(one, two)),
         frozenset(moved_paths(one, told(item, seed=1))),
-        float((first - step.network_input).double().norm() / step.network_input.double().norm()),
+        float((first - before).double().norm() / before.double().norm()),
     )
     fallback = None
     for marked in candidate_marks(subject, component, recipe, one, found.items | found.pictures):

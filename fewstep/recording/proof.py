@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning, mark, remark
 from fewstep.conditioning.tree import Leaf
-from fewstep.diffusion.prediction import to_x0
-from fewstep.diffusion.schedule import FlowSchedule, TableSchedule
 from fewstep.recording.call_parts import answers, network_calls, repeated, without_sample
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.formula import GuidedCall
@@ -25,7 +23,17 @@ from fewstep.recording.item_proof import guided_item_errors, item_errors
 from fewstep.recording.items import with_pictures_of
 from fewstep.recording.observation import NetworkCall, Observation, Step
 from fewstep.recording.pipeline import evaluating
-from fewstep.recording.proof_runs import STEPS, each, own_calls, own_conditioning, relative_error, run, steps_of, times
+from fewstep.recording.proof_runs import (
+    STEPS,
+    against_scheduler,
+    each,
+    own_calls,
+    own_conditioning,
+    relative_error,
+    run,
+    steps_of,
+    times,
+)
 from fewstep.recording.recorded import Recorded
 from fewstep.recording.shake import shaken
 
@@ -123,7 +131,7 @@ def _checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> tu
         Check(f"{prefix}unguided, one sample", _unguided_error(recording, single, told), allowed),
         Check(f"{prefix}mixed times in one batch", _mixed_error(recording, single), allowed),
     ]
-    x0_error = _x0_error(recording, single)
+    x0_error = against_scheduler(recording, single)
     if x0_error is None:
         notes.append("the scheduler gives no clean sample to compare x0 with")
     else:
@@ -231,25 +239,6 @@ def _mixed_pair_error(recording: Recorded, steps: list[Step], pair: list[int], n
     mixed = call([0, 1])
     unmixed = torch.stack([call([0, 0])[0], call([1, 1])[1]])
     return relative_error(mixed, unmixed)
-
-
-def _x0_error(recording: Recorded, seen: Observation) -> float | None:
-    """x0 by the schedule and prediction type against the scheduler's own, over the steps where it has one."""
-    errors = []
-    compared = [(step, x0) for step in seen.steps if (x0 := step.x0) is not None]
-    if isinstance(recording.schedule, TableSchedule):
-        # Between its entries a table is interpolated, and by schedulers otherwise than here, in the fifth digit.
-        compared = [(step, x0) for step, x0 in compared if float(step.timestep).is_integer()] or compared
-    for step, wanted in compared:
-        t = recording.schedule.time(times(step.timestep, len(step.sample)))
-        if step.sigma is not None and isinstance(recording.schedule, FlowSchedule):
-            # Flow schedulers may round their timesteps to integers; the noise level they step by is the float sigma.
-            t = torch.full_like(t, step.sigma)
-        scale = recording.schedule.input_scale(t).view(-1, *[1] * (step.sample.dim() - 1))
-        x_t = step.network_input.double() / scale
-        x0 = to_x0(step.model_output.double(), recording.prediction_type, x_t, recording.schedule, t)
-        errors.append(relative_error(x0, wanted))
-    return max(errors) if errors else None
 
 
 def _guided_errors(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.diffusion.prediction import to_x0
+from fewstep.diffusion.schedule import FlowSchedule, TableSchedule
 from fewstep.recording.experts import Expert
 from fewstep.recording.fresh import fresh_samples
 from fewstep.recording.observation import Observation, Step
@@ -106,6 +108,31 @@ def _own_call(
 def times(timestep: float, batch: int) -> Tensor:
     """One timestep for every sample: (B,) float64."""
     return torch.full((batch,), timestep, dtype=torch.float64)
+
+
+def against_scheduler(recording: Recorded, seen: Observation) -> float | None:
+    """x0 by the schedule and prediction type against the scheduler's own, over the steps where it has one."""
+    errors = []
+    compared = [(step, x0) for step in seen.steps if (x0 := step.x0) is not None]
+    if isinstance(recording.schedule, TableSchedule):
+        # Between its entries a table is interpolated, and by schedulers otherwise than here, in the fifth digit.
+        compared = [(step, x0) for step, x0 in compared if float(step.timestep).is_integer()] or compared
+    for step, wanted in compared:
+        t = recording.schedule.time(times(step.timestep, len(step.sample)))
+        if step.sigma is not None and isinstance(recording.schedule, FlowSchedule):
+            # Flow schedulers may round their timesteps to integers; the noise level they step by is the float sigma.
+            t = torch.full_like(t, step.sigma)
+        scale = recording.schedule.input_scale(t).view(-1, *[1] * (step.sample.dim() - 1))
+        x_t = step.network_input.double() / scale
+        x0 = to_x0(step.model_output.double(), recording.prediction_type, x_t, recording.schedule, t)
+        errors.append(relative_error(_moving(recording, x0), _moving(recording, wanted)))
+    return max(errors) if errors else None
+
+
+def _moving(recording: Recorded, x: Tensor) -> Tensor:
+    """``x`` (B, ...) with 0 where the pipeline keeps an item's entries as they are, whatever its scheduler says."""
+    clean = None if recording.between is None else recording.between.clean
+    return x if clean is None else x.masked_fill(clean.to(x.device), 0)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.outside import OUTSIDE
 from fewstep.recording.feeding import feed
 from fewstep.recording.rules import OutputRule, SampleRule, TimeRule
 from fewstep.recording.second_network import SecondNetwork
@@ -92,6 +93,7 @@ class Recipe:
                 f"conditioning for {conditioning.batch_size} samples, x for {x.shape[0]}; select() expands it"
             )
         told = conditioning.arguments()
+        told.pop(OUTSIDE, None)
         beside = {} if self.second is None else told.pop(self.second.component)
         at = (x, timestep, next_timestep, continuous)
         arguments = feed(network, self.sample, self.times, self.network_dtype, told, *at)

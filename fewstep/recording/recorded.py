@@ -14,6 +14,7 @@ from fewstep.conditioning.conditioning import Conditioning, remark
 from fewstep.conditioning.item import Item
 from fewstep.diffusion.intervals import TimeIntervals
 from fewstep.diffusion.schedule import NoiseSchedule
+from fewstep.recording.between_steps import BetweenSteps
 from fewstep.recording.call_parts import in_types_of, mark_arguments, split_pieces, without_sample
 from fewstep.recording.dtypes import network_dtype
 from fewstep.recording.errors import RecordingError
@@ -25,6 +26,7 @@ from fewstep.recording.invocation import Invocation
 from fewstep.recording.item_learning import Told
 from fewstep.recording.item_marks import by_axes
 from fewstep.recording.items import as_items, check_items
+from fewstep.recording.observation import NetworkCall
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.recipe import Recipe
 from fewstep.recording.subject import Subject, Watching
@@ -54,6 +56,7 @@ class Recorded:
         experts: the networks that share the loop by time, from noise to data; usually one. The recipe holds for each.
         visits: a run of the pipeline that meets each of several experts; None for one.
         told: what pictures, items and draws change of what the network is told; None for prompts and labels.
+        between: what the pipeline does to items' samples outside of the network; None: nothing.
     """
 
     pipeline: Any
@@ -72,6 +75,7 @@ class Recorded:
     experts: tuple[Expert, ...]
     visits: Visits | None = None
     told: Told | None = None
+    between: BetweenSteps | None = None
     _negative: Conditioning | None = None
 
     def __repr__(self) -> str:
@@ -288,7 +292,13 @@ class Recorded:
         return found
 
     def _encode(self, item: Any, seed: int = 0) -> Conditioning:
-        arguments = self._told([item], seed)
+        if self.between is None:
+            return self._as_marked(item, self._told([item], seed))
+        watched = self.between.watch(item, seed)
+        told = self._as_marked(item, self._beside_sample([item], watched.seen.steps[0].calls[-1]))
+        return self.between.added(told, item, watched)
+
+    def _as_marked(self, item: Any, arguments: dict[str, Any]) -> Conditioning:
         try:
             return remark(arguments, self.marked, 1)
         except ValueError:
@@ -315,6 +325,9 @@ class Recorded:
     def _told(self, items: list[Any], seed: int = 0) -> dict[str, Any]:
         """What the pipeline tells its network of these prompts, labels or items in one call."""
         call = self.subject.run(CONDITION_STEPS, items, before=self.component, seed=seed).pending[-1]
+        return self._beside_sample(items, call)
+
+    def _beside_sample(self, items: list[Any], call: NetworkCall) -> dict[str, Any]:
         try:
             return without_sample(call, self.recipe)
         except ValueError as error:

@@ -10,6 +10,7 @@ import torch
 
 from fewstep.conditioning.item import Item
 from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule, TableSchedule, from_scheduler
+from fewstep.recording.between_steps import see_between
 from fewstep.recording.call_parts import equal, mark_arguments, without_sample
 from fewstep.recording.denoisers import Denoisers
 from fewstep.recording.dtypes import dtype_name, network_dtype
@@ -104,11 +105,12 @@ def _record(pipeline: Any, items: Sequence[Item] | None, call: dict[str, Any]) -
     visits = find_visits(subject, experts, stub) if len(experts) > 1 else None
     denoisers = Denoisers(experts, recipe, marked, stub, visits)
     embedded = embedded_paths(subject, denoisers)
-    negative = None
+    negative = between = None
     if told is None:
         report, negative, guided = record_guided(subject, denoisers, embedded)
     else:
         report, guided = record_item_guidance(subject, denoisers, embedded, told)
+        between = see_between(subject, recipe, schedule, stub)
     return Recording(
         pipeline=pipeline,
         component=component,
@@ -126,6 +128,7 @@ def _record(pipeline: Any, items: Sequence[Item] | None, call: dict[str, Any]) -
         experts=experts,
         visits=visits,
         told=told,
+        between=between,
         _negative=negative,
     )
 

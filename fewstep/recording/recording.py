@@ -88,6 +88,7 @@ class Recording(Recorded):
             ("conditional on", self.conditional or "nothing"),
             *(("conditioning", text) for text in Conditioning(self.marked, 1).describe()),
             *(("told", text) for text in (self.told.describe() if self.told is not None else [])),
+            *(("outside of it", text) for text in (self.between.describe() if self.between is not None else [])),
             ("guidance", self.guidance.describe()),
             ("scheduler", type(getattr(self.pipeline, find_scheduler(self.pipeline))).__name__),
             ("schedule", f"{type(self.schedule).__name__}, prediction {self.prediction_type}"),

@@ -12,8 +12,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fewstep.recording.capture import capture
-from fewstep.recording.errors import RecordingError
 from fewstep.recording.observation import NetworkCall, Observation, Step, Stop
+from fewstep.recording.token_times import velocity_sign
 
 
 def watch_scheduler(
@@ -37,14 +37,10 @@ def watch_scheduler(
         model_output, timestep, sample = (
             bound.get(key, values[i]) for i, key in enumerate(("model_output", "timestep", "sample"))
         )
-        if bound.get("per_token_timesteps") is not None:
-            raise RecordingError(
-                f"the pipeline hands its {type(scheduler).__name__} a time for every token of a sample; only walks "
-                "with one time for a whole sample can be distilled"
-            )
+        sign = velocity_sign(scheduler, bound)
         record = Step(
             calls=list(seen.pending),
-            model_output=capture(model_output),
+            model_output=capture(model_output if sign > 0 else -model_output),
             timestep=float(timestep),
             integer=not (timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, float)),
             sample=capture(sample),

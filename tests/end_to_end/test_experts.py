@@ -19,7 +19,7 @@ from fewstep.diffusion.strategic import Move
 from fewstep.errors import UserError
 from fewstep.eval.bench.floors import declared
 from fewstep.export.apply import apply
-from fewstep.export.walk.check import SchedulerCheckError
+from fewstep.export.errors import SchedulerCheckError
 from fewstep.export.walk.plan import check_student, plan_student
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.networks.roles import Role

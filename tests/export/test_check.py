@@ -123,10 +123,10 @@ def test_other_weights_are_seen(recorded, trained):
 
 
 def test_nan_fails():
-    from fewstep.export.walk.check import _demand
+    from fewstep.export.walk.demand import demand
 
     with pytest.raises(SchedulerCheckError, match="off by nan"):
-        _demand(torch.tensor([float("nan")]), torch.zeros(1), 1.0, "x")
+        demand(torch.tensor([float("nan")]), torch.zeros(1), 1.0, "x")
 
 
 def test_walk_needs_no_reacting_network(recorded):

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Stable
 from tiny_pipelines import TINY, tiny_flow
 
 from fewstep.export import ExportError, plan_student
-from fewstep.export.walk.check import SchedulerCheckError
+from fewstep.export.errors import SchedulerCheckError
 from fewstep.export.walk.plan import check_student, reference_of, student_call
 from fewstep.export.walk.teacher_shift import shifts_by_size, teacher_shift
 from fewstep.recording import record

@@ -9,6 +9,8 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImageP
 from torch import Tensor, nn
 
 CHANNELS, FRAMES, SIDE, WIDTH = 3, 4, 4, 16
+#: The seed of the first pinned picture, which is not to be the noise that the recording's seeds draw.
+FIRST_PINNED = 20
 
 #: Every way that is recorded.
 RECORDABLE = (
@@ -28,6 +30,8 @@ RECORDABLE = (
     "negated",
     "several_of_one",
     "trace",
+    "pinned",
+    "pinned_clean",
 )
 
 
@@ -75,6 +79,7 @@ class PicturePipeline(DiffusionPipeline):
         self,
         prompt: Any = None,
         image: Any = None,
+        mask: Any = None,
         strength: float = 1.0,
         jitter: float = 0.1,
         num_inference_steps: int = 8,
@@ -95,7 +100,7 @@ class PicturePipeline(DiffusionPipeline):
         drawn = {"drawn": generator, "global_draw": None}.get(way, "mode")
         if drawn != "mode":
             pictures = pictures + jitter * torch.randn(pictures.shape, generator=drawn)
-        video = way.startswith("frame")
+        video = way.startswith("frame") or way == "pinned_clean"
         tokens = way.startswith("tokens") or way == "several_of_one"
         shape = (CHANNELS, FRAMES, SIDE, SIDE) if video else (SIDE * SIDE, CHANNELS) if tokens else pictures.shape[1:]
         x = torch.randn(batch, *shape[: len(shape)], generator=generator)
@@ -103,17 +108,24 @@ class PicturePipeline(DiffusionPipeline):
             x = x[:, :, 1:]
         if way == "trace":
             x = 0.99 * x + 0.01 * pictures
+        if way == "pinned_clean":
+            x[:, :, 0] = pictures
+        noise = x
         scheduler.set_timesteps(num_inference_steps)
         times = scheduler.timesteps
+        if way == "pinned" and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)  # as pipelines do whose scheduler noises their pictures
         if way == "starts" or strength < 1:
             begin = len(times) - max(1, int(len(times) * strength))
             scheduler.set_begin_index(begin)
             times = times[begin:]
             sigma = scheduler.sigmas[begin]
             x = (1 - sigma) * pictures + sigma * x
-        for t in times:
+        for number, t in enumerate(times):
             answer = self._ask(x, t, text, pictures, jitter)
             x = scheduler.step(answer, t, x, return_dict=False)[0]
+            if way.startswith("pinned"):
+                x = self._pinned(x, pictures, mask, noise, times[number + 1 : number + 2])
         return ImagePipelineOutput(images=(x / 2 + 0.5).clamp(0, 1))
 
     def _pictures(self, image: Any, batch: int) -> Tensor:
@@ -125,11 +137,24 @@ class PicturePipeline(DiffusionPipeline):
             given = given * batch
         return torch.stack(given)
 
+    def _pinned(self, x: Tensor, pictures: Tensor, mask: Any, noise: Tensor, then: Tensor) -> Tensor:
+        """The sample with the picture in its place: where the mask is 0, or in the first frame."""
+        if self.way == "pinned_clean":
+            return torch.cat([pictures[:, :, None], x[:, :, 1:]], 2)
+        if len(then) and self.way == "pinned_anew":
+            pictures = pictures + torch.randn(pictures.shape)
+        elif len(then):
+            flow = hasattr(self.scheduler, "scale_noise")
+            noised = self.scheduler.scale_noise if flow else self.scheduler.add_noise
+            pictures = noised(pictures, noise=noise, **{"timestep" if flow else "timesteps": then})
+        masks = torch.stack(mask if isinstance(mask, list) else [mask] * len(x))
+        return masks * x + (1 - masks) * pictures
+
     def _ask(self, x: Tensor, t: Tensor, text: Tensor | None, pictures: Tensor, jitter: float) -> Tensor:
         way, batch = self.way, len(x)
         time = t.expand(batch)
         told: dict[str, Any] = {} if text is None else {"text": text}
-        if way in ("channels", "drawn", "global_draw", "no_prompt", "trace"):
+        if way in ("channels", "drawn", "global_draw", "no_prompt", "trace", "pinned", "pinned_anew"):
             return self.network(torch.cat([x, pictures], 1), time, **told)[0][:, :CHANNELS]
         if way == "redrawn":
             noisy = pictures + jitter * torch.randn(pictures.shape)
@@ -150,7 +175,7 @@ class PicturePipeline(DiffusionPipeline):
             return self.network(x, time, picture=rows, **told)[0]
         if way == "argument":
             return self.network(x, time, picture=pictures.flatten(2).transpose(1, 2), **told)[0]
-        if way.startswith("frame"):
+        if way.startswith("frame") or way == "pinned_clean":
             return self._ask_video(x, t, told, pictures)
         return self.network(x, time, **told)[0]
 
@@ -166,14 +191,16 @@ class PicturePipeline(DiffusionPipeline):
             whole = torch.cat([pictures[:, :, None], x], 2)
             tokens = self.network(whole.flatten(2).transpose(1, 2), time, **told)[0]
             return tokens.transpose(1, 2).unflatten(2, (FRAMES, SIDE, SIDE))[:, :, 1:]
+        if self.way == "pinned_clean":
+            return self.network(x, time, **told)[0]
         return self.network(mask * x + (1 - mask) * pictures[:, :, None], time, **told)[0]
 
 
-def picture_pipeline(way: str) -> PicturePipeline:
+def picture_pipeline(way: str, scheduler: Any = None) -> PicturePipeline:
     """A pipeline that tells its network pictures in one way; the same weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipeline = PicturePipeline(PictureNetwork(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+        pipeline = PicturePipeline(PictureNetwork(), scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0))
     pipeline.way = way
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -189,4 +216,14 @@ def items_of(way: str, count: int = 2) -> list[dict[str, Any]]:
     prompts: list[dict[str, Any]] = [{} if way == "no_prompt" else {"prompt": f"{word} boat"} for word in "abcdefghij"]
     several = way == "several_of_one"
     pictures = [[picture(i), picture(i + 50)] if several else picture(i) for i in range(count)]
-    return [{**prompts[i], "image": pictures[i]} for i in range(count)]
+    if way.startswith("pinned"):
+        pictures = [picture(FIRST_PINNED + i) for i in range(count)]
+    masks = [{"mask": mask_of(i)} if way in ("pinned", "pinned_anew") else {} for i in range(count)]
+    return [{**prompts[i], "image": pictures[i], **masks[i]} for i in range(count)]
+
+
+def mask_of(number: int) -> Tensor:
+    """(1, 4, 4), 1 where the picture is made anew: two columns, from the left or from the right."""
+    mask = torch.zeros(1, SIDE, SIDE)
+    mask[..., 2 * (number % 2) : 2 * (number % 2) + 2] = 1
+    return mask

@@ -40,7 +40,7 @@ def test_every_way_is_recorded_and_proven(way: str) -> None:
     assert recording.told is not None and bool(recording.told.draws) == (way in ("drawn", "global_draw"))
     assert (recording.told.start > 0) == (way == "trace")
     assert any(text.startswith("the first sample") for text in recording.told.describe()) == (way == "trace")
-    share = {"frame_mixed_in": 0.75, "frames_scattered": 0.5}.get(way, 1.0)
+    share = {"frame_mixed_in": 0.75, "frames_scattered": 0.5, "pinned_clean": 0.75}.get(way, 1.0)
     assert recording.recipe.read.float().mean().item() == share
 
 

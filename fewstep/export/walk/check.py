@@ -16,25 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.diffusion.prediction import add_noise, expand, from_x0, noise_from_x0, ode_step, x0_map
+from fewstep.diffusion.prediction import add_noise, from_x0, noise_from_x0, ode_step, x0_map
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.diffusion.strategic import Move, strategic_step, walk_end
 from fewstep.diffusion.timesteps import descends
 from fewstep.errors import one_line
-from fewstep.export.errors import ExportError
+from fewstep.export.errors import ExportError, SchedulerCheckError
+from fewstep.export.walk.demand import TOLERANCE, demand, time_of, x_t_of
+from fewstep.export.walk.pins import Pinned, check_pins
 from fewstep.export.walk.start import start_of
 from fewstep.export.walk.trace import Trace, TracedStep, replay, trace
 from fewstep.recording import Recipe
 from fewstep.recording.pipeline import find_scheduler
 
-# Relative to values of size one; float32 leaves 1e-6 here, one table entry amiss about 1e-3.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 # The recipe against the pipeline: another batch, perhaps another kernel, of the same network.
 _ANSWER_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-class SchedulerCheckError(ExportError):
-    """A scheduler that runs but does not do what the student was trained for; or it does not run."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +62,13 @@ class Reference:
         recipe: of the teacher.
         networks: by component; several where they share the time.
         conditioning: of one sample.
+        noised: whether what its pipeline pins between steps is noised; else it stays the picture.
     """
 
     recipe: Recipe
     networks: dict[str, nn.Module]
     conditioning: Conditioning
+    noised: bool = False
 
 
 def walk(
@@ -109,11 +107,13 @@ def walk(
 
     name, steps = _name(pipeline), seen.steps
     times = _times(name, steps, arguments["num_inference_steps"], schedule)
-    deviations = _check_steps(name, steps, times, teller, move)
+    pinned = None if reference is None else Pinned.of(reference.conditioning, reference.noised)
+    free = None if pinned is None else ~pinned.where
+    deviations = _check_steps(name, steps, times, teller, move, free)
     if steps[0].sample.dtype in (torch.float16, torch.bfloat16):
         again = _Teller(schedule, prediction_type)
         precise = replay(pipeline, seen, again)
-        deviations += _check_steps(name, precise.steps, times, again, move)
+        deviations += _check_steps(name, precise.steps, times, again, move, free)
     for step in steps:
         _check_called(name, step, component_at(step.timestep))
     if reference is not None:
@@ -122,12 +122,13 @@ def walk(
     follows = None
     if move.renoise != "ode" and drawn:
         follows = "generator" if all(draw.own_generator for draw in drawn) else "global seed"
-    x_t = _x_t(schedule, steps[0].network_input, times[0])
-    start = start_of(
-        seen, getattr(pipeline, find_scheduler(pipeline)), x_t, _TOLERANCE[steps[0].sample.dtype], pictured
-    )
+    x_t = x_t_of(schedule, steps[0].network_input, times[0])
+    scheduler, close = getattr(pipeline, find_scheduler(pipeline)), TOLERANCE[steps[0].sample.dtype]
+    start = start_of(seen, scheduler, x_t, close, pictured, None if pinned is None else pinned.kept)
     if start is None:
         raise SchedulerCheckError(f"{name} does not start from unit noise times a number")
+    if pinned is not None:
+        deviations += check_pins(name, steps, times, schedule, pinned, x_t / start.scale)
     return SchedulerCheck(
         timesteps=tuple(step.timestep for step in steps),
         grid=tuple(min(float(t[0]), 1.0) for t in times),
@@ -150,10 +151,10 @@ class _Teller:
             raise SchedulerCheckError(
                 f"the network says {list(answer.shape)} about a sample of {list(network_input.shape)}"
             )
-        t = _time(self.schedule, timestep, answer)
+        t = time_of(self.schedule, timestep, answer)
         generator = torch.Generator().manual_seed(1000 + len(self.x0))
         self.x0.append(torch.randn(answer.shape, generator=generator, dtype=torch.float64))
-        x_t = _x_t(self.schedule, network_input, t)
+        x_t = x_t_of(self.schedule, network_input, t)
         return from_x0(self.x0[-1], self.prediction_type, x_t, self.schedule, t).to(answer)
 
 
@@ -161,7 +162,7 @@ def _times(name: str, steps: list[TracedStep], count: int, schedule: NoiseSchedu
     """The t (B,) of each step; they must be ``count`` and descend, see :func:`fewstep.diffusion.timesteps.descends`."""
     if len(steps) != count:
         raise SchedulerCheckError(f"{name} makes {len(steps)} steps instead of {count}")
-    times = [_time(schedule, step.timestep, step.sample) for step in steps]
+    times = [time_of(schedule, step.timestep, step.sample) for step in steps]
     grid = [float(t[0]) for t in times]
     if not descends(grid):
         listed = ", ".join(f"{t:.7g}" for t in grid)
@@ -169,27 +170,42 @@ def _times(name: str, steps: list[TracedStep], count: int, schedule: NoiseSchedu
     return times
 
 
-def _check_steps(name: str, steps: list[TracedStep], times: list[Tensor], teller: _Teller, move: Move) -> list[float]:
-    return [_check_step(name, index, steps, times, teller, move) for index in range(len(steps))]
+def _check_steps(
+    name: str,
+    steps: list[TracedStep],
+    times: list[Tensor],
+    teller: _Teller,
+    move: Move,
+    free: Tensor | None = None,
+) -> list[float]:
+    return [_check_step(name, index, steps, times, teller, move, free) for index in range(len(steps))]
 
 
 def _check_step(
-    name: str, index: int, steps: list[TracedStep], times: list[Tensor], teller: _Teller, move: Move
+    name: str,
+    index: int,
+    steps: list[TracedStep],
+    times: list[Tensor],
+    teller: _Teller,
+    move: Move,
+    free: Tensor | None,
 ) -> float:
+    """How far a step leads from where it should, at the entries ``free`` of pins: bool (1, ...); None: at all."""
     step, t, schedule, x0 = steps[index], times[index], teller.schedule, teller.x0[index]
     # Rounding errors are relative to the sample, whose size is that of its noise under an EDM schedule, and an error of
     # the rounded answer grows by what turns it into x0; at the top of a table that is large.
     _, gain = x0_map(teller.prediction_type, schedule, t)
     size = max(1.0, float(schedule.coefficients(t).sigma[0]))
-    tolerance = _TOLERANCE[step.told.dtype] * size * (1 + float(gain[0].abs()))
+    tolerance = TOLERANCE[step.told.dtype] * size * (1 + float(gain[0].abs()))
     where = f"step {index + 1} of {len(steps)} (timestep {step.timestep:g})"
-    x_t, now = _x_t(schedule, step.network_input, t), schedule.coefficients(t)
+    x_t, now = x_t_of(schedule, step.network_input, t), schedule.coefficients(t)
     if index + 1 == len(steps):
         # The last sample is clean, and a clean sample is the same in every scheduler's space. (TCD's, of a table, has
         # alpha and sigma of its lowest entry, which is in the space of x_t.)
         end = walk_end(schedule, move.renoise)
         clean = x0 if end == 0 else ode_step(x_t, x0, now, schedule.coefficients(torch.full_like(t, end)))
-        return _demand(step.result.double().cpu(), clean, tolerance, f"{name}: after {where} the sample is not x0")
+        text = f"{name}: after {where} the sample is not x0"
+        return demand(step.result.double().cpu(), clean, tolerance, text, free)
     then = times[index + 1]
     if move.renoise == "tcd":
         expected = strategic_step(schedule, x_t, x0, t, then, move.gamma, _fresh_noise(name, where, step))
@@ -197,8 +213,8 @@ def _check_step(
         expected = add_noise(x0, noise_from_x0(x0, x_t, now), schedule.coefficients(then))
     else:
         expected = add_noise(x0, _fresh_noise(name, where, step), schedule.coefficients(then))
-    following = _x_t(schedule, steps[index + 1].network_input, times[index + 1])
-    return _demand(following, expected, tolerance, f"{name}: {where} does not lead to the teacher's x_t")
+    following = x_t_of(schedule, steps[index + 1].network_input, times[index + 1])
+    return demand(following, expected, tolerance, f"{name}: {where} does not lead to the teacher's x_t", free)
 
 
 def _fresh_noise(name: str, where: str, step: TracedStep) -> Tensor:
@@ -240,7 +256,7 @@ def _check_answers(
         tolerance = relative * max(float(own.double().abs().max()), 1e-6)
         where = f"step {index + 1} of {len(steps)}"
         text = f"{name}: {where} does not feed the network what timestep {step.timestep:g} means"
-        deviations.append(_demand(step.answer.double().cpu(), own.double().cpu(), tolerance, text))
+        deviations.append(demand(step.answer.double().cpu(), own.double().cpu(), tolerance, text))
     return deviations
 
 
@@ -258,24 +274,6 @@ def _check_told(name: str, steps: list[TracedStep], recipe: Recipe) -> None:
         if rule.source == "timestep" and len(set(told)) < len(told):
             listed = ", ".join(f"{value:g}" for value in told)
             raise SchedulerCheckError(f"{name} tells the network the times {listed}, two of which are the same")
-
-
-def _time(schedule: NoiseSchedule, timestep: float, like: Tensor) -> Tensor:
-    return schedule.time(torch.full((like.shape[0],), timestep, dtype=torch.float64))
-
-
-def _x_t(schedule: NoiseSchedule, network_input: Tensor, t: Tensor) -> Tensor:
-    """x_t in the schedule's sense, float64 on the CPU: the network's input without the scale of its time."""
-    x = network_input.double().cpu()
-    return x / expand(schedule.input_scale(t), x)
-
-
-def _demand(value: Tensor, expected: Tensor, tolerance: float, text: str) -> float:
-    """The deviation in units of the tolerance. A NaN fails."""
-    off = float((value - expected).abs().max())
-    if not off <= tolerance:
-        raise SchedulerCheckError(f"{text} (off by {off:.2g}, allowed {tolerance:.1g})")
-    return off / tolerance
 
 
 def _name(pipeline: Any) -> str:

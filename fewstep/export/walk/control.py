@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fewstep.export.errors import ExportError
-from fewstep.export.walk.check import SchedulerCheckError
+from fewstep.export.errors import ExportError, SchedulerCheckError
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.second_switch import walk_of
 from fewstep.recording.subject import Subject

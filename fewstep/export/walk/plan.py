@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from fewstep.diffusion.schedule import FlowSchedule, TableSchedule
 from fewstep.diffusion.strategic import Move
 from fewstep.diffusion.timesteps import WalkTimes, descends, even_grid
-from fewstep.export.errors import ExportError
+from fewstep.export.errors import ExportError, SchedulerCheckError
 from fewstep.export.inputs import NEGATIVES
-from fewstep.export.walk.check import Reference, SchedulerCheck, SchedulerCheckError, walk
+from fewstep.export.walk.check import Reference, SchedulerCheck, walk
 from fewstep.export.walk.control import as_walked, walks_alike
 from fewstep.export.walk.refusals import refuse
 from fewstep.export.walk.scheduler import Wish, candidates, wanted_grid
@@ -215,7 +215,8 @@ def reference_of(recording: Recording, networks: dict[str, nn.Module]) -> Refere
     """
     item = [recording.invocation.item]
     items: dict[str, Any] = {} if recording.conditional is None else {f"{recording.conditional}s": item}
-    return Reference(recording.recipe, networks, recording.condition(**items))
+    noised = recording.between is not None and bool(recording.between.noised)
+    return Reference(recording.recipe, networks, recording.condition(**items), noised)
 
 
 def check_student(

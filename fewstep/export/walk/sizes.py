@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fewstep.diffusion.timesteps import even_grid
-from fewstep.export.errors import ExportError
-from fewstep.export.walk.check import SchedulerCheck, SchedulerCheckError
+from fewstep.export.errors import ExportError, SchedulerCheckError
+from fewstep.export.walk.check import SchedulerCheck
 from fewstep.export.walk.teacher_shift import shifts_by_size, teacher_config, teacher_shift
 
 if TYPE_CHECKING:

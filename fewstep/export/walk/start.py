@@ -23,7 +23,9 @@ class Start:
     traced: bool = False
 
 
-def start_of(seen: Trace, scheduler: Any, x_t: Tensor, close: float, pictured: bool) -> Start | None:
+def start_of(
+    seen: Trace, scheduler: Any, x_t: Tensor, close: float, pictured: bool, kept: Tensor | None = None
+) -> Start | None:
     """What unit noise was multiplied with to give the first x_t, found by looking the drawn numbers up in it.
 
     Args:
@@ -32,13 +34,15 @@ def start_of(seen: Trace, scheduler: Any, x_t: Tensor, close: float, pictured: b
         x_t: the first one, float64 on the CPU.
         close: how near numbers of size one are in the sample's dtype.
         pictured: whether it may hold a trace of a picture (HunyuanVideo's image to video: a thousandth).
+        kept: the entries that are a picture's and no noise, bool of the shape of x_t; None: none are.
 
     Returns:
         None where the first x_t is nothing of the kind.
     """
-    x = x_t.flatten().sort().values
+    noisy = torch.ones_like(x_t, dtype=torch.bool) if kept is None else ~kept
+    x = x_t[noisy].sort().values
     # The scheduler's own word for it, in x_t: exact where the measured number is rounded.
-    sample = seen.steps[0].sample.double().cpu().flatten().sort().values
+    sample = seen.steps[0].sample.double().cpu()[noisy].sort().values
     stated = float(getattr(scheduler, "init_noise_sigma", 1.0)) * float(x.norm() / sample.norm())
     for draw in seen.initial_draws:
         drawn = draw.value.double().cpu().flatten()
@@ -51,6 +55,8 @@ def start_of(seen: Trace, scheduler: Any, x_t: Tensor, close: float, pictured: b
         scale = float(x.norm() / noise.norm())
         if bool((x - scale * noise).abs().max() <= 10 * close * scale):
             return Start(stated if math.isclose(scale, stated, rel_tol=close) else scale)
+        if kept is not None:
+            continue
         share = float(x_t.flatten() @ drawn / (drawn @ drawn))
         if pictured and bool((x_t.flatten() - share * drawn).abs().max() <= _TRACE * share):
             return Start(share, traced=True)

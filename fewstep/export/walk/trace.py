@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from fewstep.recording.hooks import hooked
 from fewstep.recording.pipeline import evaluating, find_scheduler, modules_of, with_parts
 from fewstep.recording.scheduler_watch import watch_scaling
+from fewstep.recording.token_times import velocity_sign
 
 #: (network input, timestep, the network's answer) -> what the scheduler is given as ``model_output``.
 Tell = Callable[[Tensor, float, Tensor], Tensor]
@@ -46,7 +47,7 @@ class TracedStep:
         sample: the scheduler's sample, (B, ...).
         scaled: whether the pipeline called ``scale_model_input``.
         network_input: the sample after that.
-        answer: what the pipeline made of the network's output.
+        answer: what the pipeline made of the network's output, in the scheduler's usual sense.
         told: what the scheduler was given in its place.
         draws: the normal numbers drawn inside the step.
         result: the next sample.
@@ -152,8 +153,9 @@ def replay(pipeline: Any, seen: Trace, tell: Tell) -> Trace:
         for step in seen.steps:
             scaled = scheduler.scale_model_input(sample, step.passed["timestep"]) if step.scaled else sample
             told = tell(scaled, step.timestep, scaled)
+            sign = velocity_sign(scheduler, {"sample": sample, **step.passed})
             watch.take()
-            following = scheduler.step(model_output=told, sample=sample, **step.passed)
+            following = scheduler.step(model_output=told if sign > 0 else -told, sample=sample, **step.passed)
             following = following if isinstance(following, Tensor) else following[0]
             again.steps.append(
                 replace(
@@ -210,9 +212,11 @@ def _watch_steps(scheduler: Any, seen: Trace, watch: _DrawWatch, tell: Tell, cal
         network_input = scaled.pop() if scaled else kept
         scaled.clear()
         passed = {key: value for key, value in bound.arguments.items() if key not in ("model_output", "sample")}
+        sign = velocity_sign(scheduler, bound.arguments)
+        answer = answer if sign > 0 else -answer
         told = tell(network_input, float(timestep), answer)
         watch.take()  # what is told may be drawn too
-        bound.arguments["model_output"] = told
+        bound.arguments["model_output"] = told if sign > 0 else -told
         result = original(*bound.args, **bound.kwargs)
         following = result if isinstance(result, Tensor) else result[0]
         seen.steps.append(

@@ -1,0 +1,160 @@
+"""What a pipeline pins of its samples between steps: seen, walked by fewstep's own walkers, and held at export."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from picture_pipeline import FIRST_PINNED, items_of, mask_of, picture, picture_pipeline
+from torch import Tensor
+
+from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.outside import OUTSIDE, pins_of
+from fewstep.diffusion.ode import OdeSolver
+from fewstep.diffusion.prediction import add_noise
+from fewstep.diffusion.rollout import Sampler, rollout
+from fewstep.export import SchedulerCheckError, plan_student
+from fewstep.export.walk.check import walk
+from fewstep.export.walk.plan import reference_of
+from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.recording import Recording, RecordingError, record
+from fewstep.recording.pipeline import with_parts
+
+WAYS = ["pinned", "pinned_clean"]
+
+
+def table() -> DDIMScheduler:
+    """A table whose first sample is all noise, though its alpha is not 0 there."""
+    return DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
+
+
+@pytest.fixture(scope="module")
+def recordings() -> dict[str, Recording]:
+    """Recordings of pipelines that pin, by their way."""
+    made = {way: record(picture_pipeline(way), items=items_of(way)) for way in WAYS}
+    return made | {"table": record(picture_pipeline("pinned", table()), items=items_of("pinned"))}
+
+
+def denoiser_of(recording: Recording) -> NetworkDenoiser:
+    return NetworkDenoiser(recording.network, recording.recipe, recording.schedule, recording.prediction_type)
+
+
+def unpinned(conditioning: Conditioning) -> Conditioning:
+    """The same, as if nobody had seen the pins."""
+    return Conditioning({name: node for name, node in conditioning.tree.items() if name != OUTSIDE}, 1)
+
+
+def stock(pipeline: Any, item: dict[str, Any], call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The first and the last sample of the pipeline's own walk."""
+    seen: list[Tensor] = []
+    pipeline = with_parts(pipeline, scheduler=pipeline.scheduler)
+    own = pipeline._ask
+    pipeline._ask = lambda x, *rest: seen.append(x) or own(x, *rest)
+    images = pipeline(**item, **call, generator=torch.Generator().manual_seed(3)).images
+    return seen[0], images
+
+
+@pytest.mark.parametrize("way", [*WAYS, "table"])
+def test_pins_are_the_pictures_own(recordings: dict[str, Recording], way: str) -> None:
+    recording = recordings[way]
+    assert recording.between is not None and recording.between.noised == (way != "pinned_clean")
+    assert "replaced between steps by the picture's" in recording.summary()
+    for number, told in enumerate(recording.condition_each(items=items_of("pinned" if way == "table" else way))):
+        pins = pins_of(told)
+        assert pins is not None
+        where = torch.zeros(1, *recording.sample_shape, dtype=torch.bool)
+        if way == "pinned_clean":
+            where[:, :, 0] = True
+            wanted = picture(FIRST_PINNED + number)[None, :, None].expand_as(where)
+        else:
+            where |= mask_of(number)[None] == 0
+            wanted = picture(FIRST_PINNED + number)[None]
+        assert torch.equal(pins.where, where)
+        torch.testing.assert_close(pins.value, wanted * where, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("way", [*WAYS, "table"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_own_walks_are_the_pipelines(recordings: dict[str, Recording], way: str, steps: int) -> None:
+    recording = recordings[way]
+    plan = plan_student(recording, steps, renoise="ode")
+    pipeline = with_parts(recording.pipeline, scheduler=plan.scheduler)
+    sampler, denoiser = Sampler(plan_schedule := recording.schedule, plan.grid, "ode"), denoiser_of(recording)
+    ends = []
+    for item in items_of("pinned" if way == "table" else way):
+        (told,) = recording.condition_each(items=[item])
+        first, images = stock(pipeline, item, plan.call)
+        with torch.no_grad():
+            end = rollout(denoiser, sampler, first / plan.initial_scale, told)
+            again = OdeSolver(denoiser, plan_schedule).to_data(first, plan.grid, told)
+            wrong = rollout(denoiser, sampler, first / plan.initial_scale, unpinned(told))
+        for own in (end, again):
+            torch.testing.assert_close((own / 2 + 0.5).clamp(0, 1), images, rtol=0, atol=1e-5)
+        assert float(((wrong / 2 + 0.5).clamp(0, 1) - images).abs().max()) > 1e-2
+        ends.append(end)
+    assert float((ends[0] - ends[1]).abs().max()) > 0.1
+
+
+def test_fresh_noise_leaves_the_first_noise_in_a_pin(recordings: dict[str, Recording]) -> None:
+    recording = recordings["table"]
+    (told,) = recording.condition_each(items=items_of("pinned")[:1])
+    pins = pins_of(told)
+    assert pins is not None
+    noise, seen = torch.randn(1, *recording.sample_shape), []
+    sampler = Sampler(recording.schedule, (1.0, 0.6, 0.3), "fresh")
+    with torch.no_grad():
+        rollout(
+            denoiser_of(recording),
+            sampler,
+            noise,
+            told,
+            lambda k: torch.randn(noise.shape, generator=torch.Generator().manual_seed(k)),
+            on_step=lambda _, x: seen.append(x),
+        )
+    assert torch.equal(seen[0], noise)
+    for x, t in zip(seen[1:], sampler.grid[1:], strict=True):
+        wanted = add_noise(pins.value, noise, recording.schedule.coefficients(torch.tensor([t])))
+        torch.testing.assert_close(x[pins.where], wanted[pins.where], rtol=0, atol=1e-5)
+        assert float((x - wanted)[~pins.where].abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pinned_entries_have_no_loss(recordings: dict[str, Recording], way: str) -> None:
+    recording = recordings[way]
+    told = recording.condition(items=items_of(way))
+    pins, denoiser = pins_of(told), denoiser_of(recording)
+    assert pins is not None
+    x, t = torch.randn(2, *recording.sample_shape), torch.tensor([0.3, 0.8], dtype=torch.float64)
+    x0 = denoiser(x, t, told)
+    torch.testing.assert_close(x0[pins.where], pins.value[pins.where], rtol=0, atol=1e-5)
+    raw = denoiser.raw(x, t, told)
+    gradients = torch.autograd.grad(raw[pins.where].sum(), list(recording.network.parameters()), allow_unused=True)
+    assert all(gradient is None or not bool(gradient.any()) for gradient in gradients)
+
+
+@pytest.mark.parametrize("way", [*WAYS, "table"])
+def test_the_check_at_export_holds_what_is_pinned(recordings: dict[str, Recording], way: str) -> None:
+    recording = recordings[way]
+    plan = plan_student(recording, 2, renoise="ode")
+    pipeline = with_parts(recording.pipeline, scheduler=plan.scheduler)
+    items = items_of("pinned" if way == "table" else way)
+
+    def check(pinned: Conditioning) -> None:
+        reference = reference_of(recording, recording.networks)
+        told = Conditioning({**reference.conditioning.tree, OUTSIDE: pinned.tree[OUTSIDE]}, 1)
+        arguments = {**items[0], **plan.call, "generator": torch.Generator().manual_seed(0)}
+        moved = (recording.schedule, recording.prediction_type, plan.move, lambda _: recording.component)
+        walk(pipeline, arguments, *moved, replace(reference, conditioning=told), pictured=True)
+
+    own, other = recording.condition_each(items=[items[0], {**items[0], "image": picture(9)}])
+    check(own)
+    with pytest.raises(SchedulerCheckError, match="what it pins is not the picture"):
+        check(other)
+
+
+def test_what_is_pinned_anew_is_refused() -> None:
+    with pytest.raises(RecordingError, match="24 entries of its sample between steps, and they become neither those"):
+        record(picture_pipeline("pinned_anew"), items=items_of("pinned_anew"))
