@@ -19,6 +19,9 @@ from fewstep.eval.weights import VARIABLE, Weights
 from fewstep.training.method import Bench
 from fewstep.training.rewards import Reward, Rewards
 
+#: Rewards by name that compare a picture with its prompt.
+READ_PROMPTS = ("clip", "hps", "pick")
+
 
 def open_rewards(config: RewardConfig, bench: Bench, teacher: Denoiser) -> Rewards | None:
     """What a run's student is rewarded by; None without ``--reward``. How it is used: :mod:`fewstep.training.rewards`.
@@ -33,6 +36,11 @@ def open_rewards(config: RewardConfig, bench: Bench, teacher: Denoiser) -> Rewar
     """
     if config.reward is None:
         return None
+    for name in (*config.rewards, config.reward_beside):
+        if name in READ_PROMPTS and bench.recording.conditional in ("label", None):
+            raise UserError(
+                f"the reward {name} reads prompts, and this teacher takes none; give another one, such as aesthetic"
+            )
     opened = {name: bench.open_reward(partial(_open, name, config)) for name in config.rewards}
     dry = None in opened.values()
     rewards = {_short(name): reward or _plain for name, reward in opened.items()}
@@ -64,7 +72,7 @@ def _dotted(name: str, device: torch.device) -> Reward:
     module, _, attribute = name.rpartition(".")
     try:
         made = getattr(importlib.import_module(module), attribute)(device)
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # a class of the user's raises whatever it does
         raise UserError(f"--reward {name} cannot be made: {one_line(error)}; it is called with (device)") from error
     if not callable(made):
         raise UserError(f"--reward {name} makes nothing that can be called with pictures and what they were asked for")

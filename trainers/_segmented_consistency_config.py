@@ -203,10 +203,16 @@ class SegmentedConsistencyConfig(DrawnGuidanceConfig):
             levels: of the schedule.
             shift: of the student's grid.
             visited: every time at which the student is sampled, at any of its step counts.
+
+        Raises:
+            UserError: a table has not as many times as a grid.
         """
         stages = []
         for count, intervals in zip(settled(self.segments), self.of_stages(settled(self.intervals)), strict=True):
             even = EvenTimes(levels, [intervals + 1], shift)
+            if len(even.times(0)) <= intervals:
+                most = len(even.times(0)) - 1
+                raise UserError(f"--intervals {intervals} are more than the times of the teacher's table; take {most}")
             edges = cut(even.times(0).tolist(), count)
             grid = EvenTimes(levels, [intervals + 1], shift, visited)
             stages.append(Stage(grid, edges.snapped(grid.times(0).tolist()), self.ends == "edge"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor
 from fewstep.config.partition import PartitionWanted
 from fewstep.data.conditions import Conditions, read_classes, read_prompts
 from fewstep.errors import UserError
+
+_WHOLE_RUNS_FLAG = re.compile(r"--(classes|data|prompts)\b")
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,12 @@ def _clusters(means: Tensor, count: int, seed: int) -> list[list[int]]:
 def _listed(conditions: Conditions, lists: Sequence[str]) -> list[list[int]]:
     """The rows of each list's labels or prompts, all of which together are the run's."""
     of_labels = conditions.kind == "label"
-    items: list[list[Any]] = [[*(read_classes(one) if of_labels else read_prompts(one))] for one in lists]
+    items: list[list[Any]] = []
+    for one in lists:
+        try:
+            items.append([*(read_classes(one) if of_labels else read_prompts(one))])
+        except UserError as error:  # which names the flag of the whole run
+            raise UserError(_WHOLE_RUNS_FLAG.sub("--lists", str(error))) from error
     groups = []
     for name, one in zip(lists, items, strict=True):
         rows = conditions.rows(one)

@@ -24,6 +24,7 @@ from fewstep.data.batch import Asked, Batch
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler, draw_sample
+from fewstep.errors import UserError
 from fewstep.losses.reward import pair_distance, reward_loss, weighted_reward
 
 #: Where the teacher is asked what it would change of a picture.
@@ -69,8 +70,12 @@ class Rewards:
     look_steps: int
 
     def each(self, pictures: Tensor, asked: Asked) -> Tensor:
-        """Every reward of each picture: (B, n) of pictures (B, C, H, W), with gradient."""
-        return torch.stack([reward(pictures, asked).float() for reward in self.rewards.values()], 1)
+        """Every reward of each picture: (B, n) of pictures (B, C, H, W), with gradient.
+
+        Raises:
+            UserError: a reward is no number of each picture.
+        """
+        return torch.stack([_numbers(name, reward, pictures, asked) for name, reward in self.rewards.items()], 1)
 
     def scores(self, x0: Tensor, asked: Asked) -> Tensor:
         """The weighted sum of all rewards (B,) of samples (B, ...), with gradient where there is any."""
@@ -91,8 +96,16 @@ class Rewards:
         Args:
             x0: the student's samples (B, ...) of its last step, with gradient.
             batch: of this step.
+
+        Raises:
+            UserError: a reward is no number of each picture, or has no gradient.
         """
         rewards = self.each(self.pictures(x0), batch.asked)
+        if x0.requires_grad and not rewards.requires_grad:
+            raise UserError(
+                f"--reward {self.config.reward} has no gradient to the pictures, which no student can follow; give one "
+                "that is differentiable"
+            )
         loss = reward_loss(rewards, self.shares, self.config.reward_margin or ())
         return self.config.reward_weight * loss, {"student/reward_loss": loss.detach()}
 
@@ -118,7 +131,11 @@ class Rewards:
         log = {"student/reward": weighted_reward(each, self.shares).mean()}
         if len(self.rewards) > 1:
             log |= {f"student/reward_{name}": each[:, place].mean() for place, name in enumerate(self.rewards)}
-        unrewarded = self.fit(x0, sampler, batch) if self.beside is None else self.beside(shown, batch.asked).mean()
+        unrewarded = (
+            self.fit(x0, sampler, batch)
+            if self.beside is None
+            else _numbers(self.beside_name, self.beside, shown, batch.asked).mean()
+        )
         log[f"student/unrewarded_{self.beside_name}"] = unrewarded
         return log | {"student/pair_diversity": pair_distance(shown, other).mean()}
 
@@ -128,3 +145,12 @@ class Rewards:
         noise = batch.draws.normal("look_fit", batch.shape)
         x_t = add_noise(x0, noise, sampler.schedule.coefficients(t))
         return -(x0 - self.teacher(x_t, t, batch.conditioning)).abs().mean() / x0.abs().mean()
+
+
+def _numbers(name: str, reward: Reward, pictures: Tensor, asked: Asked) -> Tensor:
+    """A reward's numbers (B,), float32."""
+    found: object = reward(pictures, asked)
+    if isinstance(found, Tensor) and found.shape == pictures.shape[:1]:
+        return found.float()
+    what = f"numbers of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    raise UserError(f"the reward {name} of {len(pictures)} pictures is {what}; it must be one number for each")

@@ -88,6 +88,18 @@ def test_lists_of_prompts(tmp_path: Any) -> None:
         parts(conditions, students=2, by="lists", lists=tuple(map(str, files)))
 
 
+def test_a_list_that_cannot_be_read_is_named_by_its_own_flag(tmp_path: Any) -> None:
+    conditions = Told(torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
+    (tmp_path / "one.txt").write_text("prompt 0\n")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    for name in ("none.txt", "empty.txt", "bytes.txt"):
+        lists = tuple(str(tmp_path / one) for one in ("one.txt", name))
+        with pytest.raises(UserError, match=rf"--lists \S*{name}") as caught:
+            parts(conditions, students=2, by="lists", lists=lists)
+        assert "--prompts" not in str(caught.value)
+
+
 def test_items_are_not_divided() -> None:
     conditions = Told(torch.randn(4, 2, generator=torch.Generator().manual_seed(0)))
     conditions.kind = "item"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.errors import UserError
 from fewstep.networks.guidance import GuidedDenoiser
+from fewstep.trainers._rewards import _open, open_rewards
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
 from fewstep.training.rewards import Rewards
 
@@ -199,3 +201,37 @@ def mixture_run(out: Path, weight: float) -> tuple[float, float]:
         x0 = rollout(one.student, sampler, fresh(0), unconditional(2000), fresh)
     nearest = torch.cdist(x0, torch.tensor(MixtureTeacher.MEANS)).min(1)
     return (nearest.indices == 0).float().mean().item(), nearest.values.median().item()
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda pictures, _: pictures.mean(), r"numbers of shape \(\); it must be one number for each"),
+        (lambda pictures, _: pictures, r"the reward own of 4 pictures is numbers of shape \(4, 6\)"),
+        (lambda *_: "nice", "is a str"),
+        (lambda pictures, _: pictures.detach()[:, 0], "--reward my.Own has no gradient to the pictures"),
+    ],
+)
+def test_what_is_no_reward_is_refused_when_it_is_asked(tmp_path: Path, reward, message: str):
+    settings = config(tmp_path, reward="my.Own")
+    rewards = Rewards(settings, {"own": reward}, None, "teacher", lambda x0: x0, lambda *_: None, 1)
+    with pytest.raises(UserError, match=message):
+        rewards.term(torch.ones(4, 6, requires_grad=True), batch(0, range(4)))
+
+
+@pytest.mark.parametrize(
+    "name", ["json.JSONDecoder", "math.pi", "no_module.Reward", "json.nothing", "pathlib.PosixPath"]
+)
+def test_a_class_that_cannot_be_made_is_refused_in_one_line(tmp_path: Path, name: str):
+    with pytest.raises(UserError, match=rf"--reward {name} (cannot be made|makes nothing)") as caught:
+        _open(name, config(tmp_path, reward=name), torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{"reward": "clip"}, {"reward": "my.Own", "reward_beside": "pick"}])
+def test_what_reads_prompts_is_refused_of_a_teacher_of_labels_before_its_files_are_missed(
+    tmp_path: Path, settings: dict
+):
+    bench = SimpleNamespace(recording=SimpleNamespace(conditional="label"))
+    with pytest.raises(UserError, match=r"the reward (clip|pick) reads prompts, and this teacher takes none"):
+        open_rewards(config(tmp_path, **settings), bench, lambda *_: None)

@@ -335,3 +335,11 @@ def test_settings_that_cannot_work_are_refused_in_one_line(tmp_path: Path, setti
     with pytest.raises(UserError, match=message) as caught:
         config(tmp_path, **{"variant": "tcd", **settings})
     assert "\n" not in str(caught.value)
+
+
+def test_a_grid_finer_than_its_table_is_refused(tmp_path: Path):
+    settings = config(tmp_path, "tcd", intervals=[1500]).resolved()
+    with pytest.raises(UserError, match="--intervals 1500 are more than the times of the teacher's table; take 999"):
+        settings.make_stages(SigmaRange(TABLE), 1.0, [1.0])
+    (stage,) = settings.make_stages(SigmaRange(FlowSchedule()), 1.0, [1.0])
+    assert len(stage.grid.times(0)) == 1501
