@@ -25,6 +25,41 @@ from tests import tiny_pipelines
 
 TRAINING = "--report_to none --max_steps 12 --batch_size 2 --log_steps 1 --checkpointing_steps 2 --num_pairs 24"
 COMMAND = f"distill rectified_flow --classes 0-2 --cpu {TRAINING} --sample_steps 6"
+STEPS = "--steps 2 --report_to none --batch_size 2 --log_steps 1 --checkpointing_steps 1 --checkpoints_total_limit 99"
+STAGED = f"--classes 0-2 --cpu --sample_steps 0 {STEPS}"
+PAIRS = "--num_pairs 8 --pair_steps 2"
+#: Runs of stages: the command, and what there is when a start of it is killed, one after the other: a step or a file.
+STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "tscd": (
+        "segmented_consistency --max_steps 6 --variant tscd --segments [4,2,1] --stage_steps [2,2]"
+        " --adversarial_weight [0,0.1,0.1]",
+        ("1", "2", "3", "4", "5"),
+    ),
+    "hyper_sd": (
+        "hyper_sd --max_steps 6 --stages tscd:4,score --segments [2,1] --stage_steps [2] --critic_updates 1",
+        ("1", "2", "3", "4", "5"),
+    ),
+    "mf_rae": (
+        f"mf_rae --max_steps 5 {PAIRS} --walk_steps 2 --stages cmt:3,mfd",
+        ("pairs", "2", "3", "4"),
+    ),
+    "any_flow": (
+        f"any_flow --max_steps 5 {PAIRS} --map_steps 3 --critic_updates 1 --ema_decay 0.5",
+        ("pairs", "2", "3", "4"),
+    ),
+    "multi_student": (
+        "multi_student --max_steps 3 --students 3 --critic_updates 1",
+        ("student_1/2", "student_1/student", "student_2/1", "student_2/2", "student_3/2", "student_3/student"),
+    ),
+    "disback": (
+        "disback --max_steps 5 --degradation_steps 2 --node_steps 1 --critic_updates 1",
+        ("1", "2", "3", "4"),
+    ),
+    "flash_dmd": (
+        "flash_dmd --max_steps 4 --critic_updates 1 --gan_weight 0",
+        ("1", "2", "3"),
+    ),
+}
 CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["fewstep.trainers.rectified_flow", "fewstep.cli", "diffusers"])
 MET = " processes on cpu"  # in the first line of a launch
@@ -102,6 +137,33 @@ def killed_and_resumed(words: list[str], out: Path, kills: int, seconds: float, 
     return hits
 
 
+def killed_at(words: list[str], out: Path, moments: tuple[str, ...]) -> list[str]:
+    """Run to the end, each start killed at the next moment; returns the moments that came before the run's end."""
+    said, hit = out.parent / "said.txt", []
+    said.touch()
+    for moment in moments:
+        (process,) = start([*words, "--out", str(out), *_resume(out)], said)
+        while process.exitcode is None and not _come(out, moment):
+            time.sleep(0.005)
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            hit.append(moment)
+        else:
+            assert process.exitcode == 0, said.read_text()[-3000:]
+    finish([*words, "--out", str(out), *_resume(out)], said, 1)
+    return hit
+
+
+def _come(out: Path, moment: str) -> bool:
+    """Whether a file lies in the folder, or the checkpoint of a step where its last part is a number."""
+    *parts, last = moment.split("/")
+    folder = out.joinpath(*parts)
+    if not last.isdecimal():
+        return (folder / last).exists()
+    return int(last) in checkpoint.steps_in(folder / "checkpoints")
+
+
 def _resume(out: Path) -> list[str]:
     return ["--resume"] if (out / "config.yaml").exists() else []
 
@@ -117,13 +179,14 @@ def contents(out: Path) -> dict[str, object]:
         elif path.name == "inputs.json":  # digests, but not when they were taken
             digests = json.loads(path.read_text(), object_hook=lambda one: {**one, "seen": 0})
             found[name] = digests["inputs"]
-        elif path.is_file() and not name.startswith("checkpoints") and not path.name.startswith(UNEQUAL):
+        elif path.is_file() and "checkpoints" not in path.relative_to(out).parts and not path.name.startswith(UNEQUAL):
             found[name] = path.read_bytes()
-    for step in checkpoint.steps_in(out / "checkpoints"):  # those of divided roles lie in another order each time
-        newest = checkpoint.find_latest(out / "checkpoints", step)
-        found[f"state {step}"] = {name: value for name, value in newest.state.items() if name != "files"}
-        for stem, tensors in newest.tensors().items():
-            found[f"{stem} {step}"] = {name: value.numpy().tobytes() for name, value in tensors.items()}
+    for folder in (out, *sorted(out.glob("student_*"))):  # those of divided roles lie in another order each time
+        for step in checkpoint.steps_in(folder / "checkpoints"):
+            newest, of = checkpoint.find_latest(folder / "checkpoints", step), f"{folder.relative_to(out)} {step}"
+            found[f"state {of}"] = {name: value for name, value in newest.state.items() if name != "files"}
+            for stem, tensors in newest.tensors().items():
+                found[f"{stem} {of}"] = {name: value.numpy().tobytes() for name, value in tensors.items()}
     return found
 
 
@@ -147,6 +210,25 @@ def test_a_run_that_was_killed_at_any_moment_ends_like_one_that_was_not(
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert hits >= kills / 2
     assert checkpoint.find_latest(tmp_path / "killed" / "checkpoints").state["step"] == 12
+
+
+@pytest.mark.parametrize(
+    ("command", "moments"),
+    [
+        pytest.param(STAGES["tscd"][0], ("3",), id="tscd once"),
+        *(pytest.param(*stages, marks=pytest.mark.soak, id=name) for name, stages in STAGES.items()),
+    ],
+)
+def test_a_run_of_stages_that_was_killed_in_each_of_them_ends_like_one_that_was_not(
+    command: str, moments: tuple[str, ...], tmp_path: Path
+) -> None:
+    tiny_pipelines.tiny_dit().save_pretrained(tmp_path / "teacher")
+    words = ["distill", *command.split(), *STAGED.split(), "--teacher", str(tmp_path / "teacher")]
+    finish(["--version"], tmp_path / "version.txt", 1)
+    finish([*words, "--out", str(tmp_path / "whole")], tmp_path / "whole.txt", 1)
+    hit = killed_at(words, tmp_path / "killed", moments)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert len(hit) >= len(moments) / 2, hit
 
 
 @pytest.mark.soak
