@@ -66,11 +66,13 @@ def images_of(recording: Recording, who: str = "--perceptual_weight compares") -
     ``who`` wants them, for the error.
 
     Raises:
-        UserError: the teacher makes videos.
+        UserError: the teacher makes videos, or a part of its images comes from its items.
     """
     codec = recording.codec
     if len(codec.shape) != 3:
         raise UserError(f"{who} images, and this teacher makes videos; leave it out")
+    if codec.tail is not None:
+        raise UserError(f"{who} images of samples, and a part of this teacher's comes from its items; leave it out")
     if codec.decoder is None:
         return codec.to_decoder
     decoder = getattr(recording.pipeline, codec.decoder)

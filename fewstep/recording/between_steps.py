@@ -8,7 +8,7 @@ decoder's input that two runs of other noise leave as it is comes from the item,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,6 +75,12 @@ class BetweenSteps:
             texts.append(f"{len(self.tail)} entries of the decoder's input come from the item")
         return texts
 
+    @property
+    def bare(self) -> Item:
+        """The recorded item, with nothing pinned of it where an argument decides that."""
+        item: Item = self.subject.invocation.item
+        return item if self.repaints is None else Item({**item.arguments, **self.repaints}, f"{item}, all repainted")
+
     def watch(self, item: Item, seed: int) -> Watched:
         """The run of an item, told in its first step what `told` of :class:`Recorded` wants, as `seed` draws it."""
         watched = _watch(self.subject, self.stub, item, seed)
@@ -133,11 +139,9 @@ def see_between(subject: Subject, recipe: Recipe, schedule: NoiseSchedule, stub:
         else:
             clean = where
             _check_clean(subject, stub, recipe, clean)
-    plain = item if repaints is None else Item({**item.arguments, **repaints}, f"{item}, all repainted")
-    tail = _tail(_watch(subject, stub, plain), _watch(subject, stub, plain, fresh=1))
-    if noised is None and tail is None:
-        return None
-    return BetweenSteps(subject, recipe, schedule, noised, clean, tail, repaints, stub)
+    found = BetweenSteps(subject, recipe, schedule, noised, clean, None, repaints, stub)
+    tail = _tail(_watch(subject, stub, found.bare), _watch(subject, stub, found.bare, fresh=1))
+    return None if noised is None and tail is None else replace(found, tail=tail)
 
 
 def pinned_places(watched: Watched) -> Tensor:
@@ -157,13 +161,13 @@ def _watch(subject: Subject, stub: Stub, item: Item, seed: int = 0, fresh: int =
     given: list[Tensor] = []
     drawn = fresh_samples(2)
 
-    def replace(index: int, sample: Tensor) -> Tensor:
+    def replaced(index: int, sample: Tensor) -> Tensor:
         noise = drawn(index, sample)
         # Apart from any picture, and from another run's: in half precision numbers of one size are often equal.
         given.append(noise + (8 + 4 * fresh) * noise.float().std().to(noise))
         return given[-1]
 
-    seen = subject.run(_STEPS, [item], seed=seed, stub=stub, replace=replace, stop_at_decode=True)
+    seen = subject.run(_STEPS, [item], seed=seed, stub=stub, replace=replaced, stop_at_decode=True)
     return Watched(seen, given)
 
 

@@ -3,6 +3,10 @@
 After its last step a pipeline reorders, scales and shifts the sample and hands it to its decoder. Zeros, ones and index
 ramps in place of that last sample show this map; its inverse takes what the encoder gives into the network's space. A
 pipeline without a decoder takes pixels, and the map leads from the sample to the image.
+
+Of a pipeline that is told pictures some entries of the decoder's input may come from the item (a first frame), and some
+of the sample may not come to it (frames that stand for references): such samples are decoded, and no images are encoded
+where the network is told entries that the decoder never sees.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.conditioning.outside import tail_of
+from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.finite import refuse_unfinite_images
 from fewstep.recording.observation import Observation, Stub
@@ -38,6 +44,9 @@ class Codec:
         scale: (n,) float64, and
         offset: (n,) float64: entry = scale * sample[index] + offset.
         stub: what the network returned once; stands in for it while the pipeline is run for its tail only.
+        tail: (k,) int64, the entries of the decoder's input that come from an item; their scale is 0, and their offset
+            is the recorded item's. None: there are none.
+        lost: how many entries of the sample the network is told and the decoder is not.
     """
 
     recording: Recorded
@@ -47,31 +56,57 @@ class Codec:
     scale: Tensor
     offset: Tensor
     stub: Any
+    tail: Tensor | None = None
+    lost: int = 0
 
     def describe(self) -> str:
         """One line for people."""
         kind = f"{self.decoder} with input {list(self.shape)}" if self.decoder else f"pixels {list(self.shape)}"
         moved = "" if torch.equal(self.index, torch.arange(len(self.index))) else ", reordered"
-        scales = sorted(set(self.scale.float().round(decimals=5).tolist()))
+        scales = sorted(set(self.scale[self._own].float().round(decimals=5).tolist()))
         scale = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g}..{scales[-1]:g}"
-        return f"{kind}, scale {scale}{moved}"
+        own = "" if self.tail is None else f", {len(self.tail)} entries of each item's own"
+        lost = f", {self.lost} entries of the sample cut" if self.lost else ""
+        return f"{kind}, scale {scale}{moved}{own}{lost}"
+
+    @property
+    def _own(self) -> Tensor:
+        """Which entries of the decoder's input come from the sample: bool (n,)."""
+        own = torch.ones(len(self.index), dtype=torch.bool)
+        return own if self.tail is None else own.index_fill(0, self.tail, False)
 
     @property
     def centred(self) -> bool:
         """Whether the decoder's images lie in [-1, 1] instead of [0, 1]."""
         return self.decoder is not None and _centred(self.recording.pipeline)
 
-    def to_decoder(self, x0: Tensor) -> Tensor:
-        """x0 (B, *sample_shape) -> what the decoder is given (B, *shape)."""
+    def to_decoder(self, x0: Tensor, conditioning: AnyConditioning | None = None) -> Tensor:
+        """x0 (B, *sample_shape) -> what the decoder is given (B, *shape).
+
+        With the ``conditioning`` of the B samples their items' own entries stand in it; else the recorded item's.
+        """
         flat = x0.reshape(len(x0), -1).double()[:, self.index.to(x0.device)]
         z = flat * self.scale.to(x0.device) + self.offset.to(x0.device)
+        tail = None if conditioning is None else tail_of(conditioning)
+        if self.tail is not None and tail is not None:
+            z = z.index_copy(1, self.tail.to(z.device), tail.to(z))
         return z.reshape(len(x0), *self.shape).to(x0.dtype)
 
     def from_decoder(self, z: Tensor) -> Tensor:
-        """The inverse of `to_decoder`."""
-        flat = (z.reshape(len(z), -1).double() - self.offset.to(z.device)) / self.scale.to(z.device)
-        x0 = torch.empty_like(flat)
-        x0[:, self.index.to(z.device)] = flat
+        """The inverse of `to_decoder`; entries that no decoder sees and no network is told are 0.
+
+        Raises:
+            RecordingError: the network is told entries that the decoder is not.
+        """
+        if self.lost:
+            raise RecordingError(
+                f"{type(self.recording.pipeline).__name__} cuts {self.lost} entries of its sample, which its network "
+                "is told, before decoding: what they are for an image is not known, so no images can be learnt from"
+            )
+        own = self._own.to(z.device)
+        flat = (z.reshape(len(z), -1).double() - self.offset.to(z.device))[:, own] / self.scale.to(z.device)[own]
+        x0 = flat.new_zeros(len(z), math.prod(self.recording.sample_shape))
+        x0[:, self.index.to(z.device)[own]] = flat
         return x0.reshape(len(z), *self.recording.sample_shape).to(z.dtype)
 
     @torch.no_grad()
@@ -96,16 +131,22 @@ class Codec:
         return self.from_decoder(z.to(self.recording.dtype))
 
     @torch.no_grad()
-    def decode(self, x0: Tensor) -> Tensor:
+    def decode(self, x0: Tensor, conditioning: AnyConditioning | None = None) -> Tensor:
         """x0 (B, *sample_shape) -> images (B, C, H, W), or videos (B, C, F, H, W), float32 in [0, 1].
 
         The pipeline itself runs, one sample at a time, with its last step's result replaced and its network skipped.
+        Where it changes samples outside of its network, its decoder is given what :meth:`to_decoder` says of them.
 
         Raises:
             RecordingError: x0 of another shape, or the decoder makes NaN of it.
         """
         self._check(tuple(x0.shape[1:]), self.recording.sample_shape, "x0")
-        images = torch.cat([_images(_tail(self.recording, self.stub, one).result) for one in x0.split(1)])
+        made = []
+        for number, one in enumerate(x0.split(1)):
+            told = None if conditioning is None else conditioning.select([number])
+            given = None if self.recording.between is None else self.to_decoder(one, told)
+            made.append(_images(_tail(self.recording, self.stub, one, decoder_input=given).result))
+        images = torch.cat(made)
         if self.decoder is not None:
             refuse_unfinite_images(self.recording.pipeline, self.decoder, images, "after the last step")
         return images
@@ -129,12 +170,15 @@ def read_codec(recording: Recorded) -> Codec:
     decoder = find_decoder(recording.pipeline)
     kind = type(recording.pipeline).__name__
     count = math.prod(recording.sample_shape)
+    pictured = recording.conditional == "item"
+    tail = None if recording.between is None else recording.between.tail
 
     def send(sample: Tensor) -> Tensor:
         x = sample.reshape(1, *recording.sample_shape).to(seen.steps[0].sample)
         run = _tail(recording, call.output, x, stop_at_decode=decoder is not None)
         z = run.decoder_input if decoder is not None else _images(run.result)
-        if z is None or z.numel() != count or len(z) != 1:
+        whole = z is not None and (pictured or z.numel() == count)
+        if z is None or not whole or len(z) != 1:
             got = "nothing" if z is None else list(z.shape)
             raise RecordingError(
                 f"{kind} makes {got} of a sample of shape {list(recording.sample_shape)}; no map to invert"
@@ -145,28 +189,41 @@ def read_codec(recording: Recorded) -> Codec:
     unit = 1.0 if decoder is not None else 0.5
     zero = send(torch.zeros(count))
     offset, scale = zero.flatten(), ((send(torch.full((count,), unit)) - zero) / unit).flatten()
-    if bool((scale.abs() < 1e-6).any()):
+    own = torch.ones(len(scale), dtype=torch.bool)
+    own = own if tail is None else own.index_fill(0, tail, False)
+    if not bool(scale.isfinite().all()):
+        raise RecordingError(f"{kind} mixes the entries of its sample before decoding; no map to invert")
+    if bool((scale[own].abs() < 1e-6).any()):
         raise RecordingError(f"{kind} drops a part of its sample before decoding; no map to invert")
-    numbers, index, factor = torch.arange(count), torch.zeros(count, dtype=torch.long), 1
+    # What is an item's own has no scale; rounding may have left some.
+    scale = scale.where(own, torch.zeros_like(scale))
+    numbers, index, factor = torch.arange(count), torch.zeros(len(scale), dtype=torch.long), 1
     while factor < count:
         digit = ((numbers // factor) % _BASE).float() / _BASE * unit
-        read = (send(digit).flatten() - offset) / scale / unit * _BASE
+        read = ((send(digit).flatten() - offset) / scale.where(own, torch.ones_like(scale)) / unit * _BASE) * own
         if bool((read - read.round()).abs().max() > 0.25):
             raise RecordingError(f"{kind} mixes the entries of its sample before decoding; no map to invert")
         index += read.round().long() * factor
         factor *= _BASE
-    if not torch.equal(index.sort().values, numbers):
+    used = torch.zeros(count, dtype=torch.bool)
+    if int(index.max()) >= count or len(index[own].unique()) < int(own.sum()):
         raise RecordingError(f"{kind} uses some entries of its sample twice before decoding; no map to invert")
-    return Codec(recording, decoder, tuple(zero.shape[1:]), index, scale, offset, call.output)
+    used[index[own]] = True
+    lost = int((recording.recipe.read.flatten() & ~used).sum()) if pictured else 0
+    return Codec(recording, decoder, tuple(zero.shape[1:]), index, scale, offset, call.output, tail, lost)
 
 
-def _tail(recording: Recorded, stub: Any, x0: Tensor, *, stop_at_decode: bool = False) -> Observation:
-    """Run the pipeline with every step's result replaced by `x0` and the network skipped."""
+def _tail(
+    recording: Recorded, stub: Any, x0: Tensor, *, stop_at_decode: bool = False, decoder_input: Tensor | None = None
+) -> Observation:
+    """Run the pipeline with every step's result replaced by `x0` and the network skipped; of what it pins, nothing."""
     return recording.subject.run(
         _STEPS,
+        None if recording.between is None else [recording.between.bare],
         replace=lambda _index, sample: x0.to(sample),
         stub=Stub(recording.components, stub),
         stop_at_decode=stop_at_decode,
+        decoder_input=decoder_input,
     )
 
 

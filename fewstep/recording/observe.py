@@ -39,6 +39,7 @@ def observe(
     replace: Callable[[int, Tensor], Tensor] | None = None,
     stub: Stub | None = None,
     stop_at_decode: bool = False,
+    decoder_input: Tensor | None = None,
     x0: bool = False,
     set_up: Callable[[Any], None] | None = None,
     seed: int | None = None,
@@ -54,6 +55,7 @@ def observe(
         replace: (index of the step, the scheduler's next sample) -> what the pipeline is given instead.
         stub: components whose forward is not run, and what they return instead.
         stop_at_decode: stop when the decoder is called and keep what it is given.
+        decoder_input: what the decoder is given in the place of what the pipeline gives it.
         x0: also ask the scheduler for its own clean sample at every step, where it has one.
         set_up: called once with the scheduler's copy before the run.
         seed: of the global random state during the run; None leaves that as it is.
@@ -75,6 +77,8 @@ def observe(
         decoder = find_decoder(pipeline)
         if decoder is not None and stop_at_decode:
             stack.enter_context(_decode_caught(getattr(pipeline, decoder), seen))
+        elif decoder is not None and decoder_input is not None:
+            stack.enter_context(_decode_given(getattr(pipeline, decoder), decoder_input))
         _run(pipeline, arguments, seen)
     if before is not None and seen.pending:
         refuse_unfinite_conditioning(pipeline, seen.pending, arguments)
@@ -222,5 +226,17 @@ def _decode_caught(decoder: nn.Module, seen: Observation) -> contextlib.Abstract
     def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.decoder_input = capture(z)
         raise Stop
+
+    return method_replaced(decoder, "decode", decode)
+
+
+def _decode_given(decoder: nn.Module, given: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Inside, the decoder decodes what is given here."""
+    own: Any = decoder.decode
+
+    # functools.wraps keeps the signature visible.
+    @functools.wraps(own)
+    def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return own(given.to(z), *args, **kwargs)
 
     return method_replaced(decoder, "decode", decode)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.recording.codec import Codec, read_codec
 from fewstep.recording.dtypes import dtype_name
 from fewstep.recording.encoded_once import encoded_once
@@ -43,9 +44,12 @@ class Recording(Recorded):
         """
         return self.codec.encode(images)
 
-    def decode(self, x0: Tensor) -> Tensor:
-        """x0 (B, *sample_shape) -> images (B, C, H, W) or videos (B, C, F, H, W) in [0, 1], by its own tail."""
-        return self.codec.decode(x0)
+    def decode(self, x0: Tensor, conditioning: AnyConditioning | None = None) -> Tensor:
+        """x0 (B, *sample_shape) -> images (B, C, H, W) or videos (B, C, F, H, W) in [0, 1], by its own tail.
+
+        What of them comes from an item is that of the B samples' ``conditioning``, or without one the recorded item's.
+        """
+        return self.codec.decode(x0, conditioning)
 
     def prove(self, seed: int = 0) -> Proof:
         """Compare own calls of the network with the pipeline's on fresh samples, and decode one.

@@ -22,6 +22,7 @@ class Watching(TypedDict, total=False):
     replace: Callable[[int, Tensor], Tensor] | None
     stub: Stub | None
     stop_at_decode: bool
+    decoder_input: Tensor | None
     x0: bool
     set_up: Callable[[Any], None] | None
 

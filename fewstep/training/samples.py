@@ -76,18 +76,26 @@ class Samples:
         return draw_sample(denoiser, sampler, draws, shape, conditioning, on_step=lambda *_: pause())
 
     @torch.no_grad()
-    def pictures(self, x0: Tensor, pause: Callable[[], None] = _go_on) -> Tensor:
+    def pictures(self, x0: Tensor, pause: Callable[[], None] = _go_on, indices: Sequence[int] | None = None) -> Tensor:
         """Images (N, C, H, W) or videos (N, C, F, H, W) in [0, 1], float32 on the host, of x0 (N, ...).
 
+        ``indices``: of the samples, whose items may have a part in their pictures; None: 0 to N - 1.
         ``pause`` is called before as many are decoded as training fits.
         """
         made = []
         # The checker's word is for those who are shown pictures; here they show how the training goes.
         with without_safety_checker(self.recording.pipeline):
-            for some in x0.split(self.at_once):
+            for first, some in zip(range(0, len(x0), self.at_once), x0.split(self.at_once), strict=True):
                 pause()
-                made.append(self.recording.decode(some.to(self.device)).float().cpu())
+                told = self._told_of((indices or range(len(x0)))[first : first + len(some)])
+                made.append(self.recording.decode(some.to(self.device), told).float().cpu())
         return torch.cat(made)
+
+    def _told_of(self, indices: Sequence[int]) -> AnyConditioning | None:
+        """What samples are told, where a part of their pictures comes from their items."""
+        if self.recording.between is None:
+            return None
+        return self.conditions.select([index % len(self.conditions) for index in indices])
 
     def asked(self, count: int) -> list[str] | list[int] | None:
         """The prompts or labels of the samples 0 to ``count`` - 1; None for an unconditional teacher."""

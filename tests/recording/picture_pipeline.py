@@ -126,7 +126,11 @@ class PicturePipeline(DiffusionPipeline):
             x = scheduler.step(answer, t, x, return_dict=False)[0]
             if way.startswith("pinned"):
                 x = self._pinned(x, pictures, mask, noise, times[number + 1 : number + 2])
-        return ImagePipelineOutput(images=(x / 2 + 0.5).clamp(0, 1))
+        return ImagePipelineOutput(images=self._shown(x, pictures))
+
+    def _shown(self, x: Tensor, pictures: Tensor) -> Tensor:
+        """Images of the last sample."""
+        return (x / 2 + 0.5).clamp(0, 1)
 
     def _pictures(self, image: Any, batch: int) -> Tensor:
         """(B, 3, 4, 4), or with several of one prompt (1, 3, 4 n, 4)."""

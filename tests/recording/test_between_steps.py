@@ -18,7 +18,7 @@ from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.export import SchedulerCheckError, plan_student
 from fewstep.export.walk.check import walk
-from fewstep.export.walk.plan import reference_of
+from fewstep.export.walk.pins import Pinned
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.recording import Recording, RecordingError, record
 from fewstep.recording.pipeline import with_parts
@@ -27,8 +27,8 @@ WAYS = ["pinned", "pinned_clean"]
 
 
 def table() -> DDIMScheduler:
-    """A table whose first sample is all noise, though its alpha is not 0 there."""
-    return DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
+    """A table whose first sample is all noise, though its alpha is a third there."""
+    return DDIMScheduler(beta_end=0.004, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,9 @@ def stock(pipeline: Any, item: dict[str, Any], call: dict[str, Any]) -> tuple[Te
     pipeline = with_parts(pipeline, scheduler=pipeline.scheduler)
     own = pipeline._ask
     pipeline._ask = lambda x, *rest: seen.append(x) or own(x, *rest)
-    images = pipeline(**item, **call, generator=torch.Generator().manual_seed(3)).images
-    return seen[0], images
+    pipeline._shown = lambda x, _: x
+    last = pipeline(**item, **call, generator=torch.Generator().manual_seed(3)).images
+    return seen[0], last
 
 
 @pytest.mark.parametrize("way", [*WAYS, "table"])
@@ -86,14 +87,14 @@ def test_own_walks_are_the_pipelines(recordings: dict[str, Recording], way: str,
     ends = []
     for item in items_of("pinned" if way == "table" else way):
         (told,) = recording.condition_each(items=[item])
-        first, images = stock(pipeline, item, plan.call)
+        first, last = stock(pipeline, item, plan.call)
         with torch.no_grad():
             end = rollout(denoiser, sampler, first / plan.initial_scale, told)
             again = OdeSolver(denoiser, plan_schedule).to_data(first, plan.grid, told)
             wrong = rollout(denoiser, sampler, first / plan.initial_scale, unpinned(told))
         for own in (end, again):
-            torch.testing.assert_close((own / 2 + 0.5).clamp(0, 1), images, rtol=0, atol=1e-5)
-        assert float(((wrong / 2 + 0.5).clamp(0, 1) - images).abs().max()) > 1e-2
+            assert float((own - last).abs().max()) <= 1e-5 * max(1.0, float(last.abs().max()))
+        assert float((wrong - last).abs().max()) > 1e-2
         ends.append(end)
     assert float((ends[0] - ends[1]).abs().max()) > 0.1
 
@@ -142,17 +143,20 @@ def test_the_check_at_export_holds_what_is_pinned(recordings: dict[str, Recordin
     pipeline = with_parts(recording.pipeline, scheduler=plan.scheduler)
     items = items_of("pinned" if way == "table" else way)
 
-    def check(pinned: Conditioning) -> None:
-        reference = reference_of(recording, recording.networks)
-        told = Conditioning({**reference.conditioning.tree, OUTSIDE: pinned.tree[OUTSIDE]}, 1)
+    def check(pinned: Pinned | None) -> None:
         arguments = {**items[0], **plan.call, "generator": torch.Generator().manual_seed(0)}
         moved = (recording.schedule, recording.prediction_type, plan.move, lambda _: recording.component)
-        walk(pipeline, arguments, *moved, replace(reference, conditioning=told), pictured=True)
+        walk(pipeline, arguments, *moved, pinned=pinned)
 
-    own, other = recording.condition_each(items=[items[0], {**items[0], "image": picture(9)}])
+    own, (other,) = Pinned.of(recording), recording.condition_each(items=[{**items[0], "image": picture(9)}])
+    pins = pins_of(other)
+    assert own is not None and pins is not None
     check(own)
     with pytest.raises(SchedulerCheckError, match="what it pins is not the picture"):
-        check(other)
+        check(replace(own, value=pins.value.double()))
+    with pytest.raises(SchedulerCheckError, match=r"does not lead to the teacher's x_t|does not start from unit noise"):
+        check(None)
+    assert plan.counts == (1, 2)
 
 
 def test_what_is_pinned_anew_is_refused() -> None:

@@ -62,13 +62,11 @@ class Reference:
         recipe: of the teacher.
         networks: by component; several where they share the time.
         conditioning: of one sample.
-        noised: whether what its pipeline pins between steps is noised; else it stays the picture.
     """
 
     recipe: Recipe
     networks: dict[str, nn.Module]
     conditioning: Conditioning
-    noised: bool = False
 
 
 def walk(
@@ -80,6 +78,7 @@ def walk(
     component_at: Callable[[float], str],
     reference: Reference | None = None,
     pictured: bool = False,
+    pinned: Pinned | None = None,
 ) -> SchedulerCheck:
     """Run the stock pipeline and check every step.
 
@@ -92,6 +91,7 @@ def walk(
         component_at: the component that training calls at a scheduler's timestep.
         reference: also compare the network's answers with the recipe's, at the same x and timestep.
         pictured: the first sample may hold a trace of a picture (HunyuanVideo: a thousandth).
+        pinned: what the pipeline puts back between steps; None: nothing.
 
     Raises:
         SchedulerCheckError: the pipeline does not run with this scheduler, or a step is not the student's; the message
@@ -107,7 +107,6 @@ def walk(
 
     name, steps = _name(pipeline), seen.steps
     times = _times(name, steps, arguments["num_inference_steps"], schedule)
-    pinned = None if reference is None else Pinned.of(reference.conditioning, reference.noised)
     free = None if pinned is None else ~pinned.where
     deviations = _check_steps(name, steps, times, teller, move, free)
     if steps[0].sample.dtype in (torch.float16, torch.bfloat16):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.outside import pins_of
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.schedule import Coefficients, NoiseSchedule
 from fewstep.export.walk.demand import TOLERANCE, demand, x_t_of
 from fewstep.export.walk.trace import TracedStep
+from fewstep.recording.recorded import Recorded
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,12 @@ class Pinned:
     noised: bool
 
     @classmethod
-    def of(cls, conditioning: Conditioning, noised: bool) -> Pinned | None:
-        """The pins of one sample; None where there are none."""
-        pins = pins_of(conditioning)
+    def of(cls, recording: Recorded) -> Pinned | None:
+        """What is pinned of the recorded item's sample; None where nothing is."""
+        if recording.between is None or recording.between.noised is None:
+            return None
+        pins = pins_of(recording.condition(items=[recording.invocation.item]))
+        noised = recording.between.noised
         return None if pins is None else cls(pins.where.cpu(), pins.value.double().cpu(), noised)
 
     @property

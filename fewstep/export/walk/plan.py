@@ -20,6 +20,7 @@ from fewstep.export.errors import ExportError, SchedulerCheckError
 from fewstep.export.inputs import NEGATIVES
 from fewstep.export.walk.check import Reference, SchedulerCheck, walk
 from fewstep.export.walk.control import as_walked, walks_alike
+from fewstep.export.walk.pins import Pinned
 from fewstep.export.walk.refusals import refuse
 from fewstep.export.walk.scheduler import Wish, candidates, wanted_grid
 from fewstep.export.walk.sizes import SizeShift, dynamic_config, size_shifts, walked_sizes
@@ -215,8 +216,7 @@ def reference_of(recording: Recording, networks: dict[str, nn.Module]) -> Refere
     """
     item = [recording.invocation.item]
     items: dict[str, Any] = {} if recording.conditional is None else {f"{recording.conditional}s": item}
-    noised = recording.between is not None and bool(recording.between.noised)
-    return Reference(recording.recipe, networks, recording.condition(**items), noised)
+    return Reference(recording.recipe, networks, recording.condition(**items))
 
 
 def check_student(
@@ -238,7 +238,7 @@ def check_student(
         return recording.expert_at(timestep).component
 
     told = recording.schedule, recording.prediction_type, move, component_at, reference
-    return walk(pipeline, arguments, *told, pictured=recording.conditional == "item")
+    return walk(pipeline, arguments, *told, recording.conditional == "item", Pinned.of(recording))
 
 
 def _plan(recording: Recording, wish: Wish, call: dict[str, Any], reference: Reference, reason: str) -> StudentPlan:
