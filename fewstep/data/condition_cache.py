@@ -30,6 +30,7 @@ from fewstep.data.durable import file_sha256, json_sha256, write_durably
 from fewstep.data.encoding import encode_one, tensors_of
 from fewstep.data.fingerprint import fingerprint
 from fewstep.data.items import Items, known_by
+from fewstep.data.tensor_rows import TensorRows
 from fewstep.errors import UserError
 from fewstep.reading import parse_json
 from fewstep.recording import Recording
@@ -145,7 +146,7 @@ class ConditionCache:
     def _open(self, name: str) -> tuple[Stack, list[Any]]:
         path = self.folder / name
         try:
-            # Memory-mapped: a row that is asked for is read, and nothing else.
+            # A row that is asked for is read, and nothing else.
             file = safe_open(str(path), framework="pt")
             content = parse_json(file.metadata()[self.index["format"]])
             groups, items = from_json(content["groups"]), list(content["items"])
@@ -154,7 +155,8 @@ class ConditionCache:
                     shape = file.get_slice(f"{number}.{name}").get_shape()  # raises where there is no such tensor
                     if name in group.stacked and shape[0] != len(group.items):
                         raise ValueError(f"{name} has {shape[0]} rows for {len(group.items)} items")
-            return Stack(groups, file.get_tensor, lambda name, row: file.get_slice(name)[row : row + 1][0]), items
+            rows = TensorRows(path, [f"{n}.{name}" for n, group in enumerate(groups) for name in group.stacked])
+            return Stack(groups, file.get_tensor, rows.row), items
         except (OSError, SafetensorError, LookupError, AttributeError, TypeError, ValueError) as error:
             raise UserError(damaged(self.folder, path.name)) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from fewstep.conditioning.item import PROMPT
 from fewstep.data.image_folders import find_images
 from fewstep.data.image_opening import Stored
-from fewstep.data.item_pictures import SHOWN, Clip, as_meant, flat, is_mask, look_at
+from fewstep.data.item_pictures import SHOWN, Clip, Picture, as_meant, flat, is_mask, look_at
 from fewstep.data.item_rows import Row
 from fewstep.errors import UserError, one_line
 from fewstep.recording.invocation import SCALES
@@ -36,10 +37,11 @@ class Columns:
     Args:
         pipeline_class: whose call it is.
         call: the arguments that are the same for all items.
+        pixels: look at those of every picture.
     """
 
-    def __init__(self, pipeline_class: type, call: Mapping[str, Any]) -> None:
-        self.name = pipeline_class.__name__
+    def __init__(self, pipeline_class: type, call: Mapping[str, Any], pixels: bool = True) -> None:
+        self.name, self.pixels = pipeline_class.__name__, pixels
         parameters = list(inspect.signature(pipeline_class.__call__).parameters.values())[1:]
         named = [one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
         hints = argument_hints(pipeline_class)
@@ -81,7 +83,7 @@ class Columns:
                 raise UserError(f"{row}: {column} of {self.name} takes no picture")
             return value
         try:
-            shown = _picture(value, is_mask(column), folder)
+            shown = _picture(value, partial(look_at, grey=is_mask(column), pixels=self.pixels), folder)
         except UserError as error:
             raise UserError(f"{row}: {column}: {error}") from error
         kinds = [get_origin(kind) or kind for kind in members(self.hints.get(column, Any)) if kind is not type(None)]
@@ -102,7 +104,7 @@ class Columns:
         return bool(each) and all(isinstance(one, SHOWN) for one in each) and not mentions(self.hints[column], str)
 
 
-def _picture(value: Any, grey: bool, folder: Path) -> Any:
+def _picture(value: Any, look: partial[Picture], folder: Path) -> Any:
     """A picture, or a list of them, as it stands in a row, looked at.
 
     Raises:
@@ -111,18 +113,18 @@ def _picture(value: Any, grey: bool, folder: Path) -> Any:
     if isinstance(value, list | tuple):
         if not value:
             raise UserError("the list is empty")
-        return [one for child in value for one in flat(_picture(child, grey, folder))]
+        return [one for child in value for one in flat(_picture(child, look, folder))]
     if isinstance(value, str | Path):
         path = folder / value
         if not path.is_dir():
-            return look_at(path, grey)
+            return look(path)
         frames = find_images(path).files
         if not frames:
             raise UserError(f"the folder {path} holds no picture")
-        return Clip(look_at(frame, grey) for frame in frames)
+        return Clip(look(frame) for frame in frames)
     if isinstance(value, Image.Image):
         try:
-            return as_meant(value, grey)
+            return as_meant(value, look.keywords["grey"])
         except ValueError as error:
             raise UserError(f"it cannot be used: {one_line(error)}") from error
     if isinstance(value, Tensor | np.ndarray):
@@ -130,7 +132,7 @@ def _picture(value: Any, grey: bool, folder: Path) -> Any:
     if not hasattr(value, "read"):
         raise UserError(f"a picture is a path or a list of paths, not {value!r}")
     stored: Stored = value
-    return look_at(stored, grey)
+    return look(stored)
 
 
 def mentions(hint: Any, *kinds: type) -> bool:

@@ -39,6 +39,9 @@ class Arguments(Mapping[str, Any]):
             return [child.open() if isinstance(child, Picture) else child for child in value]
         return value.open() if isinstance(value, Picture) else value
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.as_read  # by default it would be opened for that
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.as_read)
 
@@ -92,6 +95,7 @@ def read_items(
     pipeline_class: type,
     call: Mapping[str, Any] | None = None,
     *,
+    cached: bool = False,
     progress: bool = False,
 ) -> Items:
     """Read items, and look at every picture once.
@@ -101,6 +105,8 @@ def read_items(
             PIL images, tensors, arrays or paths.
         pipeline_class: whose call takes them.
         call: what is told of its arguments for all items.
+        cached: a cache was made of them, when they were looked at; of every picture the bytes are read, which tell
+            whether it is the same, and its pixels are not.
         progress: show how far it is, where that takes a while.
 
     Raises:
@@ -113,11 +119,12 @@ def read_items(
         rows, folder, name = [_given(number, row) for number, row in enumerate(source, 1)], Path(), "the items"
     if not rows:
         raise UserError(f"{name} holds no item; write a row of the pipeline's arguments for each")
-    columns = Columns(pipeline_class, call or {})
+    columns = Columns(pipeline_class, call or {}, pixels=not cached)
     each: list[Item] = []
     for row in tqdm(rows, desc="look at the items", unit="item", delay=2, disable=not progress):
         values = columns.read(row, folder)
-        _refuse_misfitting(row.name, values)
+        if not cached:
+            _refuse_misfitting(row.name, values)
         each.append(Item(Arguments(values), row.name, json_sha256({k: _known_by(v) for k, v in values.items()})))
     _refuse_unlike(each)
     seen = [one.source for one in _pictures([*map(values_of, each)]) if isinstance(one, Picture)]

@@ -67,7 +67,9 @@ def given_items(
             )
     if source is None and name is not None and looking(embedded_name(name)):
         source = inpainting_items(OWN_ITEMS, pictures="training")
-    return None if source is None else read_items(source, type(pipeline), call, progress=progress)
+    if source is None:
+        return None
+    return read_items(source, type(pipeline), call, cached=cache is not None, progress=progress)
 
 
 def record_for(

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_pipelines import tiny_dit, tiny_stable_diffusion
 
 from fewstep.conditioning.conditioning import Conditioning, Leaf
 from fewstep.data import condition_cache
 from fewstep.data.condition_cache import INDEX, CacheWriter, ConditionCache
 from fewstep.data.conditions import Conditions, CutPrompts, encode_each
+from fewstep.data.tensor_rows import TensorRows
 from fewstep.errors import UserError
 from fewstep.recording import Recording, record
 
@@ -82,32 +84,61 @@ def test_only_rows_that_are_asked_for_are_read(
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.file = condition_cache_safe_open(*args, **kwargs)
 
-        def metadata(self) -> Any:
-            return self.file.metadata()
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
 
         def get_tensor(self, name: str) -> Any:
-            read.append(self.file.get_tensor(name).numel())
-            return self.file.get_tensor(name)
+            raise AssertionError(f"{name} was read as a whole")
 
-        def get_slice(self, name: str) -> Any:
-            whole = self.file.get_slice(name)
-
-            class Slice:
-                def get_shape(self) -> Any:
-                    return whole.get_shape()
-
-                def __getitem__(self, key: Any) -> Any:
-                    read.append(whole[key].numel())
-                    return whole[key]
-
-            return Slice()
-
-    condition_cache_safe_open = condition_cache.safe_open
+    condition_cache_safe_open, row = condition_cache.safe_open, TensorRows.row
     monkeypatch.setattr(condition_cache, "safe_open", Counted)
+    monkeypatch.setattr(
+        TensorRows, "row", lambda self, *asked: read.append(row(self, *asked).numel()) or row(self, *asked)
+    )
     cache = ConditionCache(tmp_path / "c")
     assert cache.kinds() == [0] and read == []
     assert [float(cache[n].arguments()["text"][0, 0]) for n in (0, 19, 20, 39)] == [0.0, 19.0, 20.0, 39.0]
     assert read == [2000] * 4
+
+
+def test_what_was_read_once_does_not_stay_in_memory(recording: Recording, tmp_path: Path) -> None:
+    """A run that sees each item holds one batch of them, not all: what is mapped would count as its own."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs a system that says what is resident")
+    size, count = 400_000, 100
+    writer = CacheWriter(tmp_path / "c", recording, "tiny", list(map(str, range(count))), count, False)
+    big = [Conditioning({"text": Leaf(torch.full((1, size // 4), float(n)), 1)}, 1) for n in range(count)]
+    writer.enter([writer.write(0, big)])
+    del big
+    cache = ConditionCache(tmp_path / "c")
+    assert float(cache[0].arguments()["text"][0, 0]) == 0.0
+    before = resident()
+    assert [float(cache[n].arguments()["text"][0, -1]) for n in range(count)] == list(map(float, range(count)))
+    assert resident() - before < 0.2 * count * size
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8])
+def test_a_row_is_what_the_file_holds(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {
+        "b": (torch.arange(24).reshape(4, 2, 3) % 7).to(dtype),
+        "a": torch.ones(4).to(dtype),
+        "none": torch.empty(4, 0, dtype=dtype),
+    }
+    save_file(tensors, tmp_path / "x.safetensors", {"of": "a test"})
+    rows = TensorRows(tmp_path / "x.safetensors", tensors)
+    for name, whole in tensors.items():
+        for number in (3, 0):
+            row = rows.row(name, number)
+            assert row.dtype == dtype and torch.equal(row, whole[number])
+    with (tmp_path / "x.safetensors").open("r+b") as file:
+        file.truncate(150)
+    with pytest.raises(UserError, match=r"x\.safetensors cannot be read any more: x\.safetensors ends before"):
+        rows.row("b", 3)
 
 
 def test_labels_are_cached_too(tmp_path: Path) -> None:

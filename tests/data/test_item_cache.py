@@ -20,7 +20,7 @@ from fewstep.data.condition_cache import CacheWriter, ConditionCache
 from fewstep.data.conditions import Conditions
 from fewstep.data.encoding import CutPrompts, encode_each, encode_one, size_of_all, tensors_of
 from fewstep.data.fingerprint import fingerprint
-from fewstep.data.items import Items, read_items
+from fewstep.data.items import Items, form_of, read_items
 from fewstep.errors import UserError
 from fewstep.recording import Recording, record
 
@@ -209,3 +209,22 @@ def test_each_items_negative_is_cached_with_it_and_two_that_are_swapped_are_seen
             assert all(equal(a, b) for a, b in zip(one.others, own[row], strict=True))
             assert all(equal(a.select([place]), b) for a, b in zip(conditions.others([3, 0]), own[row], strict=True))
             assert not equal(one.others[0], own[3 - row][0])
+
+
+def test_pictures_of_a_cache_are_known_by_their_bytes_and_not_decoded_again(
+    folder: Path, items: Items, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To decode them takes ten times as long as to read them, and the cache was made of pictures that could be."""
+    decoded: list[Any] = []
+    monkeypatch.setattr(item_pictures, "as_meant", lambda picture, grey: decoded.append(picture))
+    again = read_items(folder, type(tiny_editor()), cached=True)
+    assert again.keys == items.keys and [form_of(a) for a in again.each] == [form_of(b) for b in items.each]
+    assert [item.key for item in again.two()] == [item.key for item in items.two()] and decoded == []
+    shutil.copytree(folder, tmp_path / "spoilt")
+    content = (folder / "1.png").read_bytes()
+    (tmp_path / "spoilt" / "1.png").write_bytes(content[: len(content) // 2])
+    spoilt = read_items(tmp_path / "spoilt", type(tiny_editor()), cached=True)
+    assert [a == b for a, b in zip(spoilt.keys, items.keys, strict=True)] == [True, False, True, True, True]
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"1\.png cannot be read any more: "):
+        _ = spoilt.each[1].arguments["image"]
