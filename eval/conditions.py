@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fewstep.conditioning.item import Item
+from fewstep.conditioning.item import Form, Item
 from fewstep.data.conditions import read_classes
 from fewstep.data.items import read_items
 from fewstep.errors import UserError
@@ -51,6 +51,11 @@ class SampleConditions:
     def items(self, indices: Sequence[int]) -> list[Item]:
         """The items of the samples `indices`; none where they are asked for otherwise."""
         return [value for value in self.take(indices) if isinstance(value, Item)] if self.kind == "item" else []
+
+    def form(self, index: int) -> Form:
+        """What the item of a sample has alike with others of its form; () where samples are asked for otherwise."""
+        value = self.values[index % len(self.values)] if self.values else None
+        return value.form if isinstance(value, Item) else ()
 
     def prompts(self, indices: Sequence[int]) -> list[str] | None:
         """The prompts of the samples `indices`, or None where they are asked for by none."""

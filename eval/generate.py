@@ -14,6 +14,7 @@ the denoisers of a pipeline are the networks that it is seen to call before its 
 import contextlib
 import hashlib
 import inspect
+import itertools
 import logging
 import time
 import weakref
@@ -233,6 +234,8 @@ def _joined(samples: Sequence[Samples]) -> Samples:
     if len(shapes) > 1:
         sizes = ", ".join(f"{shape[-1]}x{shape[-2]}" for shape in sorted(shapes))
         raise UserError(f"the samples of these items are of several sizes ({sizes}): give items of one size at a time")
+    if len(samples) == 1:
+        return samples[0]
     made = torch.cat([one.images for one in samples])
     mean = sum(one.evaluations for one in samples) / len(samples)
     return Samples([i for one in samples for i in one.indices], made, mean, sum(one.seconds for one in samples))
@@ -250,6 +253,8 @@ def generate(
 ) -> Iterator[Samples]:
     """Samples `indices`, one batch after the other, with a progress bar named `description` (None: no bar).
 
+    Items of other forms than their neighbours' are called apart, as a pipeline would bring them to one size.
+
     Yields instead of collecting, so that large images never pile up in memory.
     Raises UserError for an unknown argument in `call` or a batch size below 1, NonFiniteImagesError as `run_pipeline`.
     """
@@ -258,9 +263,10 @@ def generate(
     check_call(pipeline, call)
     with tqdm(total=len(indices), desc=description, disable=description is None, unit="sample") as bar:
         for start in range(0, len(indices), batch_size):
-            samples = run_pipeline(pipeline, call, conditions, indices[start : start + batch_size], seed=seed)
-            bar.update(len(samples.indices))
-            yield samples
+            for _, run in itertools.groupby(indices[start : start + batch_size], conditions.form):
+                samples = run_pipeline(pipeline, call, conditions, [*run], seed=seed)
+                bar.update(len(samples.indices))
+                yield samples
 
 
 def to_uint8(images: Any) -> Tensor:

@@ -14,6 +14,7 @@ from fewstep.eval.conditions import SampleConditions, items_of
 from fewstep.eval.generate import generate
 from fewstep.eval.grid import contact_sheet, tile, to_pil
 from fewstep.eval.models import CARD_NAME, Model, student_model, teacher_model
+from fewstep.training.pictures import on_white
 
 _MOST = 4096  # samples in one picture
 _OF_ITEMS = 16  # where nobody says how many
@@ -88,7 +89,8 @@ def sample(
     batches = generate(
         pipeline, call, conditions, range(num), seed=seed, batch_size=min(num, 16), description="samples"
     )
-    images = torch.cat([batch.images for batch in batches])
+    # On white, where items have samples of several sizes.
+    images = on_white([batch.images for batch in batches])
     if images.ndim == 5:
         picture = tile(list(contact_sheet(images)))
     elif num == 1:

@@ -24,6 +24,7 @@ from fewstep.eval.models import Model, in_steps
 from fewstep.eval.samples import Made
 from fewstep.eval.scorers.scorer import Asked
 from fewstep.recording.pipeline import without_safety_checker
+from fewstep.training.pictures import in_size
 from fewstep.version import __version__
 
 #: Counts the ways of making samples: those of an older one are not used again.
@@ -91,6 +92,15 @@ class ModelSource:
         plain: dict[str, Any] = as_json(about)
         return plain
 
+    @cached_property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of the first sample, to which those of items of other forms are brought; None for one form."""
+        if len({self.conditions.form(index) for index in range(len(self.conditions.values))}) < 2:
+            return None
+        (first,) = generate(self.load(), self.call, self.conditions, [0], seed=self.seed, batch_size=1)
+        height, width = first.images.shape[-2:]
+        return height, width
+
     def make(self, indices: Sequence[int]) -> Iterator[Made]:
         """These samples, at once."""
         pipeline = self.load()
@@ -99,7 +109,7 @@ class ModelSource:
                 pipeline, self.call, self.conditions, indices, seed=self.seed, batch_size=max(1, len(indices))
             )
             for samples in made:
-                yield Made(samples.images, samples.evaluations)
+                yield Made(in_size(samples.images, self.size), samples.evaluations)
 
     def describe(self, index: int) -> Mapping[str, Any]:
         """A sample's base seed, and what it is asked for."""

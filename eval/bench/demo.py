@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from fewstep.data.batch import Batch, Batches
+from fewstep.data.batch import Batch, Stream
 from fewstep.eval.bench.runs import Case, Run
 from fewstep.eval.bench.table import Table
 from fewstep.eval.bench.timing import Clock, Spread
@@ -117,7 +117,7 @@ class Parts:
 class _Batches:
     """A run's batches, timed."""
 
-    def __init__(self, batches: Batches, parts: Parts) -> None:
+    def __init__(self, batches: Stream, parts: Parts) -> None:
         self.batches, self.parts = batches, parts
 
     def micro_batch(self, *args: Any, **kwargs: Any) -> Batch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -18,6 +18,16 @@ from torch import Tensor
 
 #: The argument of a pipeline's call that holds the text of a sample.
 PROMPT = "prompt"
+
+#: Of each argument, by its name: of pictures their sizes, of texts None, of anything else its value.
+Form = tuple[tuple[str, Any], ...]
+
+
+class Size(NamedTuple):
+    """Of a picture, in pixels."""
+
+    width: int
+    height: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,15 +41,19 @@ class Item:
             lists of these), and what else is given for each sample (negative_prompt, height, width, ...).
         name: for messages, such as "row 3 of items.jsonl".
         key: SHA-256 of what it holds, as hexadecimal text; "" stands for that of `arguments`.
+        form: what it has alike with others of its form (:func:`form_of`); () stands for that of `arguments`.
     """
 
     arguments: Mapping[str, Any]
     name: str = ""
     key: str = ""
+    form: Form = ()
 
     def __post_init__(self) -> None:
         if not self.key:
             object.__setattr__(self, "key", digest(self.arguments))
+        if not self.form:
+            object.__setattr__(self, "form", form_of(self.arguments))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Item) and other.key == self.key
@@ -85,6 +99,32 @@ def form(value: Any) -> str:
         different = list(dict.fromkeys(form(child) for child in value))
         return f"list of {len(value)}: {', '.join(different)}"
     return "text" if isinstance(value, str) else type(value).__name__
+
+
+def form_of(arguments: Mapping[str, Any]) -> Form:
+    """What items of one form have alike: the sizes and numbers of their pictures, and all that is no text."""
+    return tuple((name, _formed(arguments[name])) for name in sorted(arguments))
+
+
+def size_of(shown: Any) -> Size:
+    """The size of a picture, a tensor (..., H, W), or an array (H, W), (H, W, C) or (C, H, W)."""
+    if isinstance(shown, np.ndarray) and shown.ndim > 2 and shown.shape[-1] in (1, 3, 4):
+        return Size(shown.shape[-2], shown.shape[-3])
+    if isinstance(shown, Tensor | np.ndarray):
+        return Size(shown.shape[-1], shown.shape[-2])
+    return Size(*shown.size)
+
+
+def _formed(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_formed(child) for child in value)
+    if isinstance(value, Tensor | np.ndarray) and value.ndim < 2:
+        return tuple(value.shape)
+    if isinstance(value, Tensor | np.ndarray) or isinstance(getattr(value, "size", None), tuple):
+        return size_of(value)  # also of what opens a picture when it is asked for
+    if isinstance(value, Mapping):
+        return form_of(value)
+    return None if isinstance(value, str) else value
 
 
 def digest(arguments: Mapping[str, Any]) -> str:

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning.ragged import AnyConditioning
-from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.draws import Draws, keyed_turn
 
 Of = TypeVar("Of", covariant=True)
+
+#: The stream of a run's sizes, one for each step.
+SIZES = "sizes"
 
 #: What samples were asked for: prompts, labels, or nothing.
 Asked = Sequence[str] | Sequence[int] | None
@@ -116,6 +119,19 @@ def _chosen(asked: Asked, rows: Sequence[int]) -> Asked:
     return chosen
 
 
+class Stream(Protocol):
+    """What a run trains on."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the batches."""
+        ...
+
+    def micro_batch(self, seed: int, step: int, indices: range, per_step: int, logging: bool) -> Batch:
+        """One micro-batch of one process, see :class:`Batches`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batches:
     """What a run trains on, in its keyed order: the same batches whatever the number of processes.
@@ -149,17 +165,67 @@ class Batches:
             logging: whether the step is logged.
         """
         positions = [step * per_step + index for index in indices]
+        draws = Draws(seed, step, indices, self.device)
+        return self.at(positions, draws, per_step, logging, [position + per_step for position in positions])
+
+    def at(
+        self, positions: Sequence[int], draws: Draws, per_step: int, logging: bool, ahead: Sequence[int] = ()
+    ) -> Batch:
+        """What lies at these places of the run's streams.
+
+        Args:
+            positions: B places.
+            draws: of the B samples.
+            per_step: as in :meth:`micro_batch`.
+            logging: likewise.
+            ahead: the places that are wanted next.
+        """
+        seed = draws.seed
         real = self.real.batch(seed, positions) if self.real is not None else None
-        if self.announce is not None:
-            self.announce(seed, [position + per_step for position in positions])
+        if self.announce is not None and ahead:
+            self.announce(seed, [*ahead])
         return Batch(
-            size=len(indices),
+            size=len(positions),
             shape=self.shape,
             conditioning=self.conditions.batch(seed, positions),
-            draws=Draws(seed, step, indices, self.device),
+            draws=draws,
             given_real=real,
             logging=logging,
             given_pairs=self.pairs.batch(seed, positions) if self.pairs is not None else None,
             per_step=per_step,
             asked_for=_nobody_said if self.asked is None else partial(self.asked, seed, positions),
         )
+
+
+@dataclass(frozen=True)
+class SizedBatches:
+    """What a run trains on whose samples are of several sizes: in each step, on every process, those of one size.
+
+    Over an epoch, of as many steps as there are items, each size has as many steps as it has items.
+
+    Attributes:
+        of: the batches of each size.
+        counts: how many items each has.
+    """
+
+    of: tuple[Batches, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the batches."""
+        return self.of[0].device
+
+    def turn(self, seed: int, step: int) -> tuple[int, int]:
+        """The number of a step's size, and how many earlier steps had it."""
+        return keyed_turn(seed, SIZES, self.counts, step)
+
+    def micro_batch(self, seed: int, step: int, indices: range, per_step: int, logging: bool) -> Batch:
+        """As :meth:`Batches.micro_batch`."""
+        number, earlier = self.turn(seed, step)
+        positions = [earlier * per_step + index for index in indices]
+        batch = self.of[number].at(positions, Draws(seed, step, indices, self.device), per_step, logging)
+        number, earlier = self.turn(seed, step + 1)
+        if (announce := self.of[number].announce) is not None:
+            announce(seed, [earlier * per_step + index for index in indices])
+        return batch

@@ -170,6 +170,10 @@ class Conditions:
             self.count, kinds = 1, []
         negative = recording.negative() if cache is None else cache.negative()
         self._negative = None if negative is None else negative.to(device=device)
+        self._main = recording.sample_shape
+        self._shapes: list[tuple[int, ...]] | None = None
+        if recording.sizes and items is not None:
+            self._shapes = [recording.for_item(item).sample_shape for item in items]
         self.padding: Padding | None = None
         self.note = ""
         #: Whether a batch may take several calls of the network.
@@ -184,6 +188,9 @@ class Conditions:
                 self.grouped = True
                 what = "forms" if self.kind == "item" else "lengths"
                 self.note = f"{self.kind}s of several {what}: each batch is called in groups of equal {what[:-1]}"
+        if len(sizes := self.sizes()) > 1:
+            listed = ", ".join(f"{len(rows):,} of {list(shape)}" for shape, rows in sizes)
+            self.note = f"items whose samples are of {len(sizes)} sizes ({listed}): each step has those of one"
 
     def __len__(self) -> int:
         return self.count
@@ -193,6 +200,24 @@ class Conditions:
         if self._items is None:
             self._items = self._cache.items() if self._cache is not None else []
         return self._items
+
+    def shape(self, row: int) -> tuple[int, ...]:
+        """Of a sample of this item, in the network's space."""
+        return self._main if self._shapes is None else self._shapes[row]
+
+    def sizes(self) -> list[tuple[tuple[int, ...], Sequence[int]]]:
+        """The shapes that samples have, in the order of their first items, each with the numbers of its items."""
+        if self._shapes is None:
+            return [(self._main, range(len(self)))]
+        found: dict[tuple[int, ...], list[int]] = {}
+        for row, shape in enumerate(self._shapes):
+            found.setdefault(shape, []).append(row)
+        return list(found.items())
+
+    def of_one_size(self) -> Conditions:
+        """Those items alone whose samples have the shape of the first one's; all where all have."""
+        _, rows = self.sizes()[0]
+        return self.only(rows) if len(rows) < len(self) else self
 
     def rows(self, items: Sequence[Any]) -> list[int] | None:
         """The numbers of these prompts, labels or items among the conditions; None where one of them is not there."""
@@ -206,6 +231,7 @@ class Conditions:
         some = copy.copy(self)
         some._items, some._rows, some.count = [self.items()[row] for row in rows], None, len(rows)
         some._chosen = [row if self._chosen is None else self._chosen[row] for row in rows]
+        some._shapes = None if self._shapes is None else [self._shapes[row] for row in rows]
         return some
 
     def one(self, row: int) -> Conditioning:

@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.item import Form
 from fewstep.conditioning.outside import as_beside
 from fewstep.conditioning.tree import Leaf, leaves
-from fewstep.data.items import form_of
 from fewstep.errors import UserError
 from fewstep.recording import Recording
 from fewstep.recording.cut_texts import cut_texts
@@ -102,10 +102,10 @@ def tensors_of(told: Conditioning) -> list[Tensor]:
 
 def size_of_all(recording: Recording, items: Sequence[Any]) -> str:
     """What all items will take once they are encoded, in one line; one of each form is encoded for that."""
-    counts: dict[str, int] = {}
-    examples: dict[str, Any] = {}
+    counts: dict[Form, int] = {}
+    examples: dict[Form, Any] = {}
     for item in items:
-        form = form_of(item)
+        form = item.form
         counts[form] = counts.get(form, 0) + 1
         examples.setdefault(form, item)
     seen = list(examples)[:_FORMS]

@@ -135,16 +135,6 @@ def flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-def size_of(shown: Any) -> tuple[int, int]:
-    """Width and height of a picture, a tensor (..., H, W), or an array (H, W), (H, W, C) or (C, H, W)."""
-    if isinstance(shown, np.ndarray) and shown.ndim > 2 and shown.shape[-1] in (1, 3, 4):
-        return shown.shape[-2], shown.shape[-3]
-    if isinstance(shown, Tensor | np.ndarray):
-        return shown.shape[-1], shown.shape[-2]
-    width, height = shown.size
-    return width, height
-
-
 @functools.lru_cache(_OPEN)
 def _opened(picture: Picture) -> Image.Image:
     source = picture.source

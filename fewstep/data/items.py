@@ -13,12 +13,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from fewstep.conditioning.item import Item, digest
+from fewstep.conditioning.item import Item, digest, form_of, size_of
 from fewstep.data.durable import json_sha256
 from fewstep.data.item_columns import Columns
-from fewstep.data.item_pictures import SHOWN, Clip, Picture, flat, is_blank, is_mask, size_of
+from fewstep.data.item_pictures import SHOWN, Clip, Picture, flat, is_blank, is_mask
 from fewstep.data.item_rows import Row, items_file, rows_of
 from fewstep.errors import UserError
+from fewstep.recording.sizes import with_mirrored
 
 _LOOKED_AT = 1000  # rows, among which two that differ are looked for
 
@@ -72,7 +73,7 @@ class Items:
         return [item.key for item in self.each]
 
     def two(self) -> list[Item]:
-        """Two items that differ in as much as any two do, of one form where there are such.
+        """Two items of one form that differ in as much as any two do; where the first is alone, it and itself mirrored.
 
         How a teacher is called is learnt from them.
 
@@ -80,9 +81,13 @@ class Items:
             UserError: no two rows have different pictures.
         """
         first, *rest = self.each[:_LOOKED_AT]
-        alike = [item for item in rest if form_of(item) == form_of(first)]
+        alike = [item for item in rest if item.form == first.form]
         other = max(alike or rest, key=lambda item: _differing(first, item), default=first)
-        if not _differing(first, other):
+        if rest and not alike:
+            texts = {name: other.arguments[name] for name, value in other.form if value is None}
+            mirrored = with_mirrored(first)
+            other = Item({**mirrored.arguments, **texts}, mirrored.name)
+        elif not _differing(first, other):
             raise UserError(
                 f"{self.name}: no two rows have different pictures, and only two such show what of a teacher follows "
                 "its picture; add a row with others"
@@ -125,7 +130,8 @@ def read_items(
         values = columns.read(row, folder)
         if not cached:
             _refuse_misfitting(row.name, values)
-        each.append(Item(Arguments(values), row.name, json_sha256({k: _known_by(v) for k, v in values.items()})))
+        key = json_sha256({k: _known_by(v) for k, v in values.items()})
+        each.append(Item(Arguments(values), row.name, key, form_of(values)))
     _refuse_unlike(each)
     seen = [one.source for one in _pictures([*map(values_of, each)]) if isinstance(one, Picture)]
     files = dict.fromkeys(getattr(source, "path", source) for source in seen)
@@ -140,11 +146,6 @@ def values_of(item: Item) -> dict[str, Any]:
 def known_by(items: Sequence[Any]) -> list[Any]:
     """Prompts and labels as they are, and items by their keys."""
     return [item.key if isinstance(item, Item) else item for item in items]
-
-
-def form_of(item: Item) -> str:
-    """What two items of one form have alike: the sizes and numbers of their pictures, and all that is no text."""
-    return str({name: _form(value) for name, value in sorted(values_of(item).items())})
 
 
 def _given(number: int, row: Item | Mapping[str, Any]) -> Row:
@@ -209,12 +210,6 @@ def _sizes(value: Any) -> set[tuple[int, int]]:
 def _in_words(value: Any) -> str:
     counted = Counter("x".join(map(str, size_of(one))) for one in flat(value))
     return ", ".join(text if count == 1 else f"{count} of {text}" for text, count in counted.items()) + " pixels"
-
-
-def _form(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_form(child) for child in value]
-    return size_of(value) if isinstance(value, SHOWN) else None if isinstance(value, str) else value
 
 
 def _differing(a: Item, b: Item) -> int:

@@ -6,12 +6,15 @@ real images, ``noise`` is stored too, because no seed gives it.
 
 A batch is a run of rows inside one shard, whoever makes it, so the pairs do not depend on the number of processes.
 
+Samples of several sizes are stored flat, each at the beginning of a row that has room for the largest.
+
 A run that is too short to use all its pairs makes those alone that it will use: then row i holds the pair that its
 stream asks for as the i-th, so that a run which is gone on with for more steps only adds rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.config.pairs import PairsWanted
-from fewstep.data.batch import Pairs
 from fewstep.data.conditions import Conditions
 from fewstep.data.durable import json_sha256
 from fewstep.data.items import known_by
 from fewstep.data.real import RealSamples
 from fewstep.data.shards import Shards
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.draws import PAIRS_STEP, Draws, keyed_generator, keyed_order
+from fewstep.diffusion.draws import PAIRS_STEP, Draws, keyed_order
 from fewstep.diffusion.ode import OdeSolver, inversion_times, teacher_times
 from fewstep.diffusion.prediction import add_noise
 from fewstep.errors import UserError
@@ -46,7 +47,6 @@ _OF_PAIRS: Kinds = {
     "seed": int,
     "guidance_scale": (int, float, list),
 }
-_STREAM, _INVERTED_STREAM = "pairs", "inverted pairs"
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class PairMaker:
         device: where the network is.
         real: real samples, from which the ODE is followed to their noise instead.
         resume: go on with what is there.
-        numbers: make these pairs alone, in this order (:func:`numbers_used`); default: all.
+        numbers: make these pairs alone, in this order (:func:`fewstep.data.pair_stream.numbers_used`); default: all.
         images_digest: of the real samples' images, so that the folder is not gone on with from others; None: they are
             known to be the same.
 
@@ -115,7 +115,7 @@ class PairMaker:
     ) -> None:
         self.numbers = numbers
         self.conditions, self.settings, self.device, self.real = conditions, settings, device, real
-        self.schedule, self.shape = recording.schedule, recording.sample_shape
+        self.schedule, self.shape = recording.schedule, stored_shape(conditions)
         self.ode_solver = OdeSolver(denoiser, self.schedule, settings.solver)
         self.rows = real.rows_among(conditions) if real is not None else None
         about = {
@@ -157,12 +157,11 @@ class PairMaker:
     def pairs(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """What is stored of some pairs, by number: ``x0``, ``item``, and ``noise`` of real samples; on the CPU."""
         settings, dtype = self.settings, getattr(torch, self.settings.dtype)
-        noise = pair_noise(settings.seed, indices, self.shape, self.device)
         if self.real is None:
-            items = [keyed_order(settings.seed, "pairs", len(self.conditions), index) for index in indices]
-            times = teacher_times(self.schedule, settings.steps, settings.shift)
-            x0 = self.ode_solver.to_data(self.schedule.initial_scale() * noise, times, self.conditions.select(items))
+            items = items_of_pairs(self.conditions, settings.seed, indices)
+            x0 = self._made(indices, items)
             return {"x0": x0.to("cpu", dtype), "item": torch.tensor(items)}
+        noise = pair_noise(settings.seed, indices, self.shape, self.device)
         # Folders are sorted by class: the first images would be those of a few.
         assert self.rows is not None  # as there are real samples
         images = [keyed_order(settings.seed, "images", len(self.real.images), index) for index in indices]
@@ -175,6 +174,32 @@ class PairMaker:
         x_t = self.ode_solver.to_noise(x_t, times, self.conditions.select(items))
         noise = x_t / self.schedule.initial_scale()
         return {"x0": x0.to("cpu", dtype), "item": torch.tensor(items), "noise": noise.float().cpu()}
+
+    def _made(self, indices: Sequence[int], items: Sequence[int]) -> Tensor:
+        """The teacher's samples (B, *shape) of the noise of some pairs, for these items."""
+        times = teacher_times(self.schedule, self.settings.steps, self.settings.shift)
+        shapes = [self.conditions.shape(item) for item in items]
+        made: dict[int, Tensor] = {}
+        for shape in dict.fromkeys(shapes):
+            places = [place for place, one in enumerate(shapes) if one == shape]
+            noise = pair_noise(self.settings.seed, [indices[place] for place in places], shape, self.device)
+            told = self.conditions.select([items[place] for place in places])
+            x0 = self.ode_solver.to_data(self.schedule.initial_scale() * noise, times, told)
+            if shape != self.shape:
+                x0 = torch.nn.functional.pad(x0.flatten(1), (0, self.shape[0] - math.prod(shape)))
+            made |= dict(zip(places, x0, strict=True))
+        return torch.stack([made[place] for place in range(len(items))])
+
+
+def stored_shape(conditions: Conditions) -> tuple[int, ...]:
+    """What a stored sample has: its own shape, or of samples of several sizes that of the largest one, flat."""
+    shapes = [shape for shape, _ in conditions.sizes()]
+    return shapes[0] if len(shapes) == 1 else (max(map(math.prod, shapes)),)
+
+
+def items_of_pairs(conditions: Conditions, seed: int, indices: Sequence[int]) -> list[int]:
+    """The numbers of the items that the pairs with these numbers are made for."""
+    return [keyed_order(seed, "pairs", len(conditions), index) for index in indices]
 
 
 class StoredPairs:
@@ -201,6 +226,7 @@ class StoredPairs:
         self.shards = Shards.find(Path(folder), kind, MAKER, wanted)
         self._place = None if numbers is None else {number: place for place, number in enumerate(numbers)}
         self.about = self.shards.about
+        self._shape = conditions.shape
         if wrong := misfit(self.about, _OF_PAIRS):
             raise _useless(folder, f"of its about.json, {wrong}")
         for name, mine in (("teacher", identity), ("conditions", conditions_digest(conditions))):
@@ -236,73 +262,14 @@ class StoredPairs:
     def row(self, index: int) -> tuple[Tensor, Tensor, int]:
         """x0 (...) and noise (...) of the pair with this number, float32 on the CPU, and the number of its item."""
         row = self.shards.row(index if self._place is None else self._place[index])
-        noise = row["noise"] if "noise" in row else pair_noise(self.about["seed"], [index], self.about["shape"])[0]
-        return row["x0"].float(), noise, int(row["item"])
-
-
-class PairStream:
-    """The pairs of a run, in a keyed order: a :class:`fewstep.data.batch.Source`.
-
-    Args:
-        pairs: made from noise.
-        conditions: the run's.
-        device: where batches are put.
-        inverted: real samples with the noise that the ODE leads them to.
-        share: of the samples that are drawn from ``inverted``.
-    """
-
-    def __init__(
-        self,
-        pairs: StoredPairs,
-        conditions: Conditions,
-        device: torch.device | str,
-        inverted: StoredPairs | None = None,
-        share: float = 0.0,
-    ) -> None:
-        self.pairs, self.conditions, self.device, self.inverted, self.share = pairs, conditions, device, inverted, share
-
-    def batch(self, seed: int, positions: Sequence[int]) -> Pairs:
-        """The pairs at these places of the run's endless stream."""
-        rows = [self._row(seed, position) for position in positions]
-        x0 = torch.stack([x0 for x0, _, _ in rows]).to(self.device, non_blocking=True)
-        noise = torch.stack([noise for _, noise, _ in rows]).to(self.device, non_blocking=True)
-        return Pairs(x0, noise, self.conditions.select([item for _, _, item in rows]))
-
-    def _row(self, seed: int, position: int) -> tuple[Tensor, Tensor, int]:
-        store, name = self.pairs, _STREAM
-        if self.inverted is not None and _is_inverted(seed, position, self.share):
-            store, name = self.inverted, _INVERTED_STREAM
-        return store.row(keyed_order(seed, name, len(store), position))
+        x0, item = row["x0"].float(), int(row["item"])
+        shape = self._shape(item)
+        noise = row["noise"] if "noise" in row else pair_noise(self.about["seed"], [index], shape)[0]
+        return x0 if x0.shape == shape else x0[: math.prod(shape)].reshape(shape), noise, item
 
 
 def _useless(folder: str | Path, why: str) -> UserError:
     return UserError(f"the pairs in {folder} cannot be used: {why}; make them again with {MAKER}")
-
-
-def numbers_used(wanted: PairsWanted, num: int, seed: int, positions: int, *, inverted: bool) -> list[int]:
-    """The pairs that a :class:`PairStream` asks for at its first places, each once, in the order of their first use.
-
-    Args:
-        wanted: by the run.
-        num: how many pairs the stream goes through.
-        seed: of the run.
-        positions: how many places of the stream the run uses.
-        inverted: those of real samples are meant.
-    """
-    mixed = wanted.invert_real or wanted.inverted is not None
-    name = _INVERTED_STREAM if inverted else _STREAM
-    used: dict[int, None] = {}
-    for position in range(positions):
-        if len(used) == num:
-            break
-        if not mixed or _is_inverted(seed, position, wanted.inverted_share) == inverted:
-            used[keyed_order(seed, name, num, position)] = None
-    return list(used)
-
-
-def _is_inverted(seed: int, position: int, share: float) -> bool:
-    """Whether a place of a mixed stream has a pair of a real sample."""
-    return float(torch.rand((), generator=keyed_generator(seed, "inverted", position))) < share
 
 
 def pair_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:

@@ -104,6 +104,29 @@ def keyed_order(seed: int, name: str, count: int, position: int) -> int:
     return int(_permutation(seed, name, count, epoch)[place])
 
 
+def keyed_turn(seed: int, name: str, counts: Sequence[int], position: int) -> tuple[int, int]:
+    """Whose turn it is at ``position`` of an endless stream that groups share by their sizes, and how often it was before.
+
+    In each epoch, of as many turns as all groups have items, each has as many turns as it has items.
+
+    Args:
+        seed: of the run.
+        name: of the stream.
+        counts: how many items each group has.
+        position: in the stream.
+
+    Returns:
+        The group's number, and the number of its earlier turns.
+    """
+    epoch, place = divmod(position, sum(counts))
+    order = _permutation(seed, name, sum(counts), epoch)
+    ends = torch.tensor(list(counts)).cumsum(0)
+    group = int(torch.searchsorted(ends, order[place], right=True))
+    before, last = int(ends[group]) - counts[group], int(ends[group])
+    earlier = (order[:place] >= before) & (order[:place] < last)
+    return group, epoch * counts[group] + int(earlier.sum())
+
+
 _permutations: dict[tuple[int, str, int], tuple[int, Tensor]] = {}
 
 

@@ -96,13 +96,20 @@ class NetworkDenoiser:
             return answer
         x0, known = torch.zeros_like(x_t), None
         if self._unread is not None:
-            known = self._unread = self._unread.to(answer.device)
+            known = self._unread_of(tuple(x_t.shape[1:])).to(answer.device)
         if pins is not None:
             x0 = torch.where(pins.where, pins.value.to(x0), x0)
             known = pins.where if known is None else known | pins.where
         assert known is not None  # as one of them is there
         said = from_x0(x0, self.prediction_type, x_t, self.schedule, t)
         return torch.where(known, said.to(answer), answer)
+
+    def _unread_of(self, shape: tuple[int, ...]) -> Tensor:
+        """What the network is never told of samples of a shape; of one of several sizes it is looked up."""
+        assert self._unread is not None  # as the caller saw
+        other = None if self._unread.shape == shape else self.recipe.of(shape).unread
+        self._unread = self._unread if other is None else other
+        return self._unread
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
         """x0 (B, ...) in the dtype of ``x_t``; ``end`` is ignored."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fewstep.recording import Recording
+from fewstep.recording import Recipe, Recording
 
 
 def with_frozen_second(
@@ -29,5 +29,9 @@ def with_frozen_second(
         return recording
     if id(second.network) not in known:
         known[id(second.network)] = copy.deepcopy(second.network).to(device, dtype).eval().requires_grad_(False)
-    own = replace(second, network=known[id(second.network)])
-    return replace(recording, recipe=replace(recording.recipe, second=own))
+
+    def with_own(recipe: Recipe) -> Recipe:
+        own = None if recipe.second is None else replace(recipe.second, network=known[id(second.network)])
+        return replace(recipe, second=own, sizes=tuple(map(with_own, recipe.sizes)))
+
+    return replace(recording, recipe=with_own(recording.recipe))

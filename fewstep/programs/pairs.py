@@ -16,7 +16,8 @@ from fewstep.config.pairs import PairsConfig, PairsWanted
 from fewstep.data.contents import all_of
 from fewstep.data.fingerprint import teacher_digest
 from fewstep.data.latents import data_contents, read_data, refuse_unusable
-from fewstep.data.pairs import FORMAT, PairMaker, PairSettings, PairStream, StoredPairs, numbers_used
+from fewstep.data.pair_stream import PairStream, numbers_used, sized_numbers_used
+from fewstep.data.pairs import FORMAT, PairMaker, PairSettings, StoredPairs
 from fewstep.data.real import RealSamples
 from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.data.shards import begun_about
@@ -156,7 +157,10 @@ def pairs_of_run(
     def made(folder: Path, real: RealSamples | None) -> StoredPairs:
         claim()
         num = wanted.num if real is None else min(wanted.num, len(real.images))
-        used = numbers_used(wanted, num, config.seed, positions, inverted=real is not None)
+        if real is None and len(conditions.sizes()) > 1:
+            used = sized_numbers_used(conditions, num, config.seed, config.max_steps, positions // config.max_steps)
+        else:
+            used = numbers_used(wanted, num, config.seed, positions, inverted=real is not None)
         begun = on_main(accelerator, lambda: begun_about(folder))
         # A folder that was begun for all pairs is gone on with as such, and one of other batches in those.
         numbers = None if begun.get("format") == FORMAT or (not begun and len(used) == num) else used

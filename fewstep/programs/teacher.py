@@ -26,6 +26,7 @@ from fewstep.networks.response import refuse_unresponsive
 from fewstep.programs.given_items import given_items, record_for
 from fewstep.recording import Recording, record
 from fewstep.recording.pipeline import is_quantized
+from fewstep.recording.sizes import with_sizes
 from fewstep.teachers.loading import load_teacher
 from fewstep.teachers.lora import FusedLora, fuse_teacher_lora, with_own_weights
 from fewstep.teachers.names import embedded_name
@@ -169,6 +170,8 @@ def open_teacher(
     recording = record_for(record, pipeline, settings.recorded_call, items, make_up=make_up)
     _refuse_unquantized(settings, recording, given)
     recording.prove()
+    if items is not None:
+        recording = with_sizes(recording, items.each)
     # Where a LoRA is in a text encoder, what lies in the teacher's folder is another one.
     again = None if given or (lora is not None and lora.in_text) else settings.load
     source = None if given else settings.source
@@ -259,8 +262,9 @@ def refuse_guided_alike(
         told: adds to a conditioning what the network is told beside it.
     """
     if conditions.further and guidance_scale != 1.0:
-        some = [told(conditions.select([row])) for row in range(min(2, len(conditions)))]
-        refuse_unresponsive(recording, some, draws.normal("response", recording.sample_shape))
+        shown = conditions.of_one_size()
+        some = [told(shown.select([row])) for row in range(min(2, len(shown)))]
+        refuse_unresponsive(recording, some, draws.normal("response", shown.shape(0)))
 
 
 def quantized_network(recording: Recording) -> str | None:

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.config.run import RunConfig
-from fewstep.data.batch import Batches, Pairs, Source
+from fewstep.data.batch import Batches, SizedBatches
 from fewstep.data.latents import read_data
+from fewstep.data.pair_stream import PairStream
 from fewstep.data.partition import part_of
 from fewstep.data.real import RealSamples
 from fewstep.data.shard_index import INDEX_FOLDER
@@ -286,25 +287,36 @@ class Workbench:
         """
         row %= len(self.conditions)
         conditioning = self.with_default_guidance(self.conditions.select([row, row]))
-        return self._two(), torch.full((2,), 0.5, dtype=torch.float64, device=self.device), conditioning
+        return self._two(row), torch.full((2,), 0.5, dtype=torch.float64, device=self.device), conditioning
 
-    def batches(self, pairs: Source[Pairs] | None = None) -> Batches:
+    def batches(self, pairs: PairStream | None = None) -> Batches | SizedBatches:
         """What the run trains on; real samples that were inverted come as ``pairs`` alone."""
         wanted = self.config.pairs_wanted
         real = None if wanted is not None and wanted.invert_real else self.real
         announce = None if real is None else real.announce
-        asked = self.conditions.asked
-        return Batches(self.conditions, self.recording.sample_shape, self.device, real, pairs, announce, asked)
+        sizes = self.conditions.sizes()
+        if len(sizes) == 1:
+            asked = self.conditions.asked
+            return Batches(self.conditions, sizes[0][0], self.device, real, pairs, announce, asked)
+        each = []
+        for shape, rows in sizes:
+            part = self.conditions.only(rows)
+            shown = None if real is None else real.only(self.conditions, rows, part)
+            announce = None if shown is None else shown.announce
+            own = None if pairs is None else pairs.only(rows, part)
+            each.append(Batches(part, shape, self.device, shown, own, announce, part.asked))
+        return SizedBatches(tuple(each), tuple(len(rows) for _, rows in sizes))
 
     def _tapped(self, role: Role) -> tuple[FeatureTap, Tensor]:
         """Where a role's features are tapped, and those of two samples of noise."""
         t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
-        return tapped([expert.denoiser for expert in role.experts.values()], self._two(), t, self.conditions)
+        shown = self.conditions.of_one_size()
+        return tapped([expert.denoiser for expert in role.experts.values()], self._two(), t, shown)
 
-    def _two(self) -> Tensor:
-        """Two samples of noise, for looking at what networks do with them."""
+    def _two(self, row: int = 0) -> Tensor:
+        """Two samples of noise, of the shape that a row's samples have, for looking at what networks do with them."""
         draws = Draws(self.config.seed, OBSERVATION_STEP, range(2), self.device)
-        return draws.normal("tap", self.recording.sample_shape)
+        return draws.normal("tap", self.conditions.shape(row))
 
 
 def open_workbench(

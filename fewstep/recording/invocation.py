@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from fewstep.conditioning.item import Item, holds_picture
+from fewstep.conditioning.item import Form, Item, holds_picture
 from fewstep.recording.call_numbers import refuse_impossible
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.items import check_items, with_other_pictures
@@ -81,6 +81,15 @@ class Invocation:
         if "output_type" in self.parameters:
             arguments["output_type"] = "pt"
         return arguments
+
+    def size_key(self, item: Item) -> Form:
+        """What decides of an item how large its samples are: a height and a width where it has them, else its form."""
+        own = dict(item.form)
+        sides = [(side, own.get(side) or self.default(side)) for side in ("height", "width")]
+        if any(not isinstance(value, int) for _, value in sides):
+            return item.form
+        # Pictures are brought to what the call says, and their number may still be that of the frames.
+        return (*sides, *((name, value) for name, value in item.form if isinstance(value, int | float)))
 
     def default(self, name: str) -> Any:
         """The value that argument `name` has in a plain call: the caller's, else the pipeline's default."""

@@ -35,6 +35,7 @@ class Recipe:
         network_dtype: the dtype's name of the recorded network's weights. What had that dtype follows a network of
             another one (a student in float32 beside a teacher in bfloat16).
         second: a network that is called before it in every step, whose answers it is told; None: there is none.
+        sizes: how it is called for samples of other shapes, where items have such.
     """
 
     component: str
@@ -44,6 +45,11 @@ class Recipe:
     output: OutputRule
     network_dtype: str
     second: SecondNetwork | None = None
+    sizes: tuple[Recipe, ...] = ()
+
+    def of(self, shape: tuple[int, ...]) -> Recipe:
+        """The recipe for samples of a shape; this one where there is none."""
+        return next((one for one in self.sizes if one.sample_shape == shape), self)
 
     @property
     def read(self) -> Tensor:
@@ -74,7 +80,7 @@ class Recipe:
 
         Args:
             network: the recorded network or any of the same class.
-            x: (B, *sample_shape), what the network is given (after any `scale_model_input`).
+            x: (B, *sample_shape), what the network is given (after any `scale_model_input`); or of a shape of `sizes`.
             timestep: (B,) float64, the scheduler's timesteps; a batch may mix times.
             conditioning: for B samples.
             next_timestep: (B,) float64, for networks that are also told where the step ends.
@@ -83,6 +89,8 @@ class Recipe:
         Raises:
             ValueError: shapes or batch sizes that do not agree, or a missing `next_timestep`.
         """
+        if self.sizes and (own := self.of(tuple(x.shape[1:]))) is not self:
+            return own.call(network, x, timestep, conditioning, next_timestep=next_timestep, continuous=continuous)
         if tuple(x.shape[1:]) != self.sample_shape or timestep.shape != x.shape[:1]:
             raise ValueError(
                 f"the recipe wants x (B, {', '.join(map(str, self.sample_shape))}) and timestep (B,), "
@@ -103,8 +111,9 @@ class Recipe:
 
     def to_json(self) -> str:
         """The recipe as JSON text, the weights of a second network apart."""
-        plain = dataclasses.asdict(dataclasses.replace(self, second=None))
+        plain = dataclasses.asdict(dataclasses.replace(self, second=None, sizes=()))
         plain["second"] = None if self.second is None else self.second.about()
+        plain["sizes"] = [json.loads(one.to_json()) for one in self.sizes]
         return json.dumps({"version": VERSION, **plain})
 
     @classmethod
@@ -135,6 +144,7 @@ class Recipe:
                 output=OutputRule.of(data["output"]),
                 network_dtype=data["network_dtype"],
                 second=None if about is None or second is None else SecondNetwork.of(about, second),
+                sizes=tuple(cls.from_json(json.dumps(one), second) for one in data.get("sizes", ())),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the JSON of a recipe ({error})") from error

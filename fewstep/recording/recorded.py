@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning, remark
-from fewstep.conditioning.item import Item
+from fewstep.conditioning.item import Form, Item
 from fewstep.diffusion.intervals import TimeIntervals
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.recording.between_steps import BetweenSteps
@@ -21,11 +21,11 @@ from fewstep.recording.errors import RecordingError
 from fewstep.recording.experts import Expert, Visits, components_of, expert_at
 from fewstep.recording.formula import GuidedCall
 from fewstep.recording.guidance_report import GuidanceReport
-from fewstep.recording.hooks import hooked
 from fewstep.recording.invocation import Invocation
 from fewstep.recording.item_learning import Told
 from fewstep.recording.item_marks import by_axes
 from fewstep.recording.items import as_items, check_items
+from fewstep.recording.labels import count_labels
 from fewstep.recording.observation import NetworkCall
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.recipe import Recipe
@@ -57,6 +57,8 @@ class Recorded:
         visits: a run of the pipeline that meets each of several experts; None for one.
         told: what pictures, items and draws change of what the network is told; None for prompts and labels.
         between: what the pipeline does to items' samples outside of the network; None: nothing.
+        sizes: the same at other sizes of its items' samples (:mod:`.sizes`); each holds for one size.
+        keys: of the items that it holds for, by :meth:`Invocation.size_key`; none where nobody looked for sizes.
     """
 
     pipeline: Any
@@ -76,6 +78,8 @@ class Recorded:
     visits: Visits | None = None
     told: Told | None = None
     between: BetweenSteps | None = None
+    sizes: tuple[Recorded, ...] = ()
+    keys: frozenset[Form] = frozenset()
     _negative: Conditioning | None = None
 
     def __repr__(self) -> str:
@@ -96,7 +100,10 @@ class Recorded:
     @property
     def inputs(self) -> dict[str, str]:
         """The arguments of the pipeline's call that are an item's own, and what each is, in words; {} without items."""
-        return self.invocation.item.forms if self.conditional == "item" else {}
+        if self.conditional != "item":
+            return {}
+        each = [one.invocation.item.forms for one in (self, *self.sizes)]
+        return {name: " or ".join(dict.fromkeys(forms[name] for forms in each)) for name in each[0]}
 
     @property
     def conditional(self) -> str | None:
@@ -137,6 +144,7 @@ class Recorded:
             recipe=replace(self.recipe, component=expert.component),
             experts=(replace(expert, lowest=-torch.inf),),
             visits=None,
+            sizes=tuple(one.of(expert) for one in self.sizes),
         )
 
     def on(self, networks: Mapping[str, nn.Module]) -> Self:
@@ -144,7 +152,22 @@ class Recorded:
         pipeline = copy.copy(self.pipeline)
         pipeline.register_modules(**networks)
         experts = tuple(replace(expert, network=networks[expert.component]) for expert in self.experts)
-        return replace(self, pipeline=pipeline, network=networks[self.component], experts=experts)
+        sizes = tuple(one.on(networks) for one in self.sizes)
+        return replace(self, pipeline=pipeline, network=networks[self.component], experts=experts, sizes=sizes)
+
+    def for_item(self, item: Any) -> Recorded:
+        """The one of these that holds for the size of an item's samples.
+
+        Raises:
+            RecordingError: none of several does.
+        """
+        if not self.sizes:
+            return self
+        key = self.invocation.size_key(item)
+        found = next((one for one in (self, *self.sizes) if key in one.keys), None)
+        if found is None:
+            raise RecordingError(f"{item} is of a size that was not among those which the teacher was recorded with")
+        return found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,14 +193,14 @@ class Recorded:
         asked = self._asked(prompts, labels, items)
         if self.conditional is None:
             return [Conditioning(self.marked, 1)] * len(asked)
-        return [self._encode(one) for one in asked]
+        return [self.for_item(one)._encode(one) for one in asked]
 
     def draw_each(self, items: Sequence[Item | Mapping[str, Any]], seed: int) -> list[Conditioning]:
         """`condition_each` of items as another seed draws it: 0 is that of `condition_each`.
 
         They differ where the pipeline samples an encoder's distribution or adds noise to a picture (`told.draws`).
         """
-        return [self._encode(item, seed) for item in self._asked(None, None, items)]
+        return [self.for_item(item)._encode(item, seed) for item in self._asked(None, None, items)]
 
     def condition(
         self,
@@ -213,7 +236,8 @@ class Recorded:
             RecordingError: as of :meth:`condition_each`.
         """
         asked = self._asked(None, None, items)
-        return [() if self.guided is None else self._further(item, self.guided, seed) for item in asked]
+        guided = self.guided
+        return [() if guided is None else self.for_item(item)._further(item, guided, seed) for item in asked]
 
     @property
     def further(self) -> int:
@@ -231,19 +255,7 @@ class Recorded:
         """
         if self.conditional != "label":
             return None
-        tables: list[int] = []
-
-        def note(_name: str, table: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-            asked = bool(args) and not args[0].is_floating_point() and bool((args[0] == self.invocation.item).all())
-            if asked and isinstance(table, nn.Embedding):
-                tables.append(table.num_embeddings)
-
-        with hooked({n: m for n, m in self.network.named_modules() if isinstance(m, nn.Embedding)}, before=note):
-            self.probe()
-        if not tables:
-            return None
-        null = [] if self._negative is None else [v for v in self._negative.arguments().values() if _is_label(v)]
-        return min(tables) - any(int(v.max()) == min(tables) - 1 for v in null)
+        return count_labels(self.network, self.invocation.item, self.probe, self._negative)
 
     @torch.no_grad()
     def probe(self, device: torch.device | str | None = None) -> Tensor:
@@ -339,7 +351,3 @@ class Recorded:
 
 def _name(item: Any) -> str:
     return str(item) if isinstance(item, Item) else repr(item)
-
-
-def _is_label(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() > 0 and not value.is_floating_point()

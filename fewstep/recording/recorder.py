@@ -79,14 +79,14 @@ def _record(pipeline: Any, items: Sequence[Item] | None, call: dict[str, Any]) -
     subject, component = switch_off(whole if items is None else from_noise_alone(whole))
 
     _refuse_size_without_effect(subject, component)
-    runs, experts = _unguided_runs(subject, component, schedule)
+    runs, experts = unguided_runs(subject, component, schedule)
     _check_walk(pipeline, schedule, runs[1])
     two = None
     if items is None:
         two = subject.run(SHORT, [invocation.item] * 2, before=component).pending[-1].arguments
     check_alike(experts, _all(runs))
     try:
-        recipe = _recipe(subject, experts, schedule, runs, two)
+        recipe = fit_recipe(subject, experts, schedule, runs, two)
     except RecordingError as error:
         if len(experts) == 1:
             raise
@@ -145,7 +145,7 @@ def refuse_offloaded(pipeline: Any) -> None:
         )
 
 
-def _unguided_runs(
+def unguided_runs(
     subject: Subject, component: str, schedule: NoiseSchedule
 ) -> tuple[list[list[Step]], tuple[Expert, ...]]:
     """The steps of the short and the long run, checked to hold one network call each, and the networks called."""
@@ -172,7 +172,7 @@ def _unguided_runs(
     return runs, experts
 
 
-def _recipe(
+def fit_recipe(
     subject: Subject,
     experts: tuple[Expert, ...],
     schedule: NoiseSchedule,
@@ -203,7 +203,7 @@ def _recipe(
     if any(step.model_output.abs().max() == 0 for step in steps):
         # Layers that are still zero hide the output's sign and half.
         with shaken(*(expert.network for expert in experts)):
-            again, _ = _unguided_runs(subject, component, schedule)
+            again, _ = unguided_runs(subject, component, schedule)
             steps = _live_steps(again, experts)
     output = fit_output(component, steps) if two is not None else fit_output_entries(component, steps)
     if output.relation == "velocity":

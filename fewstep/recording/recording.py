@@ -49,7 +49,11 @@ class Recording(Recorded):
 
         What of them comes from an item is that of the B samples' ``conditioning``, or without one the recorded item's.
         """
-        return self.codec.decode(x0, conditioning)
+        return self._of(tuple(x0.shape[1:])).codec.decode(x0, conditioning)
+
+    def _of(self, shape: tuple[int, ...]) -> Recording:
+        """That of samples of a shape, for their decoder's way."""
+        return next((one for one in self.sizes if one.sample_shape == shape and isinstance(one, Recording)), self)
 
     def prove(self, seed: int = 0) -> Proof:
         """Compare own calls of the network with the pipeline's on fresh samples, and decode one.

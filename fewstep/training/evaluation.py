@@ -21,7 +21,7 @@ from fewstep.diffusion.rollout import Sampler
 from fewstep.errors import UserError
 from fewstep.training.best import Measure
 from fewstep.training.distributed import Processes, host_group
-from fewstep.training.pictures import to_uint8
+from fewstep.training.pictures import in_size, to_uint8
 from fewstep.training.samples import Samples
 
 
@@ -153,8 +153,12 @@ class Evaluation:
         count: int,
         pause: Callable[[], None] = lambda: None,
     ) -> Tensor | None:
-        """uint8 (N, [F,] C, H, W) on the main process; None there where a sample is not finite."""
+        """uint8 (N, [F,] C, H, W) on the main process; None there where a sample is not finite.
+
+        Pictures of other sizes are brought to that of the first.
+        """
         batches, parts = samples.batches(count), self.processes.count
+        size = samples.picture_size()
         made: list[Tensor] = []
         finite = True
         for first in range(0, len(batches), parts):
@@ -163,7 +167,7 @@ class Evaluation:
             mine = batches[min(first + self.processes.rank, len(batches) - 1)]
             x0 = samples.x0(denoiser, sampler, step, mine, pause)
             finite = finite and bool(x0.isfinite().all())
-            pictures = to_uint8(samples.pictures(x0.nan_to_num(), pause, mine))
+            pictures = to_uint8(in_size(samples.pictures(x0.nan_to_num(), pause, mine), size))
             if pictures.dim() == 5:
                 pictures = pictures.movedim(2, 1)
             elif pictures.dim() != 4:
@@ -171,7 +175,8 @@ class Evaluation:
             made += self._gathered(pictures, [len(batch) for batch in batches[first : first + parts]])
         if self.processes.first(None if finite else True):
             return None
-        return torch.cat(made) if made else None
+        order = torch.tensor([index for batch in batches for index in batch]).argsort()
+        return torch.cat(made)[order] if made else None
 
     def _gathered(self, pictures: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """On the main process the pictures of all, in order; nothing on the others."""

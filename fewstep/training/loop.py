@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.config.run import RunConfig
-from fewstep.data.batch import Batch, Batches
+from fewstep.data.batch import Batch, Stream
 from fewstep.errors import UserError
 from fewstep.networks.roles import FOLLOWERS, Role
 from fewstep.training import checkpoint
@@ -62,7 +62,7 @@ class Loop:
         method_name: str,
         config: RunConfig,
         *,
-        batches: Batches,
+        batches: Stream,
         processes: Processes,
         monitor: Monitor,
         on_samples: Callable[[int, Callable[[], None]], dict[str, float]],

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import PREVIEWS_STEP
 from fewstep.diffusion.rollout import Sampler
-from fewstep.training.pictures import save_grid
+from fewstep.training.pictures import on_white, save_grid
 from fewstep.training.samples import Samples
 from fewstep.training.spread import beside
 
@@ -28,7 +28,7 @@ class Previews:
 
     def __init__(self, samples: Samples, *, wanted: bool = True) -> None:
         self.samples = samples
-        self._teacher: Tensor | None = None  # its samples, and their pictures
+        self._teacher: list[Tensor] | None = None  # its samples, and their pictures
         self._teacher_pictures: Tensor | None = None
         why = samples.why_no_pictures() if wanted else ""
         #: Why no grid is made, though grids were asked for; else empty.
@@ -52,19 +52,32 @@ class Previews:
             pause: called before each network call, and before pictures are decoded; what it raises leaves no grid.
 
         Returns:
-            What :func:`fewstep.training.spread.beside` says of the samples, for the log.
+            What :func:`fewstep.training.spread.beside` says of the samples, for the log; of several sizes those of the
+            first one.
         """
         if self._teacher is None:
             self._teacher = self._x0(teacher, self.samples.teacher_sampler, pause)
         x0 = self._x0(student, sampler, pause)
         if not self.note and path is not None:
             if self._teacher_pictures is None:
-                self._teacher_pictures = self.samples.pictures(self._teacher, pause)
+                self._teacher_pictures = self._pictures(self._teacher, pause)
             if self._teacher_pictures.dim() in (4, 5):  # images or videos; sound is not shown
-                save_grid([self._teacher_pictures, self.samples.pictures(x0, pause)], path)
-        return beside(x0, self._teacher)
+                save_grid([self._teacher_pictures, self._pictures(x0, pause)], path)
+        return beside(x0[0], self._teacher[0])
 
-    def _x0(self, denoiser: Denoiser, sampler: Sampler, pause: Callable[[], None]) -> Tensor:
-        """x0 (N, ...) on the host."""
-        batches = self.samples.batches(_SHOWN)
-        return torch.cat([self.samples.x0(denoiser, sampler, PREVIEWS_STEP, some, pause).cpu() for some in batches])
+    def _x0(self, denoiser: Denoiser, sampler: Sampler, pause: Callable[[], None]) -> list[Tensor]:
+        """x0 (N, ...) on the host, of each size."""
+        found: dict[tuple[int, ...], list[Tensor]] = {}
+        for some in self.samples.batches(_SHOWN):
+            x0 = self.samples.x0(denoiser, sampler, PREVIEWS_STEP, some, pause).cpu()
+            found.setdefault(tuple(x0.shape[1:]), []).append(x0)
+        return [torch.cat(each) for each in found.values()]
+
+    def _pictures(self, x0: list[Tensor], pause: Callable[[], None]) -> Tensor:
+        """Of samples of each size; on white where there are larger ones."""
+        order = [index for some in self.samples.batches(_SHOWN) for index in some]
+        made, first = [], 0
+        for each in x0:
+            made.append(self.samples.pictures(each, pause, order[first : first + len(each)]))
+            first += len(each)
+        return on_white(made)

@@ -53,9 +53,20 @@ class Samples:
         """How a teacher moves when it is looked at."""
         return ode_sampler(self.recording.schedule, TEACHER_STEPS)
 
-    def batches(self, count: int) -> list[range]:
-        """The samples 0 to ``count`` - 1, as many at a time as training fits."""
-        return [range(first, min(first + self.at_once, count)) for first in range(0, count, self.at_once)]
+    def batches(self, count: int) -> list[Sequence[int]]:
+        """The samples 0 to ``count`` - 1, as many at a time as training fits, each time those of one size."""
+        of_size: dict[tuple[int, ...], list[int]] = {}
+        for index in range(count):
+            of_size.setdefault(self.conditions.shape(index % len(self.conditions)), []).append(index)
+        some = of_size.values()
+        return [each[first : first + self.at_once] for each in some for first in range(0, len(each), self.at_once)]
+
+    def picture_size(self) -> tuple[int, int] | None:
+        """Height and width of the first sample's picture where there are other sizes; None where all have one."""
+        if len(self.conditions.sizes()) == 1:
+            return None
+        height, width = self.recording.decode(torch.zeros(1, *self.conditions.shape(0))).shape[-2:]
+        return height, width
 
     @torch.no_grad()
     def x0(
@@ -66,13 +77,13 @@ class Samples:
         indices: Sequence[int],
         pause: Callable[[], None] = _go_on,
     ) -> Tensor:
-        """Samples (B, ...) of some indices, from the draws of a ``step`` of :mod:`fewstep.diffusion.draws`.
+        """Samples (B, ...) of some indices of one size, from the draws of a ``step`` of :mod:`fewstep.diffusion.draws`.
 
         ``pause`` is called before each network call.
         """
         draws = Draws(self.seed, step, indices, self.device)
-        conditioning = self._told(self.conditions.select([index % len(self.conditions) for index in indices]))
-        shape = self.recording.sample_shape
+        rows = [index % len(self.conditions) for index in indices]
+        conditioning, shape = self._told(self.conditions.select(rows)), self.conditions.shape(rows[0])
         return draw_sample(denoiser, sampler, draws, shape, conditioning, on_step=lambda *_: pause())
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from PIL import Image
 
 from fewstep.conditioning.item import Item
 from fewstep.data import item_pictures
-from fewstep.data.items import form_of, read_items
+from fewstep.data.items import read_items
 from fewstep.errors import UserError
 
 EDIT, FILL = StableDiffusionInstructPix2PixPipeline, StableDiffusionInpaintPipeline
@@ -130,7 +130,7 @@ def test_from_python_they_are_pictures_tensors_or_paths(tmp_path: Path) -> None:
     items = read_items(given, EDIT).each
     assert [item.name for item in items] == ["item 1", "item 2", "item 3", "mine"]
     assert items[1].arguments["image"] is given[1]["image"] and items[3].arguments["image"].mode == "RGB"
-    assert form_of(items[0]) == form_of(items[2])
+    assert items[0].form == items[2].form
 
 
 @pytest.mark.parametrize("pipeline", [FluxFillPipeline, FILL, WanImageToVideoPipeline, StableVideoDiffusionPipeline])

@@ -15,7 +15,8 @@ from fewstep.cli import main
 from fewstep.data.conditions import Conditions
 from fewstep.data.fingerprint import teacher_digest
 from fewstep.data.images import read_images
-from fewstep.data.pairs import PairMaker, PairSettings, PairStream, StoredPairs, pair_noise
+from fewstep.data.pair_stream import PairStream
+from fewstep.data.pairs import PairMaker, PairSettings, StoredPairs, pair_noise
 from fewstep.data.real import RealSamples
 from fewstep.diffusion.draws import keyed_order
 from fewstep.diffusion.ode import OdeSolver, teacher_times

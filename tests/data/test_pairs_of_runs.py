@@ -13,7 +13,8 @@ from torch import Tensor
 from fewstep.config.pairs import PairsWanted
 from fewstep.data.conditions import Conditions
 from fewstep.data.durable import json_sha256
-from fewstep.data.pairs import FORMAT, RUN_FORMAT, StoredPairs, numbers_used
+from fewstep.data.pair_stream import numbers_used
+from fewstep.data.pairs import FORMAT, RUN_FORMAT, StoredPairs
 from fewstep.diffusion.draws import keyed_generator, keyed_order
 from fewstep.errors import UserError
 from fewstep.programs.distillation import distill

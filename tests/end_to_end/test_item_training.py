@@ -19,6 +19,8 @@ from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.programs.distillation import distill
 from fewstep.recording import record
+from fewstep.recording.items import as_items
+from fewstep.recording.sizes import with_sizes
 from tests.stock_process import PLAIN_TEXTS, WATCH, run_stock
 
 pytestmark = pytest.mark.usefixtures("texts_as_they_are")
@@ -141,3 +143,37 @@ def test_students_follow_their_pictures(name: str, method: str, form: str, tmp_p
         words = ["sample", str(student), "--items", str(listed), "--out", str(tmp_path / "samples.png")]
         assert main([*words, *(["--base", str(base)] if "lora" in about else [])]) == 0
         assert len(numpy.unique(numpy.asarray(Image.open(tmp_path / "samples.png")))) > 2
+
+
+@SOAK
+@pytest.mark.parametrize("method", METHODS)
+def test_a_student_of_pictures_of_two_sizes_answers_each_in_its_own(method: str, tmp_path: Path) -> None:
+    """Two steps of two, so that each size is trained; the stock pipeline's walk is that of the trained network."""
+    name = "InstructPix2Pix"
+    zoo_image.load(name)  # or the test is skipped
+    base, items = zoo_image.FOLDER / name, zoo_image.items_of(name, 4, "a b lower")
+    for item in items[2:]:
+        item["image"] = item["image"].resize((48, 32))
+    settings = {**SHORT, **METHODS[method], "sample_steps": 2, "call": zoo_image.call_of(name), "renoise": "ode"}
+    pairs = {"num_pairs": 8} if method == "rectified_flow" else {}
+    student = distill(str(base), method, items=items, out=tmp_path / "run", **{**settings, **pairs})
+    about = json.loads((student / "fewstep.json").read_text())
+    assert about["inputs"]["image"] == "picture RGB 32x32 or picture RGB 48x32"
+    assert 'load_image("image.png")' in (student / "README.md").read_text()
+    assert moved(student, about, base) > 1e-4
+    with Image.open(next((tmp_path / "run" / "samples").glob("*.png"))) as grid:
+        assert grid.width >= 2 * (32 + 48)
+
+    chosen, out = [items[0], items[2]], tmp_path / "seen.npz"
+    run_stock(_STOCK, str(student), str(base), json.dumps(written(chosen, tmp_path)), str(out))
+    seen = numpy.load(out)
+    recording = with_sizes(record(zoo_image.load(name), items=items[:2], **zoo_image.call_of(name)), as_items(items))
+    network = type(recording.network).from_pretrained(student / about["component"])
+    denoiser = NetworkDenoiser(network, recording.recipe, recording.schedule, recording.prediction_type)
+    sampler = Sampler(recording.schedule, tuple(about["grid"]), "ode")
+    for number, item in enumerate(chosen):
+        first, last = (torch.from_numpy(seen[f"{end} {number}"]) for end in ("first", "last"))
+        with torch.no_grad():
+            own = rollout(denoiser, sampler, first, recording.condition(items=[item]))
+        assert first.shape[-1] * 32 == first.shape[-2] * item["image"].width
+        assert float((own - last).norm() / last.norm()) < 1e-5

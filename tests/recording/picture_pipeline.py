@@ -111,7 +111,8 @@ class PicturePipeline(DiffusionPipeline):
         if way == "pinned_clean":
             x[:, :, 0] = pictures
         noise = x
-        scheduler.set_timesteps(num_inference_steps)
+        by_size = scheduler.config.use_dynamic_shifting
+        scheduler.set_timesteps(num_inference_steps, **({"mu": x[0].numel() / 100} if by_size else {}))
         times = scheduler.timesteps
         if way == "pinned" and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)  # as pipelines do whose scheduler noises their pictures

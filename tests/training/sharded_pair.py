@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fewstep.data.fingerprint import teacher_digest
-from fewstep.data.pairs import PairStream, StoredPairs
+from fewstep.data.pair_stream import PairStream
+from fewstep.data.pairs import StoredPairs
 from fewstep.networks.roles import FOLLOWERS, NetworkRole, Role
 from fewstep.programs.distillation import prepare
 from fewstep.programs.methods import method_class

@@ -30,6 +30,8 @@ SAMPLER = Sampler(FlowSchedule(), (1.0, 0.5), "fresh")
 class ToyConditions:
     """Three labels."""
 
+    of_sample: tuple[int, ...] = ()
+
     def __len__(self) -> int:
         return 3
 
@@ -38,6 +40,12 @@ class ToyConditions:
 
     def texts(self) -> list[int]:
         return self.items()
+
+    def shape(self, row: int) -> tuple[int, ...]:
+        return self.of_sample
+
+    def sizes(self) -> list:
+        return [(self.of_sample, range(len(self)))]
 
     def select(self, rows: Sequence[int]):
         return labels([float(row) for row in rows])
@@ -48,7 +56,9 @@ class ToySamples(Samples):
 
     def __init__(self, config: RunConfig, shape: tuple[int, ...] = (3, 2, 2)) -> None:
         recording = SimpleNamespace(sample_shape=shape, schedule=FlowSchedule(), codec=None)
-        super().__init__(config, recording, ToyConditions(), CPU, lambda told: told)
+        conditions = ToyConditions()
+        conditions.of_sample = shape
+        super().__init__(config, recording, conditions, CPU, lambda told: told)
 
     def pictures(self, x0: torch.Tensor, pause: Callable[[], None]) -> torch.Tensor:
         pause()

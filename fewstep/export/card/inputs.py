@@ -9,7 +9,8 @@ from typing import Any
 
 # Of a list of pictures: more are the frames of a clip.
 _LISTED = 4
-_PICTURE = re.compile(r"picture (\w+) \d+x\d+")
+# Items of several sizes name each.
+_PICTURE = re.compile(r"picture (\w+) \d+x\d+( or .*)?")
 
 
 def given(about: Mapping[str, Any]) -> list[str]:

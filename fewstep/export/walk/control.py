@@ -11,7 +11,7 @@ from fewstep.recording.second_switch import walk_of
 from fewstep.recording.subject import Subject
 
 if TYPE_CHECKING:
-    from fewstep.recording import Recording
+    from fewstep.recording import Recipe, Recording
 
 
 def as_walked(recording: Recording, pipeline: Any, call: dict[str, Any], count: int) -> Recording:
@@ -41,7 +41,12 @@ def as_walked(recording: Recording, pipeline: Any, call: dict[str, Any], count: 
         switch = second.switch.at(steps)
     except RecordingError as error:
         raise ExportError(str(error)) from error
-    return replace(recording, recipe=replace(recording.recipe, second=replace(second, switch=switch)))
+
+    def as_switched(recipe: Recipe) -> Recipe:
+        own = None if recipe.second is None else replace(recipe.second, switch=switch)
+        return replace(recipe, second=own, sizes=tuple(map(as_switched, recipe.sizes)))
+
+    return replace(recording, recipe=as_switched(recording.recipe))
 
 
 def walks_alike(recording: Recording, pipeline: Any, call: dict[str, Any], count: int) -> bool:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batch, Pairs, Real
-from fewstep.data.pairs import numbers_used
+from fewstep.data.pair_stream import numbers_used
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.phases import Phase
 from fewstep.diffusion.rollout import Sampler
