@@ -94,7 +94,7 @@ class ModelSource:
 
     @cached_property
     def size(self) -> tuple[int, int] | None:
-        """Height and width of the first sample, to which those of items of other forms are brought; None for one form."""
+        """Height and width of the first sample, which those of items of other forms get; None for one form."""
         if len({self.conditions.form(index) for index in range(len(self.conditions.values))}) < 2:
             return None
         (first,) = generate(self.load(), self.call, self.conditions, [0], seed=self.seed, batch_size=1)

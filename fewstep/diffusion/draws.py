@@ -105,7 +105,7 @@ def keyed_order(seed: int, name: str, count: int, position: int) -> int:
 
 
 def keyed_turn(seed: int, name: str, counts: Sequence[int], position: int) -> tuple[int, int]:
-    """Whose turn it is at ``position`` of an endless stream that groups share by their sizes, and how often it was before.
+    """Whose turn it is at ``position`` of an endless stream that groups share by their sizes, and its earlier turns.
 
     In each epoch, of as many turns as all groups have items, each has as many turns as it has items.
 

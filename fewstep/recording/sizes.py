@@ -31,7 +31,7 @@ MOST = 64
 
 
 def with_sizes(recording: Recording, items: Sequence[Item]) -> Recording:
-    """The recording with what holds at the other sizes of these items' samples, each proven; itself where all are alike.
+    """The recording with what holds at the other sizes of these items' samples, each proven; itself for one size.
 
     Args:
         recording: of items, the first of which is its own.
@@ -126,8 +126,8 @@ def _refuse_other_grid(recording: Recording, item: Item, first: Observation, see
     if first.timesteps is None or seen.timesteps is None or torch.equal(first.timesteps, seen.timesteps):
         return
     raise RecordingError(
-        f"{item} has samples of another size than {recording.invocation.item}, and {recording.subject} sets its grid of "
-        f"times by the size, so that one student cannot serve both: give every item the same size{_by_columns(recording)}"
+        f"{item} has samples of another size than {recording.invocation.item}, and {recording.subject} sets its grid "
+        f"of times by the size, so that one student cannot serve both: give all the same size{_by_columns(recording)}"
     )
 
 

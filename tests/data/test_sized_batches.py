@@ -97,5 +97,5 @@ def test_pairs_of_several_sizes_are_of_the_noise_and_the_item_that_they_are_made
         pairs = own[number].batch(0, range(2 * earlier, 2 * earlier + 2))
         assert pairs.x0.shape[1:] == batches.of[number].shape
         assert pairs.conditioning.arguments()["hidden_states"].shape[2:] == pairs.x0.shape[2:]
-    with pytest.raises(UserError, match="of 1 pairs none is for the . items of one of the sizes; make more"):
+    with pytest.raises(UserError, match=r"of 1 pairs none is for the . items of one of the sizes; make more"):
         sized_numbers_used(conditions, 1, 0, 1, 1)

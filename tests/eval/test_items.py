@@ -15,11 +15,13 @@ from PIL import Image
 
 from fewstep.cli import main
 from fewstep.conditioning.item import Item
+from fewstep.data.items import read_items
 from fewstep.errors import UserError
 from fewstep.eval import evaluate, sample
 from fewstep.eval.conditions import SampleConditions
 from fewstep.eval.config import EvalConfig
 from fewstep.eval.generate import generate, sample_generator
+from fewstep.training.pictures import in_size
 
 generating = importlib.import_module("fewstep.eval.generate")
 CALL = {"num_inference_steps": 2, "guidance_scale": 4.0, "image_guidance_scale": 1.5}
@@ -46,8 +48,6 @@ def test_each_sample_is_what_the_stock_pipeline_makes_of_its_own_item(editor: Pa
 
 
 def test_a_sample_does_not_depend_on_its_neighbours(editor: Path, items: Path) -> None:
-    from fewstep.data.items import read_items
-
     pipeline, calls = tiny_editor(), []
     inner = pipeline.vae.decode
     pipeline.vae.decode = lambda latents, *args, **kwargs: (
@@ -64,7 +64,6 @@ def test_a_pipeline_to_which_a_list_is_one_items_is_called_once_for_each(
     items: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some take several references of one prompt, some one picture for all prompts."""
-    from fewstep.data.items import read_items
 
     def of_first(self: Any, prompt: Any, image: Any, **call: Any) -> Any:
         return stock(self, prompt=prompt, image=image[0] if isinstance(image, list) else image, **call)
@@ -83,8 +82,6 @@ def test_a_pipeline_to_which_a_list_is_one_items_is_called_once_for_each(
 
 
 def test_items_that_share_an_argument_prove_nothing_of_lists(items: Path) -> None:
-    from fewstep.data.items import read_items
-
     pipeline = tiny_editor()
     each = read_items(items, type(pipeline)).each
     alike = [Item({"prompt": "the a", "image": item.arguments["image"]}) for item in each]
@@ -110,6 +107,19 @@ def test_the_command_measures_a_teacher_with_items(editor: Path, items: Path, tm
     assert [row["nfe"] for row in report["rows"]] == [3.0, 6.0], "three answers in each step"
 
 
+def test_samples_of_several_sizes_are_shown_each_in_its_own_and_measured_in_the_firsts(
+    editor: Path, tmp_path: Path
+) -> None:
+    mixed = write_items(tmp_path / "mixed", 2, ((16, 16), (24, 16)))
+    with Image.open(sample(editor, items=mixed, steps=1, out=tmp_path / "a.png")) as sheet:
+        assert sheet.width >= 2 * 24 and (np.asarray(sheet)[:16, 16:24] == 255).all()
+    pipeline = tiny_editor()
+    conditions = SampleConditions("item", tuple(read_items(mixed, type(pipeline)).each))
+    each = list(generate(pipeline, {"num_inference_steps": 1}, conditions, range(4), seed=0, batch_size=4))
+    assert [tuple(one.images.shape[-2:]) for one in each] == [(16, 16), (16, 24)] * 2
+    assert in_size(each[1].images, (16, 16)).shape == each[0].images.shape
+
+
 def test_other_pictures_are_another_evaluation(editor: Path, tmp_path: Path) -> None:
     options = {"teacher": str(editor), "teacher_steps": (1,), "metrics": ("saturation",), "num": 2, "device": "cpu"}
     file = write_items(tmp_path / "items", 2)
@@ -130,8 +140,6 @@ def test_what_items_cannot_be_is_named(editor: Path, items: Path, student: Path,
     with pytest.raises(UserError, match="by prompts, by classes, by items or by nothing: give one"):
         EvalConfig(items=str(items), classes=[1])
     mixed = write_items(tmp_path / "mixed", 2, ((16, 16), (24, 16)))
-    with pytest.raises(UserError, match=r"are of several sizes \(16x16, 24x16\)"):
-        sample(editor, items=mixed, steps=1, out=tmp_path / "a.png")
     (tmp_path / "mixed" / "1.png").unlink()
     with pytest.raises(UserError, match=r"row 2 of items\.jsonl: image: there is no file"):
         sample(editor, items=mixed, steps=1, out=tmp_path / "a.png")

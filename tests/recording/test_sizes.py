@@ -71,7 +71,7 @@ def test_a_grid_that_follows_the_size_is_refused_and_the_columns_named() -> None
 def test_too_many_sizes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     items = two_sizes("channels")
     monkeypatch.setattr(module, "MOST", 1)
-    with pytest.raises(RecordingError, match="of more than 1 sizes.*bring their pictures to a few sizes"):
+    with pytest.raises(RecordingError, match=r"of more than 1 sizes.*bring their pictures to a few sizes"):
         with_sizes(recorded("channels", items), items)
 
 
