@@ -123,9 +123,9 @@ def _listed(conditions: Conditions, lists: Sequence[str]) -> list[list[int]]:
     """The rows of each list's labels or prompts, all of which together are the run's."""
     of_labels = conditions.kind == "label"
     items: list[list[Any]] = []
-    for one in lists:
+    for source in lists:
         try:
-            items.append([*(read_classes(one) if of_labels else read_prompts(one))])
+            items.append([*(read_classes(source) if of_labels else read_prompts(source))])
         except UserError as error:  # which names the flag of the whole run
             raise UserError(_WHOLE_RUNS_FLAG.sub("--lists", str(error))) from error
     groups = []

@@ -161,13 +161,10 @@ class Recorded:
         Raises:
             RecordingError: none of several does.
         """
-        if not self.sizes:
-            return self
-        key = self.invocation.size_key(item)
-        found = next((one for one in (self, *self.sizes) if key in one.keys), None)
-        if found is None:
-            raise RecordingError(f"{item} is of a size that was not among those which the teacher was recorded with")
-        return found
+        for one in (self, *self.sizes):
+            if not self.sizes or self.invocation.size_key(item) in one.keys:
+                return one
+        raise RecordingError(f"{item} is of a size that was not among those which the teacher was recorded with")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -236,8 +233,7 @@ class Recorded:
             RecordingError: as of :meth:`condition_each`.
         """
         asked = self._asked(None, None, items)
-        guided = self.guided
-        return [() if guided is None else self.for_item(item)._further(item, guided, seed) for item in asked]
+        return [self.for_item(item)._further(item, seed) for item in asked]
 
     @property
     def further(self) -> int:
@@ -249,10 +245,7 @@ class Recorded:
         return self._negative
 
     def label_count(self) -> int | None:
-        """How many class labels the network knows, the null label of its guidance apart; None where nothing shows it.
-
-        Labels are rows of an embedding table, which is found as the one that is asked for the recorded label.
-        """
+        """How many class labels the network knows, the null label of its guidance apart; None where nothing shows it."""
         if self.conditional != "label":
             return None
         return count_labels(self.network, self.invocation.item, self.probe, self._negative)
@@ -319,8 +312,10 @@ class Recorded:
                 return Conditioning(by_axes(arguments, self.told.pictures | self.told.items), 1)
             return Conditioning(mark_arguments(self.component, arguments, self._told([item, item])), 1)
 
-    def _further(self, item: Item, guided: GuidedCall, seed: int) -> tuple[Conditioning, ...]:
-        """What the network is told in a guided step of an item, the positive answer apart."""
+    def _further(self, item: Item, seed: int) -> tuple[Conditioning, ...]:
+        """What the network is told in a guided step of an item, the positive answer apart; () without guidance."""
+        if (guided := self.guided) is None:
+            return ()
         # Up to the last call of the step, so that nothing is asked of the network but what it is told.
         watching = Watching(before=self.component, skip=guided.calls - 1, stub=guided.stub)
         seen = self.subject.run(CONDITION_STEPS, [item], guided.changes, seed, **watching)

@@ -110,8 +110,7 @@ def _at(recording: Recording, item: Item, other: Item) -> Recording:
         beside = outputs_beside(runs[0][0], components_beside(*runs))
         stub = Stub(components_of(experts), runs[0][0].calls[-1].output, beside=beside)
         between = see_between(subject, recipe, recording.schedule, stub)
-    changes = {"invocation": invocation, "recipe": recipe, "marked": marked, "between": between, "proof": None}
-    return replace(recording, **changes)
+    return replace(recording, invocation=invocation, recipe=recipe, marked=marked, between=between, proof=None)
 
 
 def _arithmetic(recipe: Recipe) -> Any:
