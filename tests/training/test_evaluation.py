@@ -60,7 +60,9 @@ class ToySamples(Samples):
         conditions.of_sample = shape
         super().__init__(config, recording, conditions, CPU, lambda told: told)
 
-    def pictures(self, x0: torch.Tensor, pause: Callable[[], None]) -> torch.Tensor:
+    def pictures(
+        self, x0: torch.Tensor, pause: Callable[[], None], indices: Sequence[int] | None = None
+    ) -> torch.Tensor:
         pause()
         return x0.sigmoid()
 
