@@ -245,7 +245,7 @@ class Recorded:
         return self._negative
 
     def label_count(self) -> int | None:
-        """How many class labels the network knows, the null label of its guidance apart; None where nothing shows it."""
+        """How many class labels the network knows, the null label apart; None where nothing shows it."""
         if self.conditional != "label":
             return None
         return count_labels(self.network, self.invocation.item, self.probe, self._negative)
