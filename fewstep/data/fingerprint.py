@@ -143,7 +143,7 @@ def _digest(content: Any) -> str:
 
 
 def teacher_digest(recording: Recording, away: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What decides where a teacher's ODE leads, items and guidance apart: a digest for each part of it.
+    """What decides where a teacher's ODE leads, items and scales of guidance apart: a digest for each part of it.
 
     Args:
         recording: of the teacher.
@@ -157,7 +157,9 @@ def teacher_digest(recording: Recording, away: Mapping[str, str] | None = None) 
     networks = {name: part_digest(network, SAMPLED) for name, network in recording.networks.items()}
     schedule = json_sha256([recording.prediction_type, coefficients])
     encoders = {name: (away or {}).get(name) or part_digest(part) for name, part in encoding.items()}
-    return {**networks, **encoders, "schedule": schedule, "call": call_digest(recording)}
+    rescaling = recording.guidance.rescaling
+    more = {} if rescaling is None else {"guidance": json_sha256([rescaling.kind, rescaling.share])}
+    return {**networks, **encoders, "schedule": schedule, "call": call_digest(recording), **more}
 
 
 def memory_digests(pipeline: Any) -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from fewstep.conditioning.ragged import AnyConditioning, in_groups, join
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.ode import solver_step
 from fewstep.diffusion.prediction import expand, to_x0
+from fewstep.diffusion.rescaling import Rescaling
 from fewstep.diffusion.scales import GuidanceScale
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.errors import UserError
@@ -43,15 +44,18 @@ class GuidedDenoiser:
     converted to x0 once; of any other denoiser several x0 are combined. There is one network call for all answers where
     their conditionings can be joined, else one for each group of equal shape.
 
+    Where the teacher's pipeline brings its sum to the size of the positive answer, so is the network's here.
+
     Args:
         denoiser: the unguided one.
         guidance_scale: w_1.
         further: how many further answers the samples' conditionings have; 0 of a teacher without guidance.
         joint: all answers are asked in one call, else in one each: slower, and in less memory.
         later: w_2 and on, of teachers with more than two answers; they stay as they are whatever w_1 is.
+        rescaling: what is done to the sum of a network's answers; None: nothing.
 
     Raises:
-        UserError: a scale other than 1 without a further answer.
+        UserError: a scale other than 1 without a further answer; or rescaled guidance of what is no network's answer.
         ValueError: another number of later scales than of further answers beyond the first.
     """
 
@@ -62,6 +66,7 @@ class GuidedDenoiser:
         further: int = 1,
         joint: bool = True,
         later: Sequence[float] = (),
+        rescaling: Rescaling | None = None,
     ) -> None:
         if guidance_scale != 1.0 and not further:
             wish = guidance_scale if isinstance(guidance_scale, int | float) else guidance_scale.scales
@@ -71,11 +76,17 @@ class GuidedDenoiser:
             )
         if len(later) != max(further - 1, 0):
             raise ValueError(f"{further} further answers have {max(further - 1, 0)} later scales, not {len(later)}")
+        if rescaling is not None and guidance_scale != 1.0 and not _is_scaled_answer(denoiser):
+            raise UserError(
+                f"this teacher's guided sum is {rescaling.describe()}, which is for answers of the network itself, and "
+                "this method guides others; set --guidance_scale 1, or take dmd2 or rectified_flow"
+            )
         self.denoiser = denoiser
         self.guidance_scale = guidance_scale
         self.further = further
         self.joint = joint
         self.later = tuple(later)
+        self.rescaling = rescaling
 
     @property
     def calls(self) -> int:
@@ -85,7 +96,7 @@ class GuidedDenoiser:
     def of(self, denoiser: Denoiser, guidance_scale: GuidanceScale | None = None) -> GuidedDenoiser:
         """Another denoiser under the same guidance, or under another w_1."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return GuidedDenoiser(denoiser, scale, self.further, self.joint, self.later)
+        return GuidedDenoiser(denoiser, scale, self.further, self.joint, self.later, self.rescaling)
 
     def __call__(
         self,
@@ -105,14 +116,14 @@ class GuidedDenoiser:
             (number,) = weighed
             return self.denoiser(x_t, t, _told(conditioning, number))
         scale = _at(next(iter(weighed.values())), t, x_t)
-        network = self.denoiser.denoiser if isinstance(self.denoiser, Role) else self.denoiser
-        if not isinstance(network, NetworkDenoiser | ExpertsDenoiser):
-            return guide(*self._pair(self.denoiser, x_t, t, conditioning, weighed), scale)
-
-        def raw(x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
-            return network.raw(x_t, t, conditioning)
-
-        positive, negative = self._pair(raw, x_t, t, conditioning, weighed)
+        network = _network(self.denoiser)
+        ask = self.denoiser if network is None else _raw(network)
+        positive, negative = self._pair(ask, x_t, t, conditioning, weighed)
+        if network is None:
+            return self._sized(positive, negative, scale)
+        if self.rescaling is not None:
+            total = self._sized(positive, negative, scale)
+            return to_x0(total, network.prediction_type, x_t, network.schedule, t)
         return to_x0(positive, network.prediction_type, x_t, network.schedule, t, negative, scale)
 
     def step(
@@ -140,9 +151,23 @@ class GuidedDenoiser:
     def pair(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor]:
         """Two x0 (B, ...) that :func:`guide` makes the guided one of at any w_1.
 
-        Of two answers these are x0_positive and x0_negative; of more, both are moved by what the later scales add.
+        Of two answers these are x0_positive and x0_negative; of more, both are moved by what the later scales add. If
+        the sum is rescaled, they make it at this w_1 alone: x0_negative is then moved to where that sum leads from.
         """
-        return self._pair(self.denoiser, x_t, t, conditioning, self._weighed(None))
+        network = _network(self.denoiser)
+        if self.rescaling is None or network is None:
+            return self._pair(self.denoiser, x_t, t, conditioning, self._weighed(None))
+        raw = self._pair(_raw(network), x_t, t, conditioning, self._weighed(None))
+        scale = torch.as_tensor(self.scale_at(t, x_t), dtype=x_t.dtype, device=x_t.device)
+        answers = raw[0], self._sized(*raw, scale)
+        positive, guided = (to_x0(one, network.prediction_type, x_t, network.schedule, t) for one in answers)
+        # guide(positive, negative, w) = guided; at w = 1 any negative does.
+        return positive, positive - (guided - positive) / torch.where(scale == 1, torch.ones_like(scale), scale - 1)
+
+    def _sized(self, positive: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
+        """The sum (B, ...) of two answers (B, ...), rescaled where the teacher's is."""
+        total = guide(positive, negative, scale)
+        return total if self.rescaling is None else self.rescaling(total, positive)
 
     def _weighed(self, scale: GuidanceScale | Tensor | None) -> dict[int, GuidanceScale | Tensor | None]:
         """The answers that have a weight, by number from 0, and the scale between each of them and the next.
@@ -186,6 +211,30 @@ class GuidedDenoiser:
         both = join([one.alone() for one in told])
         said = in_groups(ask, torch.cat([x_t] * count), known_too(partial(_repeated, count=count), t), both)
         return list(said.chunk(count))[::-1]
+
+
+def _network(denoiser: Denoiser) -> NetworkDenoiser | ExpertsDenoiser | None:
+    """The network, or the networks, that a denoiser or a role is; None of anything else."""
+    network = denoiser.denoiser if isinstance(denoiser, Role) else denoiser
+    return network if isinstance(network, NetworkDenoiser | ExpertsDenoiser) else None
+
+
+def _raw(network: NetworkDenoiser | ExpertsDenoiser) -> Denoiser:
+    """A network's answers in its own prediction type, asked for as x0 is."""
+
+    def raw(x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
+        return network.raw(x_t, t, conditioning)
+
+    return raw
+
+
+def _is_scaled_answer(denoiser: Denoiser) -> bool:
+    """Whether a denoiser is a network, or gives its raw answers but for a factor, so that they may be rescaled."""
+    if _network(denoiser) is not None:
+        return True
+    # A flow network's velocity is its answer.
+    of = getattr(denoiser, "__self__", None)
+    return isinstance(of, NetworkDenoiser) and denoiser == of.velocity and of.prediction_type == "flow"
 
 
 def _at(scale: GuidanceScale | Tensor | None, t: Tensor, like: Tensor) -> float | Tensor:

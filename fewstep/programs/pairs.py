@@ -114,7 +114,8 @@ def _make_pairs(
     )
     identity = teacher_digest(recording)
     frozen = make_roles(RoleSettings(mixed_precision=config.mixed_precision), recording, (), device)["teacher"]
-    guided = GuidedDenoiser(frozen, scale, conditions.further, later=opened.later_scales)
+    later, rescaling = opened.later_scales, recording.guidance.rescaling
+    guided = GuidedDenoiser(frozen, scale, conditions.further, later=later, rescaling=rescaling)
     independent = config.share
 
     def begin(second: bool) -> PairMaker:

@@ -129,8 +129,7 @@ class Teacher:
     @property
     def later_scales(self) -> tuple[float, ...]:
         """The scales between its further answers, as the pipeline has them in the call; () of at most two answers."""
-        weighing = self.recording.guidance.weighing
-        return () if weighing is None else weighing.scales[1:]
+        return self.recording.guidance.later_scales
 
     def refuse_next_time(self, what: str) -> None:
         """Raise ``UserError`` for a network that is told the next time too; ``what`` says what that forbids."""

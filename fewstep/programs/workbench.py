@@ -214,7 +214,8 @@ class Workbench:
         """A role under guidance, by default the run's, which is the teacher's."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         joint = not self.config.sequential_guidance
-        return GuidedDenoiser(role, scale, self.further, joint, self.teacher.later_scales)
+        rescaling = self.recording.guidance.rescaling
+        return GuidedDenoiser(role, scale, self.further, joint, self.teacher.later_scales, rescaling)
 
     def tap(self, role: Role) -> FeatureTap:
         """Where a role's features are tapped, the same place in each of several experts."""

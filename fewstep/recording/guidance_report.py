@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fewstep.diffusion.rescaling import Rescaling
 from fewstep.recording.weighing import Weighing
 
 
 @dataclass(frozen=True)
 class GuidanceReport:
-    """What the recorder found out about a pipeline's guidance. Reported, not used: fewstep guides with its own formula.
+    """What the recorder found out about a pipeline's guidance.
+
+    Its formula is reported, not used: fewstep guides by its own. What was found of scales and rescaling is used.
 
     Attributes:
         off_argument: the keyword argument and value that switch classifier-free guidance off; None: there is none.
@@ -24,7 +27,7 @@ class GuidanceReport:
         remark: what could not be seen, in words.
         expert_formulas: `formula` of each of several networks that are split by time, in the same guided call.
         expert_scales: w of neg + w (pos - neg) of each of them in the pipeline's call as it was given; 1 is off.
-        weighing: how the answers of a pipeline that is told pictures are weighed; None: not seen.
+        weighing: how the answers are weighed, of a pipeline that is told pictures or rescales the sum; None: not seen.
         pictures: what each of its answers beside the positive one is told of the item's picture, in words.
     """
 
@@ -42,6 +45,16 @@ class GuidanceReport:
     expert_scales: tuple[float, ...] = ()
     weighing: Weighing | None = None
     pictures: tuple[str, ...] = ()
+
+    @property
+    def later_scales(self) -> tuple[float, ...]:
+        """The scales between the further answers; () of at most two answers."""
+        return () if self.weighing is None else self.weighing.scales[1:]
+
+    @property
+    def rescaling(self) -> Rescaling | None:
+        """What is done to the weighed sum; None: nothing, or nothing that was understood."""
+        return None if self.weighing is None else self.weighing.rescaled
 
     def describe(self) -> str:
         """One line for people."""

@@ -13,17 +13,14 @@ from fewstep.recording.errors import RecordingError
 from fewstep.recording.fit import fit_sample
 from fewstep.recording.formula import NO_RESPONSE, FormulaFit, GuidedCall, expert_guidance
 from fewstep.recording.guidance_report import GuidanceReport
-from fewstep.recording.invocation import SCALES, Invocation
+from fewstep.recording.guided_runs import guided_runs, scale_arguments
+from fewstep.recording.invocation import Invocation
 from fewstep.recording.observation import Step
 from fewstep.recording.shake import shaken
 from fewstep.recording.subject import Subject
+from fewstep.recording.weighing import Weighing, weigh
 
 _STEPS = 4
-
-
-def scale_arguments(invocation: Invocation) -> list[str]:
-    """The arguments of the pipeline's call that hold a guidance scale."""
-    return [name for name in invocation.parameters if name.endswith(SCALES)]
 
 
 def unguided_step(step: Step, component: str, *, beside: bool = False) -> bool:
@@ -165,6 +162,11 @@ def record_guided(
     if words == NO_RESPONSE:
         with shaken(*denoisers.networks):
             fitted, linear, offset, words = fit(_guided_steps(subject, changes))
+    weighing: Weighing | None = None
+    if linear is False and denoisers.visits is None:
+        weighing = weigh(guided_runs(subject, denoisers, changes, name, found.scale), positive)
+        weighing = None if weighing is None or weighing.rescaled is None else weighing
+        offset = weighing.follows[0][1] if weighing is not None and weighing.follows[0] is not None else offset
     default = subject.invocation.default(name)
     report = GuidanceReport(
         off_argument=(name, found.off),
@@ -177,6 +179,7 @@ def record_guided(
         linear=linear,
         offset=offset,
         remark=words if certain else "the prompt changes neither half, so their order was not seen",
+        weighing=weighing,
     )
     if denoisers.visits is not None:
         formulas, scales = expert_guidance(subject, fit, denoisers.visits, pieces, (name, found.off))

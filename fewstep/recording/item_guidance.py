@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fewstep.conditioning.conditioning import Conditioning
@@ -18,20 +17,18 @@ from fewstep.conditioning.tree import Leaf, leaves
 from fewstep.recording.call_parts import same_conditioning
 from fewstep.recording.denoisers import Denoisers
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.experts import components_of
 from fewstep.recording.formula import FormulaFit, GuidedCall, expert_guidance
 from fewstep.recording.guidance_report import GuidanceReport
-from fewstep.recording.guided import Guided, find_guided, scale_arguments
+from fewstep.recording.guided import Guided, find_guided
+from fewstep.recording.guided_runs import guided_runs
 from fewstep.recording.item_learning import Told
 from fewstep.recording.item_marks import moved_paths
 from fewstep.recording.items import with_pictures_of
-from fewstep.recording.observation import Step, Stub
+from fewstep.recording.observation import Step
 from fewstep.recording.subject import Subject
-from fewstep.recording.weighing import GuidedRun, Weighing, weigh
+from fewstep.recording.weighing import Weighing, weigh
 
 _STEPS = 4
-# Runs at several scales tell a number of the sum from an argument of the call.
-_RUNS = 4
 
 
 def record_item_guidance(
@@ -52,7 +49,8 @@ def record_item_guidance(
     if isinstance(found, str):
         return GuidanceReport(embedded=bool(embedded), remark=found), None
     positive = _positive(subject, denoisers, found, embedded, told)
-    weighing = weigh(_runs(subject, denoisers, found), positive)
+    runs = guided_runs(subject, denoisers, found.changes, found.name, found.scale)
+    weighing = weigh(runs, positive)
     if weighing is None and len(found.pieces) > 2:
         raise RecordingError(
             f"a guided step of {subject} asks its network for {len(found.pieces)} answers and weighs them in a way "
@@ -128,34 +126,6 @@ def _positive(subject: Subject, denoisers: Denoisers, found: Guided, embedded: s
 
 def _first(subject: Subject, changes: dict[str, Any], item: Item | None = None) -> Step:
     return subject.run(_STEPS, None if item is None else [item], changes, steps=1).steps[0]
-
-
-def _runs(subject: Subject, denoisers: Denoisers, found: Guided) -> list[GuidedRun]:
-    """Guided runs at several values of every scale of the call, the first at its own."""
-    invocation = subject.invocation
-    own = {name: invocation.default(name) for name in scale_arguments(invocation)} | {found.name: found.scale}
-    values = {name: float(value) for name, value in own.items() if isinstance(value, int | float)}
-    runs = [_run(subject, denoisers, found.changes, values)]
-    for number in range(1, _RUNS):
-        # Other differences for each, so that no two scales are mistaken for each other.
-        other = {name: value + number * (0.5 + 0.35 * place) for place, (name, value) in enumerate(values.items())}
-        try:
-            runs.append(_run(subject, denoisers, {**found.changes, **other}, other))
-        except RecordingError:  # a scale that the pipeline refuses: the guiding one alone
-            other = values | {found.name: found.scale + number}
-            runs.append(_run(subject, denoisers, {**found.changes, found.name: other[found.name]}, other))
-    return runs
-
-
-def _run(subject: Subject, denoisers: Denoisers, changes: dict[str, Any], values: dict[str, float]) -> GuidedRun:
-    # Noise in the place of answers shows the sum whatever the weights are.
-    stub = Stub(components_of(denoisers.experts), live=frozenset({0}), scramble=True)
-    steps = subject.run(_STEPS, changes=changes, steps=3, stub=stub).steps[1:]
-    first = denoisers.experts[0].component
-    steps = [step for step in steps if all(call.component == first for call in denoisers.calls(step))] or steps[:1]
-    answers = [denoisers.answers(step) for step in steps]
-    columns: list[Tensor] = [torch.cat(column) for column in zip(*answers, strict=True)]
-    return GuidedRun(values, columns, torch.cat([step.model_output[:1] for step in steps]))
 
 
 def _pictures(subject: Subject, denoisers: Denoisers, found: Guided, order: tuple[int, ...]) -> tuple[str, ...]:

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning, mark, remark
-from fewstep.conditioning.tree import Leaf
-from fewstep.recording.call_parts import answers, network_calls, repeated, without_sample
+from fewstep.recording.call_parts import without_sample
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.formula import GuidedCall
 from fewstep.recording.guided import another_item
+from fewstep.recording.guided_proof import guided_errors
 from fewstep.recording.item_proof import guided_item_errors, item_errors
 from fewstep.recording.items import with_pictures_of
-from fewstep.recording.observation import NetworkCall, Observation, Step
+from fewstep.recording.observation import Observation, Step
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.proof_runs import (
     STEPS,
@@ -177,7 +176,7 @@ def _pair_checks(recording: Recorded, seed: int, notes: list[str], prefix: str) 
                 raise
             notes.append(f"guided with two prompts, the pipeline itself fails and was not compared ({error})")
             continue
-        errors = _guided_errors(recording, guided, seen, len(items), notes)
+        errors = guided_errors(recording, guided, seen, len(items), notes)
         checks += [Check(f"{prefix}guided, {words}{part}", error, allowed) for part, error in errors.items()]
     return checks
 
@@ -239,62 +238,6 @@ def _mixed_pair_error(recording: Recorded, steps: list[Step], pair: list[int], n
     mixed = call([0, 1])
     unmixed = torch.stack([call([0, 0])[0], call([1, 1])[1]])
     return relative_error(mixed, unmixed)
-
-
-def _guided_errors(
-    recording: Recorded, guided: GuidedCall, seen: Observation, batch: int, notes: list[str]
-) -> dict[str, float]:
-    """Errors of the guided run's separate answers, and of their linear combination."""
-    recipe, report = recording.recipe, recording.guidance
-    parts: dict[str, float] = {}
-    formulas = dict(zip(recording.components, report.expert_formulas or [report.formula], strict=True))
-    for step, own in own_calls(recording, seen):
-        formula = formulas[recording.expert_at(step.timestep).component]
-        calls = network_calls(step, recording.components)
-        found = torch.cat(answers(calls, recipe, step, batch))
-        got = []
-        alone = len(found) == batch  # this expert is not guided
-        for i, call in enumerate(calls):
-            rows = len(call.arguments[recipe.sample.argument])
-            x = repeated(step.network_input, rows, batch)
-            piece = guided.positive if alone else i
-            got.append(own(x, _guided_conditioning(recording, guided, call, piece, rows, batch, notes)))
-        result = torch.cat(got)
-        parts[""] = max(parts.get("", 0.0), relative_error(result, found))
-        if formula is not None and report.formula_scale is not None:
-            n, p = formula
-            if alone:
-                negative = positive = result
-            else:
-                negative, positive = (result[k * batch : (k + 1) * batch] for k in (guided.negative, guided.positive))
-            wanted = step.model_output[:batch]
-            scale = max(abs(n), abs(p)) * max(positive.abs().max().item(), negative.abs().max().item(), 1e-30)
-            error = (n * negative + p * positive - wanted).abs().max().item() / scale
-            parts[", combined"] = max(parts.get(", combined", 0.0), error)
-    if report.linear is False:
-        notes.append("the pipeline's guided sum is not linear, so only its parts were compared")
-    return parts
-
-
-def _guided_conditioning(
-    recording: Recorded, guided: GuidedCall, call: NetworkCall, index: int, rows: int, batch: int, notes: list[str]
-) -> Conditioning:
-    """What the guided call's own pieces were told; for one prompt: this recording's own positive and negative."""
-    # Passed on whole, not taken apart: beside longer prompts it may hold other arguments (a mask) than alone.
-    whole = Conditioning({n: Leaf(value) for n, value in without_sample(call, recording.recipe).items()}, rows)
-    if batch > 1:
-        return whole
-    pieces = range(rows) if rows > 1 else [index]
-    negative = recording.negative()
-    assert negative is not None  # it was recorded with the guided call
-    own = {guided.negative: negative, guided.positive: own_conditioning(recording)}
-    try:
-        return Conditioning.cat([own[piece] for piece in pieces])
-    except ValueError:
-        notes.append(
-            "the pipeline pads a prompt to its negative's length; alone, as users without guidance do, it does not"
-        )
-        return whole
 
 
 def _ignored(recording: Recorded, seed: int) -> dict[str, list[str]]:

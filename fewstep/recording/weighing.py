@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.rescaling import KINDS, Rescaling
+
 # Relative: what a fit leaves, in float32 and in bfloat16.
 _CLOSE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _CLOSE_IN_HALF = 2e-2
@@ -44,8 +46,7 @@ class Weighing:
         follows: for each of them the argument that it follows, and what it is more than that; None: not seen.
         places: w_1 at each place along ``axis`` of (B, *sample_shape), where it differs there.
         axis: see ``places``.
-        rescaled: "" for a plain sum; "tokens" or "whole" where it is then given the positive's norm over the last axis,
-            or shrunk to it over all of a sample.
+        rescaled: what is then done to the sum; None: nothing.
     """
 
     order: tuple[int, ...]
@@ -53,15 +54,14 @@ class Weighing:
     follows: tuple[tuple[str, float] | None, ...] = ()
     places: tuple[float, ...] = ()
     axis: int = 0
-    rescaled: str = ""
+    rescaled: Rescaling | None = None
 
     def describe(self) -> str:
         """In words."""
         if self.places:
             ends = f"{self.places[0]:.4g} to {self.places[-1]:.4g}"
             return f"a scale for each of {len(self.places)} places along axis {self.axis}, {ends}"
-        norm = {"": "", "tokens": ", brought to the positive's norm over the last axis"}
-        words = norm.get(self.rescaled, ", shrunk to the positive's norm")
+        words = "" if self.rescaled is None else f", {self.rescaled.describe()}"
         pairs = zip(self.scales, self.follows, strict=True)
         named = [f"{w:.4g}" + (f" ({name[0]})" if name else "") for w, name in pairs]
         return f"scales {', '.join(named)}{words}"
@@ -76,7 +76,7 @@ class Weighing:
         else:
             scales = self.scales
         total = answers[-1] + sum((w * step for w, step in zip(scales, steps, strict=True)), torch.zeros(()))
-        return _RESCALED[self.rescaled](total, answers[0])
+        return total if self.rescaled is None else self.rescaled(total, answers[0])
 
 
 def weigh(runs: Sequence[GuidedRun], positive: int) -> Weighing | None:
@@ -102,9 +102,9 @@ def weigh(runs: Sequence[GuidedRun], positive: int) -> Weighing | None:
                 return Weighing(order, own, follows)
             if len(each) == 1:
                 found = Weighing(order, own, follows)
-    if found is None and len(others) == 1:
+    if len(others) == 1 and (found is None or found.follows == (None,)):
         order = (positive, others[0])
-        return _placed(runs[0], order) or _rescaled(runs, order)
+        found = (None if found else _placed(runs[0], order)) or _rescaled(runs, order) or found
     return found
 
 
@@ -151,36 +151,23 @@ def _stated(places: list[float], run: GuidedRun) -> tuple[float, ...]:
 
 
 def _rescaled(runs: Sequence[GuidedRun], order: tuple[int, int]) -> Weighing | None:
-    """A sum that is then given another norm."""
-    for kind, name, more in itertools.product(("tokens", "whole"), runs[0].values, (0.0, 1.0)):
-        fits = []
+    """A sum that is then brought to the positive's size, by one share in all runs."""
+    for kind, name, more in itertools.product(KINDS, runs[0].values, (0.0, 1.0)):
+        sums = []
         for run in runs:
-            weighing = Weighing(order, (run.values[name] + more,), ((name, more),), rescaled=kind)
-            answers = [run.answers[number].double() for number in order]
-            # The norm over a whole sample is that of each step's.
-            made = torch.cat([weighing.combined(step) for step in zip(*(a.split(1) for a in answers), strict=True)])
-            fits.append((made - run.target).norm() <= _allowed(run.target) * run.target.double().norm())
-        if all(fits):
-            return Weighing(order, (runs[0].values[name] + more,), ((name, more),), rescaled=kind)
+            positive, negative = (run.answers[number].double() for number in order)
+            total = torch.lerp(negative, positive, run.values[name] + more)
+            sums.append((run.target.double(), total, total * (Rescaling(kind).factor(total, positive) - 1)))
+        share = sum(float(((target - total) * change).sum()) for target, total, change in sums)
+        share /= max(sum(float(change.square().sum()) for *_, change in sums), 1e-300)
+        allowed = _allowed(runs[0].target)
+        if abs(share - round(share, 2)) < 10 * allowed:  # calls name such numbers
+            share = round(share, 2)
+        left = [(target - total - share * change).norm() / target.norm() for target, total, change in sums]
+        if 0 < share <= 1 and all(one <= allowed for one in left):
+            return Weighing(order, (runs[0].values[name] + more,), ((name, more),), rescaled=Rescaling(kind, share))
     return None
 
 
 def _allowed(like: Tensor) -> float:
     return _CLOSE.get(like.dtype, _CLOSE_IN_HALF)
-
-
-def _same(total: Tensor, _positive: Tensor) -> Tensor:
-    return total
-
-
-def rescale_last_axis(guided: Tensor, positive: Tensor) -> Tensor:
-    """``guided`` with the norm of ``positive`` along the last axis (per token); both (B, ..., C)."""
-    return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
-
-
-def rescale_norm(guided: Tensor, positive: Tensor) -> Tensor:
-    """``guided`` shrunk, never grown, to the norm of ``positive`` over the whole tensor; both (B, ...)."""
-    return guided * (positive.norm() / guided.norm()).clamp(max=1.0)
-
-
-_RESCALED = {"": _same, "tokens": rescale_last_axis, "whole": rescale_norm}

@@ -37,6 +37,9 @@ SHOWN = (
     "Wan22TI2V",
     "WanFirstLastFrame",
     "HunyuanVideoImageToVideo",
+    "QwenImageEditPlus",
+    "ControlNetXL",
+    "StableVideoDiffusion",
 )
 RUNS = [
     ("InstructPix2Pix", "dmd2", "lora"),

@@ -10,7 +10,7 @@ from picture_pipeline import CHANNELS, PictureNetwork, picture
 from torch import Tensor
 
 #: Every way in which such a pipeline is guided here.
-WAYS = ("one_call", "two_calls", "dropped", "other_picture", "rescaled", "plus_one", "drawn")
+WAYS = ("one_call", "two_calls", "dropped", "other_picture", "rescaled", "deviation", "plus_one", "drawn")
 
 
 class GuidedPictures(DiffusionPipeline):
@@ -84,6 +84,8 @@ class GuidedPictures(DiffusionPipeline):
         total = away + scales["guidance_scale"] * (positive - away)
         if self.way == "rescaled":
             total = total * positive.norm(dim=-1, keepdim=True) / total.norm(dim=-1, keepdim=True)
+        if self.way == "deviation":
+            total = 0.7 * total * positive.std() / total.std() + 0.3 * total
         return total
 
 

@@ -10,6 +10,7 @@ import torch
 from guided_pictures import WAYS, GuidedPictures, PlacedPictures, ThreeAnswers, guided_items, guided_pictures
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.diffusion.rescaling import Rescaling
 from fewstep.recording import Recording, RecordingError, record
 from fewstep.recording.weighing import GuidedRun, weigh
 
@@ -33,7 +34,8 @@ def test_every_way_of_guiding_is_recorded_and_proven(way: str) -> None:
     assert report.off_argument == ("guidance_scale", 0.0 if way == "plus_one" else 1.0)
     assert report.argument_scale == 4.0 and report.offset == more and recording.further == 1
     assert weighing is not None and weighing.scales == (4.0 + more,)
-    assert weighing.rescaled == ("tokens" if way == "rescaled" else "") and report.linear is (way != "rescaled")
+    rescaled = {"rescaled": Rescaling("tokens"), "deviation": Rescaling("deviation", 0.7)}
+    assert weighing.rescaled == rescaled.get(way) and report.linear is (way not in rescaled)
     assert report.calls == (2 if way == "two_calls" else 1)
     wanted = {
         "dropped": "zeros in the place of the picture (hidden_states)",

@@ -25,6 +25,7 @@ from diffusers.schedulers import DDPMScheduler
 from PIL import Image
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.diffusion.rescaling import Rescaling
 from fewstep.recording import Recording, RecordingError, record
 
 SOAK = pytest.mark.soak
@@ -78,7 +79,7 @@ def is_guided_as(entry: dict[str, Any], recording: Recording) -> None:
     assert recording.further == answers - 1 == ("three-answers" in mechanisms) + 1
     assert weighing is not None and len(weighing.scales) == (0 if weighing.places else answers - 1)
     assert bool(weighing.places) == ("per-frame-guidance" in mechanisms)
-    assert weighing.rescaled == ("tokens" if "rescaled-guidance" in mechanisms else "")
+    assert weighing.rescaled == (Rescaling("tokens") if "rescaled-guidance" in mechanisms else None)
     told = {"image-dropped": "zeros in the place", "negative-other-image": "another picture"}
     words = next((told[one] for one in mechanisms if one in told), "the item's picture")
     assert recording.guidance.pictures[-1].startswith(words)

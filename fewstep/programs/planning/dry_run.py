@@ -147,9 +147,8 @@ class DryRun:
     def guided(self, role: Role, guidance_scale: GuidanceScale | None = None) -> GuidedDenoiser:
         """As in a run."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        weighing = self.recording.guidance.weighing
-        later = () if weighing is None else weighing.scales[1:]
-        return GuidedDenoiser(role, scale, self.further, not self.config.sequential_guidance, later)
+        joint, report = not self.config.sequential_guidance, self.recording.guidance
+        return GuidedDenoiser(role, scale, self.further, joint, report.later_scales, report.rescaling)
 
     def tap(self, role: Role) -> FeatureTap:
         """As in a run, but its place alone is looked up: which tokens are the image is not observed."""
