@@ -27,6 +27,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from item_sets import tiny_editor, write_items
+from zoo_image import REFERENCES
 
 from fewstep.pytest_plugin import add_options
 
@@ -83,6 +84,16 @@ def texts_as_they_are() -> Iterator[None]:
     """Wan's pipelines repair texts with ftfy, which need not be installed here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builtins, "ftfy", SimpleNamespace(fix_text=str), raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_references() -> Iterator[None]:
+    """QwenImageEditPlus brings its references to fewer pixels than its class says: the same mechanism, sooner."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", REFERENCES)
         yield
 
 

@@ -14,6 +14,13 @@ FOLDER = Path(__file__).resolve().parents[2] / "shared" / "zoo-image"
 MANIFEST: dict[str, dict[str, Any]] = (
     json.loads((FOLDER / "manifest.json").read_text()) if (FOLDER / "manifest.json").is_file() else {}
 )
+#: QwenImageEditPlus brings every reference to 1024 times 1024 pixels, and its encoder would take most of a test for it.
+REFERENCES = 64 * 64
+#: The same in a program.
+SMALL_REFERENCES = f"""
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = {REFERENCES}
+"""
 
 
 def load(name: str) -> Any:

@@ -75,6 +75,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mft": ("mf_rae", {**PAIRS, "apart": 0.75, "stages": "mfd:2,mft", "data": "", "label_drop": 0.5}),
     "any_flow, data": ("any_flow", {**CRITIC, "map_steps": 2, "velocity": "data", "rebalance": False, "data": ""}),
     "speed_up_net": ("speed_up_net", {**PAIRS, "solver_steps": 2, "teacher": "text"}),
+    "dmd2, items": ("dmd2", {**CRITIC, "teacher": "items"}),
+    "rectified flow, items": ("rectified_flow", {**PAIRS, "steps": 1, "teacher": "items"}),
 }
 
 

@@ -69,6 +69,10 @@ student.set_progress_bar_config(disable=True)
 call = {**about["call"], **json.loads(told), "output_type": "np", "generator": torch.Generator().manual_seed(0)}
 assert numpy.isfinite(student(**call).images).all()
 """
+#: The same of a student that is told a picture, at the place that is given.
+_STOCK_EDITOR = _STOCK.replace("json.loads(told)", '{"prompt": "a cat", "image": PIL.Image.open(told)}').replace(
+    "import json, sys", "import json, sys, PIL.Image"
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +94,12 @@ def saved(pipeline: Any, network: str, folder: Path) -> Path:
     return folder
 
 
-def start(launcher: str, method: str, teacher: Path, out: Path, flags: str) -> "subprocess.Popen[str]":
+def start(
+    launcher: str, method: str, teacher: Path, out: Path, flags: str, items: Path | None = None
+) -> "subprocess.Popen[str]":
     words = [sys.executable, "-W", "ignore", "-m", *LAUNCHERS[launcher], "-m", f"fewstep.trainers.{method}"]
     told = ["--prompts", str(teacher / "prompts.txt")] if method in TOLD_TEXTS else ["--classes", "0-2"]
+    told = told if items is None else ["--items", str(items)]
     words += ["--teacher", str(teacher), "--out", str(out), *told, *f"{RUN} {SETTINGS[method]} {flags}".split()]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
@@ -125,6 +132,20 @@ def test_two_processes_end_in_a_student_that_stock_diffusers_loads(
     for folder in runs:
         rows = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert rows == [1, 2, 3]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("flags", ["", "--lora_rank 2 --merge"])
+def test_two_processes_that_look_at_pictures(editor: Path, items: Path, tmp_path: Path, flags: str) -> None:
+    """Guided by three answers, each process with items of its own."""
+    out, guided = tmp_path / "two", "--guidance_scale 6 --image_guidance_scale 1.5"
+    run = start("accelerate", "dmd2", editor, out, f"{guided} {flags}", items)
+    said = finish(run)
+    assert run.returncode == 0, said[-4000:]
+    assert said.count("2 processes on cpu") == 1
+    run_stock(_STOCK_EDITOR, str(out / "student"), str(items.parent / "0.png"))
+    rows = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [1, 2, 3]
 
 
 @pytest.mark.soak

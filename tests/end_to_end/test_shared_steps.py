@@ -27,6 +27,7 @@ from fewstep.training.run_folder import read_config
 from tests.checkpoints import load_latest
 from tests.end_to_end.method_cases import CASES, LORA, RUN, images
 from tests.forked import well
+from tests.item_sets import tiny_editor, write_items
 from tests.tiny_pipelines import tiny_dit, tiny_stable_diffusion
 
 EVERY = [
@@ -93,10 +94,14 @@ def trained(place: Path, pipeline: Any, case: str, processes: int, share: dict[s
         settings["data"] = str(place.parent / "images")
     if "init" in settings:
         settings["init"] = str(begun(place.parent, pipeline, {name: more[name] for name in LORA if name in more}))
-    if settings.pop("teacher", None) == "text":
+    kind = settings.pop("teacher", None)
+    if kind == "text":
         (place.parent / "prompts.txt").write_text("a cat\na dog\ntwo cats\n")
         settings |= {"classes": None, "prompts": str(place.parent / "prompts.txt"), "merge": False}
         pipeline = texts()
+    if kind == "items":
+        settings |= {"classes": None, "items": str(write_items(place.parent / "items", 3))}
+        pipeline = editor()
     work = partial(train, pipeline, place, method, settings)
     well(processes, lambda rank: work(rank), Path(f"{place}_said"))
     return found(place)
@@ -148,6 +153,14 @@ def assert_same_weights(ours: dict[str, Tensor], theirs: dict[str, Tensor], tole
 def texts() -> Any:
     """A teacher of prompts."""
     pipeline = tiny_stable_diffusion()
+    with shaken(pipeline.unet):
+        return copy.deepcopy(pipeline)
+
+
+@functools.cache
+def editor() -> Any:
+    """A teacher of prompts with a picture each, which is guided by three answers."""
+    pipeline = tiny_editor()
     with shaken(pipeline.unet):
         return copy.deepcopy(pipeline)
 

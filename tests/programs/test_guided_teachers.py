@@ -14,13 +14,11 @@ from fewstep.conditioning.ragged import join, with_others
 from fewstep.diffusion.prediction import expand, from_x0, to_x0
 from fewstep.errors import UserError
 from fewstep.networks.guidance import GuidedDenoiser, guide
-from fewstep.networks.make_roles import RoleSettings, make_roles
-from fewstep.networks.roles import Role
-from fewstep.programs.teacher import TeacherSettings, guidance_of
-from fewstep.recording import Recording, record
+from fewstep.recording import record
 from fewstep.recording.proof_runs import each, relative_error, run
 from fewstep.recording.second_switch import switched
 from fewstep.recording.shake import shaken
+from tests.guided_teachers import guided_teacher
 
 pytestmark = pytest.mark.usefixtures("texts_as_they_are")
 ZOO = (
@@ -34,15 +32,6 @@ ZOO = (
     "ControlNetXL",
     "StableVideoDiffusion",
 )
-
-
-def guided_teacher(recording: Recording, call: dict[str, Any]) -> tuple[Role, GuidedDenoiser]:
-    """The teacher's role, and that under the guidance of the call."""
-    report = recording.guidance
-    scale = guidance_of(TeacherSettings(teacher="t", call=call), recording)
-    role = make_roles(RoleSettings(), recording, (), torch.device("cpu"))["teacher"]
-    further, rescaling = recording.further, report.rescaling
-    return role, GuidedDenoiser(role, scale, further, later=report.later_scales, rescaling=rescaling)
 
 
 def furthest(pipeline: Any, items: list[dict[str, Any]] | None = None, asked: int | None = None, **call: Any) -> float:
