@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,14 @@ from guided_pictures import PlacedPictures, ThreeAnswers, guided_items, guided_p
 from tiny_pipelines import tiny_stable_diffusion
 
 from fewstep.conditioning.ragged import join, with_others
+from fewstep.data.fingerprint import teacher_digest
 from fewstep.diffusion.prediction import expand, from_x0, to_x0
+from fewstep.diffusion.rescaling import Rescaling
 from fewstep.errors import UserError
 from fewstep.networks.guidance import GuidedDenoiser, guide
+from fewstep.programs.methods import method_class
+from fewstep.programs.planning.dry_run import DryRun
+from fewstep.programs.workbench import open_workbench
 from fewstep.recording import record
 from fewstep.recording.proof_runs import each, relative_error, run
 from fewstep.recording.second_switch import switched
@@ -95,17 +102,24 @@ def test_teachers_that_look_at_a_picture(name: str) -> None:
 # --- rescaled guidance ------------------------------------------------------------------------------------------------
 
 
-def test_a_text_teacher_whose_call_rescales_its_guidance() -> None:
-    pipeline = tiny_stable_diffusion()
+def test_a_text_teacher_whose_call_rescales_its_guidance(tmp_path: Path) -> None:
+    """In a run and in its plan; pairs of a teacher that was guided by the plain sum are another one's."""
+    pipeline, call = tiny_stable_diffusion(), {"guidance_scale": 5.0, "guidance_rescale": 0.7}
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    told = {"prompts": str(tmp_path / "prompts.txt"), "call": call, "out": str(tmp_path / "run")}
+    config = method_class("dmd2").Config(teacher="t", cpu=True, report_to="none", **told)
     with shaken(pipeline.unet):
-        call = {"prompt": "a cat", "guidance_scale": 5.0, "guidance_rescale": 0.7}
-        assert furthest(pipeline, **call) <= 1e-5
-        recording = record(pipeline, **call)
-        rescaling = recording.guidance.rescaling
-        assert rescaling is not None and (rescaling.kind, rescaling.share) == ("deviation", 0.7)
-        assert "standard deviation by a share of 0.7" in recording.guidance.describe()
-        checks = {check.name: check.error for check in recording.prove().checks}
-        assert checks["guided, one sample, combined"] <= 1e-6
+        assert furthest(pipeline, prompt="a cat", **call) <= 1e-5
+        bench = open_workbench(config, "cpu", pipeline)
+        checks = {check.name: check.error for check in bench.recording.prove().checks}
+    assert checks["guided, one sample, combined"] <= 1e-6
+    report = bench.recording.guidance
+    assert report.rescaling == Rescaling("deviation", 0.7)
+    assert "standard deviation by a share of 0.7" in report.describe()
+    for one in (bench, DryRun(config, "dmd2", bench.recording)):
+        assert one.guided(one.make_roles()["teacher"]).rescaling == report.rescaling
+    plain = replace(bench.recording, guidance=replace(report, weighing=None))
+    assert teacher_digest(bench.recording).keys() - teacher_digest(plain).keys() == {"guidance"}
 
 
 @pytest.mark.soak
