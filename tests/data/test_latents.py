@@ -158,6 +158,7 @@ def test_latents_are_known_by_their_contents(tmp_path: Path, recording: Recordin
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_the_command_encodes_and_a_run_trains_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     tiny_stable_diffusion().save_pretrained(tmp_path / "teacher")
     source, out = image_sets.tars(tmp_path / "data"), tmp_path / "latents"

@@ -55,7 +55,7 @@ def dit_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [(tiny_flow, {"max_sequence_length": 8}, 2.0), (tiny_stable_diffusion, {}, 3.0), (tiny_edm, {}, 1.0)],
     ids=["flow", "table", "edm"],
 )
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["euler", pytest.param("heun", marks=pytest.mark.soak)])
 def test_a_pair_is_noise_and_what_the_guided_teacher_makes_of_it(
     builder, call: dict, guidance: float, solver: str, prompts: str, tmp_path: Path
 ):
@@ -78,6 +78,7 @@ def test_a_pair_is_noise_and_what_the_guided_teacher_makes_of_it(
     torch.testing.assert_close(x0, own[0], rtol=1e-4, atol=1e-4 * float(own.abs().max()))
 
 
+@pytest.mark.soak
 def test_the_pairs_are_bit_equal_for_any_processes_and_after_kills(tmp_path: Path):
     script = Path(__file__).parents[1] / "tiny_pairs.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

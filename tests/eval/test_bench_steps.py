@@ -45,6 +45,7 @@ def measured(cases: Sequence[Case], folder: Path) -> None:
         assert one.networks is not None or one.case.method == "mean_flow"
 
 
+@pytest.mark.soak
 def test_steps_are_measured_with_full_copies_and_adapters(tmp_path: Path) -> None:
     measured([DMD2, Case("lora", "dmd2", {"steps": 2, "lora_rank": 2}, (6,))], tmp_path)
 

@@ -22,6 +22,7 @@ def test_the_compared_network_has_a_hundred_million_parameters() -> None:
     assert sum(parameter.numel() for parameter in network.parameters()) > 100e6
 
 
+@pytest.mark.soak
 def test_lora_roles_are_planned_to_take_a_third_of_what_full_copies_take() -> None:
     planned = {side: estimate("dit", **settings) for side, settings in SIDES.items()}
     assert planned["lora"] <= AT_MOST * planned["full"]

@@ -41,6 +41,7 @@ def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Monitor, "advance", stop)
 
 
+@pytest.mark.soak
 def test_a_stopped_training_goes_on_to_the_same_student(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +83,7 @@ def test_calls_are_those_of_all_steps() -> None:
     assert calls["critic"] == {"no_grad": 2 * 2, "to_parameters": 4 * 2}
 
 
+@pytest.mark.soak
 def test_calls_hold_the_pairs_that_a_run_makes() -> None:
     settings = {"num_pairs": 8, "pair_steps": 3, "pair_solver": "heun", "max_steps": 5, "batch_size": 4}
     calls = network_calls(Training("reflow", "rectified_flow", "fashion-flow", 4, settings=settings))
@@ -90,6 +92,7 @@ def test_calls_hold_the_pairs_that_a_run_makes() -> None:
     assert "pairs" not in network_calls(Training("mean", "mean_flow", "fashion-flow", 4, settings=images))
 
 
+@pytest.mark.soak
 def test_a_student_from_scratch_starts_from_fresh_weights(tmp_path: Path) -> None:
     fresh = load_file(fresh_pipeline("fashion-sd", 3, tmp_path) / WEIGHTS)
     theirs = load_file(teacher_path("fashion-sd") / WEIGHTS)

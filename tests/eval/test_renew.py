@@ -74,6 +74,7 @@ def results(tmp_path: Path) -> Callable[[Path], Path]:
     return write
 
 
+@pytest.mark.soak
 def test_results_of_files_in_another_form_are_bound_to_the_new_ones(
     tmp_path: Path, results: Callable[[Path], Path]
 ) -> None:

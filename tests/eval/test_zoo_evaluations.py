@@ -49,7 +49,9 @@ def numbers(out: Path) -> list[Any]:
     return [[row[name] for name in ("model", "steps", "nfe", "metrics", "spread")] for row in content["rows"]]
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.soak] * (k == "Wan")) for k in KINDS])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.soak] * (k in ("StableDiffusion", "Wan"))) for k in KINDS]
+)
 def test_the_whole_evaluation(zoo: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (samples, viewers):  # chunks that are worth a kill
         monkeypatch.setattr(module, "BLOCK", 8)

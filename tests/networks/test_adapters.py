@@ -70,7 +70,7 @@ def gradients(p: Players, shape: Callable[[Players], Pairs], name: str) -> dict[
     return {key: parameter.grad for key, parameter in role.named_parameters()}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.soak), True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_are_those_of_separate_networks(recording: Recording, shape: str, checkpointing: bool):
     expected = gradients(players(recording, separate=True), *SHAPES[shape])
@@ -202,6 +202,7 @@ def fastest(action: Callable[[], None]) -> float:
     return min(durations)
 
 
+@pytest.mark.soak
 def test_compiled_there_is_one_graph_for_a_role_and_none_after():
     import torch._dynamo
 

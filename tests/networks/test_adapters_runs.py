@@ -78,7 +78,11 @@ def run_dmd2(recording: Recording, out: Path, *, separate: bool, dtype: torch.dt
 
 
 @pytest.mark.parametrize(
-    ("dtype", "checkpointing"), [(torch.float32, False), (torch.bfloat16, True)], ids=["float32", "bf16, checkpointed"]
+    ("dtype", "checkpointing"),
+    [
+        pytest.param(torch.float32, False, id="float32"),
+        pytest.param(torch.bfloat16, True, id="bf16, checkpointed", marks=pytest.mark.soak),
+    ],
 )
 def test_a_run_on_one_backbone_is_the_run_on_separate_networks(
     recording: Recording, tmp_path: Path, dtype: torch.dtype, checkpointing: bool

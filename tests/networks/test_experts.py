@@ -203,6 +203,7 @@ def one_of_two(rank: int, config: RunConfig, times: list[list[float]], folder: P
     dist.destroy_process_group()
 
 
+@pytest.mark.soak
 def test_two_processes_that_reach_different_experts_are_one_batch(tmp_path: Path) -> None:
     config = RunConfig(teacher="t", out=str(tmp_path), adam_weight_decay=0.1, max_grad_norm=0.5)
     # Both experts, one of them on both processes, and each process another one than before.

@@ -63,7 +63,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Teacher, str]:
 NEEDED: dict[str, dict[str, Any]] = {"flash_dmd": {"gan_weight": 0.0}, "multi_student": {"students": 2}}
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}], ids=["copies", "adapters"])
+@pytest.mark.parametrize(
+    "settings", [pytest.param({}, id="copies", marks=pytest.mark.soak), pytest.param({"lora_rank": 2}, id="adapters")]
+)
 @pytest.mark.parametrize("name", methods())
 def test_a_method_is_prepared_alike_at_both(name: str, settings: dict[str, Any], opened: tuple[Teacher, str]) -> None:
     teacher, prompts = opened

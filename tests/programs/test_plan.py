@@ -78,7 +78,13 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
-@pytest.mark.parametrize(("family", "settings"), CASES.items(), ids=CASES)
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        pytest.param(*case, id=case[0], marks=() if case[0] in ("dit", "flow") else pytest.mark.soak)
+        for case in CASES.items()
+    ],
+)
 def test_a_step_on_fake_tensors_takes_what_it_takes_on_real_ones(
     family: str, settings: dict, teachers: Callable
 ) -> None:
@@ -112,7 +118,11 @@ def test_any_pipeline_is_planned_without_its_weights(zoo_name: str, zoo: Path, t
     assert plan.calls["teacher"].no_grad > 0
 
 
-@pytest.mark.parametrize("name", methods())
+#: The plainest, and those of stages and of several students. That every step runs on fake tensors test_waits.py sees.
+SHORT = ("dmd2", "hyper_sd", "multi_student", "rectified_flow")
+
+
+@pytest.mark.parametrize("name", [pytest.param(m, marks=() if m in SHORT else pytest.mark.soak) for m in methods()])
 def test_every_method_can_be_planned(name: str, teachers: Callable) -> None:
     _, folder, _ = teachers("stable_diffusion" if name == "speed_up_net" else "dit")  # which has no text
     data = "images" if name in ("consistency", "flash_dmd", "mean_flow") else None
@@ -122,6 +132,7 @@ def test_every_method_can_be_planned(name: str, teachers: Callable) -> None:
     assert "student" in plan.moments
 
 
+@pytest.mark.soak
 def test_a_network_that_would_be_told_its_guidance_is_planned_without_the_new_input(teachers: Callable) -> None:
     _, folder, _ = teachers("stable_diffusion")
     settings = {"batch_size": 1, "guidance_min": 2.0, "guidance_max": 4.0}
@@ -175,6 +186,7 @@ def test_the_command_prints_each_number_with_how_it_came_about(
     assert rows[-1].startswith("fits           yes: ")
 
 
+@pytest.mark.soak
 def test_a_changed_setting_is_planned_as_a_run_that_is_told_it(teachers: Callable) -> None:
     """A consistency LoRA needs no slow copy, whatever the full run would have had."""
     _, folder, _ = teachers("dit")

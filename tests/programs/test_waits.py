@@ -149,7 +149,8 @@ def _no_gradient(_outputs: Any, inputs: Any, *_args: Any, **_kwargs: Any) -> tup
 def cases() -> Iterator[Any]:
     for method in methods():
         for variant, settings in {"plain": {}, **VARIANTS.get(method, {})}.items():
-            yield pytest.param(method, settings, id=f"{method}-{variant}")
+            long = () if variant == "plain" else pytest.mark.soak
+            yield pytest.param(method, settings, id=f"{method}-{variant}", marks=long)
 
 
 @pytest.fixture(scope="module")

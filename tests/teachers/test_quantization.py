@@ -131,7 +131,9 @@ def unpacked(network: nn.Module, plain: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("way", IN_MEMORY)
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [pytest.param(False, id="plain", marks=pytest.mark.soak), pytest.param(True, id="checkpointing")]
+)
 def test_the_gradient_is_that_of_the_unpacked_network(way: str, checkpointing: bool) -> None:
     quantize, close = IN_MEMORY[way]
     pipeline = tiny_pipelines.tiny_stable_diffusion()
@@ -285,6 +287,7 @@ def test_the_denoisers_of_a_pipeline_are_known_by_its_index(teacher: Path, tmp_p
     assert list(denoiser_classes({**experts, **others})) == ["transformer", "transformer_2"]
 
 
+@pytest.mark.soak
 def test_a_cache_of_the_full_teacher_serves_its_quantised_form_and_no_other(
     teacher: Path, prompts: str, tmp_path: Path
 ) -> None:
@@ -298,6 +301,7 @@ def test_a_cache_of_the_full_teacher_serves_its_quantised_form_and_no_other(
         distill(pipeline, "dmd2", out=str(tmp_path / "other"), **settings)
 
 
+@pytest.mark.soak
 def test_a_plan_counts_the_bits(teacher: Path) -> None:
     config = method_class("dmd2").Config(teacher=str(teacher), out="", steps=1, max_steps=2, lora_rank=4, cpu=True)
     planner = Planner(config, "dmd2")

@@ -50,6 +50,7 @@ def test_it_is_distilled_and_its_student_is_called_by_it(beside: Path, tmp_path:
     assert fewstep.load(folder)("the cat", output_type="np").images.shape == (1, 16, 16, 3)
 
 
+@pytest.mark.soak
 def test_a_plan_reads_the_configuration_alone(beside: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["plan", str(beside), "dmd2", "--prompts", "none"]) == 0
     assert "StableDiffusionPipeline" in capsys.readouterr().out

@@ -62,6 +62,7 @@ def test_a_lora_goes_onto_the_variant_inside_the_folder_it_was_trained_on(
         fewstep.load(folder, base=tmp_path)
 
 
+@pytest.mark.soak
 def test_a_lora_of_a_single_file(prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tiny_stable_diffusion().save_pretrained(tmp_path / "cats")
     file = write_single_file(tiny_stable_diffusion(), tmp_path / "cats" / "cats_v3.safetensors")

@@ -69,7 +69,8 @@ RUNS = {
 
 
 @pytest.mark.parametrize(
-    "run", [pytest.param(run, marks=[pytest.mark.soak] if run == "rcm for longer" else []) for run in RUNS]
+    "run",
+    [pytest.param(run, marks=[pytest.mark.soak] if run in ("scm from data", "rcm for longer") else []) for run in RUNS],
 )
 def test_a_student_comes_to_draw_from_the_mixture_in_one_and_two_steps(run: str, tmp_path: Path):
     """The teacher is 1.5 away at one step."""

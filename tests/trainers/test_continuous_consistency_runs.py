@@ -94,6 +94,7 @@ def test_a_run_goes_on_where_it_stopped(settings: dict, prompts: str, tmp_path: 
     assert any(not torch.equal(value, pipeline.unet.state_dict()[name]) for name, value in one.items())
 
 
+@pytest.mark.soak
 def test_a_second_stage_begins_with_the_first_and_keeps_it(prompts: str, tmp_path: Path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (16, 16), (200, 10, 60)).save(tmp_path / "images" / "a.png")

@@ -42,7 +42,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-EVERY = [pytest.param(name, marks=pytest.mark.soak if name == "v_prediction" else ()) for name in FAMILIES]
+EVERY = [pytest.param(name, marks=() if name in ("flow", "table") else pytest.mark.soak) for name in FAMILIES]
 
 
 @pytest.mark.parametrize("family", EVERY)

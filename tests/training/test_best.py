@@ -226,7 +226,9 @@ def test_a_signal_leaves_an_evaluation_that_is_then_made_first(tmp_path: Path, s
     assert state(tmp_path / "parts") == state(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kind", ["death", "power", "full"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("death", marks=pytest.mark.soak), "power", pytest.param("full", marks=pytest.mark.soak)]
+)
 @pytest.mark.parametrize("on", ["checkpoint_best", pytest.param("", marks=pytest.mark.soak)], ids=["its", "every"])
 def test_a_fault_at_any_operation_costs_no_best_evaluation(tmp_path: Path, kind: str, on: str):
     numbers, settings = {0: 3.0, 1: 2.0, 2: 2.5}, {"max_steps": 2, "checkpoints_total_limit": 1}

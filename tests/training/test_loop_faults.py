@@ -29,7 +29,9 @@ def names(out: Path) -> list[str]:
     return sorted(str(path.relative_to(out)) for path in out.rglob("*"))
 
 
-@pytest.mark.parametrize("kind", ["death", "power", "full"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("death", marks=pytest.mark.soak), "power", pytest.param("full", marks=pytest.mark.soak)]
+)
 def test_a_run_goes_on_from_a_fault_at_any_of_its_operations(tmp_path: Path, kind: str):
     expected = train(tmp_path / "whole")
 

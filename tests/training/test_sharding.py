@@ -39,6 +39,7 @@ def agrees(found: dict[str, float], name: str = "") -> bool:
     return found["losses"] < LOSSES and found["gradients"] < GRADIENTS and found["weights"] < WEIGHTS
 
 
+@pytest.mark.soak
 def test_adapters_on_a_divided_backbone_train_as_on_a_whole_one(tmp_path: Path) -> None:
     found = both_sides(tmp_path / "pair", "dmd2_lora")
     assert agrees(found["dmd2_lora"]), found
