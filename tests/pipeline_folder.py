@@ -12,14 +12,23 @@ from torch import nn
 
 #: What is tried where the folder lies in its usual place; every pipeline takes seconds, and --zoo asks for all.
 SAMPLE = ("Flux", "PixArtSigma", "StableDiffusionXL")
+#: Of those that `make soak` tries, what `make test` does.
+SHORT = ("Flux", "PixArtSigma", "Sana", "StableDiffusion3", "Wan")
 
 
-def names(config: pytest.Config, *, sample: bool) -> list[Any]:
-    """The pipelines to try as pytest's parameters, a skipped one where there is no folder."""
+def names(config: pytest.Config, *, sample: bool, short: bool = True) -> list[Any]:
+    """The pipelines to try as pytest's parameters, a skipped one where there is no folder.
+
+    Args:
+        sample: only ``SAMPLE``, unless a folder is given.
+        short: all but ``SHORT`` are left to the soak, unless a folder is given.
+    """
     folder = config.getoption("zoo")
     found = sorted(path.parent.name for path in folder.glob("*/model_index.json")) if folder else []
-    if sample and not config.option.zoo_given:
-        found = [name for name in found if name in SAMPLE]
+    if not config.option.zoo_given:
+        found = [name for name in found if name in SAMPLE or not sample]
+        if short:
+            found = [name if name in SHORT else pytest.param(name, marks=pytest.mark.soak) for name in found]
     return found or [pytest.param("none", marks=pytest.mark.skip(reason="no folder of tiny pipelines: give --zoo DIR"))]
 
 

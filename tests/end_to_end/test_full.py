@@ -38,6 +38,8 @@ RUNS = [(family, "auto") for family in FAMILIES] + [
     (family, "ode") for family in FAMILIES if family not in ("edm", "flow")
 ]
 
+SHORT = [("stable_diffusion", "auto"), ("stable_diffusion", "ode"), ("dit", "auto"), ("edm", "auto"), ("flow", "auto")]
+
 # Runs with only stock diffusers: any import of fewstep fails.
 STOCK = """
 import json, sys
@@ -80,15 +82,17 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def students(
-    prompts: str, images: str, tmp_path_factory: pytest.TempPathFactory
+    prompts: str, images: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], tuple[Path, dict]]:
-    """By family and renoise: the student's folder, and the trainer's own pictures of it by step count.
+    """By family and renoise, of those asked for: the student's folder, and the trainer's own pictures by step count.
 
     Each family's run with auto also has real images, a GAN and an average. One process without fewstep samples them
     all, as it takes seconds to start.
     """
     found = {}
-    for family, renoise in RUNS:
+    given = [item.callspec.params for item in request.session.items if _asks(item)]
+    asked = {(params["family"], params.get("renoise", "auto")) for params in given}
+    for family, renoise in (run for run in RUNS if run in asked):
         pipeline = FAMILIES[family][0]()
         network = pipeline.components.get("unet") or pipeline.components["transformer"]
         out = tmp_path_factory.mktemp(family) / "run"
@@ -104,7 +108,13 @@ def students(
     return found
 
 
-@pytest.mark.parametrize(("family", "renoise"), RUNS)
+def _asks(item: pytest.Item) -> bool:
+    return "students" in getattr(item, "fixturenames", ()) and item.module.__name__ == __name__
+
+
+@pytest.mark.parametrize(
+    ("family", "renoise"), [pytest.param(*run, marks=() if run in SHORT else pytest.mark.soak) for run in RUNS]
+)
 def test_a_student_sampled_by_stock_diffusers_equals_the_trainers_own_rollout(
     family: str, renoise: str, students: dict[tuple[str, str], tuple[Path, dict]]
 ) -> None:
@@ -144,7 +154,9 @@ def _own_images(run: Workbench, folder: Path, about: dict) -> dict[int, torch.Te
     return images
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if (f, "auto") in SHORT else pytest.mark.soak) for f in FAMILIES]
+)
 def test_real_images_and_a_gan_train_every_family(
     family: str, students: dict[tuple[str, str], tuple[Path, dict]]
 ) -> None:

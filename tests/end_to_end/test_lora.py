@@ -110,6 +110,7 @@ def test_interrupted_and_resumed_is_the_same_as_uninterrupted(prompts: str, tmp_
     assert states[0] == states[1]
 
 
+@pytest.mark.soak
 def test_a_second_stage_takes_over_the_adapters(prompts: str, tmp_path: Path) -> None:
     pipeline, settings = tiny("stable_diffusion", prompts)
     first = tmp_path / "first"
@@ -139,7 +140,7 @@ def test_a_second_stage_takes_over_the_adapters(prompts: str, tmp_path: Path) ->
         roles(init=str(base))
 
 
-@pytest.mark.parametrize("kind", ["stable_diffusion", "flow"])
+@pytest.mark.parametrize("kind", [pytest.param("stable_diffusion", marks=pytest.mark.soak), "flow"])
 def test_a_lora_is_loaded_sampled_and_evaluated_on_its_base_as_the_merged_student(
     kind: str, prompts: str, tmp_path: Path, capsys
 ) -> None:

@@ -116,7 +116,9 @@ def test_wans_own_pipeline_has_room_already(students: dict[str, Student], name: 
     assert student.sampled.called[4] == ["transformer"] * 2 + ["transformer_2"] * 2
 
 
-@pytest.mark.parametrize(("family", "network"), [("StableDiffusion", "unet"), ("Sana", "transformer")])
+@pytest.mark.parametrize(
+    ("family", "network"), [pytest.param("StableDiffusion", "unet", marks=pytest.mark.soak), ("Sana", "transformer")]
+)
 def test_pipelines_of_the_folder_become_students_of_two_experts(
     zoo: Path, tmp_path: Path, family: str, network: str
 ) -> None:

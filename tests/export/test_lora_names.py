@@ -31,7 +31,7 @@ READ_BY_DIFFUSERS = (KOHYA, DIFFUSION_MODEL, WAN)
 
 
 def families(config: pytest.Config) -> list:
-    names = pipeline_folder.names(config, sample=False)
+    names = pipeline_folder.names(config, sample=False, short=False)
     known = [name for name in names if isinstance(name, str)]
     return [pytest.param(n, marks=() if n in QUICK else pytest.mark.soak) for n in known] or names
 

@@ -22,7 +22,7 @@ from fewstep.recording.pipeline import find_scheduler, with_parts
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "zoo_name" in metafunc.fixturenames:
-        metafunc.parametrize("zoo_name", pipeline_folder.names(metafunc.config, sample=False))
+        metafunc.parametrize("zoo_name", pipeline_folder.names(metafunc.config, sample=False, short=False))
 
 
 def loaded(recording, steps=2):

@@ -46,7 +46,9 @@ def cases() -> Iterator[Any]:
             two = ["copies", "checkpointed adapters"]
             kinds = list(ROLES) if (method, variant) == ("dmd2", "gan") else two[place % 2 :][:1] if place else two
             for roles in kinds:
-                yield pytest.param(method, settings | ROLES[roles], id=f"{method}-{variant}-{roles}")
+                short = roles == "copies" and (not place or (method, variant) == ("dmd2", "gan"))
+                marks = () if short else pytest.mark.soak
+                yield pytest.param(method, settings | ROLES[roles], id=f"{method}-{variant}-{roles}", marks=marks)
 
 
 @pytest.fixture(scope="module")

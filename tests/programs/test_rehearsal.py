@@ -32,7 +32,7 @@ QUICK = {("Flux", "quanto_int8"), ("StableDiffusion", None)}
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "family" not in metafunc.fixturenames:
         return
-    names = pipeline_folder.names(metafunc.config, sample=False)
+    names = pipeline_folder.names(metafunc.config, sample=False, short=False)
     kinds = [None, *(name for name in QUANTIZATIONS if not name.startswith("bitsandbytes"))]
     pairs = [(name, kind) for name in names if isinstance(name, str) for kind in kinds]
     marks = {pair: () if pair in QUICK else pytest.mark.soak for pair in pairs}

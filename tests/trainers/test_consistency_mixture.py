@@ -115,6 +115,7 @@ def distance(method: Consistency, steps: int) -> float:
             1.5,
             (0.15, 0.06, 0.05),  # 0.10, 0.03 and 0.02
             id="ect_from_the_teacher",
+            marks=pytest.mark.soak,
         ),
         pytest.param(
             FromScratch,
@@ -122,6 +123,7 @@ def distance(method: Consistency, steps: int) -> float:
             0.3,
             (0.04, 0.04, 0.04),  # 0.02, 0.02 and 0.02
             id="ict_from_scratch",
+            marks=pytest.mark.soak,
         ),
     ],
 )

@@ -139,7 +139,10 @@ def test_a_lora_loads_in_stock_diffusers_and_samples(family: str, prompts: str, 
     check_lora(tmp_path / "base", lora, {"prompt": "a cat"})
 
 
-@pytest.mark.parametrize("name", ["StableDiffusion", "StableDiffusion3", "Flux", "Sana"])
+@pytest.mark.parametrize(
+    "name",
+    ["StableDiffusion3", *(pytest.param(name, marks=pytest.mark.soak) for name in ("StableDiffusion", "Flux", "Sana"))],
+)
 def test_loras_of_the_zoo_load_in_stock_diffusers_and_sample(
     name: str, zoo: Path, tmp_path: Path, pytestconfig: pytest.Config
 ):
@@ -207,7 +210,7 @@ def test_a_default_guidance_beyond_the_range_is_refused(prompts: str, tmp_path: 
 # --- data, and pipelines that cannot carry a student ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["ict", "ect"])
+@pytest.mark.parametrize("variant", ["ict", pytest.param("ect", marks=pytest.mark.soak)])
 def test_training_on_images_of_any_size(variant: str, pictures: str, tmp_path: Path):
     settings = {**TINY_RUN, "variant": variant, "steps": 1, "data": pictures}
     folder = distill(tiny_pipelines.tiny_ddim(), "consistency", out=str(tmp_path), **settings)

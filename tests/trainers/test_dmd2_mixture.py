@@ -14,9 +14,17 @@ from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
 
 
 @pytest.mark.parametrize(
-    "grid", [pytest.param((1.0,), id="one_step", marks=pytest.mark.soak), pytest.param((1.0, 0.75), id="two_steps")]
+    ("grid", "max_steps", "bound"),
+    [
+        pytest.param((1.0, 0.75), 400, 0.18, id="short"),  # 0.13 here
+        pytest.param((1.0,), 1200, 0.15, id="one_step", marks=pytest.mark.soak),  # 0.11 here
+        pytest.param((1.0, 0.75), 1200, 0.15, id="two_steps", marks=pytest.mark.soak),  # 0.10
+    ],
 )
-def test_a_student_of_a_mixture_comes_to_draw_from_it(tmp_path: Path, grid: tuple[float, ...]):
+def test_a_student_of_a_mixture_comes_to_draw_from_it(
+    tmp_path: Path, grid: tuple[float, ...], max_steps: int, bound: float
+):
+    """Two exact samples of 3000 are 0.003 apart."""
     schedule, roles = FlowSchedule(), {}
     torch.manual_seed(0)
     for name in ("teacher", "student", "critic"):
@@ -28,7 +36,7 @@ def test_a_student_of_a_mixture_comes_to_draw_from_it(tmp_path: Path, grid: tupl
         out=str(tmp_path),
         report_to="none",
         sample_steps=0,
-        max_steps=1200,
+        max_steps=max_steps,
         batch_size=64,
         lr=2e-3,
         critic_lr=5e-3,
@@ -41,4 +49,4 @@ def test_a_student_of_a_mixture_comes_to_draw_from_it(tmp_path: Path, grid: tupl
     make_loop(method, settings, (2,), conditions=Labels(None)).run()
     after = distance_of_walk(method.student, sampler)
     assert before > 0.5
-    assert after < 0.15  # 0.11 and 0.10 here; two exact samples of 3000 are 0.003 apart
+    assert after < bound

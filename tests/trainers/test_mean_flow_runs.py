@@ -91,7 +91,9 @@ def test_a_student_samples_without_this_package_as_it_was_trained(finished: dict
     check_sampled(finished[name])
 
 
-@pytest.mark.parametrize("name", ["StableDiffusion3", "Sana", "Wan"])
+@pytest.mark.parametrize(
+    "name", ["StableDiffusion3", *(pytest.param(name, marks=pytest.mark.soak) for name in ("Sana", "Wan"))]
+)
 def test_so_do_students_of_the_zoo(name: str, zoo: Path, tmp_path: Path, pytestconfig: pytest.Config):
     if not pytestconfig.option.zoo_given:
         pytest.skip("one of them takes seconds: give --zoo")

@@ -162,6 +162,7 @@ FAMILIES = {
     "v_prediction": (lambda: tiny_stable_diffusion("v_prediction"), {}),
     "edm": (tiny_edm, {}),
 }
+EVERY = ["flow", "table", *(pytest.param(family, marks=pytest.mark.soak) for family in ("v_prediction", "edm"))]
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_a_reflowed_student_loads_stock_and_samples_as_it_was_trained(family: str, prompts: str, tmp_path: Path):
     builder, extra = FAMILIES[family]
     pipeline = builder()

@@ -62,6 +62,7 @@ def bend(who: Role) -> float:
     )
 
 
+@pytest.mark.soak
 def test_reflow_straightens_the_paths_and_keeps_where_they_lead(tmp_path: Path):
     method = trained(tmp_path, max_steps=2500, lr=5e-3)
     teacher, student = method.roles["teacher"], method.student
@@ -78,7 +79,14 @@ def test_distillation_to_one_step_draws_from_the_mixture(tmp_path: Path):
     assert distance(student, 1) < 0.015  # 0.005 here
 
 
-@pytest.mark.parametrize(("times", "lr"), [("u_shaped", 1e-3), ("u_shaped", 2e-2), ("grid", 5e-3)])
+@pytest.mark.parametrize(
+    ("times", "lr"),
+    [
+        ("u_shaped", 1e-3),
+        pytest.param("u_shaped", 2e-2, marks=pytest.mark.soak),
+        pytest.param("grid", 5e-3, marks=pytest.mark.soak),
+    ],
+)
 def test_a_healthy_run_raises_no_alarm(times: str, lr: float, tmp_path: Path):
     """In one step its student begins with the mean of all, and stays there for 1,000 steps before it spreads."""
     trained(tmp_path, max_steps=100, lr=lr, times=times, log_steps=1, sample_steps=5)

@@ -14,9 +14,16 @@ from fewstep.trainers.sid import Sid, SidConfig
 
 
 @pytest.mark.parametrize(
-    "grid", [pytest.param((1.0,), id="one_step", marks=pytest.mark.soak), pytest.param((1.0, 0.75), id="two_steps")]
+    ("grid", "max_steps", "bound"),
+    [
+        pytest.param((1.0, 0.75), 400, 0.18, id="short"),  # 0.12 and 0.14 here
+        pytest.param((1.0,), 1200, 0.13, id="one_step", marks=pytest.mark.soak),
+        pytest.param((1.0, 0.75), 1200, 0.13, id="two_steps", marks=pytest.mark.soak),
+    ],
 )
-def test_a_student_of_a_mixture_comes_to_draw_from_it(tmp_path: Path, grid: tuple[float, ...]):
+def test_a_student_of_a_mixture_comes_to_draw_from_it(
+    tmp_path: Path, grid: tuple[float, ...], max_steps: int, bound: float
+):
     """In several steps it is the uniform mixture of all their outputs that comes to agree with the teacher."""
     schedule, roles = FlowSchedule(), {}
     torch.manual_seed(0)
@@ -28,7 +35,7 @@ def test_a_student_of_a_mixture_comes_to_draw_from_it(tmp_path: Path, grid: tupl
         out=str(tmp_path),
         report_to="none",
         sample_steps=0,
-        max_steps=1200,
+        max_steps=max_steps,
         batch_size=64,
         lr=2e-3,
         critic_lr=5e-3,
@@ -58,5 +65,5 @@ def test_a_student_of_a_mixture_comes_to_draw_from_it(tmp_path: Path, grid: tupl
     make_loop(method, settings, (2,), conditions=Labels(None)).run()
     assert before > 0.5
     # Two exact samples of 3000 are 0.003 apart. Here the last step ends at 0.06 (one step) and 0.09 (two steps).
-    assert distance(len(grid) - 1) < 0.13
-    assert distance(*range(len(grid))) < 0.13
+    assert distance(len(grid) - 1) < bound
+    assert distance(*range(len(grid))) < bound

@@ -225,9 +225,16 @@ def test_adapters_under_checkpointing_get_the_gradients_they_get_without_it(prom
 @pytest.mark.parametrize(
     ("variant", "build", "settings"),
     [
-        ("diffusion_gan", tiny_pipelines.tiny_stable_diffusion, {"prompts": True, **ONE_STEP}),
+        pytest.param(
+            "diffusion_gan", tiny_pipelines.tiny_stable_diffusion, {"prompts": True, **ONE_STEP}, marks=pytest.mark.soak
+        ),
         ("diffusion_gan", tiny_pipelines.tiny_flow, {"prompts": True, **FLOW}),
-        ("sida", tiny_pipelines.tiny_edm, {"prompts": True, "steps": 1, "first_sigma": 2.5}),
+        pytest.param(
+            "sida",
+            tiny_pipelines.tiny_edm,
+            {"prompts": True, "steps": 1, "first_sigma": 2.5},
+            marks=pytest.mark.soak,
+        ),
         ("sida", tiny_pipelines.tiny_dit, {"classes": "0-3", "steps": 1}),
     ],
     ids=["epsilon", "flow", "edm", "dit"],
