@@ -237,7 +237,7 @@ class Evaluation:
         looking = self.panel.views() if views else [v for v in self.panel.views() if v.kind in self.panel.extractors]
         samples = SampleSet(source, self.config.out, looking, kept, self.config.batch_size, self.processes)
         main = self.processes.rank == 0
-        with tqdm(desc=what or source.title, unit="sample", disable=not main) as bar:
+        with tqdm(desc=what or source.title, unit="sample", disable=not main, delay=2) as bar:
             samples.complete(bar.update)
         return samples
 

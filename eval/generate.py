@@ -170,7 +170,7 @@ def _takes_several(
         alone = [_called(pipeline, call, conditions, [index], seed).images[0] for index in two]
         try:
             together = _called(pipeline, call, conditions, two, seed).images
-        except (UserError, RuntimeError, AttributeError, KeyError) as error:  # it takes one picture alone
+        except UserError as error:  # it takes one picture alone
             logger.debug("%s takes no list of items: %s", type(pipeline).__name__, error)
             together = torch.empty(0)
         same = len(together) == 2 and all(a.shape == b.shape for a, b in zip(together, alone, strict=True))
@@ -183,6 +183,11 @@ def _difference(one: Tensor, other: Tensor) -> int:
     return int((one.int() - other.int()).abs().max())
 
 
+#: What pipelines raise for a label, a size or an argument that they do not take, and for pictures in other numbers.
+_REFUSALS: tuple[type[Exception], ...] = (IndexError, TypeError, ValueError)
+_OF_PICTURES = (AttributeError, KeyError, RuntimeError)
+
+
 def _called(
     pipeline: Any, call: Mapping[str, Any], conditions: SampleConditions, indices: Sequence[int], seed: int
 ) -> Samples:
@@ -193,7 +198,7 @@ def _called(
         # One text for all samples becomes one a sample: several pipelines do not broadcast a negative prompt.
         if isinstance(value, str) and name.startswith(("negative_prompt", "prompt_")):
             arguments[name] = [value] * len(indices)
-    who = ""
+    who, refusals = "", _REFUSALS
     if conditions.kind is None:
         arguments["batch_size"] = len(indices)
     elif conditions.kind == "item":
@@ -201,6 +206,7 @@ def _called(
         own = {name: [item.arguments[name] for item in items] for name in items[0].arguments}
         arguments |= own if len(items) > 1 else {name: value for name, (value,) in own.items()}
         who = f" for {items[0]}" if len(items) == 1 else f" for {items[0]} and {len(items) - 1} others"
+        refusals += _OF_PICTURES
     else:
         arguments[SUBJECT_ARGUMENTS[conditions.kind]] = conditions.take(indices)
     single = conditions.kind == "item" and len(indices) == 1  # a list of one is not taken by all
@@ -216,7 +222,9 @@ def _called(
         started = time.perf_counter()
         try:
             output = pipeline(**arguments)
-        except (IndexError, TypeError, ValueError) as error:  # a label, a size or an argument that it does not take
+        except torch.OutOfMemoryError:
+            raise
+        except refusals as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{type(pipeline).__name__} cannot be run{who} with {dict(call)}: {reason}") from error
         # "np" output lives on the host, so the device has finished when the call returns.
@@ -261,7 +269,7 @@ def generate(
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1, not {batch_size}")
     check_call(pipeline, call)
-    with tqdm(total=len(indices), desc=description, disable=description is None, unit="sample") as bar:
+    with tqdm(total=len(indices), desc=description, disable=description is None, unit="sample", delay=2) as bar:
         for start in range(0, len(indices), batch_size):
             for _, run in itertools.groupby(indices[start : start + batch_size], conditions.form):
                 samples = run_pipeline(pipeline, call, conditions, [*run], seed=seed)

@@ -1,6 +1,7 @@
 """Bad files, folders and names for every command; see :mod:`tests.bad_inputs`.
 
-The good ones, which :func:`make_place` makes once: ``ddim`` and ``sd``, two teachers; ``run`` of ``ddim`` with its
+The good ones, which :func:`make_place` makes once: ``ddim``, ``sd``, ``editor`` and ``filler``, teachers of which the
+last two look at pictures; ``run`` of ``ddim`` with its
 ``student``; ``prompts.txt`` and ``images``.
 """
 
@@ -22,6 +23,7 @@ from fewstep.eval.report import Report
 from fewstep.training.checkpoint import find_latest
 from fewstep.training.counters import counters
 from tests.bad_inputs import NO_TABLES, NO_TENSORS, NO_YAML, Bad, copied, spoilt
+from tests.item_sets import tiny_editor, tiny_filler
 from tests.tiny_pipelines import tiny_ddim, tiny_stable_diffusion
 
 TRAIN = ("--max_steps", "1", "--batch_size", "1", "--steps", "2", "--cpu", "--report_to", "none", "--sample_steps", "0")
@@ -37,6 +39,8 @@ def make_place(place: Path) -> None:
     """The good inputs."""
     tiny_ddim().save_pretrained(place / "ddim")
     tiny_stable_diffusion().save_pretrained(place / "sd")
+    tiny_editor().save_pretrained(place / "editor")
+    tiny_filler().save_pretrained(place / "filler")
     (place / "prompts.txt").write_text("the cat\n")
     (place / "images").mkdir()
     for number in range(2):

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+from diffusers import (
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from tiny_pipelines import tiny_stable_diffusion
 
@@ -19,6 +23,17 @@ def tiny_editor() -> StableDiffusionInstructPix2PixPipeline:
         torch.manual_seed(0)
         parts["unet"] = UNet2DConditionModel.from_config(parts["unet"].config, in_channels=8).eval()
     pipeline = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_filler() -> StableDiffusionInpaintPipeline:
+    """The same that fills holes: a picture and its mask, nine channels in."""
+    parts = tiny_stable_diffusion().components
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts["unet"] = UNet2DConditionModel.from_config(parts["unet"].config, in_channels=9).eval()
+    pipeline = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -79,7 +79,8 @@ def encode_one(recording: Recording, item: Any) -> Conditioning:
     try:
         (told,), (others,) = recording.condition_each(items=[item]), recording.negative_each([item])
     except UserError as error:
-        raise UserError(f"{item}: {error}") from error
+        named = str(error).startswith(str(item))
+        raise UserError(str(error) if named else f"{item}: {error}") from error
     return Conditioning(told.tree, 1, [as_beside(told, other) for other in others])
 
 
@@ -109,14 +110,14 @@ def size_of_all(recording: Recording, items: Sequence[Any]) -> str:
         counts[form] = counts.get(form, 0) + 1
         examples.setdefault(form, item)
     seen = list(examples)[:_FORMS]
-    each = {form: _own_bytes(encode_one(recording, examples[form])) for form in seen}
+    each = {form: own_bytes(encode_one(recording, examples[form])) for form in seen}
     mean = sum(each.values()) / len(each)
     total = sum(counts[form] * each.get(form, mean) for form in counts)
     forms = f" in {len(counts):,} forms" if len(counts) > 1 else ""
     return f"{len(items):,} items{forms} take about {_in_words(total)} once they are encoded, {_in_words(mean)} each"
 
 
-def _own_bytes(told: Conditioning) -> int:
+def own_bytes(told: Conditioning) -> int:
     """Bytes of the tensors of a sample's own, each once, though several answers are told it."""
     nodes = [node for answer in (told, *told.others) for _, node in leaves(answer.tree)]
     own = [node.value for node in nodes if isinstance(node, Leaf) and node.rows and isinstance(node.value, Tensor)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fewstep.data.image_opening import UNREADABLE, Stored, opened, upright, upright_size
@@ -93,7 +93,9 @@ def look_at(source: Path | Stored, grey: bool, *, pixels: bool = True) -> Pictur
     except UserError:
         raise
     except UNREADABLE as error:
-        raise UserError(f"{source} is no picture that can be read ({one_line(error)[:100]})") from error
+        # Pillow names the object that it was given, which is another one each time.
+        why = "of no known format" if isinstance(error, UnidentifiedImageError) else one_line(error)[:100]
+        raise UserError(f"{source} is no picture that can be read ({why})") from error
     return Picture(source, grey, hashlib.sha256(content).hexdigest(), meant.size, is_blank(meant))
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from fewstep.conditioning.item import PROMPT, Item
 from fewstep.data.item_columns import mentions
 from fewstep.data.item_pictures import is_mask
-from fewstep.recording.pictures import own_pictures
+from fewstep.recording.pictures import is_encoded, own_pictures
 from fewstep.recording.pipeline import find_decoder, modules_of
 from fewstep.recording.plain_call import argument_hints, members
 
@@ -37,7 +37,7 @@ def made_up_items(pipeline: Any, call: Mapping[str, Any]) -> Iterator[list[Item]
     """
     parameters = inspect.signature(type(pipeline).__call__).parameters
     hints = argument_hints(type(pipeline))
-    own = [name for name in own_pictures(type(pipeline)) if name not in call and not _is_encoded(name)]
+    own = [name for name in own_pictures(type(pipeline)) if name not in call and not is_encoded(name)]
     names = [name for name in own if mentions(hints[name], *_KINDS)]
     required = [name for name in names if parameters[name].default is inspect.Parameter.empty]
     for count in range(max(1, len(required)), len(names) + 1):
@@ -93,8 +93,3 @@ def _number(pipeline: Any, call: Mapping[str, Any], name: str) -> int | None:
     parameter = inspect.signature(type(pipeline).__call__).parameters.get(name)
     value = call.get(name, None if parameter is None else parameter.default)
     return value if isinstance(value, int) else None
-
-
-def _is_encoded(name: str) -> bool:
-    """Whether an argument takes what a picture is encoded to, which nobody makes up."""
-    return not {"latents", "embeds"}.isdisjoint(name.split("_"))

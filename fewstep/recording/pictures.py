@@ -70,6 +70,11 @@ def own_pictures(pipeline_class: type) -> list[str]:
     return [name for name in picture_arguments(pipeline_class) if "ip_adapter" not in name]
 
 
+def is_encoded(name: str) -> bool:
+    """Whether an argument takes what a picture is encoded to, which users do not have."""
+    return not {"latents", "embeds"}.isdisjoint(name.split("_"))
+
+
 def advice(pipeline: Any, arguments: Mapping[str, Any], error: Exception) -> str:
     """What to do about a call that failed: a package, or a picture that it may need, may be all that it lacks."""
     if isinstance(error, NameError | ImportError) and error.name:
@@ -77,7 +82,8 @@ def advice(pipeline: Any, arguments: Mapping[str, Any], error: Exception) -> str
     if (scheduler := _scheduler_that_raised(error)) is not None:
         return f"its {scheduler} raised that, so its configuration may not fit this pipeline"
     if any(holds_picture(value) for value in arguments.values()):
-        return "check the arguments of the call and of the items"
+        lacking = [key for key in own_pictures(type(pipeline)) if key not in arguments and not is_encoded(key)]
+        return "check the arguments of the call and of the items" + (f" (no {' or '.join(lacking)})" if lacking else "")
     check = "check the arguments of the call"
     wanting = [key for key in own_pictures(type(pipeline)) if key not in arguments]
     return check if not wanting else f"if it is for want of {', '.join(wanting)}: {_BY_ITEMS}; else {check}"

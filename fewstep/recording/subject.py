@@ -8,6 +8,7 @@ from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 
+from fewstep.recording.errors import RecordingError
 from fewstep.recording.invocation import Invocation
 from fewstep.recording.observation import Observation, Stub
 from fewstep.recording.observe import observe
@@ -76,7 +77,12 @@ class Subject:
         With items the global random state is seeded, too: some pipelines draw from it what they tell their network.
 
         Raises:
-            RecordingError: the pipeline itself failed.
+            RecordingError: the pipeline itself failed; an item is named.
         """
-        everywhere = seed if self.invocation.conditional == "item" else None
-        return observe(self.pipeline, self.call(count, items, changes, seed), seed=everywhere, **watching)
+        call = self.call(count, items, changes, seed)
+        if self.invocation.conditional != "item":
+            return observe(self.pipeline, call, **watching)
+        try:
+            return observe(self.pipeline, call, seed=seed, **watching)
+        except RecordingError as error:
+            raise RecordingError(f"{(items or [self.invocation.item])[0]}: {error}") from error.__cause__

@@ -13,7 +13,7 @@ import pytest
 from fewstep import reading
 from fewstep.cli import distill, main
 from fewstep.errors import UserError, printable
-from tests import bad_files, bad_inputs, bad_words
+from tests import bad_files, bad_inputs, bad_items, bad_words
 from tests.bad_inputs import Bad
 
 SETTINGS = [*bad_inputs.settings(), *bad_inputs.negative_settings()]
@@ -24,6 +24,7 @@ OTHERS = [
     *bad_words.values(),
     *bad_words.students(),
     *bad_files.forged(),
+    *bad_items.items(),
 ]
 
 
