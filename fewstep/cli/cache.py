@@ -23,6 +23,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--prompts", type=str | None, default=None, help="UTF-8 file, one a line")
     parser.add_argument("--classes", type=str | None, default=None, help="labels such as 0-9")
     parser.add_argument("--items", type=str | None, default=None, help="prompts with pictures: .jsonl or .parquet")
+    parser.add_argument("--draws", type=int, default=1, help="of what the teacher draws for an item")
     parser.add_argument("--data", type=str | None, default=None, help="images, encoded for fewstep distill --data")
     parser.add_argument("--data_text", type=str | None, default=None, help="which column, field or suffix has texts")
     parser.add_argument("--data_workers", type=int, default=2, help="threads that read images")

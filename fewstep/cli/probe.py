@@ -15,6 +15,7 @@ from fewstep.networks.attention_trial import use_attention_backend
 from fewstep.networks.roles import make_role
 from fewstep.programs.teacher import TeacherSettings, open_teacher
 from fewstep.recording import Recording
+from fewstep.recording.draw_effect import effect_of_draws
 
 
 def run(words: Sequence[str]) -> None:
@@ -35,6 +36,9 @@ def run(words: Sequence[str]) -> None:
     settings = TeacherSettings(**{name: value for name, value in parsed.items() if name != "attention_backend"})
     recording = open_teacher(settings, "cpu", make_up=True).recording
     print(recording.summary())
+    if (apart := effect_of_draws(recording)) is not None:
+        text = f"two of what is drawn for an item move the network's answer by {apart:.1e} (at half time)"
+        print(f"{'draws':<15}{text}; --draws K keeps several")
     print(_attention(recording, parsed.attention_backend))
 
 

@@ -11,6 +11,7 @@ from fewstep.config.attention import AUTO, refuse_unknown_backend
 from fewstep.config.checks import Settings, names_of, setting
 from fewstep.config.pairs import PairsWanted
 from fewstep.config.partition import PartitionWanted
+from fewstep.config.values import number_within
 from fewstep.diffusion.timesteps import WalkTimes
 from fewstep.errors import UserError
 
@@ -39,6 +40,8 @@ class RunConfig(Settings):
         items: for teachers that look at a picture: a .jsonl or .parquet file, or a folder with items.jsonl in it; a row
             has a prompt and the pictures of the pipeline's call under their own names, as paths relative to the file.
         cache: a folder of ``fewstep cache``, in the place of prompts or classes; with items, of these.
+        draws: how many are kept of what the teacher draws for an item (an encoder's sample of its picture, noise added
+            to it), one of which each step takes; ``fewstep probe`` says how far two are apart.
         call: JSON of further keyword arguments of the teacher's pipeline (height, width, num_frames, ...).
         guidance_scale: guidance of the teacher, diffusers' convention (1 = off); default the pipeline's own. A network
             with embedded guidance is told this value instead, teacher and student alike.
@@ -132,6 +135,7 @@ class RunConfig(Settings):
     classes: str | None = None
     items: str | None = setting("source", None)
     cache: str | None = setting("source", None)
+    draws: int = 1
     call: dict[str, Any] | None = None
     guidance_scale: float | None = None
     image_guidance_scale: float | None = None
@@ -232,6 +236,7 @@ class RunConfig(Settings):
             raise UserError("--hub_private belongs to --push_to_hub: give a repository, or leave it out")
         if (told := [name for name in ("prompts", "classes", "items") if getattr(self, name) is not None])[1:]:
             raise UserError(f"give --{' or --'.join(told)}, not {'both' if len(told) == 2 else 'several'}")
+        number_within("--draws", self.draws, 1000)
         if self.cache is not None and (self.prompts is not None or self.classes is not None):
             raise UserError("give --cache or --prompts and --classes, not both: a cache holds the prompts or labels")
 

@@ -32,7 +32,9 @@ def is_well_formed(index: dict[str, Any]) -> bool:
     entries = [*([] if negative is None else [negative]), *(shards if isinstance(shards, list) else [])]
     if misfit(index, _OF_INDEX) or any(misfit(entry, _OF_FILE) for entry in entries):
         return False
-    if misfit(index, {"source": str}, ("source",)):
+    if misfit(index, {"source": str}, ("source",)) or misfit(index, {"draws": int}, ("draws",)):
+        return False
+    if index.get("draws", 1) < 1:
         return False
     if any(misfit(entry, {"items": int}) for entry in index["shards"]) or min(index["items"], index["shard_size"]) < 1:
         return False

@@ -68,12 +68,18 @@ class ConditionCache:
                 raise UserError(damaged(self.folder, entry["file"]))
         self._shard = functools.lru_cache(_OPEN_SHARDS)(self._read)
         self._dtypes: dict[torch.dtype, torch.dtype] = {}
+        #: How many draws of each item it holds.
+        self.draws: int = index.get("draws", 1)
 
     def __len__(self) -> int:
         return self.index["items"]
 
     def __getitem__(self, number: int) -> Conditioning:
-        shard, place = divmod(number, self.index["shard_size"])
+        return self.draw(number, 0)
+
+    def draw(self, number: int, draw: int) -> Conditioning:
+        """One of the draws of an item."""
+        shard, place = divmod(number * self.draws + draw, self.index["shard_size"] * self.draws)
         return self._as_encoded(self._shard(shard)[0][place])
 
     @property
@@ -93,7 +99,8 @@ class ConditionCache:
     def kinds(self) -> list[int]:
         """The number of one item of each structure and shape."""
         shards = range(len(self.index["shards"]))
-        return one_of_each_kind((self._shard(shard)[0] for shard in shards), self.index["shard_size"])
+        found = one_of_each_kind((self._shard(shard)[0] for shard in shards), self.index["shard_size"] * self.draws)
+        return list(dict.fromkeys(number // self.draws for number in found))
 
     def refuse_other_items(self, items: Items) -> None:
         """Raise :class:`UserError` where the items are not those that the cache was made of; the first is named."""
@@ -139,7 +146,7 @@ class ConditionCache:
     def _read(self, shard: int) -> tuple[Stack, list[Any]]:
         entry = self.index["shards"][shard]
         stack, items = self._open(entry["file"])
-        if not len(stack) == len(items) == entry["items"]:
+        if not len(stack) == len(items) * self.draws == entry["items"] * self.draws:
             raise UserError(damaged(self.folder, entry["file"]))
         return stack, items
 
@@ -174,6 +181,7 @@ class CacheWriter:
         shard_size: items in one shard.
         resume: go on with what is there.
         source: the file of the items.
+        draws: how many of each item are stored.
 
     Raises:
         UserError: the folder is in use, or holds a cache of something else.
@@ -188,8 +196,9 @@ class CacheWriter:
         shard_size: int,
         resume: bool,
         source: str | None = None,
+        draws: int = 1,
     ) -> None:
-        self.folder, self.items, self.size = Path(folder), list(items), shard_size
+        self.folder, self.items, self.size, self.draws = Path(folder), list(items), shard_size, draws
         digests = fingerprint(recording)
         self.index: dict[str, Any]
         wanted = {
@@ -198,6 +207,7 @@ class CacheWriter:
             "items": len(self.items),
             "items_sha256": json_sha256(known_by(self.items)),
             "shard_size": shard_size,
+            **({} if draws == 1 else {"draws": draws}),
         }
         found = read_index(self.folder)
         if found is None:
@@ -208,10 +218,9 @@ class CacheWriter:
             raise UserError(f"--out {folder} already holds a cache; add --resume to go on with it, or choose another")
         else:
             refuse_other_teacher(self.folder, found, digests, teacher)
-            if changed := [name for name in wanted if found[name] != wanted[name]]:
-                names = ", ".join(
-                    "--shard_size" if name == "shard_size" else _WHAT[str(recording.conditional)] for name in changed
-                )
+            if changed := [name for name in (*wanted, "draws") if found.get(name, 1) != wanted.get(name, 1)]:
+                flags = {"shard_size": "--shard_size", "draws": "--draws"}
+                names = ", ".join(dict.fromkeys(flags.get(name, _WHAT[str(recording.conditional)]) for name in changed))
                 raise UserError(f"--resume: {names} differ from those of {folder}; choose another --out")
             self.index = found
             # From the first damaged shard on, they are written again.

@@ -20,7 +20,7 @@ from fewstep.data.encoding import CutPrompts, encode_each, encoding_bar
 from fewstep.data.image_shards import find_shards
 from fewstep.data.images import read_images
 from fewstep.data.padding import Padding, find_padding
-from fewstep.diffusion.draws import keyed_order
+from fewstep.diffusion.draws import keyed_generator, keyed_order
 from fewstep.errors import UserError
 from fewstep.recording import Recording
 
@@ -129,9 +129,12 @@ class Conditions:
         items: for one that looks at pictures.
         cache: of this teacher, in the place of prompts and labels; with items, of these.
         progress: show how far encoding is.
+        draws: how many are kept of what the pipeline draws for each item, where it draws anything; those of a cache are
+            its own.
 
     Raises:
-        UserError: the teacher asks for conditions of the other kind, or for any at all, or does not know a label.
+        UserError: the teacher asks for conditions of the other kind, or for any at all, or does not know a label; or
+            the cache has another number of draws than are asked for.
     """
 
     def __init__(
@@ -144,7 +147,11 @@ class Conditions:
         items: Sequence[Item] | None = None,
         cache: ConditionCache | None = None,
         progress: bool = False,
+        draws: int = 1,
     ) -> None:
+        self.draws = draws_of(recording, draws) if cache is None else cache.draws
+        if cache is not None and draws not in (1, cache.draws):
+            raise UserError(f"--draws {draws}: the cache {cache.folder} holds {cache.draws} of each item; make another")
         self.kind = recording.conditional
         self._device = device
         self._items: list[Any] | None = None if items is None else list(items)
@@ -161,10 +168,11 @@ class Conditions:
             cut = CutPrompts()
             with encoding_bar(recording, len(asked), disable=not progress) as bar:
                 for first in range(0, len(asked), _STACKED):
-                    encoded = encode_each(recording, asked[first : first + _STACKED], cut, bar)
+                    encoded = encode_each(recording, asked[first : first + _STACKED], cut, bar, self.draws)
                     self._stacks.append(in_memory(list(encoded)))
             self.cut_note = cut.note(len(asked))
-            self.count, kinds = len(asked), one_of_each_kind(self._stacks, _STACKED)
+            found = one_of_each_kind(self._stacks, _STACKED * self.draws)
+            self.count, kinds = len(asked), list(dict.fromkeys(number // self.draws for number in found))
         else:
             self._unconditional = recording.condition().to("cpu")
             self.count, kinds = 1, []
@@ -243,9 +251,9 @@ class Conditions:
         """How many further answers each item has: 0 without classifier-free guidance."""
         return len(self._item(0).others) if self.kind == "item" else 0 if self._negative is None else 1
 
-    def select(self, rows: Sequence[int]) -> AnyConditioning:
-        """The conditioning of these items with their further answers, on the device."""
-        items = [self._item(row) for row in rows]
+    def select(self, rows: Sequence[int], draws: Sequence[int] | None = None) -> AnyConditioning:
+        """The conditioning of these items with their further answers, on the device; by default their first draws."""
+        items = [self._item(row, draw) for row, draw in zip(rows, draws or [0] * len(rows), strict=True)]
         told = join(self.padding.padded(items) if self.padding is not None else items).to(device=self._device)
         return told if self.kind == "item" else with_others(told, self.others(rows))
 
@@ -257,7 +265,15 @@ class Conditions:
 
     def batch(self, seed: int, positions: Sequence[int], stream: str = "conditions") -> AnyConditioning:
         """The conditioning at these places of the run's endless, keyed stream."""
-        return self.select([keyed_order(seed, stream, len(self), position) for position in positions])
+        rows = [keyed_order(seed, stream, len(self), position) for position in positions]
+        return self.select(rows, self.drawn(seed, stream, positions))
+
+    def drawn(self, seed: int, stream: str, positions: Sequence[int]) -> list[int] | None:
+        """Which of an item's draws is taken at these places of a stream; None where each has one."""
+        if self.draws == 1:
+            return None
+        keys = [keyed_generator(seed, "draws", stream, position) for position in positions]
+        return [int(torch.randint(self.draws, (), generator=key)) for key in keys]
 
     def asked(self, seed: int, positions: Sequence[int]) -> Asked:
         """The prompts or labels at these places of the same stream, of items the prompts; None where there are none."""
@@ -271,8 +287,20 @@ class Conditions:
             return items
         return [item.subject for item in items] if items and items[0].subject is not None else []
 
-    def _item(self, row: int) -> Conditioning:
+    def _item(self, row: int, draw: int = 0) -> Conditioning:
         row = row if self._chosen is None else self._chosen[row]
         if self._cache is not None:
-            return self._cache[row]
-        return self._stacks[row // _STACKED][row % _STACKED] if self._stacks else self._unconditional
+            return self._cache.draw(row, draw)
+        number, place = divmod(row * self.draws + draw, _STACKED * self.draws)
+        return self._stacks[number][place] if self._stacks else self._unconditional
+
+
+def draws_of(recording: Recording, draws: int) -> int:
+    """How many draws of an item are kept where so many are asked for: one of a teacher that draws nothing for it.
+
+    Raises:
+        UserError: the teacher has no items.
+    """
+    if draws > 1 and recording.conditional != "item":
+        raise UserError(f"--draws {draws} is of what a teacher draws for its pictures, and this one is told none")
+    return draws if recording.told is not None and recording.told.draws else 1

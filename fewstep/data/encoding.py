@@ -51,24 +51,30 @@ def joined_cuts(cuts: Sequence[CutPrompts]) -> CutPrompts:
 
 
 def encode_each(
-    recording: Recording, items: Sequence[Any], cut: CutPrompts, bar: tqdm[Any] | None = None
+    recording: Recording, items: Sequence[Any], cut: CutPrompts, bar: tqdm[Any] | None = None, draws: int = 1
 ) -> Iterator[Conditioning]:
     """The conditioning of each prompt, label or item, encoded alone, on the CPU; what was cut is counted in ``cut``.
 
-    The bar moves with them.
+    Of ``draws`` seeds, those of one item one after the other. The bar moves with the items.
     """
     for item in items:
-        with cut_texts(recording.pipeline) as limits:
-            encoded = encode_one(recording, item)
-        cut.count += bool(limits)
-        cut.limits |= limits
-        yield encoded.to("cpu")
+        for seed in range(draws):
+            with cut_texts(recording.pipeline) as limits:
+                encoded = encode_one(recording, item, seed)
+            cut.count += bool(limits) and not seed
+            cut.limits |= limits
+            yield encoded.to("cpu")
         if bar is not None:
             bar.update()
 
 
-def encode_one(recording: Recording, item: Any) -> Conditioning:
+def encode_one(recording: Recording, item: Any, seed: int = 0) -> Conditioning:
     """The conditioning of a prompt, a label or an item; of an item with its further answers, which are its own.
+
+    Args:
+        recording: of the teacher.
+        item: which.
+        seed: of what the pipeline draws for an item.
 
     Raises:
         UserError: the pipeline does not take an item, or makes NaN of it; the item is named.
@@ -77,7 +83,7 @@ def encode_one(recording: Recording, item: Any) -> Conditioning:
         (told,) = recording.condition_each(**{f"{recording.conditional}s": [item]})
         return told
     try:
-        (told,), (others,) = recording.condition_each(items=[item]), recording.negative_each([item])
+        (told,), (others,) = recording.draw_each([item], seed), recording.negative_each([item], seed)
     except UserError as error:
         named = str(error).startswith(str(item))
         raise UserError(str(error) if named else f"{item}: {error}") from error
@@ -101,8 +107,8 @@ def tensors_of(told: Conditioning) -> list[Tensor]:
     return found
 
 
-def size_of_all(recording: Recording, items: Sequence[Any]) -> str:
-    """What all items will take once they are encoded, in one line; one of each form is encoded for that."""
+def size_of_all(recording: Recording, items: Sequence[Any], draws: int = 1) -> str:
+    """What so many draws of all items will take, encoded, in one line; one of each form is encoded for that."""
     counts: dict[Form, int] = {}
     examples: dict[Form, Any] = {}
     for item in items:
@@ -112,9 +118,11 @@ def size_of_all(recording: Recording, items: Sequence[Any]) -> str:
     seen = list(examples)[:_FORMS]
     each = {form: own_bytes(encode_one(recording, examples[form])) for form in seen}
     mean = sum(each.values()) / len(each)
-    total = sum(counts[form] * each.get(form, mean) for form in counts)
+    total = draws * sum(counts[form] * each.get(form, mean) for form in counts)
+    times = f" in {draws} draws" if draws > 1 else ""
     forms = f" in {len(counts):,} forms" if len(counts) > 1 else ""
-    return f"{len(items):,} items{forms} take about {_in_words(total)} once they are encoded, {_in_words(mean)} each"
+    what = f"{len(items):,} items{forms}{times}"
+    return f"{what} take about {_in_words(total)} once they are encoded, {_in_words(mean)} each"
 
 
 def own_bytes(told: Conditioning) -> int:

@@ -94,7 +94,8 @@ class RealSamples:
     def batch(self, seed: int, positions: Sequence[int]) -> Real:
         """The real samples at these places of the run's endless, keyed stream."""
         rows = self._rows_at(seed, positions)
-        return Real(self.x0(rows), self._conditions.select([self._rows[row] for row in rows]))
+        drawn = self._conditions.drawn(seed, "real", positions)
+        return Real(self.x0(rows), self._conditions.select([self._rows[row] for row in rows], drawn))
 
     def announce(self, seed: int, positions: Sequence[int]) -> None:
         """The places that are asked for next: their images are read while the device is at work."""

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from fewstep.config.values import number_within
 from fewstep.data.condition_cache import CacheWriter
-from fewstep.data.conditions import check_items, read_classes, read_prompts
+from fewstep.data.conditions import check_items, draws_of, read_classes, read_prompts
 from fewstep.data.encoding import CutPrompts, encode_each, encoding_bar, joined_cuts, size_of_all
 from fewstep.errors import UserError
 from fewstep.programs.latents import cache_images
@@ -37,6 +37,7 @@ def cache(
     data_text: str | None = None,
     data_workers: int = 2,
     dtype: str = "float32",
+    draws: int = 1,
     call: dict[str, Any] | None = None,
     teacher_lora: str | None = None,
     revision: str | None = None,
@@ -65,6 +66,8 @@ def cache(
         data_text: which column, field of a .json or suffix has the texts of images; default text, caption or txt.
         data_workers: threads that read images; 0 reads them when they are wanted.
         dtype: of encoded images: float32, float16 or bfloat16.
+        draws: how many are stored of what the teacher draws for an item (an encoder's sample of its picture, noise
+            added to it).
         call: further keyword arguments of the teacher's pipeline, the same as of the runs that shall read the cache.
         teacher_lora: as of the runs; only one that changes a text encoder makes another cache.
         revision: branch, tag or commit of a hub id.
@@ -82,6 +85,7 @@ def cache(
         UserError: for everything that a user can mend.
     """
     number_within("--shard_size", shard_size, 2**31 - 1)
+    number_within("--draws", draws, 1000)
     if sum(given is not None for given in (prompts, classes, items, data)) > 1:
         raise UserError("give one of --prompts, --classes, --items and --data, not several")
     if dtype not in ("float32", "float16", "bfloat16"):
@@ -124,9 +128,12 @@ def cache(
             raise UserError(f"{name} is conditioned on nothing, so there is nothing to encode; train without --cache")
         # Each process gets a copy of the writer that one of them began.
         source = str(Path(items).resolve()) if isinstance(items, str | Path) else None
-        writer = on_main(launch, lambda: CacheWriter(out, recording, name, asked, shard_size, resume, source))
+        kept = draws_of(recording, draws)
+        writer = on_main(launch, lambda: CacheWriter(out, recording, name, asked, shard_size, resume, source, kept))
         if shown is not None and launch.is_main_process:
-            logger.info(size_of_all(recording, shown.each))
+            logger.info(size_of_all(recording, shown.each, kept))
+            if kept < draws:
+                logger.info(f"--draws {draws}: this teacher draws nothing for its items, so one of each is stored")
         _encode_together(launch, recording, writer)
     return writer.folder
 
@@ -143,7 +150,7 @@ def _encode_together(launch: Accelerator, recording: Recording, writer: CacheWri
     with encoding_bar(recording, done + mine, done=done, disable=not main) as bar:
         for first in range(0, len(missing), world):
             written = [
-                writer.write(shard, list(encode_each(recording, writer.of(shard), cut, bar)))
+                writer.write(shard, list(encode_each(recording, writer.of(shard), cut, bar, writer.draws)))
                 for shard in missing[first : first + world][rank : rank + 1]
             ]
             written = gather_object(written)

@@ -211,11 +211,16 @@ class ConditionSettings(Protocol):
 
 
 def conditions_of(
-    settings: ConditionSettings, teacher: Teacher, device: torch.device | str, *, progress: bool = False
+    settings: ConditionSettings,
+    teacher: Teacher,
+    device: torch.device | str,
+    *,
+    progress: bool = False,
+    draws: int = 1,
 ) -> Conditions:
     """What is generated for, and what guidance leads away from: encoded now, or read from a cache.
 
-    An embedded teacher has prompts of its own.
+    An embedded teacher has prompts of its own. Of items so many draws are kept of what the teacher draws for them.
 
     Raises:
         UserError: they are not what the teacher takes.
@@ -225,14 +230,14 @@ def conditions_of(
         cache = ConditionCache(settings.cache, progress=progress)
         if teacher.items is None:
             cache.check(recording, name, teacher.lora is not None)
-            return Conditions(recording, device=device, cache=cache, progress=progress)
+            return Conditions(recording, device=device, cache=cache, progress=progress, draws=draws)
         refuse_other_kind(recording.conditional, cache.kind)
         cache.refuse_other_items(teacher.items)
         each = teacher.items.each
         cache.check(recording, name, teacher.lora is not None, each[0])
-        return Conditions(recording, device=device, items=each, cache=cache, progress=progress)
+        return Conditions(recording, device=device, items=each, cache=cache, progress=progress, draws=draws)
     if teacher.items is not None:
-        return Conditions(recording, device=device, items=teacher.items.each, progress=progress)
+        return Conditions(recording, device=device, items=teacher.items.each, progress=progress, draws=draws)
     prompts: list[str] | None = None
     if settings.prompts is not None:
         prompts = read_prompts(settings.prompts, settings.data_text, Path(settings.out) / INDEX_FOLDER)
@@ -241,7 +246,7 @@ def conditions_of(
 
         prompts = list(PROMPTS)
     labels = read_classes(settings.classes) if settings.classes is not None else None
-    return Conditions(recording, prompts, labels, device, progress=progress)
+    return Conditions(recording, prompts, labels, device, progress=progress, draws=draws)
 
 
 def refuse_guided_alike(

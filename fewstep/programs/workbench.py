@@ -113,7 +113,7 @@ class Workbench:
         )
         say(plan.note)
         self.student = Student.of(self.recording, plan, teacher.lora)
-        self.conditions = conditions_of(config, teacher, device, progress=progress)
+        self.conditions = conditions_of(config, teacher, device, progress=progress, draws=config.draws)
         say(self.conditions.cut_note)
         say(self.conditions.note)
         every, part = self.conditions, None

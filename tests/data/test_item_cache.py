@@ -20,7 +20,7 @@ from fewstep.data.condition_cache import CacheWriter, ConditionCache
 from fewstep.data.conditions import Conditions
 from fewstep.data.encoding import CutPrompts, encode_each, encode_one, size_of_all, tensors_of
 from fewstep.data.fingerprint import fingerprint
-from fewstep.data.items import Items, form_of, read_items
+from fewstep.data.items import Items, read_items
 from fewstep.errors import UserError
 from fewstep.recording import Recording, record
 
@@ -218,7 +218,7 @@ def test_pictures_of_a_cache_are_known_by_their_bytes_and_not_decoded_again(
     decoded: list[Any] = []
     monkeypatch.setattr(item_pictures, "as_meant", lambda picture, grey: decoded.append(picture))
     again = read_items(folder, type(tiny_editor()), cached=True)
-    assert again.keys == items.keys and [form_of(a) for a in again.each] == [form_of(b) for b in items.each]
+    assert again.keys == items.keys and [a.form for a in again.each] == [b.form for b in items.each]
     assert [item.key for item in again.two()] == [item.key for item in items.two()] and decoded == []
     shutil.copytree(folder, tmp_path / "spoilt")
     content = (folder / "1.png").read_bytes()
