@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.item import Item
@@ -23,8 +25,10 @@ from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.finite import refuse_unfinite_conditioning
 from fewstep.recording.fresh import fresh_samples
+from fewstep.recording.item_fit import RedrawnError
 from fewstep.recording.observation import Observation, Step, Stub
 from fewstep.recording.recipe import Recipe
+from fewstep.recording.redrawn import say_what_stops
 from fewstep.recording.subject import Subject
 
 # Three times after the first: two tell a picture from its noise, and one says whether it was right.
@@ -92,7 +96,7 @@ class BetweenSteps:
         """What an item is told, with its pins and its tail.
 
         Raises:
-            RecordingError: the pipeline pins other entries of it than of the recorded item, or in another way.
+            RecordingError: the pipeline pins other entries of it than of the recorded item, or in another way, or all.
         """
         pins = tail = None
         if self.noised is not None:
@@ -101,6 +105,11 @@ class BetweenSteps:
                 raise RecordingError(
                     f"{item} takes the place of other entries of the sample of {self.subject} than the recorded item "
                     "does; items that are placed elsewhere need a recording of their own"
+                )
+            if bool(where.all()):
+                raise RecordingError(
+                    f"{self.subject} keeps every entry of the sample of {item}, so there is nothing to make; give it a "
+                    "mask that leaves a part"
                 )
             noised, value = _value(self.subject, watched, where, self.schedule)
             if bool(where.any()) and noised != self.noised:
@@ -127,20 +136,23 @@ def see_between(subject: Subject, recipe: Recipe, schedule: NoiseSchedule, stub:
         RecordingError: it does what is neither.
     """
     item, other = subject.invocation.item, subject.invocation.other
-    watched = _watch(subject, stub, item)
-    where, noised, clean, repaints = pinned_places(watched), None, None, None
-    if not bool(where.any()):
-        watched_other = _watch(subject, stub, other)
-        where, watched = pinned_places(watched_other), watched if not _pins(watched_other) else watched_other
+    plain = pinned = _watch(subject, stub, item)
+    if not _pins(plain):
+        pinned = _watch(subject, stub, other)  # of which a mask may keep something
+    where, noised, clean, repaints = pinned_places(pinned), None, None, None
     if bool(where.any()):
-        noised, _ = _value(subject, watched, where, schedule)
+        try:
+            noised, _ = _value(subject, pinned, where, schedule)
+        except RedrawnError as error:
+            raise say_what_stops(error, subject, partial(_check_pins, schedule, stub, where)) from error
         if noised:
             repaints = _what_repaints(subject, stub)
         else:
             clean = where
             _check_clean(subject, stub, recipe, clean)
     found = BetweenSteps(subject, recipe, schedule, noised, clean, None, repaints, stub)
-    tail = _tail(_watch(subject, stub, found.bare), _watch(subject, stub, found.bare, fresh=1))
+    one = plain if found.bare is item else _watch(subject, stub, found.bare)
+    tail = _tail(one, _watch(subject, stub, found.bare, fresh=1))
     return None if noised is None and tail is None else replace(found, tail=tail)
 
 
@@ -175,7 +187,7 @@ def _value(subject: Subject, watched: Watched, where: Tensor, schedule: NoiseSch
     """Whether the pinned entries are noised, and what they are when they are clean: (1, *sample_shape), 0 elsewhere.
 
     Raises:
-        RecordingError: they are neither constant nor alpha c + sigma n with the walk's first noise n.
+        RedrawnError: they are neither constant nor alpha c + sigma n with the walk's first noise n.
     """
     first, *steps = watched.seen.steps
     like, value = first.network_input, torch.zeros_like(first.network_input)
@@ -194,12 +206,20 @@ def _value(subject: Subject, watched: Watched, where: Tensor, schedule: NoiseSch
         alpha, sigma = _coefficients(step, schedule)
         off.append(seen - alpha * clean - sigma * noise)
     if not max(float(part.abs().max()) for part in off) <= allowed:
-        raise RecordingError(
+        raise RedrawnError(
             f"{subject} changes {int(where.sum())} entries of its sample between steps, and they become neither those "
-            "of its picture nor these under the first noise; it cannot be recorded"
+            "of its picture nor these under the first noise"
         )
     value[:, where] = clean.to(value)
     return True, value
+
+
+def _check_pins(schedule: NoiseSchedule, stub: Stub, where: Tensor, subject: Subject) -> None:
+    """Raise where other entries than these are pinned, or what they become is neither constant nor a noised picture."""
+    watched = _watch(subject, stub, subject.invocation.item)
+    if len(watched.seen.steps) != _STEPS or not torch.equal(pinned_places(watched), where):
+        raise RecordingError("other entries are pinned")
+    _value(subject, watched, where, schedule)
 
 
 def _x_t(step: Step, schedule: NoiseSchedule) -> Tensor:
@@ -263,7 +283,7 @@ def _check_clean(subject: Subject, stub: Stub, recipe: Recipe, clean: Tensor) ->
 def _tail(one: Watched, other: Watched) -> Tensor | None:
     """Which entries of the decoder's input do not follow the sample; None: all do, or none does."""
     a, b = one.seen.decoder_input, other.seen.decoder_input
-    if a is None or b is None or a.shape != b.shape:
-        return None
+    if a is None or b is None or a.shape != b.shape or isinstance(a, FakeTensor):
+        return None  # a plan has no values, and nothing to decode
     still = (a == b).flatten().nonzero().flatten().cpu()
     return still if 0 < len(still) < a.numel() else None

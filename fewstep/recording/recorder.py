@@ -31,7 +31,7 @@ from fewstep.recording.observation import Observation, Step, Stub
 from fewstep.recording.pipeline import find_scheduler, modules_of
 from fewstep.recording.recipe import Recipe
 from fewstep.recording.recording import Recording
-from fewstep.recording.redrawn import say_what_stops
+from fewstep.recording.redrawn import entries_stand, say_what_stops
 from fewstep.recording.rules import TimeRule
 from fewstep.recording.second_fit import components_beside, fit_second, outputs_beside
 from fewstep.recording.second_switch import at_steps
@@ -95,22 +95,22 @@ def _record(pipeline: Any, items: Sequence[Item] | None, call: dict[str, Any]) -
     check_alike(experts, _all(runs), recipe)
 
     first = runs[0][0].calls[-1]
-    told = None
+    stub = Stub(components_of(experts), first.output, beside=outputs_beside(runs[0][0], components_beside(*runs)))
+    told = between = None
     if two is not None:
         one = without_sample(first, recipe)
         marked = mark_arguments(component, one, {name: value for name, value in two.items() if name in one})
     else:
+        between = see_between(subject, recipe, schedule, stub)
         marked, told = learn_items(subject, experts[0].network, component, recipe, runs[0][0])
-    stub = Stub(components_of(experts), first.output, beside=outputs_beside(runs[0][0], components_beside(*runs)))
     visits = find_visits(subject, experts, stub) if len(experts) > 1 else None
     denoisers = Denoisers(experts, recipe, marked, stub, visits)
     embedded = embedded_paths(subject, denoisers)
-    negative = between = None
+    negative = None
     if told is None:
         report, negative, guided = record_guided(subject, denoisers, embedded)
     else:
         report, guided = record_item_guidance(subject, denoisers, embedded, told)
-        between = see_between(subject, recipe, schedule, stub)
     return Recording(
         pipeline=pipeline,
         component=component,
@@ -191,7 +191,7 @@ def fit_recipe(
                 second, seen = fit_second(name, network, runs, _live_steps(runs, experts))
             sample, times = fit_entries(component, seen)
         except RedrawnError as error:
-            raise say_what_stops(error, subject, component, runs) from error
+            raise say_what_stops(error, subject, entries_stand(component, runs)) from error
     else:
         sample = fit_sample(component, _all(runs))
         times = fit_times(component, sample.argument, runs, two)

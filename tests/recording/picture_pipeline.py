@@ -114,7 +114,7 @@ class PicturePipeline(DiffusionPipeline):
         by_size = scheduler.config.use_dynamic_shifting
         scheduler.set_timesteps(num_inference_steps, **({"mu": x[0].numel() / 100} if by_size else {}))
         times = scheduler.timesteps
-        if way == "pinned" and hasattr(scheduler, "set_begin_index"):
+        if way in ("pinned", "pinned_anew") and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)  # as pipelines do whose scheduler noises their pictures
         if way == "starts" or strength < 1:
             begin = len(times) - max(1, int(len(times) * strength))
@@ -126,7 +126,7 @@ class PicturePipeline(DiffusionPipeline):
             answer = self._ask(x, t, text, pictures, jitter)
             x = scheduler.step(answer, t, x, return_dict=False)[0]
             if way.startswith("pinned"):
-                x = self._pinned(x, pictures, mask, noise, times[number + 1 : number + 2])
+                x = self._pinned(x, pictures, mask, noise, times[number + 1 : number + 2], jitter)
         return ImagePipelineOutput(images=self._shown(x, pictures))
 
     def _shown(self, x: Tensor, pictures: Tensor) -> Tensor:
@@ -142,16 +142,15 @@ class PicturePipeline(DiffusionPipeline):
             given = given * batch
         return torch.stack(given)
 
-    def _pinned(self, x: Tensor, pictures: Tensor, mask: Any, noise: Tensor, then: Tensor) -> Tensor:
+    def _pinned(self, x: Tensor, pictures: Tensor, mask: Any, noise: Tensor, then: Tensor, jitter: float) -> Tensor:
         """The sample with the picture in its place: where the mask is 0, or in the first frame."""
         if self.way == "pinned_clean":
             return torch.cat([pictures[:, :, None], x[:, :, 1:]], 2)
-        if len(then) and self.way == "pinned_anew":
-            pictures = pictures + torch.randn(pictures.shape)
-        elif len(then):
+        if len(then):
             flow = hasattr(self.scheduler, "scale_noise")
             noised = self.scheduler.scale_noise if flow else self.scheduler.add_noise
-            pictures = noised(pictures, noise=noise, **{"timestep" if flow else "timesteps": then})
+            anew = noise + jitter * torch.randn(noise.shape) if self.way == "pinned_anew" else noise
+            pictures = noised(pictures, noise=anew, **{"timestep" if flow else "timesteps": then})
         masks = torch.stack(mask if isinstance(mask, list) else [mask] * len(x))
         return masks * x + (1 - masks) * pictures
 

@@ -159,6 +159,17 @@ def test_the_check_at_export_holds_what_is_pinned(recordings: dict[str, Recordin
     assert plan.counts == (1, 2)
 
 
+def test_an_item_of_which_all_is_kept_is_refused(recordings: dict[str, Recording]) -> None:
+    item = {**items_of("pinned")[0], "mask": torch.zeros(1, 4, 4)}
+    with pytest.raises(RecordingError, match="keeps every entry of the sample of item 0, so there is nothing to make"):
+        recordings["pinned"].condition_each(items=[item])
+    (told,) = recordings["pinned"].condition_each(items=[{**item, "mask": torch.ones(1, 4, 4)}])
+    pins = pins_of(told)
+    assert pins is not None and not bool(pins.where.any())
+
+
 def test_what_is_pinned_anew_is_refused() -> None:
-    with pytest.raises(RecordingError, match="24 entries of its sample between steps, and they become neither those"):
+    words = "24 entries of its sample between steps, and they become neither those of .* give jitter=0 in the call"
+    with pytest.raises(RecordingError, match=words):
         record(picture_pipeline("pinned_anew"), items=items_of("pinned_anew"))
+    record(picture_pipeline("pinned_anew"), items=items_of("pinned_anew"), jitter=0.0).prove()
