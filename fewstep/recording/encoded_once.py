@@ -16,22 +16,28 @@ from fewstep.recording.pipeline import find_decoder
 
 
 @contextlib.contextmanager
-def encoded_once(pipeline: Any) -> Iterator[None]:
-    """Inside, the pipeline's autoencoder remembers what it made of each input; its weights must stay what they are.
+def encoded_once(pipeline: Any, known: dict[str, Any]) -> Iterator[None]:
+    """Inside, the pipeline's autoencoder remembers what it made of each input.
 
     A distribution is remembered, not what was drawn from it: that follows the seed as ever.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        known: what is remembered, also from one time to the next, as long as the weights are what they were.
     """
     name = find_decoder(pipeline)
     if name is None:
         yield
         return
     module = getattr(pipeline, name)
-    with method_replaced(module, "encode", _remembering(module.encode)):
+    with method_replaced(module, "encode", _remembering(module, known)):
         yield
 
 
-def _remembering(encode: Callable[..., Any]) -> Callable[..., Any]:
-    known: dict[str, Any] = {}
+def _remembering(module: Any, known: dict[str, Any]) -> Callable[..., Any]:
+    encode = module.encode
+    # Whatever changes weights puts others in their place, or counts as another version of them.
+    weights = [(weight.untyped_storage()._cdata, weight._version) for weight in module.parameters()]
 
     # functools.wraps keeps the signature visible.
     @functools.wraps(encode)
@@ -39,7 +45,7 @@ def _remembering(encode: Callable[..., Any]) -> Callable[..., Any]:
         told = [*args, *kwargs.values()]
         if not all(value is None or isinstance(value, Tensor | bool | int | float | str) for value in told):
             return encode(*args, **kwargs)
-        key = digest({"args": list(args), **kwargs})
+        key = f"{digest({'args': list(args), **kwargs})} {hash(tuple(weights))}"
         if key not in known:
             known[key] = encode(*args, **kwargs)
         return copy.deepcopy(known[key])  # pipelines may write into what they are given

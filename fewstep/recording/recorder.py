@@ -64,8 +64,9 @@ def record(pipeline: Any, items: Sequence[Item | Mapping[str, Any]] | None = Non
     refuse_offloaded(pipeline)
     if items is None:
         return _record(pipeline, None, call)
-    with encoded_once(pipeline):
-        return _record(pipeline, as_items(items), call)
+    known: dict[str, Any] = {}
+    with encoded_once(pipeline, known):
+        return replace(_record(pipeline, as_items(items), call), _encoded=known)
 
 
 def _record(pipeline: Any, items: Sequence[Item] | None, call: dict[str, Any]) -> Recording:

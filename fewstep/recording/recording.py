@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Recording(Recorded):
     """
 
     proof: Proof | None = None
+    #: What the autoencoder made of the items' pictures, until they are proven.
+    _encoded: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def codec(self) -> Codec:
@@ -65,11 +68,12 @@ class Recording(Recorded):
         with self._encoded_once():
             proof = prove(self, seed)
             self._check_decoder(seed)
+        self._encoded.clear()
         object.__setattr__(self, "proof", proof)  # remembered; everything else is frozen
         return proof
 
     def _encoded_once(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.conditional != "item" else encoded_once(self.pipeline)
+        return contextlib.nullcontext() if self.conditional != "item" else encoded_once(self.pipeline, self._encoded)
 
     def _check_decoder(self, seed: int) -> None:
         try:

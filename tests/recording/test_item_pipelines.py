@@ -27,6 +27,7 @@ from PIL import Image
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.diffusion.rescaling import Rescaling
 from fewstep.recording import Recording, RecordingError, record
+from fewstep.recording.encoded_once import encoded_once
 
 SOAK = pytest.mark.soak
 #: All of the shown ones that are recorded without a second network in their loop.
@@ -227,7 +228,29 @@ def test_every_picture_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     recording = record(pipeline, items=items, **zoo_image.call_of("InstructPix2Pix"))
     assert len(seen) == 2 and not torch.equal(*seen)
     assert pipeline.vae.encode is encode
+    recording.prove()
+    assert len(seen) == 2, "the proof encodes what was encoded for the recording"
     one, two = recording.condition_each(items=items)
     again = recording.condition_each(items=items)[0]
     told = [conditioning.arguments()["sample"] for conditioning in (one, two, again)]
     assert len(seen) == 6 and torch.equal(told[0], told[2]) and not torch.equal(told[0], told[1])
+
+
+def test_what_was_encoded_counts_for_the_same_weights_alone() -> None:
+    pipeline, seen, known = zoo_image.load("InstructPix2Pix"), [], {}
+    own = pipeline.vae.encode
+    pipeline.vae.encode = lambda pixels: seen.append(pixels) or own(pixels)
+    pixels = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
+
+    def made() -> torch.Tensor:
+        with encoded_once(pipeline, known), torch.no_grad():
+            return pipeline.vae.encode(pixels).latent_dist.mean
+
+    first = made()
+    assert torch.equal(first, made()) and len(seen) == 1
+    with torch.no_grad():
+        pipeline.vae.encoder.conv_in.weight.mul_(1.5)
+    assert not torch.equal(first, made()) and len(seen) == 2
+    pipeline.vae.encoder.conv_in.weight.data = torch.zeros_like(pipeline.vae.encoder.conv_in.weight)
+    made()
+    assert len(seen) == 3
