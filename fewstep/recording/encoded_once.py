@@ -16,21 +16,22 @@ from fewstep.recording.pipeline import find_decoder
 
 
 @contextlib.contextmanager
-def encoded_once(pipeline: Any, known: dict[str, Any]) -> Iterator[None]:
+def encoded_once(pipeline: Any, known: dict[str, Any] | None = None) -> Iterator[None]:
     """Inside, the pipeline's autoencoder remembers what it made of each input.
 
     A distribution is remembered, not what was drawn from it: that follows the seed as ever.
 
     Args:
         pipeline: a diffusers pipeline.
-        known: what is remembered, also from one time to the next, as long as the weights are what they were.
+        known: what is remembered, also from one time to the next, as long as the weights are what they were; None:
+            nothing beyond this time.
     """
     name = find_decoder(pipeline)
     if name is None:
         yield
         return
     module = getattr(pipeline, name)
-    with method_replaced(module, "encode", _remembering(module, known)):
+    with method_replaced(module, "encode", _remembering(module, {} if known is None else known)):
         yield
 
 
