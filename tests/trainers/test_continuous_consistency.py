@@ -131,6 +131,17 @@ def test_rcm_without_matching_is_scm():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
+def test_the_match_is_weighed_without_a_factor_of_one_half():
+    method = vector_method(config("rcm", matching_weight=0.3, **MATCHING))
+    with torch.no_grad():  # which is the teacher at first
+        for parameter in method.critic.parameters():
+            parameter.mul_(1.5)
+    x0, gradient = next(method.turns(0, batch(0))).backward[1]
+    expected, _ = method.matching(x0.detach(), batch(0))
+    assert gradient is not None and bool(gradient.any())
+    torch.testing.assert_close(gradient, 2 * 0.3 * expected)
+
+
 def test_a_rollout_meets_ever_cleaner_times_and_learns_at_the_last_alone():
     method = vector_method(config("rcm", **MATCHING))
     seen: list[tuple[Tensor, bool]] = []
@@ -228,10 +239,14 @@ def test_trajectories_are_the_guided_teachers_or_the_datas():
     raw = [teacher.raw(at.x_t, at.t, told) for told in (at.conditioning, labels([5.0] * 8))]
     guided = raw[1] + 3 * (raw[0] - raw[1])
     torch.testing.assert_close(at.direction, trig.output(guided, "flow", at.x_t, at.t))
-    given = batch(0)
-    own = vector_method(config(velocity="data", data="numbers")).point(given)
-    angle, z, x0 = trig.angle(own.t).float()[:, None], batch(0).draws.normal("noise", (6,)), given.real.x0
-    torch.testing.assert_close(own.direction, angle.cos() * z - angle.sin() * x0)
+    for schedule, kind, deviation in ((FlowSchedule(), "flow", 1.0), (EDMSchedule(), "edm", 0.5)):
+        given = batch(0)
+        method = vector_method(config(velocity="data", data="numbers"), schedule, kind)
+        own = method.point(given)
+        angle, z, x0 = method.trig.angle(own.t).float()[:, None], batch(0).draws.normal("noise", (6,)), given.real.x0
+        # Of y = cos x0 + sin sigma_d z by the angle.
+        expected = angle.cos() * deviation * z - angle.sin() * x0
+        torch.testing.assert_close(own.direction, expected, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
 # --- what cannot work ---------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """DisBack: the path that is recorded, the way back over it, what it shares with DMD2, and what is refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.networks.guidance import GuidedDenoiser
-from fewstep.networks.roles import NODE
+from fewstep.networks.roles import NODE, Role
 from fewstep.trainers.disback import Disback, DisbackConfig, node_names
 from fewstep.trainers.dmd2 import Dmd2, Dmd2Config
 from fewstep.training.finite import find_in_step
@@ -104,6 +105,23 @@ def test_the_way_back_has_every_node_as_the_target_the_most_degraded_first_and_t
         list(one.turns(step, batch(step, range(4))))
     # Node 3 is where the critic starts; the student moves in every second step.
     assert asked == [(6, f"{NODE}2"), (8, f"{NODE}1"), (10, "teacher"), (12, "teacher")]
+
+
+def test_nodes_are_prepared_as_targets_under_a_guidance_of_their_own_the_most_degraded_first(tmp_path: Path):
+    settings = config(tmp_path, node_guidance_scale=1.5)
+    toy, asked = method(settings), []
+
+    def guided(role: Role, scale: float | None = None) -> GuidedDenoiser:
+        asked.append((role, scale))
+        return GuidedDenoiser(role, 1.0, further=0)
+
+    names = ("student", "critic", *node_names(settings))
+    make = {names: lambda: toy.roles}
+    bench = SimpleNamespace(make_roles=lambda *given: make[given](), guided=guided, sampler=toy.sampler, shift=1.0)
+    one = Disback.prepare(settings, bench)
+    teacher, node_1, node_2 = (toy.roles[name] for name in ("teacher", f"{NODE}1", f"{NODE}2"))
+    assert sorted(asked, key=lambda each: str(each[1])) == [(node_2, 1.5), (node_1, 1.5), (teacher, None)]
+    assert [matcher.teacher.denoiser for matcher in one.matchers] == [node_2, node_1, teacher]
 
 
 def test_the_critic_starts_where_the_path_ended_with_a_fresh_optimizer(tmp_path: Path):

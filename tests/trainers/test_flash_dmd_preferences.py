@@ -58,6 +58,15 @@ def test_five_updates_by_preferences_for_one_by_distillation(tmp_path: Path):
     assert [one.target_decay(step) for step in (0, 3, 4, 17)] == [0.0, 0.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_where_the_student_is_the_reference_the_loss_is_a_coins_times_its_weight(tmp_path: Path, weight: float):
+    one = preferring(tmp_path, reward_weight=weight)
+    turn = next(one.turns(0, batch(0)))
+    assert isinstance(turn, Turn)
+    ((loss, gradient),) = turn.backward
+    assert gradient is None and loss.item() == pytest.approx(weight * torch.tensor(2.0).log().item(), rel=1e-5)
+
+
 def test_a_step_of_preferences_costs_what_is_declared(tmp_path: Path):
     one = preferring(tmp_path, max_steps=4, log_steps=100, preference_candidates=3)
     with CallCounter(one) as counter:

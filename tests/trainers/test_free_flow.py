@@ -111,6 +111,17 @@ def test_the_correction_is_weighed_like_the_prediction_and_guided_below_its_time
     assert loss.dim() == 0
 
 
+def test_the_correction_is_a_difference_of_velocities_of_a_strength_of_its_own():
+    trained, x0 = vectors(config()), torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    direction, _ = trained.correction(x0, batch())
+    here, told = trained.compared(x0, batch().draws, "matching"), batch().conditioning
+    said = (trained.roles[name](here.x_t, here.t, told) for name in ("teacher", "critic"))
+    of_teacher, of_critic = ((here.x_t - one) / here.t[:, None] for one in said)
+    torch.testing.assert_close(direction, (of_teacher - of_critic).detach(), check_dtype=False)
+    one, other = (vectors(config(correction_scale=scale)).turns(0, batch()) for scale in (1.0, 2.5))
+    torch.testing.assert_close(next(other).backward[1][1], 2.5 * next(one).backward[1][1])
+
+
 def _signal(trained: FreeFlow) -> torch.Tensor:
     """The mean norm of the prediction's gradient by u, of its own rows."""
     given = batch(32)

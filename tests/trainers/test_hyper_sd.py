@@ -51,6 +51,12 @@ def test_each_stage_adds_its_own_to_the_trajectories_loss(tmp_path: Path):
     ]
 
 
+def test_the_students_turns_are_counted_from_the_beginning_of_its_last_stage(tmp_path: Path):
+    method = toy_method(config(tmp_path, reward=None, stages="tscd:3,score"))
+    both = [("student", 2), ("critic", 1)]
+    assert [turns(method, step) for step in range(2, 7)] == [[("student", 1)], both, both[1:], both, both[1:]]
+
+
 def test_without_their_weight_the_trajectories_are_not_asked_in_later_stages(tmp_path: Path):
     method = toy_method(config(tmp_path, trajectory_weight=0.0))
     asked: list[str] = []

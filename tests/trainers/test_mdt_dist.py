@@ -12,7 +12,7 @@ from fewstep.data.batch import Batch, Pairs, Real
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.prediction import expand
 from fewstep.diffusion.rollout import Sampler
-from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.losses.present import mean_over_present, of_present, present_entries
 from fewstep.losses.trig_flow import normalized
@@ -101,6 +101,23 @@ def test_the_exact_average_velocity_has_no_error_but_that_of_the_step():
     assert backward[0] > 3 * backward[1] > 9 * backward[2] > 0  # the square of the first order: 4 at a time
     assert error(derivative="central", derivative_step=0.01) < backward[1] / 50
     assert error(derivative="exact", normalization="norm") > 1e-2
+
+
+def test_a_little_of_the_noise_stays_in_the_cleanest_sample():
+    method, given, seen = vectors(config(data="images", sigma_min=0.1)), batch(), []
+    method.roles["teacher"].denoiser.network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    noise, t = given.draws.normal("noise", (6,)), torch.linspace(0.1, 0.9, 8, dtype=torch.float64)
+    method.said(given.real.x0, noise, t, given.conditioning, method.teacher)
+    alpha, sigma = (1 - t)[:, None], (t + 0.1 * (1 - t))[:, None]
+    torch.testing.assert_close(seen[0][:8], (alpha * given.real.x0 + sigma * noise).float(), check_dtype=False)
+
+
+def test_distillation_starts_where_the_sampler_does():
+    method, asked = vectors(config(data="images"), EDMSchedule(), "edm"), []
+    one_step = method.one_step
+    method.one_step = lambda start, told: (asked.append(start), one_step(start, told))[1]
+    next(method.turns(0, batch()))
+    torch.testing.assert_close(asked[0], EDMSchedule().initial_scale() * batch().draws.normal("sample_noise", (6,)))
 
 
 def test_distillation_is_at_rest_where_the_fake_is_the_teachers_own():

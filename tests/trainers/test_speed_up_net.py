@@ -126,6 +126,19 @@ def test_with_one_step_of_the_teacher_both_distances_are_one(schedule, kind: str
     torch.testing.assert_close(turn.backward[0][0], 2 * turn.log["student/offset"], rtol=1e-3, atol=1e-5)
 
 
+def test_both_distances_are_weighed_and_both_sides_are_led_from_the_same_prompts(monkeypatch: pytest.MonkeyPatch):
+    one = method(config(offset_weight=0.3, consistency_weight=0.7, negative_share=1.0))
+    against, seen = one.student.denoiser.against, []
+    told = [one.negatives(batch()), batch().conditioning.others[0]]
+    monkeypatch.setattr(one.student.denoiser, "against", lambda *given: (seen.append(given[3]), against(*given))[1])
+    (turn,) = one.turns(0, batch())
+    offset, consistency = (turn.log[f"student/{name}"] for name in ("offset", "consistency"))
+    assert float(offset) != pytest.approx(float(consistency), rel=1e-2)
+    torch.testing.assert_close(turn.backward[0][0].detach(), 0.3 * offset + 0.7 * consistency)
+    asked, ours, usual = (of.arguments()["encoder_hidden_states"] for of in (*seen, *told))
+    assert torch.equal(asked, ours) and not torch.equal(asked, usual)
+
+
 def test_many_steps_of_the_teacher_lead_where_the_closed_form_does():
     """x_s = m_s + (s_s / s_t) (x_t - m_t), with the mean of the guided Gaussian."""
     window = Window(torch.full((6,), 1.0, dtype=torch.float64), torch.full((6,), 0.5, dtype=torch.float64))

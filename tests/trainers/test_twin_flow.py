@@ -121,6 +121,25 @@ def test_the_twin_learns_the_velocity_to_the_students_own_samples():
     torch.testing.assert_close(target[rows], points.line[rows])
 
 
+def test_the_twins_errors_have_a_weight_of_their_own_and_every_targets_move_is_clipped():
+    trained, given = weights_of(method(), adversarial_weight=0.3, target_clamp=1e-3), batch(16)
+    points = trained.points(given)
+    weights = trained.weights(points, given)
+    assert [float(one) == pytest.approx(0.3) for one in weights] == [part == "adv" for part in points.times.part]
+    u = torch.ones_like(points.y)
+    moved = (u - trained.recursion(points, u, points.line))[points.base].abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-3))
+
+
+def test_a_targets_own_walk_is_the_slow_copys():
+    trained, given = method(config(data="images", target_decay=0.9)), batch(16)
+    points, asked = trained.points(given), []
+    for name in ("student", "target"):
+        trained.roles[name].denoiser.network.register_forward_hook(lambda *_, name=name: asked.append(name))
+    trained.recursion(points, torch.zeros_like(points.y), points.line)
+    assert set(asked) == {"target"}
+
+
 def test_guidance_is_added_where_it_is_asked_and_never_to_the_twin():
     trained = method(config(data="images", label_drop=0.0, guidance_t_min=0.2), guidance_scale=5.0)
     assert trained.ratio == pytest.approx(0.8)
