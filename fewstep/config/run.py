@@ -51,8 +51,8 @@ class RunConfig(Settings):
             less memory where no gradient passes through them.
         negative_prompt: what guidance leads away from; default the pipeline's own.
         data: real images: a folder with class sub-folders, a metadata.jsonl or .csv, or texts beside them; WebDataset
-            or parquet shards (a file, a folder, a pattern); a folder of idx files; "fashion"; or a folder that fewstep
-            cache --data made.
+            or parquet shards (a file, a folder, a pattern); a folder of idx files; "fashion"; a folder that fewstep
+            cache --data made; or "targets", the column target of the items, each row's wanted result.
         data_text: which column, field of a .json or suffix has the texts of images; default text, caption or txt.
         data_workers: threads that read images beside the training; 0 reads them when they are wanted.
         teacher_lora: the teacher is its pipeline with this LoRA: a safetensors file, a folder of one, or a hub id.

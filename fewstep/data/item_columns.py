@@ -28,7 +28,10 @@ _NOT_OF_AN_ITEM = frozenset(
 )
 
 
-_TARGET = "target"
+#: The column of the wanted result, which is no argument of the call.
+TARGET = "target"
+# The picture that a clip begins with, as diffusers' pipelines call it.
+_FIRST = "image"
 
 
 class Columns:
@@ -59,13 +62,18 @@ class Columns:
         """
         for column in row.values:
             self._refuse_no_column(row.name, column)
-        if lacking := sorted(self.required - row.values.keys()):
+        values = {column: self._value(row.name, column, value, folder) for column, value in row.values.items()}
+        target = values.get(TARGET)
+        # A real clip to learn from has its own first frame.
+        if TARGET not in self.hints and isinstance(target, list) and _FIRST in self.hints and _FIRST not in values:
+            values[_FIRST] = target[0]
+        if lacking := sorted(self.required - values.keys()):
             raise UserError(f"{row.name} has no {' and no '.join(lacking)}, and {self.name} needs it for every item")
-        return {column: self._value(row.name, column, value, folder) for column, value in row.values.items()}
+        return values
 
     def _refuse_no_column(self, row: str, column: str) -> None:
-        if column == _TARGET and column not in self.hints:
-            raise UserError(f"{row} has a {_TARGET}, the wanted result, which is not trained on yet; leave it out")
+        if column == TARGET and column not in self.hints:
+            return
         if column not in self.hints:
             known = ", ".join(self.pictures) or "none"
             raise UserError(
@@ -95,7 +103,7 @@ class Columns:
 
     def _is_picture(self, column: str, value: Any) -> bool:
         """Whether a value is meant as pictures: the argument takes some, or is given a text and takes nothing plain."""
-        if column in self.pictures:
+        if column in self.pictures or (column == TARGET and column not in self.hints):
             return True
         each = list(flat(list(value) if isinstance(value, tuple) else value))
         if each and all(isinstance(one, str) for one in each):

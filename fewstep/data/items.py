@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from fewstep.conditioning.item import Item, digest, form_of, size_of
 from fewstep.data.durable import json_sha256
-from fewstep.data.item_columns import Columns
+from fewstep.data.item_columns import TARGET, Columns
 from fewstep.data.item_pictures import SHOWN, Clip, Picture, flat, is_blank, is_mask
 from fewstep.data.item_rows import Row, items_file, rows_of
 from fewstep.errors import UserError
@@ -58,11 +58,13 @@ class Items:
         each: in their order.
         files: that their pictures were read from.
         name: where they came from, for messages.
+        targets: the wanted result of each, a picture or the frames of a clip; none where the items have none.
     """
 
     each: list[Item]
     files: list[Path]
     name: str
+    targets: list[Any] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.each)
@@ -71,6 +73,11 @@ class Items:
     def keys(self) -> list[str]:
         """What each of them holds, as digests."""
         return [item.key for item in self.each]
+
+    @property
+    def contents(self) -> list[str]:
+        """The same with their targets: all that a run may have read of them."""
+        return self.keys + [json_sha256(_known_by(target)) for target in self.targets]
 
     def two(self) -> list[Item]:
         """Two items of one form that differ in as much as any two do; where the first is alone, it and itself mirrored.
@@ -126,16 +133,23 @@ def read_items(
         raise UserError(f"{name} holds no item; write a row of the pipeline's arguments for each")
     columns = Columns(pipeline_class, call or {}, pixels=not cached)
     each: list[Item] = []
+    targets: dict[str, Any] = {}
     for row in tqdm(rows, desc="look at the items", unit="item", delay=2, disable=not progress):
         values = columns.read(row, folder)
+        if TARGET not in columns.hints and TARGET in values:
+            targets[row.name] = values.pop(TARGET)
         if not cached:
             _refuse_misfitting(row.name, values)
         key = json_sha256({k: _known_by(v) for k, v in values.items()})
         each.append(Item(Arguments(values), row.name, key, form_of(values)))
     _refuse_unlike(each)
-    seen = [one.source for one in _pictures([*map(values_of, each)]) if isinstance(one, Picture)]
+    if odd := next((item for item in each if (item.name in targets) != (each[0].name in targets)), None):
+        has = "has a" if odd.name in targets else "has no"
+        raise UserError(f"{odd} {has} {TARGET}, unlike {each[0]}: give every row one, or none")
+    shown = [*map(values_of, each), *targets.values()]
+    seen = [one.source for one in _pictures(shown) if isinstance(one, Picture)]
     files = dict.fromkeys(getattr(source, "path", source) for source in seen)
-    return Items(each, [file for file in files if isinstance(file, Path)], name)
+    return Items(each, [file for file in files if isinstance(file, Path)], name, list(targets.values()))
 
 
 def values_of(item: Item) -> dict[str, Any]:

@@ -56,8 +56,6 @@ class RealSamples:
         workers: int = 0,
     ) -> None:
         self.images = images
-        self._encode = recording.encode
-        self._device = device
         if isinstance(images, Latents):
             images.refuse_other_teacher(recording)
             self._reader = ReadAhead(images.x0, workers)
@@ -65,9 +63,22 @@ class RealSamples:
             refuse_no_encoder(recording.pipeline)
             size = image_size(recording)
             self._reader = ReadAhead(lambda row: images.image(row, *size), workers)
-        self._rows, self._conditions, meaning = _captions_to_conditions(images, recording, conditions, device)
+        rows, shown, meaning = _captions_to_conditions(images, recording, conditions, device)
+        self._begin(rows, shown, device, self._reader, recording)
         self.note = f"--data: {len(images):,} images{meaning}{_about(images)}"
-        self._among: Sequence[int] = range(len(images))
+
+    def _begin(
+        self,
+        rows: list[int],
+        conditions: Conditions,
+        device: torch.device | str,
+        reader: ReadAhead,
+        recording: Recording,
+    ) -> None:
+        """Keep for each image the row of its condition, and read none yet."""
+        self._rows, self._conditions, self._device, self._reader = rows, conditions, device, reader
+        self._encode = recording.encode
+        self._among: Sequence[int] = range(len(rows))
         self._cache: dict[int, Tensor] = {}
         self._bytes = 4 * int(np.prod(recording.sample_shape))
 
@@ -114,11 +125,15 @@ class RealSamples:
         if missing:
             # Each alone: what an image becomes depends neither on its batch nor on where a run was resumed.
             pixels = (self._reader.take(missing).float() / 255).split(1)
-            fresh = dict(zip(missing, torch.cat([self._encode(one) for one in pixels]).cpu()))
+            fresh = dict(zip(missing, torch.cat([self._encoded(*one) for one in zip(missing, pixels)]).cpu()))
             if (len(self._cache) + len(missing)) * self._bytes <= _CACHE_LIMIT:
                 self._cache |= fresh
         x0 = [fresh[row] if row in fresh else self._cache[row] for row in rows]
         return torch.stack(x0).to(self._device, non_blocking=True)
+
+    def _encoded(self, row: int, pixels: Tensor) -> Tensor:
+        """An image (1, ...) in [0, 1] in the network's space."""
+        return self._encode(pixels)
 
     def rows_among(self, conditions: Conditions) -> list[int]:
         """For each image the number of its condition among those of a run.
@@ -147,6 +162,11 @@ def _captions_to_conditions(
     """For each image the row of its condition, the conditions that these rows count in, and in words what is what."""
     if conditions.kind is None:
         return [0] * len(images), conditions, ""
+    if conditions.kind == "item":
+        raise UserError(
+            "--data has images without the items that they are the results of: give each row of --items its own as the "
+            "column target, and --data targets"
+        )
     captions: Sequence[Any] | None = images.captions  # texts or labels
     classes = images.classes
     if conditions.kind == "prompt" and images.texts is not None:

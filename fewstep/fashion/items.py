@@ -73,6 +73,7 @@ def write_items(folder: Path, count: int, seed: int = 0, pictures: Pictures = "h
             for name in ("image", "mask_image"):
                 row[name] = f"pictures/{index:05}_{name}.png"
                 item.arguments[name].save(folder / row[name])
+            row["target"] = row["image"]  # what is wanted is what was there
             lines.append(json.dumps(row))
         path = folder / "items.jsonl"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -162,7 +162,7 @@ def _run(
         identity = teacher_digest(bench.recording, encoders.digests) if wanted is not None else {}
         prepared = prepare(bench, method)
         lora = bench.teacher.lora
-        keys = [] if bench.teacher.items is None else bench.teacher.items.keys
+        keys = [] if bench.teacher.items is None else bench.teacher.items.contents
         say(on_main(accelerator, lambda: inputs.check_fetched(lora.file if lora is not None else None, keys)))
 
         # 4. The folder becomes this run's: what is made there from now on is gone on with after a kill.

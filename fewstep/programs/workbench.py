@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batches, SizedBatches
-from fewstep.data.latents import read_data
 from fewstep.data.pair_stream import PairStream
 from fewstep.data.partition import part_of
 from fewstep.data.real import RealSamples
 from fewstep.data.shard_index import INDEX_FOLDER
+from fewstep.data.targets import real_samples
 from fewstep.diffusion.draws import OBSERVATION_STEP, RESPONSE_STEP, Draws
 from fewstep.diffusion.phases import Phase, describe
 from fewstep.diffusion.rollout import Sampler
@@ -129,8 +129,9 @@ class Workbench:
         refuse_guided_alike(self.recording, scale, self.conditions, draws, told)
         self.real: RealSamples | None = None
         if config.data is not None:
-            images = read_data(config.data, config.data_text, Path(config.out) / INDEX_FOLDER)
-            self.real = RealSamples(images, teacher.recording, every, device, workers=config.data_workers)
+            index, workers = Path(config.out) / INDEX_FOLDER, config.data_workers
+            what = (config.data, config.data_text, index, teacher.items)
+            self.real = real_samples(*what, teacher.recording, every, device, workers=workers)
             say(self.real.note)
             if part is not None:
                 self.real = self.real.only(every, part.rows, self.conditions)

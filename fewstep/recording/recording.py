@@ -52,10 +52,10 @@ class Recording(Recorded):
 
         What of them comes from an item is that of the B samples' ``conditioning``, or without one the recorded item's.
         """
-        return self._of(tuple(x0.shape[1:])).codec.decode(x0, conditioning)
+        return self.at(tuple(x0.shape[1:])).codec.decode(x0, conditioning)
 
-    def _of(self, shape: tuple[int, ...]) -> Recording:
-        """That of samples of a shape, for their decoder's way."""
+    def at(self, shape: tuple[int, ...]) -> Recording:
+        """That of samples of a shape, where items have samples of several."""
         return next((one for one in self.sizes if one.sample_shape == shape and isinstance(one, Recording)), self)
 
     def prove(self, seed: int = 0) -> Proof:

@@ -20,6 +20,7 @@ from fewstep.data.durable import json_sha256, write_text_durably
 from fewstep.data.fingerprint import memory_digests
 from fewstep.data.latents import data_contents, read_data, refuse_unusable
 from fewstep.data.shard_index import INDEX_FOLDER
+from fewstep.data.targets import TARGETS
 from fewstep.errors import UserError
 from fewstep.reading import read_json
 from fewstep.teachers.files import pipeline_files, pipeline_place
@@ -102,7 +103,10 @@ class RunInputs:
 
     def _given(self) -> dict[str, str]:
         values = {name: getattr(self.config, name) for name in sorted(names_of(type(self.config), "source") - _WHICH)}
-        return {name: value for name, value in values.items() if value is not None}
+        found = {name: value for name, value in values.items() if value is not None}
+        if found.get("data") == TARGETS:  # they are known with their items
+            del found["data"]
+        return found
 
     def _is_here(self, name: str, value: str) -> bool:
         if name == "items":

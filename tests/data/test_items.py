@@ -219,7 +219,6 @@ def test_a_picture_that_cannot_be_read_is_refused(tmp_path: Path, spoil: Any, wo
     "pipeline, row, words",
     [
         (EDIT, {"prompt": "a", "image": "0.png", "style": "b"}, "has the column style, .* takes no such argument"),
-        (EDIT, {"prompt": "a", "image": "0.png", "target": "0.png"}, "has a target, .* which is not trained on yet"),
         (EDIT, {"prompt": "a", "image": "0.png", "guidance_scale": 3}, "guidance_scale is the same for all items"),
         (EDIT, {"prompt": "a", "image": "0.png", "num_inference_steps": 3}, "num_inference_steps is the same"),
         (EDIT, {"image": "0.png"}, "has no prompt, and StableDiffusionInstructPix2PixPipeline needs it"),
