@@ -30,6 +30,7 @@ from fewstep.export.folder import refuse_occupied, written
 from fewstep.export.lora_names import further_names
 from fewstep.export.related.walk import walk_relatives
 from fewstep.export.student_adapter import ADAPTER
+from fewstep.export.walk.control import as_student
 from fewstep.export.walk.plan import StudentPlan
 from fewstep.export.whole import about_student, check_counts, license_of
 from fewstep.networks.adapters import AdapterRole, on_the_same_weights
@@ -89,6 +90,7 @@ def export_lora(
         ExportError: ``out`` is in use, or what stock diffusers loads from it is not what was trained.
     """
     out = Path(out)
+    recording = as_student(recording, plan.scheduler, plan.call, plan.steps)
     refuse_occupied(out)
     about = about_student(recording, plan, method, base_model, training, teacher_lora, base_files)
     about["related"] = walk_relatives(recording, plan)

@@ -19,7 +19,7 @@ from fewstep.export.full_precision import in_full_precision
 from fewstep.export.lora import export_lora, rehearse_lora, why_no_lora
 from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
 from fewstep.export.speed_up import speed_up_recording
-from fewstep.export.walk.control import as_walked
+from fewstep.export.walk.control import as_student
 from fewstep.export.walk.plan import StudentPlan
 from fewstep.export.whole import check_counts, export_student, refuse_own_code
 from fewstep.networks.flow_map import SECOND_TIME
@@ -73,10 +73,7 @@ class Student:
     @cached_property
     def walked(self) -> Recording:
         """The teacher's recording with its second network, where it has one, switched as the student's walk does it."""
-        if self.teacher.recipe.second is None:
-            return self.teacher
-        pipeline = with_parts(self.teacher.pipeline, **{find_scheduler(self.teacher.pipeline): self.plan.scheduler})
-        return as_walked(self.teacher, pipeline, self.plan.call, self.plan.steps)
+        return as_student(self.teacher, self.plan.scheduler, self.plan.call, self.plan.steps)
 
     def phased(self, phases: Sequence[Phase]) -> Student:
         """The same with an expert for each phase; untrained, it samples at every count.

@@ -25,6 +25,7 @@ from fewstep.export.precision import as_computed, as_written
 from fewstep.export.published_paths import publish_no_paths
 from fewstep.export.related.walk import walk_relatives
 from fewstep.export.walk.check import Reference
+from fewstep.export.walk.control import as_student
 from fewstep.export.walk.plan import StudentPlan, check_student, reference_of
 from fewstep.export.walk.size_checks import about_sizes, check_sizes
 from fewstep.recording.pipeline import find_scheduler, with_parts
@@ -79,6 +80,7 @@ def export_student(
             as planned.
     """
     out = Path(out)
+    recording = as_student(recording, plan.scheduler, plan.call, plan.steps)
     networks = by_component(recording, network)
     _refuse(recording, networks, out)
     with written(out) as partial:

@@ -25,7 +25,7 @@ from fewstep.export.walk.plan import StudentPlan
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.recording import Recipe, Recording, record
 from fewstep.recording.invocation import SCALES
-from tests.stock_process import PLAIN_TEXTS, WATCH, run_stock
+from tests.stock_process import PLAIN_TEXTS, WATCH, allowed, run_stock
 
 pytestmark = pytest.mark.usefixtures("texts_as_they_are", "small_references")
 SOAK = pytest.mark.soak
@@ -143,7 +143,7 @@ def test_the_walk_is_the_stock_pipelines_for_each_picture(student: Exported) -> 
     for count in student.counts:
         for own, item in zip(told, student.items, strict=True):
             first, last = stock(pipeline, {**item, "num_inference_steps": count})
-            assert off(recording, student.sample(own, first.reshape(shape), count), last) <= 1e-5
+            assert off(recording, student.sample(own, first.reshape(shape), count), last) <= allowed(first, last)
             # Told another item's picture, which is what a mixed-up cache would do, it is another sample.
             (other,) = [one for one in told if one is not own]
             assert off(recording, student.sample(other, first.reshape(shape), count), last) >= 1e-3
@@ -167,8 +167,8 @@ def test_the_cards_code_samples_it_where_fewstep_is_not_installed(student: Expor
     assert seen["steps"] == student.plan.steps
     first = torch.from_numpy(seen["first"]).reshape(1, *student.recording.sample_shape)
     told = student.recording.condition(items=student.items[:1])
-    own = student.sample(told, first, student.plan.steps)
-    assert off(student.recording, own, torch.from_numpy(seen["last"])) <= 1e-5
+    own, last = student.sample(told, first, student.plan.steps), torch.from_numpy(seen["last"])
+    assert off(student.recording, own, last) <= allowed(first, last)
 
 
 def test_the_folder_says_what_is_given_and_what_is_filled_in(student: Exported) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.export.errors import ExportError, SchedulerCheckError
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.pipeline import find_scheduler, with_parts
 from fewstep.recording.second_switch import walk_of
 from fewstep.recording.subject import Subject
 
@@ -47,6 +48,25 @@ def as_walked(recording: Recording, pipeline: Any, call: dict[str, Any], count: 
         return replace(recipe, second=own, sizes=tuple(map(as_switched, recipe.sizes)))
 
     return replace(recording, recipe=as_switched(recording.recipe))
+
+
+def as_student(recording: Recording, scheduler: Any, call: dict[str, Any], steps: int) -> Recording:
+    """The recording with its second network, where it has one, switched as in its student's walk.
+
+    Args:
+        recording: of the teacher.
+        scheduler: the student's.
+        call: likewise.
+        steps: likewise.
+
+    Raises:
+        ExportError: as of :func:`as_walked`.
+        SchedulerCheckError: likewise.
+    """
+    if recording.recipe.second is None:
+        return recording
+    pipeline = with_parts(recording.pipeline, **{find_scheduler(recording.pipeline): scheduler})
+    return as_walked(recording, pipeline, call, steps)
 
 
 def walks_alike(recording: Recording, pipeline: Any, call: dict[str, Any], count: int) -> bool:
