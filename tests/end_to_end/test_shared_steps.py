@@ -47,9 +47,9 @@ NO_GRADIENT = ("to_k.bias", ".body.0.bias", ".body.3.bias")
 #: Parts of the names of weights that start at zero, and after a few steps are no larger than those.
 AT_ZERO = ("lora_", "second_time.heads")
 #: Gradients of small differences (of a consistency model's two answers, of what PCM's discriminator sees of them, of
-#: teacher and critic) have lost digits, and networks round otherwise for another batch size. One process with
-#: micro-batches differs from one without as much.
-LOST_DIGITS = {"consistency": 1e-4, "segmented consistency": 1e-4, "pcm": 1e-4, "sid": 3e-5}
+#: teacher and critic, of three guided answers) have lost digits, and networks round otherwise for another batch size.
+#: One process with micro-batches differs from one without as much.
+LOST_DIGITS = {"consistency": 1e-4, "segmented consistency": 1e-4, "pcm": 1e-4, "sid": 3e-5, "dmd2, items": 5e-5}
 #: Cases whose samples are weighed by their micro-batch.
 WEIGHED = {"f-distill", "sida"}
 #: Cases whose steps are not all alike.
