@@ -23,6 +23,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--prompts", type=str | None, default=None, help="UTF-8 file, one a line")
     parser.add_argument("--classes", type=str | None, default=None, help="labels such as 0-9")
     parser.add_argument("--items", type=str | None, default=None, help="prompts with pictures: .jsonl or .parquet")
+    parser.add_argument("--without_images", type=bool, default=False, help="an editing teacher by its prompts alone")
     parser.add_argument("--draws", type=int, default=1, help="of what the teacher draws for an item")
     parser.add_argument("--data", type=str | None, default=None, help="images, encoded for fewstep distill --data")
     parser.add_argument("--data_text", type=str | None, default=None, help="which column, field or suffix has texts")
@@ -34,7 +35,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--resume", type=bool, default=False, help="go on with a cache that is not complete")
     parser.add_argument("--cpu", type=bool, default=False, help="encode on the CPU even where there is a GPU")
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="let it run code from its own folder")
-    parsed = parse(parser, with_values(words, {"resume", "cpu", "trust_remote_code"}))
+    parsed = parse(parser, with_values(words, {"resume", "cpu", "trust_remote_code", "without_images"}))
     folder = cache(**parsed.as_dict())
     if PartialState().is_main_process:
         flag = "--cache" if parsed.data is None else "--data"

@@ -49,6 +49,7 @@ class PairsConfig(Settings):
         world: how many independent processes share the work.
         cpu: make them on the CPU even where there is a GPU.
         trust_remote_code: let a pipeline run code from its own folder.
+        without_images: as of the runs, for an editing teacher that also works without a picture.
     """
 
     teacher: str
@@ -81,6 +82,7 @@ class PairsConfig(Settings):
     world: int | None = None
     cpu: bool = False
     trust_remote_code: bool = False
+    without_images: bool = False
 
     def __post_init__(self) -> None:
         self._refuse_misfits("teacher", "out", "prompts", "classes", "items", "cache", "data", "teacher_lora")

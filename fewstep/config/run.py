@@ -39,6 +39,8 @@ class RunConfig(Settings):
         classes: class labels such as 0-9 or 1,5,7, for class-conditional teachers.
         items: for teachers that look at a picture: a .jsonl or .parquet file, or a folder with items.jsonl in it; a row
             has a prompt and the pictures of the pipeline's call under their own names, as paths relative to the file.
+        without_images: with prompts, for an editing teacher that also works without a picture (Flux Kontext): so it is
+            recorded, and its student never sees one, as the card says.
         cache: a folder of ``fewstep cache``, in the place of prompts or classes; with items, of these.
         draws: how many are kept of what the teacher draws for an item (an encoder's sample of its picture, noise added
             to it), one of which each step takes; ``fewstep probe`` says how far two are apart.
@@ -134,6 +136,7 @@ class RunConfig(Settings):
     prompts: str | None = setting("source", None)
     classes: str | None = None
     items: str | None = setting("source", None)
+    without_images: bool = False
     cache: str | None = setting("source", None)
     draws: int = 1
     call: dict[str, Any] | None = None

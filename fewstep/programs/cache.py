@@ -37,6 +37,7 @@ def cache(
     data_text: str | None = None,
     data_workers: int = 2,
     dtype: str = "float32",
+    without_images: bool = False,
     draws: int = 1,
     call: dict[str, Any] | None = None,
     teacher_lora: str | None = None,
@@ -66,6 +67,7 @@ def cache(
         data_text: which column, field of a .json or suffix has the texts of images; default text, caption or txt.
         data_workers: threads that read images; 0 reads them when they are wanted.
         dtype: of encoded images: float32, float16 or bfloat16.
+        without_images: as of the runs, for an editing teacher that also works without a picture.
         draws: how many are stored of what the teacher draws for an item (an encoder's sample of its picture, noise
             added to it).
         call: further keyword arguments of the teacher's pipeline, the same as of the runs that shall read the cache.
@@ -106,6 +108,7 @@ def cache(
         teacher_lora=teacher_lora,
         trust_remote_code=trust_remote_code,
         items=items,
+        without_images=without_images or data is not None,  # which has a part in no image's latents
     )
     with shared_fate(launch):
         if data is not None:

@@ -17,7 +17,7 @@ from fewstep.fashion import looking
 from fewstep.fashion.items import inpainting_items
 from fewstep.recording import Recording
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.pictures import picture_arguments
+from fewstep.recording.pictures import is_encoded, own_pictures, picture_arguments
 from fewstep.teachers.names import embedded_name
 
 #: Of an embedded teacher that looks at pictures: so many holes and clothes that a short run sees each a few times.
@@ -79,6 +79,7 @@ def record_for(
     items: Items | None,
     *,
     make_up: bool = False,
+    without_images: bool = False,
 ) -> Recording:
     """The recording of a pipeline, with two items where there are some.
 
@@ -88,14 +89,18 @@ def record_for(
         call: of the pipeline.
         items: None: of prompts, labels or nothing.
         make_up: two items for a pipeline that looks at pictures, where there are none.
+        without_images: a pipeline that also works without a picture is recorded so.
 
     Raises:
         RecordingError: it cannot be recorded.
+        UserError: it looks at pictures and would be recorded without, and nobody said so.
     """
     if items is not None:
+        if without_images:
+            raise UserError("--without_images is of --prompts, and items hold pictures: leave out one of them")
         return record(pipeline, items=items.two(), **call)
     first: RecordingError | None = None
-    for two in made_up_items(pipeline, call) if make_up else ():
+    for two in made_up_items(pipeline, call) if make_up and not without_images else ():
         try:
             return record(pipeline, items=two, **call)
         except RecordingError as error:
@@ -105,7 +110,14 @@ def record_for(
             first = first or error
     if first is not None:
         raise first
-    return record(pipeline, **call)
+    recording = record(pipeline, **call)
+    looked_at = [name for name in own_pictures(type(pipeline)) if not is_encoded(name)]
+    if looked_at and not make_up and not without_images:
+        raise UserError(
+            f"{type(pipeline).__name__} is told pictures ({', '.join(looked_at)}) and also works without: give --items, a "
+            "prompt with its pictures in each row, or with --prompts --without_images, for a student that sees none"
+        )
+    return recording
 
 
 def _may_be_one(value: Any) -> bool:

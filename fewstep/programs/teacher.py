@@ -50,6 +50,7 @@ class TeacherSettings:
     mixed_precision: str = "no"
     trust_remote_code: bool = False
     items: Any = None
+    without_images: bool = False
     cache: str | None = None
 
     @classmethod
@@ -166,7 +167,8 @@ def open_teacher(
     items = given_items(
         settings.items, settings.cache, pipeline, settings.recorded_call, name=settings.teacher, progress=progress
     )
-    recording = record_for(record, pipeline, settings.recorded_call, items, make_up=make_up)
+    how = {"make_up": make_up, "without_images": settings.without_images}
+    recording = record_for(record, pipeline, settings.recorded_call, items, **how)
     _refuse_unquantized(settings, recording, given)
     recording.prove()
     if items is not None:

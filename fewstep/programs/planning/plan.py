@@ -163,7 +163,8 @@ class Planner:
         with answering(self.pipeline, self.mode):
             call = TeacherSettings.of(config).recorded_call
             self.items = given_items(config.items, None, self.pipeline, call, name=config.teacher)
-            self.recording = record_for(record, self.pipeline, call, self.items, make_up=config.prompts is None)
+            how = {"make_up": config.prompts is None, "without_images": config.without_images}
+            self.recording = record_for(record, self.pipeline, call, self.items, **how)
         self.device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
         self._counted: list[tuple[RunConfig, int, dict[str, Calls]]] = []
 
