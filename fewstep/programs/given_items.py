@@ -113,9 +113,10 @@ def record_for(
     recording = record(pipeline, **call)
     looked_at = [name for name in own_pictures(type(pipeline)) if not is_encoded(name)]
     if looked_at and not make_up and not without_images:
+        name, told = type(pipeline).__name__, ", ".join(looked_at)
         raise UserError(
-            f"{type(pipeline).__name__} is told pictures ({', '.join(looked_at)}) and also works without: give --items, a "
-            "prompt with its pictures in each row, or with --prompts --without_images, for a student that sees none"
+            f"{name} is told pictures ({told}) and also works without: give --items, a prompt with its pictures in each "
+            "row, or with --prompts --without_images, for a student that sees none"
         )
     return recording
 
