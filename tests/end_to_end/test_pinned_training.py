@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import zoo_image
-from diffusers import DiffusionPipeline, FluxKontextInpaintPipeline, LTXConditionPipeline
-from PIL import Image
+from diffusers import DiffusionPipeline
+from pinned_pipelines import a_first_frame, a_kept_region
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,33 +27,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def _picture(number: int, side: int) -> Image.Image:
-    draws = torch.randint(0, 256, (3, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
-    return Image.fromarray(draws.numpy()).resize((side, side), Image.Resampling.BICUBIC)
-
-
-def _condition() -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:
-    """A first frame, which stays as it is."""
-    pipeline = LTXConditionPipeline(**zoo_image.load("LTXImageToVideo").components)
-    items = [{"prompt": f"{word} boat", "image": _picture(n, 32)} for n, word in enumerate(("a", "the"))]
-    return pipeline, items, {**zoo_image.call_of("LTXImageToVideo"), "image_cond_noise_scale": 0.0}
-
-
-def _inpaint() -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:
-    """What a mask keeps, under the walk's first noise; the network is told the picture too."""
-    folder = zoo_image.FOLDER.parent / "zoo" / "Flux"
-    if not folder.is_dir():
-        pytest.skip("needs the folder of tiny pipelines")
-    pipeline = FluxKontextInpaintPipeline(**DiffusionPipeline.from_pretrained(folder, local_files_only=True).components)
-    items = []
-    for number, word in enumerate(("a", "the")):
-        mask = Image.new("L", (8, 8), 0)
-        mask.paste(255, (4 * number, 0, 4 * number + 4, 8))
-        items.append({"prompt": f"{word} boat", "image": _picture(number, 8), "mask_image": mask})
-    call = {"height": 8, "width": 8, "max_sequence_length": 48, "max_area": 64, "_auto_resize": False}
-    return pipeline, items, call
-
-
 def _decoded(pipeline: Any, item: dict[str, Any], about: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The first sample of a stock pipeline's walk, and what its decoder is given."""
     arguments = {**item, **about["call"], "generator": torch.Generator().manual_seed(0)}
@@ -63,7 +35,7 @@ def _decoded(pipeline: Any, item: dict[str, Any], about: dict[str, Any]) -> tupl
     return seen.steps[0].sample, seen.decoder_input
 
 
-@pytest.mark.parametrize("made", [_condition, _inpaint])
+@pytest.mark.parametrize("made", [a_first_frame, a_kept_region])
 @pytest.mark.parametrize("method", METHODS)
 def test_students_pin_what_their_teachers_pin(made: Any, method: str, tmp_path: Path) -> None:
     pipeline, items, call = made()
