@@ -17,17 +17,17 @@ from fewstep.eval.benchmark.cells import TEACHER, Cell
 from fewstep.eval.grid import GridRow, draw_grid
 from fewstep.eval.models import in_steps
 from fewstep.eval.scorers.kept import picture_and_hole
-from fewstep.fashion import looking
+from fewstep.fashion import TEACHERS, looking
 from fewstep.fashion.items import inpainting_items
 from fewstep.programs.planning.call_counts import Calls, forward_passes
 
 #: How many times lower than its teacher's, at the same step count, a student's FD is to be.
 AT_LEAST = {1: 1.6, 2: 1.3, 4: 1.0}
-#: How many times the FD of the teacher at its most steps the best student may have, at these step counts.
+#: How many times the FD of the teacher at its own steps the best student may have, at these step counts.
 AT_MOST, BEST_AT = 1.1, (1, 4)
 #: The same of a teacher that is shown a picture, where anything is asked but to be better than it at as many steps.
 AT_MOST_SHOWN = {1: 1.6}
-#: How much less of its picture than its teacher at most steps a student may keep.
+#: How much less of its picture than its teacher at its own steps a student may keep.
 KEPT_WITHIN = 0.02
 SHORT = "†"
 PICTURE_CELL = 32
@@ -108,16 +108,15 @@ class Comparison:
             raise UserError("the results are of unlike numbers of samples, which cannot be compared: run all with one")
 
     def teacher(self, name: str, steps: int | None = None) -> Row | None:
-        """A teacher's row, by default that of its most steps; None where it was not measured."""
+        """A teacher's row, by default that of the steps that it is called with; None where it was not measured."""
+        wanted = TEACHERS[name].steps if steps is None else steps
         found = [row for row in self.rows if row.cell.training is None and row.cell.teacher == name]
-        found = [row for row in found if steps is None or row.cell.steps == steps]
-        return max(found, key=lambda row: row.cell.steps, default=None)
+        return next((row for row in found if row.cell.steps == wanted), None)
 
     @property
     def most(self) -> str:
-        """The teachers' most steps, in words."""
-        found = {row.cell.steps for name in {row.cell.teacher for row in self.rows} if (row := self.teacher(name))}
-        return " or ".join(map(str, sorted(found)))
+        """The steps that the teachers are called with, in words."""
+        return " or ".join(map(str, sorted({TEACHERS[row.cell.teacher].steps for row in self.rows})))
 
     def students(self, gated: bool = False) -> list[Row]:
         """The rows with a training; of those something is claimed of, if asked for."""
@@ -129,7 +128,7 @@ class Comparison:
         return None if teacher is None else teacher.fd / row.fd
 
     def over(self, row: Row) -> float | None:
-        """The FD over that of the teacher at its most steps, where that was measured."""
+        """The FD over that of the teacher at its own steps, where that was measured."""
         teacher = self.teacher(row.cell.teacher)
         return None if teacher is None else row.fd / teacher.fd
 

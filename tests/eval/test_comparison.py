@@ -118,6 +118,8 @@ def test_without_its_teachers_rows_a_student_has_no_ratios(results: Path) -> Non
     text = compare([Cell("fashion-flow", 25, 20), cell()], results).markdown()
     assert "| `dmd2` | `fashion-sd` | 4 | 4 | 0.600 |  |  | 0.900 |" in text
     assert "The best student" not in text
+    text = compare([Cell("fashion-sd", 4, 20), cell()], results).markdown()  # not at the steps it is called with
+    assert "| `dmd2` | `fashion-sd` | 4 | 4 | 0.600 | 2.0x |  | 0.900 |" in text and "The best student" not in text
 
 
 def test_the_picture_has_a_row_for_each_strip(results: Path) -> None:
