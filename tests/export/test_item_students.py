@@ -49,6 +49,8 @@ WALKED = [
 COUNTS = (1, 2, 4)
 #: Its control is switched off before the second half of a walk, and so in the only step of one.
 NEVER_AT_ONE = "ControlNetXL"
+#: What a walk is off beside that: the first time of its scheduler is 1000.0001 in float32, of which sines are taken.
+ROUNDED_TIMES = {"QwenImageEditPlus": 1e-5}
 
 # Runs the code of a card in a folder that holds its pictures, and keeps where the scheduler starts and ends.
 _CARD = f"""{WATCH}{PLAIN_TEXTS}{zoo_image.SMALL_REFERENCES}
@@ -72,6 +74,11 @@ class Exported:
     folder: Path
     items: list[dict[str, Any]]
     counts: tuple[int, ...]
+    rounded: float
+
+    def allowed(self, first: Tensor, last: Tensor) -> float:
+        """How far its own walk may end from the stock pipeline's last sample, relative."""
+        return allowed(first, last) + self.rounded
 
     def sample(self, told: Conditioning, first: Tensor, count: int) -> Tensor:
         """What fewstep's own loop makes of the first samples (B, ...); 0 where the network is told nothing."""
@@ -105,7 +112,7 @@ def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(name) / "student"
     export_student(recording, network, plan, folder, method="dmd2", base_model="example/teacher")
     counts = COUNTS if name != NEVER_AT_ONE else COUNTS[1:]
-    return Exported(recording, network, plan, folder, items, counts)
+    return Exported(recording, network, plan, folder, items, counts, ROUNDED_TIMES.get(name, 0.0))
 
 
 def stock(pipeline: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -143,7 +150,9 @@ def test_the_walk_is_the_stock_pipelines_for_each_picture(student: Exported) -> 
     for count in student.counts:
         for own, item in zip(told, student.items, strict=True):
             first, last = stock(pipeline, {**item, "num_inference_steps": count})
-            assert off(recording, student.sample(own, first.reshape(shape), count), last) <= allowed(first, last)
+            assert off(recording, student.sample(own, first.reshape(shape), count), last) <= student.allowed(
+                first, last
+            )
             # Told another item's picture, which is what a mixed-up cache would do, it is another sample.
             (other,) = [one for one in told if one is not own]
             assert off(recording, student.sample(other, first.reshape(shape), count), last) >= 1e-3
@@ -168,7 +177,7 @@ def test_the_cards_code_samples_it_where_fewstep_is_not_installed(student: Expor
     first = torch.from_numpy(seen["first"]).reshape(1, *student.recording.sample_shape)
     told = student.recording.condition(items=student.items[:1])
     own, last = student.sample(told, first, student.plan.steps), torch.from_numpy(seen["last"])
-    assert off(student.recording, own, last) <= allowed(first, last)
+    assert off(student.recording, own, last) <= student.allowed(first, last)
 
 
 def test_the_folder_says_what_is_given_and_what_is_filled_in(student: Exported) -> None:
