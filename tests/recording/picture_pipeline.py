@@ -111,7 +111,7 @@ class PicturePipeline(DiffusionPipeline):
         if way == "pinned_clean":
             x[:, :, 0] = pictures
         noise = x
-        by_size = scheduler.config.use_dynamic_shifting
+        by_size = scheduler.config.get("use_dynamic_shifting", False)
         scheduler.set_timesteps(num_inference_steps, **({"mu": x[0].numel() / 100} if by_size else {}))
         times = scheduler.timesteps
         if way in ("pinned", "pinned_anew") and hasattr(scheduler, "set_begin_index"):
