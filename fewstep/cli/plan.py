@@ -81,12 +81,13 @@ def describe(plan: Plan) -> str:
         ("attention", plan.attention),
         ("parameters", "computed: " + ", ".join(f"{k} {_count(v)}" for k, v in plan.parameters.items())),
         ("recording", f"computed: {size(plan.recording)}, the whole pipeline as it is loaded, text encoders included"),
+        *_encoding(plan),
         ("weights", f"computed: {_sizes(weights)}"),
         ("gradients", f"computed: {_sizes({name: role.gradients for name, role in roles.items()})}, one at a time"),
         ("optimizer", f"computed: {_sizes({name: role.optimizer for name, role in roles.items()})}"),
         ("activations", f"estimated: {_sizes(graphs)}, kept for the backward pass"),
         ("", f"estimated: {_sizes(moments)}, at most, with gradients and working memory"),
-        ("peak", f"estimated: {size(plan.peak)}: weights, optimizer and the larger turn"),
+        ("peak", f"estimated: {size(plan.peak)}: {_largest(plan)}"),
         ("network calls", f"computed: a step and sample, mean of the last {PERIOD} steps: {_calls(plan.calls)}"),
         ("", f"{forward_passes(plan.calls):.2f} forward passes, if a tapped pass cost as much as a whole one"),
         *_evaluations(plan.evaluations),
@@ -96,6 +97,16 @@ def describe(plan: Plan) -> str:
     if plan.device == "cpu" and "bf16" in plan.settings:
         rows.append(("", "bfloat16 as on a CPU; a GPU's autocast keeps norms in float32, which takes a little more"))
     return "\n".join(_row(name, text) for name, text in rows)
+
+
+def _encoding(plan: Plan) -> list[tuple[str, str]]:
+    """What is over before the training, and what an item takes from then on."""
+    rows = []
+    if plan.encoding:
+        rows.append(("encoders", f"estimated: {_sizes(plan.encoding)}, beside that and before the training"))
+    if plan.item is not None:
+        rows.append(("item", f"computed: {size(plan.item)} for each, encoded and cached"))
+    return rows
 
 
 def _evaluations(evaluations: Evaluations | None) -> list[tuple[str, str]]:
@@ -116,6 +127,11 @@ def _verdict(planner: Planner, plan: Plan, memory: int) -> str:
 
 def _row(name: str, text: str) -> str:
     return f"{name:<15}{text}"
+
+
+def _largest(plan: Plan) -> str:
+    before = plan.encoders_peak >= plan.peak
+    return "the whole pipeline while it encodes" if before else "weights, optimizer and the larger turn"
 
 
 def _sizes(sizes: Mapping[str, int]) -> str:

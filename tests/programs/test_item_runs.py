@@ -76,14 +76,19 @@ def test_probe_makes_up_pictures_of_the_size_that_the_teacher_is_for(editor: Pat
 @pytest.mark.parametrize("named", [True, False])
 def test_a_plan_is_recorded_with_items_or_with_made_up_ones(editor: Path, items: Path, named: bool) -> None:
     config = method_class("dmd2").Config(teacher=str(editor), out="", items=str(items) if named else None)
-    recording = Planner(config, "dmd2").recording
+    planner = Planner(config, "dmd2")
+    recording = planner.recording
     assert (recording.conditional, recording.sample_shape) == ("item", (4, 8, 8))
+    assert planner.encoding.keys() == {"vae", "text_encoder"} and min(planner.encoding.values()) > 10_000
+    assert planner.item is not None and planner.item > 2 * 4 * 8 * 8 * 4, "a picture, and zeros in its place"
 
 
 @pytest.mark.soak
 def test_a_plan_of_items_is_made_whole(editor: Path, items: Path, capsys) -> None:
     assert main(["plan", str(editor), "dmd2", "--items", str(items), "--batch_size", "1"]) == 0
-    assert "[4, 8, 8] per sample" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "[4, 8, 8] per sample" in shown and "\nencoders       estimated: vae " in shown
+    assert "\nitem           computed: " in shown and " MB for each, encoded and cached" in shown
 
 
 def test_made_up_pictures_are_the_same_each_time_and_no_more_than_need_be() -> None:

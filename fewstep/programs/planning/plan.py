@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from fewstep.config.run import RunConfig
+from fewstep.data.encoding import encode_one, own_bytes
 from fewstep.errors import UserError
 from fewstep.networks.roles import Role
 from fewstep.programs.auto import CHOOSE, decide
@@ -82,6 +83,8 @@ class Plan:
         sample_shape: of one sample.
         parameters: by component of the pipeline.
         recording: weights of the whole pipeline, which is recorded and encodes before the training.
+        encoding: by network that encodes, what it takes at most beside its weights, before the training.
+        item: what one item takes once it is encoded, as in a cache; None of prompts, labels or nothing.
         kept: weights of the pipeline that stay beside the training: denoiser and decoder.
         roles: by name.
         moments: by role, its turn in the most costly step.
@@ -99,6 +102,8 @@ class Plan:
     sample_shape: tuple[int, ...]
     parameters: dict[str, int]
     recording: int
+    encoding: dict[str, int]
+    item: int | None
     kept: int
     roles: dict[str, RoleBytes]
     moments: dict[str, Moment]
@@ -113,7 +118,12 @@ class Plan:
     @property
     def peak(self) -> int:
         """Estimate of the most that is in use at once."""
-        return max(self.recording, self.held + max(moment.peak for moment in self.moments.values()))
+        return max(self.encoders_peak, self.held + max(moment.peak for moment in self.moments.values()))
+
+    @property
+    def encoders_peak(self) -> int:
+        """Estimate of the most before the training, while the pipeline is whole and one of its networks encodes."""
+        return self.recording + max(self.encoding.values(), default=0)
 
 
 def plan(teacher: str, method: str = "dmd2", **settings: Any) -> Plan:
@@ -154,17 +164,21 @@ class Planner:
     def __init__(
         self, config: RunConfig, method: str, build: Callable[[World], DiffusionPipeline] | None = None
     ) -> None:
-        self.config, self.method = config, method
-        self.mode = fake_tensors()
+        self.config, self.method, self.mode = config, method, fake_tensors()
         if build is None:
             self.pipeline = weightless_teacher(config.teacher, self.mode, config.revision, config.subfolder)
         else:
             self.pipeline = build(partial(fake_world, self.mode))
-        with answering(self.pipeline, self.mode):
+        with answering(self.pipeline, self.mode) as taken:
             call = TeacherSettings.of(config).recorded_call
             self.items = given_items(config.items, None, self.pipeline, call, name=config.teacher)
             how = {"make_up": config.prompts is None, "without_images": config.without_images}
             self.recording = record_for(record, self.pipeline, call, self.items, **how)
+            one = self.recording.invocation.item if self.recording.conditional == "item" else None
+            self.item = None if one is None else own_bytes(encode_one(self.recording, one))
+        second = [] if (rule := self.recording.recipe.second) is None else [rule.component]
+        self.trained_with = {*self.recording.components, *second}
+        self.encoding = {name: most for name, most in taken.items() if most and name not in self.trained_with}
         self.device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
         self._counted: list[tuple[RunConfig, int, dict[str, Calls]]] = []
 
@@ -195,10 +209,7 @@ class Planner:
             ) from error
         networks = modules_of(pipeline)
         # Those that only encode are freed once everything is encoded (fewstep.data.encoders).
-        stay = {expert.component for expert in recording.experts} | {find_decoder(pipeline)}
-        if recording.recipe.second is not None:
-            stay.add(recording.recipe.second.component)
-        kept = [network for name, network in networks.items() if name in stay]
+        kept = [network for name, network in networks.items() if name in {*self.trained_with, find_decoder(pipeline)}]
         return Plan(
             teacher=config.teacher,
             pipeline=type(self.pipeline).__name__,
@@ -209,10 +220,11 @@ class Planner:
             device=self.device.type,
             sample_shape=self.recording.sample_shape,
             parameters={
-                name: sum(p.numel() for p in network.parameters())
-                for name, network in modules_of(self.pipeline).items()
+                name: sum(p.numel() for p in module.parameters()) for name, module in modules_of(self.pipeline).items()
             },
             recording=tensor_bytes(*networks.values()),
+            encoding=self.encoding,
+            item=self.item,
             kept=tensor_bytes(*kept),
             roles=_roles(method, kept),
             moments=moments,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fewstep.errors import UserError, first_line
+from fewstep.programs.planning.memory import Footprint
 from fewstep.reading import read_json
 from fewstep.teachers.single_file import configuration_of
 from fewstep.teachers.source import CONFIGURATION, find_source
@@ -38,7 +40,10 @@ class _FakeTensors(FakeTensorMode):
         real = tensors and not any(isinstance(value, FakeTensor) for value in tensors)
         if real and (function in _READS or not any(value.is_floating_point() for value in tensors)):
             return function(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(function, types, args, kwargs)
+        answer: Any = super().__torch_dispatch__(function, types, args, kwargs)
+        if function.overloadpacket is torch.ops.aten.arange and not answer.is_floating_point():
+            return function(*args, **(kwargs or {}))  # places, by which encoders of pictures put them in windows
+        return answer
 
 
 #: Operations by which the host reads a tensor.
@@ -125,18 +130,22 @@ def _converted(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: b
 
 
 @contextmanager
-def answering(pipeline: DiffusionPipeline, mode: FakeTensorMode) -> Iterator[None]:
-    """Inside, the pipeline's fake networks take real tensors, and give drawn ones in the shapes of their answers."""
-    networks = [module for module in pipeline.components.values() if isinstance(module, nn.Module)]
+def answering(pipeline: DiffusionPipeline, mode: FakeTensorMode) -> Iterator[dict[str, int]]:
+    """Inside, the pipeline's fake networks take real tensors, and give drawn ones in the shapes of their answers.
+
+    Gives the bytes that each network took at most beside its weights, by name, as they come up.
+    """
+    networks = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    taken = dict.fromkeys(networks, 0)
     # An autoencoder is asked for its other half by name.
-    asked = [(network, name) for network in networks for name in ("forward", "encode") if hasattr(network, name)]
-    for network, name in asked:
-        setattr(network, name, _drawn(getattr(network, name), mode))
+    asked = [(name, half) for name in networks for half in ("forward", "encode") if hasattr(networks[name], half)]
+    for name, half in asked:
+        setattr(networks[name], half, _drawn(getattr(networks[name], half), mode, networks[name], taken, name))
     try:
-        yield
+        yield taken
     finally:
-        for network, name in asked:
-            delattr(network, name)
+        for name, half in asked:
+            delattr(networks[name], half)
 
 
 def _configuration_folder(name: str, revision: str | None, subfolder: str | None) -> Path:
@@ -180,9 +189,12 @@ def _part(kind: Any, folder: Path, mode: FakeTensorMode) -> Any:
         return kind(kind.config_class.from_pretrained(folder)).eval()
 
 
-def _drawn(forward: Callable[..., Any], mode: FakeTensorMode) -> Callable[..., Any]:
+def _drawn(
+    forward: Callable[..., Any], mode: FakeTensorMode, network: nn.Module, taken: dict[str, int], name: str
+) -> Callable[..., Any]:
     """`forward` on fake tensors for the shapes; it is run once for each shape of its inputs."""
     answers: dict[str, Any] = {}
+    weights = [*network.parameters(), *network.buffers()]
 
     def shaped(value: Any) -> Any:
         given = isinstance(value, Tensor) and value.is_floating_point() and not isinstance(value, FakeTensor)
@@ -192,8 +204,9 @@ def _drawn(forward: Callable[..., Any], mode: FakeTensorMode) -> Callable[..., A
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         key = str(tree_map(lambda v: (v.shape, v.dtype) if isinstance(v, Tensor) else v, (args, kwargs)))
         if key not in answers:
-            with mode, torch.no_grad():
+            with mode, Footprint(known=weights) as footprint, torch.no_grad():
                 answers[key] = forward(*tree_map(shaped, args), **tree_map(shaped, kwargs))
+            taken[name] = max(taken[name], footprint.peak)
         leaves, structure = tree_flatten(answers[key])
         return tree_unflatten([_draw(given, leaf, place) for place, leaf in enumerate(leaves)], structure)
 
@@ -219,12 +232,25 @@ def _draw(given: list[Tensor], like: Any, place: int) -> Any:
     rows = like.shape[0] if like.dim() else 1
     seed = hashlib.blake2b(str((place, *like.shape[1:])).encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
-    answer = torch.randn(like.shape[1:], generator=generator).expand(like.shape).clone()
-    for value in given:
+    pattern = torch.randn(like.shape[1:], generator=generator)
+    answer = pattern.expand(like.shape).clone()
+    for number, value in enumerate(given, 1):
         shared = value.dim() == 0 or value.shape[0] != rows
-        seen = value.reshape(1 if shared else rows, -1).double()
-        direction = torch.randn(seen.shape[1], generator=generator, dtype=torch.float64) / max(seen.shape[1], 1) ** 0.5
-        pattern = torch.randn(like.shape[1:], generator=generator)
-        weight = torch.sin(seen @ direction).float()
-        answer += pattern * weight.reshape(-1, *[1] * (like.dim() - 1))
+        weight = torch.sin(_projected(value.reshape(1 if shared else rows, -1).double(), generator)).float()
+        answer += pattern.roll(number) * weight.reshape(-1, *[1] * (like.dim() - 1))
     return answer.to(like.dtype)
+
+
+def _projected(seen: Tensor, generator: torch.Generator) -> Tensor:
+    """Each row of ``seen`` (R, N) in one direction that no entry is without, (R,).
+
+    It is an outer product, as a drawn number for each entry of a video would take longer than all else.
+    """
+    count = seen.shape[1]
+    width = max(1, math.isqrt(count))
+    whole = count - count % width
+    across, along, rest = (
+        torch.randn(size, generator=generator, dtype=torch.float64) / max(size, 1) ** 0.5
+        for size in (width, whole // width, count - whole)
+    )
+    return seen[:, :whole].unflatten(1, (-1, width)) @ across @ along + seen[:, whole:] @ rest
