@@ -18,15 +18,9 @@ from fewstep.data.image_opening import Stored
 from fewstep.data.item_pictures import SHOWN, Clip, Picture, as_meant, flat, is_mask, look_at
 from fewstep.data.item_rows import Row
 from fewstep.errors import UserError, one_line
-from fewstep.recording.invocation import SCALES
+from fewstep.recording.items import is_of_an_item
 from fewstep.recording.pictures import picture_arguments
 from fewstep.recording.plain_call import argument_hints, members
-
-#: What is the recorder's, the whole run's or the caller's business, and no item's.
-_NOT_OF_AN_ITEM = frozenset(
-    {"batch_size", "generator", "latents", "num_inference_steps", "output_type", "return_dict", "sigmas", "timesteps"}
-)
-
 
 #: The column of the wanted result, which is no argument of the call.
 TARGET = "target"
@@ -80,7 +74,7 @@ class Columns:
                 f"{row} has the column {column}, and {self.name} takes no such argument; those that it calls pictures "
                 f"are: {known}"
             )
-        if column in _NOT_OF_AN_ITEM or column.startswith("callback") or column.endswith((*SCALES, "_per_prompt")):
+        if not is_of_an_item(column):
             raise UserError(f"{row}: {column} is the same for all items; leave the column out")
 
     def _value(self, row: str, column: str, value: Any, folder: Path) -> Any:

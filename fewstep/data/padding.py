@@ -22,8 +22,8 @@ from fewstep.recording.call_parts import without_sample
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.proof import tolerance
 from fewstep.recording.proof_runs import relative_error
-from fewstep.recording.recorded import CONDITION_STEPS
 from fewstep.recording.shake import shaken
+from fewstep.recording.telling import CONDITION_STEPS
 
 _TRIED = 4  # items that are compared, the shortest among them, each beside the longest
 _TIMES = (0.9, 0.4)

@@ -9,6 +9,8 @@ from typing import Any
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.plain_call import argument_hints, members
 
+#: How the arguments that hold a guidance scale end.
+SCALES = ("guidance_scale", "cfg_scale")
 # Of what there is at least one.
 _SIZES = frozenset({"height", "width", "size", "frames", "length", "fps", "rate", "steps"})
 # How the arguments end that are parts of a whole.

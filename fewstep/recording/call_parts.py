@@ -28,9 +28,13 @@ def without_sample(call: NetworkCall, recipe: Recipe) -> dict[str, Any]:
     links = [] if second is None else [link.argument for link in second.links]
     told = unfed(call.arguments, recipe.sample, recipe.times, links)
     if second is not None:
-        beside = next(one for one in reversed(call.earlier) if one.component == second.component)
-        told[second.component] = second.told(beside.arguments)
+        told[second.component] = second.told(_beside(call, second.component).arguments)
     return told
+
+
+def _beside(call: NetworkCall, component: str) -> NetworkCall:
+    """The last call of another component before this one in its step."""
+    return next(one for one in reversed(call.earlier) if one.component == component)
 
 
 def network_calls(step: Step, components: Collection[str]) -> list[NetworkCall]:
@@ -48,17 +52,40 @@ def mark_arguments(component: str, one: dict[str, Any], two: dict[str, Any]) -> 
         ) from error
 
 
+class UnevenError(RecordingError):
+    """A second network that is asked for fewer answers than the network which is told of its own."""
+
+
 def split_pieces(calls: list[NetworkCall], recipe: Recipe, marked: dict[str, Any]) -> list[Conditioning]:
-    """The conditioning of each answer that the network was asked for, one sample each, in the pipeline's order."""
+    """The conditioning of each answer that the network was asked for, one sample each, in the pipeline's order.
+
+    Raises:
+        RecordingError: the calls differ from the recorded one in more than their rows.
+    """
     pieces = []
     for call in calls:
         rows = len(call.arguments[recipe.sample.argument])
+        _refuse_uneven(call, recipe, rows)
         try:
-            whole = remark(without_sample(call, recipe), marked, rows)
+            told = without_sample(call, recipe)
+            # What is None is as good as not said.
+            told = {name: value for name, value in told.items() if name in marked or value is not None}
+            whole = remark(told, marked, rows)
         except ValueError as error:
             raise RecordingError(f"the guided call cannot be split: {error}") from error
         pieces += [whole.select([i]) for i in range(rows)]
     return pieces
+
+
+def _refuse_uneven(call: NetworkCall, recipe: Recipe, rows: int) -> None:
+    if (second := recipe.second) is None:
+        return
+    asked = len(_beside(call, second.component).arguments[second.sample.argument])
+    if asked != rows:
+        raise UnevenError(
+            f"in a guided step {second.component} is asked for {asked} of the {rows} answers that {call.component} "
+            "gives, which is not understood"
+        )
 
 
 def repeated(x: Tensor, rows: int, batch: int) -> Tensor:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.recording.call_numbers import SCALES
 from fewstep.recording.call_parts import same_conditioning
 from fewstep.recording.denoisers import Denoisers
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.experts import Visits, components_of, expert_at
-from fewstep.recording.invocation import SCALES, Invocation
+from fewstep.recording.invocation import Invocation
 from fewstep.recording.observation import Step, Stub
 from fewstep.recording.subject import Subject
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.recording.call_numbers import SCALES
 from fewstep.recording.denoisers import Denoisers
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.experts import components_of
-from fewstep.recording.invocation import SCALES, Invocation
+from fewstep.recording.invocation import Invocation
 from fewstep.recording.observation import Stub
 from fewstep.recording.subject import Subject
 from fewstep.recording.weighing import GuidedRun

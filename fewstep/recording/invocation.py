@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from fewstep.conditioning.item import Form, Item, holds_picture
-from fewstep.recording.call_numbers import refuse_impossible
+from fewstep.recording.call_numbers import SCALES, refuse_impossible
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.items import check_items, with_other_pictures
 from fewstep.recording.pictures import refuse_pictures
@@ -25,9 +25,6 @@ _SUBJECTS: dict[str, tuple[Literal["prompt", "label"], Any]] = {
 SUBJECT_ARGUMENTS = {kind: argument for argument, (kind, _) in _SUBJECTS.items()}
 # The caller's business, not the recipe's: what is sampled, how it is returned, and how it is watched.
 _IGNORED = ("generator", "num_inference_steps", "output_type", "return_dict")
-
-#: How the arguments that hold a guidance scale end.
-SCALES = ("guidance_scale", "cfg_scale")
 
 
 @dataclass

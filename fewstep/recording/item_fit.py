@@ -136,6 +136,14 @@ def fit_output_entries(component: str, steps: list[Step]) -> OutputRule:
     return fit_output(component, steps)
 
 
+def moving_entries(values: Sequence[Any]) -> Tensor | None:
+    """Which entries (flat) of an argument are not the same in all of these steps; None: no tensor of one shape."""
+    tensors = [tensor for value in values if (tensor := _stacked(value)) is not None]
+    if len(tensors) < len(values) or len({tensor.shape for tensor in tensors}) != 1:
+        return None
+    return _differing(tensors)
+
+
 def _stacked(value: Any) -> Tensor | None:
     """A tensor, or a list of tensors of one shape as one; None for anything else."""
     if isinstance(value, list) and value and all(isinstance(child, Tensor) for child in value):

@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.item import PROMPT, Item
 from fewstep.conditioning.tree import Leaf, leaves
-from fewstep.recording.call_parts import same_conditioning
+from fewstep.recording.call_parts import UnevenError, same_conditioning
 from fewstep.recording.denoisers import Denoisers
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.formula import FormulaFit, GuidedCall, expert_guidance
@@ -45,7 +45,10 @@ def record_item_guidance(
     Raises:
         RecordingError: the pipeline weighs its answers in a way that is not understood.
     """
-    found = find_guided(subject, denoisers)
+    try:
+        found = find_guided(subject, denoisers)
+    except UnevenError as error:
+        raise _say_what_evens(error, subject, denoisers) from error
     if isinstance(found, str):
         return GuidanceReport(embedded=bool(embedded), remark=found), None
     positive = _positive(subject, denoisers, found, embedded, told)
@@ -72,6 +75,20 @@ def record_item_guidance(
         pictures=_pictures(subject, denoisers, found, order),
     )
     return _with_formula(report, weighing, subject, denoisers, found, guided), guided
+
+
+def _say_what_evens(error: UnevenError, subject: Subject, denoisers: Denoisers) -> RecordingError:
+    """The error with the switch of the call that makes the second network answer for all."""
+    invocation = subject.invocation
+    for name in invocation.parameters:
+        if invocation.default(name) is True:
+            even = replace(subject, invocation=replace(invocation, call={**invocation.call, name: False}))
+            try:
+                find_guided(even, denoisers)
+            except RecordingError:
+                continue
+            return RecordingError(f"{error}; give {name}=False in the call")
+    return RecordingError(f"{error}")
 
 
 _NAMES = ("positive", "negative", "further")

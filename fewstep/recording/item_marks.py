@@ -15,6 +15,7 @@ from fewstep.conditioning.conditioning import mark
 from fewstep.conditioning.tree import Leaf, SampleList
 from fewstep.recording.call_parts import equal, without_sample
 from fewstep.recording.errors import RecordingError
+from fewstep.recording.fit import differs
 from fewstep.recording.recipe import Recipe
 from fewstep.recording.subject import Subject
 
@@ -59,14 +60,22 @@ def by_axes(told: dict[str, Any], moved: Collection[str], *, alone: bool = True)
     return {name: _by_axes(value, name, moved, alone) for name, value in told.items()}
 
 
-def moved_paths(one: Any, other: Any, path: str = "") -> set[str]:
-    """The paths of the leaves that differ between two structures; where these differ, the path down to there."""
+def moved_paths(one: Any, other: Any, path: str = "", *, exact: bool = False) -> set[str]:
+    """The paths of the leaves that differ between two structures; where these differ, the path down to there.
+
+    Args:
+        one: arguments of a network.
+        other: others.
+        path: that of both.
+        exact: any difference counts; else only what is more than rounding.
+    """
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return {found for name in one for found in moved_paths(one[name], other[name], _under(path, name))}
-    if isinstance(one, list | tuple) and type(one) is type(other) and len(one) == len(other):
-        pairs = enumerate(zip(one, other, strict=True))
-        return {found for i, (a, b) in pairs for found in moved_paths(a, b, f"{path}[{i}]")}
-    return set() if equal(one, other) else {path}
+        pairs = [(_under(path, name), one[name], other[name]) for name in one]
+    elif isinstance(one, list | tuple) and type(one) is type(other) and len(one) == len(other):
+        pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(one, other, strict=True))]
+    else:
+        return set() if not differs(one, other) or (equal(one, other) and not exact) else {path}
+    return {found for under, a, b in pairs for found in moved_paths(a, b, under, exact=exact)}
 
 
 def _by_axes(value: Any, path: str, moved: Collection[str], alone: bool) -> Any:

@@ -80,7 +80,9 @@ def guided_item_errors(recording: Recorded, seed: int) -> dict[str, float]:
         return {}
     other, errors = recording.invocation.other, {"guided, each answer": 0.0}
     seen = run(recording, [other], seed, changes=guided.changes, draw=_DRAW)
-    told = [*recording.draw_each([other], _DRAW), *recording.negative_each([other], _DRAW)[0]]
+    told = list(recording.guided_each([other], _DRAW)[0])
+    if recording.told is not None and not recording.told.draws:
+        told[0] = recording.draw_each([other], _DRAW)[0]
     for step, own in own_calls(recording, seen):
         theirs = answers(network_calls(step, recording.components), recording.recipe, step)
         ours = [own(step.network_input[:1], conditioning) for conditioning in told]

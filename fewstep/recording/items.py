@@ -7,7 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fewstep.conditioning.item import PROMPT, Item, holds_picture
+from fewstep.recording.call_numbers import SCALES
 from fewstep.recording.errors import RecordingError
+
+# What is the recorder's, the whole run's or the caller's business, and no item's.
+_OF_ALL = frozenset(
+    {"batch_size", "generator", "latents", "num_inference_steps", "output_type", "return_dict", "sigmas", "timesteps"}
+)
+
+
+def is_of_an_item(argument: str) -> bool:
+    """Whether an argument of a pipeline's call may be one sample's own."""
+    return not (argument in _OF_ALL or argument.startswith("callback") or argument.endswith((*SCALES, "_per_prompt")))
 
 
 def as_items(items: Sequence[Item | Mapping[str, Any]]) -> list[Item]:
@@ -47,6 +58,9 @@ def check_items(pipeline_class: type, items: Sequence[Item], call: Mapping[str, 
         unknown = sorted(set(item.arguments) - set(parameters))
         if unknown:
             raise RecordingError(f"{item}: {name} takes no argument {', '.join(unknown)}; leave it out of the items")
+        shared = sorted(argument for argument in item.arguments if not is_of_an_item(argument))
+        if shared:
+            raise RecordingError(f"{item}: {', '.join(shared)} is the same for all items; leave it out of them")
         odd = sorted(item.arguments.keys() ^ first.arguments.keys())
         if odd:
             raise RecordingError(f"{item} and {first} differ in which arguments they have ({', '.join(odd)})")

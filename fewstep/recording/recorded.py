@@ -10,29 +10,25 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fewstep.conditioning.conditioning import Conditioning, remark
+from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.item import Form, Item
 from fewstep.diffusion.intervals import TimeIntervals
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.recording.between_steps import BetweenSteps
-from fewstep.recording.call_parts import in_types_of, mark_arguments, split_pieces, without_sample
 from fewstep.recording.dtypes import network_dtype
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.experts import Expert, Visits, components_of, expert_at
 from fewstep.recording.formula import GuidedCall
 from fewstep.recording.guidance_report import GuidanceReport
 from fewstep.recording.invocation import Invocation
+from fewstep.recording.item_check import ItemCheck
 from fewstep.recording.item_learning import Told
-from fewstep.recording.item_marks import by_axes
 from fewstep.recording.items import as_items, check_items
 from fewstep.recording.labels import count_labels
-from fewstep.recording.observation import NetworkCall
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.recipe import Recipe
-from fewstep.recording.subject import Subject, Watching
-
-# Any count will do for a run that ends before the network's first call.
-CONDITION_STEPS = 4
+from fewstep.recording.subject import Subject
+from fewstep.recording.telling import name_of, tell, tell_guided
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,6 +55,7 @@ class Recorded:
         between: what the pipeline does to items' samples outside of the network; None: nothing.
         sizes: the same at other sizes of its items' samples (:mod:`.sizes`); each holds for one size.
         keys: of the items that it holds for, by :meth:`Invocation.size_key`; none where nobody looked for sizes.
+        check: holds each item to the recipe; None for prompts and labels.
     """
 
     pipeline: Any
@@ -80,6 +77,7 @@ class Recorded:
     between: BetweenSteps | None = None
     sizes: tuple[Recorded, ...] = ()
     keys: frozenset[Form] = frozenset()
+    check: ItemCheck | None = None
     _negative: Conditioning | None = None
 
     def __repr__(self) -> str:
@@ -190,14 +188,14 @@ class Recorded:
         asked = self._asked(prompts, labels, items)
         if self.conditional is None:
             return [Conditioning(self.marked, 1)] * len(asked)
-        return [self.for_item(one)._encode(one) for one in asked]
+        return [tell(self.for_item(one), one) for one in asked]
 
     def draw_each(self, items: Sequence[Item | Mapping[str, Any]], seed: int) -> list[Conditioning]:
         """`condition_each` of items as another seed draws it: 0 is that of `condition_each`.
 
         They differ where the pipeline samples an encoder's distribution or adds noise to a picture (`told.draws`).
         """
-        return [self.for_item(item)._encode(item, seed) for item in self._asked(None, None, items)]
+        return [tell(self.for_item(item), item, seed) for item in self._asked(None, None, items)]
 
     def condition(
         self,
@@ -215,10 +213,10 @@ class Recorded:
         odd = [i for i, c in enumerate(each) if not Conditioning.compatible(each[0], c)]
         if odd:
             reason = Conditioning.mismatch(each[0], each[odd[0]])
-            listed = ", ".join(_name(asked[i]) for i in odd[:5]) + (", ..." if len(odd) > 5 else "")
+            listed = ", ".join(name_of(asked[i]) for i in odd[:5]) + (", ..." if len(odd) > 5 else "")
             raise RecordingError(
-                f"these cannot form one batch with {_name(asked[0])}: {listed} ({reason}); batch items of equal shapes "
-                "(condition_each)"
+                f"these cannot form one batch with {name_of(asked[0])}: {listed} ({reason}); batch items of equal "
+                "shapes (condition_each)"
             )
         return Conditioning.cat(each)
 
@@ -232,8 +230,15 @@ class Recorded:
         Raises:
             RecordingError: as of :meth:`condition_each`.
         """
+        return [answers[1:] for answers in self.guided_each(items, seed)]
+
+    def guided_each(self, items: Sequence[Item | Mapping[str, Any]], seed: int = 0) -> list[tuple[Conditioning, ...]]:
+        """What the network is told in a guided step of each item, the positive answer first; () without guidance.
+
+        What is drawn may not be what :meth:`draw_each` gives: some pipelines draw for each answer.
+        """
         asked = self._asked(None, None, items)
-        return [self.for_item(item)._further(item, seed) for item in asked]
+        return [tell_guided(self.for_item(item), item, seed) for item in asked]
 
     @property
     def further(self) -> int:
@@ -295,54 +300,3 @@ class Recorded:
         found = as_items(items or ())
         check_items(type(self.pipeline), [self.invocation.item, *found], self.call)
         return found
-
-    def _encode(self, item: Any, seed: int = 0) -> Conditioning:
-        if self.between is None:
-            return self._as_marked(item, self._told([item], seed))
-        watched = self.between.watch(item, seed)
-        told = self._as_marked(item, self._beside_sample([item], watched.seen.steps[0].calls[-1]))
-        return self.between.added(told, item, watched)
-
-    def _as_marked(self, item: Any, arguments: dict[str, Any]) -> Conditioning:
-        try:
-            return remark(arguments, self.marked, 1)
-        except ValueError:
-            # This item has other arguments than the recorded one (a mask where that had None): mark it by itself.
-            if self.told is not None:
-                return Conditioning(by_axes(arguments, self.told.pictures | self.told.items), 1)
-            return Conditioning(mark_arguments(self.component, arguments, self._told([item, item])), 1)
-
-    def _further(self, item: Item, seed: int) -> tuple[Conditioning, ...]:
-        """What the network is told in a guided step of an item, the positive answer apart; () without guidance."""
-        if (guided := self.guided) is None:
-            return ()
-        # Up to the last call of the step, so that nothing is asked of the network but what it is told.
-        watching = Watching(before=self.component, skip=guided.calls - 1, stub=guided.stub)
-        seen = self.subject.run(CONDITION_STEPS, [item], guided.changes, seed, **watching)
-        calls = [call for call in seen.pending if call.component == self.component]
-        try:
-            pieces = split_pieces(calls, self.recipe, self.marked)
-        except (RecordingError, ValueError):
-            # This item has other arguments than the recorded one: mark each answer by itself.
-            paths = frozenset() if self.told is None else self.told.pictures | self.told.items
-            pieces = [Conditioning(by_axes(without_sample(call, self.recipe), paths), 1) for call in calls]
-        positive = Conditioning(self.marked, 1)
-        return tuple(in_types_of(pieces[number], positive) for number in guided.order[1:])
-
-    def _told(self, items: list[Any], seed: int = 0) -> dict[str, Any]:
-        """What the pipeline tells its network of these prompts, labels or items in one call."""
-        call = self.subject.run(CONDITION_STEPS, items, before=self.component, seed=seed).pending[-1]
-        return self._beside_sample(items, call)
-
-    def _beside_sample(self, items: list[Any], call: NetworkCall) -> dict[str, Any]:
-        try:
-            return without_sample(call, self.recipe)
-        except ValueError as error:
-            raise RecordingError(
-                f"{_name(items[0])} is told to the {self.component} in another shape than the recorded one: {error}; "
-                "items of another size need a recording of their own"
-            ) from error
-
-
-def _name(item: Any) -> str:
-    return str(item) if isinstance(item, Item) else repr(item)

@@ -23,6 +23,7 @@ from fewstep.recording.fit import fit_output, fit_sample, fit_times
 from fewstep.recording.fresh import fresh_samples
 from fewstep.recording.guided import embedded_paths, record_guided, switch_off, unguided_step
 from fewstep.recording.invocation import read_invocation
+from fewstep.recording.item_check import ItemCheck
 from fewstep.recording.item_fit import RedrawnError, fit_entries, fit_output_entries
 from fewstep.recording.item_guidance import record_item_guidance
 from fewstep.recording.item_learning import learn_items
@@ -97,13 +98,14 @@ def _record(pipeline: Any, items: Sequence[Item] | None, call: dict[str, Any]) -
 
     first = runs[0][0].calls[-1]
     stub = Stub(components_of(experts), first.output, beside=outputs_beside(runs[0][0], components_beside(*runs)))
-    told = between = None
+    told = between = check = None
     if two is not None:
         one = without_sample(first, recipe)
         marked = mark_arguments(component, one, {name: value for name, value in two.items() if name in one})
     else:
         between = see_between(subject, recipe, schedule, stub)
-        marked, told = learn_items(subject, experts[0].network, component, recipe, runs[0][0])
+        check = ItemCheck(stub, first, recipe)
+        marked, told = learn_items(subject, experts[0].network, component, recipe, runs[0][0], check)
     visits = find_visits(subject, experts, stub) if len(experts) > 1 else None
     denoisers = Denoisers(experts, recipe, marked, stub, visits)
     embedded = embedded_paths(subject, denoisers)
@@ -130,6 +132,7 @@ def _record(pipeline: Any, items: Sequence[Item] | None, call: dict[str, Any]) -
         visits=visits,
         told=told,
         between=between,
+        check=check,
         _negative=negative,
     )
 

@@ -19,6 +19,7 @@ from fewstep.recording.call_parts import without_sample
 from fewstep.recording.encoded_once import encoded_once
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.experts import components_of
+from fewstep.recording.item_check import ItemCheck
 from fewstep.recording.item_marks import by_axes
 from fewstep.recording.observation import Observation, Stub
 from fewstep.recording.recipe import Recipe
@@ -105,12 +106,12 @@ def _at(recording: Recording, item: Item, other: Item) -> Recording:
         marked: dict[str, Any] = remark(one, recording.marked, 1).tree
     except ValueError:
         marked = by_axes(one, frozenset() if told is None else told.pictures | told.items)
-    between = None
-    if recording.between is not None:
-        beside = outputs_beside(runs[0][0], components_beside(*runs))
-        stub = Stub(components_of(experts), runs[0][0].calls[-1].output, beside=beside)
-        between = see_between(subject, recipe, recording.schedule, stub)
-    return replace(recording, invocation=invocation, recipe=recipe, marked=marked, between=between, proof=None)
+    beside, first = outputs_beside(runs[0][0], components_beside(*runs)), runs[0][0].calls[-1]
+    stub = Stub(components_of(experts), first.output, beside=beside)
+    between = None if recording.between is None else see_between(subject, recipe, recording.schedule, stub)
+    check = ItemCheck(stub, first, recipe)
+    changes: dict[str, Any] = {"recipe": recipe, "marked": marked, "between": between, "check": check, "proof": None}
+    return replace(recording, invocation=invocation, **changes)
 
 
 def _arithmetic(recipe: Recipe) -> Any:

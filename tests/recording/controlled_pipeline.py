@@ -1,4 +1,8 @@
-"""A synthetic pipeline with a control network: its answers go to the network in every step, and a share switches it."""
+"""A synthetic pipeline with a control network: its answers go to the network in every step, and a share switches it.
+
+Guided, both networks are called for both halves; in the way "once" the control network is called for the positive half
+alone and serves both calls of the network, and with `guess` it serves the positive half and zeros the other.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +57,7 @@ class ControlledNetwork(nn.Module):
         text: Tensor,
         residuals: tuple[Tensor, ...] | None = None,
         middle: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> Any:
         h = self.enter(hidden_states.flatten(2).transpose(1, 2)) + self.told(text).mean(1, keepdim=True)
         h = h + torch.sin(timestep.float() / 300)[:, None, None].to(h)
@@ -81,6 +86,8 @@ class ControlledPipeline(DiffusionPipeline):
         control_scale: float = 0.8,
         control_start: float = 0.0,
         control_end: float = 1.0,
+        guidance_scale: float = 1.0,
+        guess: bool = False,
         num_inference_steps: int = 25,
         generator: torch.Generator | None = None,
         output_type: str = "pt",
@@ -99,6 +106,10 @@ class ControlledPipeline(DiffusionPipeline):
             if self.way == "ramp" and i % 2:
                 scale = control_scale / 2
             told = {"text": text}
+            if guidance_scale > 1:
+                answer = self._guided(x, time, text, pictures, scale, guidance_scale, guess)
+                x = self.scheduler.step(answer, t, x, return_dict=False)[0]
+                continue
             if self.way != "some" or i < 2:
                 residuals, middle = self.control(x, time, text, condition=pictures, scale=scale, guess=False)
                 if self.way == "changed":
@@ -106,6 +117,27 @@ class ControlledPipeline(DiffusionPipeline):
                 told |= {"residuals": tuple(residuals), "middle": middle}
             x = self.scheduler.step(self.network(x, time, **told)[0], t, x, return_dict=False)[0]
         return ImagePipelineOutput(images=(x / 2 + 0.5).clamp(0, 1))
+
+    def _guided(
+        self, x: Tensor, time: Tensor, text: Tensor, pictures: Tensor, scale: float, weight: float, guess: bool
+    ) -> Tensor:
+        """What the scheduler is given under guidance; the negative text is zeros."""
+        texts, rows = [torch.zeros_like(text), text], len(x)
+        if self.way == "once" or guess:
+            residuals, middle = self.control(x, time, text, condition=pictures, scale=scale, guess=guess)
+        if self.way == "once":
+            told = {"residuals": tuple(residuals), "middle": middle}
+            negative = self.network(x, time, texts[0], extra=None, **told)[0]
+            return negative + weight * (self.network(x, time, text, **told)[0] - negative)
+        twice, both = torch.cat([x, x]), torch.cat(texts)
+        if guess:
+            residuals = [torch.cat([torch.zeros_like(part), part]) for part in residuals]
+            middle = torch.cat([torch.zeros_like(middle), middle])
+        else:
+            shown = torch.cat([pictures, pictures])
+            residuals, middle = self.control(twice, time.repeat(2), both, condition=shown, scale=scale, guess=False)
+        answer = self.network(twice, time.repeat(2), both, residuals=tuple(residuals), middle=middle)[0]
+        return answer[:rows] + weight * (answer[rows:] - answer[:rows])
 
 
 def controlled_pipeline(way: str = "", shift: float = 3.0) -> ControlledPipeline:

@@ -10,7 +10,17 @@ from picture_pipeline import CHANNELS, PictureNetwork, picture
 from torch import Tensor
 
 #: Every way in which such a pipeline is guided here.
-WAYS = ("one_call", "two_calls", "dropped", "other_picture", "rescaled", "deviation", "plus_one", "drawn")
+WAYS = (
+    "one_call",
+    "two_calls",
+    "dropped",
+    "other_picture",
+    "rescaled",
+    "deviation",
+    "plus_one",
+    "drawn",
+    "drawn_apart",
+)
 
 
 class GuidedPictures(DiffusionPipeline):
@@ -52,6 +62,8 @@ class GuidedPictures(DiffusionPipeline):
         x = torch.randn(image.shape, generator=generator)
         self.scheduler.set_timesteps(steps)
         told = self.answers(prompt, negative_prompt, image, scales)
+        if self.way == "drawn_apart":  # for each answer, and from the global state
+            told = [(one, image + 0.1 * torch.randn(image.shape)) for one, image in told]
         for t in self.scheduler.timesteps:
             if self.way == "two_calls":
                 said = [self.ask(x, t, [one]) for one in told]

@@ -26,6 +26,7 @@ RECORDABLE = (
     "list",
     "two_rows",
     "argument",
+    "argument_shared",
     "no_prompt",
     "negated",
     "several_of_one",
@@ -82,6 +83,7 @@ class PicturePipeline(DiffusionPipeline):
         mask: Any = None,
         strength: float = 1.0,
         jitter: float = 0.1,
+        place: int = 0,
         num_inference_steps: int = 8,
         generator: torch.Generator | None = None,
         output_type: str = "pt",
@@ -123,7 +125,7 @@ class PicturePipeline(DiffusionPipeline):
             sigma = scheduler.sigmas[begin]
             x = (1 - sigma) * pictures + sigma * x
         for number, t in enumerate(times):
-            answer = self._ask(x, t, text, pictures, jitter)
+            answer = self._ask(x, t, text, pictures, jitter, place)
             x = scheduler.step(answer, t, x, return_dict=False)[0]
             if way.startswith("pinned"):
                 x = self._pinned(x, pictures, mask, noise, times[number + 1 : number + 2], jitter)
@@ -138,7 +140,7 @@ class PicturePipeline(DiffusionPipeline):
         given = image if isinstance(image, list) else [image]
         if self.way == "several_of_one":
             return torch.cat(given, dim=1)[None]
-        if len(given) == 1:
+        if len(given) == 1 and self.way != "argument_shared":  # where one serves every prompt as it is
             given = given * batch
         return torch.stack(given)
 
@@ -154,7 +156,7 @@ class PicturePipeline(DiffusionPipeline):
         masks = torch.stack(mask if isinstance(mask, list) else [mask] * len(x))
         return masks * x + (1 - masks) * pictures
 
-    def _ask(self, x: Tensor, t: Tensor, text: Tensor | None, pictures: Tensor, jitter: float) -> Tensor:
+    def _ask(self, x: Tensor, t: Tensor, text: Tensor | None, pictures: Tensor, jitter: float, place: int) -> Tensor:
         way, batch = self.way, len(x)
         time = t.expand(batch)
         told: dict[str, Any] = {} if text is None else {"text": text}
@@ -177,16 +179,16 @@ class PicturePipeline(DiffusionPipeline):
         if way == "two_rows":
             rows = torch.stack([pictures.mean(-1), pictures.amax(-1)], 1).flatten(0, 1).transpose(1, 2)
             return self.network(x, time, picture=rows, **told)[0]
-        if way == "argument":
+        if way.startswith("argument"):
             return self.network(x, time, picture=pictures.flatten(2).transpose(1, 2), **told)[0]
         if way.startswith("frame") or way == "pinned_clean":
-            return self._ask_video(x, t, told, pictures)
+            return self._ask_video(x, t, told, pictures, place)
         return self.network(x, time, **told)[0]
 
-    def _ask_video(self, x: Tensor, t: Tensor, told: dict[str, Any], pictures: Tensor) -> Tensor:
+    def _ask_video(self, x: Tensor, t: Tensor, told: dict[str, Any], pictures: Tensor, place: int) -> Tensor:
         batch = len(x)
         mask = torch.ones(1, 1, FRAMES, 1, 1)
-        mask[:, :, 0] = 0
+        mask[:, :, place] = 0
         if self.way == "frames_scattered":
             mask[:, :, 2] = 0
         # A time for each frame and column: 0 where a frame is clean.

@@ -92,9 +92,11 @@ def test_the_proof_fails_with_another_items_negative() -> None:
     wrong = replace(recording, marked=recording.marked)
 
     def exchanged(asked: list[Any], seed: int = 0) -> list[tuple[Conditioning, ...]]:
-        return recording.negative_each([items[1] if item == items[0] else items[0] for item in asked], seed)
+        swapped = [items[1] if item == items[0] else items[0] for item in asked]
+        pairs = zip(recording.guided_each(asked, seed), recording.guided_each(swapped, seed), strict=True)
+        return [(own[0], *others[1:]) for own, others in pairs]
 
-    object.__setattr__(wrong, "negative_each", exchanged)
+    object.__setattr__(wrong, "guided_each", exchanged)
     with pytest.raises(RecordingError, match="failed its proof: guided"):
         wrong.prove()
 

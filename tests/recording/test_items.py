@@ -88,12 +88,41 @@ def test_items_with_other_numbers_of_references_are_groups() -> None:
     assert recording.recipe.call(recording.network, x, at, longer).shape == x.shape
 
 
+@pytest.mark.parametrize("counts", [(2, 3), (3, 2)])
+def test_items_of_other_sizes_alone_are_marked_rightly(counts: tuple[int, int]) -> None:
+    """They form no batch to try the marks with, and two of the same size do."""
+    shown = [[picture(10 * k + n) for n in range(counts[k % 2])] for k in range(4)]
+    items = [{"prompt": f"{'abcd'[k]} boat", "image": shown[k]} for k in range(4)]
+    recording = record(picture_pipeline("several_of_one"), items=items[:2])
+    recording.prove()
+    x, at = torch.randn(2, *recording.sample_shape), torch.full((2,), 500.0, dtype=torch.float64)
+    for own in (items[::2], items[1::2]):
+        each = recording.condition_each(items=own)
+        with torch.no_grad():
+            both = recording.recipe.call(recording.network, x, at, recording.condition(items=own))
+            alone = [recording.recipe.call(recording.network, x[k : k + 1], at[:1], each[k]) for k in range(2)]
+        torch.testing.assert_close(both, torch.cat(alone), rtol=0, atol=1e-6)
+
+
 def test_drawn_constants_follow_the_seed() -> None:
     recording = recorded("drawn")
     (item,) = items_of("drawn", 1)
     first, again, other = (recording.draw_each([item], seed)[0] for seed in (0, 0, 1))
     told = [conditioning.arguments()["hidden_states"] for conditioning in (first, again, other)]
     assert torch.equal(told[0], told[1]) and not torch.equal(told[0], told[2])
+
+
+def test_an_item_whose_picture_lies_elsewhere_is_refused_by_name() -> None:
+    """The rules put noise in the place of its picture: a run would train on no picture of it at all, and be silent."""
+    third = {"prompt": "c boat", "image": picture(7)}
+    one, two = ({**item, "place": 0} for item in items_of("frame_mixed_in"))
+    recording = record(picture_pipeline("frame_mixed_in"), items=[one, two])
+    recording.prove()
+    words = r"item 0: hidden_states of network holds the sample in other places .* need a run of their own"
+    with pytest.raises(RecordingError, match=words):
+        recording.condition_each(items=[{**third, "place": 2}])
+    with pytest.raises(RecordingError, match=words.replace("item 0", "item 1")):
+        record(picture_pipeline("frame_mixed_in"), items=[one, {**two, "place": 2}])
 
 
 def test_a_network_that_is_told_nothing_of_the_picture_is_refused() -> None:
@@ -126,6 +155,12 @@ def test_what_is_drawn_in_every_step_is_refused_by_name() -> None:
         ([{"image": picture(0), "pose": picture(1)}], {}, "item 0: PicturePipeline takes no argument pose"),
         (items_of("channels"), {"image": picture(0)}, "image of PicturePipeline is given by the items and by the call"),
         (items_of("channels"), {"prompt": "a"}, "prompt of PicturePipeline is given by the items and by the call"),
+        (
+            [{**i, "num_inference_steps": 4} for i in items_of("channels")],
+            {},
+            "num_inference_steps is the same for all",
+        ),
+        ([{"prompt": p, "image": picture(0) + e} for p, e in (("a", 0), ("b", 1e-6))], {}, "are so much alike that"),
         ({"prompt": "a"}, {}, "items are a list"),
         (["a"], {}, "item 0 is a str; give its arguments as a dict"),
     ],

@@ -55,6 +55,26 @@ def test_a_control_network_is_recorded_and_proven(call: dict[str, Any]) -> None:
     assert "control.condition: float32[1, 3, 4, 4], 1 rows per sample" in recording.summary()
 
 
+@pytest.mark.parametrize("way", ["", "once"])
+def test_guided_answers_are_under_control_too(way: str) -> None:
+    """One call of the control network may serve both, and what is None in one of them need not be said in the other."""
+    recording = recorded(way, guidance_scale=4.0)
+    errors = {check.name: check.error for check in recording.prove().checks}
+    assert errors["guided, each answer"] <= 1e-6 and errors["guided, combined"] <= 1e-6
+    ((negative,),) = recording.negative_each(items=controlled_items(1))
+    positive = recording.condition_each(items=controlled_items(1))[0].arguments()
+    told = negative.arguments()
+    assert torch.equal(told["control"]["condition"], positive["control"]["condition"])
+    assert torch.equal(told["control"]["text"], positive["control"]["text"]) == (way == "once")
+    assert not bool(told["text"].any())
+
+
+def test_a_control_of_one_half_alone_is_refused_by_its_switch() -> None:
+    words = "control is asked for 1 of the 2 answers that network gives, which is not understood; give guess=False"
+    with pytest.raises(RecordingError, match=words):
+        recorded(guidance_scale=4.0, guess=True)
+
+
 def test_the_switch_lies_where_the_teacher_switches_at_its_own_number_of_steps(switched: Recording) -> None:
     second = switched.recipe.second
     assert second is not None and second.switch is not None
