@@ -141,13 +141,17 @@ class Shown:
             )
 
     def ends(self, first: Tensor) -> Tensor:
-        """Where the guided teacher's whole ODE leads from a first sample (1, ...), for each item."""
+        """Where the teacher's whole ODE leads from a first sample (1, ...), for each item.
+
+        Without guidance: two training steps leave the student where it began, and that is the teacher unguided.
+        """
         recording = self.recording
         shift = teacher_shift(recording) if isinstance(recording.schedule, FlowSchedule) else 1.0
         times = teacher_times(recording.schedule, TEACHER_STEPS, shift)
         x = first.reshape(1, *recording.sample_shape).expand(COUNT, *recording.sample_shape)
         with torch.no_grad():
-            return OdeSolver(self.guided, recording.schedule).to_data(x, times, self.told) * recording.recipe.read
+            ends = OdeSolver(self.guided.denoiser, recording.schedule).to_data(x, times, self.told)
+        return ends * recording.recipe.read
 
 
 @functools.lru_cache(maxsize=1)
@@ -225,7 +229,7 @@ def test_students_follow_their_pictures(name: str, method: str, form: str, tmp_p
 
     # Each of eight is nearest to its own item's teacher, if no more often than the teacher's own few steps are.
     ends = teacher.ends(first[0])
-    few = own_teachers(teacher.walk(teacher.guided, grid, first[0], teacher.told), ends)
+    few = own_teachers(teacher.walk(teacher.guided.denoiser, grid, first[0], teacher.told), ends)
     assert own_teachers(teacher.walk(own, grid, first[0], teacher.told), ends) >= few - 1
 
     if (name, method) == ("InstructPix2Pix", "dmd2"):
