@@ -28,6 +28,7 @@ from fewstep.export.card.card import write_card
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
 from fewstep.export.lora_names import further_names
+from fewstep.export.lost_parts import refuse_lost_parts
 from fewstep.export.related.walk import walk_relatives
 from fewstep.export.student_adapter import ADAPTER
 from fewstep.export.walk.control import as_student
@@ -87,11 +88,13 @@ def export_lora(
         base_files: as in :func:`fewstep.export.export_student`; the card's code loads them.
 
     Raises:
-        ExportError: ``out`` is in use, or what stock diffusers loads from it is not what was trained.
+        ExportError: ``out`` is in use, the teacher has parts that its base model does not, or what stock diffusers
+            loads from it is not what was trained.
     """
     out = Path(out)
     recording = as_student(recording, plan.scheduler, plan.call, plan.steps)
     refuse_occupied(out)
+    refuse_lost_parts(recording)
     about = about_student(recording, plan, method, base_model, training, teacher_lora, base_files)
     about["related"] = walk_relatives(recording, plan)
     adapters = adapters_of(recording, role, teacher_lora)

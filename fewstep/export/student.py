@@ -17,6 +17,7 @@ from fewstep.export.flow_map import flow_map_recording, whole_network
 from fewstep.export.folder import remove_student
 from fewstep.export.full_precision import in_full_precision
 from fewstep.export.lora import export_lora, rehearse_lora, why_no_lora
+from fewstep.export.lost_parts import refuse_lost_parts
 from fewstep.export.phased import moves_boundary, phased_plan, phased_recording
 from fewstep.export.speed_up import speed_up_recording
 from fewstep.export.walk.control import as_student
@@ -143,6 +144,7 @@ class Student:
 
     def refuse_unwritable(self, lora: bool, merge: bool) -> None:
         """Raise ``UserError`` for a student that cannot be written, before it is trained."""
+        refuse_lost_parts(self.teacher)
         if WHOLE in self.forms(lora, merge):
             refuse_own_code(self.teacher.pipeline)
 

@@ -21,6 +21,7 @@ from fewstep.export.copied_parts import save_pipeline
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
 from fewstep.export.inputs import about_inputs, untrained_pictures
+from fewstep.export.lost_parts import refuse_lost_parts
 from fewstep.export.precision import as_computed, as_written
 from fewstep.export.published_paths import publish_no_paths
 from fewstep.export.related.walk import walk_relatives
@@ -76,8 +77,8 @@ def export_student(
         base_files: the revision, subfolder and variant that name the teacher's files beside ``base_model``.
 
     Raises:
-        ExportError: ``out`` is in use, a trained number does not fit the dtype, or the written folder does not sample
-            as planned.
+        ExportError: ``out`` is in use, the teacher has parts that its class does not load again, a trained number does
+            not fit the dtype, or the written folder does not sample as planned.
     """
     out = Path(out)
     recording = as_student(recording, plan.scheduler, plan.call, plan.steps)
@@ -192,6 +193,7 @@ def _ours(pipeline: DiffusionPipeline) -> bool:
 def _refuse(recording: Recording, networks: dict[str, nn.Module], out: Path) -> None:
     refuse_occupied(out)
     refuse_own_code(recording.pipeline)
+    refuse_lost_parts(recording)
     for name, teacher in recording.networks.items():
         if name not in networks or _shapes(networks[name]) != _shapes(teacher):
             raise ExportError(f"the student's weights do not fit the teacher's {name}")
