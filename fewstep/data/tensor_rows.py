@@ -6,7 +6,6 @@ a run that has seen each item of a cache would hold all of it.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.reading import parse_json
 
 _LENGTH = 8  # bytes at the beginning of a file, which say how long its table of contents is
 
@@ -37,7 +37,7 @@ class TensorRows:
         length = int.from_bytes(self._bytes(0, _LENGTH), "little")
         with safe_open(str(path), framework="pt") as checked:  # offsets in a file that it takes lead nowhere else
             dtypes = {name: checked.get_slice(name)[:0].dtype for name in names}
-            content = json.loads(self._bytes(_LENGTH, length))
+            content = parse_json(self._bytes(_LENGTH, length).decode())
         self._places = {
             name: (dtype, content[name]["shape"][1:], _LENGTH + length + content[name]["data_offsets"][0])
             for name, dtype in dtypes.items()

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.prediction import KINDS, add_noise, convert, from_x0, noise_from_x0, ode_step, to_x0, x0_map
+from fewstep.diffusion.rescaling import Rescaling
 from fewstep.diffusion.schedule import EDMSchedule, NoiseSchedule, from_scheduler
 from fewstep.networks.guidance import guide
-from fewstep.recording.weighing import rescale_last_axis, rescale_norm
 from tests.diffusion.test_schedule import SCHEDULES, SD, every_schedule
 
 TIMES = torch.tensor([0.02, 0.25, 0.5, 0.777, 0.98], dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_guidance_commutes_with_every_conversion(schedule: NoiseSchedule):
             torch.testing.assert_close(one_way, other_way, rtol=1e-9, atol=1e-9 * float(one_way.abs().max()))
 
 
-@pytest.mark.parametrize("rescale", [rescale_last_axis, rescale_norm])
+@pytest.mark.parametrize("rescale", [Rescaling("tokens"), Rescaling("whole")], ids=["tokens", "whole"])
 def test_rescaled_guidance_does_not_commute_with_conversions(rescale):
     positive, negative, x_t = samples(3)
     schedule = SCHEDULES["flow"]
@@ -92,9 +92,11 @@ def test_rescaled_guidance_does_not_commute_with_conversions(rescale):
 
 def test_rescaling_restores_the_norm_per_token_and_only_ever_shrinks_as_a_whole():
     positive, guided = torch.randn(2, 3, 5, 8, dtype=torch.float64)
-    torch.testing.assert_close(rescale_last_axis(guided, positive).norm(dim=-1), positive.norm(dim=-1))
-    torch.testing.assert_close(rescale_norm(3 * guided, positive).norm(), positive.norm())
-    torch.testing.assert_close(rescale_norm(0.01 * guided, positive), 0.01 * guided)
+    torch.testing.assert_close(Rescaling("tokens")(guided, positive).norm(dim=-1), positive.norm(dim=-1))
+    whole = Rescaling("whole")
+    norms = [each.flatten(1).norm(dim=1) for each in (whole(3 * guided, positive), positive)]
+    torch.testing.assert_close(*norms)
+    torch.testing.assert_close(whole(0.01 * guided, positive), 0.01 * guided)
 
 
 def test_conversions_keep_the_dtype_of_the_sample():

@@ -63,6 +63,7 @@ def test_where_no_way_leads_to_images_a_run_goes_without_grids(tmp_path: Path, m
 def test_sound_is_not_drawn(tmp_path: Path, monkeypatch) -> None:
     recording = record(tiny_pipelines.tiny_ddim())
     samples = Samples(RunConfig(teacher="t", out=""), recording, None, torch.device("cpu"), lambda told: told)
+    monkeypatch.setattr(samples, "batches", lambda count: [range(count)])
     monkeypatch.setattr(samples, "x0", lambda *_: torch.randn(2, 2, 8))
     monkeypatch.setattr(samples, "pictures", lambda *_: torch.zeros(2, 2, 8))
     previews = Previews(samples)

@@ -8,12 +8,12 @@ from torch import Tensor
 from vocabulary import MORE, denoising, guided
 
 from fewstep.diffusion.prediction import add_noise
+from fewstep.diffusion.rescaling import Rescaling
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.losses.adversarial import discriminator_loss, generator_loss
 from fewstep.losses.score import Matching, distribution_matching, score_distillation
 from fewstep.networks.guidance import guide
-from fewstep.recording.weighing import rescale_last_axis, rescale_norm
 
 
 def generator_edm(golden: GoldenFile) -> None:
@@ -156,8 +156,8 @@ def loss_and_rescaled_guidance(golden: GoldenFile) -> None:
     golden.choice("rescale_scalar_axis", "whole_tensor")
     guided = guide(golden["cond_pred"], golden["uncond_pred"], scale)
     golden.check("cfg_none", guided)
-    golden.check("cfg_layer_norm", rescale_last_axis(guided, golden["cond_pred"]))
-    golden.check("cfg_scalar", rescale_norm(guided, golden["cond_pred"]))
+    golden.check("cfg_layer_norm", Rescaling("tokens")(guided, golden["cond_pred"]))
+    golden.check("cfg_scalar", Rescaling("whole")(guided[None], golden["cond_pred"][None])[0])
 
 
 CASES = {

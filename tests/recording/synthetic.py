@@ -86,7 +86,7 @@ class TraitPipeline(DiffusionPipeline):
                 base = positive if traits.plus_one else negative
                 answer = base + self._scale(w, t) * (positive - negative)
                 if not traits.linear:
-                    answer = answer * positive.norm() / answer.norm()
+                    answer = answer * (positive.norm(dim=-1, keepdim=True) / answer.norm(dim=-1, keepdim=True))
             result = scheduler.step(answer, t, x, return_dict=False)[0]
             if traits.in_place:
                 x[:] = result
