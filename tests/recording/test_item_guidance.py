@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from guided_pictures import WAYS, GuidedPictures, PlacedPictures, ThreeAnswers, guided_items, guided_pictures
+from picture_pipeline import picture
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.diffusion.rescaling import Rescaling
@@ -43,6 +44,14 @@ def test_every_way_of_guiding_is_recorded_and_proven(way: str) -> None:
     }
     assert report.pictures == (wanted.get(way, "the item's picture"),)
     assert f"answer 2 is told {report.pictures[0]}" in report.describe()
+
+
+def test_a_deviation_is_told_from_a_norm_in_samples_of_many_entries() -> None:
+    """About a mean of 0 the two differ by less than rounding there."""
+    items = [{**item, "image": picture(number, side=512)} for number, item in enumerate(guided_items())]
+    recording = record(guided_pictures(way="deviation"), items=items)
+    weighing = recording.guidance.weighing
+    assert weighing is not None and weighing.rescaled == Rescaling("deviation", 0.7)
 
 
 @pytest.mark.parametrize("way", ["one_call", "two_calls", "drawn"])
