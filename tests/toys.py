@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning, Leaf
+from fewstep.conditioning.outside import OUTSIDE
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batch, Batches
 from fewstep.diffusion.draws import keyed_order
@@ -37,12 +38,14 @@ class PlainRecipe:
     """Calls a network with the sample, the schedule's timestep and the conditioning's arguments."""
 
     component = "network"
-    unread = None
+    unread: Tensor | None = None
 
     def call(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, *, continuous: bool = False
     ) -> Tensor:
-        return network(x, timestep, **conditioning.arguments())
+        told = conditioning.arguments()
+        told.pop(OUTSIDE, None)
+        return network(x, timestep, **told)
 
 
 class Brightness:

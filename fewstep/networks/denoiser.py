@@ -69,9 +69,22 @@ class NetworkDenoiser:
 
     def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """The network's output in its own prediction type; shapes as in :class:`Denoiser`."""
-        return in_groups(self._raw, x_t, t, conditioning)
+        return self.settled(self.bare(x_t, t, conditioning), x_t, t, conditioning)
 
-    def _raw(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, end: Tensor | None = None) -> Tensor:
+    def bare(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
+        """What the network itself says, also of entries that are known: :meth:`raw` before it is :meth:`settled`."""
+        return in_groups(self._bare, x_t, t, conditioning)
+
+    def settled(self, answer: Tensor, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
+        """An output (B, ...) of the network, which says of all known entries what they are."""
+        known = self._known(x_t, conditioning)
+        if known is None:
+            return answer
+        where, x0 = known
+        said = from_x0(x0, self.prediction_type, x_t, self.schedule, t)
+        return torch.where(where.to(answer.device), said.to(answer), answer)
+
+    def _bare(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, end: Tensor | None = None) -> Tensor:
         answered = self.on_call(x_t, t, False)
         if self.without_gradient is None or torch.is_grad_enabled():
             with self.active():
@@ -90,19 +103,15 @@ class NetworkDenoiser:
         with autocast:
             timestep = self.schedule.timestep(t)
             called = self.form(network)
-            answer = self.recipe.call(called, network_input, timestep, conditioning, continuous=self.continuous)
+            return self.recipe.call(called, network_input, timestep, conditioning, continuous=self.continuous)
+
+    def _known(self, x_t: Tensor, conditioning: AnyConditioning) -> tuple[Tensor, Tensor] | None:
+        """Which entries of the samples are known, and what they are when they are clean, (B, ...); None: none are."""
         pins = pins_of(conditioning)
-        if self._unread is None and pins is None:
-            return answer
-        x0, known = torch.zeros_like(x_t), None
-        if self._unread is not None:
-            known = self._unread_of(tuple(x_t.shape[1:])).to(answer.device)
-        if pins is not None:
-            x0 = torch.where(pins.where, pins.value.to(x0), x0)
-            known = pins.where if known is None else known | pins.where
-        assert known is not None  # as one of them is there
-        said = from_x0(x0, self.prediction_type, x_t, self.schedule, t)
-        return torch.where(known, said.to(answer), answer)
+        if self._unread is None:
+            return pins
+        where, x0 = self._unread_of(tuple(x_t.shape[1:])).to(x_t.device), torch.zeros_like(x_t)
+        return (where, x0) if pins is None else (where | pins.where, torch.where(pins.where, pins.value.to(x0), x0))
 
     def _unread_of(self, shape: tuple[int, ...]) -> Tensor:
         """What the network is never told of samples of a shape; of one of several sizes it is looked up."""

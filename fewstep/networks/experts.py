@@ -46,6 +46,14 @@ class ExpertsDenoiser:
         """As :meth:`fewstep.networks.denoiser.NetworkDenoiser.raw`."""
         return self._routed(lambda expert, *inputs: expert.raw(*inputs), x_t, t, conditioning)
 
+    def bare(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
+        """As :meth:`fewstep.networks.denoiser.NetworkDenoiser.bare`."""
+        return self._routed(lambda expert, *inputs: expert.bare(*inputs), x_t, t, conditioning)
+
+    def settled(self, answer: Tensor, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
+        """As :meth:`fewstep.networks.denoiser.NetworkDenoiser.settled`: one recipe holds for all experts."""
+        return self.experts[0].settled(answer, x_t, t, conditioning)
+
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
         """x0 (B, ...) in the dtype of ``x_t``; ``end`` is ignored."""
         return self._routed(lambda expert, *inputs: expert(*inputs), x_t, t, conditioning)

@@ -61,6 +61,10 @@ class FlowMapDenoiser(NetworkDenoiser):
         Raises:
             ValueError: r > t. (On a GPU this is not looked at, as the host would have to wait.)
         """
+        return self.settled(self.bare(x_t, t, conditioning, end), x_t, t, conditioning)
+
+    def bare(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
+        """As in :class:`fewstep.networks.denoiser.NetworkDenoiser`; ``end`` and errors as of :meth:`raw`."""
         if end is not None and type(t) is Tensor and t.device.type == "cpu" and bool((end > t).any()):
             raise ValueError(f"the second time r is at most t, not {end.tolist()} at {t.tolist()}")
         return in_groups(self._between, x_t, t, conditioning, end)
@@ -124,11 +128,14 @@ class FlowMapDenoiser(NetworkDenoiser):
 
     def told(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, told: Tensor) -> Tensor:
         """The network's output (B, ...) where its second time is told these numbers (B,), a gap or another's sign."""
-        with self._told(told):
-            return self._raw(x_t, t, conditioning)
+        return self.settled(self._bare_told(x_t, t, conditioning, told), x_t, t, conditioning)
 
     def _between(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, end: Tensor | None) -> Tensor:
-        return self.told(x_t, t, conditioning, gap(self.schedule, t, t if end is None else end))
+        return self._bare_told(x_t, t, conditioning, gap(self.schedule, t, t if end is None else end))
+
+    def _bare_told(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, told: Tensor) -> Tensor:
+        with self._told(told):
+            return self._bare(x_t, t, conditioning)
 
     @contextmanager
     def _told(self, told: Tensor) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.conditioning.ragged import AnyConditioning, in_groups, join
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.ode import solver_step
-from fewstep.diffusion.prediction import expand, to_x0
+from fewstep.diffusion.prediction import expand, to_velocity, to_x0
 from fewstep.diffusion.rescaling import Rescaling
 from fewstep.diffusion.scales import GuidanceScale
 from fewstep.diffusion.schedule import NoiseSchedule
@@ -76,11 +76,8 @@ class GuidedDenoiser:
             )
         if len(later) != max(further - 1, 0):
             raise ValueError(f"{further} further answers have {max(further - 1, 0)} later scales, not {len(later)}")
-        if rescaling is not None and guidance_scale != 1.0 and not _is_scaled_answer(denoiser):
-            raise UserError(
-                f"this teacher's guided sum is {rescaling.describe()}, which is for answers of the network itself, and "
-                "this method guides others; set --guidance_scale 1, or take dmd2 or rectified_flow"
-            )
+        if rescaling is not None and guidance_scale != 1.0:
+            _asked(denoiser, rescaling)
         self.denoiser = denoiser
         self.guidance_scale = guidance_scale
         self.further = further
@@ -116,14 +113,13 @@ class GuidedDenoiser:
             (number,) = weighed
             return self.denoiser(x_t, t, _told(conditioning, number))
         scale = _at(next(iter(weighed.values())), t, x_t)
+        if self.rescaling is not None:
+            return self._rescaled(self.rescaling, x_t, t, conditioning, weighed, scale)[1]
         network = _network(self.denoiser)
-        ask = self.denoiser if network is None else _raw(network)
+        ask = self.denoiser if network is None else _as_denoiser(network.raw)
         positive, negative = self._pair(ask, x_t, t, conditioning, weighed)
         if network is None:
-            return self._sized(positive, negative, scale)
-        if self.rescaling is not None:
-            total = self._sized(positive, negative, scale)
-            return to_x0(total, network.prediction_type, x_t, network.schedule, t)
+            return guide(positive, negative, scale)
         return to_x0(positive, network.prediction_type, x_t, network.schedule, t, negative, scale)
 
     def step(
@@ -154,20 +150,33 @@ class GuidedDenoiser:
         Of two answers these are x0_positive and x0_negative; of more, both are moved by what the later scales add. If
         the sum is rescaled, they make it at this w_1 alone: x0_negative is then moved to where that sum leads from.
         """
-        network = _network(self.denoiser)
-        if self.rescaling is None or network is None:
-            return self._pair(self.denoiser, x_t, t, conditioning, self._weighed(None))
-        raw = self._pair(_raw(network), x_t, t, conditioning, self._weighed(None))
+        weighed = self._weighed(None)
+        if self.rescaling is None or self.guidance_scale == 1.0:
+            return self._pair(self.denoiser, x_t, t, conditioning, weighed)
         scale = torch.as_tensor(self.scale_at(t, x_t), dtype=x_t.dtype, device=x_t.device)
-        answers = raw[0], self._sized(*raw, scale)
-        positive, guided = (to_x0(one, network.prediction_type, x_t, network.schedule, t) for one in answers)
+        positive, guided = self._rescaled(self.rescaling, x_t, t, conditioning, weighed, scale)
         # guide(positive, negative, w) = guided; at w = 1 any negative does.
         return positive, positive - (guided - positive) / torch.where(scale == 1, torch.ones_like(scale), scale - 1)
 
-    def _sized(self, positive: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
-        """The sum (B, ...) of two answers (B, ...), rescaled where the teacher's is."""
-        total = guide(positive, negative, scale)
-        return total if self.rescaling is None else self.rescaling(total, positive)
+    def _rescaled(
+        self,
+        rescaling: Rescaling,
+        x_t: Tensor,
+        t: Tensor,
+        conditioning: AnyConditioning,
+        weighed: dict[int, GuidanceScale | Tensor | None],
+        scale: float | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """What the denoiser says (B, ...) of the positive answer, and of the sum.
+
+        The pipeline takes their sizes over all that its network says, also of entries that are known.
+        """
+        network, say = _asked(self.denoiser, rescaling)
+        positive, negative = self._pair(_as_denoiser(network.bare), x_t, t, conditioning, weighed)
+        answers = positive, rescaling(guide(positive, negative, scale), positive)
+        settled = [network.settled(one, x_t, t, conditioning) for one in answers]
+        first, second = (say(one, network.prediction_type, x_t, network.schedule, t) for one in settled)
+        return first, second
 
     def _weighed(self, scale: GuidanceScale | Tensor | None) -> dict[int, GuidanceScale | Tensor | None]:
         """The answers that have a weight, by number from 0, and the scale between each of them and the next.
@@ -219,22 +228,33 @@ def _network(denoiser: Denoiser) -> NetworkDenoiser | ExpertsDenoiser | None:
     return network if isinstance(network, NetworkDenoiser | ExpertsDenoiser) else None
 
 
-def _raw(network: NetworkDenoiser | ExpertsDenoiser) -> Denoiser:
+def _as_denoiser(ask: Callable[[Tensor, Tensor, AnyConditioning], Tensor]) -> Denoiser:
     """A network's answers in its own prediction type, asked for as x0 is."""
 
-    def raw(x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
-        return network.raw(x_t, t, conditioning)
+    def answer(x_t: Tensor, t: Tensor, conditioning: AnyConditioning, end: Tensor | None = None) -> Tensor:
+        return ask(x_t, t, conditioning)
 
-    return raw
+    return answer
 
 
-def _is_scaled_answer(denoiser: Denoiser) -> bool:
-    """Whether a denoiser is a network, or gives its raw answers but for a factor, so that they may be rescaled."""
-    if _network(denoiser) is not None:
-        return True
-    # A flow network's velocity is its answer.
+def _asked(
+    denoiser: Denoiser, rescaling: Rescaling
+) -> tuple[NetworkDenoiser | ExpertsDenoiser, Callable[[Tensor, str, Tensor, NoiseSchedule, Tensor], Tensor]]:
+    """The network whose answers are to be rescaled, and what makes of one of them what the denoiser says.
+
+    Raises:
+        UserError: it says what no single answer of a network tells.
+    """
+    network = _network(denoiser)
+    if network is not None:
+        return network, to_x0
     of = getattr(denoiser, "__self__", None)
-    return isinstance(of, NetworkDenoiser) and denoiser == of.velocity and of.prediction_type == "flow"
+    if isinstance(of, NetworkDenoiser) and denoiser == of.velocity:
+        return of, to_velocity
+    raise UserError(
+        f"this teacher's guided sum is {rescaling.describe()}, which is for answers of the network itself, and "
+        "this method guides others; set --guidance_scale 1, or take dmd2 or rectified_flow"
+    )
 
 
 def _at(scale: GuidanceScale | Tensor | None, t: Tensor, like: Tensor) -> float | Tensor:

@@ -55,6 +55,7 @@ class SpeedUpDenoiser(NetworkDenoiser):
             rows = range(len(x_t))
             parts = [(x_t[i : i + 1], t[i : i + 1], conditioning.select([i]), negative.select([i])) for i in rows]
             answer = torch.cat([self._away(x, time, one, other) for x, time, one, other in parts])  # type: ignore[arg-type]  # one sample is not ragged
+        answer = self.settled(answer, x_t, t, conditioning)
         return to_x0(answer, self.prediction_type, x_t, self.schedule, t)
 
     def reenter(self) -> Callable[[], AbstractContextManager[None]]:
@@ -62,7 +63,7 @@ class SpeedUpDenoiser(NetworkDenoiser):
         told = self._told
         return nullcontext if told is None else lambda: self._again(told)
 
-    def raw(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
+    def bare(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """As in :class:`fewstep.networks.denoiser.NetworkDenoiser`, away from the usual negative prompt."""
 
         def usual(x_t: Tensor, t: Tensor, conditioning: Conditioning, end: Tensor | None) -> Tensor:
@@ -76,7 +77,7 @@ class SpeedUpDenoiser(NetworkDenoiser):
         with hooked({}), self.adapter.on(self.network, other) as told:
             self._told = told
             try:
-                return self._raw(x_t, t, conditioning)
+                return self._bare(x_t, t, conditioning)
             finally:
                 self._told = None
 

@@ -50,8 +50,8 @@ class Stub:
     """Stands in for the forward of `components`: it returns `output`, except in the steps of `live`, which run as ever.
 
     Without an `output`, what one of them returned last is returned again; the first step must then be live. With
-    `scramble` it is noise about 1 of that form, other noise at every call. Each component of `beside`, which the pipeline calls
-    beside these, returns what stands there with its name.
+    `scramble` it is noise about 1 of that form, other noise at every call. Each component of `beside`, which the
+    pipeline calls beside these, returns what stands there with its name.
     """
 
     components: tuple[str, ...]

@@ -6,16 +6,21 @@ import pytest
 import torch
 from tiny_pipelines import tiny_dit, tiny_stable_diffusion
 from torch import Tensor, nn
-from toys import TinyNetwork, labels, role
+from toys import TABLE, PlainRecipe, TinyNetwork, labels, role
 
 from fewstep.conditioning.conditioning import Conditioning, Leaf
+from fewstep.conditioning.outside import Pins, as_beside, with_outside
 from fewstep.conditioning.ragged import join, with_others
 from fewstep.config.run import RunConfig
-from fewstep.diffusion.schedule import FlowSchedule
+from fewstep.diffusion.prediction import expand, to_x0
+from fewstep.diffusion.rescaling import KINDS, Rescaling
+from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.kernels import dispatch
+from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.experts import ExpertsRole
 from fewstep.networks.guidance import GuidedDenoiser, guide
+from fewstep.networks.roles import NetworkRole
 from fewstep.programs.pairs import make_pairs
 from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording.shake import shaken
@@ -184,3 +189,40 @@ def test_a_network_is_guided_in_its_raw_output_and_converted_once():
             assert counted == {("guided_x0", "reference"): 1}
             wide = scale.double()[:, None] if isinstance(scale, Tensor) else scale
             torch.testing.assert_close(found, guide(*guided.pair(x_t, T, conditioning), wide), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), [(FlowSchedule(), "flow"), (TABLE, "epsilon")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rescaled_sum_is_sized_by_what_the_network_says_and_known_entries_stay_known(
+    kind: str, schedule: NoiseSchedule, prediction: str
+):
+    """The pipeline sizes all that its network says, then pins what it pins; no answer says more of what is unread."""
+    x_t = torch.randn(3, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    where, value = x_t > 0.5, torch.randn(3, 2, 3, dtype=torch.float64)
+    unread = torch.tensor([[False, True, False], [False, False, False]])
+    positive, negative = labels([-1.0, 0.0, 1.0], None), labels([5.0] * 3, None)
+    told = with_outside(positive, Pins(where, value), None)
+    conditioning = with_others(told, [as_beside(told, negative)])
+    recipe = PlainRecipe()
+    recipe.unread = unread
+    denoisers = [NetworkDenoiser(TinyNetwork(6).double().eval(), recipe, schedule, prediction) for _ in range(2)]
+    roles = [NetworkRole("teacher", one) for one in denoisers]
+    experts = ExpertsRole("teacher", {"high": (0.95, roles[0]), "low": (0.0, roles[1])})
+    timestep = schedule.timestep(T)
+    said = [denoisers[1].network(x_t, timestep, **each.arguments()) for each in (positive, negative)]
+    rescaling = Rescaling(kind, 0.7)
+    total = rescaling(guide(*said, 4.0), said[0])
+    x0, alone = (to_x0(answer, prediction, x_t, schedule, T) for answer in (total, said[0]))
+    x0, alone = (torch.where(where, value, answer.masked_fill(unread, 0)) for answer in (x0, alone))
+    assert where.any() and not where.flatten(1).all(1).any() and (total - guide(*said, 4.0)).abs().min() > 1e-3
+    for denoiser in (denoisers[1], roles[1], experts, experts.denoiser):
+        guided = GuidedDenoiser(denoiser, 4.0, rescaling=rescaling)
+        torch.testing.assert_close(guided(x_t, T, conditioning), x0, rtol=1e-12, atol=1e-12)
+        first, second = guided.pair(x_t, T, conditioning)
+        torch.testing.assert_close(first, alone, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(guide(first, second, 4.0), x0, rtol=1e-12, atol=1e-12)
+    velocity = GuidedDenoiser(denoisers[1].velocity, 4.0, rescaling=rescaling)
+    alpha, sigma = (expand(one, x_t) for one in schedule.coefficients(T))
+    expected = (x_t - (alpha + sigma) * x0) / sigma
+    torch.testing.assert_close(velocity(x_t, T, conditioning), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(guide(*velocity.pair(x_t, T, conditioning), 4.0), expected, rtol=1e-12, atol=1e-12)
