@@ -32,9 +32,9 @@ from fewstep.conditioning.item import digest
 from fewstep.errors import UserError
 from fewstep.eval.conditions import SampleConditions
 from fewstep.export.step_noise import step_noise_from, step_replaced
-from fewstep.recording.invocation import SUBJECT_ARGUMENTS
+from fewstep.recording.call.invocation import SUBJECT_ARGUMENTS
+from fewstep.recording.call.plain import as_taken
 from fewstep.recording.pipeline import find_scheduler, modules_of
-from fewstep.recording.plain_call import as_taken
 
 logger = logging.getLogger(__name__)
 

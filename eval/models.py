@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from fewstep.errors import UserError, first_line
-from fewstep.recording.invocation import condition_kind
+from fewstep.recording.call.invocation import condition_kind
 
 CARD_NAME = "fewstep.json"
 

@@ -16,7 +16,7 @@ from diffusers import ConfigMixin
 from torch import nn
 
 from fewstep.recording import Recording, record
-from fewstep.recording.proof import Proof
+from fewstep.recording.proof.proof import Proof
 
 _PROOFS: dict[str, tuple[Proof, list[warnings.WarningMessage]]] = {}
 

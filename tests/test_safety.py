@@ -110,7 +110,7 @@ def test_json_and_yaml_of_others_are_read_in_bounds() -> None:
         "fewstep.pipelines.phased",
         "fewstep.pipelines.speed_up",
         "fewstep.reading",
-        "fewstep.recording.plain_call",
+        "fewstep.recording.call.plain",
         "fewstep.recording.recipe",
         "fewstep.training.fate",  # of what the run's other processes say
         "fewstep.training.monitor",  # lines of the run's own log

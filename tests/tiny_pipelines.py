@@ -1,7 +1,7 @@
 """Stock diffusers pipelines with tiny random weights, built in well under a second, for tests that need a pipeline.
 
 Every weight is drawn from a fixed seed. Zero-initialised layers stay zero, as in a fresh network: tests that need a
-network which reacts to everything shake it (`fewstep.recording.shake.shaken`).
+network which reacts to everything shake it (`fewstep.recording.watch.shake.shaken`).
 """
 
 from __future__ import annotations

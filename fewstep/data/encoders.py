@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from fewstep.data.fingerprint import part_digest
 from fewstep.errors import UserError
 from fewstep.recording import Recording
-from fewstep.recording.call_parts import equal
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.hooks import hooked
-from fewstep.recording.observation import Stub
-from fewstep.recording.observe import observe
+from fewstep.recording.loop.call_parts import equal
 from fewstep.recording.pipeline import find_decoder, modules_of
+from fewstep.recording.watch.hooks import hooked
+from fewstep.recording.watch.observation import Stub
+from fewstep.recording.watch.observe import observe
 
 _STEPS = 2
 

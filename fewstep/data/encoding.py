@@ -16,7 +16,7 @@ from fewstep.conditioning.outside import as_beside
 from fewstep.conditioning.tree import Leaf, leaves
 from fewstep.errors import UserError
 from fewstep.recording import Recording
-from fewstep.recording.cut_texts import cut_texts
+from fewstep.recording.watch.cut_texts import cut_texts
 
 _FORMS = 8  # of items, of which one each is encoded to say what all take
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.data.durable import json_sha256
 from fewstep.recording import Recording
-from fewstep.recording.call_numbers import SCALES
+from fewstep.recording.call.numbers import SCALES
 from fewstep.recording.pipeline import find_decoder, find_scheduler, is_quantized
 
 #: Entries of a configuration that say where something came from or how it was saved, and not what it does.

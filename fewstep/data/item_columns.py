@@ -18,9 +18,9 @@ from fewstep.data.image_opening import Stored
 from fewstep.data.item_pictures import SHOWN, Clip, Picture, as_meant, flat, is_mask, look_at
 from fewstep.data.item_rows import Row
 from fewstep.errors import UserError, one_line
-from fewstep.recording.items import is_of_an_item
-from fewstep.recording.pictures import picture_arguments
-from fewstep.recording.plain_call import argument_hints, members
+from fewstep.recording.call.items import is_of_an_item
+from fewstep.recording.call.pictures import picture_arguments
+from fewstep.recording.call.plain import argument_hints, members
 
 #: The column of the wanted result, which is no argument of the call.
 TARGET = "target"

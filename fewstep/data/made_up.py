@@ -16,9 +16,9 @@ from PIL import Image
 from fewstep.conditioning.item import PROMPT, Item
 from fewstep.data.item_columns import mentions
 from fewstep.data.item_pictures import is_mask
-from fewstep.recording.pictures import is_encoded, own_pictures
+from fewstep.recording.call.pictures import is_encoded, own_pictures
+from fewstep.recording.call.plain import argument_hints, members
 from fewstep.recording.pipeline import find_decoder, modules_of
-from fewstep.recording.plain_call import argument_hints, members
 
 _PROMPTS = ("a photo", "a painting of the sea")
 _KINDS = (Image.Image, np.ndarray, torch.Tensor, torch.FloatTensor)

@@ -18,12 +18,12 @@ from torch import Tensor
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.tree import Leaf, SampleList, leaves, map_paths
 from fewstep.recording import Recording
-from fewstep.recording.call_parts import without_sample
+from fewstep.recording.loop.call_parts import without_sample
 from fewstep.recording.pipeline import evaluating
-from fewstep.recording.proof import tolerance
-from fewstep.recording.proof_runs import relative_error
-from fewstep.recording.shake import shaken
+from fewstep.recording.proof.proof import tolerance
+from fewstep.recording.proof.runs import relative_error
 from fewstep.recording.telling import CONDITION_STEPS
+from fewstep.recording.watch.shake import shaken
 
 _TRIED = 4  # items that are compared, the shortest among them, each beside the longest
 _TIMES = (0.9, 0.4)

@@ -22,8 +22,8 @@ from fewstep.export.related.record import refuse_strength, relative_of
 from fewstep.export.step_noise import step_noise_from
 from fewstep.export.student_adapter import has_adapters
 from fewstep.reading import inside, read_json
+from fewstep.recording.call.plain import as_taken
 from fewstep.recording.pipeline import modules_of
-from fewstep.recording.plain_call import as_taken
 
 FILE = "fewstep.json"
 

@@ -21,9 +21,9 @@ from fewstep.networks.flow_map import SECOND_TIME, FlowMapDenoiser
 from fewstep.networks.roles import Role
 from fewstep.networks.two_time_form import GATE, DeltaTime, has_two_time_form, is_two_time_form, to_two_time_form
 from fewstep.recording import Recording
-from fewstep.recording.experts import Expert
-from fewstep.recording.invocation import read_invocation
-from fewstep.recording.rules import TimeRule
+from fewstep.recording.call.invocation import read_invocation
+from fewstep.recording.loop.experts import Expert
+from fewstep.recording.rules.rules import TimeRule
 
 #: In float32, relative to the largest entry.
 _EQUAL = 1e-5

@@ -30,7 +30,7 @@ from fewstep.export.student_adapter import (
 )
 from fewstep.reading import parse_json
 from fewstep.recording.pipeline import find_scheduler, is_quantized
-from fewstep.recording.quiet import only_errors
+from fewstep.recording.watch.quiet import only_errors
 
 #: The name that diffusers looks for.
 LORA_FILE = "pytorch_lora_weights.safetensors"

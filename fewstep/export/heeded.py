@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fewstep.recording.call_numbers import SCALES
+from fewstep.recording.call.numbers import SCALES
 
 # The argument by which a network trained over a range of guidance is told it.
 _TOLD = "guidance_scale"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fewstep.conditioning.item import holds_picture
-from fewstep.recording.pictures import own_pictures
+from fewstep.recording.call.pictures import own_pictures
 
 if TYPE_CHECKING:
     from fewstep.recording import Recording

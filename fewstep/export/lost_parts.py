@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
 from fewstep.export.errors import ExportError
-from fewstep.recording.quiet import only_errors
+from fewstep.recording.watch.quiet import only_errors
 
 if TYPE_CHECKING:
     from fewstep.recording import Recording

@@ -19,7 +19,7 @@ import torch
 
 from fewstep.diffusion.phases import Phase
 from fewstep.errors import UserError
-from fewstep.recording.experts import Expert
+from fewstep.recording.loop.experts import Expert
 from fewstep.recording.pipeline import find_scheduler
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from fewstep.export.card.card import write_card
 from fewstep.export.errors import ExportError
 from fewstep.export.folder import refuse_occupied, written
 from fewstep.reading import read_json
-from fewstep.recording.invocation import SUBJECT_ARGUMENTS
+from fewstep.recording.call.invocation import SUBJECT_ARGUMENTS
 from fewstep.teachers.weights import load_pipeline
 
 #: What all students of one pipeline have in common.

@@ -17,7 +17,7 @@ from fewstep.export.about import call_of, student_class
 from fewstep.export.apply import adapter_class
 from fewstep.export.errors import ExportError
 from fewstep.export.related.record import relative_of
-from fewstep.recording.invocation import condition_kind
+from fewstep.recording.call.invocation import condition_kind
 
 #: Of the scales tried on the embedded teacher's students (docs/sample.md), the one that is steady over all pairs.
 SCALE = 0.3

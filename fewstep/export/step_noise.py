@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from fewstep.recording.hooks import method_replaced
 from fewstep.recording.pipeline import find_scheduler
+from fewstep.recording.watch.hooks import method_replaced
 
 
 @contextlib.contextmanager

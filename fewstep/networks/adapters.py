@@ -26,8 +26,8 @@ from fewstep.networks.merged import MergedForm
 from fewstep.networks.recompute import Reenter, checkpointed
 from fewstep.networks.roles import NetworkRole, Role, allow_checkpointing
 from fewstep.recording import Recording
-from fewstep.recording.hooks import hooked
 from fewstep.recording.pipeline import is_quantized, is_quantized_layer
+from fewstep.recording.watch.hooks import hooked
 
 
 class Backbone:

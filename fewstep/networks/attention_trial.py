@@ -27,7 +27,7 @@ from fewstep.errors import one_line
 from fewstep.networks.attention import require_backend, switch_attention
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.roles import Role
-from fewstep.recording.dtypes import network_dtype
+from fewstep.recording.rules.dtypes import network_dtype
 
 #: How far an answer and gradients may be from those before, relative: one float32 pass and one in half precision.
 _CLOSE = {False: (1e-3, 1e-2), True: (5e-2, 2e-1)}

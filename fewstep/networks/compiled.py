@@ -17,7 +17,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.autograd import forward_ad
 
 from fewstep.errors import one_line
-from fewstep.recording.hooks import any_hooked
+from fewstep.recording.watch.hooks import any_hooked
 
 
 def _silent(_line: str) -> None:

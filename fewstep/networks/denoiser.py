@@ -19,7 +19,7 @@ from fewstep.diffusion.prediction import expand, from_x0, to_velocity, to_x0
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.networks.features import FeatureTap
 from fewstep.recording import Recipe
-from fewstep.recording.dtypes import network_dtype
+from fewstep.recording.rules.dtypes import network_dtype
 
 #: Told of one call of a network: x_t (B, ...), t (B,), and whether it ends early, at a tap. What it returns is given
 #: the answer (B, ...): the network's output, or the tap's features.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.recording.hooks import hooked
+from fewstep.recording.watch.hooks import hooked
 
 
 class _Reached(Exception):  # noqa: N818 - it ends a forward pass early and is no error

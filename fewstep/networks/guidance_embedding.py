@@ -23,7 +23,7 @@ from fewstep.conditioning.tree import Leaf
 from fewstep.diffusion.scales import GuidanceScale
 from fewstep.errors import UserError
 from fewstep.recording import Recording, record
-from fewstep.recording.guided_runs import scale_arguments
+from fewstep.recording.guidance.runs import scale_arguments
 from fewstep.recording.pipeline import with_parts
 
 #: Size of the embedding where a network gets one, as in LCM.

@@ -21,8 +21,8 @@ from fewstep.networks.features import lists_of_blocks
 from fewstep.networks.perceptual import images_of
 from fewstep.reading import read_json
 from fewstep.recording import Recording
-from fewstep.recording.hooks import hooked
 from fewstep.recording.pipeline import evaluating
+from fewstep.recording.watch.hooks import hooked
 
 #: From images (B, C, H, W) in [0, 1] to maps (B, C', H', W') or tokens (B, N, C'), from the first level to the last.
 Extract = Callable[[Tensor], list[Tensor]]

@@ -12,7 +12,7 @@ from fewstep.diffusion.prediction import add_noise
 from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.recording import Recording
-from fewstep.recording.experts import expert_at
+from fewstep.recording.loop.experts import expert_at
 from fewstep.recording.pipeline import evaluating
 
 # Two answers that differ by less, relative to their size, are the same up to rounding.

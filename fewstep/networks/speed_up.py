@@ -25,8 +25,8 @@ from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.recompute import checkpointed
 from fewstep.networks.roles import NetworkRole, Role, allow_checkpointing, follow, is_trained
 from fewstep.recording import Recording
-from fewstep.recording.hooks import hooked
 from fewstep.recording.pipeline import is_quantized
+from fewstep.recording.watch.hooks import hooked
 
 #: The name of the added module, in a role and in a student's pipeline.
 SPEED_UP = "speed_up"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.recording.hooks import hooked
+from fewstep.recording.watch.hooks import hooked
 
 Call = Callable[[Tensor, Tensor], Any]
 

@@ -16,8 +16,8 @@ from fewstep.errors import UserError
 from fewstep.fashion import looking
 from fewstep.fashion.items import inpainting_items
 from fewstep.recording import Recording
+from fewstep.recording.call.pictures import is_encoded, own_pictures, picture_arguments
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.pictures import is_encoded, own_pictures, picture_arguments
 from fewstep.teachers.names import embedded_name
 
 #: Of an embedded teacher that looks at pictures: so many holes and clothes that a short run sees each a few times.

@@ -22,10 +22,10 @@ from torch import Tensor
 from fewstep.conditioning.outside import tail_of
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.finite import refuse_unfinite_images
-from fewstep.recording.observation import Observation, Stub
 from fewstep.recording.pipeline import evaluating, find_decoder, modules_of
 from fewstep.recording.recorded import Recorded
+from fewstep.recording.watch.finite import refuse_unfinite_images
+from fewstep.recording.watch.observation import Observation, Stub
 
 # Ramps count in digits of this base, which every dtype holds with room for the map's scale and offset.
 _BASE = 16

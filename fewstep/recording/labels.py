@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.recording.hooks import hooked
+from fewstep.recording.watch.hooks import hooked
 
 
 def count_labels(

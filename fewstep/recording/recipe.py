@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.outside import OUTSIDE
-from fewstep.recording.feeding import feed
-from fewstep.recording.rules import OutputRule, SampleRule, TimeRule
-from fewstep.recording.second_network import SecondNetwork
+from fewstep.recording.rules.feeding import feed
+from fewstep.recording.rules.rules import OutputRule, SampleRule, TimeRule
+from fewstep.recording.second.network import SecondNetwork
 
 #: Of the JSON; 1 knew no entries.
 VERSION = 2

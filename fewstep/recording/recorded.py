@@ -14,21 +14,21 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.item import Form, Item
 from fewstep.diffusion.intervals import TimeIntervals
 from fewstep.diffusion.schedule import NoiseSchedule
-from fewstep.recording.between_steps import BetweenSteps
-from fewstep.recording.dtypes import network_dtype
+from fewstep.recording.call.invocation import Invocation
+from fewstep.recording.call.items import as_items, check_items
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.experts import Expert, Visits, components_of, expert_at
-from fewstep.recording.formula import GuidedCall
-from fewstep.recording.guidance_report import GuidanceReport
-from fewstep.recording.invocation import Invocation
-from fewstep.recording.item_check import ItemCheck
-from fewstep.recording.item_learning import Told
-from fewstep.recording.items import as_items, check_items
+from fewstep.recording.guidance.formula import GuidedCall
+from fewstep.recording.guidance.report import GuidanceReport
+from fewstep.recording.items.between_steps import BetweenSteps
+from fewstep.recording.items.check import ItemCheck
+from fewstep.recording.items.learning import Told
 from fewstep.recording.labels import count_labels
+from fewstep.recording.loop.experts import Expert, Visits, components_of, expert_at
 from fewstep.recording.pipeline import evaluating
 from fewstep.recording.recipe import Recipe
-from fewstep.recording.subject import Subject
+from fewstep.recording.rules.dtypes import network_dtype
 from fewstep.recording.telling import name_of, tell, tell_guided
+from fewstep.recording.watch.subject import Subject
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -10,35 +10,35 @@ import torch
 
 from fewstep.conditioning.item import Item
 from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule, TableSchedule, from_scheduler
-from fewstep.recording.between_steps import see_between
-from fewstep.recording.call_parts import equal, mark_arguments, without_sample
-from fewstep.recording.denoisers import Denoisers
-from fewstep.recording.dtypes import dtype_name, network_dtype
-from fewstep.recording.encoded_once import encoded_once
+from fewstep.recording.call.invocation import read_invocation
+from fewstep.recording.call.items import as_items
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.experts import Expert, components_of, expert_at
-from fewstep.recording.few_step import refuse_few_step, refuse_fixed_grid
-from fewstep.recording.find_experts import check_alike, find_experts, find_visits, loop_components
-from fewstep.recording.fit import fit_output, fit_sample, fit_times
-from fewstep.recording.fresh import fresh_samples
-from fewstep.recording.guided import embedded_paths, record_guided, switch_off, unguided_step
-from fewstep.recording.invocation import read_invocation
-from fewstep.recording.item_check import ItemCheck
-from fewstep.recording.item_fit import RedrawnError, fit_entries, fit_output_entries
-from fewstep.recording.item_guidance import record_item_guidance
-from fewstep.recording.item_learning import learn_items
-from fewstep.recording.items import as_items
-from fewstep.recording.observation import Observation, Step, Stub
+from fewstep.recording.guidance.guided import embedded_paths, record_guided, switch_off, unguided_step
+from fewstep.recording.guidance.items import record_item_guidance
+from fewstep.recording.items.between_steps import see_between
+from fewstep.recording.items.check import ItemCheck
+from fewstep.recording.items.learning import learn_items
+from fewstep.recording.items.redrawn import entries_stand, say_what_stops
+from fewstep.recording.loop.call_parts import equal, mark_arguments, without_sample
+from fewstep.recording.loop.denoisers import Denoisers
+from fewstep.recording.loop.experts import Expert, components_of, expert_at
+from fewstep.recording.loop.few_step import refuse_few_step, refuse_fixed_grid
+from fewstep.recording.loop.find_experts import check_alike, find_experts, find_visits, loop_components
+from fewstep.recording.loop.fresh import fresh_samples
+from fewstep.recording.loop.starts import from_noise_alone, skipped_steps
 from fewstep.recording.pipeline import find_scheduler, modules_of
 from fewstep.recording.recipe import Recipe
 from fewstep.recording.recording import Recording
-from fewstep.recording.redrawn import entries_stand, say_what_stops
-from fewstep.recording.rules import TimeRule
-from fewstep.recording.second_fit import components_beside, fit_second, outputs_beside
-from fewstep.recording.second_switch import at_steps
-from fewstep.recording.shake import shaken
-from fewstep.recording.starts import from_noise_alone, skipped_steps
-from fewstep.recording.subject import Subject
+from fewstep.recording.rules.dtypes import dtype_name, network_dtype
+from fewstep.recording.rules.fit import fit_output, fit_sample, fit_times
+from fewstep.recording.rules.item_fit import RedrawnError, fit_entries, fit_output_entries
+from fewstep.recording.rules.rules import TimeRule
+from fewstep.recording.second.fit import components_beside, fit_second, outputs_beside
+from fewstep.recording.second.switch import at_steps
+from fewstep.recording.watch.encoded_once import encoded_once
+from fewstep.recording.watch.observation import Observation, Step, Stub
+from fewstep.recording.watch.shake import shaken
+from fewstep.recording.watch.subject import Subject
 
 # Two step counts, because on an even grid one count cannot tell the time from the next time. The network runs in every
 # step of the short run and in a few of the long one, which shows many times, and some near 0, at no cost.

@@ -13,12 +13,12 @@ from torch import Tensor
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.recording.codec import Codec, read_codec
-from fewstep.recording.dtypes import dtype_name
-from fewstep.recording.encoded_once import encoded_once
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.pipeline import find_scheduler
-from fewstep.recording.proof import Proof, prove
+from fewstep.recording.proof.proof import Proof, prove
 from fewstep.recording.recorded import Recorded
+from fewstep.recording.rules.dtypes import dtype_name
+from fewstep.recording.watch.encoded_once import encoded_once
 
 
 @dataclass(frozen=True, eq=False, repr=False)

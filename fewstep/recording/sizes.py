@@ -14,18 +14,18 @@ from torch import Tensor
 
 from fewstep.conditioning.conditioning import remark
 from fewstep.conditioning.item import Form, Item
-from fewstep.recording.between_steps import see_between
-from fewstep.recording.call_parts import without_sample
-from fewstep.recording.encoded_once import encoded_once
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.experts import components_of
-from fewstep.recording.item_check import ItemCheck
-from fewstep.recording.item_marks import by_axes
-from fewstep.recording.observation import Observation, Stub
+from fewstep.recording.items.between_steps import see_between
+from fewstep.recording.items.check import ItemCheck
+from fewstep.recording.items.marks import by_axes
+from fewstep.recording.loop.call_parts import without_sample
+from fewstep.recording.loop.experts import components_of
 from fewstep.recording.recipe import Recipe
 from fewstep.recording.recorder import SHORT, fit_recipe, unguided_runs
 from fewstep.recording.recording import Recording
-from fewstep.recording.second_fit import components_beside, outputs_beside
+from fewstep.recording.second.fit import components_beside, outputs_beside
+from fewstep.recording.watch.encoded_once import encoded_once
+from fewstep.recording.watch.observation import Observation, Stub
 
 #: Sizes that one teacher is recorded at.
 MOST = 64

@@ -6,16 +6,16 @@ from typing import Any, Protocol
 
 from fewstep.conditioning.conditioning import Conditioning, remark
 from fewstep.conditioning.item import Item
-from fewstep.recording.between_steps import BetweenSteps
-from fewstep.recording.call_parts import in_types_of, mark_arguments, split_pieces, without_sample
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.formula import GuidedCall
-from fewstep.recording.item_check import ItemCheck
-from fewstep.recording.item_learning import Told
-from fewstep.recording.item_marks import by_axes
-from fewstep.recording.observation import NetworkCall
+from fewstep.recording.guidance.formula import GuidedCall
+from fewstep.recording.items.between_steps import BetweenSteps
+from fewstep.recording.items.check import ItemCheck
+from fewstep.recording.items.learning import Told
+from fewstep.recording.items.marks import by_axes
+from fewstep.recording.loop.call_parts import in_types_of, mark_arguments, split_pieces, without_sample
 from fewstep.recording.recipe import Recipe
-from fewstep.recording.subject import Subject, Watching
+from fewstep.recording.watch.observation import NetworkCall
+from fewstep.recording.watch.subject import Subject, Watching
 
 # Any count will do for a run that ends before the network's first call.
 CONDITION_STEPS = 4

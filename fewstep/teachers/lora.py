@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fewstep.errors import UserError, first_line, one_line
-from fewstep.recording.quiet import only_errors
+from fewstep.recording.watch.quiet import only_errors
 from fewstep.teachers.names import called
 
 _ADAPTER = "teacher"

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from fewstep.recording.hooks import hooked
+from fewstep.recording.watch.hooks import hooked
 
 #: A unit is no larger than one part in so many of its network; a block that the network's class names as one, in fewer.
 _PARTS, _PARTS_OF_BLOCKS = 16, 2

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.data.batch import Batch
 from fewstep.networks.roles import FOLLOWERS, Role
-from fewstep.recording.hooks import hooked
+from fewstep.recording.watch.hooks import hooked
 from fewstep.training.method import Method, Turn
 
 

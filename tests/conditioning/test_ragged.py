@@ -14,7 +14,7 @@ from fewstep.networks.adapters import Backbone
 from fewstep.networks.features import find_tap
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.recording import Recording, record
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 
 
 def text(length: int, value: float) -> Conditioning:

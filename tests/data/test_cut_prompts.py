@@ -12,7 +12,7 @@ from tiny_pipelines import tiny_dit, tiny_flow, tiny_stable_diffusion
 from fewstep.data.conditions import Conditions, CutPrompts
 from fewstep.programs.cache import cache
 from fewstep.recording import record
-from fewstep.recording.cut_texts import cut_texts
+from fewstep.recording.watch.cut_texts import cut_texts
 
 LONG = "the cat " * 60
 

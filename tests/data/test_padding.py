@@ -18,8 +18,8 @@ from fewstep.data.conditions import Conditions
 from fewstep.data.padding import Padding, find_padding
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.recording import Recording, record
-from fewstep.recording.observe import observe
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.observe import observe
+from fewstep.recording.watch.shake import shaken
 from tests.recording.synthetic import TraitPipeline, synthetic, synthetic_experts
 from tests.recording.synthetic_parts import Denoiser, Traits
 

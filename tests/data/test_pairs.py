@@ -28,7 +28,7 @@ from fewstep.programs.cache import cache
 from fewstep.programs.distillation import distill
 from fewstep.programs.pairs import make_pairs
 from fewstep.recording import Recording, record
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 
 SETTINGS = {"num": 5, "teacher_steps": 3, "batch_size": 2, "shard_size": 4, "cpu": True}
 

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.programs.distillation import distill
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.training import checkpoint
 from tests import tiny_pipelines
 from tests.forked import well

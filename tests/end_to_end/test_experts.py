@@ -29,7 +29,7 @@ from fewstep.programs.planning.call_counts import CallCounter
 from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording import record
 from fewstep.recording.pipeline import with_parts
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from tests.checkpoints import load_latest
 from tests.stock_process import run_stock
 

@@ -15,7 +15,7 @@ from fewstep.diffusion.rollout import rollout
 from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.methods import method_class
 from fewstep.programs.workbench import Workbench, open_workbench
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.training.pictures import to_uint8
 from tests import tiny_pipelines
 from tests.checkpoints import load_latest

@@ -30,7 +30,7 @@ from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.guidance import GuidedDenoiser
 from fewstep.programs.distillation import distill
 from fewstep.recording import Recording, record
-from fewstep.recording.items import as_items
+from fewstep.recording.call.items import as_items
 from fewstep.recording.sizes import with_sizes
 from tests.guided_teachers import guided_teacher
 from tests.stock_process import PLAIN_TEXTS, WATCH, allowed, run_stock

@@ -12,10 +12,10 @@ from fewstep.networks.adapters import called_by_keyword
 from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.programs.distillation import distill
 from fewstep.recording import record
+from fewstep.recording.call.invocation import read_invocation
 from fewstep.recording.errors import RecordingError
-from fewstep.recording.few_step import refuse_few_step
-from fewstep.recording.invocation import read_invocation
-from fewstep.recording.shake import shaken
+from fewstep.recording.loop.few_step import refuse_few_step
+from fewstep.recording.watch.shake import shaken
 from fewstep.training.previews import Previews
 from fewstep.training.samples import Samples
 

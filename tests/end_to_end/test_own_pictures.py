@@ -19,8 +19,8 @@ from fewstep.diffusion.ode import OdeSolver, teacher_times
 from fewstep.programs import cache as programs_cache
 from fewstep.programs.distillation import distill
 from fewstep.recording import Recording, record
-from fewstep.recording.items import with_pictures_of
-from fewstep.recording.shake import shaken
+from fewstep.recording.call.items import with_pictures_of
+from fewstep.recording.watch.shake import shaken
 from tests.guided_teachers import guided_teacher
 from tests.item_sets import tiny_editor, write_items
 

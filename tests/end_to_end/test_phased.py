@@ -23,7 +23,7 @@ from fewstep.export.own_code import is_own_code
 from fewstep.programs.distillation import prepare, run
 from fewstep.programs.methods import method_class
 from fewstep.programs.workbench import Workbench, open_workbench
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from tests.stock_process import Sampled, sample_stock
 from tests.whole_runs import whole_run
 

@@ -17,7 +17,7 @@ from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.programs.distillation import distill
 from fewstep.recording import record
-from fewstep.recording.observe import observe
+from fewstep.recording.watch.observe import observe
 
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("texts_as_they_are")]
 SHORT = {"steps": 2, "max_steps": 2, "batch_size": 2, "lr": 1e-3, "cpu": True, "report_to": "none", "sample_steps": 2}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.programs.distillation import distill
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from tests.end_to_end.method_cases import CASES, RUN, images
 from tests.stock_process import sample_stock
 from tests.tiny_pipelines import tiny_dit

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fewstep.programs.methods import methods
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.training import checkpoint
 from tests import tiny_pipelines
 from tests.stock_process import run_stock

@@ -22,7 +22,7 @@ from fewstep.export.own_code import is_own_code
 from fewstep.programs.distillation import run
 from fewstep.programs.methods import method_class
 from fewstep.programs.planning.plan import plan
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from tests.stock_process import run_stock
 
 RUN = {"steps": 2, "max_steps": 2, "critic_updates": 1, "batch_size": 2, "log_steps": 1, "lr": 1e-1}

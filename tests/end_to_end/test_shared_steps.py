@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fewstep.programs import distillation
 from fewstep.programs.methods import methods
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.training import held
 from fewstep.training.run_folder import read_config
 from tests.checkpoints import load_latest

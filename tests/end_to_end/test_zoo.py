@@ -25,7 +25,7 @@ from torch import Tensor
 from fewstep.cli import main
 from fewstep.diffusion.prediction import noise_from_x0, ode_step, to_x0, x0_map
 from fewstep.diffusion.schedule import NoiseSchedule, from_scheduler
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from tests.stock_process import run_stock
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "pipelines.md"

@@ -17,7 +17,7 @@ from fewstep.eval.generate import (
     to_uint8,
 )
 from fewstep.export.step_noise import step_noise_from
-from fewstep.recording.invocation import condition_kind
+from fewstep.recording.call.invocation import condition_kind
 from fewstep.recording.pipeline import modules_of
 
 LABELS = SampleConditions("label", (3, 1, 4), (3, 1, 4))

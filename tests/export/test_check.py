@@ -16,7 +16,7 @@ from fewstep.diffusion.strategic import Move
 from fewstep.export import SchedulerCheckError, plan_student
 from fewstep.export.walk.plan import check_student, reference_of
 from fewstep.recording.pipeline import with_parts
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from fewstep.export.walk.control import as_walked
 from fewstep.export.walk.plan import StudentPlan
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.recording import Recipe, Recording, record
-from fewstep.recording.invocation import SCALES
+from fewstep.recording.call.invocation import SCALES
 from tests.stock_process import PLAIN_TEXTS, WATCH, allowed, run_stock
 
 pytestmark = pytest.mark.usefixtures("texts_as_they_are", "small_references")

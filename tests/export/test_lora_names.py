@@ -20,7 +20,7 @@ from fewstep.export.card.lora import sampling_elsewhere, simple_schedule
 from fewstep.export.lora_names import DIFFUSION_MODEL, KOHYA, READERS, WAN, further_names
 from fewstep.networks.adapters import attention_linears
 from fewstep.recording import record
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 
 pytestmark = pytest.mark.usefixtures("without_relatives")
 

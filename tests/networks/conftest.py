@@ -6,7 +6,7 @@ import pytest
 import tiny_pipelines
 
 from fewstep.recording import Recording, record
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 
 FAMILIES = {"unet": tiny_pipelines.tiny_stable_diffusion, "sd3": tiny_pipelines.tiny_flow}
 

@@ -12,7 +12,7 @@ from fewstep.config.run import RunConfig
 from fewstep.networks.compiled import CompiledForms
 from fewstep.networks.roles import make_role
 from fewstep.recording import Recording, record
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.training.optimization import RoleOptimizer
 from tests.networks.shared_backbone import ALPHA, NAMES, RANK, Players, players
 

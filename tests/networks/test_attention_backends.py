@@ -32,7 +32,7 @@ from fewstep.programs.distillation import prepare
 from fewstep.programs.methods import method_class
 from fewstep.programs.workbench import open_workbench
 from fewstep.recording import record
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from tests.networks.shared_backbone import NAMES, players
 
 #: Processors that know no backend (UNet, SD3), and some that do (Wan, two networks).

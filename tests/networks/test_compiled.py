@@ -31,8 +31,8 @@ from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.roles import NetworkRole
 from fewstep.networks.second_time import attach_second_time
 from fewstep.recording import record
-from fewstep.recording.hooks import hooked
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.hooks import hooked
+from fewstep.recording.watch.shake import shaken
 
 
 class Counting:

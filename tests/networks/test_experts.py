@@ -24,7 +24,7 @@ from fewstep.networks.guidance import GuidedDenoiser, guide
 from fewstep.networks.heads import make_head
 from fewstep.networks.roles import Role, make_role, update_average
 from fewstep.recording import Recording, record
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.training.optimization import RoleOptimizer
 
 BOUND = 0.6

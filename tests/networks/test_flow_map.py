@@ -20,7 +20,7 @@ from fewstep.networks.derivable import described
 from fewstep.networks.derivative import derivative_along, refuse_underivable
 from fewstep.networks.flow_map import FlowMapDenoiser, flow_direction
 from fewstep.recording import record
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from tests.networks.second_times import SCHEDULES, TABLE, Told, stir, told
 
 

@@ -23,7 +23,7 @@ from fewstep.networks.guidance import GuidedDenoiser, guide
 from fewstep.networks.roles import NetworkRole
 from fewstep.programs.pairs import make_pairs
 from fewstep.programs.workbench import Workbench, open_workbench
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 
 
 class Model:

@@ -12,7 +12,7 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.errors import UserError
 from fewstep.networks.guidance_embedding import find_guidance_embedding, with_guidance_embedding
 from fewstep.recording import Recording, record
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([999.0, 200.0], dtype=torch.float64)

@@ -15,7 +15,7 @@ from fewstep.networks.heads import make_head
 from fewstep.networks.make_roles import RoleSettings
 from fewstep.networks.roles import Role, make_role, update_average
 from fewstep.recording import Recording, record
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 
 
 @pytest.fixture(scope="module")

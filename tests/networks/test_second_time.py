@@ -15,7 +15,7 @@ from fewstep.networks.roles import follow, make_role, update_average
 from fewstep.networks.second_time import attach_second_time
 from fewstep.networks.time_embedders import find_time_embedders, likely_time_embedders
 from fewstep.recording import record
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from tests.networks.second_times import Told, sites_of, stir, told
 
 # --- where it enters --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from fewstep.programs.planning.stand_in import stand_in
 from fewstep.programs.teacher import Teacher
 from fewstep.programs.workbench import Workbench, open_workbench
 from fewstep.recording import record
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.training.method import Bench
 
 ASKED = {name for name in vars(Bench) if not name.startswith("_")}

@@ -22,9 +22,9 @@ from fewstep.programs.methods import method_class
 from fewstep.programs.planning.dry_run import DryRun
 from fewstep.programs.workbench import open_workbench
 from fewstep.recording import record
-from fewstep.recording.proof_runs import each, relative_error, run
-from fewstep.recording.second_switch import switched
-from fewstep.recording.shake import shaken
+from fewstep.recording.proof.runs import each, relative_error, run
+from fewstep.recording.second.switch import switched
+from fewstep.recording.watch.shake import shaken
 from tests.guided_teachers import guided_teacher
 
 pytestmark = pytest.mark.usefixtures("texts_as_they_are")

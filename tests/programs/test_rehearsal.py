@@ -18,7 +18,7 @@ from fewstep.export.lora import rehearse_lora
 from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.methods import method_class
 from fewstep.programs.workbench import open_workbench
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.teachers.quantization import QUANTIZATIONS, pipeline_quantization
 from fewstep.teachers.source import Source
 

@@ -27,7 +27,7 @@ from PIL import Image
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.diffusion.rescaling import Rescaling
 from fewstep.recording import Recording, RecordingError, record
-from fewstep.recording.encoded_once import encoded_once
+from fewstep.recording.watch.encoded_once import encoded_once
 
 SOAK = pytest.mark.soak
 #: All of the shown ones that are recorded without a second network in their loop.

@@ -11,7 +11,7 @@ from tiny_pipelines import tiny_kandinsky3
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.recording import record
-from fewstep.recording.call_parts import equal
+from fewstep.recording.loop.call_parts import equal
 from tests.recording.synthetic_parts import Traits
 
 ORDER = "negative, positive"

@@ -22,8 +22,8 @@ from fewstep.export import plan_student
 from fewstep.export.walk.control import as_walked
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.recording import Recording, RecordingError, record
-from fewstep.recording.observe import observe
 from fewstep.recording.pipeline import with_parts
+from fewstep.recording.watch.observe import observe
 
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("texts_as_they_are")]
 

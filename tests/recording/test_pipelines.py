@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.recording import Recipe, Recording, record
-from fewstep.recording.proof import relative_error
-from fewstep.recording.shake import shaken
+from fewstep.recording.proof.proof import relative_error
+from fewstep.recording.watch.shake import shaken
 
 SHAKES = pytest.mark.parametrize("shake", [False, True], ids=["as-is", "shaken"])
 

@@ -21,7 +21,7 @@ from fewstep.export.apply import LORA_FILE
 from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.distillation import run as run_method
 from fewstep.programs.methods import method_class
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.teachers.lora import fuse_teacher_lora, with_own_weights
 from tests.checkpoints import load_latest
 from tests.whole_runs import whole_run

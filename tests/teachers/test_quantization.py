@@ -25,7 +25,7 @@ from fewstep.programs.pairs import make_pairs
 from fewstep.programs.planning.plan import Planner
 from fewstep.recording import record
 from fewstep.recording.pipeline import is_quantized, is_quantized_layer
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.teachers import quantization
 from fewstep.teachers.quantization import QUANTIZATIONS, denoiser_classes, pipeline_quantization
 from fewstep.teachers.source import Source

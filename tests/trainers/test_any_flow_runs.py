@@ -17,7 +17,7 @@ from fewstep.export import ExportError
 from fewstep.networks.two_time_form import GATE, DeltaTime, from_two_time_form, to_two_time_form
 from fewstep.programs.distillation import prepare
 from fewstep.programs.workbench import open_workbench
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.trainers.any_flow import AnyFlowConfig
 from fewstep.training.checkpoint import find_latest
 from tests.stock_process import sample_stock

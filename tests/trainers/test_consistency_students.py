@@ -18,7 +18,7 @@ from fewstep.errors import UserError
 from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.methods import method_class
 from fewstep.programs.workbench import Workbench, open_workbench
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from tests.whole_runs import whole_run
 
 TINY_RUN = {"max_steps": 2, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True, "sample_steps": 0}

@@ -15,7 +15,7 @@ from fewstep.errors import UserError
 from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.methods import method_class
 from fewstep.programs.workbench import open_workbench
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from tests.checkpoints import load_latest
 from tests.whole_runs import whole_run
 

@@ -28,7 +28,7 @@ from fewstep.kernels import dispatch
 from fewstep.pipelines.flow_map import flow_times
 from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.workbench import open_workbench
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.trainers.mean_flow import MeanFlowConfig
 from tests.stock_process import Sampled, sample_stock
 from tests.whole_runs import whole_run

@@ -14,7 +14,7 @@ import fewstep
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.errors import UserError
 from fewstep.programs.distillation import distill
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.trainers.perflow import PerFlowConfig
 from tests.whole_runs import whole_run
 

@@ -26,7 +26,7 @@ from fewstep.programs import distillation
 from fewstep.programs.distillation import distill
 from fewstep.programs.planning.call_counts import Calls
 from fewstep.recording import record
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.trainers.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from fewstep.training.loop import Loop
 from tests.whole_runs import whole_run

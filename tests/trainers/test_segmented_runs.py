@@ -14,7 +14,7 @@ from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.errors import UserError
 from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.methods import method_class
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from tests.whole_runs import whole_run
 
 pytestmark = pytest.mark.usefixtures("without_relatives")

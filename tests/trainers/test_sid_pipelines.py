@@ -21,7 +21,7 @@ from fewstep.errors import UserError
 from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.methods import method_class
 from fewstep.programs.workbench import Workbench, open_workbench
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.training.pictures import to_uint8
 from tests.stock_process import run_stock
 from tests.whole_runs import whole_run

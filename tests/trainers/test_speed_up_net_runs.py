@@ -22,7 +22,7 @@ from fewstep.networks.make_roles import RoleSettings
 from fewstep.networks.speed_up import SpeedUpDenoiser, plugged_roles, refuse_unlike
 from fewstep.programs.distillation import distill
 from fewstep.recording import record
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from tests.stock_process import sample_stock
 
 RUN = {"steps": 2, "max_steps": 2, "batch_size": 2, "num_pairs": 4, "pair_steps": 2, "solver_steps": 2, "lr": 1e-2}

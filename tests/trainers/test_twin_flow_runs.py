@@ -10,7 +10,7 @@ from tiny_pipelines import WAN_CALL, dense_wan, tiny_flow, tiny_stable_diffusion
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.programs.distillation import prepare
 from fewstep.programs.workbench import Workbench, open_workbench
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.trainers.twin_flow import TwinFlow, TwinFlowConfig
 from tests.stock_process import sample_stock
 from tests.whole_runs import whole_run

@@ -15,7 +15,7 @@ from fewstep.export import own_code
 from fewstep.export.own_code import is_own_code
 from fewstep.networks.flow_map import FlowMapDenoiser
 from fewstep.networks.twin import TwinDenoiser
-from fewstep.recording.shake import shaken
+from fewstep.recording.watch.shake import shaken
 from fewstep.trainers.twin_flow import TwinFlowConfig
 from tests.stock_process import run_stock
 from tests.trainers.test_twin_flow_runs import FLOW_CALL, RUN

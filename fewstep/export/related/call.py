@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from fewstep.export.related.classes import PICTURES, parameters, takes_control
-from fewstep.recording.invocation import SUBJECT_ARGUMENTS
+from fewstep.recording.call.invocation import SUBJECT_ARGUMENTS
 
 #: The argument that says how much of a picture is kept, in diffusers' word.
 STRENGTH = "strength"

@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fewstep.export.errors import ExportError
 from fewstep.export.related.classes import CONTROL
 from fewstep.recording import Recording
-from fewstep.recording.capture import capture_changes
-from fewstep.recording.hooks import method_replaced
-from fewstep.recording.observation import NetworkCall
 from fewstep.recording.pipeline import modules_of
+from fewstep.recording.watch.capture import capture_changes
+from fewstep.recording.watch.hooks import method_replaced
+from fewstep.recording.watch.observation import NetworkCall
 
 # What a control network adds to the denoiser's blocks, and to its middle or its single blocks: nothing.
 _NO_CONTROL: tuple[tuple[Tensor, ...], None] = ((), None)

@@ -14,7 +14,7 @@ from fewstep.diffusion.prediction import expand
 from fewstep.export.errors import ExportError
 from fewstep.export.related.stubs import Heard, StandIns
 from fewstep.export.walk.trace import Trace
-from fewstep.recording.observation import NetworkCall
+from fewstep.recording.watch.observation import NetworkCall
 
 # Of sorted values of size one, by what the sample's dtype leaves of them.
 _CLOSE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -28,7 +28,7 @@ from fewstep.export.walk.check import follow
 from fewstep.networks.adapters import on_the_same_weights
 from fewstep.recording import RecordingError
 from fewstep.recording.pipeline import find_scheduler, modules_of, with_parts
-from fewstep.recording.quiet import only_errors
+from fewstep.recording.watch.quiet import only_errors
 
 if TYPE_CHECKING:
     from fewstep.export.walk.plan import StudentPlan

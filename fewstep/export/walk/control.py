@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from fewstep.export.errors import ExportError, SchedulerCheckError
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.pipeline import find_scheduler, with_parts
-from fewstep.recording.second_switch import walk_of
-from fewstep.recording.subject import Subject
+from fewstep.recording.second.switch import walk_of
+from fewstep.recording.watch.subject import Subject
 
 if TYPE_CHECKING:
     from fewstep.recording import Recipe, Recording

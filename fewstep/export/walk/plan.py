@@ -26,7 +26,7 @@ from fewstep.export.walk.scheduler import Wish, candidates, wanted_grid
 from fewstep.export.walk.sizes import SizeShift, dynamic_config, size_shifts, walked_sizes
 from fewstep.export.walk.teacher_shift import shifts_by_size, teacher_shift
 from fewstep.export.walk.trace import trace
-from fewstep.recording.guided_runs import scale_arguments
+from fewstep.recording.guidance.runs import scale_arguments
 from fewstep.recording.pipeline import find_scheduler, with_parts
 
 if TYPE_CHECKING:

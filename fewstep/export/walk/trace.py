@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fewstep.recording.hooks import hooked
 from fewstep.recording.pipeline import evaluating, find_scheduler, modules_of, with_parts
-from fewstep.recording.scheduler_watch import watch_scaling
-from fewstep.recording.token_times import velocity_sign
+from fewstep.recording.watch.hooks import hooked
+from fewstep.recording.watch.scheduler import watch_scaling
+from fewstep.recording.watch.token_times import velocity_sign
 
 #: (network input, timestep, the network's answer) -> what the scheduler is given as ``model_output``.
 Tell = Callable[[Tensor, float, Tensor], Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.tree import Leaf
 from fewstep.recording import Recipe, Recording
-from fewstep.recording.rules import OutputRule, SampleRule, TimeRule
+from fewstep.recording.rules.rules import OutputRule, SampleRule, TimeRule
 
 #: Entries of a sample.
 _SIZE = 2

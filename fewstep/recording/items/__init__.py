@@ -1,0 +1,1 @@
+"""What belongs to one item: what its pictures change of a network's arguments, and of its sample between steps."""
