@@ -7,6 +7,7 @@ import graphlib
 import importlib
 import re
 import sys
+from collections import Counter
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -73,6 +74,10 @@ PROGRAMS = (
     "fewstep.fashion.items",
 )
 LONGEST_FILE = 350
+#: So many files in one folder, its ``__init__.py`` apart, are too many to find one's way: it asks for rooms within.
+MOST_FILES = 40
+#: One file for each method, found by its name.
+LISTS = ("trainers",)
 
 
 def module_name(path: Path) -> str:
@@ -157,31 +162,25 @@ def test_no_room_has_a_circle(room: str) -> None:
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
-def first_sentence(path: Path) -> str:
-    """What a module says of itself."""
-    docstring = ast.get_docstring(parse(path)) or ""
-    return re.split(r"\.(?:\s|$)", " ".join(docstring.split()), maxsplit=1)[0] + "."
+def part_of(name: str) -> str:
+    """``fewstep.recording.watch`` of ``fewstep.recording.watch.hooks``; a file beside them is its own."""
+    return ".".join(name.split(".")[:3])
 
 
-def floors_table() -> str:
-    """``FLOORS`` for people, from the top down, each room with its purpose."""
-    rows = ["| floor | room | what it is for |", "| ---: | --- | --- |"]
-    for floor, rooms in reversed(list(enumerate(FLOORS, 1))):
-        for room in rooms:
-            folder = Path(room) if room in FOLDERS else Path("fewstep", room)
-            file = folder.with_suffix(".py")
-            shown, path = (file.as_posix(), file) if (ROOT / file).is_file() else (f"{folder}/", folder / "__init__.py")
-            purpose = first_sentence(ROOT / path) if (ROOT / path).is_file() else "To come."
-            rows.append(f"| {floor} | `{shown}` | {purpose} |")
-    return "\n".join(rows)
+@pytest.mark.parametrize("room", [room for rooms in FLOORS for room in rooms])
+def test_rooms_within_a_room_have_no_circle(room: str) -> None:
+    """Rooms within, and the files beside them, in an order in which each imports only those before it."""
+    inside = {name for name in modules() if room_of(name) == room}
+    graph: dict[str, set[str]] = {part_of(name): set() for name in inside}
+    for name in inside:
+        graph[part_of(name)] |= {part_of(other) for other in imports(name) & inside} - {part_of(name)}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
-def test_the_documents_show_the_floors() -> None:
-    """docs/architecture.md has the table; the right one is in the failure's message."""
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    first, last = "<!-- floors: made from FLOORS in tests/test_architecture.py -->", "<!-- floors: to here -->"
-    if page.partition(first)[2].partition(last)[0].strip() != floors_table():
-        pytest.fail(f"docs/architecture.md, between its two marks:\n\n{floors_table()}\n", pytrace=False)
+def test_no_folder_is_flat() -> None:
+    """A room with more files than one sees at a glance is divided into rooms within."""
+    files = Counter(path.parent.relative_to(ROOT).as_posix() for path in modules().values() if path.stem != "__init__")
+    assert {folder: count for folder, count in files.items() if count > MOST_FILES and folder not in LISTS} == {}
 
 
 def test_methods_and_pipelines_are_named_in_few_places() -> None:

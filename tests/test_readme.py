@@ -21,7 +21,7 @@ from fewstep.fashion import TEACHERS, TEXT_TEACHERS, reference
 from fewstep.fashion.files import manifest
 from fewstep.programs.auto import CHOOSE
 from tests import tiny_pipelines
-from tests.test_architecture import first_sentence
+from tests.test_architecture_docs import first_sentence
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
