@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,20 @@ FOLDER = Path(__file__).resolve().parents[2] / "shared" / "zoo-image"
 MANIFEST: dict[str, dict[str, Any]] = (
     json.loads((FOLDER / "manifest.json").read_text()) if (FOLDER / "manifest.json").is_file() else {}
 )
+#: Those whose walk starts from noise alone: they are recorded, guided, walked and trained. The first takes least.
+TRAINED = (
+    "InstructPix2Pix",
+    "InpaintXL9",
+    "LTXImageToVideo",
+    "Wan22TI2V",
+    "WanFirstLastFrame",
+    "HunyuanVideoImageToVideo",
+    "QwenImageEditPlus",
+    "ControlNetXL",
+    "StableVideoDiffusion",
+)
+#: Among these, that with a second network in its loop.
+CONTROLLED = "ControlNetXL"
 #: QwenImageEditPlus brings every reference to 1024 times 1024 pixels, and its encoder would take most of a test for it.
 REFERENCES = 64 * 64
 #: The same in a program.
@@ -21,6 +36,12 @@ SMALL_REFERENCES = f"""
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = {REFERENCES}
 """
+
+
+def first_is_quick(names: Iterable[str]) -> list[Any]:
+    """The cases of a test: the first name runs always, the others are for soak runs."""
+    first, *others = names
+    return [first, *(pytest.param(name, marks=pytest.mark.soak) for name in others)]
 
 
 def load(name: str) -> Any:

@@ -72,11 +72,10 @@ class MfRae:
         # A walk is one of rectified flow, whose average velocities are learnt, in every schedule.
         self.solver = OdeSolver(guided_teacher, sampler.schedule, config.walk_solver, line="flow")
         self.times = teacher_times(sampler.schedule, config.walk_steps, shift)
-        self.flows = {
-            stage: MeanFlow(config.of_stage(stage, entries), roles, guided_teacher, sampler)
-            for stage in config.starts()
-            if stage != "cmt"
-        }
+        self.flows: dict[tuple[str, int], MeanFlow] = {}
+        for stage in config.starts():
+            if stage != "cmt":
+                self.flow(stage, entries)
 
     @classmethod
     def prepare(cls, config: MfRaeConfig, bench: Bench) -> MfRae:
@@ -86,6 +85,13 @@ class MfRae:
         bench.describe(trained_at_every_count=True)
         entries = math.prod(bench.recording.sample_shape)
         return cls(config, roles, bench.guided(roles["teacher"]), bench.sampler, entries, bench.shift)
+
+    def flow(self, stage: str, entries: int) -> MeanFlow:
+        """MeanFlow as it is in a stage, of samples with so many entries, by which its times are shifted."""
+        if (stage, entries) not in self.flows:
+            config = self.config.of_stage(stage, entries)
+            self.flows[stage, entries] = MeanFlow(config, self.roles, self.teacher, self.sampler)
+        return self.flows[stage, entries]
 
     def learning_rate(self, role: str) -> float:
         """Of the student."""
@@ -100,7 +106,7 @@ class MfRae:
         """One update of the student in every step, by the stage that it falls in."""
         stage, first = self.config.stage_at(step)
         if stage != "cmt":
-            yield from self.flows[stage].turns(step - first, batch)
+            yield from self.flow(stage, math.prod(batch.shape)).turns(step - first, batch)
             return
 
         # 1. Walks of the teacher, each for some samples of the batch.

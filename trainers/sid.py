@@ -101,8 +101,7 @@ class Sid:
         in_training = bench.guided(critic, kappas.critic_training)
         discriminator = None
         if config.adversarial != "none":
-            tap, shape = bench.tap(critic), bench.recording.sample_shape
-            discriminator = CriticDiscriminator(config, critic, tap, shape, sum_over_processes)
+            discriminator = CriticDiscriminator(config, critic, bench.tap(critic), sum_over_processes)
         return cls(config, roles, *guided, in_training, bench.sampler, discriminator)
 
     def learning_rate(self, role: str) -> float:
@@ -153,7 +152,7 @@ class Sid:
             logits_real = self.discriminator.logits(real, t, batch.real.conditioning)
             logits_fake = self.discriminator.logits(x_t, t, conditioning)
             adversarial = self.discriminator.critic_loss(logits_real, logits_fake, weight)
-            loss = loss + self.discriminator.critic_weight * adversarial
+            loss = loss + self.discriminator.critic_weight(batch.shape) * adversarial
             log["critic/adversarial"] = adversarial.detach()
         return Turn("critic", [(loss, None)], log)
 

@@ -130,3 +130,8 @@ class PairsWanted:
     invert_real: bool = False
     inverted_share: float = 0.0
     guided: bool = False
+
+    @property
+    def of_real(self) -> bool:
+        """Whether some are of real samples."""
+        return self.invert_real or self.inverted is not None

@@ -21,7 +21,6 @@ class CriticDiscriminator:
         config: of the run.
         critic: trained to tell the two apart beside its denoising.
         tap: where its features are taken.
-        shape: of one sample.
         total: sums tensors over processes in place, so that a batch is that of all of them.
     """
 
@@ -30,7 +29,6 @@ class CriticDiscriminator:
         config: AdversarialConfig,
         critic: Role,
         tap: FeatureTap,
-        shape: tuple[int, ...],
         total: Callable[[Iterable[Tensor]], None] | None = None,
     ) -> None:
         self.critic, self.tap, self.start_step, self.total = critic, tap, config.gan_start_step or 0, total
@@ -38,9 +36,15 @@ class CriticDiscriminator:
         self.over_batch = config.adversarial == "sida"
         # Both papers sum the main losses over a sample, and multiply the student's by 100. Of their adversarial losses
         # all but that of SiDA's critic are multiplied by the elements of a sample, which is a sum as well.
-        student, critic_own = (0.01 / 100, 1 / math.prod(shape)) if self.over_batch else (1 / 100, 1.0)
+        student = 0.01 / 100 if self.over_batch else 1 / 100
         self.student_weight = student if config.gan_weight is None else config.gan_weight
-        self.critic_weight = critic_own if config.gan_critic_weight is None else config.gan_critic_weight
+        self._given_critic_weight = config.gan_critic_weight
+
+    def critic_weight(self, shape: tuple[int, ...]) -> float:
+        """Of the critic's adversarial loss beside its denoising of samples of this shape."""
+        if self._given_critic_weight is not None:
+            return self._given_critic_weight
+        return 1 / math.prod(shape) if self.over_batch else 1.0
 
     def logits(self, x_t: Tensor, t: Tensor, conditioning: AnyConditioning) -> Tensor:
         """(B, n) logits for ``x_t`` (B, ...) at ``t`` (B,)."""

@@ -165,12 +165,16 @@ class Batches:
             logging: whether the step is logged.
         """
         positions = [step * per_step + index for index in indices]
-        draws = Draws(seed, step, indices, self.device)
-        return self.at(positions, draws, per_step, logging, [position + per_step for position in positions])
+        batch = self.at(positions, Draws(seed, step, indices, self.device), per_step, logging)
+        self.announce_at(seed, [position + per_step for position in positions])
+        return batch
 
-    def at(
-        self, positions: Sequence[int], draws: Draws, per_step: int, logging: bool, ahead: Sequence[int] = ()
-    ) -> Batch:
+    def announce_at(self, seed: int, positions: Sequence[int]) -> None:
+        """Tell that these places of the run's streams are wanted next."""
+        if self.announce is not None:
+            self.announce(seed, [*positions])
+
+    def at(self, positions: Sequence[int], draws: Draws, per_step: int, logging: bool) -> Batch:
         """What lies at these places of the run's streams.
 
         Args:
@@ -178,18 +182,14 @@ class Batches:
             draws: of the B samples.
             per_step: as in :meth:`micro_batch`.
             logging: likewise.
-            ahead: the places that are wanted next.
         """
         seed = draws.seed
-        real = self.real.batch(seed, positions) if self.real is not None else None
-        if self.announce is not None and ahead:
-            self.announce(seed, [*ahead])
         return Batch(
             size=len(positions),
             shape=self.shape,
             conditioning=self.conditions.batch(seed, positions),
             draws=draws,
-            given_real=real,
+            given_real=self.real.batch(seed, positions) if self.real is not None else None,
             logging=logging,
             given_pairs=self.pairs.batch(seed, positions) if self.pairs is not None else None,
             per_step=per_step,
@@ -206,26 +206,28 @@ class SizedBatches:
     Attributes:
         of: the batches of each size.
         counts: how many items each has.
+        seed: of the run, by which the sizes take turns; that of its draws is another one after a roll-back, when pairs
+            are there for these turns alone.
     """
 
     of: tuple[Batches, ...]
     counts: tuple[int, ...]
+    seed: int
 
     @property
     def device(self) -> torch.device:
         """Of the batches."""
         return self.of[0].device
 
-    def turn(self, seed: int, step: int) -> tuple[int, int]:
+    def turn(self, step: int) -> tuple[int, int]:
         """The number of a step's size, and how many earlier steps had it."""
-        return keyed_turn(seed, SIZES, self.counts, step)
+        return keyed_turn(self.seed, SIZES, self.counts, step)
 
     def micro_batch(self, seed: int, step: int, indices: range, per_step: int, logging: bool) -> Batch:
         """As :meth:`Batches.micro_batch`."""
-        number, earlier = self.turn(seed, step)
+        number, earlier = self.turn(step)
         positions = [earlier * per_step + index for index in indices]
         batch = self.of[number].at(positions, Draws(seed, step, indices, self.device), per_step, logging)
-        number, earlier = self.turn(seed, step + 1)
-        if (announce := self.of[number].announce) is not None:
-            announce(seed, [earlier * per_step + index for index in indices])
+        number, earlier = self.turn(step + 1)
+        self.of[number].announce_at(seed, [earlier * per_step + index for index in indices])
         return batch

@@ -78,7 +78,7 @@ def read_classes(text: str) -> list[int]:
     return labels
 
 
-def check_items(
+def asked_items(
     recording: Recording,
     prompts: Sequence[str] | None,
     labels: Sequence[int] | None,
@@ -149,9 +149,11 @@ class Conditions:
         progress: bool = False,
         draws: int = 1,
     ) -> None:
-        self.draws = draws_of(recording, draws) if cache is None else cache.draws
-        if cache is not None and draws not in (1, cache.draws):
+        kept = draws_of(recording, draws)
+        self.draws = kept if cache is None else cache.draws
+        if cache is not None and kept not in (1, cache.draws):
             raise UserError(f"--draws {draws}: the cache {cache.folder} holds {cache.draws} of each item; make another")
+        self.draws_note = nothing_drawn(draws, kept)
         self.kind = recording.conditional
         self._device = device
         self._items: list[Any] | None = None if items is None else list(items)
@@ -163,7 +165,7 @@ class Conditions:
         if cache is not None:
             refuse_other_kind(self.kind, cache.kind)
             self.count, kinds = len(cache), cache.kinds()
-        elif (asked := check_items(recording, prompts, labels, items)) is not None:
+        elif (asked := asked_items(recording, prompts, labels, items)) is not None:
             self._items = asked
             cut = CutPrompts()
             with encoding_bar(recording, len(asked), disable=not progress) as bar:
@@ -202,6 +204,11 @@ class Conditions:
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user may want to know of them, a line each."""
+        return [line for line in (self.cut_note, self.draws_note, self.note) if line]
 
     def items(self) -> list[Any]:
         """The prompts, labels or items in order; none for an unconditional teacher."""
@@ -304,3 +311,8 @@ def draws_of(recording: Recording, draws: int) -> int:
     if draws > 1 and recording.conditional != "item":
         raise UserError(f"--draws {draws} is of what a teacher draws for its pictures, and this one is told none")
     return draws if recording.told is not None and recording.told.draws else 1
+
+
+def nothing_drawn(draws: int, kept: int) -> str:
+    """One line for people where more draws are asked for than are kept, else ""."""
+    return f"--draws {draws}: this teacher draws nothing for its items, so each has one" if kept < draws else ""

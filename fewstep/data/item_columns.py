@@ -34,7 +34,7 @@ class Columns:
     Args:
         pipeline_class: whose call it is.
         call: the arguments that are the same for all items.
-        pixels: look at those of every picture.
+        pixels: look at those of every picture; those of results are looked at in any case.
     """
 
     def __init__(self, pipeline_class: type, call: Mapping[str, Any], pixels: bool = True) -> None:
@@ -85,7 +85,9 @@ class Columns:
                 raise UserError(f"{row}: {column} of {self.name} takes no picture")
             return value
         try:
-            shown = _picture(value, partial(look_at, grey=is_mask(column), pixels=self.pixels), folder)
+            # No cache is made of results.
+            pixels = self.pixels or (column == TARGET and column not in self.hints)
+            shown = _picture(value, partial(look_at, grey=is_mask(column), pixels=pixels), folder)
         except UserError as error:
             raise UserError(f"{row}: {column}: {error}") from error
         kinds = [get_origin(kind) or kind for kind in members(self.hints.get(column, Any)) if kind is not type(None)]

@@ -117,8 +117,8 @@ def read_items(
             PIL images, tensors, arrays or paths.
         pipeline_class: whose call takes them.
         call: what is told of its arguments for all items.
-        cached: a cache was made of them, when they were looked at; of every picture the bytes are read, which tell
-            whether it is the same, and its pixels are not.
+        cached: a cache was made of them, when they were looked at; of every picture but results the bytes alone are
+            read, which tell whether it is the same.
         progress: show how far it is, where that takes a while.
 
     Raises:

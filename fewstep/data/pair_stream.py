@@ -36,22 +36,23 @@ class PairStream:
         inverted: StoredPairs | None = None,
         share: float = 0.0,
     ) -> None:
-        self.pairs, self.conditions, self.device, self.inverted, self.share = pairs, conditions, device, inverted, share
-        self._among: Sequence[int] | None = None
+        self.pairs, self.conditions, self.device, self.share = pairs, conditions, device, share
+        self.inverted = inverted if inverted is not None and inverted.numbers else None
+        self._among: Sequence[int] = range(len(pairs))
+        self._held = pairs.numbers
         self._places: dict[int, int] = {}
 
     def only(self, rows: Sequence[int], part: Conditions) -> PairStream:
         """The pairs for some of the conditions, which are ``part`` by themselves.
 
         Raises:
-            UserError: there are none, or pairs of real samples among them.
+            UserError: there are none.
         """
-        if self.inverted is not None:
-            raise UserError("pairs of real samples are of one size, and the items are of several: leave them out")
         some = PairStream(self.pairs, part, self.device)
         some._places = {row: place for place, row in enumerate(rows)}
         items = items_of_pairs(self.conditions, self.pairs.about["seed"], range(len(self.pairs)))
         some._among = [number for number, item in enumerate(items) if item in some._places]
+        some._held = [number for number in self.pairs.numbers if items[number] in some._places]
         if not some._among:
             raise _none_for(len(self.pairs), len(rows))
         return some
@@ -65,12 +66,15 @@ class PairStream:
         return Pairs(x0, noise, self.conditions.select(places))
 
     def _row(self, seed: int, position: int) -> tuple[Tensor, Tensor, int]:
-        store, name = self.pairs, _STREAM
-        if self.inverted is not None and _is_inverted(seed, position, self.share):
+        store, name, among, held = self.pairs, _STREAM, self._among, self._held
+        if self.inverted is not None and (not held or _is_inverted(seed, position, self.share)):
             store, name = self.inverted, _INVERTED_STREAM
-        if self._among is not None:
-            return store.row(self._among[keyed_order(seed, name, len(self._among), position)])
-        return store.row(keyed_order(seed, name, len(store), position))
+            among, held = range(len(store)), store.numbers
+        number = among[keyed_order(seed, name, len(among), position)]
+        if number not in store:
+            # A short run has the pairs of its own order alone, and after a roll-back takes these in another one.
+            number = held[keyed_order(seed, f"{name} of a roll-back", len(held), position)]
+        return store.row(number)
 
 
 def numbers_used(wanted: PairsWanted, num: int, seed: int, positions: int, *, inverted: bool) -> list[int]:
@@ -83,13 +87,12 @@ def numbers_used(wanted: PairsWanted, num: int, seed: int, positions: int, *, in
         positions: how many places of the stream the run uses.
         inverted: those of real samples are meant.
     """
-    mixed = wanted.invert_real or wanted.inverted is not None
     name = _INVERTED_STREAM if inverted else _STREAM
     used: dict[int, None] = {}
     for position in range(positions):
         if len(used) == num:
             break
-        if not mixed or _is_inverted(seed, position, wanted.inverted_share) == inverted:
+        if not wanted.of_real or _is_inverted(seed, position, wanted.inverted_share) == inverted:
             used[keyed_order(seed, name, num, position)] = None
     return list(used)
 

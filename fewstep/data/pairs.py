@@ -96,7 +96,7 @@ class PairMaker:
             known to be the same.
 
     Raises:
-        UserError: the folder is in use or holds other pairs.
+        UserError: the folder is in use or holds other pairs, or the samples are real and of several sizes.
     """
 
     def __init__(
@@ -113,6 +113,8 @@ class PairMaker:
         numbers: Sequence[int] | None = None,
         images_digest: str | None = None,
     ) -> None:
+        if real is not None:
+            refuse_real_of_sizes(recording)
         self.numbers = numbers
         self.conditions, self.settings, self.device, self.real = conditions, settings, device, real
         self.schedule, self.shape = recording.schedule, stored_shape(conditions)
@@ -164,7 +166,7 @@ class PairMaker:
         noise = pair_noise(settings.seed, indices, self.shape, self.device)
         # Folders are sorted by class: the first images would be those of a few.
         assert self.rows is not None  # as there are real samples
-        images = [keyed_order(settings.seed, "images", len(self.real.images), index) for index in indices]
+        images = [keyed_order(settings.seed, "images", len(self.real), index) for index in indices]
         items = [self.rows[image] for image in images]
         x0 = self.real.x0(images)
         times = inversion_times(self.schedule, settings.steps, settings.shift)
@@ -195,6 +197,15 @@ def stored_shape(conditions: Conditions) -> tuple[int, ...]:
     """What a stored sample has: its own shape, or of samples of several sizes that of the largest one, flat."""
     shapes = [shape for shape, _ in conditions.sizes()]
     return shapes[0] if len(shapes) == 1 else (max(map(math.prod, shapes)),)
+
+
+def refuse_real_of_sizes(recording: Recording) -> None:
+    """Raise :class:`UserError` where samples are of several sizes, at which no pairs of real ones are made."""
+    if recording.sizes:
+        raise UserError(
+            "pairs of real samples (--data, --inverted_pairs) are of one size, and the items' samples are of "
+            f"{1 + len(recording.sizes)}: leave them out, or give items of one size"
+        )
 
 
 def items_of_pairs(conditions: Conditions, seed: int, indices: Sequence[int]) -> list[int]:
@@ -258,6 +269,14 @@ class StoredPairs:
 
     def __len__(self) -> int:
         return int(self.about["num"])
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Of the pairs that it holds."""
+        return range(len(self)) if self._place is None else [*self._place]
+
+    def __contains__(self, number: int) -> bool:
+        return number in (range(len(self)) if self._place is None else self._place)
 
     def row(self, index: int) -> tuple[Tensor, Tensor, int]:
         """x0 (...) and noise (...) of the pair with this number, float32 on the CPU, and the number of its item."""

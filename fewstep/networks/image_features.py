@@ -59,9 +59,9 @@ def image_features_of(recording: Recording, extractor: str | None, device: torch
         device: of the features' network.
 
     Raises:
-        UserError: the network cannot be had, or the teacher makes videos.
+        UserError: the network cannot be had, or :func:`fewstep.networks.perceptual.images_of` refuses.
     """
-    images = images_of(recording)
+    images = images_of(recording, "the discriminator's heads look at", "give --gan_weight 0")
     if extractor is not None:
         return ImageFeatures(VisionLevels(*open_vision(extractor, device)), images, f"blocks of {extractor}")
     decoder = None if recording.codec.decoder is None else getattr(recording.pipeline, recording.codec.decoder)

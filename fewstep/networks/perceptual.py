@@ -60,19 +60,27 @@ def lpips_of(recording: Recording, device: torch.device | str) -> PerceptualDist
     return PerceptualDistance(distance, images_of(recording))
 
 
-def images_of(recording: Recording, who: str = "--perceptual_weight compares") -> Callable[[Tensor], Tensor]:
+def images_of(
+    recording: Recording, who: str = "--perceptual_weight compares", instead: str = "leave it out"
+) -> Callable[[Tensor], Tensor]:
     """The differentiable way from x0 (B, ...) to images (B, C, H, W) in [0, 1], without the pipeline's clipping.
 
-    ``who`` wants them, for the error.
+    ``who`` wants them, and ``instead`` is what else can be done, for the error.
 
     Raises:
-        UserError: the teacher makes videos, or a part of its images comes from its items.
+        UserError: the teacher makes videos, its samples are of several sizes, or a part of its images comes from its
+            items.
     """
     codec = recording.codec
+    if recording.sizes:
+        raise UserError(
+            f"{who} images of one size, and the items' samples are of {1 + len(recording.sizes)}: give items of one "
+            f"size, or {instead}"
+        )
     if len(codec.shape) != 3:
-        raise UserError(f"{who} images, and this teacher makes videos; leave it out")
+        raise UserError(f"{who} images, and this teacher makes videos; {instead}")
     if codec.tail is not None:
-        raise UserError(f"{who} images of samples, and a part of this teacher's comes from its items; leave it out")
+        raise UserError(f"{who} images of samples, and a part of this teacher's comes from its items; {instead}")
     if codec.decoder is None:
         return codec.to_decoder
     decoder = getattr(recording.pipeline, codec.decoder)

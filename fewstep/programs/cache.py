@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from fewstep.config.values import number_within
 from fewstep.data.condition_cache import CacheWriter
-from fewstep.data.conditions import check_items, draws_of, read_classes, read_prompts
+from fewstep.data.conditions import asked_items, draws_of, nothing_drawn, read_classes, read_prompts
 from fewstep.data.encoding import CutPrompts, encode_each, encoding_bar, joined_cuts, size_of_all
 from fewstep.errors import UserError
 from fewstep.programs.latents import cache_images
@@ -126,7 +126,7 @@ def cache(
             )
         opened = open_teacher(settings, launch.device, pipeline, progress=launch.is_main_process)
         recording, shown = opened.recording, opened.items
-        asked = check_items(recording, texts, labels, None if shown is None else shown.each)
+        asked = asked_items(recording, texts, labels, None if shown is None else shown.each)
         if not asked:
             raise UserError(f"{name} is conditioned on nothing, so there is nothing to encode; train without --cache")
         # Each process gets a copy of the writer that one of them began.
@@ -135,8 +135,8 @@ def cache(
         writer = on_main(launch, lambda: CacheWriter(out, recording, name, asked, shard_size, resume, source, kept))
         if shown is not None and launch.is_main_process:
             logger.info(size_of_all(recording, shown.each, kept))
-            if kept < draws:
-                logger.info(f"--draws {draws}: this teacher draws nothing for its items, so one of each is stored")
+            if note := nothing_drawn(draws, kept):
+                logger.info(note)
         _encode_together(launch, recording, writer)
     return writer.folder
 

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from fewstep.config.pairs import PairsConfig, PairsWanted
+from fewstep.data.captioned import captioned
 from fewstep.data.contents import all_of
 from fewstep.data.fingerprint import teacher_digest
 from fewstep.data.latents import data_contents, read_data, refuse_unusable
@@ -86,6 +87,11 @@ def _make_pairs(
     opened.refuse_next_time("and no pairs can be made of it yet")
     if quantized := quantized_network(recording):
         raise UserError(f"the {quantized} is quantised; make pairs of the teacher in full precision")
+    if config.data is not None and recording.conditional == "item":
+        raise UserError(
+            "--data of fewstep pairs is of prompts or classes, and this teacher is asked for items: leave it out; "
+            "fewstep distill rectified_flow --data targets makes such pairs of the items' own results"
+        )
     conditions = conditions_of(config, opened, device, progress=accelerator.is_main_process)
     scale, draws = opened.guidance_scale, Draws(config.seed, RESPONSE_STEP, range(2), device)
     refuse_guided_alike(recording, scale, conditions, draws)
@@ -97,7 +103,7 @@ def _make_pairs(
         images = read_data(source, config.data_text, index)
         on_main(accelerator, lambda: refuse_unusable(images, progress=True))
         images_digest = on_main(accelerator, lambda: all_of(data_contents(images, source)))
-        real = RealSamples(images, recording, conditions, device, workers=config.data_workers)
+        real = captioned(images, recording, conditions, device, workers=config.data_workers)
         if accelerator.is_main_process:
             logger.info(real.note)
     settings_of_pairs = PairSettings(
@@ -157,7 +163,7 @@ def pairs_of_run(
 
     def made(folder: Path, real: RealSamples | None) -> StoredPairs:
         claim()
-        num = wanted.num if real is None else min(wanted.num, len(real.images))
+        num = wanted.num if real is None else min(wanted.num, len(real))
         if real is None and len(conditions.sizes()) > 1:
             used = sized_numbers_used(conditions, num, config.seed, config.max_steps, positions // config.max_steps)
         else:
@@ -228,7 +234,7 @@ def _count(config: PairsConfig, real: RealSamples | None) -> int:
     if real is None:
         assert config.num is not None  # where there are no images, it is asked for
         return config.num
-    images = len(real.images)
+    images = len(real)
     if config.num is not None and config.num > images:
         raise UserError(f"--num {config.num} is more than the {images} images of --data {config.data}")
     return config.num or images

@@ -19,6 +19,7 @@ from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batches, SizedBatches
 from fewstep.data.pair_stream import PairStream
+from fewstep.data.pairs import refuse_real_of_sizes
 from fewstep.data.partition import part_of
 from fewstep.data.real import RealSamples
 from fewstep.data.shard_index import INDEX_FOLDER
@@ -114,8 +115,8 @@ class Workbench:
         say(plan.note)
         self.student = Student.of(self.recording, plan, teacher.lora)
         self.conditions = conditions_of(config, teacher, device, progress=progress, draws=config.draws)
-        say(self.conditions.cut_note)
-        say(self.conditions.note)
+        for line in self.conditions.notes:
+            say(line)
         every, part = self.conditions, None
         if config.partition_wanted is not None:
             part = part_of(config.partition_wanted, every)
@@ -125,13 +126,11 @@ class Workbench:
         if texts := self.conditions.texts():
             self.describe(example=texts[0])
         draws = Draws(config.seed, RESPONSE_STEP, range(2), device)
-        scale, told = self.guidance_scale, self.with_default_guidance
-        refuse_guided_alike(self.recording, scale, self.conditions, draws, told)
+        refuse_guided_alike(self.recording, self.guidance_scale, self.conditions, draws, self.with_default_guidance)
         self.real: RealSamples | None = None
         if config.data is not None:
-            index, workers = Path(config.out) / INDEX_FOLDER, config.data_workers
-            what = (config.data, config.data_text, index, teacher.items)
-            self.real = real_samples(*what, teacher.recording, every, device, workers=workers)
+            what = (config.data, config.data_text, Path(config.out) / INDEX_FOLDER, teacher.items)
+            self.real = real_samples(*what, teacher.recording, every, device, workers=config.data_workers)
             say(self.real.note)
             if part is not None:
                 self.real = self.real.only(every, part.rows, self.conditions)
@@ -307,12 +306,11 @@ class Workbench:
             announce = None if shown is None else shown.announce
             own = None if pairs is None else pairs.only(rows, part)
             each.append(Batches(part, shape, self.device, shown, own, announce, part.asked))
-        return SizedBatches(tuple(each), tuple(len(rows) for _, rows in sizes))
+        return SizedBatches(tuple(each), tuple(len(rows) for _, rows in sizes), self.config.seed)
 
     def _tapped(self, role: Role) -> tuple[FeatureTap, Tensor]:
         """Where a role's features are tapped, and those of two samples of noise."""
-        t = torch.full((2,), 0.5, dtype=torch.float64, device=self.device)
-        shown = self.conditions.of_one_size()
+        t, shown = torch.full((2,), 0.5, dtype=torch.float64, device=self.device), self.conditions.of_one_size()
         return tapped([expert.denoiser for expert in role.experts.values()], self._two(), t, shown)
 
     def _two(self, row: int = 0) -> Tensor:
@@ -346,5 +344,7 @@ def open_workbench(
     settings = settings if items is None else replace(settings, items=items)
     teacher = open_teacher(settings, device, pipeline, progress=progress)
     refuse_quantized(config, teacher)
+    if (wanted := config.resolved().pairs_wanted) is not None and wanted.of_real:
+        refuse_real_of_sizes(teacher.recording)
     teacher.refuse_next_time("which no method here can train yet")
     return Workbench(config, teacher, torch.device(device), say, progress)

@@ -167,7 +167,7 @@ class Evaluation:
             mine = batches[min(first + self.processes.rank, len(batches) - 1)]
             x0 = samples.x0(denoiser, sampler, step, mine, pause)
             finite = finite and bool(x0.isfinite().all())
-            pictures = to_uint8(in_size(samples.pictures(x0.nan_to_num(), pause, mine), size))
+            pictures = to_uint8(in_size(samples.pictures(x0.nan_to_num(), mine, pause), size))
             if pictures.dim() == 5:
                 pictures = pictures.movedim(2, 1)
             elif pictures.dim() != 4:

@@ -52,8 +52,8 @@ class Previews:
             pause: called before each network call, and before pictures are decoded; what it raises leaves no grid.
 
         Returns:
-            What :func:`fewstep.training.spread.beside` says of the samples, for the log; of several sizes those of the
-            first one.
+            What :func:`fewstep.training.spread.beside` says of the samples, for the log: of several sizes of those that
+            have the commonest, and nothing where that is a single one, which does not vary.
         """
         if self._teacher is None:
             self._teacher = self._x0(teacher, self.samples.teacher_sampler, pause)
@@ -63,7 +63,8 @@ class Previews:
                 self._teacher_pictures = self._pictures(self._teacher, pause)
             if self._teacher_pictures.dim() in (4, 5):  # images or videos; sound is not shown
                 save_grid([self._teacher_pictures, self._pictures(x0, pause)], path)
-        return beside(x0[0], self._teacher[0])
+        commonest = max(range(len(x0)), key=lambda size: len(x0[size]))
+        return beside(x0[commonest], self._teacher[commonest]) if len(x0[commonest]) > 1 else {}
 
     def _x0(self, denoiser: Denoiser, sampler: Sampler, pause: Callable[[], None]) -> list[Tensor]:
         """x0 (N, ...) on the host, of each size."""
@@ -78,6 +79,6 @@ class Previews:
         order = [index for some in self.samples.batches(_SHOWN) for index in some]
         made, first = [], 0
         for each in x0:
-            made.append(self.samples.pictures(each, pause, order[first : first + len(each)]))
+            made.append(self.samples.pictures(each, order[first : first + len(each)], pause))
             first += len(each)
         return on_white(made)

@@ -87,10 +87,10 @@ class Samples:
         return draw_sample(denoiser, sampler, draws, shape, conditioning, on_step=lambda *_: pause())
 
     @torch.no_grad()
-    def pictures(self, x0: Tensor, pause: Callable[[], None] = _go_on, indices: Sequence[int] | None = None) -> Tensor:
+    def pictures(self, x0: Tensor, indices: Sequence[int], pause: Callable[[], None] = _go_on) -> Tensor:
         """Images (N, C, H, W) or videos (N, C, F, H, W) in [0, 1], float32 on the host, of x0 (N, ...).
 
-        ``indices``: of the samples, whose items may have a part in their pictures; None: 0 to N - 1.
+        ``indices``: of the N samples, whose items may have a part in their pictures.
         ``pause`` is called before as many are decoded as training fits.
         """
         made = []
@@ -98,7 +98,7 @@ class Samples:
         with without_safety_checker(self.recording.pipeline):
             for first, some in zip(range(0, len(x0), self.at_once), x0.split(self.at_once), strict=True):
                 pause()
-                told = self._told_of((indices or range(len(x0)))[first : first + len(some)])
+                told = self._told_of(indices[first : first + len(some)])
                 made.append(self.recording.decode(some.to(self.device), told).float().cpu())
         return torch.cat(made)
 

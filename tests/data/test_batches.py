@@ -11,9 +11,10 @@ import tiny_pipelines
 import torch
 from PIL import Image
 
+from fewstep.data import real
+from fewstep.data.captioned import captioned
 from fewstep.data.conditions import Conditions, read_classes, read_prompts
 from fewstep.data.images import RealImages, read_idx, read_images
-from fewstep.data.real import RealSamples
 from fewstep.errors import UserError
 from fewstep.recording import Recording, record
 
@@ -267,11 +268,29 @@ def test_labels_that_the_network_does_not_know_are_refused(label: int):
         Conditions(recording, labels=[0, label])
 
 
+def test_so_many_are_kept_as_their_bytes_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of items are of several sizes, and of whatever dtype the encoder gives."""
+    monkeypatch.setattr(real, "_CACHE_LIMIT", 100)
+    read: list[int] = []
+
+    def pixels(row: int) -> torch.Tensor:
+        read.append(row)
+        return torch.full((1, 2, 2), row, dtype=torch.uint8)
+
+    def encode(row: int, shown: torch.Tensor) -> torch.Tensor:
+        return shown.repeat(1, 1, 1 + row, 1).double()  # 32 bytes, 64 bytes, 96 bytes
+
+    known = real.Encoded(3, pixels, encode)
+    for row in (0, 1, 2, 0, 1, 2):
+        assert torch.equal(known.x0([row]), encode(row, torch.full((1, 1, 2, 2), row / 255)))
+    assert read == [0, 1, 2, 2], "the third has no room beside the first two"
+
+
 def test_real_samples_are_encoded_images_with_the_conditions_of_their_captions(recording: Recording, tmp_path: Path):
     for k, name in enumerate(("bag", "shoe")):
         picture(tmp_path / name / "0.png", 40 + 150 * k, size=(30, 20))
     conditions = Conditions(recording, prompts=PROMPTS)
-    real = RealSamples(read_images(str(tmp_path)), recording, conditions)
+    real = captioned(read_images(str(tmp_path)), recording, conditions)
     batch = real.batch(0, range(4))
     assert batch.x0.shape == (4, *recording.sample_shape)
     expected = recording.condition(prompts=["bag", "shoe"]).arguments()["encoder_hidden_states"]
@@ -288,7 +307,7 @@ def test_real_samples_are_encoded_images_with_the_conditions_of_their_captions(r
 def test_labels_that_count_the_prompts_mean_those_prompts(recording: Recording):
     images = RealImages(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), [2, 0, 1])
     conditions = Conditions(recording, prompts=PROMPTS)
-    batch = RealSamples(images, recording, conditions).batch(0, range(3))
+    batch = captioned(images, recording, conditions).batch(0, range(3))
     texts = batch.conditioning.arguments()["encoder_hidden_states"]
     items = conditions.select([0, 1, 2]).arguments()["encoder_hidden_states"]
     assert sorted(int((items == row).flatten(1).all(1).nonzero()) for row in texts) == [0, 1, 2]
@@ -297,4 +316,4 @@ def test_labels_that_count_the_prompts_mean_those_prompts(recording: Recording):
 def test_images_without_captions_are_refused_where_the_teacher_needs_them(recording: Recording):
     images = RealImages(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), None)
     with pytest.raises(UserError, match="without captions"):
-        RealSamples(images, recording, Conditions(recording, prompts=PROMPTS))
+        captioned(images, recording, Conditions(recording, prompts=PROMPTS))

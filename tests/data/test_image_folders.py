@@ -9,9 +9,9 @@ from PIL import Image
 from tiny_pipelines import tiny_ddim, tiny_dit, tiny_stable_diffusion
 
 from fewstep.cli import main
+from fewstep.data.captioned import captioned
 from fewstep.data.conditions import Conditions
 from fewstep.data.images import read_images
-from fewstep.data.real import RealSamples
 from fewstep.errors import UserError
 from fewstep.programs.pairs import make_pairs
 from fewstep.recording import Recording, record
@@ -38,7 +38,7 @@ def dit() -> Recording:
 
 def labels(folder: Path, recording: Recording) -> dict[str, int]:
     """Of each image's folder, the label that its image is given."""
-    real = RealSamples(read_images(str(folder)), recording, Conditions(recording, labels=range(20)))
+    real = captioned(read_images(str(folder)), recording, Conditions(recording, labels=range(20)))
     return {file.parent.name: row for file, row in zip(real.images.files, real._rows, strict=True)}
 
 
@@ -82,7 +82,7 @@ def test_a_class_without_images_keeps_its_number(shop: Path, dit: Recording, con
     if content is not None:
         (shop / "boot" / content).touch()
     assert labels(shop, dit) == {"bag": 0, "shoe": 2}
-    note = RealSamples(read_images(str(shop)), dit, Conditions(dit, labels=range(3))).note
+    note = captioned(read_images(str(shop)), dit, Conditions(dit, labels=range(3))).note
     assert "2 images in 3 class folders, as labels: bag is 0, boot is 1, without an image, shoe is 2" in note
     assert note.endswith({None: "shoe is 2", "0.tiff": "1 .tiff", ".DS_Store": "1 hidden"}[content])
 
@@ -104,7 +104,7 @@ def test_numbered_folders_count_the_prompts_though_one_is_empty(tmp_path: Path):
     for name in ("0", "2"):
         picture(tmp_path / name / "0.png")
     (tmp_path / "1").mkdir()
-    real = RealSamples(read_images(str(tmp_path)), recording, conditions)
+    real = captioned(read_images(str(tmp_path)), recording, conditions)
     assert real._conditions is conditions and real._rows == [0, 2]
     assert "as prompts: 0 is 'a cat', 1 without an image, 2 is 'a tree'" in real.note
 
@@ -113,7 +113,7 @@ def test_many_classes_are_one_short_line(tmp_path: Path, dit: Recording):
     for number in range(200):
         (tmp_path / f"class_{number:03d}").mkdir()
     picture(tmp_path / "class_000" / "0.png")
-    note = RealSamples(read_images(str(tmp_path)), dit, Conditions(dit, labels=[0])).note
+    note = captioned(read_images(str(tmp_path)), dit, Conditions(dit, labels=[0])).note
     assert "class_000 is 0," in note and note.endswith("..., class_199 is 199, without an image") and len(note) < 1000
 
 

@@ -14,9 +14,9 @@ from tiny_pipelines import tiny_stable_diffusion
 
 from fewstep.cli import main
 from fewstep.data.batch import Batches
+from fewstep.data.captioned import captioned
 from fewstep.data.conditions import Conditions
 from fewstep.data.images import read_images
-from fewstep.data.real import RealSamples
 from fewstep.recording import record
 
 
@@ -89,7 +89,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_processes(tmp_path
         found: dict[int, list[torch.Tensor]] = {0: [], 1: []}
         for rank in range(processes):
             images = read_images(str(source), index=tmp_path / "index")
-            real = RealSamples(images, recording, conditions, workers=workers)
+            real = captioned(images, recording, conditions, workers=workers)
             batches = Batches(conditions, recording.sample_shape, torch.device("cpu"), real, announce=real.announce)
             size = 4 // processes
             for step in found:

@@ -16,11 +16,11 @@ from image_sets import CAPTIONS, FORMS, jpeg, two_samples, write_parquet, write_
 
 from fewstep.data import shard_index
 from fewstep.data.batch import Real
+from fewstep.data.captioned import captioned
 from fewstep.data.conditions import Conditions, read_prompts
 from fewstep.data.contents import changed_folders
 from fewstep.data.images import image_contents, read_images
 from fewstep.data.packed_texts import pack, unpack
-from fewstep.data.real import RealSamples
 from fewstep.errors import UserError
 from fewstep.recording import Recording, record
 
@@ -56,7 +56,7 @@ def test_every_form_gives_the_same_images_with_the_same_texts(tmp_path: Path, fo
 
 
 def batches(source: Path, recording: Recording, conditions: Conditions, workers: int, index: Path | None = None):
-    real = RealSamples(read_images(str(source), index=index), recording, conditions, workers=workers)
+    real = captioned(read_images(str(source), index=index), recording, conditions, workers=workers)
     found = []
     for step in range(5):  # two epochs, and a batch that lies in both
         positions = range(step * 3, step * 3 + 3)
@@ -89,7 +89,7 @@ def test_a_batch_is_the_same_wherever_the_stream_is_entered(
     """As a resumed run does, and each of several processes."""
     source = FORMS[form](tmp_path / "data")
     whole = batches(source, recording, conditions, 2)
-    real = RealSamples(read_images(str(source)), recording, conditions, workers=1)
+    real = captioned(read_images(str(source)), recording, conditions, workers=1)
     for rank in range(3):
         one = real.batch(0, [3 * 3 + rank])
         assert torch.equal(one.x0, whole[3].x0[rank : rank + 1])
@@ -101,10 +101,10 @@ def test_labels_are_for_teachers_of_labels_and_texts_for_those_of_prompts(tmp_pa
     rows = [k % 3 for k in range(len(CAPTIONS))]
     for form in ("tar", "parquet", "metadata.jsonl", "metadata.csv"):
         images = read_images(str(FORMS[form](tmp_path / form)))
-        assert RealSamples(images, dit, labels).rows_among(labels) == rows
+        assert captioned(images, dit, labels).rows_among(labels) == rows
     images = read_images(str(image_sets.folder_of_pairs(tmp_path / "pairs")))
     with pytest.raises(UserError, match="--data has texts alone, and this teacher takes labels"):
-        RealSamples(images, dit, labels)
+        captioned(images, dit, labels)
 
 
 def test_images_in_class_folders_with_texts_are_both(tmp_path: Path, recording: Recording, conditions: Conditions):

@@ -83,9 +83,16 @@ def test_a_cache_holds_them_and_says_so(
         Conditions(recording, items=items, cache=read, draws=2)
 
 
-def test_where_nothing_is_drawn_one_is_kept_and_prompts_are_refused() -> None:
+def test_where_nothing_is_drawn_one_is_kept_and_prompts_are_refused(tmp_path: Path) -> None:
     items = [Item(item) for item in items_of("channels")]
     plain = record(picture_pipeline("channels"), items=items)
+    writer = CacheWriter(tmp_path / "cache", plain, "teacher", items, 2, False)
+    writer.enter([writer.write(0, list(encode_each(plain, items, CutPrompts())))])
+    # As without a cache, it is said and no other cache is asked for.
+    for cache in (None, ConditionCache(tmp_path / "cache")):
+        stored = Conditions(plain, items=items, cache=cache, draws=DRAWS)
+        assert stored.draws == 1
+        assert stored.notes[0] == "--draws 4: this teacher draws nothing for its items, so each has one"
     assert draws_of(plain, DRAWS) == 1 and effect_of_draws(plain) is None
     with pytest.raises(UserError, match="--draws 4 is of what a teacher draws for its pictures"):
         draws_of(SimpleNamespace(conditional="prompt"), DRAWS)  # type: ignore[arg-type]

@@ -275,6 +275,19 @@ def test_rows_that_do_not_belong_together_are_refused(tmp_path: Path, pipeline: 
         read_items(table(tmp_path, *({"prompt": "a", **row} for row in rows)), pipeline)
 
 
+def test_a_result_is_looked_at_though_there_is_a_cache_of_the_items(tmp_path: Path) -> None:
+    """A cache is made of what a network is told, and no result is."""
+    edits(tmp_path)
+    picture(tmp_path / "after.png", 5)
+    rows = [{"prompt": "a", "image": f"{number}.png", "target": "after.png"} for number in (0, 1)]
+    file = table(tmp_path, *rows)
+    assert len(read_items(file, EDIT, cached=True).targets) == 2
+    content = (tmp_path / "after.png").read_bytes()
+    (tmp_path / "after.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"^row 1 of items\.jsonl: target: .*after\.png is no picture that can be read"):
+        read_items(file, EDIT, cached=True)
+
+
 def test_items_none_of_which_differ_teach_nothing(tmp_path: Path) -> None:
     picture(tmp_path / "0.png")
     file = table(tmp_path, *({"prompt": prompt, "image": "0.png"} for prompt in "ab"))

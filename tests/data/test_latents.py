@@ -15,11 +15,11 @@ from PIL import Image
 from tiny_pipelines import tiny_ddim, tiny_dit, tiny_stable_diffusion
 
 from fewstep.cli import main
+from fewstep.data.captioned import captioned
 from fewstep.data.conditions import Conditions
 from fewstep.data.contents import changed_folders
 from fewstep.data.images import read_images
 from fewstep.data.latents import LatentMaker, Latents, data_contents, read_data
-from fewstep.data.real import RealSamples
 from fewstep.data.shards import Shards
 from fewstep.errors import UserError
 from fewstep.programs.cache import cache
@@ -51,8 +51,8 @@ def test_batches_are_bit_equal_to_those_of_the_images(
 ):
     source = FORMS[form](tmp_path / "data")
     encoded(recording, source, tmp_path / "latents")
-    images = RealSamples(read_images(str(source)), recording, conditions)
-    latents = RealSamples(read_data(str(tmp_path / "latents")), recording, conditions, workers=workers)
+    images = captioned(read_images(str(source)), recording, conditions)
+    latents = captioned(read_data(str(tmp_path / "latents")), recording, conditions, workers=workers)
     assert latents.note == "--data: 7 images, encoded already"
     for first in range(0, 12, 3):
         expected, found = (one.batch(0, range(first, first + 3)) for one in (images, latents))
@@ -72,7 +72,7 @@ def test_labels_and_class_folders_are_kept(tmp_path: Path):
     for source, rows in (("named", [0, 2]), ("tars", [k % 3 for k in range(7)])):
         encoded(dit, tmp_path / source, tmp_path / f"{source} latents")
         latents = read_data(str(tmp_path / f"{source} latents"))
-        assert RealSamples(latents, dit, labels).rows_among(labels) == rows
+        assert captioned(latents, dit, labels).rows_among(labels) == rows
 
 
 def test_a_pipeline_of_pixels_has_latents_too(tmp_path: Path):
@@ -81,7 +81,7 @@ def test_a_pipeline_of_pixels_has_latents_too(tmp_path: Path):
     encoded(ddim, source, tmp_path / "latents", dtype="float16")
     conditions = Conditions(ddim)
     expected, found = (
-        RealSamples(data, ddim, conditions).batch(0, range(5)).x0
+        captioned(data, ddim, conditions).batch(0, range(5)).x0
         for data in (read_images(str(source)), read_data(str(tmp_path / "latents")))
     )
     assert found.dtype == torch.float32
@@ -119,9 +119,9 @@ def test_another_teacher_or_another_size_is_refused(tmp_path: Path, recording: R
     with torch.no_grad():
         next(iter(other.vae.parameters())).view(-1)[0].add_(1)
     with pytest.raises(UserError, match=r"are of another teacher: its encoder differs; make others by fewstep cache"):
-        RealSamples(latents, record(other), conditions)
+        captioned(latents, record(other), conditions)
     with pytest.raises(UserError, match=r"another teacher: its map, shape, size differ"):
-        RealSamples(latents, record(tiny_stable_diffusion(), height=32, width=32), conditions)
+        captioned(latents, record(tiny_stable_diffusion(), height=32, width=32), conditions)
 
 
 def test_other_images_are_not_gone_on_with(tmp_path: Path, recording: Recording):

@@ -12,12 +12,12 @@ from tiny_pipelines import tiny_ddim, tiny_dit, tiny_edm, tiny_flow, tiny_stable
 from torch import Tensor
 
 from fewstep.cli import main
+from fewstep.data.captioned import captioned
 from fewstep.data.conditions import Conditions
 from fewstep.data.fingerprint import teacher_digest
 from fewstep.data.images import read_images
 from fewstep.data.pair_stream import PairStream
 from fewstep.data.pairs import PairMaker, PairSettings, StoredPairs, pair_noise
-from fewstep.data.real import RealSamples
 from fewstep.diffusion.draws import keyed_order
 from fewstep.diffusion.ode import OdeSolver, teacher_times
 from fewstep.diffusion.prediction import add_noise, expand
@@ -121,7 +121,7 @@ def test_real_images_are_paired_with_the_noise_that_leads_to_them(tmp_path: Path
         Image.new("RGB", (8, 8), (30 * number, 90, 200 - 20 * number)).save(data / f"{number}.png")
     recording = record(pipeline)
     conditions = Conditions(recording)
-    real = RealSamples(read_images(str(data)), recording, conditions)
+    real = captioned(read_images(str(data)), recording, conditions)
     # A random network is no denoiser; for data of unit variance this is the exact one, whose ODE keeps x_t as it is.
     alpha_of = recording.schedule.coefficients
     settings = PairSettings(num=3, steps=40, solver="heun", batch_size=2, shard_size=2)

@@ -13,10 +13,11 @@ from torch import Tensor
 from fewstep.config.pairs import PairsWanted
 from fewstep.data.conditions import Conditions
 from fewstep.data.durable import json_sha256
-from fewstep.data.pair_stream import numbers_used
-from fewstep.data.pairs import FORMAT, RUN_FORMAT, StoredPairs
+from fewstep.data.pair_stream import PairStream, numbers_used
+from fewstep.data.pairs import FORMAT, RUN_FORMAT, PairMaker, PairSettings, StoredPairs
 from fewstep.diffusion.draws import keyed_generator, keyed_order
 from fewstep.errors import UserError
+from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.programs.distillation import distill
 from fewstep.programs.pairs import make_pairs
 from fewstep.programs.planning.dry_run import DryRun
@@ -45,6 +46,24 @@ def test_a_short_run_makes_the_pairs_that_it_will_use(method: str, extra: dict, 
     """By default they are 8,192, for 2 steps of 4 samples."""
     distill(tiny_dit(), method, classes="0-2", out=str(tmp_path), max_steps=2, **{**RUN, **extra})
     assert rows(tmp_path / "pairs") == 2 * 4
+
+
+def test_after_a_roll_back_a_short_run_takes_the_pairs_that_it_has(tmp_path: Path):
+    recording = record(tiny_ddim())
+    conditions = Conditions(recording)
+    network = NetworkDenoiser(recording.network, recording.recipe, recording.schedule, recording.prediction_type)
+
+    def made(name: str, used: list[int]) -> StoredPairs:
+        about = (tmp_path / name, recording, {}, network, conditions, PairSettings(num=100, steps=1), "cpu")
+        PairMaker(*about, numbers=used).run()
+        return StoredPairs(tmp_path / name, {}, conditions, used)
+
+    few, none = made("pairs", [70, 3, 41]), made("none", [])
+    held = {float(few.row(number)[0].sum()) for number in few.numbers}
+    for mixed in ((), (few, 0.5), (none, 0.9)):
+        seen = PairStream(few, conditions, "cpu", *mixed).batch(10_003, range(40)).x0
+        assert {float(x0.sum()) for x0 in seen} == held
+    assert len(PairStream(none, conditions, "cpu", few, 0.1).batch(10_003, range(4)).x0) == 4
 
 
 def test_a_run_that_goes_on_for_longer_makes_the_others_and_is_the_same(tmp_path: Path):

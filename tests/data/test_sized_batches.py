@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from fewstep.data.pair_stream import PairStream, sized_numbers_used
 from fewstep.data.pairs import PairMaker, PairSettings, StoredPairs
 from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.networks.perceptual import images_of
 from fewstep.recording import Recording, record
 from fewstep.recording.sizes import with_sizes
 
@@ -45,7 +47,7 @@ def conditions(recording: Recording, items: list[Item]) -> Conditions:
 def sized(conditions: Conditions) -> SizedBatches:
     parts = [(shape, conditions.only(rows)) for shape, rows in conditions.sizes()]
     of = tuple(Batches(part, shape, CPU, asked=part.asked) for shape, part in parts)
-    return SizedBatches(of, tuple(len(part) for _, part in parts))
+    return SizedBatches(of, tuple(len(part) for _, part in parts), seed=3)
 
 
 def test_an_epoch_has_every_item_equally_often_and_a_step_one_size(conditions: Conditions) -> None:
@@ -58,6 +60,18 @@ def test_an_epoch_has_every_item_equally_often_and_a_step_one_size(conditions: C
     assert len(seen) == 7 and set(seen.values()) == {4}
     # A partition keeps what its items are.
     assert conditions.only([2, 0]).of_one_size().shape(0) == LARGE
+
+
+def test_what_needs_one_size_refuses_several_in_a_line(recording: Recording) -> None:
+    with pytest.raises(UserError, match=r"^--reward looks at images of one size, .* are of 2: give items of one size"):
+        images_of(recording, "--reward looks at")
+    assert images_of(replace(recording, sizes=()))(torch.zeros(1, *SMALL)).shape[1:] == SMALL
+
+
+def test_after_a_roll_back_the_sizes_keep_their_turns(conditions: Conditions) -> None:
+    batches = sized(conditions)
+    shapes = [[batches.micro_batch(seed, step, range(2), 2, False).shape for step in range(7)] for seed in (3, 10_003)]
+    assert shapes[0] == shapes[1]
 
 
 def test_two_processes_and_micro_batches_see_what_one_sees(conditions: Conditions) -> None:
@@ -75,8 +89,8 @@ def test_pairs_of_several_sizes_are_of_the_noise_and_the_item_that_they_are_made
     recording: Recording, conditions: Conditions, tmp_path: Path
 ) -> None:
     denoiser = NetworkDenoiser(recording.network, recording.recipe, recording.schedule, recording.prediction_type)
-    settings = PairSettings(num=9, steps=1, batch_size=4, shard_size=8)
-    used = sized_numbers_used(conditions, 9, 0, steps=3, per_step=2)
+    settings = PairSettings(num=9, steps=1, batch_size=4, shard_size=8, seed=3)
+    used = sized_numbers_used(conditions, 9, 3, steps=3, per_step=2)
     about = (recording, {}, denoiser, conditions)
     PairMaker(tmp_path / "all", *about, settings, CPU).run()
     PairMaker(tmp_path / "used", *about, settings, CPU, numbers=used).run()
@@ -93,9 +107,10 @@ def test_pairs_of_several_sizes_are_of_the_noise_and_the_item_that_they_are_made
     stream = PairStream(few, conditions, CPU)
     own = [stream.only(rows, part.conditions) for (_, rows), part in zip(conditions.sizes(), batches.of, strict=True)]
     for step in range(3):
-        number, earlier = batches.turn(0, step)
-        pairs = own[number].batch(0, range(2 * earlier, 2 * earlier + 2))
-        assert pairs.x0.shape[1:] == batches.of[number].shape
-        assert pairs.conditioning.arguments()["hidden_states"].shape[2:] == pairs.x0.shape[2:]
+        number, earlier = batches.turn(step)
+        for seed in (3, 10_003):  # that of a roll-back: other pairs than the run has would be asked for
+            pairs = own[number].batch(seed, range(2 * earlier, 2 * earlier + 2))
+            assert pairs.x0.shape[1:] == batches.of[number].shape
+            assert pairs.conditioning.arguments()["hidden_states"].shape[2:] == pairs.x0.shape[2:]
     with pytest.raises(UserError, match=r"of 1 pairs none is for the . items of one of the sizes; make more"):
         sized_numbers_used(conditions, 1, 0, 1, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,14 @@ from fewstep.cli import main
 from fewstep.data.conditions import Conditions
 from fewstep.data.image_opening import fitted
 from fewstep.data.items import Items, read_items, values_of
-from fewstep.data.targets import TargetSamples, real_samples
+from fewstep.data.pairs import PairMaker, PairSettings
+from fewstep.data.targets import real_samples, target_samples
 from fewstep.errors import UserError
+from fewstep.programs import workbench
+from fewstep.programs.pairs import make_pairs
 from fewstep.recording import Recording, record
 from fewstep.recording.sizes import with_sizes
+from fewstep.trainers._rectified_flow_config import RectifiedFlowConfig
 
 SIZES = ((16, 16), (24, 16))
 
@@ -58,7 +63,7 @@ def test_a_result_is_no_part_of_its_item_and_is_known_with_the_run(items: Items,
 def test_each_is_encoded_in_the_size_of_its_own_items_sample(
     recording: Recording, conditions: Conditions, items: Items, workers: int
 ) -> None:
-    real = TargetSamples(items, recording, conditions, workers=workers)
+    real = target_samples(items, recording, conditions, workers=workers)
     for number, (shape, rows) in enumerate(conditions.sizes()):
         part = real.only(conditions, rows, conditions.only(rows))
         batch = part.batch(3, range(4))
@@ -93,12 +98,37 @@ def test_what_cannot_be_a_result_is_refused_by_its_row(
         read(1, target=7)
     clip = Items(items.each, [], "--items x", [*items.targets[:3], [items.targets[0]] * 2])
     with pytest.raises(UserError, match=r"^row 4 of items\.jsonl: target is a clip"):
-        TargetSamples(clip, recording, conditions)
+        target_samples(clip, recording, conditions)
     told = (None, tmp_path, Items(items.each, [], "--items x"), recording, conditions, "cpu")
     with pytest.raises(UserError, match="--data targets is the column target of --items x, and no row has one"):
         real_samples("targets", *told)
     with pytest.raises(UserError, match=r"images without the items.*column target, and --data targets"):
         real_samples(str(path.parent), *told)
+
+
+def test_of_several_sizes_no_pairs_are_made_and_nothing_is_encoded_or_written(
+    items: Items, recording: Recording, conditions: Conditions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = r"^pairs of real samples .* are of one size, and the items' samples are of 2: leave them out, or give items"
+    real, settings = target_samples(items, recording, conditions), PairSettings(num=2)
+    with pytest.raises(UserError, match=words):
+        PairMaker(tmp_path / "pairs", recording, {}, None, conditions, settings, "cpu", real)  # type: ignore[arg-type]
+    teacher = SimpleNamespace(recording=recording, refuse_next_time=lambda what: None)
+    monkeypatch.setattr(workbench, "open_teacher", lambda *args, **kwargs: teacher)
+    config = {"teacher": "t", "out": str(tmp_path / "run"), "items": "items", "data": "targets"}
+    with pytest.raises(UserError, match=words):
+        workbench.open_workbench(RectifiedFlowConfig(**config), "cpu")
+    with pytest.raises(UserError, match=words):
+        workbench.open_workbench(RectifiedFlowConfig(**{**config, "data": None, "inverted_pairs": "p"}), "cpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pairs_of_their_results_are_a_runs_business(tmp_path: Path) -> None:
+    told = {"data": "targets", "num": 2, "cpu": True, "out": str(tmp_path / "pairs")}
+    path = with_targets(tmp_path / "items", 2, SIZES[:1])
+    with pytest.raises(UserError, match=r"--data of fewstep pairs is of prompts .*: leave it out; fewstep distill"):
+        make_pairs(tiny_editor(), items=str(path), **told)
+    assert not (tmp_path / "pairs").exists()
 
 
 def test_a_real_clip_begins_with_the_picture_that_its_item_is_told(tmp_path: Path) -> None:

@@ -43,17 +43,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "rectified_flow": {"num_pairs": 2, "pair_steps": 2},
 }
 FORMS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_rank": 4}}
-SHOWN = (
-    "InstructPix2Pix",
-    "InpaintXL9",
-    "LTXImageToVideo",
-    "Wan22TI2V",
-    "WanFirstLastFrame",
-    "HunyuanVideoImageToVideo",
-    "QwenImageEditPlus",
-    "ControlNetXL",
-    "StableVideoDiffusion",
-)
 #: Its network loads no LoRA, so that one is merged into it.
 MERGED = "StableVideoDiffusion"
 QUICK = [("InstructPix2Pix", "dmd2", "lora"), ("InstructPix2Pix", "rectified_flow", "full")]
@@ -61,7 +50,7 @@ RUNS = [
     *QUICK,
     *(
         pytest.param(name, method, form, marks=SOAK)
-        for name in SHOWN
+        for name in zoo_image.TRAINED
         for method in METHODS
         for form in FORMS
         if (name, method, form) not in QUICK

@@ -29,26 +29,9 @@ from tests.stock_process import PLAIN_TEXTS, WATCH, allowed, run_stock
 
 pytestmark = pytest.mark.usefixtures("texts_as_they_are", "small_references")
 SOAK = pytest.mark.soak
-#: Those of the folder whose walk starts from noise alone.
-WALKED = [
-    "InstructPix2Pix",
-    *(
-        pytest.param(name, marks=SOAK)
-        for name in (
-            "InpaintXL9",
-            "LTXImageToVideo",
-            "Wan22TI2V",
-            "WanFirstLastFrame",
-            "HunyuanVideoImageToVideo",
-            "QwenImageEditPlus",
-            "ControlNetXL",
-            "StableVideoDiffusion",
-        )
-    ),
-]
 COUNTS = (1, 2, 4)
 #: Its control is switched off before the second half of a walk, and so in the only step of one.
-NEVER_AT_ONE = "ControlNetXL"
+NEVER_AT_ONE = zoo_image.CONTROLLED
 #: What a walk is off beside that: the first time of its scheduler is 1000.0001 in float32, of which sines are taken.
 ROUNDED_TIMES = {"QwenImageEditPlus": 1e-5}
 
@@ -99,7 +82,7 @@ class Exported:
         return as_walked(self.recording, pipeline, self.plan.call, count).recipe
 
 
-@pytest.fixture(scope="module", params=WALKED)
+@pytest.fixture(scope="module", params=zoo_image.first_is_quick(zoo_image.TRAINED))
 def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     name = request.param
     pipeline, items = zoo_image.load(name), zoo_image.items_of(name)

@@ -28,17 +28,6 @@ from fewstep.recording.watch.shake import shaken
 from tests.guided_teachers import guided_teacher
 
 pytestmark = pytest.mark.usefixtures("texts_as_they_are")
-ZOO = (
-    "InstructPix2Pix",
-    "InpaintXL9",
-    "LTXImageToVideo",
-    "Wan22TI2V",
-    "WanFirstLastFrame",
-    "HunyuanVideoImageToVideo",
-    "QwenImageEditPlus",
-    "ControlNetXL",
-    "StableVideoDiffusion",
-)
 
 
 def furthest(pipeline: Any, items: list[dict[str, Any]] | None = None, asked: int | None = None, **call: Any) -> float:
@@ -94,7 +83,7 @@ def test_synthetic_teachers_of_three_answers_and_of_a_scale_for_each_place() -> 
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", zoo_image.TRAINED)
 def test_teachers_that_look_at_a_picture(name: str) -> None:
     assert furthest(zoo_image.load(name), zoo_image.items_of(name), **zoo_image.call_of(name)) <= 1e-5
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from item_sets import picture, tiny_editor, write_items
+from item_sets import picture, tiny_editor, tiny_filler, write_items
 
 from fewstep.cli import main
 from fewstep.data.made_up import made_up_items
@@ -81,6 +82,13 @@ def test_a_plan_is_recorded_with_items_or_with_made_up_ones(editor: Path, items:
     assert (recording.conditional, recording.sample_shape) == ("item", (4, 8, 8))
     assert planner.encoding.keys() == {"vae", "text_encoder"} and min(planner.encoding.values()) > 10_000
     assert planner.item is not None and planner.item > 2 * 4 * 8 * 8 * 4, "a picture, and zeros in its place"
+
+
+def test_a_plan_counts_the_draws_that_are_kept(tmp_path: Path) -> None:
+    tiny_filler().save_pretrained(tmp_path)
+    config = method_class("dmd2").Config(teacher=str(tmp_path), out="")
+    one, three = (Planner(replace(config, draws=draws), "dmd2").item for draws in (1, 3))
+    assert one is not None and three == 3 * one
 
 
 @pytest.mark.soak

@@ -31,21 +31,7 @@ from fewstep.recording.watch.encoded_once import encoded_once
 
 SOAK = pytest.mark.soak
 #: All of the shown ones that are recorded without a second network in their loop.
-RECORDED = [
-    "InstructPix2Pix",
-    *(
-        pytest.param(name, marks=SOAK)
-        for name in (
-            "InpaintXL9",
-            "WanFirstLastFrame",
-            "LTXImageToVideo",
-            "Wan22TI2V",
-            "StableVideoDiffusion",
-            "HunyuanVideoImageToVideo",
-            "QwenImageEditPlus",
-        )
-    ),
-]
+RECORDED = zoo_image.first_is_quick(name for name in zoo_image.TRAINED if name != zoo_image.CONTROLLED)
 
 
 def proven(pipeline: Any, items: list[dict[str, Any]], **call: Any) -> Recording:

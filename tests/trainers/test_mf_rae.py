@@ -60,8 +60,10 @@ def test_every_step_belongs_to_its_stage_and_each_begins_anew():
     velocities = [flow.config.velocity for flow in trained.flows.values()]
     assert velocities == ["teacher", "data"]
     seen: list[int] = []
-    trained.flows["mft"].turns = lambda step, _batch: seen.append(step) or iter(())
+    trained.flow("mft", 6).turns = lambda step, _batch: seen.append(step) or iter(())
     list(trained.turns(2, batch()))
+    shifts = [trained.flow("mfd", entries).config.time_shift for entries in (6, 16384)]
+    assert shifts == [1, 2], "each size of samples has its own"
     assert seen == [0]
 
 
@@ -206,7 +208,7 @@ def test_the_identity_holds_for_the_differences_of_the_exact_map():
     """u = v - (t - r) du/dt with the central difference of the method: 0 beside its step's error."""
     student = gaussian(FLOW, "flow")
     trained = vectors(config(stages="mfd"))
-    difference = trained.flows["mfd"].difference
+    difference = trained.flow("mfd", 4).difference
     t, r = torch.tensor([[0.9, 0.6], [0.2, 0.1]], dtype=torch.float64)
     x, nothing = torch.randn(2, 4, dtype=torch.float64), Conditioning({}, 2)
     v, u = (student.velocity(x, t, nothing, end).detach() for end in (t, r))

@@ -55,7 +55,7 @@ def gan_method(out: Path, checkpointing: bool = False, **settings) -> Sid:
             roles[name].denoiser.network.enable_gradient_checkpointing()
     discriminator = None
     if chosen.adversarial != "none":
-        discriminator = CriticDiscriminator(chosen, roles["critic"], FeatureTap("mid_block"), (1, 8, 8))
+        discriminator = CriticDiscriminator(chosen, roles["critic"], FeatureTap("mid_block"))
     return method_of(chosen, roles, Sampler(TABLE, (0.626,), "ode", 0.9286), discriminator)
 
 
@@ -135,8 +135,9 @@ def test_micro_batches_add_up_to_their_batch_but_for_sidas_mean(tmp_path: Path, 
 def test_the_default_weights_are_the_papers_for_means(tmp_path: Path):
     """Their losses are sums over a sample, the student's times 100 (SiD) and times 0.01 or 1 (the adversarial one)."""
     sida, per_sample = (gan_method(tmp_path, adversarial=v).discriminator for v in ("sida", "diffusion_gan"))
-    assert (sida.student_weight, sida.critic_weight) == pytest.approx((0.01 / 100, 1 / 64))
-    assert (per_sample.student_weight, per_sample.critic_weight) == pytest.approx((1 / 100, 1.0))
+    assert (sida.student_weight, sida.critic_weight((1, 8, 8))) == pytest.approx((0.01 / 100, 1 / 64))
+    assert sida.critic_weight((1, 8, 4)) == pytest.approx(1 / 32), "each size of samples has its own"
+    assert (per_sample.student_weight, per_sample.critic_weight((1, 8, 8))) == pytest.approx((1 / 100, 1.0))
 
 
 @pytest.mark.parametrize("variant", ["diffusion_gan", "sida"])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from fewstep.config.run import RunConfig
+from fewstep.data.conditions import draws_of
 from fewstep.data.encoding import encode_one, own_bytes
 from fewstep.errors import UserError
 from fewstep.networks.roles import Role
@@ -84,7 +85,7 @@ class Plan:
         parameters: by component of the pipeline.
         recording: weights of the whole pipeline, which is recorded and encodes before the training.
         encoding: by network that encodes, what it takes at most beside its weights, before the training.
-        item: what one item takes once it is encoded, as in a cache; None of prompts, labels or nothing.
+        item: what one item takes encoded, in all of its draws; None of prompts, labels or nothing.
         kept: weights of the pipeline that stay beside the training: denoiser and decoder.
         roles: by name.
         moments: by role, its turn in the most costly step.
@@ -175,7 +176,8 @@ class Planner:
             how = {"make_up": config.prompts is None, "without_images": config.without_images}
             self.recording = record_for(record, self.pipeline, call, self.items, **how)
             one = self.recording.invocation.item if self.recording.conditional == "item" else None
-            self.item = None if one is None else own_bytes(encode_one(self.recording, one))
+            draws = draws_of(self.recording, config.draws)
+            self.item = None if one is None else draws * own_bytes(encode_one(self.recording, one))
         second = [] if (rule := self.recording.recipe.second) is None else [rule.component]
         self.trained_with = {*self.recording.components, *second}
         self.encoding = {name: most for name, most in taken.items() if most and name not in self.trained_with}
@@ -190,9 +192,8 @@ class Planner:
         """
         config = replace(self.config, **changes).resolved()
         world = partial(fake_world, self.mode)
-        recording = self.recording
-        if config.quantization is not None:
-            recording = self._quantized(config.quantization, config.mixed_precision)
+        bits, precision = config.quantization, config.mixed_precision
+        recording = self.recording if bits is None else self._quantized(bits, precision)
         pipeline = recording.pipeline
         dry_run = DryRun(config, self.method, recording, self.device, world)
         try:
@@ -208,8 +209,8 @@ class Planner:
                 f"{self.method} cannot be planned: its step depends on values of tensors: {error}"
             ) from error
         networks = modules_of(pipeline)
-        # Those that only encode are freed once everything is encoded (fewstep.data.encoders).
-        kept = [network for name, network in networks.items() if name in {*self.trained_with, find_decoder(pipeline)}]
+        stay = {*self.trained_with, find_decoder(pipeline)}  # others are freed once everything is encoded
+        kept = [network for name, network in networks.items() if name in stay]
         return Plan(
             teacher=config.teacher,
             pipeline=type(self.pipeline).__name__,
@@ -332,8 +333,7 @@ def size(number: int) -> str:
 def _roles(method: Method, holders: list[nn.Module]) -> dict[str, RoleBytes]:
     """What each role adds to what the pipeline and the roles before it hold."""
     held: list[nn.Module | list[Tensor]] = list(holders)
-    before = tensor_bytes(*held)
-    found: dict[str, RoleBytes] = {}
+    before, found = tensor_bytes(*held), dict[str, RoleBytes]()
     for name, role in method.roles.items():
         held.append(_tensors(role))
         trained = sum(parameter.nbytes for parameter in role.parameters())
