@@ -54,10 +54,6 @@ def sample(
     path = Path(out)
     if path.suffix.lower() != ".png":
         raise UserError(f"samples are written as PNG: {path} must end in .png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     if num is not None and not 1 <= num <= _MOST:
         raise UserError(f"num must be between 1 and {_MOST:,}, for one picture, not {shown(num)}")
     told = {"revision": revision, "subfolder": subfolder, "variant": variant}
@@ -80,6 +76,10 @@ def sample(
     from fewstep.export.steering import nasa
 
     conditions = _conditions(model, prompt, label, items)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     if num is None:
         num = 1 if items is None else min(len(conditions.values), _OF_ITEMS)
     pipeline = model.load(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), torch.float32)

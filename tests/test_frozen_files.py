@@ -19,6 +19,5 @@ FROZEN = {
 
 @pytest.mark.parametrize("name", FROZEN)
 def test_copies_in_saved_students_are_still_known(name: str) -> None:
-    """Whoever changes such a file names its former text in ``FORMER``, or every student saved before asks for
-    ``trust_remote_code``."""
+    """Where such a file changes, every student that was saved before asks for ``trust_remote_code``."""
     assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == FROZEN[name]

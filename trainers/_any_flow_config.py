@@ -102,10 +102,15 @@ class AnyFlowConfig(ScoreConfig, TeacherPairsConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name} must be positive, not {value}")
+        if self.critic_times == "uniform":
+            names = ("critic_time_mean", "critic_time_std")
+            self._refuse_set("belongs to logit-normal times (--critic_times logit_normal)", *names)
         if not self.derivative_step < 0.5:
             raise UserError(
                 f"--derivative_step is a part of the time from 0 to 1, below 0.5, not {self.derivative_step}"
             )
+        if self.derivative == "exact":
+            self._refuse_set("belongs to differences, and --derivative exact takes none", "derivative_step")
         if not self.equal_share + self.zero_share <= 1:
             raise UserError(
                 f"--equal_share and --zero_share are of one batch, and {self.equal_share} and {self.zero_share} are "

@@ -56,6 +56,19 @@ PAPERS = {
 }
 
 
+#: What only some variants know, and which these are; --intervals, which recipes have, may stand beside any.
+_OWN = {
+    "first_levels": ("ct", "ict"),
+    "last_levels": ("ct", "ict"),
+    "level_mean": ("ict", "ect"),
+    "level_std": ("ict", "ect"),
+    "ect_q": ("ect",),
+    "ect_stage_steps": ("ect",),
+    "ect_k": ("ect",),
+    "ect_b": ("ect",),
+}
+
+
 @dataclass(kw_only=True)
 class ConsistencyConfig(DrawnGuidanceConfig):
     """Consistency distillation and training.
@@ -110,6 +123,9 @@ class ConsistencyConfig(DrawnGuidanceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._refuse_unknown("variant", *PAPERS)
+        for name, variants in _OWN.items():
+            if self.variant not in variants:
+                self._refuse_set(f"belongs to --variant {' or '.join(variants)}", name)
         self.resolved()._check_resolved()
 
     def consequences(self) -> dict[str, Any]:

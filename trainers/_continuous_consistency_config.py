@@ -46,7 +46,7 @@ PAPERS: dict[str, dict[str, Any]] = {
         "matching_weight": 0.0,
     },
 }
-#: What only some variants know, and which these are.
+#: What only some variants know, and which these are; what recipes say of rCM's critic may stand beside any.
 _OWN = {
     "velocity": ("scm", "rcm"),
     "pairs": ("scm", "rcm"),
@@ -54,6 +54,18 @@ _OWN = {
     "tangent_normalization": ("scm", "rcm"),
     "tangent_warmup": ("scm", "rcm"),
     "matching_first_step": ("rcm",),
+    "normalizer_min": ("rcm",),
+    "derivative": ("scm", "rcm"),
+    "derivative_step": ("scm", "rcm"),
+    "tangent_constant": ("scm", "rcm"),
+    "transition": ("tcm",),
+    "gap": ("tcm",),
+    "mapping_k": ("tcm",),
+    "mapping_b": ("tcm",),
+    "boundary_share": ("tcm",),
+    "boundary_weight": ("tcm",),
+    "distance": ("tcm",),
+    "huber_c": ("tcm",),
 }
 
 
@@ -138,8 +150,10 @@ class ContinuousConsistencyConfig(ScoreConfig, TeacherPairsConfig):
         if not 0 <= self.boundary_share < 1:
             raise UserError(f"--boundary_share must be in [0, 1), not {self.boundary_share}")
         for name, variants in _OWN.items():
-            if self.variant not in variants and getattr(self, name) not in (None, "auto"):
-                raise UserError(f"--{name} belongs to --variant {' or '.join(variants)}: leave it out")
+            if self.variant not in variants:
+                self._refuse_set(f"belongs to --variant {' or '.join(variants)}", name)
+        if self.derivative == "exact":
+            self._refuse_set("belongs to differences, and --derivative exact takes none", "derivative_step")
         if self.variant != "rcm" and self.matching_weight:
             raise UserError("--matching_weight belongs to --variant rcm: take that, or leave it out")
         self.resolved()._check_resolved()

@@ -36,7 +36,7 @@ class DisbackConfig(Dmd2Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._refuse_negative("degradation_steps")
+        self._refuse_negative("degradation_steps", "node_guidance_scale")
         steps, path = self.of_degradation, self.path
         if any(a >= b for a, b in zip([0, *path], path, strict=False)) or (path[-1] if path else 0) != steps:
             raise UserError(

@@ -32,6 +32,9 @@ class FirstStepConfig(ScoreConfig):
         self._refuse_negative("diversity_weight")
         self._refuse_below_one("diversity_teacher_steps", "diversity_anchor_steps")
         self._refuse_unknown("normalizer", "x0", "x_t")
+        if not self.diversity_weight:
+            names = ("diversity_teacher_steps", "diversity_anchor_steps")
+            self._refuse_set("belongs to a first step that follows the teacher: give --diversity_weight", *names)
         if self.diversity_anchor_steps > self.diversity_teacher_steps:
             raise UserError("--diversity_anchor_steps are some of --diversity_teacher_steps: give no more than those")
         if self.diversity_weight and self.steps < 2:
@@ -84,3 +87,9 @@ class ContinuousConfig(ScoreConfig):
                 "--schedule_low and --schedule_high must satisfy 0 < low < high <= 1, not "
                 f"{self.schedule_low}, {self.schedule_high}"
             )
+        if self.schedule == "fixed":
+            names = ("schedule_fewest", "schedule_most", "schedule_low", "schedule_high")
+            self._refuse_set("belongs to grids that are drawn: give --schedule random", *names)
+        if not self.off_trajectory:
+            names = ("off_trajectory_input", "off_trajectory_teacher_time")
+            self._refuse_set("belongs to a match beside the walk: give --off_trajectory", *names)

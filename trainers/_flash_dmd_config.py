@@ -64,13 +64,16 @@ class FlashDmdConfig(FollowingCriticConfig, ScoreConfig, RewardConfig):
         if judged and self.data is None:
             raise UserError("--gan_weight needs real images: give --data, or --gan_weight 0")
         if not judged:
-            for name in ("data", "feature_extractor"):
-                self._refuse_set("belongs to the GAN, which --gan_weight 0 turns off", name)
+            self._refuse_set(
+                "belongs to the GAN, which --gan_weight 0 turns off", "data", "feature_extractor", "gan_loss"
+            )
 
     def _check_preferences(self) -> None:
         if self.preference_candidates < 2:
             raise UserError(f"--preference_candidates must be at least 2, not {self.preference_candidates}")
         if self.reward is None:
+            names = ("preference_updates", "preference_candidates", "preference_beta")
+            self._refuse_set("belongs to --reward, by which pictures are preferred", *names)
             return
         if self.steps < 2:
             raise UserError("--reward compares successors of a step, and a single step has none: give --steps 2")

@@ -50,6 +50,11 @@ class FreeFlowConfig(CriticConfig):
         super().__post_init__()
         self._refuse_unknown("derivative", "difference", "exact")
         self._refuse_negative("weight_power", "weight_constant", "correction_scale", "time_std")
+        if not self.correction:
+            names = ("correction_scale", "correction_t_max", "match_min", "match_max")
+            self._refuse_set("belongs to the correction, which --correction 0 leaves out", *names)
+        if self.derivative == "exact":
+            self._refuse_set("belongs to a difference, and --derivative exact takes none", "derivative_step")
         if self.data is not None:
             raise UserError("FreeFlow learns from noise alone: leave out --data, or take mf_rae or mean_flow")
         if self.steps != 1:

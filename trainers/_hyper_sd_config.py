@@ -56,6 +56,9 @@ class HyperSdConfig(SegmentedConsistencyConfig, ScoreConfig, RewardConfig):
             )
         if "feedback" in starts and self.reward is None:
             raise UserError("stage feedback learns from a reward: give --reward, or leave it out of --stages")
+        for stage, names in (("feedback", ("feedback_lr",)), ("score", ("score_lr", "score_weight"))):
+            if stage not in starts:
+                self._refuse_set(f"belongs to stage {stage}: add it to --stages", *names)
         if self.reward is not None and not starts.keys() & {"feedback", "score"}:
             raise UserError("--reward is that of the stages feedback and score: add one to --stages, or leave it out")
 

@@ -67,7 +67,9 @@ class MdtDistConfig(TeacherPairsConfig):
         self._refuse_unknown("normalization", *NORMALIZATIONS)
         self._refuse_unknown("distance", *DISTANCES)
         self._refuse_unknown("times", "logit_normal", "uniform")
-        self._refuse_negative("distillation_weight", "normalization_constant", "time_std")
+        self._refuse_negative("distillation_weight", "normalization_constant", "time_std", "distillation_guidance")
+        if self.times == "uniform":
+            self._refuse_set("belongs to logit-normal times (--times logit_normal)", "time_mean", "time_std")
         if not self.matching_weight > 0:
             raise UserError(
                 f"--matching_weight must be positive, not {self.matching_weight}: distillation alone takes the student "
@@ -81,7 +83,7 @@ class MdtDistConfig(TeacherPairsConfig):
             raise UserError(f"--time_min must be between 0 and 1, not {self.time_min}")
         if not self.distillation_weight:
             belongs = "belongs to velocity distillation, which --distillation_weight 0 leaves out"
-            self._refuse_set(belongs, "distillation_guidance")
+            self._refuse_set(belongs, "distillation_guidance", "distillation_time_weight")
 
     @property
     def pairs_wanted(self) -> PairsWanted | None:

@@ -19,6 +19,10 @@ from fewstep.networks.finite_difference import DERIVATIVES, FiniteDifference, fi
 VARIANTS = ("mean_flow", "alpha_flow", "improved")
 
 
+#: What only logit-normal times know.
+_LOGIT_NORMAL = ("time_mean", "time_std", "r_mean", "r_std")
+
+
 @dataclass(kw_only=True)
 class MeanFlowConfig(TeacherPairsConfig):
     """MeanFlow (Geng et al. 2025) and its relatives.
@@ -114,7 +118,14 @@ class MeanFlowConfig(TeacherPairsConfig):
         if not self.time_min < self.time_max <= 1:
             raise UserError(f"--time_max must be above --time_min and at most 1, not {self.time_max}")
         if self.times == "uniform":
-            self._refuse_set("belongs to logit-normal times (--times logit_normal)", "r_mean", "r_std")
+            self._refuse_set("belongs to logit-normal times (--times logit_normal)", *_LOGIT_NORMAL)
+        else:
+            self._refuse_set("belongs to uniform times (--times uniform)", "time_max")
+            if self.r_mean is None:
+                self._refuse_set("belongs to second times of their own: give --r_mean", "r_std")
+        if self.variant != "alpha_flow":
+            names = ("alpha_first_step", "alpha_last_step", "alpha_min", "alpha_clamp")
+            self._refuse_set("belongs to --variant alpha_flow", *names)
         if self.derivative == "renoise" and self.variant == "improved":
             raise UserError("--derivative renoise and --variant improved each say along what; give one of them")
         if not self.derivative_step < 0.5:
@@ -130,6 +141,8 @@ class MeanFlowConfig(TeacherPairsConfig):
         if not 0 <= self.guidance_t_min < self.guidance_t_max <= 1:
             low, high = self.guidance_t_min, self.guidance_t_max
             raise UserError(f"--guidance_t_min and --guidance_t_max must be a range in [0, 1], not {low}, {high}")
+        if self.derivative == "exact":
+            self._refuse_set("belongs to differences, and --derivative exact takes none", "derivative_step")
         last = self.max_steps if self.alpha_last_step is None else self.alpha_last_step
         if self.variant == "alpha_flow" and last <= self.alpha_first_step:
             raise UserError(f"--alpha_last_step {last} must lie behind --alpha_first_step {self.alpha_first_step}")
@@ -138,6 +151,9 @@ class MeanFlowConfig(TeacherPairsConfig):
             raise UserError("--velocity data is that of real images: give --data, or take --velocity teacher")
         if velocity == "teacher" and (self.kappa is not None or self.omega is not None):
             raise UserError("--kappa and --omega are the guidance of a flow from data; a teacher has --guidance_scale")
+        if velocity == "teacher":
+            names = ("guidance_t_min", "guidance_t_max", "label_drop")
+            self._refuse_set("belongs to a flow from data (--velocity data)", *names)
         self._refuse_data_beside_pairs()
 
     def consequences(self) -> dict[str, Any]:

@@ -67,6 +67,9 @@ class MfRaeConfig(MeanFlowConfig):
         starts = self.starts()
         if "mft" in starts and self.data is None:
             raise UserError("stage mft learns from real images: give --data, or leave it out of --stages")
+        if "cmt" not in starts:
+            names = ("walk_solver", "label_times", "cmt_distance")
+            self._refuse_set("belongs to stage cmt: add it to --stages", *names)
         if "mft" not in starts and (self.kappa is not None or self.omega is not None):
             raise UserError("--kappa and --omega are the guidance of stage mft: add it to --stages, or leave them out")
 

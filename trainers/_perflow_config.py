@@ -66,6 +66,10 @@ class PerFlowConfig(TeacherPairsConfig):
             raise UserError(f"--renoise must be ode for windows, not {self.renoise!r}")
         if not 0 <= self.label_drop < 1:
             raise UserError(f"--label_drop must be in [0, 1), not {self.label_drop}")
+        if self.guidance == "baked":
+            self._refuse_set("belongs to a guidance that is kept (--guidance kept)", "label_drop")
+        if "huber" not in self.distance:
+            self._refuse_set("belongs to the pseudo-Huber distances", "huber_c")
         self._refuse_data_beside_pairs()
         windows = settled(self.resolved().windows)
         if self.steps < windows:

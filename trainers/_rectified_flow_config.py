@@ -57,6 +57,12 @@ class RectifiedFlowConfig(TeacherPairsConfig):
         for name in ("time_min", "inverted_share"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"--{name} must be between 0 and 1, not {getattr(self, name)}")
+        if self.times != "u_shaped":
+            self._refuse_set("belongs to --times u_shaped", "u_steepness")
+        if self.loss != "huber":
+            self._refuse_set("belongs to --loss huber", "huber_factor", "huber_scaling")
+        if self.data is None and self.inverted_pairs is None:
+            self._refuse_set("is that of real images: give --data or --inverted_pairs", "inverted_share")
         if not self.u_steepness > 0:
             raise UserError(f"--u_steepness must be positive, not {self.u_steepness}")
         if self.perceptual_over_t and not self.perceptual_weight:

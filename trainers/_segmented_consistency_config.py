@@ -132,6 +132,8 @@ class SegmentedConsistencyConfig(DrawnGuidanceConfig):
             raise UserError(f"--target_decay must be in [0, 1), not {self.target_decay}")
         if not 0 < self.gamma <= 1:
             raise UserError(f"--gamma must be in (0, 1], not {self.gamma}; --renoise ode draws no noise")
+        if "huber" not in settled(self.distance):
+            self._refuse_set("belongs to the pseudo-Huber distances", "huber_c")
         self._check_stages()
         self._check_walk()
 
@@ -171,6 +173,10 @@ class SegmentedConsistencyConfig(DrawnGuidanceConfig):
                 f"every jump of --ends edge goes to the end of one of {last} segments: a student of that makes {last} "
                 f"steps, and not --steps {self.steps}"
             )
+        if self.renoise == "ode":
+            self._refuse_set("belongs to --renoise tcd, and this student moves by the ODE", "gamma")
+        if not self.judged:
+            self._refuse_set("belongs to the adversarial term: give --adversarial_weight", "adversarial_lr")
         if self.renoise == "tcd" and (last > 1 or self.ends == "edge"):
             raise UserError(
                 "--renoise tcd jumps below the next step's time, beyond a segment's end: take --renoise ode, or one "

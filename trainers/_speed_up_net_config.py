@@ -47,6 +47,10 @@ class SpeedUpNetConfig(DrawnGuidanceConfig, TeacherPairsConfig):
         self._refuse_unknown("distance", *(kind for kind in DISTANCES if "huber" not in kind))
         if not self.offset_weight and not self.consistency_weight:
             raise UserError("--offset_weight and --consistency_weight are both 0, so there is nothing to train")
+        if not self.consistency_weight:
+            self._refuse_set(
+                "belongs to the consistency, which --consistency_weight 0 leaves out", "solver", "solver_steps"
+            )
         if not 0 <= self.negative_share <= 1:
             raise UserError(f"--negative_share must be in [0, 1], not {self.negative_share}")
         if self.renoise != "ode":

@@ -100,6 +100,10 @@ class TwinFlowConfig(TeacherPairsConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name} must be positive, not {value}")
+        if self.distance != "barron":
+            self._refuse_set("belongs to --distance barron", "distance_alpha")
+            if "huber" not in self.distance:
+                self._refuse_set("belongs to --distance barron and the pseudo-Huber ones", "distance_c")
         if not self.distance_alpha <= 2:
             raise UserError(f"--distance_alpha must be at most 2, which is a square, not {self.distance_alpha}")
         for name in ("first_step", "mul_fraction", "time_min"):
@@ -140,6 +144,9 @@ class TwinFlowConfig(TeacherPairsConfig):
                 "--parts with e2e but without adv rectify by a twin that is never trained; add adv, or give "
                 "--match_weight 0"
             )
+        for part, name in (("mul", "mul_fraction"), ("adv", "adversarial_weight")):
+            if part not in parts:
+                self._refuse_set(f"belongs to the part {part}, which --parts leaves out", name)
         if self.order == 0 and not {*parts} & {*PLAIN_PARTS}:
             raise UserError("--order 0 trains the parts mul, flow and adv alone, and --parts has none of them")
 

@@ -74,7 +74,8 @@ class Settings:
             raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
     def _refuse_set(self, reason: str, *names: str) -> None:
-        """Settings that must be left at None, which stands for what goes without saying."""
+        """Settings that must be left at their defaults, as they would change nothing."""
+        defaults = {one.name: one.default for one in fields(type(self))}  # type: ignore[arg-type]
         for name in names:
-            if getattr(self, name) is not None:
+            if getattr(self, name) != defaults[name]:
                 raise UserError(f"leave out --{name}: it {reason}")

@@ -23,6 +23,7 @@ class DrawnGuidanceConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._refuse_negative("guidance_min", "guidance_max")
         drawn, ends = self.guidance_range, (self.guidance_min, self.guidance_max)
         if (drawn is None and ends != (None, None)) or (drawn is not None and not drawn[0] <= drawn[1]):
             raise UserError(f"--guidance_min and --guidance_max must be a range, not {ends[0]}, {ends[1]}")

@@ -89,7 +89,9 @@ class PairsConfig(Settings):
         if self.num is None and self.data is None:
             raise UserError("--num is needed: how many pairs to make")
         self._refuse_below_one("num", "teacher_steps", "batch_size", "shard_size")
-        self._refuse_negative("data_workers")
+        self._refuse_negative("data_workers", "guidance_scale", "image_guidance_scale")
+        if self.data is None and self.prompts is None:
+            self._refuse_set("says which texts of --data or --prompts are meant", "data_text")
         self._refuse_unknown("solver", *SOLVERS)
         self._refuse_unknown("dtype", "float32", "float16", "bfloat16")
         self._refuse_unknown("mixed_precision", "no", "bf16")

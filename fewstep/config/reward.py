@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from fewstep.config.checks import setting
 from fewstep.config.run import RunConfig
@@ -47,7 +47,7 @@ class RewardConfig(RunConfig):
         self._refuse_negative("reward_weight", "reward_start_step")
         self._refuse_below_one("reward_look_steps")
         if self.reward is None:
-            self._refuse_set("belongs to --reward", "reward_shares", "reward_margin", "reward_files")
+            self._refuse_set("belongs to --reward", *(one.name for one in fields(RewardConfig) if _of_reward(one.name)))
             return
         names = self.rewards
         for flag, given in (("reward", names), ("reward_beside", [self.reward_beside])):
@@ -72,6 +72,10 @@ class RewardConfig(RunConfig):
     def rewards(self) -> list[str]:
         """The rewards by name; none without ``--reward``."""
         return [] if self.reward is None else [part.strip() for part in self.reward.split(",")]
+
+
+def _of_reward(setting_name: str) -> bool:
+    return setting_name.startswith("reward_")
 
 
 def is_scorer(name: str) -> bool:

@@ -205,6 +205,7 @@ class RunConfig(Settings):
         self._refuse_below_one("checkpointing_steps", "log_steps", "checkpoints_total_limit")
         self._refuse_negative("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed")
         self._refuse_negative("lora_rank", "data_workers", "rollbacks", "eval_steps", "eval_patience")
+        self._refuse_negative("guidance_scale", "image_guidance_scale")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
@@ -215,6 +216,10 @@ class RunConfig(Settings):
             )
         self._refuse_unknown("mixed_precision", "no", "bf16")
         self._refuse_unknown("stop_on", "nan", "collapse", "never")
+        if self.stop_on == "never":
+            self._refuse_set("is for a run that would stop, and --stop_on never does not", "rollbacks")
+        if self.data is None and self.prompts is None:
+            self._refuse_set("says which texts of --data or --prompts are meant", "data_text")
         self._refuse_unknown("renoise", *self.RENOISE)
         self._refuse_unknown("dynamic_shift", "static", "keep")
         if self.shift is not None and not self.shift > 0:
@@ -266,6 +271,8 @@ class RunConfig(Settings):
         for name in ("eval_metric", "eval_patience", "eval_weights", "export_best"):
             if getattr(self, name) and not self.eval_steps:
                 raise UserError(f"--{name} belongs to evaluations: give --eval_steps, or leave it out")
+        if not self.eval_steps:
+            self._refuse_set("belongs to evaluations, which --eval_steps asks for", "eval_samples")
 
     def _check_sharding(self) -> None:
         self._refuse_unknown("sharding", "none", "full", "hybrid")

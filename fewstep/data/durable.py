@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from fewstep.errors import UserError
 
 
 def write_durably(path: Path, save: Callable[[Path], object], partial: str | None = None) -> None:
@@ -51,6 +54,22 @@ def flush_tree(folder: Path) -> None:
     """Wait until a folder, with all that is in it, is on the disk."""
     for path in [*folder.rglob("*"), folder]:
         flush(path)
+
+
+@contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """Where what is done here is refused (:class:`UserError`), ``folder`` and its parents go again, if they are empty.
+
+    Those that were there before stay.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except UserError:
+        with suppress(OSError):  # the first one that holds something, and with it its parents
+            for place in made:
+                place.rmdir()
+        raise
 
 
 def file_sha256(path: Path) -> str:

@@ -16,9 +16,6 @@ from fewstep.reading import read_json
 _STOCK = re.compile(r"^from diffusers import (\w+) as Stock  # <- stock$", re.M)
 _EXPERTS = re.compile(r"^EXPERTS: tuple\[str, \.\.\.\] = (\([\w', ]*\))  # <- experts$", re.M)
 
-#: What these files were before: SHA-256 of the text without its choices. Students that hold such a copy run on it.
-FORMER = {"flow_map.py": {"090ae7043b431081f2d00bfd12aaf3230067fcafdf3acbf06cd81e98817e9eb7"}}
-
 
 def is_own_code(folder: str | Path) -> bool:
     """Whether a folder's pipeline or scheduler is run by copies of files of ``pipelines/``, and nothing else is."""
@@ -28,9 +25,9 @@ def is_own_code(folder: str | Path) -> bool:
         return False
     if not _looks_inside_alone(folder):
         return False
-    own = {path.name: {_digest(path), *FORMER.get(path.name, ())} for path in _pipelines()}
+    own = {path.name: _digest(path) for path in _pipelines()}
     # A part of the pipeline whose class is in the same file has a copy of it beside its weights, a scheduler its own.
-    return all((found := _digest(path)) and found in own.get(path.name, ()) for path in folder.rglob("*.py"))
+    return all((found := _digest(path)) and found == own.get(path.name) for path in folder.rglob("*.py"))
 
 
 def _looks_inside_alone(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from fewstep.config.values import number_within
 from fewstep.data.condition_cache import CacheWriter
 from fewstep.data.conditions import asked_items, draws_of, nothing_drawn, read_classes, read_prompts
+from fewstep.data.durable import nothing_left
 from fewstep.data.encoding import CutPrompts, encode_each, encoding_bar, joined_cuts, size_of_all
 from fewstep.errors import UserError
 from fewstep.programs.latents import cache_images
@@ -110,7 +111,7 @@ def cache(
         items=items,
         without_images=without_images or data is not None,  # which has a part in no image's latents
     )
-    with shared_fate(launch):
+    with nothing_left(Path(out)), shared_fate(launch):
         if data is not None:
             return cache_images(
                 settings,

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 from fewstep.config.checks import names_of
 from fewstep.config.run import RunConfig
+from fewstep.data.durable import nothing_left
 from fewstep.data.encoders import Encoders
 from fewstep.data.fingerprint import teacher_digest
 from fewstep.errors import UserError
@@ -108,16 +109,17 @@ def run(
         fewstep.training.stopping.Interrupted: after Ctrl-C, with a checkpoint written.
     """
     wanted = config.partition_wanted
-    if wanted is not None and wanted.only is None:
+    with nothing_left(Path(config.out)):
+        if wanted is not None and wanted.only is None:
 
-        def train(own: RunConfig) -> Path:
-            return run(own, method, pipeline, evaluator, items)
+            def train(own: RunConfig) -> Path:
+                return run(own, method, pipeline, evaluator, items)
 
-        return run_several(config, method, wanted, train, pipeline is not None)
-    config = config.resolved()
-    accelerator = join_launch(config.cpu, log_with=trackers(config.report_to), project_dir=config.out)
-    with shared_fate(accelerator, Interrupted):
-        return _run(config, method, pipeline, accelerator, evaluator, items)
+            return run_several(config, method, wanted, train, pipeline is not None)
+        config = config.resolved()
+        accelerator = join_launch(config.cpu, log_with=trackers(config.report_to), project_dir=config.out)
+        with shared_fate(accelerator, Interrupted):
+            return _run(config, method, pipeline, accelerator, evaluator, items)
 
 
 def _run(

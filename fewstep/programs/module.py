@@ -22,7 +22,7 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.tree import Leaf
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batches, Real
-from fewstep.data.durable import write_durably
+from fewstep.data.durable import nothing_left, write_durably
 from fewstep.diffusion.draws import keyed_order
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule
@@ -218,7 +218,7 @@ def distill_module(
     if config.sharding != "none":
         raise UserError("sharding belongs to pipelines, and the teacher is a bare network: leave it out")
     accelerator = join_launch(config.cpu, log_with=None, project_dir=config.out)
-    with shared_fate(accelerator, Interrupted):
+    with nothing_left(Path(out)), shared_fate(accelerator, Interrupted):
         folder, main = Path(out), accelerator.is_main_process
         resuming = check_folder(folder, method, config, in_memory=True)
         accelerator.wait_for_everyone()

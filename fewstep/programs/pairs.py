@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from fewstep.config.pairs import PairsConfig, PairsWanted
 from fewstep.data.captioned import captioned
 from fewstep.data.contents import all_of
+from fewstep.data.durable import nothing_left
 from fewstep.data.fingerprint import teacher_digest
 from fewstep.data.latents import data_contents, read_data, refuse_unusable
 from fewstep.data.pair_stream import PairStream, numbers_used, sized_numbers_used
@@ -72,7 +73,7 @@ def make_pairs(teacher: str | Path | DiffusionPipeline, **settings: Any) -> Path
         known = ", ".join(field.name for field in fields(PairsConfig))
         raise UserError(f"pairs have no such setting: {error}; there are: {known}") from error
     accelerator = join_launch(config.cpu)
-    with shared_fate(accelerator):
+    with nothing_left(Path(config.out)), shared_fate(accelerator):
         _make_pairs(config, pipeline, accelerator, items)
     return Path(config.out)
 

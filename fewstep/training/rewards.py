@@ -24,7 +24,7 @@ from fewstep.data.batch import Asked, Batch
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.rollout import Sampler, draw_sample
-from fewstep.errors import UserError
+from fewstep.errors import UserError, one_line
 from fewstep.losses.reward import pair_distance, reward_loss, weighted_reward
 
 #: Where the teacher is asked what it would change of a picture.
@@ -73,7 +73,7 @@ class Rewards:
         """Every reward of each picture: (B, n) of pictures (B, C, H, W), with gradient.
 
         Raises:
-            UserError: a reward is no number of each picture.
+            UserError: a reward fails, or is no number of each picture.
         """
         return torch.stack([_numbers(name, reward, pictures, asked) for name, reward in self.rewards.items()], 1)
 
@@ -98,7 +98,7 @@ class Rewards:
             batch: of this step.
 
         Raises:
-            UserError: a reward is no number of each picture, or has no gradient.
+            UserError: a reward fails, is no number of each picture, or has no gradient.
         """
         rewards = self.each(self.pictures(x0), batch.asked)
         if x0.requires_grad and not rewards.requires_grad:
@@ -148,8 +148,18 @@ class Rewards:
 
 
 def _numbers(name: str, reward: Reward, pictures: Tensor, asked: Asked) -> Tensor:
-    """A reward's numbers (B,), float32."""
-    found: object = reward(pictures, asked)
+    """A reward's numbers (B,), float32.
+
+    Raises:
+        UserError: it fails, or gives something else.
+    """
+    try:
+        found: object = reward(pictures, asked)
+    except (UserError, MemoryError, torch.OutOfMemoryError):  # these say what to do
+        raise
+    except Exception as error:  # a class of the user's raises whatever it does
+        who = type(reward).__name__
+        raise UserError(f"the reward {name} ({who}) failed on {len(pictures)} pictures: {one_line(error)}") from error
     if isinstance(found, Tensor) and found.shape == pictures.shape[:1]:
         return found.float()
     what = f"numbers of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"

@@ -269,5 +269,4 @@ def test_what_cannot_be_divided_is_refused_before_anything_is_trained(
     settings |= {"init": str(labels / "student_1")} if "init" in settings else {}
     with pytest.raises(UserError, match=message):
         run(configured(labels.parent / "teacher", out, **{"classes": "0-3", **settings}), "multi_student")
-    assert not list(out.rglob("checkpoints"))
-    assert not (out / "config.yaml").exists()  # the mended command needs no --resume
+    assert not out.exists()  # the mended command needs no --resume

@@ -219,6 +219,21 @@ def test_what_is_no_reward_is_refused_when_it_is_asked(tmp_path: Path, reward, m
         rewards.term(torch.ones(4, 6, requires_grad=True), batch(0, range(4)))
 
 
+class Weak:
+    """A reward that cannot bear a picture."""
+
+    def __call__(self, pictures: Tensor, asked: Asked) -> Tensor:
+        raise RuntimeError("expected 3 channels,\n  got 6")
+
+
+def test_a_reward_that_fails_is_named_with_its_own_words(tmp_path: Path):
+    rewards = Rewards(config(tmp_path, reward="my.Own"), {"own": Weak()}, None, "teacher", lambda x0: x0, None, 1)
+    words = r"^the reward own \(Weak\) failed on 4 pictures: expected 3 channels, got 6$"
+    with pytest.raises(UserError, match=words) as refused:
+        rewards.term(torch.ones(4, 6, requires_grad=True), batch(0, range(4)))
+    assert isinstance(refused.value.__cause__, RuntimeError)
+
+
 @pytest.mark.parametrize(
     "name", ["json.JSONDecoder", "math.pi", "no_module.Reward", "json.nothing", "pathlib.PosixPath"]
 )

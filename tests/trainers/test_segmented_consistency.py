@@ -25,7 +25,7 @@ from tests.trainers.test_consistency import Numbers, batch, weights
 from tests.trainers.toy_segmented import config, vector_method
 
 every_variant = pytest.mark.parametrize("variant", ["tcd", "pcm", "tscd"])
-JUDGED = {"tcd": {}, "pcm": {"adversarial_weight": [0.1]}, "tscd": {}}
+JUDGED = {"tcd": {}, "pcm": {"adversarial_weight": [0.1], "adversarial_lr": 1e-2}, "tscd": {"adversarial_lr": 1e-2}}
 
 
 def run(method: SegmentedConsistency) -> SegmentedConsistency:
@@ -41,7 +41,7 @@ def run(method: SegmentedConsistency) -> SegmentedConsistency:
 def test_student_and_heads_learn_and_the_target_follows(
     tmp_path: Path, schedule: NoiseSchedule, kind: str, variant: str
 ):
-    settings = config(tmp_path, variant, adversarial_lr=1e-2, ema_decay=0.9, **JUDGED[variant])
+    settings = config(tmp_path, variant, ema_decay=0.9, **JUDGED[variant])
     method = vector_method(settings, schedule, kind)
     before = {name: weights(method, name) for name in method.roles}
     run(method)
