@@ -11,9 +11,7 @@ from fewstep.errors import UserError
 
 
 @pytest.mark.parametrize("there", [(), ("a",), ("a", "a/b")])
-def test_a_refusal_takes_the_empty_folders_with_it_that_were_made_for_it(
-    tmp_path: Path, there: tuple[str, ...]
-) -> None:
+def test_a_refusal_takes_the_empty_folders_with_it_that_it_made(tmp_path: Path, there: tuple[str, ...]) -> None:
     for name in there:
         (tmp_path / name).mkdir()
     with pytest.raises(UserError), nothing_left(tmp_path / "a" / "b"):
