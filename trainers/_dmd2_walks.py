@@ -91,5 +91,5 @@ class ContinuousConfig(ScoreConfig):
             names = ("schedule_fewest", "schedule_most", "schedule_low", "schedule_high")
             self._refuse_set("belongs to grids that are drawn: give --schedule random", *names)
         if not self.off_trajectory:
-            names = ("off_trajectory_input", "off_trajectory_teacher_time")
-            self._refuse_set("belongs to a match beside the walk: give --off_trajectory", *names)
+            how = ("off_trajectory_input", "off_trajectory_teacher_time")
+            self._refuse_set("belongs to a match beside the walk: give --off_trajectory", *how)

@@ -152,8 +152,8 @@ class MeanFlowConfig(TeacherPairsConfig):
         if velocity == "teacher" and (self.kappa is not None or self.omega is not None):
             raise UserError("--kappa and --omega are the guidance of a flow from data; a teacher has --guidance_scale")
         if velocity == "teacher":
-            names = ("guidance_t_min", "guidance_t_max", "label_drop")
-            self._refuse_set("belongs to a flow from data (--velocity data)", *names)
+            guided = ("guidance_t_min", "guidance_t_max", "label_drop")
+            self._refuse_set("belongs to a flow from data (--velocity data)", *guided)
         self._refuse_data_beside_pairs()
 
     def consequences(self) -> dict[str, Any]:
