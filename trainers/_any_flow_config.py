@@ -98,10 +98,7 @@ class AnyFlowConfig(ScoreConfig, TeacherPairsConfig):
         self._refuse_below_one("map_steps", "segments")
         self._refuse_negative("on_policy_lr", "map_weight", "matching_weight", "equal_share", "zero_share")
         self._refuse_negative("weight_power", "weight_constant")
-        for name in ("derivative_step", "critic_time_std", "map_guidance"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"--{name} must be positive, not {value}")
+        self._refuse_not_positive("derivative_step", "critic_time_std", "map_guidance")
         if self.critic_times == "uniform":
             names = ("critic_time_mean", "critic_time_std")
             self._refuse_set("belongs to logit-normal times (--critic_times logit_normal)", *names)

@@ -141,10 +141,7 @@ class ContinuousConsistencyConfig(ScoreConfig, TeacherPairsConfig):
         self._refuse_unknown("distance", *DISTANCES)
         self._refuse_negative("tangent_warmup", "consistency_weight", "matching_weight")
         self._refuse_negative("matching_first_step", "mapping_k", "boundary_weight", "huber_c")
-        for name in ("sigma_data", "level_std", "derivative_step", "tangent_constant", "transition"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"--{name} must be positive, not {value}")
+        self._refuse_not_positive("sigma_data", "level_std", "derivative_step", "tangent_constant", "transition")
         if not self.derivative_step < math.pi / 2:
             raise UserError(f"--derivative_step is an angle below pi/2, where noise is, not {self.derivative_step}")
         if not 0 <= self.boundary_share < 1:

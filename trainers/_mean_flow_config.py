@@ -107,10 +107,7 @@ class MeanFlowConfig(TeacherPairsConfig):
         if self.renoise != "ode":
             raise UserError(f"--renoise must be ode for a mean flow, not {self.renoise!r}")
         self._refuse_negative("weight_power", "weight_constant", "omega", "tangent_warmup", "alpha_first_step")
-        for name in ("time_std", "r_std", "time_shift", "alpha_clamp", "derivative_step"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"--{name} must be positive, not {value}")
+        self._refuse_not_positive("time_std", "r_std", "time_shift", "alpha_clamp", "derivative_step")
         if not 0 < self.apart <= 1:
             raise UserError(f"--apart must be in (0, 1], not {self.apart}: without it nothing but the flow is learnt")
         if not 0 < self.time_min < 1:

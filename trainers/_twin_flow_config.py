@@ -96,10 +96,7 @@ class TwinFlowConfig(TeacherPairsConfig):
         self._refuse_unknown("weighting", *WEIGHTINGS)
         self._check_sampler()
         self._refuse_negative("order", "enhanced_ratio", "adversarial_weight", "match_weight")
-        for name in ("target_clamp", "distance_c"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"--{name} must be positive, not {value}")
+        self._refuse_not_positive("target_clamp", "distance_c")
         if self.distance != "barron":
             self._refuse_set("belongs to --distance barron", "distance_alpha")
             if "huber" not in self.distance:

@@ -68,6 +68,13 @@ class Settings:
             if value is not None and not value >= 0:  # so that not-a-number is refused too
                 raise UserError(f"--{name} must not be negative, and it is {value}")
 
+    def _refuse_not_positive(self, *names: str) -> None:
+        """Settings that must be numbers above 0, where they are set."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name} must be positive, not {value}")
+
     def _refuse_unknown(self, name: str, *known: str) -> None:
         """A setting that must be one of these words."""
         if getattr(self, name) not in known:

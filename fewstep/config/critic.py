@@ -74,8 +74,7 @@ class ScoreConfig(CriticConfig):
             raise UserError(
                 f"--time_min and --time_max must satisfy 0 < min < max <= 1, not {self.time_min}, {self.time_max}"
             )
-        if self.time_shift is not None and not self.time_shift > 0:
-            raise UserError(f"--time_shift must be positive, not {self.time_shift}")
+        self._refuse_not_positive("time_shift")
 
     def shift_of_times(self, schedule: NoiseSchedule, of_grid: float) -> float:
         """The shift of the times at which teacher and critic are compared; ``of_grid``: that of the student's grid.

@@ -204,28 +204,22 @@ class RunConfig(Settings):
         self._refuse_below_one("steps", "max_steps", "batch_size", "gradient_accumulation_steps")
         self._refuse_below_one("checkpointing_steps", "log_steps", "checkpoints_total_limit")
         self._refuse_negative("lr", "adam_weight_decay", "max_grad_norm", "lr_warmup_steps", "sample_steps", "seed")
-        self._refuse_negative("lora_rank", "data_workers", "rollbacks", "eval_steps", "eval_patience")
-        self._refuse_negative("guidance_scale", "image_guidance_scale")
+        self._refuse_negative("lora_rank", "data_workers", "rollbacks", "eval_steps", "eval_patience", "guidance_scale")
+        self._refuse_negative("image_guidance_scale")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
         if self.mixed_precision == "fp16":
-            raise UserError(
-                "--mixed_precision must be one of no, bf16, not 'fp16'; fp16 training is not offered, its scaling "
-                "cannot follow split backward passes"
-            )
+            raise UserError("--mixed_precision must be one of no, bf16; the scaling of fp16 cannot follow split passes")
         self._refuse_unknown("mixed_precision", "no", "bf16")
         self._refuse_unknown("stop_on", "nan", "collapse", "never")
+        self._refuse_unknown("renoise", *self.RENOISE)
+        self._refuse_unknown("dynamic_shift", "static", "keep")
+        self._refuse_not_positive("shift", "lora_alpha")
         if self.stop_on == "never":
             self._refuse_set("is for a run that would stop, and --stop_on never does not", "rollbacks")
         if self.data is None and self.prompts is None:
             self._refuse_set("says which texts of --data or --prompts are meant", "data_text")
-        self._refuse_unknown("renoise", *self.RENOISE)
-        self._refuse_unknown("dynamic_shift", "static", "keep")
-        if self.shift is not None and not self.shift > 0:
-            raise UserError(f"--shift must be positive, not {self.shift}")
-        if self.lora_alpha is not None and not self.lora_alpha > 0:
-            raise UserError(f"--lora_alpha must be positive, not {self.lora_alpha}")
         for name in ("lora_alpha", "full_critic", "merge", "quantization"):
             if getattr(self, name) and not self.lora_rank:
                 raise UserError(f"--{name} belongs to adapters: give --lora_rank, or leave it out")

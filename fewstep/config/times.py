@@ -35,8 +35,7 @@ class NoiseLevelConfig(RunConfig):
         super().__post_init__()
         self._refuse_unknown("times", "auto", "uniform", "logit_normal")
         self._refuse_negative("time_min", "time_std")
-        if self.time_shift is not None and not self.time_shift > 0:
-            raise UserError(f"--time_shift must be positive, not {self.time_shift}")
+        self._refuse_not_positive("time_shift")
 
     def levels(self, schedule: NoiseSchedule) -> NoiseLevels:
         """The distribution that these settings mean for a teacher.
