@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fewstep.config.parsing import Parser, parse, with_values
 from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.eval.during import evaluator_of
+from fewstep.export.about import read_about
 from fewstep.programs import distillation
 from fewstep.programs.auto import CHOOSE, decide, refuse_foreign
 from fewstep.programs.methods import method_class, methods
@@ -67,18 +69,29 @@ def run(words: Sequence[str]) -> None:
         method, config = decision.method, decision.config
     else:
         config = distill_config(method, words[1:])
-    _announce(distillation.run(config, method, evaluator=evaluator_of))
+    _announce(distillation.run(config, method, evaluator=evaluator_of), config.items)
     leave_launch()
 
 
-def _announce(student: Path) -> None:
+def _announce(student: Path, items: str | None) -> None:
     from accelerate import PartialState
 
     if PartialState().is_main_process:
         if (student / "model_index.json").is_file():
-            print(f"the student is in {student}; fewstep sample {student} --out sample.png")
+            asked = " ".join(_asked_with(read_about(student), items))
+            print(f"the student is in {student}; fewstep sample {shlex.quote(str(student))} {asked} --out sample.png")
         else:
             print(f"the student is in {student}; its README.md shows how to load it, --merge makes a whole pipeline")
+
+
+def _asked_with(about: Mapping[str, Any], items: str | None) -> list[str]:
+    """The words by which ``fewstep sample`` is told what a student shall make."""
+    kind, example = about["conditional"], about.get("example")
+    if kind == "item":
+        return ["--items", "FILE" if items is None else shlex.quote(items)]
+    if kind == "prompt":
+        return ["--prompt", shlex.quote(example if isinstance(example, str) else "a photo of a cat")]
+    return [] if kind is None else ["--class", str(example if isinstance(example, int) else 0)]
 
 
 def main(method: str) -> None:

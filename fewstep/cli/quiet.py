@@ -52,6 +52,8 @@ def quiet_libraries() -> Iterator[None]:
         with warnings.catch_warnings():
             # Of a library's own code, in the versions that this package asks for.
             warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.* is deprecated")
+            # Of how a pipeline is called to learn what it does.
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"diffusers\.")
             # Of an image that it then refuses, or reads all the same.
             warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
             yield

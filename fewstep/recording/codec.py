@@ -101,7 +101,8 @@ class Codec:
         if self.lost:
             raise RecordingError(
                 f"{type(self.recording.pipeline).__name__} cuts {self.lost} entries of its sample, which its network "
-                "is told, before decoding: what they are for an image is not known, so no images can be learnt from"
+                "is told, before decoding: what they are for an image is not known, so no images can be learnt from; "
+                "leave out --data"
             )
         own = self._own.to(z.device)
         flat = (z.reshape(len(z), -1).double() - self.offset.to(z.device))[:, own] / self.scale.to(z.device)[own]
@@ -266,7 +267,8 @@ def _latents(encoded: Any) -> Tensor:
         if hasattr(encoded, name):
             return getattr(encoded, name)
     raise RecordingError(
-        f"the encoder returned a {type(encoded).__name__} without latents; encoding cannot be recorded"
+        f"the encoder returned a {type(encoded).__name__} without latents; encoding cannot be recorded: leave out "
+        "--data"
     )
 
 

@@ -1,6 +1,7 @@
 """What other libraries say while a command runs."""
 
 import logging
+import warnings
 
 import pytest
 from diffusers.utils import logging as of_diffusers
@@ -42,6 +43,14 @@ def test_what_is_said_afterwards_is_as_before(said):
     for text in (USELESS, CHECKER, CHECKER):
         logger.warning(text)
     assert lines == [USELESS, CHECKER, CHECKER]
+
+
+def test_how_the_recorder_calls_a_pipeline_is_not_what_a_user_is_warned_of():
+    told = {"category": FutureWarning, "filename": "f.py", "lineno": 1}
+    with warnings.catch_warnings(record=True) as shown, quiet_libraries():
+        warnings.warn_explicit("two prompts and one image", module="diffusers.pipelines.a", **told)
+        warnings.warn_explicit("of the user's own code", module="mine", **told)
+    assert [str(one.message) for one in shown] == ["of the user's own code"]
 
 
 @pytest.mark.parametrize("library", [of_diffusers, of_transformers])

@@ -14,7 +14,7 @@ from fewstep.recording.call.items import check_items, with_other_pictures
 from fewstep.recording.call.numbers import SCALES, refuse_impossible
 from fewstep.recording.call.pictures import refuse_pictures
 from fewstep.recording.call.plain import plain_call
-from fewstep.recording.errors import RecordingError
+from fewstep.recording.errors import ANOTHER, RecordingError
 
 # The arguments that name the samples of a call, in diffusers' own words, and what is recorded when none is given.
 _SUBJECTS: dict[str, tuple[Literal["prompt", "label"], Any]] = {
@@ -145,7 +145,7 @@ def read_invocation(pipeline: Any, call: dict[str, Any], items: Sequence[Item] |
         if key.endswith("_per_prompt") and value not in (None, 1):
             raise RecordingError(f"the recorder samples once per prompt; remove {key} from the call of {name}")
     if "num_inference_steps" not in parameters:
-        raise RecordingError(f"{name} takes no num_inference_steps, so it has no steps to distil")
+        raise RecordingError(f"{name} takes no num_inference_steps, so it has no steps to distil: {ANOTHER}")
     rest = {
         key: value
         for key, value in call.items()

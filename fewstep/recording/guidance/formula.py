@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.recording.call.invocation import Invocation
 from fewstep.recording.call.numbers import SCALES
-from fewstep.recording.errors import RecordingError
+from fewstep.recording.errors import ANOTHER, RecordingError
 from fewstep.recording.loop.call_parts import same_conditioning
 from fewstep.recording.loop.denoisers import Denoisers
 from fewstep.recording.loop.experts import Visits, components_of, expert_at
@@ -132,7 +132,7 @@ def _check_told(subject: Subject, fit: FormulaFit, pieces: list[Conditioning], s
         raise RecordingError(
             f"in a guided step {subject} tells {fit.denoisers.experts[0].component} something else than "
             f"{fit.denoisers.recipe.component}; networks that are called in different ways cannot be distilled "
-            "together yet"
+            f"together yet: {ANOTHER}"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.recording.call.invocation import Invocation
-from fewstep.recording.errors import RecordingError
+from fewstep.recording.errors import ANOTHER, RecordingError
 from fewstep.recording.guidance.formula import NO_RESPONSE, FormulaFit, GuidedCall, expert_guidance
 from fewstep.recording.guidance.report import GuidanceReport
 from fewstep.recording.guidance.runs import guided_runs, scale_arguments
@@ -76,7 +76,8 @@ def switch_off(subject: Subject) -> tuple[Subject, str]:
     why = "" if guider is None else f", as its {guider} asks, which no argument of the call switches off"
     raise RecordingError(
         f"{subject} calls {component} for more than one answer per step whatever its guidance scale "
-        f"({', '.join(scales) or 'it has none'}){why}; this cannot be recorded"
+        f"({', '.join(scales) or 'it has none'}){why}; this cannot be recorded: switch the further answers off in the "
+        f"call, or {ANOTHER}"
     )
 
 
@@ -96,10 +97,10 @@ def _answered(output: Any) -> int:
 def first_step(subject: Subject, steps: list[Step]) -> Step:
     """The first step, checked to hold a network call."""
     if not steps:
-        raise RecordingError(f"{subject} made no step of its scheduler, so there is nothing to distil")
+        raise RecordingError(f"{subject} made no step of its scheduler, so there is nothing to distil: {ANOTHER}")
     if not steps[0].calls:
         raise RecordingError(
-            f"{subject} called none of its networks before scheduler.step: it has no denoiser to distil"
+            f"{subject} called none of its networks before scheduler.step: it has no denoiser to distil: {ANOTHER}"
         )
     return steps[0]
 
@@ -283,7 +284,8 @@ def _find_positive(
         return padded.index(True), True
     if any(moved):
         raise RecordingError(
-            "both halves of the guided call follow the prompt, so the negative one cannot be told from the positive one"
+            "both halves of the guided call follow the prompt, so the negative one cannot be told from the positive "
+            f"one: switch the guidance off in the call, or {ANOTHER}"
         )
     return 1, False
 

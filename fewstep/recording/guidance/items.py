@@ -15,7 +15,7 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.item import PROMPT, Item
 from fewstep.conditioning.tree import Leaf, leaves
 from fewstep.recording.call.items import with_pictures_of
-from fewstep.recording.errors import RecordingError
+from fewstep.recording.errors import ANOTHER, RecordingError
 from fewstep.recording.guidance.formula import FormulaFit, GuidedCall, expert_guidance
 from fewstep.recording.guidance.guided import Guided, find_guided
 from fewstep.recording.guidance.report import GuidanceReport
@@ -137,7 +137,8 @@ def _positive(subject: Subject, denoisers: Denoisers, found: Guided, embedded: s
         if moved.count(True) == 1:
             return moved.index(True)
     raise RecordingError(
-        f"which of the {len(found.pieces)} answers of a guided step of {subject} is the positive one was not seen"
+        f"which of the {len(found.pieces)} answers of a guided step of {subject} is the positive one was not seen: "
+        f"switch the guidance off in the call, or {ANOTHER}"
     )
 
 

@@ -22,7 +22,7 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.item import Item
 from fewstep.conditioning.outside import Pins, with_outside
 from fewstep.diffusion.schedule import NoiseSchedule
-from fewstep.recording.errors import RecordingError
+from fewstep.recording.errors import ANOTHER, RecordingError
 from fewstep.recording.items.redrawn import say_what_stops
 from fewstep.recording.loop.fresh import fresh_samples
 from fewstep.recording.recipe import Recipe
@@ -104,7 +104,7 @@ class BetweenSteps:
             if self.clean is not None and not torch.equal(where, self.clean):
                 raise RecordingError(
                     f"{item} takes the place of other entries of the sample of {self.subject} than the recorded item "
-                    "does; items that are placed elsewhere need a recording of their own"
+                    "does; items that are placed elsewhere need a run of their own"
                 )
             if bool(where.all()):
                 raise RecordingError(
@@ -113,12 +113,18 @@ class BetweenSteps:
                 )
             noised, value = _value(self.subject, watched, where, self.schedule)
             if bool(where.any()) and noised != self.noised:
-                raise RecordingError(f"{self.subject} pins {item} in another way than the recorded item")
+                raise RecordingError(
+                    f"{self.subject} pins {item} in another way than the recorded item; such items need a run of their "
+                    "own"
+                )
             pins = Pins(where[None].to(value.device), value)
         if self.tail is not None:
             z = watched.seen.decoder_input
             if z is None or z.numel() <= int(self.tail.max()):
-                raise RecordingError(f"{item} does not come to the decoder of {self.subject} as the recorded item does")
+                raise RecordingError(
+                    f"{item} does not come to the decoder of {self.subject} as the recorded item does; such items need "
+                    "a run of their own"
+                )
             tail = z.flatten()[self.tail.to(z.device)][None]
         return with_outside(told, pins, tail)
 
@@ -276,7 +282,7 @@ def _check_clean(subject: Subject, stub: Stub, recipe: Recipe, clean: Tensor) ->
         raise RecordingError(
             f"{subject} replaces entries of its sample between steps by its picture as it is, "
             + ("and the network reads them from the sample" if same else "and for each item others")
-            + "; it cannot be recorded"
+            + f"; it cannot be recorded: {ANOTHER}"
         )
 
 

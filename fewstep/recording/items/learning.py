@@ -13,7 +13,7 @@ from fewstep.conditioning.conditioning import Conditioning, remark
 from fewstep.conditioning.item import Item, form
 from fewstep.conditioning.tree import Leaf, SampleList, leaves, map_leaves, map_plain
 from fewstep.recording.call.items import with_pictures_of
-from fewstep.recording.errors import RecordingError
+from fewstep.recording.errors import ANOTHER, RecordingError
 from fewstep.recording.items.check import ItemCheck
 from fewstep.recording.items.marks import candidate_marks, moved_paths
 from fewstep.recording.loop.call_parts import without_sample
@@ -118,7 +118,7 @@ def learn_items(
             return marked, found
     raise RecordingError(
         f"two items in one call of the {component} of {subject} do not give what each of them gives alone, however "
-        "what it is told is divided among them; it cannot be recorded"
+        f"what it is told is divided among them; it cannot be recorded: {ANOTHER}"
     )
 
 

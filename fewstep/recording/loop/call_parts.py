@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.conditioning.conditioning import Conditioning, mark, remark
 from fewstep.conditioning.tree import Leaf, SampleList, leaves, map_paths
-from fewstep.recording.errors import RecordingError
+from fewstep.recording.errors import ANOTHER, RecordingError
 from fewstep.recording.recipe import Recipe
 from fewstep.recording.rules.feeding import unfed
 from fewstep.recording.watch.observation import NetworkCall, Step
@@ -48,7 +48,7 @@ def mark_arguments(component: str, one: dict[str, Any], two: dict[str, Any]) -> 
         return mark(one, two)
     except ValueError as error:
         raise RecordingError(
-            f"how the conditioning of {component} depends on the batch was not understood: {error}"
+            f"how the conditioning of {component} depends on the batch was not understood ({error}): {ANOTHER}"
         ) from error
 
 
@@ -72,7 +72,9 @@ def split_pieces(calls: list[NetworkCall], recipe: Recipe, marked: dict[str, Any
             told = {name: value for name, value in told.items() if name in marked or value is not None}
             whole = remark(told, marked, rows)
         except ValueError as error:
-            raise RecordingError(f"the guided call cannot be split: {error}") from error
+            raise RecordingError(
+                f"the guided call cannot be split ({error}): switch the guidance off in the call, or {ANOTHER}"
+            ) from error
         pieces += [whole.select([i]) for i in range(rows)]
     return pieces
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.schedule import NoiseSchedule, TableSchedule
-from fewstep.recording.errors import RecordingError
+from fewstep.recording.errors import ANOTHER, RecordingError
 from fewstep.recording.loop.call_parts import equal, without_sample
 from fewstep.recording.loop.experts import Expert, Visits, expert_at
 from fewstep.recording.pipeline import modules_of
@@ -45,7 +45,7 @@ def loop_components(subject: Subject, first: str, *runs: list[Step], beside: Seq
             raise RecordingError(
                 f"the loop of {subject} calls {', '.join(sorted(names - {main}))} beside {main}; "
                 "pipelines with several denoisers in one step cannot be distilled, nor with a network that is called "
-                "in some steps only"
+                f"in some steps only: switch the others off in the call, or {ANOTHER}"
             )
         found |= dict.fromkeys(names)
     return tuple(found)
@@ -106,7 +106,7 @@ def find_visits(subject: Subject, experts: Sequence[Expert], stub: Stub) -> Visi
     rarest = experts[min(range(len(experts)), key=lambda k: len(places[k]))].component
     raise RecordingError(
         f"{subject} calls {rarest} fewer than {_ENOUGH} times in {_COUNTS[-1]} steps, "
-        "too seldom to prove how it is called"
+        "too seldom to prove how it is called; give it more of the steps (boundary_ratio of the pipeline), or none"
     )
 
 
@@ -126,7 +126,8 @@ def check_alike(experts: Sequence[Expert], steps: list[Step], recipe: Recipe | N
         if odd:
             raise RecordingError(
                 f"{first.component} and {expert.component} share the loop by time, but are told different "
-                f"{', '.join(odd)}; networks that are called in different ways cannot be distilled together yet"
+                f"{', '.join(odd)}; networks that are called in different ways cannot be distilled together yet: "
+                f"{ANOTHER}"
             )
 
 
@@ -136,7 +137,7 @@ def _only(subject: Subject, names: tuple[str, ...], step: Step) -> str:
     if len(called) != 1:
         raise RecordingError(
             f"{subject} does not call exactly one of {', '.join(names)} at timestep "
-            f"{step.timestep:g} with guidance off; it cannot be recorded"
+            f"{step.timestep:g} with guidance off; it cannot be recorded: {ANOTHER}"
         )
     return called[0]
 
@@ -150,7 +151,8 @@ def _intervals(
     if len(set(order)) != len(order):
         raise RecordingError(
             f"the loop of {subject} calls {', '.join(names)}, and which one does not follow from the "
-            "time alone, one interval for each; several denoisers are distilled only where they are split by time"
+            "time alone, one interval for each; several denoisers are distilled only where they are split by time: "
+            f"{ANOTHER}"
         )
     return order, [(lower[0], upper[-1]) for (_, upper), (_, lower) in pairwise(pieces)]
 

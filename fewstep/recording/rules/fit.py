@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.recording.errors import RecordingError
+from fewstep.recording.errors import ANOTHER, RecordingError
 from fewstep.recording.rules.dtypes import dtype_name
 from fewstep.recording.rules.rules import OutputRule, SampleRule, TimeRule
 from fewstep.recording.watch.observation import Step
@@ -34,7 +34,8 @@ def fit_sample(component: str, steps: list[Step]) -> SampleRule:
                 return rule
     raise RecordingError(
         f"no argument of {component} equals the sample that the scheduler is given "
-        f"({', '.join(first)}); the pipeline mixes something else into it (an image? a mask?): not recordable"
+        f"({', '.join(first)}): the pipeline scales it by itself, or mixes something into it, between its scheduler "
+        f"and its network, which no stock scheduler does; {ANOTHER}"
     )
 
 
@@ -93,7 +94,7 @@ def fit_times(component: str, sample: str, runs: list[list[Step]], two: dict[str
         raise RecordingError(
             f"no argument of {component} follows the scheduler's timestep "
             f"({'changing: ' + ', '.join(changing) if changing else 'nothing changes between steps'}); "
-            "a network without a time cannot be distilled"
+            f"a network without a time cannot be distilled: {ANOTHER}"
         )
     return tuple(rules)
 
@@ -123,7 +124,7 @@ def _time_value(component: str, name: str, value: Any) -> float:
         return float(value.flatten()[0])
     raise RecordingError(
         f"the argument {name} of {component} changes between steps and is not one time per sample; "
-        "conditioning that follows the trajectory cannot be recorded"
+        f"conditioning that follows the trajectory cannot be recorded: switch it off in the call, or {ANOTHER}"
     )
 
 
@@ -147,7 +148,7 @@ def _time_shape(component: str, name: str, one: Any, two: Any) -> tuple[int, tup
         return 1, tuple(one.shape[1:])
     raise RecordingError(
         f"the time argument {name} of {component} has shape {list(one.shape)} for one sample and {list(two.shape)} for "
-        "two; which entry belongs to which sample cannot be told"
+        f"two; which entry belongs to which sample cannot be told: {ANOTHER}"
     )
 
 
@@ -187,7 +188,7 @@ def fit_time(
     seen = ", ".join(f"{v:g} at {t:g}" for t, v in zip(current[:4], values[:4], strict=True))
     raise RecordingError(
         f"the argument {name} of {component} changes between steps, but by no simple rule of the scheduler's timestep "
-        f"({seen}); no stock scheduler can feed such a time"
+        f"({seen}); no stock scheduler can feed such a time: {ANOTHER}"
     )
 
 
@@ -259,7 +260,8 @@ def fit_output(component: str, steps: list[Step]) -> OutputRule:
                         return candidate
     raise RecordingError(
         f"the output of {component} is not what the scheduler is given, nor its negative, its first half or a "
-        "reordering of it; the pipeline changes it in a way that cannot be recorded"
+        "reordering of it; the pipeline changes it in a way that cannot be recorded: switch off in the call what "
+        f"changes it, or {ANOTHER}"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.recording.errors import RecordingError
+from fewstep.recording.errors import ANOTHER, RecordingError
 from fewstep.recording.rules.dtypes import dtype_name
 from fewstep.recording.rules.entries import Entries, as_entries, copies
 from fewstep.recording.rules.fit import differs, elements, fit_output, fit_time, time_dtype
@@ -65,7 +65,7 @@ def fit_entries(component: str, runs: list[list[Step]]) -> tuple[SampleRule, tup
         raise RecordingError(
             f"no argument of {component} follows the scheduler's timestep "
             f"({', '.join(name for name, _ in times) or 'nothing but the sample'} changes between steps); a network "
-            "without a time cannot be distilled"
+            f"without a time cannot be distilled: {ANOTHER}"
         )
     return samples[0], rules
 
