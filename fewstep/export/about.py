@@ -60,7 +60,8 @@ def fetched(student: str | Path, name: str, **fetching: Any) -> Path:
         if not (folder / FILE).is_file() and not (folder / "model_index.json").is_file():
             raise ExportError(f"{student} is not a diffusers pipeline: it has no model_index.json")
         raise ExportError(
-            f"{student} is not a fewstep student: it has no {name}; load it with DiffusionPipeline.from_pretrained"
+            f"{student} is not a fewstep student: it has no {name}; DiffusionPipeline.from_pretrained loads it, and "
+            "fewstep eval takes it as --teacher"
         )
     if isinstance(student, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", student):
         return _download(student, name, fetching)

@@ -12,7 +12,7 @@ from fewstep.conditioning.item import Item
 from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule, TableSchedule, from_scheduler
 from fewstep.recording.call.invocation import read_invocation
 from fewstep.recording.call.items import as_items
-from fewstep.recording.errors import RecordingError
+from fewstep.recording.errors import ANOTHER, RecordingError
 from fewstep.recording.guidance.guided import embedded_paths, record_guided, switch_off, unguided_step
 from fewstep.recording.guidance.items import record_item_guidance
 from fewstep.recording.items.between_steps import see_between
@@ -229,7 +229,7 @@ def _second_component(subject: Subject, steps: list[Step]) -> tuple[str, ...]:
     if len(found) > 1:
         raise RecordingError(
             f"the loop of {subject} calls {', '.join(found)} beside its denoiser; one network beside it can be "
-            "distilled with it, and no more"
+            "distilled with it, and no more: switch the others off in the call, or take them out of the pipeline"
         )
     return found
 
@@ -262,18 +262,20 @@ def _live_steps(runs: list[list[Step]], experts: tuple[Expert, ...]) -> list[Ste
 
 def _check_loop(subject: Subject, experts: tuple[Expert, ...], steps: list[Step]) -> None:
     if len(steps) < 2:
-        raise RecordingError(f"{subject} made {len(steps)} steps; a pipeline without a loop cannot be distilled")
+        raise RecordingError(
+            f"{subject} made {len(steps)} steps; a pipeline without a loop cannot be distilled: {ANOTHER}"
+        )
     for step in steps:
         component = expert_at(experts, step.timestep).component
         if not step.calls:
             raise RecordingError(
                 f"{subject} calls scheduler.step more often than {component}, so what it hands to it is no answer of "
-                "the network alone; it cannot be recorded"
+                f"the network alone; it cannot be recorded: {ANOTHER}"
             )
         if not unguided_step(step, component, beside=subject.invocation.conditional == "item"):
             raise RecordingError(
                 f"{subject} does not call {component} exactly once in every step with guidance off; it cannot be "
-                "recorded"
+                f"recorded: {ANOTHER}"
             )
 
 
@@ -312,7 +314,7 @@ def _check_walk(pipeline: Any, schedule: NoiseSchedule, steps: list[Step]) -> No
     if not (times.isfinite().all() and times[0] > times[-1]):
         raise RecordingError(
             f"{scheduler} walks from t={times[0]:.3g} to t={times[-1]:.3g}, from data to noise as fewstep reads it "
-            "(inverted sigmas?); such a schedule cannot be trained on"
+            "(inverted sigmas?); such a schedule cannot be trained on: give the pipeline another scheduler"
         )
     if not isinstance(schedule, FlowSchedule):
         return
@@ -321,7 +323,8 @@ def _check_walk(pipeline: Any, schedule: NoiseSchedule, steps: list[Step]) -> No
         if step.sigma is not None and abs(step.sigma - t) * schedule.timestep_scale > 1.01:
             raise RecordingError(
                 f"{scheduler} gives the network the timestep {step.timestep:g} at the noise level {step.sigma:.4g}; "
-                "fewstep trains flow models whose timestep names the noise level"
+                "fewstep trains flow models whose timestep names the noise level: give the pipeline another scheduler, "
+                f"or {ANOTHER}"
             )
 
 

@@ -119,6 +119,15 @@ def test_parquet_holds_pictures_as_paths_bytes_or_as_datasets_writes_them(tmp_pa
     assert [np.array_equal(np.asarray(p), pixels(n)) for n, p in enumerate(several.arguments["image"])] == [True] * 2
 
 
+def test_the_rows_of_the_page_are_items(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "editing.md").read_text(encoding="utf-8")
+    rows = page.split("```json\n")[1].split("```")[0]
+    for number, name in enumerate(json.loads(row)["image"] for row in rows.splitlines()):
+        picture(tmp_path / name, number)
+    (tmp_path / "items.jsonl").write_text(rows)
+    assert len(read_items(tmp_path, EDIT)) == 2
+
+
 def test_from_python_they_are_pictures_tensors_or_paths(tmp_path: Path) -> None:
     edits(tmp_path)
     given = [

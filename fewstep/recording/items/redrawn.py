@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from fewstep.recording.errors import RecordingError
+from fewstep.recording.errors import ANOTHER, RecordingError
 from fewstep.recording.loop.fresh import fresh_samples
 from fewstep.recording.rules.item_fit import RedrawnError, fit_entries
 from fewstep.recording.watch.observation import Step, Stub
@@ -30,7 +30,7 @@ def say_what_stops(error: RedrawnError, subject: Subject, check: Callable[[Subje
         except RecordingError:
             continue
         return RecordingError(f"{error}: the pipeline draws them anew; give {name}=0 in the call, which stops that")
-    return RecordingError(f"{error}; what follows the trajectory cannot be recorded")
+    return RecordingError(f"{error}; what follows the trajectory cannot be recorded: {ANOTHER}")
 
 
 def entries_stand(component: str, runs: list[list[Step]]) -> Callable[[Subject], object]:

@@ -56,9 +56,13 @@ class Switch:
         """
         states = [on for _, on in steps]
         if not any(states):
-            raise RecordingError(f"the control is never on in a walk of {len(steps)} steps ({self.argument})")
+            raise RecordingError(
+                f"the control is never on in a walk of {len(steps)} steps ({self.argument}): give more steps"
+            )
         if sum(now != then for now, then in pairwise([False, *states, False])) > 2:
-            raise RecordingError(f"the control is switched on more than once in a walk ({self.argument})")
+            raise RecordingError(
+                f"the control is switched on more than once in a walk ({self.argument}): give one start and one end"
+            )
         first, last = states.index(True), len(states) - 1 - states[::-1].index(True)
         times = [timestep for timestep, _ in steps]
         lowest, highest = -torch.inf, torch.inf

@@ -34,7 +34,8 @@ def velocity_sign(scheduler: Any, arguments: Mapping[str, Any]) -> float:
     if not bool((moving | (tokens == 0)).all()):
         raise RecordingError(
             f"the pipeline hands its {type(scheduler).__name__} several times for the tokens of one sample (a "
-            "condition of a strength below 1?); only walks with one time for what moves can be distilled"
+            "condition of a strength below 1?); only walks with one time for what moves can be distilled: give "
+            "conditions of strength 1"
         )
     sample, moved = arguments["sample"], []
     for times in (tokens, None):
