@@ -47,9 +47,11 @@ def test_what_is_said_afterwards_is_as_before(said):
 
 def test_how_the_recorder_calls_a_pipeline_is_not_what_a_user_is_warned_of():
     told = {"category": FutureWarning, "filename": "f.py", "lineno": 1}
-    with warnings.catch_warnings(record=True) as shown, quiet_libraries():
-        warnings.warn_explicit("two prompts and one image", module="diffusers.pipelines.a", **told)
-        warnings.warn_explicit("of the user's own code", module="mine", **told)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with quiet_libraries():
+            warnings.warn_explicit("two prompts and one image", module="diffusers.pipelines.a", **told)
+            warnings.warn_explicit("of the user's own code", module="mine", **told)
     assert [str(one.message) for one in shown] == ["of the user's own code"]
 
 
