@@ -26,7 +26,8 @@ def first_entry(pictures: Tensor, asked: Asked) -> Tensor:
 def config(out: Path, **settings) -> HyperSdConfig:
     defaults = {"max_steps": 8, "batch_size": 4, "log_steps": 1, "report_to": "none", "lr": 1e-3, "steps": 4}
     defaults |= {"segments": [2, 1], "intervals": [8], "adversarial_weight": [0.0], "data": "numbers"}
-    defaults |= {"stages": STAGES, "reward": "my.Reward", "critic_updates": 2, "reward_look_steps": 1000}
+    defaults |= {"stages": STAGES, "reward": "my.Reward", "critic_updates": 2}
+    defaults |= {"reward_look_steps": 1000} if settings.get("reward", "my.Reward") is not None else {}
     return HyperSdConfig(teacher="tiny", out=str(out), **{**defaults, **settings})
 
 
