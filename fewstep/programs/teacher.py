@@ -170,9 +170,9 @@ def open_teacher(
     how = {"make_up": make_up, "without_images": settings.without_images}
     recording = record_for(record, pipeline, settings.recorded_call, items, **how)
     _refuse_unquantized(settings, recording, given)
-    recording.prove()
     if items is not None:
         recording = with_sizes(recording, items.each)
+    recording.prove()
     # Where a LoRA is in a text encoder, what lies in the teacher's folder is another one.
     again = None if given or (lora is not None and lora.in_text) else settings.load
     source = None if given else settings.source

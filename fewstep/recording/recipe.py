@@ -51,6 +51,10 @@ class Recipe:
         """The recipe for samples of a shape; this one where there is none."""
         return next((one for one in self.sizes if one.sample_shape == shape), self)
 
+    def called(self, component: str) -> Recipe:
+        """The recipe for a component of another name, at every size."""
+        return dataclasses.replace(self, component=component, sizes=tuple(one.called(component) for one in self.sizes))
+
     @property
     def read(self) -> Tensor:
         """Which entries of a sample the network is told: bool, *sample_shape. The others are never looked at."""

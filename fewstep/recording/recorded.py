@@ -139,7 +139,7 @@ class Recorded:
             self,
             component=expert.component,
             network=expert.network,
-            recipe=replace(self.recipe, component=expert.component),
+            recipe=self.recipe.called(expert.component),
             experts=(replace(expert, lowest=-torch.inf),),
             visits=None,
             sizes=tuple(one.of(expert) for one in self.sizes),

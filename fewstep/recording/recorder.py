@@ -33,7 +33,7 @@ from fewstep.recording.rules.dtypes import dtype_name, network_dtype
 from fewstep.recording.rules.fit import fit_output, fit_sample, fit_times
 from fewstep.recording.rules.item_fit import RedrawnError, fit_entries, fit_output_entries
 from fewstep.recording.rules.rules import TimeRule
-from fewstep.recording.second.fit import components_beside, fit_second, outputs_beside
+from fewstep.recording.second.fit import components_beside, fit_second, outputs_beside, stand_in
 from fewstep.recording.second.switch import at_steps
 from fewstep.recording.watch.encoded_once import encoded_once
 from fewstep.recording.watch.observation import Observation, Step, Stub
@@ -96,15 +96,14 @@ def _record(pipeline: Any, items: Sequence[Item] | None, call: dict[str, Any]) -
         raise RecordingError(f"{names} share the loop by time, but not one recipe calls them all: {error}") from error
     check_alike(experts, _all(runs), recipe)
 
-    first = runs[0][0].calls[-1]
-    stub = Stub(components_of(experts), first.output, beside=outputs_beside(runs[0][0], components_beside(*runs)))
+    first, stub = runs[0][0].calls[-1], stand_in(components_of(experts), runs)
     told = between = check = None
     if two is not None:
         one = without_sample(first, recipe)
         marked = mark_arguments(component, one, {name: value for name, value in two.items() if name in one})
     else:
-        between = see_between(subject, recipe, schedule, stub)
         check = ItemCheck(stub, first, recipe)
+        between = see_between(subject, recipe, schedule, check)
         marked, told = learn_items(subject, experts[0].network, component, recipe, runs[0][0], check)
     visits = find_visits(subject, experts, stub) if len(experts) > 1 else None
     denoisers = Denoisers(experts, recipe, marked, stub, visits)
@@ -216,9 +215,7 @@ def fit_recipe(
     if second is not None:
         # The teacher goes by the times at which its control is switched when it makes its own number of steps.
         count = subject.invocation.steps or LONG
-        stub = Stub(
-            components_of(experts), steps[0].calls[-1].output, beside=outputs_beside(steps[0], [second.component])
-        )
+        stub = stand_in(components_of(experts), runs)
         second = at_steps(second, subject.run(count, steps=count, stub=stub).steps if second.switch else [])
     return Recipe(component, shape, sample, times, output, dtype_name(network_dtype(experts[0].network)), second)
 

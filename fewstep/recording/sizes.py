@@ -23,9 +23,9 @@ from fewstep.recording.loop.experts import components_of
 from fewstep.recording.recipe import Recipe
 from fewstep.recording.recorder import SHORT, fit_recipe, unguided_runs
 from fewstep.recording.recording import Recording
-from fewstep.recording.second.fit import components_beside, outputs_beside
+from fewstep.recording.second.fit import stand_in
 from fewstep.recording.watch.encoded_once import encoded_once
-from fewstep.recording.watch.observation import Observation, Stub
+from fewstep.recording.watch.observation import Observation
 
 #: Sizes that one teacher is recorded at.
 MOST = 64
@@ -74,9 +74,9 @@ def _with_sizes(recording: Recording, by_key: Mapping[Form, list[Item]], own_key
     sizes = []
     for shape, some in keys.items():
         if shape != recording.sample_shape:
-            one = _at(recording, *_two(by_key[some[0]]))
+            one = _at(recording, frozenset(some), *_two(by_key[some[0]]))
             one.prove()
-            sizes.append(replace(one, keys=frozenset(some)))
+            sizes.append(one)
     return replace(
         recording,
         recipe=replace(recording.recipe, sizes=tuple(one.recipe for one in sizes)),
@@ -89,8 +89,8 @@ def _first_step(recording: Recording, item: Item) -> Observation:
     return recording.subject.run(SHORT, [item], steps=1)
 
 
-def _at(recording: Recording, item: Item, other: Item) -> Recording:
-    """The recording as if it had been made with these two items.
+def _at(recording: Recording, keys: frozenset[Form], item: Item, other: Item) -> Recording:
+    """The recording as if it had been made with these two items, which have a size of these keys.
 
     Raises:
         RecordingError: the network is called otherwise than in that of the first size.
@@ -106,12 +106,10 @@ def _at(recording: Recording, item: Item, other: Item) -> Recording:
         marked: dict[str, Any] = remark(one, recording.marked, 1).tree
     except ValueError:
         marked = by_axes(one, frozenset() if told is None else told.pictures | told.items)
-    beside, first = outputs_beside(runs[0][0], components_beside(*runs)), runs[0][0].calls[-1]
-    stub = Stub(components_of(experts), first.output, beside=beside)
-    between = None if recording.between is None else see_between(subject, recipe, recording.schedule, stub)
-    check = ItemCheck(stub, first, recipe)
+    check = ItemCheck(stand_in(components_of(experts), runs), runs[0][0].calls[-1], recipe)
+    between = None if recording.between is None else see_between(subject, recipe, recording.schedule, check)
     changes: dict[str, Any] = {"recipe": recipe, "marked": marked, "between": between, "check": check, "proof": None}
-    return replace(recording, invocation=invocation, **changes)
+    return replace(recording, invocation=invocation, keys=keys, _encoded={}, **changes)
 
 
 def _arithmetic(recipe: Recipe) -> Any:

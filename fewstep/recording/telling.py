@@ -51,7 +51,7 @@ def tell(teller: Teller, one: Any, seed: int = 0) -> Conditioning:
         call = check.told(teller.subject, teller.recipe, one, seed)
         return _as_marked(teller, one, _beside_sample(teller, one, call))
     watched = teller.between.watch(one, seed)
-    check.hold(teller.subject, teller.recipe, one, watched.seen)
+    check.hold(teller.subject, teller.recipe, one, watched.seen, answered=watched.answered)
     told = _as_marked(teller, one, _beside_sample(teller, one, watched.seen.steps[0].calls[-1]))
     return teller.between.added(told, one, watched)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from picture_pipeline import items_of, picture, picture_pipeline
@@ -41,6 +43,14 @@ def test_each_size_is_proven_with_a_picture_that_it_was_not_learnt_from(way: str
     assert Recipe.from_json(recording.recipe.to_json()) == recording.recipe
     with pytest.raises(RecordingError, match="row 9 is of a size that was not among those"):
         recording.condition_each(items=[Item({**items[0].arguments, "image": picture(0, 8)}, "row 9")])
+
+
+def test_the_recording_of_one_expert_has_its_name_at_every_size() -> None:
+    items = two_sizes("channels")
+    recording = with_sizes(recorded("channels", items), items)
+    alone = recording.of(replace(recording.experts[0], component="transformer_2"))
+    recipes = [alone.recipe, *alone.recipe.sizes, *(one.recipe for one in alone.sizes)]
+    assert [recipe.component for recipe in recipes] == ["transformer_2"] * 3
 
 
 def test_items_of_one_size_are_not_run_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -107,6 +108,19 @@ def test_what_is_cut_is_decoded_and_not_encoded() -> None:
     torch.testing.assert_close(recording.decode(x0), (3 * x0[:, :, 2:]).clamp(0, 1), rtol=0, atol=1e-5)
     with pytest.raises(RecordingError, match="DecodedPipeline cuts 48 entries of its sample, which its network"):
         recording.encode(torch.rand(1, 3, 2, 4, 4))
+
+
+def test_an_item_that_comes_to_the_decoder_in_another_form_is_refused() -> None:
+    """Of a longer one the places of a tail are other entries."""
+    recording = recorded("first frame")
+    own = type(recording.pipeline)._shown
+
+    def longer(pipeline: DecodedPipeline, x: Tensor, pictures: Tensor) -> Tensor:
+        return own(pipeline, torch.cat([x, x], 2), pictures)
+
+    recording.pipeline._shown = MethodType(longer, recording.pipeline)
+    with pytest.raises(RecordingError, match=r"as the recorded item does: \[1, 3, 8, 4, 4\], and \[1, 3, 4, 4, 4\]"):
+        recording.condition_each(items=items_of("frame_mixed_in")[:1])
 
 
 def test_a_tail_that_is_not_affine_is_refused() -> None:

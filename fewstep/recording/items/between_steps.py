@@ -7,7 +7,7 @@ decoder's input that two runs of other noise leave as it is comes from the item,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from fewstep.conditioning.item import Item
 from fewstep.conditioning.outside import Pins, with_outside
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.recording.errors import ANOTHER, RecordingError
+from fewstep.recording.items.check import ItemCheck
 from fewstep.recording.items.redrawn import say_what_stops
 from fewstep.recording.loop.fresh import fresh_samples
 from fewstep.recording.recipe import Recipe
@@ -38,10 +39,11 @@ _CLOSE, _CLOSE_IN_HALF = 1e-4, 3e-2
 
 
 class Watched(NamedTuple):
-    """A run of an item without its network, and what its scheduler returned in each step."""
+    """A run of an item, what its scheduler returned in each step, and whether the network itself answered in it."""
 
     seen: Observation
     given: list[Tensor]
+    answered: bool
 
 
 @dataclass(frozen=True)
@@ -50,24 +52,24 @@ class BetweenSteps:
 
     Attributes:
         subject: the pipeline with guidance off.
-        recipe: how its network is called.
         schedule: alpha and sigma.
         noised: whether what is pinned is noised to the time of the next step; None: nothing is pinned.
         clean: which entries are pinned as they are, the same for every item: bool, *sample_shape; None: none are.
         tail: (n,) int64, which entries of the decoder's input, flattened, are an item's own; None: none are.
+        decoded: the shape of the decoder's input; () where there is no tail.
         repaints: a change to an item's arguments with which nothing is pinned (a mask that is all white); None: which
             entries are pinned does not follow such an argument.
-        stub: stands in for the network.
+        check: runs the pipeline for one item after the other.
     """
 
     subject: Subject
-    recipe: Recipe
     schedule: NoiseSchedule
     noised: bool | None
     clean: Tensor | None
     tail: Tensor | None
+    decoded: tuple[int, ...]
     repaints: dict[str, Any] | None
-    stub: Stub = field(repr=False)
+    check: ItemCheck = field(repr=False)
 
     def describe(self) -> list[str]:
         """One text for each kind."""
@@ -87,7 +89,7 @@ class BetweenSteps:
 
     def watch(self, item: Item, seed: int) -> Watched:
         """The run of an item, told in its first step what `told` of :class:`Recorded` wants, as `seed` draws it."""
-        watched = _watch(self.subject, self.stub, item, seed)
+        watched = _watch(self.subject, self.check, item, seed)
         calls, arguments = watched.seen.steps[0].calls, self.subject.call(_STEPS, [item], seed=seed)
         refuse_unfinite_conditioning(self.subject.pipeline, calls, arguments)
         return watched
@@ -120,46 +122,51 @@ class BetweenSteps:
             pins = Pins(where[None].to(value.device), value)
         if self.tail is not None:
             z = watched.seen.decoder_input
-            if z is None or z.numel() <= int(self.tail.max()):
+            if z is None or tuple(z.shape) != self.decoded:
+                shape = "none" if z is None else str(list(z.shape))
                 raise RecordingError(
-                    f"{item} does not come to the decoder of {self.subject} as the recorded item does; such items need "
-                    "a run of their own"
+                    f"{item} does not come to the decoder of {self.subject} as the recorded item does: {shape}, and "
+                    f"{list(self.decoded)} of that; such items need a run of their own"
                 )
             tail = z.flatten()[self.tail.to(z.device)][None]
         return with_outside(told, pins, tail)
 
 
-def see_between(subject: Subject, recipe: Recipe, schedule: NoiseSchedule, stub: Stub) -> BetweenSteps | None:
+def see_between(subject: Subject, recipe: Recipe, schedule: NoiseSchedule, check: ItemCheck) -> BetweenSteps | None:
     """What a pipeline does to its items' samples outside of its network; None: nothing.
 
     Args:
         subject: the pipeline with guidance off.
         recipe: how its network is called.
         schedule: alpha and sigma.
-        stub: stands in for the network.
+        check: runs the pipeline for one item after the other.
 
     Raises:
         RecordingError: it does what is neither.
     """
     item, other = subject.invocation.item, subject.invocation.other
-    plain = pinned = _watch(subject, stub, item)
+    plain = pinned = _watch(subject, check, item)
     if not _pins(plain):
-        pinned = _watch(subject, stub, other)  # of which a mask may keep something
+        pinned = _watch(subject, check, other)  # of which a mask may keep something
     where, noised, clean, repaints = pinned_places(pinned), None, None, None
     if bool(where.any()):
         try:
             noised, _ = _value(subject, pinned, where, schedule)
         except RedrawnError as error:
-            raise say_what_stops(error, subject, partial(_check_pins, schedule, stub, where)) from error
+            raise say_what_stops(error, subject, partial(_check_pins, schedule, check, where)) from error
         if noised:
-            repaints = _what_repaints(subject, stub)
+            repaints = _what_repaints(subject, check)
         else:
             clean = where
-            _check_clean(subject, stub, recipe, clean)
-    found = BetweenSteps(subject, recipe, schedule, noised, clean, None, repaints, stub)
-    one = plain if found.bare is item else _watch(subject, stub, found.bare)
-    tail = _tail(one, _watch(subject, stub, found.bare, fresh=1))
-    return None if noised is None and tail is None else replace(found, tail=tail)
+            both = plain, _watch(subject, check, other) if pinned is plain else pinned
+            _check_clean(subject, recipe, clean, [pinned_places(one) for one in both])
+    found = BetweenSteps(subject, schedule, noised, clean, None, (), repaints, check)
+    one = plain if found.bare is item else _watch(subject, check, found.bare)
+    tail = _tail(one, _watch(subject, check, found.bare, fresh=1))
+    if tail is None:
+        return None if noised is None else found
+    assert one.seen.decoder_input is not None  # it has a tail
+    return replace(found, tail=tail, decoded=tuple(one.seen.decoder_input.shape))
 
 
 def pinned_places(watched: Watched) -> Tensor:
@@ -175,9 +182,8 @@ def _pins(watched: Watched) -> bool:
     return bool(pinned_places(watched).any())
 
 
-def _watch(subject: Subject, stub: Stub, item: Item, seed: int = 0, fresh: int = 0) -> Watched:
-    given: list[Tensor] = []
-    drawn = fresh_samples(2)
+def _watch(subject: Subject, check: ItemCheck, item: Item, seed: int = 0, fresh: int = 0) -> Watched:
+    drawn, given = fresh_samples(2), list[Tensor]()
 
     def replaced(index: int, sample: Tensor) -> Tensor:
         noise = drawn(index, sample)
@@ -185,8 +191,12 @@ def _watch(subject: Subject, stub: Stub, item: Item, seed: int = 0, fresh: int =
         given.append(noise + (8 + 4 * fresh) * noise.float().std().to(noise))
         return given[-1]
 
-    seen = subject.run(_STEPS, [item], seed=seed, stub=stub, replace=replaced, stop_at_decode=True)
-    return Watched(seen, given)
+    def make(stub: Stub) -> Observation:
+        given.clear()
+        return subject.run(_STEPS, [item], seed=seed, stub=stub, replace=replaced, stop_at_decode=True)
+
+    seen, answered = check.run(make)
+    return Watched(seen, given, answered)
 
 
 def _value(subject: Subject, watched: Watched, where: Tensor, schedule: NoiseSchedule) -> tuple[bool, Tensor]:
@@ -220,9 +230,9 @@ def _value(subject: Subject, watched: Watched, where: Tensor, schedule: NoiseSch
     return True, value
 
 
-def _check_pins(schedule: NoiseSchedule, stub: Stub, where: Tensor, subject: Subject) -> None:
+def _check_pins(schedule: NoiseSchedule, check: ItemCheck, where: Tensor, subject: Subject) -> None:
     """Raise where other entries than these are pinned, or what they become is neither constant nor a noised picture."""
-    watched = _watch(subject, stub, subject.invocation.item)
+    watched = _watch(subject, check, subject.invocation.item)
     if len(watched.seen.steps) != _STEPS or not torch.equal(pinned_places(watched), where):
         raise RecordingError("other entries are pinned")
     _value(subject, watched, where, schedule)
@@ -242,14 +252,14 @@ def _time(step: Step, schedule: NoiseSchedule) -> Tensor:
     return schedule.time(torch.tensor([step.timestep], dtype=torch.float64))
 
 
-def _what_repaints(subject: Subject, stub: Stub) -> dict[str, Any] | None:
+def _what_repaints(subject: Subject, check: ItemCheck) -> dict[str, Any] | None:
     """Which picture of the item, all white or all black, leaves nothing pinned: it says where, and not what."""
     for name, value in subject.invocation.item.pictures.items():
         for bare in _bare(value):
             changes = {name: bare}
             item = Item({**subject.invocation.item.arguments, **changes}, "an item of which nothing is kept")
             try:
-                watched = _watch(subject, stub, item)
+                watched = _watch(subject, check, item)
             except RecordingError:
                 continue
             if not _pins(watched):
@@ -274,10 +284,9 @@ def _filled(value: Any, white: bool) -> Any:
     return torch.full_like(value, float(white))
 
 
-def _check_clean(subject: Subject, stub: Stub, recipe: Recipe, clean: Tensor) -> None:
-    """Raise where other items are pinned elsewhere, or where the network reads what is pinned as it is."""
-    items = (subject.invocation.item, subject.invocation.other)
-    same = all(torch.equal(pinned_places(_watch(subject, stub, item)), clean) for item in items)
+def _check_clean(subject: Subject, recipe: Recipe, clean: Tensor, places: Sequence[Tensor]) -> None:
+    """Raise where these items are pinned elsewhere, or where the network reads what is pinned as it is."""
+    same = all(torch.equal(where, clean) for where in places)
     if not same or bool((recipe.read & clean).any()):
         raise RecordingError(
             f"{subject} replaces entries of its sample between steps by its picture as it is, "

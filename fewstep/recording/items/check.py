@@ -1,13 +1,14 @@
 """Each item is held to the rules that were learnt from one of them: where a sample or its time stands may be its own.
 
 A video of more frames, a mask or a place in the clip may move the entries that follow the sample. The rules would then
-put noise where such an item has its picture, and its student would be trained on another one than its prompt's. Two
-steps show it, in which nothing is asked of the network.
+put noise where such an item has its picture, and its student would be trained on another one than its prompt's. A run
+of few steps shows it, in which the network's answer to the recorded item stands in for it; the network itself answers
+once where an item is told in another form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,9 +44,32 @@ class ItemCheck:
     """
 
     def __init__(self, stub: Stub, call: NetworkCall, recipe: Recipe) -> None:
-        self._stub, self._shape = stub, _shape(call, recipe)
+        self.stub, self._sample = stub, recipe.sample
+        self._shape = _shape(call, recipe.sample)
         # Other shapes of what holds the sample, for which the network itself has answered.
         self._known: set[tuple[int, ...]] = set()
+
+    def run(self, make: Callable[[Stub], Observation]) -> tuple[Observation, bool]:
+        """A run of an item, and whether the network itself answered in its first step.
+
+        It does where the pipeline fails with what stands in for it, which may not have the form that this item's answer
+        has, and once for each shape of what holds the sample.
+
+        Args:
+            make: makes the run; called again where the network itself is to answer.
+
+        Raises:
+            RecordingError: the pipeline failed.
+        """
+        try:
+            seen = make(self.stub)
+        except RecordingError:
+            seen = None
+        if seen is not None and _first_shape(seen, self._sample) in (self._shape, *self._known):
+            return seen, False
+        seen = make(Stub(self.stub.components, live=frozenset({0}), beside=self.stub.beside))
+        self._known.add(_first_shape(seen, self._sample))
+        return seen, True
 
     def told(self, subject: Subject, recipe: Recipe, item: Item, seed: int = 0, *, plain: bool = True) -> NetworkCall:
         """The network's first call for an item.
@@ -60,29 +84,21 @@ class ItemCheck:
         Raises:
             RecordingError: the pipeline failed, or the rules do not hold for this item; it is named.
         """
-
         fresh, given = fresh_samples(3), list[Tensor]()
 
         def replaced(index: int, sample: Tensor) -> Tensor:
             given.append(fresh(index, sample))
             return given[-1]
 
-        def run(stub: Stub) -> Observation:
+        def make(stub: Stub) -> Observation:
             given.clear()
             return subject.run(_STEPS, [item], seed=seed, steps=2, stub=stub, replace=replaced)
 
-        live = False
-        try:
-            seen = run(self._stub)
-        except RecordingError:
-            live = True  # what stood in for the answer may not have had the form that this item's has
-        if live or _first_shape(seen, recipe) not in (self._shape, *self._known):
-            live, seen = True, run(Stub(self._stub.components, live=frozenset({0}), beside=self._stub.beside))
-            self._known.add(_first_shape(seen, recipe))
+        seen, answered = self.run(make)
         calls = [call for step in seen.steps[:1] for call in step.calls]
         if calls:
             refuse_unfinite_conditioning(subject.pipeline, calls, subject.call(_STEPS, [item], seed=seed))
-        self.hold(subject, recipe, item, seen, answered=live)
+        self.hold(subject, recipe, item, seen, answered=answered)
         if plain and len(seen.steps) > 1 and differs(given[0].to(seen.steps[1].sample), seen.steps[1].sample):
             raise RecordingError(
                 f"{item}: {subject} changes its sample between steps, and not that of the recorded item; such items "
@@ -90,7 +106,7 @@ class ItemCheck:
             )
         return calls[-1]
 
-    def hold(self, subject: Subject, recipe: Recipe, item: Item, seen: Observation, *, answered: bool = False) -> None:
+    def hold(self, subject: Subject, recipe: Recipe, item: Item, seen: Observation, *, answered: bool) -> None:
         """Raise where the rules do not hold in a run of an item with fresh samples.
 
         Args:
@@ -104,12 +120,12 @@ class ItemCheck:
         Raises:
             RecordingError: it names the item.
         """
-        shown = answered or _first_shape(seen, recipe) == self._shape
+        shown = answered or _first_shape(seen, recipe.sample) == self._shape
         if (why := why_not(str(subject), recipe, seen, answered=shown)) is not None:
             raise RecordingError(f"{item}: {why}; such items need a run of their own")
 
 
-def why_not(name: str, recipe: Recipe, seen: Observation, *, answered: bool = True) -> str | None:
+def why_not(name: str, recipe: Recipe, seen: Observation, *, answered: bool) -> str | None:
     """Why the rules of a recipe do not hold in a run with fresh samples, in words; None: they do.
 
     Args:
@@ -189,13 +205,13 @@ def _answers(recipe: Recipe, step: Step) -> bool:
     return made.shape == given.shape and float((made - given).abs().max()) <= _CLOSE * float(given.abs().max())
 
 
-def _first_shape(seen: Observation, recipe: Recipe) -> tuple[int, ...]:
+def _first_shape(seen: Observation, sample: SampleRule) -> tuple[int, ...]:
     """The shape of what holds the sample in a run's first step."""
-    return _shape(seen.steps[0].calls[-1], recipe) if seen.steps and seen.steps[0].calls else ()
+    return _shape(seen.steps[0].calls[-1], sample) if seen.steps and seen.steps[0].calls else ()
 
 
-def _shape(call: NetworkCall, recipe: Recipe) -> tuple[int, ...]:
-    value = call.arguments.get(recipe.sample.argument)
+def _shape(call: NetworkCall, sample: SampleRule) -> tuple[int, ...]:
+    value = call.arguments.get(sample.argument)
     if isinstance(value, list):
         return (len(value), *value[0].shape)
     return tuple(value.shape) if isinstance(value, Tensor) else ()

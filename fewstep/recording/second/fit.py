@@ -13,7 +13,7 @@ from fewstep.recording.rules.dtypes import dtype_name, network_dtype
 from fewstep.recording.rules.fit import differs
 from fewstep.recording.rules.item_fit import changing_arguments, fit_entries
 from fewstep.recording.second.network import Link, SecondNetwork, Switch, parts_of
-from fewstep.recording.watch.observation import NetworkCall, Step
+from fewstep.recording.watch.observation import NetworkCall, Step, Stub
 
 
 def components_beside(*runs: Sequence[Step]) -> tuple[str, ...]:
@@ -27,6 +27,12 @@ def components_beside(*runs: Sequence[Step]) -> tuple[str, ...]:
 def outputs_beside(step: Step, components: Sequence[str]) -> tuple[tuple[str, Any], ...]:
     """What these components answered last in a step, for :class:`fewstep.recording.watch.observation.Stub`."""
     return tuple((name, call_of(step, name).output) for name in components)
+
+
+def stand_in(components: tuple[str, ...], runs: Sequence[Sequence[Step]]) -> Stub:
+    """What stands in for the networks of a loop, and for what it calls beside them: their answers in its first step."""
+    first = runs[0][0]
+    return Stub(components, first.calls[-1].output, beside=outputs_beside(first, components_beside(*runs)))
 
 
 def call_of(step: Step, component: str) -> NetworkCall:

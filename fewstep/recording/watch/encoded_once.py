@@ -38,7 +38,7 @@ def encoded_once(pipeline: Any, known: dict[str, Any] | None = None) -> Iterator
 def _remembering(module: Any, known: dict[str, Any]) -> Callable[..., Any]:
     encode = module.encode
     # Whatever changes weights puts others in their place, or counts as another version of them.
-    weights = [(weight.untyped_storage()._cdata, weight._version) for weight in module.parameters()]
+    weights = hash(tuple((weight.untyped_storage()._cdata, weight._version) for weight in module.parameters()))
 
     # functools.wraps keeps the signature visible.
     @functools.wraps(encode)
@@ -46,7 +46,7 @@ def _remembering(module: Any, known: dict[str, Any]) -> Callable[..., Any]:
         told = [*args, *kwargs.values()]
         if not all(value is None or isinstance(value, Tensor | bool | int | float | str) for value in told):
             return encode(*args, **kwargs)
-        key = f"{digest({'args': list(args), **kwargs})} {hash(tuple(weights))}"
+        key = f"{digest({'args': list(args), **kwargs})} {weights}"
         if key not in known:
             known[key] = encode(*args, **kwargs)
         return copy.deepcopy(known[key])  # pipelines may write into what they are given

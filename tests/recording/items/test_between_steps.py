@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
-from picture_pipeline import FIRST_PINNED, items_of, mask_of, picture, picture_pipeline
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from picture_pipeline import (
+    CHANNELS,
+    FIRST_PINNED,
+    PictureNetwork,
+    PicturePipeline,
+    items_of,
+    mask_of,
+    picture,
+    picture_pipeline,
+)
 from torch import Tensor
 
 from fewstep.conditioning.conditioning import Conditioning
@@ -21,9 +30,26 @@ from fewstep.export.walk.check import walk
 from fewstep.export.walk.pins import Pinned
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.recording import Recording, RecordingError, record
+from fewstep.recording.items import between_steps
 from fewstep.recording.pipeline import with_parts
 
 WAYS = ["pinned", "pinned_clean"]
+
+
+class PinnedBesideReferences(PicturePipeline):
+    """Of several pictures the first is pinned, and the network is told the others: so many more entries it answers."""
+
+    way = "pinned"
+
+    def _pictures(self, image: Any, batch: int) -> Tensor:
+        if batch > 1:
+            raise ValueError("one prompt at a time")
+        self._references = [one[None] for one in image[1:]]
+        return image[0][None]
+
+    def _ask(self, x: Tensor, t: Tensor, text: Tensor | None, pictures: Tensor, jitter: float, place: int) -> Tensor:
+        answer = self.network(torch.cat([x, *self._references], 1), t.expand(1), text=text)[0]
+        return answer.unflatten(1, (1 + len(self._references), CHANNELS))[:, 0]
 
 
 def table() -> DDIMScheduler:
@@ -166,6 +192,38 @@ def test_an_item_of_which_all_is_kept_is_refused(recordings: dict[str, Recording
     (told,) = recordings["pinned"].condition_each(items=[{**item, "mask": torch.ones(1, 4, 4)}])
     pins = pins_of(told)
     assert pins is not None and not bool(pins.where.any())
+
+
+def test_an_item_of_more_references_than_the_recorded_one_is_pinned_as_it_is() -> None:
+    """What stands in for the network's answer to the recorded item has not the form of the answer to this one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = PinnedBesideReferences(PictureNetwork(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipeline.set_progress_bar_config(disable=True)
+    items = items_of("pinned", 3)
+    for number, item in enumerate(items):
+        item["image"] = [item["image"], *(picture(10 * number + place) for place in range(3 if number == 2 else 1))]
+    recording = record(pipeline, items=items[:2])
+    recording.prove()
+    x, t = torch.randn(1, *recording.sample_shape), torch.tensor([0.6], dtype=torch.float64)
+    for number, told in enumerate(recording.condition_each(items=items)):
+        pins = pins_of(told)
+        assert pins is not None and torch.equal(pins.where[0], (mask_of(number) == 0).expand(CHANNELS, -1, -1))
+        torch.testing.assert_close(pins.value, items[number]["image"][0][None] * pins.where, rtol=0, atol=2e-6)
+        assert denoiser_of(recording)(x, t, told).shape == x.shape
+
+
+def test_no_item_is_watched_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the second noise, by which a tail is told from the sample."""
+    own, watched = between_steps._watch, list[tuple[str, int]]()
+
+    def noted(subject: Any, check: Any, item: Any, seed: int = 0, fresh: int = 0) -> Any:
+        watched.append((str(item), fresh))
+        return own(subject, check, item, seed, fresh)
+
+    monkeypatch.setattr(between_steps, "_watch", noted)
+    record(picture_pipeline("pinned_clean"), items=items_of("pinned_clean"))
+    assert sorted(watched) == [("item 0", 0), ("item 0", 1), ("item 1", 0)]
 
 
 def test_what_is_pinned_anew_is_refused() -> None:
