@@ -51,7 +51,9 @@ def _key(recording: Recording) -> str | None:
     asked = recording.invocation.item, recording.call, recording.off, str(recording.dtype)
     digest.update(repr(asked).encode())
     for name, part in parts.items():
-        config = sorted(part.config.items(), key=str) if isinstance(part, ConfigMixin) else None
+        config = None
+        if isinstance(part, ConfigMixin):  # where it was loaded from makes no difference
+            config = sorted((item for item in part.config.items() if item[0] != "_name_or_path"), key=str)
         digest.update(repr((name, type(part).__module__, type(part).__qualname__, config)).encode())
         if not isinstance(part, nn.Module):
             continue

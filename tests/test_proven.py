@@ -1,10 +1,12 @@
 """The suite's own saving: which teacher is taken for one that was proven before, and that no failure is kept."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler
 from proven import proven_once
 from tiny_pipelines import tiny_ddim
 
@@ -50,6 +52,14 @@ def test_an_equal_teacher_alone_is_taken_for_proven(change: Any, expected: int, 
     told = [proven_once(pipeline).prove() for pipeline in (first, second)]
     assert len(proofs) == expected
     assert (told[0] is told[1]) == (expected == 1)
+
+
+def test_where_a_teacher_lies_makes_no_difference(proofs: list[Recording], tmp_path: Path) -> None:
+    tiny_ddim().save_pretrained(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for name in ("one", "two"):
+        proven_once(DDIMPipeline.from_pretrained(tmp_path / name)).prove()
+    assert len(proofs) == 1
 
 
 def test_a_failure_is_not_kept_and_a_warning_is_given_again(
