@@ -49,6 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
         # A plan has fake tensors of a GPU. Where the first backward pass of a process comes after them, autograd
         # starts a thread for it, and no process that is forked from then on (tests/forked.py) can go backward.
         torch.ones(1, requires_grad=True).sum().backward()
+        # Each torch.manual_seed writes down the stack of its caller, for a GPU that is found later.
+        torch.cuda.manual_seed_all = lambda _seed: None
     # Python takes the bytecode of a file for that of another one of the same size and second, which two students' own
     # code may be: where a file is in the place of the folder, none is kept.
     code = Path(os.environ["HF_MODULES_CACHE"], "diffusers_modules", "local")
@@ -166,12 +168,23 @@ def equal_teachers_are_proven_once() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def without_relatives() -> Iterator[None]:
-    """Students are exported without a walk of their relatives, which takes longer, in files that are not about them."""
+@pytest.fixture(scope="session", autouse=True)
+def relatives_are_walked_where_asked() -> Iterator[None]:
+    """Students are exported without a walk of their relatives, half of a tiny run's time; see with_relatives."""
     with pytest.MonkeyPatch.context() as patch:
         for place in ("fewstep.export.whole", "fewstep.export.lora"):
             patch.setattr(f"{place}.walk_relatives", lambda *_: {})
+        yield
+
+
+@pytest.fixture(scope="module")
+def with_relatives() -> Iterator[None]:
+    """Students are exported with it, in files that are about relatives, or about the way of a user."""
+    from fewstep.export.related.walk import walk_relatives
+
+    with pytest.MonkeyPatch.context() as patch:
+        for place in ("fewstep.export.whole", "fewstep.export.lora"):
+            patch.setattr(f"{place}.walk_relatives", walk_relatives)
         yield
 
 

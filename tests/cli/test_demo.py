@@ -11,6 +11,8 @@ from fewstep.cli import main
 from fewstep.eval import speed
 from fewstep.fashion import teacher_path
 
+pytestmark = pytest.mark.usefixtures("with_relatives")
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
@@ -46,6 +48,8 @@ def test_the_demo_ends_in_a_student_a_report_and_pictures(demo: Path) -> None:
     for picture in ("report/grid.png", "samples/step_00000001.png"):
         assert (demo / picture).read_bytes()[:4] == b"\x89PNG"
     assert "teacher" in (demo / "report" / "report.md").read_text()
+    related = json.loads((demo / "student" / "fewstep.json").read_text())["related"]
+    assert related["StableDiffusionImg2ImgPipeline"]["counts"].keys() == {"1", "2", "4"}
 
 
 def test_a_finished_demo_trains_no_further(demo: Path) -> None:

@@ -14,8 +14,6 @@ from fewstep.eval.sample import sample
 from fewstep.export import export_student, load, plan_student, whole
 from fewstep.recording import record
 
-pytestmark = pytest.mark.usefixtures("without_relatives")
-
 _SIZES = {"original_size": (64, 48), "crops_coords_top_left": (0, 8), "target_size": (64, 64)}
 
 

@@ -16,8 +16,6 @@ from fewstep.export.part_files import part_folders
 from fewstep.fashion import teacher_path
 from fewstep.recording import record
 
-pytestmark = pytest.mark.usefixtures("without_relatives")
-
 UNTRAINED = ("tokenizer", "text_encoder", "vae")
 
 

@@ -14,8 +14,6 @@ from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
 from fewstep.programs.distillation import distill
 
-pytestmark = pytest.mark.usefixtures("without_relatives")
-
 SETTINGS = {"steps": 1, "max_steps": 1, "batch_size": 1, "report_to": "none", "cpu": True, "sample_steps": 0}
 
 

@@ -22,8 +22,6 @@ from fewstep.export.lora_names import BARE, KOHYA
 from fewstep.fashion import teacher_path
 from fewstep.networks.adapters import Backbone
 
-pytestmark = pytest.mark.usefixtures("without_relatives")
-
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "flow"])
 def test_an_applied_lora_is_the_role_that_was_trained(recorded, tmp_path, name):

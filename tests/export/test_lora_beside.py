@@ -16,8 +16,6 @@ from fewstep.export import ExportError, apply, export_student, plan_student
 from fewstep.export.apply import LORA_FILE
 from fewstep.export.student_adapter import active_adapters, fuse_adapter
 
-pytestmark = pytest.mark.usefixtures("without_relatives")
-
 CALL = {"prompt": "the cat"}
 
 

@@ -22,8 +22,6 @@ from fewstep.networks.adapters import attention_linears
 from fewstep.recording import record
 from fewstep.recording.watch.shake import shaken
 
-pytestmark = pytest.mark.usefixtures("without_relatives")
-
 #: Tried whenever the zoo is there; the others are slow, and tried by `make soak`.
 QUICK = ("QwenImage", "StableDiffusion", "Wan")
 #: The files that diffusers reads as well, by its converters.

@@ -13,8 +13,6 @@ from fewstep.export import ExportError, export_student, plan_student
 from fewstep.export.precision import as_computed, as_written
 from fewstep.recording import record
 
-pytestmark = pytest.mark.usefixtures("without_relatives")
-
 ABOUT = {"method": "dmd2", "base_model": "example/teacher"}
 
 

@@ -30,6 +30,8 @@ from fewstep.export.heeded import what_is_not_heeded
 from fewstep.networks.adapters import Backbone
 from fewstep.recording import Recording, record
 
+pytestmark = pytest.mark.usefixtures("with_relatives")
+
 
 @pytest.fixture(scope="module")
 def student(recorded: Callable[[str], Recording], tmp_path_factory: pytest.TempPathFactory) -> Path:

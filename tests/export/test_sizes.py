@@ -20,8 +20,6 @@ from fewstep.export.walk.sizes import SizeShift
 from fewstep.recording import record
 from fewstep.recording.pipeline import with_parts
 
-pytestmark = pytest.mark.usefixtures("without_relatives")
-
 FLUX = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 
 

@@ -21,8 +21,6 @@ from fewstep.pipelines.nasa import Steering, around, first_call, steering_of
 from tests.pipeline_folder import call_of, names
 from tests.stock_process import run_stock
 
-pytestmark = pytest.mark.usefixtures("without_relatives")
-
 B, N, OWN, AWAY, DIM, HEADS = 2, 7, 3, 4, 8, 2
 
 

@@ -18,8 +18,6 @@ from fewstep.pipelines.tcd_flow import FlowTCDScheduler
 from fewstep.recording.pipeline import with_parts
 from tests.stock_process import run_stock
 
-pytestmark = pytest.mark.usefixtures("without_relatives")
-
 _STOCK = """
 import json, sys
 import torch

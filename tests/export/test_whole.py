@@ -19,8 +19,6 @@ from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.recording import record
 from tests.stock_process import run_stock
 
-pytestmark = pytest.mark.usefixtures("without_relatives")
-
 _STOCK = """
 import json, sys
 import numpy as np

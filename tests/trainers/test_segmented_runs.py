@@ -17,8 +17,6 @@ from fewstep.programs.methods import method_class
 from fewstep.recording.watch.shake import shaken
 from tests.whole_runs import whole_run
 
-pytestmark = pytest.mark.usefixtures("without_relatives")
-
 NAME = "segmented_consistency"
 RUN = {"max_steps": 3, "batch_size": 2, "log_steps": 1, "report_to": "none", "cpu": True, "sample_steps": 0, "lr": 1e-3}
 FLOW_CALL = {"max_sequence_length": 8}
