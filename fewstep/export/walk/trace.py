@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fewstep.recording.pipeline import evaluating, find_scheduler, modules_of, with_parts
-from fewstep.recording.watch.hooks import hooked
+from fewstep.recording.watch.hooks import hooked, method_replaced
 from fewstep.recording.watch.scheduler import watch_scaling
 from fewstep.recording.watch.token_times import velocity_sign
 
@@ -86,20 +85,33 @@ class _Finished(BaseException):
     """Ends a run when all steps are seen. Not an Exception, so that no pipeline catches it."""
 
 
-class _DrawWatch(TorchFunctionMode):
-    """Keeps the normal numbers that are drawn while it is on."""
+class _DrawWatch:
+    """Keeps the normal numbers that are drawn while it is on.
+
+    Pipelines and schedulers ask torch's own module for them, by name. A mode of torch's would see every operation, and
+    take longer than most of those of a walk do.
+    """
 
     def __init__(self, generator: torch.Generator | None) -> None:
-        super().__init__()
         self._generator = generator
+        self._open = contextlib.ExitStack()
         self.draws: list[Draw] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func in (torch.randn, torch.randn_like):
+    def __enter__(self) -> None:
+        for draw in (torch.randn, torch.randn_like):
+            self._open.enter_context(method_replaced(torch, draw.__name__, self._kept(draw)))
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def _kept(self, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(draw)
+        def kept(*args: Any, **kwargs: Any) -> Tensor:
+            result = draw(*args, **kwargs)
             self.draws.append(Draw(result.detach().clone(), kwargs.get("generator") is self._generator))
-        return result
+            return result
+
+        return kept
 
     def take(self) -> list[Draw]:
         """The draws since the last call."""
