@@ -111,7 +111,8 @@ class Recorded:
     @property
     def subject(self) -> Subject:
         """The pipeline as it was observed, with guidance off, to be observed again."""
-        return Subject(self.pipeline, self.invocation, self.off)
+        second = [] if self.recipe.second is None else [self.recipe.second.component]
+        return Subject(self.pipeline, self.invocation, self.off, (*self.components, *second))
 
     @property
     def components(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from fewstep.recording.loop.experts import Expert, components_of, expert_at
 from fewstep.recording.loop.few_step import refuse_few_step, refuse_fixed_grid
 from fewstep.recording.loop.find_experts import check_alike, find_experts, find_visits, loop_components
 from fewstep.recording.loop.fresh import fresh_samples
+from fewstep.recording.loop.long_run import LONG, SHORT, live_steps, long_count, steps_answered
 from fewstep.recording.loop.starts import from_noise_alone, skipped_steps
 from fewstep.recording.pipeline import find_scheduler, modules_of
 from fewstep.recording.recipe import Recipe
@@ -40,11 +41,8 @@ from fewstep.recording.watch.observation import Observation, Step, Stub
 from fewstep.recording.watch.shake import shaken
 from fewstep.recording.watch.subject import Subject
 
-# Two step counts, because on an even grid one count cannot tell the time from the next time. The network runs in every
-# step of the short run and in a few of the long one, which shows many times, and some near 0, at no cost.
-SHORT, LONG = 4, 101
+# A run so long that its last times are next to none.
 _LONGEST = 1000
-_LIVE = frozenset({0, LONG // 2, LONG - 2, LONG - 1})
 
 
 def record(pipeline: Any, items: Sequence[Item | Mapping[str, Any]] | None = None, **call: Any) -> Recording:
@@ -83,6 +81,8 @@ def _record(pipeline: Any, items: Sequence[Item] | None, call: dict[str, Any]) -
     _refuse_size_without_effect(subject, component)
     runs, experts = unguided_runs(subject, component, schedule)
     _check_walk(pipeline, schedule, runs[1])
+    beside = components_beside(*runs)
+    subject = replace(subject, loop=(*components_of(experts), *beside))
     two = None
     if items is None:
         two = subject.run(SHORT, [invocation.item] * 2, before=component).pending[-1].arguments
@@ -96,7 +96,9 @@ def _record(pipeline: Any, items: Sequence[Item] | None, call: dict[str, Any]) -
         raise RecordingError(f"{names} share the loop by time, but not one recipe calls them all: {error}") from error
     check_alike(experts, _all(runs), recipe)
 
-    first, stub = runs[0][0].calls[-1], stand_in(components_of(experts), runs)
+    opening, stub = runs[0][0], stand_in(components_of(experts), runs)
+    first = opening.calls[-1]
+    del runs  # which may be large
     told = between = check = None
     if two is not None:
         one = without_sample(first, recipe)
@@ -104,7 +106,7 @@ def _record(pipeline: Any, items: Sequence[Item] | None, call: dict[str, Any]) -
     else:
         check = ItemCheck(stub, first, recipe)
         between = see_between(subject, recipe, schedule, check)
-        marked, told = learn_items(subject, experts[0].network, component, recipe, runs[0][0], check)
+        marked, told = learn_items(subject, experts[0].network, component, recipe, opening, check)
     visits = find_visits(subject, experts, stub) if len(experts) > 1 else None
     denoisers = Denoisers(experts, recipe, marked, stub, visits)
     embedded = embedded_paths(subject, denoisers)
@@ -161,14 +163,17 @@ def unguided_runs(
     names = loop_components(subject, component, short, beside=second)
     output, others = short[0].calls[-1].output, outputs_beside(short[0], second)
     replace = fresh_samples(1) if beside else None
-    long = subject.run(LONG, steps=LONG, stub=Stub(names, output, _LIVE, beside=others), replace=replace).steps
-    refuse_fixed_grid(subject.pipeline, len(long), LONG)
+    count = long_count(short)
+    stub = Stub(names, output, live_steps(count), beside=others)
+    long = subject.run(count, steps=count, stub=stub, replace=replace).steps
+    refuse_fixed_grid(subject.pipeline, len(long), count)
     names = loop_components(subject, component, short, long, beside=second)
     experts = find_experts(subject, names, [short, long], schedule)
     if len(experts) > 1:
         # Again, with every one of them running in some steps.
-        stub = Stub(names, output, _live(long, experts), beside=others)
-        long = subject.run(LONG, steps=LONG, stub=stub, replace=replace).steps
+        stub = Stub(names, output, live_steps(count, long, experts), beside=others)
+        del long  # which may be large
+        long = subject.run(count, steps=count, stub=stub, replace=replace).steps
     runs = [short, long]
     for run in runs:
         _check_loop(subject, experts, run)
@@ -191,7 +196,7 @@ def fit_recipe(
         try:
             for name in components_beside(*runs):
                 network = modules_of(subject.pipeline)[name]
-                second, seen = fit_second(name, network, runs, _live_steps(runs, experts))
+                second, seen = fit_second(name, network, runs, steps_answered(runs, experts))
             sample, times = fit_entries(component, seen)
         except RedrawnError as error:
             raise say_what_stops(error, subject, entries_stand(component, runs)) from error
@@ -202,12 +207,12 @@ def fit_recipe(
         times = tuple(_unrounded(rule, runs[0][0].integer) for rule in times)
         if second is not None:
             second = replace(second, times=tuple(_unrounded(rule, runs[0][0].integer) for rule in second.times))
-    steps = _live_steps(runs, experts)
+    steps = steps_answered(runs, experts)
     if any(step.model_output.abs().max() == 0 for step in steps):
         # Layers that are still zero hide the output's sign and half.
         with shaken(*(expert.network for expert in experts)):
             again, _ = unguided_runs(subject, component, schedule)
-            steps = _live_steps(again, experts)
+            steps = steps_answered(again, experts)
     output = fit_output(component, steps) if two is not None else fit_output_entries(component, steps)
     if output.relation == "velocity":
         output = fit_output(component, steps + _near_zero(subject, experts, steps))
@@ -240,21 +245,6 @@ def _near_zero(subject: Subject, experts: tuple[Expert, ...], steps: list[Step])
 
 def _all(runs: list[list[Step]]) -> list[Step]:
     return [step for run in runs for step in run]
-
-
-def _live(long: list[Step], experts: tuple[Expert, ...]) -> frozenset[int]:
-    """The steps of the long run in which the networks run: a few, and the first and last of every one of several."""
-    if len(experts) == 1:
-        return _LIVE
-    called = [expert_at(experts, step.timestep) for step in long]
-    own = [[i for i, one in enumerate(called) if one is expert] for expert in experts]
-    return _LIVE | {i for places in own if places for i in (places[0], places[-1])}
-
-
-def _live_steps(runs: list[list[Step]], experts: tuple[Expert, ...]) -> list[Step]:
-    """The steps in which a network ran."""
-    live = _live(runs[1], experts)
-    return runs[0] + [step for i, step in enumerate(runs[1]) if i in live]
 
 
 def _check_loop(subject: Subject, experts: tuple[Expert, ...], steps: list[Step]) -> None:

@@ -20,8 +20,9 @@ from fewstep.recording.items.check import ItemCheck
 from fewstep.recording.items.marks import by_axes
 from fewstep.recording.loop.call_parts import without_sample
 from fewstep.recording.loop.experts import components_of
+from fewstep.recording.loop.long_run import SHORT
 from fewstep.recording.recipe import Recipe
-from fewstep.recording.recorder import SHORT, fit_recipe, unguided_runs
+from fewstep.recording.recorder import fit_recipe, unguided_runs
 from fewstep.recording.recording import Recording
 from fewstep.recording.second.fit import stand_in
 from fewstep.recording.watch.encoded_once import encoded_once

@@ -23,9 +23,11 @@ from fewstep.errors import UserError
 from fewstep.programs.methods import method_class, methods
 from fewstep.programs.planning import counting
 from fewstep.programs.planning.counting import PERIOD, mean_calls
+from fewstep.programs.planning.drawn import answering
 from fewstep.programs.planning.dry_run import DryRun
-from fewstep.programs.planning.plan import Planner, weigh
-from fewstep.programs.planning.weightless import answering, fake_tensors, weightless_teacher
+from fewstep.programs.planning.moments import weigh
+from fewstep.programs.planning.plan import Planner
+from fewstep.programs.planning.weightless import fake_tensors, weightless_teacher
 from fewstep.recording import record
 
 

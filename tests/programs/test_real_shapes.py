@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from stock_process import PLAIN_TEXTS
 
-from fewstep.programs.planning.weightless import answering, fake_tensors, weightless_teacher
+from fewstep.programs.planning.drawn import answering
+from fewstep.programs.planning.weightless import fake_tensors, weightless_teacher
 from fewstep.recording.pipeline import modules_of
 
 SHAPES = Path(__file__).resolve().parents[2] / "docs" / "shapes"
@@ -53,3 +57,24 @@ def test_the_tokens_of_an_edit_are_as_many_as_in_the_real_model() -> None:
     words = 12  # Picture 1 : <vision> </vision> a photo <end> \n <start> assistant \n
     assert told.shape == (1, words + 14 * 14, 3584)
     assert taken["text_encoder"] > 10 * told.nbytes
+
+
+_PLAN = f"""
+{PLAIN_TEXTS}
+import resource, sys
+from fewstep.cli import main
+code = main(sys.argv[1:])
+print("most", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_whole_plan_of_a_real_model_takes_little_memory(name: str) -> None:
+    """By the command of docs/editing.md. Nothing is computed; a recorder that kept all that it saw took over 8 GB."""
+    flags = ["--lora_rank", "64", "--mixed_precision", "bf16", "--steps", "1", "--critic_updates", "1", "--cpu"]
+    words = [sys.executable, "-c", _PLAN, "plan", str(SHAPES / name), "dmd2", *flags]
+    shown = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    assert "\nencoders       estimated: " in shown and "\npeak           estimated: " in shown
+    assert int(shown.split("most")[-1]) * 1024 < 4.5e9

@@ -9,7 +9,6 @@ from fewstep.export.errors import ExportError, SchedulerCheckError
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.pipeline import find_scheduler, with_parts
 from fewstep.recording.second.switch import walk_of
-from fewstep.recording.watch.subject import Subject
 
 if TYPE_CHECKING:
     from fewstep.recording import Recipe, Recording
@@ -81,7 +80,7 @@ def _switched(recording: Recording, pipeline: Any, call: dict[str, Any], count: 
     second = recording.recipe.second
     if second is None or second.switch is None:
         return None
-    subject = Subject(pipeline, recording.invocation, recording.off)
+    subject = replace(recording.subject, pipeline=pipeline)
     try:
         return walk_of(subject, second, recording.components, count, call)
     except RecordingError as error:

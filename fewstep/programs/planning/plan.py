@@ -8,36 +8,37 @@ real roles, and the most costly of its steps is played on fake tensors while the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from fewstep.config.run import RunConfig
 from fewstep.data.conditions import draws_of
 from fewstep.data.encoding import encode_one, own_bytes
 from fewstep.errors import UserError
-from fewstep.networks.roles import Role
 from fewstep.programs.auto import CHOOSE, decide
 from fewstep.programs.given_items import given_items, record_for
 from fewstep.programs.methods import method_class
 from fewstep.programs.planning.call_counts import Calls
 from fewstep.programs.planning.counting import costliest_step, mean_calls
-from fewstep.programs.planning.dry_run import DryRun, World, backward
+from fewstep.programs.planning.drawn import answering
+from fewstep.programs.planning.dry_run import DryRun, World
 from fewstep.programs.planning.evaluations import Evaluations, evaluations_of
-from fewstep.programs.planning.memory import Footprint, tensor_bytes
+from fewstep.programs.planning.memory import tensor_bytes
+from fewstep.programs.planning.moments import Moment, RoleBytes, role_bytes, weigh
 from fewstep.programs.planning.quantized import plan_quantized
-from fewstep.programs.planning.weightless import answering, fake_tensors, fake_world, pretend, weightless_teacher
+from fewstep.programs.planning.weightless import fake_tensors, fake_world, pretend, weightless_teacher
 from fewstep.programs.planning.words import attention_in_words, settings_in_words
 from fewstep.programs.teacher import TeacherSettings
 from fewstep.recording import Recording, record
 from fewstep.recording.pipeline import find_decoder, modules_of
-from fewstep.training.method import Method, Turn
 
 #: What no number here holds.
 LEFT_OUT = (
@@ -45,28 +46,6 @@ LEFT_OUT = (
     "kernels, the CUDA context, images, prompts, sample grids, what is held in evaluations, and LPIPS with the decoder "
     "before it"
 )
-
-
-@dataclass(frozen=True)
-class RoleBytes:
-    """Bytes of one role: what it holds beyond what others hold already, and what its training adds."""
-
-    weights: int
-    gradients: int = 0
-    optimizer: int = 0
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Bytes in one turn of a step, beside weights and optimizer.
-
-    Attributes:
-        graph: what is alive when the backward pass begins: activations above all.
-        peak: the most that is alive at once, gradients and what operations need for a moment included.
-    """
-
-    graph: int
-    peak: int
 
 
 @dataclass(frozen=True)
@@ -133,20 +112,21 @@ def plan(teacher: str, method: str = "dmd2", **settings: Any) -> Plan:
     Args:
         teacher: folder (configuration files are enough), hub id, or embedded name.
         method: a file name of ``fewstep.trainers``, or ``auto`` for the best measured one.
-        **settings: fields of the method's configuration; ``out`` is not needed.
+        **settings: fields of the method's configuration; ``out`` is not needed. ``items`` may be a list of them.
 
     Raises:
         UserError: for everything that a user can mend.
     """
+    items = None if isinstance(settings.get("items"), str | Path) else settings.pop("items", None)
     if method == CHOOSE:
         decision = decide({"teacher": teacher, **settings})
         decision.say()
-        return Planner(decision.config, decision.method).plan()
+        return Planner(decision.config, decision.method, items=items).plan()
     try:
         config = method_class(method).Config(teacher=teacher, **{"out": "", **settings})
     except TypeError as error:
         raise UserError(f"{method} has no such setting: {error}") from error
-    return Planner(config, method).plan()
+    return Planner(config, method, items=items).plan()
 
 
 class Planner:
@@ -157,13 +137,18 @@ class Planner:
         method: its name.
         build: makes the teacher's pipeline where no folder or hub id does; it is given the context in which networks,
             and networks only, are to be made.
+        items: that are in memory, in the place of ``config.items``.
 
     Raises:
         UserError: the teacher cannot be built, or cannot be recorded.
     """
 
     def __init__(
-        self, config: RunConfig, method: str, build: Callable[[World], DiffusionPipeline] | None = None
+        self,
+        config: RunConfig,
+        method: str,
+        build: Callable[[World], DiffusionPipeline] | None = None,
+        items: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self.config, self.method, self.mode = config, method, fake_tensors()
         if build is None:
@@ -172,7 +157,9 @@ class Planner:
             self.pipeline = build(partial(fake_world, self.mode))
         with answering(self.pipeline, self.mode) as taken:
             call = TeacherSettings.of(config).recorded_call
-            self.items = given_items(config.items, None, self.pipeline, call, name=config.teacher)
+            self.items = given_items(
+                config.items if items is None else items, None, self.pipeline, call, name=config.teacher
+            )
             how = {"make_up": config.prompts is None, "without_images": config.without_images}
             self.recording = record_for(record, self.pipeline, call, self.items, **how)
             one = self.recording.invocation.item if self.recording.conditional == "item" else None
@@ -227,7 +214,7 @@ class Planner:
             encoding=self.encoding,
             item=self.item,
             kept=tensor_bytes(*kept),
-            roles=_roles(method, kept),
+            roles=role_bytes(method, kept),
             moments=moments,
             calls=calls,
             evaluations=evaluations_of(config, dry_run.guidance_scale not in (0.0, 1.0), calls),
@@ -298,53 +285,6 @@ def _flags(changes: dict[str, Any]) -> str:
     return " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in changes.items())
 
 
-def weigh(method: Method, dry_run: DryRun, step: int) -> dict[str, Moment]:
-    """By role: what its turn of a step needs beside all weights.
-
-    Micro-batches after the first need it beside the gradients of those before; the second stands for all of them.
-    """
-    moments: dict[str, Moment] = {}
-    weights = [tensor for role in method.roles.values() for tensor in _tensors(role)]
-    micro_batches = min(2, dry_run.config.gradient_accumulation_steps)
-    with Footprint(known=weights) as footprint:
-        runs = [method.turns(step, dry_run.batch(step)) for _ in range(micro_batches)]
-        while True:
-            role, graph = None, 0
-            for run in runs:
-                turn = next(run, None)
-                if turn is None:
-                    return moments
-                if isinstance(turn, Turn):
-                    role, graph = turn.role, footprint.alive
-                    backward(method, turn)
-                del turn
-            if role is not None:
-                moments[role] = Moment(graph, footprint.peak)
-                for parameter in method.roles[role].parameters():
-                    parameter.grad = None
-            footprint.restart()
-
-
 def size(number: int) -> str:
     """Bytes for people: GB of 10^9, or MB where that is clearer."""
     return f"{number / 1e9:,.2f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"
-
-
-def _roles(method: Method, holders: list[nn.Module]) -> dict[str, RoleBytes]:
-    """What each role adds to what the pipeline and the roles before it hold."""
-    held: list[nn.Module | list[Tensor]] = list(holders)
-    before, found = tensor_bytes(*held), dict[str, RoleBytes]()
-    for name, role in method.roles.items():
-        held.append(_tensors(role))
-        trained = sum(parameter.nbytes for parameter in role.parameters())
-        now = tensor_bytes(*held)
-        # AdamW has two numbers for every parameter, in its dtype.
-        found[name] = RoleBytes(now - before, trained, 2 * trained)
-        before = now
-    return found
-
-
-def _tensors(role: Role) -> list[Tensor]:
-    networks = [expert.denoiser.network for expert in role.experts.values()]
-    modules = [*networks, *role.modules.values()]
-    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]

@@ -78,8 +78,13 @@ def stand_in(recording: Recording) -> Recording:
     told = {name: recording.marked[name] for name in recording.embedded}
     if _TEXT in recording.marked:
         told[_TEXT] = Leaf(torch.zeros(1, 1, _SIZE), rows=1)
+    guidance = recording.guidance
+    if (weighing := guidance.weighing) is not None and weighing.places:  # as many as its samples have
+        ends = replace(weighing, places=(weighing.places[0], weighing.places[-1]), axis=1)
+        guidance = replace(guidance, weighing=ends)
     return replace(
         recording,
+        guidance=guidance,
         network=experts[0].network,
         recipe=recipe,
         marked=told,

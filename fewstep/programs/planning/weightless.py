@@ -1,20 +1,16 @@
 """Weightless pipelines: a teacher built from its configuration files alone, with networks that hold no weights.
 
-Their weights are fake tensors, which have a shape and a dtype and take no memory. What such a network answers is drawn,
-in the shapes that it would have: a function of its inputs that follows all of them. So the pipeline's own call runs,
-on real tokens, latents and times, and the recorder learns from it how the network is called. It can prove nothing.
+Their weights are fake tensors, which have a shape and a dtype and take no memory. What such a network answers is drawn
+(:mod:`fewstep.programs.planning.drawn`), so that the pipeline's own call runs, on real tokens, latents and times, and
+the recorder learns from it how the network is called. It can prove nothing.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import importlib
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import update_wrapper
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +19,9 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from fewstep.errors import UserError, first_line
-from fewstep.programs.planning.memory import Footprint
 from fewstep.reading import read_json
 from fewstep.teachers.single_file import configuration_of
 from fewstep.teachers.source import CONFIGURATION, find_source
@@ -88,16 +83,22 @@ def weightless_teacher(
 @contextmanager
 def fake_world(mode: FakeTensorMode) -> Iterator[None]:
     """Inside, every new tensor is fake, and modules of fake ones can be copied, moved and cast."""
+    # oneDNN's kernels have formats of their own, which no fake tensor can take.
+    with movable(), mode, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TF32 acceleration")
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
+
+
+@contextmanager
+def movable() -> Iterator[None]:
+    """Inside, modules of fake tensors can be copied, moved and cast: some pipelines cast their autoencoder."""
     module: Any = nn.Module  # types are not made for methods that are exchanged for a while
     fake: Any = FakeTensor
     before = module._apply, vars(fake).get("__deepcopy__", Tensor.__deepcopy__)
     module._apply, fake.__deepcopy__ = _converted, _copied
     try:
-        # oneDNN's kernels have formats of their own, which no fake tensor can take.
-        with mode, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "TF32 acceleration")
-            with torch.backends.mkldnn.flags(enabled=False):
-                yield
+        yield
     finally:
         module._apply, fake.__deepcopy__ = before
 
@@ -127,25 +128,6 @@ def _converted(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: b
         if buffer is not None:
             module._buffers[name] = change(buffer)
     return module
-
-
-@contextmanager
-def answering(pipeline: DiffusionPipeline, mode: FakeTensorMode) -> Iterator[dict[str, int]]:
-    """Inside, the pipeline's fake networks take real tensors, and give drawn ones in the shapes of their answers.
-
-    Gives the bytes that each network took at most beside its weights, by name, as they come up.
-    """
-    networks = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
-    taken = dict.fromkeys(networks, 0)
-    # An autoencoder is asked for its other half by name.
-    asked = [(name, half) for name in networks for half in ("forward", "encode") if hasattr(networks[name], half)]
-    for name, half in asked:
-        setattr(networks[name], half, _drawn(getattr(networks[name], half), mode, networks[name], taken, name))
-    try:
-        yield taken
-    finally:
-        for name, half in asked:
-            delattr(networks[name], half)
 
 
 def _configuration_folder(name: str, revision: str | None, subfolder: str | None) -> Path:
@@ -185,72 +167,11 @@ def _part(kind: Any, folder: Path, mode: FakeTensorMode) -> Any:
         return kind.from_pretrained(folder)
     with fake_world(mode):
         if of_diffusers:
-            return kind.from_config(kind.load_config(folder)).eval()
-        return kind(kind.config_class.from_pretrained(folder)).eval()
-
-
-def _drawn(
-    forward: Callable[..., Any], mode: FakeTensorMode, network: nn.Module, taken: dict[str, int], name: str
-) -> Callable[..., Any]:
-    """`forward` on fake tensors for the shapes; it is run once for each shape of its inputs."""
-    answers: dict[str, Any] = {}
-    weights = [*network.parameters(), *network.buffers()]
-
-    def shaped(value: Any) -> Any:
-        given = isinstance(value, Tensor) and value.is_floating_point() and not isinstance(value, FakeTensor)
-        return mode.from_tensor(value) if given else value
-
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        key = str(tree_map(lambda v: (v.shape, v.dtype) if isinstance(v, Tensor) else v, (args, kwargs)))
-        if key not in answers:
-            with mode, Footprint(known=weights) as footprint, torch.no_grad():
-                answers[key] = forward(*tree_map(shaped, args), **tree_map(shaped, kwargs))
-            taken[name] = max(taken[name], footprint.peak)
-        leaves, structure = tree_flatten(answers[key])
-        return tree_unflatten([_draw(given, leaf, place) for place, leaf in enumerate(leaves)], structure)
-
-    # The signature stays visible: pipelines and the recorder ask for it.
-    return update_wrapper(stand_in, forward, assigned=(), updated=())
-
-
-def _draw(given: list[Tensor], like: Any, place: int) -> Any:
-    """A real tensor like a fake one; each of its rows follows the same row of every input that has as many.
-
-    `place`: of the tensor among those of the answer, so that no two of them are equal.
-    """
-    if not isinstance(like, Tensor):
-        held = {name: value for name, value in getattr(like, "__dict__", {}).items() if isinstance(value, Tensor)}
-        if not held:
-            return like
-        answer = copy.copy(like)  # a distribution
-        for number, (name, value) in enumerate(held.items()):
-            setattr(answer, name, _draw(given, value, 100 * (place + 1) + number))
-        return answer
-    if not like.is_floating_point():
-        return torch.zeros(like.shape, dtype=like.dtype)
-    rows = like.shape[0] if like.dim() else 1
-    seed = hashlib.blake2b(str((place, *like.shape[1:])).encode(), digest_size=4).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
-    pattern = torch.randn(like.shape[1:], generator=generator)
-    answer = pattern.expand(like.shape).clone()
-    for number, value in enumerate(given, 1):
-        shared = value.dim() == 0 or value.shape[0] != rows
-        weight = torch.sin(_projected(value.reshape(1 if shared else rows, -1).double(), generator)).float()
-        answer += pattern.roll(number) * weight.reshape(-1, *[1] * (like.dim() - 1))
-    return answer.to(like.dtype)
-
-
-def _projected(seen: Tensor, generator: torch.Generator) -> Tensor:
-    """Each row of ``seen`` (R, N) in one direction that no entry is without, (R,).
-
-    It is an outer product, as a drawn number for each entry of a video would take longer than all else.
-    """
-    count = seen.shape[1]
-    width = max(1, math.isqrt(count))
-    whole = count - count % width
-    across, along, rest = (
-        torch.randn(size, generator=generator, dtype=torch.float64) / max(size, 1) ** 0.5
-        for size in (width, whole // width, count - whole)
-    )
-    return seen[:, :whole].unflatten(1, (-1, width)) @ across @ along + seen[:, whole:] @ rest
+            network = kind.from_config(kind.load_config(folder)).eval()
+        else:
+            network = kind(kind.config_class.from_pretrained(folder)).eval()
+    for name, buffer in network.named_buffers(recurse=False):
+        if buffer.is_floating_point():
+            # Pipelines themselves read such numbers of a network: an autoencoder's mean and deviation of each channel.
+            setattr(network, name, torch.ones(buffer.shape, dtype=buffer.dtype))
+    return network

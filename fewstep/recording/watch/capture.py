@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def capture(value: Any) -> Any:
-    """A copy of nested containers with every tensor cloned: pipelines write the next sample into the same storage."""
-    return _map_tensors(value, lambda tensor: tensor.detach().clone())
+def capture(value: Any, known: Sequence[Tensor] = ()) -> Any:
+    """A copy of nested containers with every tensor cloned: pipelines write the next sample into the same storage.
+
+    A tensor that is one of some `known` copies is that copy: what one network answers, another one may be told.
+    """
+    return _map_tensors(value, lambda tensor: _copied(tensor, known))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested containers."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _map_tensors(value, note)
+    return found
+
+
+def capture_unless(value: Any, *known: Any) -> Any:
+    """`capture`, or the first of some captures that is the same: what stands still from step to step is kept once."""
+    for one in known:
+        if _same(value, one):
+            return one
+    return capture(value)
 
 
 def scrambled(value: Any, generator: torch.Generator) -> Any:
@@ -38,12 +61,21 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def capture_changes(arguments: dict[str, Any], previous: dict[str, Any]) -> dict[str, Any]:
+def capture_changes(
+    arguments: dict[str, Any], previous: dict[str, Any], known: Sequence[Tensor] = ()
+) -> dict[str, Any]:
     """`capture`, but what equals the previous call's argument is shared with it: embeddings are cloned once."""
     return {
-        name: previous[name] if _same(value, previous.get(name)) else capture(value)
+        name: previous[name] if _same(value, previous.get(name)) else capture(value, known)
         for name, value in arguments.items()
     }
+
+
+def _copied(tensor: Tensor, known: Sequence[Tensor]) -> Tensor:
+    for one in known:
+        if _same(tensor, one):
+            return one
+    return tensor.detach().clone()
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -52,7 +52,7 @@ def refuse_unfinite_conditioning(pipeline: Any, calls: Sequence[NetworkCall], ar
     Raises:
         RecordingError: it names the component and the prompt.
     """
-    if any(bool(value.isnan().any()) for value in _floats(calls[-1].arguments)):
+    if any(bool(value.isnan().any()) for value in floats(calls[-1].arguments)):
         subject = next((f" for {arguments[name]!r}" for name in ("prompt", "class_labels") if name in arguments), "")
         _refuse_call(pipeline, calls[:-1], f"before the first step{subject}")
         raise RecordingError(
@@ -66,10 +66,15 @@ def refuse_unfinite_images(pipeline: Any, component: str, images: Tensor, where:
         raise RecordingError(_said(pipeline, component, where))
 
 
+def is_finite(answer: Any) -> bool:
+    """Whether all numbers of an answer are finite, in nested containers too."""
+    return all(_finite(value) for value in floats(answer))
+
+
 def _refuse_call(pipeline: Any, calls: Sequence[NetworkCall], where: str) -> None:
     """Raise for the first of these calls whose answer is not finite."""
     for call in calls:
-        if not all(_finite(value) for value in _floats(call.output)):
+        if not (call.finite and is_finite(call.output)):
             raise RecordingError(_said(pipeline, call.component, where))
 
 
@@ -115,12 +120,12 @@ def _finite(value: Tensor) -> bool:
     return bool(value.isfinite().all())
 
 
-def _floats(value: Any) -> list[Tensor]:
+def floats(value: Any) -> list[Tensor]:
     """The floating-point tensors in nested containers."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, Mapping):
-        return [tensor for child in value.values() for tensor in _floats(child)]
+        return [tensor for child in value.values() for tensor in floats(child)]
     if isinstance(value, list | tuple):
-        return [tensor for child in value for tensor in _floats(child)]
+        return [tensor for child in value for tensor in floats(child)]
     return []

@@ -12,13 +12,15 @@ from torch import Tensor
 class NetworkCall:
     """One call of a pipeline component: its bound keyword arguments and what it returned (cloned).
 
-    `earlier`: the calls of the same step that came before it.
+    `earlier`: the calls of the same step that came before it; `finite`: whether its answer was, of a call that was
+    forgotten.
     """
 
     component: str
     arguments: dict[str, Any]
     output: Any = None
     earlier: tuple[NetworkCall, ...] = field(default=(), repr=False)
+    finite: bool = True
 
 
 @dataclass
@@ -26,7 +28,8 @@ class Step:
     """One `scheduler.step`: the network calls since the previous one, and what the scheduler was given and returned.
 
     `integer`: the scheduler counts its timesteps in integers; `scaled`: the last `scale_model_input`, None
-    where that was not called; `sigma`: its entry of `sigmas` for this step; `x0`: its clean sample, where asked for.
+    where that was not called; `result`: the next sample, None where the pipeline was given another one; `sigma`: its
+    entry of `sigmas` for this step; `x0`: its clean sample, where asked for.
     """
 
     calls: list[NetworkCall]

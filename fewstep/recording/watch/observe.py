@@ -10,7 +10,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -21,12 +21,13 @@ from fewstep.errors import one_line
 from fewstep.recording.call.pictures import advice
 from fewstep.recording.errors import RecordingError
 from fewstep.recording.pipeline import evaluating, find_decoder, find_scheduler, modules_of
-from fewstep.recording.watch.capture import capture, capture_changes, scrambled
+from fewstep.recording.watch.capture import capture, capture_changes, scrambled, tensors_in
 from fewstep.recording.watch.cut_texts import quiet_about_cuts
 from fewstep.recording.watch.finite import refuse_unfinite_conditioning, refuse_unfinite_step
+from fewstep.recording.watch.forgetting import forgotten
 from fewstep.recording.watch.hooks import hooked, method_replaced
 from fewstep.recording.watch.observation import NetworkCall, Observation, Step, Stop, Stub
-from fewstep.recording.watch.scheduler import feed_times, watch_scheduler
+from fewstep.recording.watch.scheduler import feed_times, unwatch_scheduler, watch_scheduler
 
 
 def observe(
@@ -43,6 +44,7 @@ def observe(
     x0: bool = False,
     set_up: Callable[[Any], None] | None = None,
     seed: int | None = None,
+    loop: Collection[str] | None = None,
 ) -> Observation:
     """Call `pipeline(**arguments)` and watch.
 
@@ -59,6 +61,8 @@ def observe(
         x0: also ask the scheduler for its own clean sample at every step, where it has one.
         set_up: called once with the scheduler's copy before the run.
         seed: of the global random state during the run; None leaves that as it is.
+        loop: the components that the pipeline's loop calls, where they are known: nothing else is kept of calls. None:
+            what the first step alone calls is forgotten in the second.
 
     Raises:
         RecordingError: the pipeline itself failed, or what it computes is not finite; the message carries its words.
@@ -73,7 +77,8 @@ def observe(
         check = partial(refuse_unfinite_step, pipeline, result=stub is None)
         watch_scheduler(scheduler, seen, steps, replace, x0, check)
         for component, module in modules_of(pipeline).items():
-            stack.enter_context(_watched(component, module, seen, before, stub, skip))
+            kept = loop is None or component in loop
+            stack.enter_context(_watched(component, module, seen, before, stub, skip, kept))
         decoder = find_decoder(pipeline)
         if decoder is not None and stop_at_decode:
             stack.enter_context(_decode_caught(getattr(pipeline, decoder), seen))
@@ -144,6 +149,7 @@ def _left_as_found(pipeline: Any) -> Iterator[Any]:
         scheduler = copy.deepcopy(getattr(pipeline, name))
         # Written past __setattr__, which would rewrite the pipeline's config.
         pipeline.__dict__[name] = scheduler
+        stack.callback(unwatch_scheduler, scheduler)
         if decoder is not None:
             stack.enter_context(_weights_kept(getattr(pipeline, decoder)))
         stack.enter_context(torch.no_grad())
@@ -152,9 +158,18 @@ def _left_as_found(pipeline: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _watched(
-    component: str, module: nn.Module, seen: Observation, before: str | None, stub: Stub | None, skip: int = 0
+    component: str,
+    module: nn.Module,
+    seen: Observation,
+    before: str | None,
+    stub: Stub | None,
+    skip: int = 0,
+    kept: bool = True,
 ) -> Iterator[None]:
-    """Note the calls of a component in `seen`, where it is stubbed without running it."""
+    """Note the calls of a component in `seen`, and what it was told and said where that is kept.
+
+    Where it is stubbed it is not run.
+    """
     signature = inspect.signature(module.forward)
     stubbed = stub is not None and component in stub.components
     beside = stub is not None and component in dict(stub.beside)
@@ -164,22 +179,27 @@ def _watched(
 
     def enter(_name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = dict(signature.bind(*args, **kwargs).arguments)
-        for name, parameter in signature.parameters.items():
+        for name, parameter in signature.parameters.items() if kept else ():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 arguments.update(arguments.pop(name, {}))
-        running.append(NetworkCall(component, capture_changes(arguments, previous), earlier=tuple(seen.pending)))
-        previous.update(running[-1].arguments)
+        answers = [tensor for call in seen.pending for tensor in tensors_in(call.output)]
+        told = capture_changes(arguments, previous, answers) if kept else {}
+        running.append(NetworkCall(component, told, earlier=tuple(seen.pending)))
+        previous.update(told)
         seen.pending.append(running[-1])
         if component == before and sum(call.component == before for call in seen.pending) > skip:
             raise Stop
 
     def leave(_name: str, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        # A control network answers with more than its sample, and the same in each step in which it is stubbed.
-        answered.update(capture_changes({"": output}, answered) if beside else {"": capture(output)})
-        running[-1].output = answered[""]
+        call = running.pop()
+        if not kept:
+            forgotten(call, output)
+            return
+        # The same in each step in which it is stubbed.
+        answered.update(capture_changes({"": output}, answered))
+        call.output = answered[""]
         if stubbed:
-            seen.last_output = running[-1].output
-        running.pop()
+            seen.last_output = call.output
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(hooked({component: module}, before=enter, after=leave))

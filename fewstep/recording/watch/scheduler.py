@@ -11,7 +11,8 @@ from typing import Any
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from fewstep.recording.watch.capture import capture
+from fewstep.recording.watch.capture import capture, capture_unless
+from fewstep.recording.watch.forgetting import forget_encoders
 from fewstep.recording.watch.observation import NetworkCall, Observation, Step, Stop
 from fewstep.recording.watch.token_times import velocity_sign
 
@@ -38,18 +39,24 @@ def watch_scheduler(
             bound.get(key, values[i]) for i, key in enumerate(("model_output", "timestep", "sample"))
         )
         sign = velocity_sign(scheduler, bound)
+        before = seen.steps[-1] if seen.steps else None
+        sample = capture_unless(sample, *(() if before is None else (before.result,)))
         record = Step(
             calls=list(seen.pending),
-            model_output=capture(model_output if sign > 0 else -model_output),
+            model_output=capture_unless(
+                model_output if sign > 0 else -model_output, *(() if before is None else (before.model_output,))
+            ),
             timestep=float(timestep),
             integer=not (timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, float)),
-            sample=capture(sample),
-            scaled=scaled[-1] if scaled else None,
+            sample=sample,
+            scaled=capture_unless(scaled[-1], sample) if scaled else None,
         )
         seen.pending.clear()
         scaled.clear()
         if not seen.steps:
             seen.timesteps = capture(getattr(scheduler, "timesteps", None))
+        elif len(seen.steps) == 1:
+            forget_encoders(seen.steps[0], record)
         seen.steps.append(record)
         if x0:
             record.x0 = _own_x0(scheduler, bound)
@@ -62,10 +69,20 @@ def watch_scheduler(
             raise Stop
         if replace is not None:
             result = _with_sample(result, replace(len(seen.steps) - 1, record.result))
+            record.result = None
         return result
 
     scheduler.step = step
     watch_scaling(scheduler, lambda result: scaled.append(capture(result)))
+
+
+def unwatch_scheduler(scheduler: Any) -> None:
+    """Give a scheduler's copy its own methods back.
+
+    The others hold it and all that was seen: such a circle, of gigabytes, stays until garbage is collected.
+    """
+    for name in ("step", "scale_model_input", "set_timesteps"):
+        vars(scheduler).pop(name, None)
 
 
 def watch_scaling(scheduler: Any, seen: Callable[[Any], object]) -> None:

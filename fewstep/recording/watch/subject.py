@@ -36,11 +36,14 @@ class Subject:
         pipeline: the pipeline.
         invocation: its call, prompts or labels apart.
         off: the changes to the call that switch guidance off; empty where it is off, or as long as they are unknown.
+        loop: the components that its loop calls, of whose calls alone an observation holds what was said; None: as long
+            as they are unknown.
     """
 
     pipeline: Any
     invocation: Invocation
     off: dict[str, Any]
+    loop: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         """The pipeline's class, for messages."""
@@ -81,8 +84,8 @@ class Subject:
         """
         call = self.call(count, items, changes, seed)
         if self.invocation.conditional != "item":
-            return observe(self.pipeline, call, **watching)
+            return observe(self.pipeline, call, loop=self.loop, **watching)
         try:
-            return observe(self.pipeline, call, seed=seed, **watching)
+            return observe(self.pipeline, call, seed=seed, loop=self.loop, **watching)
         except RecordingError as error:
             raise RecordingError(f"{(items or [self.invocation.item])[0]}: {error}") from error.__cause__
