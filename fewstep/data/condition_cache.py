@@ -258,6 +258,11 @@ class CacheWriter:
         self.index["shards"] += shards
         self._save_index()
 
+    def forget(self) -> None:
+        """Take away what was begun, for a cache that was refused before it held anything: what is mended is another."""
+        for path in (self.folder / INDEX, *self.folder.glob("*.safetensors")):
+            path.unlink(missing_ok=True)
+
     def _write_stack(self, name: str, encoded: Sequence[Conditioning], items: list[Any]) -> dict[str, Any]:
         groups, tensors = stack(encoded)
         # One entry: safetensors writes several in an order of its own, and the same items shall be the same bytes.

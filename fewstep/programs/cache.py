@@ -138,7 +138,12 @@ def cache(
             logger.info(size_of_all(recording, shown.each, kept))
             if note := nothing_drawn(draws, kept):
                 logger.info(note)
-        _encode_together(launch, recording, writer)
+        try:
+            _encode_together(launch, recording, writer)
+        except UserError:
+            if launch.is_main_process and not writer.index["shards"]:
+                writer.forget()
+            raise
     return writer.folder
 
 

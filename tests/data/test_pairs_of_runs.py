@@ -1,6 +1,7 @@
 """A run makes no more pairs than it will use, and what it trains on does not depend on how long it is meant to be."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_pipelines import tiny_ddim, tiny_dit
 from torch import Tensor
 
 from fewstep.config.pairs import PairsWanted
+from fewstep.data.batch import Pairs
 from fewstep.data.conditions import Conditions
 from fewstep.data.durable import json_sha256
 from fewstep.data.pair_stream import PairStream, numbers_used
@@ -64,6 +66,21 @@ def test_after_a_roll_back_a_short_run_takes_the_pairs_that_it_has(tmp_path: Pat
         seen = PairStream(few, conditions, "cpu", *mixed).batch(10_003, range(40)).x0
         assert {float(x0.sum()) for x0 in seen} == held
     assert len(PairStream(none, conditions, "cpu", few, 0.1).batch(10_003, range(4)).x0) == 4
+
+
+@pytest.mark.soak
+def test_a_short_run_goes_on_after_a_roll_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    own, calls = PairStream.batch, iter(range(100))
+
+    def spoilt(self: PairStream, seed: int, positions: Sequence[int]) -> Pairs:
+        made = own(self, seed, positions)
+        return Pairs(made.x0 * torch.nan, made.noise, made.conditioning) if next(calls) == 5 else made
+
+    monkeypatch.setattr(PairStream, "batch", spoilt)
+    settings = {**RUN, "classes": "0-2", "max_steps": 8, "checkpointing_steps": 2, "rollbacks": 1}
+    distill(tiny_dit(), "rectified_flow", out=str(tmp_path), **settings)
+    (noted,) = json.loads((tmp_path / "checkpoints" / "rollbacks.json").read_text())
+    assert (noted["from"], noted["to"]) == (6, 4) and rows(tmp_path / "pairs") == 8 * 4
 
 
 def test_a_run_that_goes_on_for_longer_makes_the_others_and_is_the_same(tmp_path: Path):

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from item_sets import picture, tiny_editor, tiny_filler, write_items
 
 from fewstep.cli import main
+from fewstep.data.condition_cache import ConditionCache
 from fewstep.data.made_up import made_up_items
+from fewstep.errors import UserError
+from fewstep.programs.cache import cache
 from fewstep.programs.distillation import distill
 from fewstep.programs.methods import method_class
 from fewstep.programs.planning.plan import Planner
@@ -122,6 +126,15 @@ def test_a_row_that_cannot_be_meant_is_one_line_and_exit_code_two(
     before = sorted(tmp_path.rglob("*"))
     assert main(["cache", "--teacher", str(editor), "--items", str(own), "--out", str(tmp_path / "c"), "--cpu"]) == 2
     assert words in said(capsys) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_cache_that_is_refused_while_it_encodes_leaves_nothing_in_the_mended_ones_way(tmp_path: Path) -> None:
+    given = [{"prompt": f"the {word}", "image": picture(number)} for number, word in enumerate("abc")]
+    spoilt = [*given[:2], {**given[2], "image": torch.full((1, 3, 16, 16), torch.nan)}]
+    with pytest.raises(UserError, match=r"^item 3: "):
+        cache(tiny_editor(), tmp_path / "cache", items=spoilt, cpu=True)
+    assert not (tmp_path / "cache").exists()
+    assert len(ConditionCache(cache(tiny_editor(), tmp_path / "cache", items=given, cpu=True))) == 3
 
 
 @pytest.mark.parametrize(
