@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fewstep.config.values import MOST, shown
-from fewstep.data.durable import write_durably
+from fewstep.data.durable import nothing_left, write_durably
 from fewstep.errors import UserError
 from fewstep.eval.conditions import SampleConditions, items_of
 from fewstep.eval.generate import generate
@@ -76,28 +76,29 @@ def sample(
     from fewstep.export.steering import nasa
 
     conditions = _conditions(model, prompt, label, items)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    if num is None:
-        num = 1 if items is None else min(len(conditions.values), _OF_ITEMS)
-    pipeline = model.load(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), torch.float32)
-    call = {**model.call, "num_inference_steps": count}
-    if negative_prompt is not None:
-        pipeline = nasa(pipeline, negative_prompt, *(() if nasa_scale is None else (nasa_scale,)))
-    batches = generate(
-        pipeline, call, conditions, range(num), seed=seed, batch_size=min(num, 16), description="samples"
-    )
-    # On white, where items have samples of several sizes.
-    images = on_white([batch.images for batch in batches])
-    if images.ndim == 5:
-        picture = tile(list(contact_sheet(images)))
-    elif num == 1:
-        picture = to_pil(images[0])
-    else:
-        picture = tile(images.split(math.ceil(math.sqrt(num))))
-    write_durably(path, lambda unfinished: picture.save(unfinished, format="PNG"))
+    with nothing_left(path.parent):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        if num is None:
+            num = 1 if items is None else min(len(conditions.values), _OF_ITEMS)
+        pipeline = model.load(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), torch.float32)
+        call = {**model.call, "num_inference_steps": count}
+        if negative_prompt is not None:
+            pipeline = nasa(pipeline, negative_prompt, *(() if nasa_scale is None else (nasa_scale,)))
+        batches = generate(
+            pipeline, call, conditions, range(num), seed=seed, batch_size=min(num, 16), description="samples"
+        )
+        # On white, where items have samples of several sizes.
+        images = on_white([batch.images for batch in batches])
+        if images.ndim == 5:
+            picture = tile(list(contact_sheet(images)))
+        elif num == 1:
+            picture = to_pil(images[0])
+        else:
+            picture = tile(images.split(math.ceil(math.sqrt(num))))
+        write_durably(path, lambda unfinished: picture.save(unfinished, format="PNG"))
     return path
 
 

@@ -45,4 +45,5 @@ def test_sample_refuses_other_files_of_a_student(student, tmp_path):
 )
 def test_sample_names_mistakes(student, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
-        sample(student, **{**options, "out": tmp_path / options["out"]})
+        sample(student, **{**options, "out": tmp_path / "new" / options["out"]})
+    assert not (tmp_path / "new").exists()
