@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from fewstep.cli import main as command_line
 from fewstep.config.parsing import Parser, parse, with_values
 from fewstep.config.run import RunConfig
+from fewstep.data.cache_form import read_index
 from fewstep.errors import UserError
 from fewstep.eval.during import evaluator_of
 from fewstep.export.about import read_about
@@ -69,7 +70,7 @@ def run(words: Sequence[str]) -> None:
         method, config = decision.method, decision.config
     else:
         config = distill_config(method, words[1:])
-    _announce(distillation.run(config, method, evaluator=evaluator_of), config.items)
+    _announce(distillation.run(config, method, evaluator=evaluator_of), config.items or _items_of(config.cache))
     leave_launch()
 
 
@@ -82,6 +83,12 @@ def _announce(student: Path, items: str | None) -> None:
             print(f"the student is in {student}; fewstep sample {shlex.quote(str(student))} {asked} --out sample.png")
         else:
             print(f"the student is in {student}; its README.md shows how to load it, --merge makes a whole pipeline")
+
+
+def _items_of(cache: str | None) -> str | None:
+    """Where the items are that a cache was made of; None where it does not know, or holds prompts."""
+    index = None if cache is None else read_index(Path(cache))
+    return None if index is None else index.get("source")
 
 
 def _asked_with(about: Mapping[str, Any], items: str | None) -> list[str]:

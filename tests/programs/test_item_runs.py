@@ -43,6 +43,7 @@ def test_a_run_from_a_cache_ends_in_a_student_and_a_changed_picture_is_refused(
     assert main([*words, "--pair_steps", "2", "--num_pairs", "2", "--out", run]) == 0
     about = json.loads((tmp_path / "run" / "student" / "fewstep.json").read_text())
     assert about["conditional"] == "item"
+    assert f" --items {own} --out sample.png" in capsys.readouterr().out
     assert str(own) not in (tmp_path / "run" / "student" / "README.md").read_text(), "a place of this machine"
     picture(77).save(own.parent / "1.png")
     for told in ([], ["--items", str(own)]):

@@ -123,8 +123,9 @@ def _run(pipeline: Any, arguments: dict[str, Any], seen: Observation) -> None:
     except RecordingError:
         raise
     except Exception as error:
+        said = one_line(error)[:300].rstrip(".")
         raise RecordingError(
-            f"{type(pipeline).__name__} failed under the recorder: {type(error).__name__}: {one_line(error)[:300]}; "
+            f"{type(pipeline).__name__} failed under the recorder: {type(error).__name__}: {said}; "
             f"{advice(pipeline, arguments, error)}"
         ) from error
 
