@@ -8,7 +8,9 @@ proof that fails is never kept. Tests of the proof itself ask a recording for it
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,9 +53,7 @@ def _key(recording: Recording) -> str | None:
     asked = recording.invocation.item, recording.call, recording.off, str(recording.dtype)
     digest.update(repr(asked).encode())
     for name, part in parts.items():
-        config = None
-        if isinstance(part, ConfigMixin):  # where it was loaded from makes no difference
-            config = sorted((item for item in part.config.items() if item[0] != "_name_or_path"), key=str)
+        config = _told(part.config) if isinstance(part, ConfigMixin) else None
         digest.update(repr((name, type(part).__module__, type(part).__qualname__, config)).encode())
         if not isinstance(part, nn.Module):
             continue
@@ -63,3 +63,9 @@ def _key(recording: Recording) -> str | None:
             digest.update(repr((key, value.dtype, tuple(value.shape))).encode())
             digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _told(config: Mapping[str, Any]) -> str:
+    """A configuration as text, without what it says of how it came about: in memory, or from which folder."""
+    told = {name: value for name, value in config.items() if not name.startswith("_")}
+    return json.dumps(told, sort_keys=True, default=str)

@@ -1,14 +1,15 @@
 """The suite's own saving: which teacher is taken for one that was proven before, and that no failure is kept."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers import DDIMScheduler
 from proven import proven_once
-from tiny_pipelines import tiny_ddim
+from tiny_pipelines import TINY, tiny_ddim
 
 from fewstep.recording import Recording, RecordingError
 
@@ -54,11 +55,16 @@ def test_an_equal_teacher_alone_is_taken_for_proven(change: Any, expected: int, 
     assert (told[0] is told[1]) == (expected == 1)
 
 
-def test_where_a_teacher_lies_makes_no_difference(proofs: list[Recording], tmp_path: Path) -> None:
-    tiny_ddim().save_pretrained(tmp_path / "one")
+@pytest.mark.parametrize(("make", "call"), [TINY[name] for name in ("ddim", "stable_diffusion")])
+def test_where_a_teacher_comes_from_makes_no_difference(
+    make: Callable[[], Any], call: dict[str, Any], proofs: list[Recording], tmp_path: Path
+) -> None:
+    made = make()
+    made.save_pretrained(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    for name in ("one", "two"):
-        proven_once(DDIMPipeline.from_pretrained(tmp_path / name)).prove()
+    loaded = [type(made).from_pretrained(tmp_path / name) for name in ("one", "two")]
+    for pipeline in (made, *loaded):
+        proven_once(pipeline, **call).prove()
     assert len(proofs) == 1
 
 
