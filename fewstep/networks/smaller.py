@@ -33,7 +33,9 @@ def resized_recording(recording: Recording, changes: Mapping[str, Any], seed: in
     settings: Any = getattr(network, "config", None)
     if settings is None:
         raise UserError(f"--student_network: {type(network).__name__} is no network of diffusers")
-    if unknown := sorted(changes.keys() - {key for key in settings if not key.startswith("_")}):
+    # The hidden entries say which of the others were defaults, and would win over a change of these.
+    settings = {key: value for key, value in settings.items() if not key.startswith("_")}
+    if unknown := sorted(changes.keys() - settings.keys()):
         raise UserError(f"--student_network: the {name} has no setting {', '.join(unknown)}")
     parameter = next(network.parameters())
     with torch.random.fork_rng(devices=[]):
