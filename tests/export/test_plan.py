@@ -17,6 +17,7 @@ from tiny_pipelines import TINY, tiny_edm, tiny_flow, tiny_stable_diffusion
 from fewstep.export import ExportError, plan_student
 from fewstep.export.walk.teacher_shift import teacher_shift
 from fewstep.recording import record
+from tests.recording.picture_pipeline import items_of, picture_pipeline
 
 
 @pytest.mark.parametrize("renoise", ["ode", "fresh"])
@@ -243,3 +244,11 @@ def test_half_precision_does_not_hide_a_wrong_entry():
     pipeline = tiny_stable_diffusion().to(dtype=torch.bfloat16)
     plan = plan_student(record(pipeline, prompt="the cat"), 4, renoise="ode")
     assert plan.counts == (1, 2, 4)  # at 3 steps DDIM is one table entry off
+
+
+@pytest.mark.parametrize("way", ["drawn", "global_draw"])
+def test_what_a_pipeline_draws_for_a_picture_is_drawn_as_it_was_recorded(way: str) -> None:
+    """SD3's control is drawn from the global random state, which no generator of the call seeds."""
+    teacher = record(picture_pipeline(way), items=items_of(way))
+    for steps in (1, 2, 4):
+        assert plan_student(teacher, steps, renoise="ode").steps == steps

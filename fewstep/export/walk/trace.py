@@ -81,6 +81,13 @@ class Trace:
     timesteps: tuple[float, ...] = ()
 
 
+# Of what a pipeline draws from the global random state before its loop: as a recording's conditioning was drawn.
+_TOLD_SEED = 0
+# From the first step on, nobody's: under that of the call's generator a scheduler redraws the initial noise, and fresh
+# noise would look like an ODE.
+_STEP_SEED = 1_618_033_988
+
+
 class _Finished(BaseException):
     """Ends a run when all steps are seen. Not an Exception, so that no pipeline catches it."""
 
@@ -160,6 +167,7 @@ def replay(pipeline: Any, seen: Trace, tell: Tell) -> Trace:
     watch = _DrawWatch(None)
     again = Trace(asked=seen.asked)
     with _trial(), torch.no_grad(), watch:
+        torch.manual_seed(_STEP_SEED)
         scheduler.set_timesteps(**seen.asked)
         sample = seen.steps[0].sample.float()
         for step in seen.steps:
@@ -224,6 +232,8 @@ def _watch_steps(scheduler: Any, seen: Trace, watch: _DrawWatch, tell: Tell, cal
         network_input = scaled.pop() if scaled else kept
         scaled.clear()
         passed = {key: value for key, value in bound.arguments.items() if key not in ("model_output", "sample")}
+        if not seen.steps:
+            torch.manual_seed(_STEP_SEED)  # within the fork of a trial
         sign = velocity_sign(scheduler, bound.arguments)
         answer = answer if sign > 0 else -answer
         told = tell(network_input, float(timestep), answer)
@@ -256,14 +266,13 @@ def _watch_steps(scheduler: Any, seen: Trace, watch: _DrawWatch, tell: Tell, cal
 
 @contextlib.contextmanager
 def _trial() -> Iterator[None]:
-    """Leave the global random state as it was, use one inside that is nobody's seed, and keep quiet.
+    """Leave the global random state as it was, use one inside that does not depend on it, and keep quiet.
 
-    Under the seed of the call's generator a scheduler redraws the initial noise: fresh noise would look like an ODE.
     A trial may fail with warnings; what it means for the user stands in the plan.
     """
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(1_618_033_988)
+        torch.manual_seed(_TOLD_SEED)
         yield
 
 
