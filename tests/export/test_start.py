@@ -53,3 +53,8 @@ def test_a_trace_of_a_picture_is_seen_where_there_may_be_one() -> None:
     assert found is not None and found.traced and found.scale == pytest.approx(0.999, abs=1e-3)
     assert start(traced, pictured=False) is None
     assert start(0.9 * drawn() + 0.1 * picture) is None
+    # Hunyuan's other form steps all frames but the first, of noise that was drawn for all of them.
+    later = start(traced[:, :, 1:])
+    assert later is not None and later.traced and later.scale == pytest.approx(0.999, abs=1e-3)
+    assert start(traced[:, :, 1:], pictured=False) is None
+    assert start((0.9 * drawn() + 0.1 * picture)[:, :, 1:]) is None and start(traced[:, :, 1:].flip(2)) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,22 +46,36 @@ def start_of(
     sample = seen.steps[0].sample.double().cpu()[noisy].sort().values
     stated = float(getattr(scheduler, "init_noise_sigma", 1.0)) * float(x.norm() / sample.norm())
     for draw in seen.initial_draws:
-        drawn = draw.value.double().cpu().flatten()
-        noise = drawn.sort().values
+        drawn = draw.value.double().cpu()
+        noise = drawn.flatten().sort().values
         if len(noise) > len(x) and _holds(noise, x / stated, 10 * close):
             return Start(stated)  # a part of the noise: of the rest a picture takes the place
-        if len(noise) != len(x):
+        if len(noise) == len(x):
+            # Packing reorders the noise, so sorted values are compared.
+            scale = float(x.norm() / noise.norm())
+            if bool((x - scale * noise).abs().max() <= 10 * close * scale):
+                return Start(stated if math.isclose(scale, stated, rel_tol=close) else scale)
+        if not pictured or kept is not None:
             continue
-        # Packing reorders the noise, so sorted values are compared.
-        scale = float(x.norm() / noise.norm())
-        if bool((x - scale * noise).abs().max() <= 10 * close * scale):
-            return Start(stated if math.isclose(scale, stated, rel_tol=close) else scale)
-        if kept is not None:
-            continue
-        share = float(x_t.flatten() @ drawn / (drawn @ drawn))
-        if pictured and bool((x_t.flatten() - share * drawn).abs().max() <= _TRACE * share):
-            return Start(share, traced=True)
+        for part in _parts(drawn, x_t):
+            share = float(x_t.flatten() @ part / (part @ part))
+            near = math.isclose(share, stated, rel_tol=_TRACE)
+            if near and bool((x_t.flatten() - share * part).abs().max() <= _TRACE * share):
+                return Start(share, traced=True)
     return None
+
+
+def _parts(drawn: Tensor, x_t: Tensor) -> Iterator[Tensor]:
+    """The parts of drawn numbers that may be those of x_t, flat: all of them, or a range along one axis."""
+    if drawn.numel() == x_t.numel():
+        yield drawn.flatten()
+        return
+    sizes = list(zip(drawn.shape, x_t.shape, strict=False))
+    others = [axis for axis, (there, here) in enumerate(sizes) if there != here]
+    if drawn.dim() == x_t.dim() and len(others) == 1:
+        (axis,) = others
+        for first in range(drawn.shape[axis] - x_t.shape[axis] + 1):
+            yield drawn.narrow(axis, first, x_t.shape[axis]).flatten()
 
 
 def _holds(values: Tensor, some: Tensor, tolerance: float) -> bool:
