@@ -1,4 +1,4 @@
-"""More stock pipelines that are told pictures, of the mechanisms of the shown ones: made of tiny text-only ones."""
+"""More stock pipelines that are told pictures, of the mechanisms of the shown ones: made of tiny other ones."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from diffusers import (
     CogVideoXFunControlPipeline,
     FluxControlNetModel,
     FluxControlNetPipeline,
+    HunyuanVideoImageToVideoPipeline,
+    LDMSuperResolutionPipeline,
     QwenImageControlNetModel,
     QwenImageControlNetPipeline,
     SanaControlNetModel,
@@ -25,11 +27,15 @@ from diffusers import (
     StableDiffusion3ControlNetPipeline,
     StableDiffusionAdapterPipeline,
     T2IAdapter,
+    UNet2DModel,
+    VQModel,
     WanVACEPipeline,
     WanVACETransformer3DModel,
 )
 from test_item_pipelines import _items, _parts, _without, proven
 from torch import nn
+
+from fewstep.export import plan_student
 
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("texts_as_they_are")]
 
@@ -111,6 +117,26 @@ def _fun(zoo: Path) -> Made:
     return pipeline, _items(16, picture="control_video", frames=8), call
 
 
+def _upscaler(zoo: Path) -> Made:
+    """Of no prompt; its picture is scaled together with the sample."""
+    small = {"block_out_channels": (4, 8), "norm_num_groups": 2}
+    encoder: Any = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    blocks: Any = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = _shaken(UNet2DModel(sample_size=16, in_channels=6, out_channels=3, layers_per_block=1, **small, **blocks))
+    vqvae = _shaken(VQModel(latent_channels=3, **small, **encoder))
+    parts = {"vqvae": vqvae, "unet": unet, "scheduler": _parts(zoo / "DDIM")["scheduler"]}
+    items = [{"image": item["image"]} for item in _items(32)]
+    return LDMSuperResolutionPipeline(**parts), items, {}
+
+
+def _replaced(_zoo: Path) -> Made:
+    """All frames but the first are stepped, and each begins with a trace of the picture."""
+    parts = zoo_image.load("HunyuanVideoImageToVideo").components
+    own = {**parts["transformer"].config, "in_channels": 4, "image_condition_type": "token_replace"}
+    parts["transformer"] = _shaken(type(parts["transformer"]).from_config(own))
+    return HunyuanVideoImageToVideoPipeline(**parts), _items(16), zoo_image.call_of("HunyuanVideoImageToVideo")
+
+
 def _wide(**changes: Any) -> dict[str, Any]:
     sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "out_channels": 16, "text_dim": 32, "ffn_dim": 32}
     return {**sizes, "num_layers": 2, "rope_max_seq_len": 32, **changes}
@@ -137,11 +163,18 @@ def _skyreels(_zoo: Path) -> Made:
     return _first_frame(SkyReelsV2ImageToVideoPipeline, SkyReelsV2Transformer3DModel, 9)
 
 
-@pytest.mark.parametrize("made", [_flux, _sd3, _qwen, _sana, _adapter, _fun, _vace, _chrono, _skyreels])
-def test_more_pipelines_are_recorded_and_proven(made: Callable[[Path], Made], zoo: Path) -> None:
+MADE = [_flux, _sd3, _qwen, _sana, _adapter, _fun, _vace, _chrono, _skyreels, _upscaler, _replaced]
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_more_pipelines_are_recorded_and_proven_and_their_students_planned(
+    made: Callable[[Path], Made], zoo: Path
+) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipeline, items, call = made(zoo)
     pipeline.set_progress_bar_config(disable=True)
     recording = proven(pipeline, items, **call)
     assert recording.told is not None and recording.told.pictures and not recording.told.untold
+    for steps in (1, 2):
+        assert plan_student(recording, steps, renoise="ode").steps == steps

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fewstep.recording.pipeline import evaluating, find_scheduler, modules_of, with_parts
 from fewstep.recording.watch.hooks import hooked, method_replaced
-from fewstep.recording.watch.scheduler import watch_scaling
+from fewstep.recording.watch.scheduler import sample_scaled, watch_scaling
 from fewstep.recording.watch.token_times import velocity_sign
 
 #: (network input, timestep, the network's answer) -> what the scheduler is given as ``model_output``.
@@ -228,8 +228,8 @@ def _watch_steps(scheduler: Any, seen: Trace, watch: _DrawWatch, tell: Tell, cal
             seen.initial_draws = before
         # Cloned at once: some pipelines write the next sample into the same storage.
         kept = sample.detach().clone()
-        was_scaled = bool(scaled)
-        network_input = scaled.pop() if scaled else kept
+        own = sample_scaled(scaled, kept)
+        network_input = kept if own is None else own
         scaled.clear()
         passed = {key: value for key, value in bound.arguments.items() if key not in ("model_output", "sample")}
         if not seen.steps:
@@ -247,7 +247,7 @@ def _watch_steps(scheduler: Any, seen: Trace, watch: _DrawWatch, tell: Tell, cal
                 timestep=float(timestep),
                 passed=passed,
                 sample=kept,
-                scaled=was_scaled,
+                scaled=own is not None,
                 network_input=network_input,
                 answer=answer.detach().clone(),
                 told=told,

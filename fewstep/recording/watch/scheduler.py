@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -39,8 +39,10 @@ def watch_scheduler(
             bound.get(key, values[i]) for i, key in enumerate(("model_output", "timestep", "sample"))
         )
         sign = velocity_sign(scheduler, bound)
+        model_output = without_variance(scheduler, model_output, sample)
         before = seen.steps[-1] if seen.steps else None
         sample = capture_unless(sample, *(() if before is None else (before.result,)))
+        own = sample_scaled(scaled, sample)
         record = Step(
             calls=list(seen.pending),
             model_output=capture_unless(
@@ -49,7 +51,7 @@ def watch_scheduler(
             timestep=float(timestep),
             integer=not (timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, float)),
             sample=sample,
-            scaled=capture_unless(scaled[-1], sample) if scaled else None,
+            scaled=None if own is None else capture_unless(own, sample),
         )
         seen.pending.clear()
         scaled.clear()
@@ -83,6 +85,27 @@ def unwatch_scheduler(scheduler: Any) -> None:
     """
     for name in ("step", "scale_model_input", "set_timesteps"):
         vars(scheduler).pop(name, None)
+
+
+def sample_scaled(scaled: Sequence[Any], sample: Tensor) -> Tensor | None:
+    """The last of what ``scale_model_input`` gave in a step that may be its sample, for each answer; None: nothing.
+
+    Some pipelines also scale a number with it, or a sample with a picture beside it (DeepFloyd IF's upscalers).
+    """
+
+    def fits(value: Any) -> bool:
+        if isinstance(value, Tensor) and value.dim() == sample.dim():
+            return value.shape[1:] == sample.shape[1:]
+        return isinstance(value, Tensor) and value.dim() > 0 and value.numel() % sample.numel() == 0  # in another order
+
+    return next((value for value in reversed(scaled) if fits(value)), None)
+
+
+def without_variance(scheduler: Any, model_output: Tensor, sample: Tensor) -> Tensor:
+    """A scheduler's ``model_output`` without the variance that it takes out of that itself (DeepFloyd IF)."""
+    learned = getattr(scheduler, "config", {}).get("variance_type") in ("learned", "learned_range")
+    doubled = model_output.shape[1:] == (2 * sample.shape[1], *sample.shape[2:])
+    return model_output[:, : sample.shape[1]] if learned and doubled else model_output
 
 
 def watch_scaling(scheduler: Any, seen: Callable[[Any], object]) -> None:
