@@ -17,7 +17,9 @@ def drawn() -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-def start(x: Tensor, *, scale: float = 1.0, pictured: bool = True) -> Start | None:
+def start(
+    x: Tensor, *, scale: float = 1.0, pictured: bool = True, level: tuple[float, float] = (0.0, 1.0)
+) -> Start | None:
     step: Any = TracedStep(
         called=frozenset(),
         timestep=999.0,
@@ -31,7 +33,7 @@ def start(x: Tensor, *, scale: float = 1.0, pictured: bool = True) -> Start | No
         result=x,
     )
     seen = Trace(steps=[step], initial_draws=[Draw(drawn(), True)])
-    return start_of(seen, SimpleNamespace(init_noise_sigma=scale), x.double(), 1e-5, pictured)
+    return start_of(seen, SimpleNamespace(init_noise_sigma=scale), x.double(), 1e-5, pictured, level=level)
 
 
 def test_noise_times_a_number_also_reordered() -> None:
@@ -58,3 +60,13 @@ def test_a_trace_of_a_picture_is_seen_where_there_may_be_one() -> None:
     assert later is not None and later.traced and later.scale == pytest.approx(0.999, abs=1e-3)
     assert start(traced[:, :, 1:], pictured=False) is None
     assert start((0.9 * drawn() + 0.1 * picture)[:, :, 1:]) is None and start(traced[:, :, 1:].flip(2)) is None
+
+
+def test_what_a_table_leaves_of_a_picture_at_its_last_entry() -> None:
+    """Depth2Img at strength 1: the picture under the noise of the first time."""
+    picture, level = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2)), (0.0683, 0.9977)
+    begun = level[0] * picture + level[1] * drawn()
+    assert start(begun, level=level) == Start(level[1], traced=True)
+    assert start(begun, level=level, pictured=False) is None and start(begun) is None
+    other = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    assert start(level[0] * picture + level[1] * other, level=level) is None

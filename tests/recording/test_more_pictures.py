@@ -26,6 +26,7 @@ from diffusers import (
     SkyReelsV2Transformer3DModel,
     StableDiffusion3ControlNetPipeline,
     StableDiffusionAdapterPipeline,
+    StableDiffusionDepth2ImgPipeline,
     T2IAdapter,
     UNet2DModel,
     VQModel,
@@ -34,6 +35,7 @@ from diffusers import (
 )
 from test_item_pipelines import _items, _parts, _without, proven
 from torch import nn
+from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 from fewstep.export import plan_student
 
@@ -129,6 +131,17 @@ def _upscaler(zoo: Path) -> Made:
     return LDMSuperResolutionPipeline(**parts), items, {}
 
 
+def _depth(zoo: Path) -> Made:
+    """Its first sample is its picture under the noise of the first time, also at strength 1."""
+    parts = _without(_parts(zoo / "StableDiffusion", channels=5, attention_head_dim=2), "image_encoder")
+    sizes: Any = {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "backbone_out_indices": [0, 1, 2, 3]}
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = DPTConfig(image_size=32, patch_size=4, is_hybrid=False, **small, **sizes)
+    parts["depth_estimator"] = DPTForDepthEstimation(config).eval()
+    parts["feature_extractor"] = DPTImageProcessor(size={"height": 32, "width": 32})
+    return StableDiffusionDepth2ImgPipeline(**_without(parts, "safety_checker")), _items(32), {}
+
+
 def _replaced(_zoo: Path) -> Made:
     """All frames but the first are stepped, and each begins with a trace of the picture."""
     parts = zoo_image.load("HunyuanVideoImageToVideo").components
@@ -163,7 +176,7 @@ def _skyreels(_zoo: Path) -> Made:
     return _first_frame(SkyReelsV2ImageToVideoPipeline, SkyReelsV2Transformer3DModel, 9)
 
 
-MADE = [_flux, _sd3, _qwen, _sana, _adapter, _fun, _vace, _chrono, _skyreels, _upscaler, _replaced]
+MADE = [_flux, _sd3, _qwen, _sana, _adapter, _fun, _vace, _chrono, _skyreels, _upscaler, _depth, _replaced]
 
 
 @pytest.mark.parametrize("made", MADE)

@@ -123,7 +123,9 @@ def walk(
         follows = "generator" if all(draw.own_generator for draw in drawn) else "global seed"
     x_t = x_t_of(schedule, steps[0].network_input, times[0])
     scheduler, close = getattr(pipeline, find_scheduler(pipeline)), TOLERANCE[steps[0].sample.dtype]
-    start = start_of(seen, scheduler, x_t, close, pictured, None if pinned is None else pinned.kept)
+    now = schedule.coefficients(times[0])
+    level = float(now.alpha[0]), float(now.sigma[0])
+    start = start_of(seen, scheduler, x_t, close, pictured, None if pinned is None else pinned.kept, level)
     if start is None:
         raise SchedulerCheckError(f"{name} does not start from unit noise times a number")
     if pinned is not None:

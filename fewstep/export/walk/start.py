@@ -14,6 +14,8 @@ from fewstep.export.walk.trace import Trace
 
 # The largest trace of a picture in a first sample, relative to its noise.
 _TRACE = 0.01
+# The largest root mean square of a clean sample. What is no such one is some twenty at the top of a table.
+_CLEAN = 5.0
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,13 @@ class Start:
 
 
 def start_of(
-    seen: Trace, scheduler: Any, x_t: Tensor, close: float, pictured: bool, kept: Tensor | None = None
+    seen: Trace,
+    scheduler: Any,
+    x_t: Tensor,
+    close: float,
+    pictured: bool,
+    kept: Tensor | None = None,
+    level: tuple[float, float] = (0.0, 1.0),
 ) -> Start | None:
     """What unit noise was multiplied with to give the first x_t, found by looking the drawn numbers up in it.
 
@@ -34,8 +42,10 @@ def start_of(
         scheduler: of the pipeline.
         x_t: the first one, float64 on the CPU.
         close: how near numbers of size one are in the sample's dtype.
-        pictured: whether it may hold a trace of a picture (HunyuanVideo's image to video: a thousandth).
+        pictured: whether it may hold a trace of a picture: a thousandth (HunyuanVideo's image to video), or what the
+            schedule leaves of a clean sample at the first time (a table's last alpha is 0.07: Depth2Img).
         kept: the entries that are a picture's and no noise, bool of the shape of x_t; None: none are.
+        level: alpha and sigma of the first time.
 
     Returns:
         None where the first x_t is nothing of the kind.
@@ -57,7 +67,10 @@ def start_of(
                 return Start(stated if math.isclose(scale, stated, rel_tol=close) else scale)
         if not pictured or kept is not None:
             continue
+        alpha, sigma = level
         for part in _parts(drawn, x_t):
+            if alpha > 0 and float((x_t.flatten() - sigma * part).square().mean().sqrt()) <= _CLEAN * alpha:
+                return Start(sigma, traced=True)
             share = float(x_t.flatten() @ part / (part @ part))
             near = math.isclose(share, stated, rel_tol=_TRACE)
             if near and bool((x_t.flatten() - share * part).abs().max() <= _TRACE * share):
