@@ -71,7 +71,7 @@ class BackwardSimulation:
         x0 = draw_sample(*walk, on_step=inputs.__setitem__)
         if self.off_trajectory is None or not student_turn:
             return Sampled(x0, sampler.grid[last], finished, [], {})
-        walked = Walked(inputs[last].detach(), sampler.times(last, x0), x0.detach())
+        walked = Walked(inputs[last].detach(), sampler.times(last, x0), x0.detach(), sampler.first(last))
         elsewhere, (gradient, log) = self.off_trajectory(walked, batch)
         return Sampled(x0, sampler.grid[last], finished, [(elsewhere, self.weight * gradient)], log)
 
@@ -98,7 +98,7 @@ class TaughtStart:
         if not student_turn:
             return Sampled(x0, sampler.grid[1], True, [], {})
         x = sampler.initial_scale * noise
-        loss = self.start.loss(x, first, self.start.velocity(x, self.start.end(x, told)))
+        loss = self.start.loss(x, first, self.start.velocity(x, self.start.end(x, told), told))
         log = {"student/first_step": loss.detach()}
         return Sampled(x0, sampler.grid[1], True, [(self.weight * loss, None)], log)
 
@@ -126,9 +126,8 @@ def chosen_sampling(
     if config.diversity_weight > 0:
         grid = even_grid(config.diversity_teacher_steps, grid_shift).tolist()
         times = sampler.grid[0], *[*grid, 0.0][1 : config.diversity_anchor_steps + 1]
-        return TaughtStart(
-            student, sampler, TeacherStart(teacher, sampler.schedule, times), weight=config.diversity_weight
-        )
+        start = TeacherStart(teacher, sampler.schedule, times, sampler.initial_scale)
+        return TaughtStart(student, sampler, start, weight=config.diversity_weight)
     random_grid = beside = None
     if config.schedule == "random":
         law = config.schedule_fewest, config.schedule_most, config.schedule_low, config.schedule_high

@@ -35,6 +35,7 @@ from fewstep.critic.denoising import CLEANEST, critic_denoising
 from fewstep.critic.image_judge import ImageJudge
 from fewstep.critic.matching import DistributionMatching
 from fewstep.data.batch import Batch
+from fewstep.diffusion.pinned import pinned_again
 from fewstep.diffusion.prediction import add_noise, expand
 from fewstep.diffusion.renoising import Renoiser
 from fewstep.diffusion.rollout import Sampler, ask_at, draw_sample, finish
@@ -155,7 +156,9 @@ class FlashDmd:
         alpha = expand(there.alpha, x0)
         with torch.no_grad():
             names = [f"successor_{k}" for k in range(self.config.preference_candidates)]
-            successors = [add_noise(x0, batch.draws.normal(name, batch.shape), there) for name in names]
+            moved = [add_noise(x0, batch.draws.normal(name, batch.shape), there) for name in names]
+            walk, first = (batch.conditioning, self.sampler.schedule, x_t, t), self.sampler.first(place)
+            successors = [pinned_again(*walk, one, then, first) for one in moved]
             seen = (ask_at(self.student, self.sampler, place + 1, z, batch.conditioning) for z in successors)
             scores = torch.stack([rewards.scores(one, batch.asked) for one in seen])
             rows = torch.arange(batch.size, device=x0.device)

@@ -26,6 +26,7 @@ from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.critic.denoising import CLEANEST, critic_denoising, sample_log
 from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.pinned import pinned_under
 from fewstep.diffusion.prediction import expand
 from fewstep.diffusion.renoising import Renoiser
 from fewstep.diffusion.rollout import Sampler
@@ -123,7 +124,9 @@ class FreeFlow:
         with torch.no_grad():
             here, there = (self.schedule.coefficients(time) for time in (t, r))
             y = x / expand(here.alpha + here.sigma, x) - expand(delta, x) * u
-            velocity = self.flow(y * expand(there.alpha + there.sigma, y), r, conditioning)
+            x_r, noise = y * expand(there.alpha + there.sigma, y), x / self.schedule.initial_scale()
+            x_r = pinned_under(noise, conditioning, self.schedule, x_r, r)
+            velocity = self.flow(x_r, r, conditioning)
             change = self.change(x, t, conditioning, r, u.detach())
         return u, mean_flow_target(velocity, change, delta)
 

@@ -34,6 +34,7 @@ from fewstep.conditioning.ragged import AnyConditioning, without_condition
 from fewstep.config.checks import settled
 from fewstep.data.batch import Batch
 from fewstep.diffusion.ode import CLEANEST, solver_step
+from fewstep.diffusion.pinned import pinned_under
 from fewstep.diffusion.prediction import add_noise, expand, noise_from_x0
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.windows import (
@@ -160,7 +161,7 @@ class PerFlow:
         window = window_at(self.windows, t)
         x_s = self.start(x0, noise, window)
         times = solver_times(window, self.config.solver_steps, self.schedule, self.shift)
-        x_e = self.walk(x_s, times[:-1], times[1:], conditioning)
+        x_e = self.walk(x_s, times[:-1], times[1:], conditioning, noise)
         return self.joined(window, t, x_s, x_e)
 
     def start(self, x0: Tensor, noise: Tensor, window: Window) -> Tensor:
@@ -172,11 +173,17 @@ class PerFlow:
         return torch.where(first, self.sampler.initial_scale * noise, x_s)
 
     @torch.no_grad()
-    def walk(self, x: Tensor, now: Sequence[Tensor], then: Sequence[Tensor], conditioning: AnyConditioning) -> Tensor:
-        """Where the guided teacher's ODE leads from ``x`` (B, ...), by steps from ``now`` to ``then``, times (B,)."""
+    def walk(
+        self, x: Tensor, now: Sequence[Tensor], then: Sequence[Tensor], conditioning: AnyConditioning, noise: Tensor
+    ) -> Tensor:
+        """Where the guided teacher's ODE leads from ``x`` (B, ...), by steps from ``now`` to ``then``, times (B,).
+
+        ``noise``: that of ``x``, (B, ...).
+        """
         denoise = partial(self.teacher, conditioning=conditioning)
         for begins, ends in zip(now, then, strict=True):
-            x = solver_step(denoise, self.schedule, x, begins, ends, self.config.solver)
+            moved = solver_step(denoise, self.schedule, x, begins, ends, self.config.solver)
+            x = pinned_under(noise, conditioning, self.schedule, moved, ends)
         return x
 
     def joined(self, window: Window, t: Tensor, x_s: Tensor, x_e: Tensor) -> Chord:

@@ -32,7 +32,7 @@ from fewstep.critic.matching import Matched, matching_log
 from fewstep.data.batch import Batch
 from fewstep.diffusion.phases import Phase, default_lengths, make_phases
 from fewstep.diffusion.renoising import Renoiser
-from fewstep.diffusion.rollout import Sampler, draw_sample
+from fewstep.diffusion.rollout import Sampler, draw_sample, jump
 from fewstep.errors import UserError
 from fewstep.losses.score import distribution_matching, subinterval_weight
 from fewstep.networks.guidance import GuidedDenoiser
@@ -184,7 +184,7 @@ class PhasedDmd:
             return x0
         t = self.sampler.times(last, x0)
         fresh = batch.draws.normal("arrival_noise", batch.shape) if self.sampler.renoise == "fresh" else None
-        return self.sampler.move(x_t, x0, t, torch.full_like(t, phase.anchor), fresh)
+        return jump(self.sampler, x_t, x0, last, torch.full_like(t, phase.anchor), fresh, batch.conditioning)
 
     @torch.no_grad()
     def matching(self, x0: Tensor, x_s: Tensor, batch: Batch, number: int) -> Matched:

@@ -32,6 +32,7 @@ from fewstep.cli.distill import main
 from fewstep.conditioning.ragged import AnyConditioning, join, with_others
 from fewstep.data.batch import Batch
 from fewstep.diffusion.ode import solver_step
+from fewstep.diffusion.pinned import pinned_under
 from fewstep.diffusion.prediction import add_noise, expand
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.timesteps import uniform_times
@@ -80,12 +81,13 @@ class SpeedUpNet:
         # 1. Noised samples at the student's own times, where its steps end, and what they shall be and not be.
         samples = batch.real if self.config.data is not None else batch.pairs
         window = self.window(batch)
-        x_t = self.start(samples.x0, batch.draws.normal("noise", batch.shape), window.start)
+        noise = batch.draws.normal("noise", batch.shape)
+        x_t = self.start(samples.x0, noise, window.start)
         negative = self.negatives(batch)
 
         # 2. What the guided teacher says there, and where its ODE leads.
         scale = self.guidance_scale(batch)
-        said, x_s = self.walk(x_t, window, samples.conditioning, negative, scale)
+        said, x_s = self.walk(x_t, window, samples.conditioning, negative, noise, scale)
 
         # 3. The same of the student in one call, without guidance.
         student = self.student.denoiser
@@ -136,9 +138,13 @@ class SpeedUpNet:
         window: Window,
         conditioning: AnyConditioning,
         negative: AnyConditioning,
+        noise: Tensor,
         guidance_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What the guided teacher says of ``x_t`` (B, ...), x0, and where its ODE is at the windows' ends."""
+        """What the guided teacher says of ``x_t`` (B, ...), x0, and where its ODE is at the windows' ends.
+
+        ``noise``: that of ``x_t``, (B, ...).
+        """
         conditioning, said = with_others(conditioning, [negative]), list[Tensor]()
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -149,7 +155,8 @@ class SpeedUpNet:
             return denoise(x_t, window.start), x_t
         times, x = solver_times(window, self.config.solver_steps, self.schedule, self.shift), x_t
         for begins, ends in itertools.pairwise(times):
-            x = solver_step(denoise, self.schedule, x, begins, ends, self.config.solver)
+            moved = solver_step(denoise, self.schedule, x, begins, ends, self.config.solver)
+            x = pinned_under(noise, conditioning, self.schedule, moved, ends)
         return said[0], x
 
     def velocity(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:

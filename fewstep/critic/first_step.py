@@ -7,13 +7,16 @@ step that is taught by the teacher's path from the same noise keeps them apart, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from fewstep.conditioning.outside import pins_of
 from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.ode import OdeSolver
+from fewstep.diffusion.pinned import pinned_under
 from fewstep.diffusion.prediction import expand
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import NoiseSchedule
@@ -60,32 +63,40 @@ class TeacherStart:
         teacher: under guidance.
         schedule: alpha and sigma.
         times: of its first Euler steps and where the last of them ends, descending; the last may be 0.
+        initial_scale: at the first time x is this times unit noise.
     """
 
     teacher: Denoiser
     schedule: NoiseSchedule
     times: tuple[float, ...]
+    initial_scale: float = 1.0
 
     @torch.no_grad()
     def end(self, x: Tensor, conditioning: AnyConditioning) -> Tensor:
         """Where the teacher's steps lead from ``x`` at the first time, (B, ...)."""
-        solver = OdeSolver(self.teacher, self.schedule)
-        if self.times[-1] == 0:
-            return solver.to_data(x, self.times[:-1], conditioning)
-        for now, then in zip(self.times, self.times[1:], strict=False):
-            x = solver.step(x, now, then, conditioning)
+        solver, noise = OdeSolver(self.teacher, self.schedule), x / self.initial_scale
+        for now, then in pairwise(self.times):
+            if then == 0:
+                return solver.to_data(x, [now], conditioning)
+            moved = solver.step(x, now, then, conditioning)
+            there = torch.full((len(x),), then, dtype=torch.float64, device=x.device)
+            x = pinned_under(noise, conditioning, self.schedule, moved, there)
         return x
 
     @torch.no_grad()
-    def velocity(self, x: Tensor, end: Tensor) -> Tensor:
+    def velocity(self, x: Tensor, end: Tensor, conditioning: AnyConditioning) -> Tensor:
         """The mean of noise - x0 along the path from ``x`` to ``end`` (B, ...), in rectified flow's coordinates.
 
-        (y_1 - y_K) / (tau_1 - tau_K) with y = x_t / (alpha + sigma) and tau = sigma / (alpha + sigma).
+        (y_1 - y_K) / (tau_1 - tau_K) with y = x_t / (alpha + sigma) and tau = sigma / (alpha + sigma). Where a pipeline
+        pins a part of its samples it is that of the line to the picture, which every student says.
         """
         ends = torch.tensor([self.times[0], self.times[-1]], dtype=torch.float64, device=x.device)
         alpha, sigma = self.schedule.coefficients(ends)
         scale, tau = 1 / (alpha + sigma), sigma / (alpha + sigma)
-        return (x * scale[0].to(x) - end * scale[1].to(x)) / (tau[0] - tau[1]).to(x)
+        velocity = (x * scale[0].to(x) - end * scale[1].to(x)) / (tau[0] - tau[1]).to(x)
+        if (pins := pins_of(conditioning)) is None:
+            return velocity
+        return torch.where(pins.where, (x * scale[0].to(x) - pins.value.to(x)) / tau[0].to(x), velocity)
 
     def loss(self, x: Tensor, x0: Tensor, velocity: Tensor, weight: Tensor | None = None) -> Tensor:
         """mean((v - velocity)^2) (), of the velocity v that a student that says ``x0`` at ``x`` takes; all (B, ...).

@@ -15,6 +15,7 @@ from fewstep.conditioning.ragged import AnyConditioning
 from fewstep.critic.matching import Matched
 from fewstep.data.batch import Batch
 from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.pinned import pinned_again
 from fewstep.diffusion.prediction import add_noise, ode_step
 from fewstep.diffusion.renoising import Renoised, Renoiser
 from fewstep.diffusion.schedule import NoiseSchedule
@@ -26,11 +27,15 @@ PLACES = ("extrapolated", "point", "renoised")
 
 @dataclass(frozen=True)
 class Walked:
-    """A point of the student's walk: ``x_t`` (B, ...) at ``t`` (B,), and what it said there, ``x0`` (B, ...)."""
+    """A point of the student's walk: ``x_t`` (B, ...) at ``t`` (B,), and what it said there, ``x0`` (B, ...).
+
+    ``first``: where the walk begins, what unit noise was multiplied with; None elsewhere.
+    """
 
     x_t: Tensor
     t: Tensor
     x0: Tensor
+    first: float | None = None
 
 
 def place(walked: Walked, schedule: NoiseSchedule, where: str, t: Tensor, noise: Tensor | None) -> Tensor:
@@ -98,7 +103,10 @@ class OffTrajectory:
         draws, schedule = batch.draws, self.compared.schedule
         t = walked.t if self.where == "point" else self.compared.times(draws, "off_trajectory")
         noise = draws.normal("off_trajectory_start_noise", batch.shape) if self.where == "renoised" else None
-        x0 = self.student(place(walked, schedule, self.where, t, noise), t, batch.conditioning)
+        x = place(walked, schedule, self.where, t, noise)
+        if self.where != "point":
+            x = pinned_again(batch.conditioning, schedule, walked.x_t, walked.t, x, t, walked.first)
+        x0 = self.student(x, t, batch.conditioning)
         if self.teacher_time == "student":
             fresh = draws.normal("off_trajectory_matching_noise", batch.shape)
             here = Renoised(add_noise(x0.detach(), fresh, schedule.coefficients(t)), t, fresh)

@@ -34,9 +34,18 @@ def pinned_again(
     pins = pins_of(conditioning)
     if pins is None:
         return moved
-    value = pins.value.to(moved)
-    noise = noise_from_x0(value, x_t, schedule.coefficients(t)) if first is None else x_t / first
-    return torch.where(pins.where, add_noise(value, noise, schedule.coefficients(then)), moved)
+    noise = noise_from_x0(pins.value.to(moved), x_t, schedule.coefficients(t)) if first is None else x_t / first
+    return pinned_under(noise, conditioning, schedule, moved, then)
+
+
+def pinned_under(
+    noise: Tensor, conditioning: AnyConditioning, schedule: NoiseSchedule, moved: Tensor, then: Tensor
+) -> Tensor:
+    """As :func:`pinned_again`, of a walk whose first noise is known: ``noise`` (B, ...), unit normal."""
+    pins = pins_of(conditioning)
+    if pins is None:
+        return moved
+    return torch.where(pins.where, add_noise(pins.value.to(moved), noise, schedule.coefficients(then)), moved)
 
 
 def pinned_clean(conditioning: AnyConditioning, x0: Tensor) -> Tensor:

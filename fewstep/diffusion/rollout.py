@@ -66,6 +66,10 @@ class Sampler:
         t = self.times(step, x_t)
         return ode_step(x_t, x0, self.schedule.coefficients(t), self.schedule.coefficients(torch.full_like(t, end)))
 
+    def first(self, step: int) -> float | None:
+        """What unit noise is multiplied with at a walk's first step, None at all others."""
+        return self.initial_scale if step == 0 else None
+
     def times(self, step: int, like: Tensor) -> Tensor:
         """The time of ``step`` for every sample of ``like``: float64 (B,)."""
         size, time = (like.shape[0],), self.grid[step]
@@ -174,10 +178,25 @@ def _moved(
     if sampler.renoise != "ode":
         assert step_noise is not None  # as it is needed here
         fresh = step_noise(step + 1)
-    t, then = sampler.times(step, x_t), sampler.times(step + 1, x_t)
+    return jump(sampler, x_t, x0, step, sampler.times(step + 1, x_t), fresh, conditioning)
+
+
+def jump(
+    sampler: Sampler,
+    x_t: Tensor,
+    x0: Tensor,
+    step: int,
+    then: Tensor,
+    fresh: Tensor | None,
+    conditioning: AnyConditioning,
+) -> Tensor:
+    """The sample (B, ...) at any time ``then`` (B,) after ``x0`` was said at ``x_t`` of a ``step`` of the grid.
+
+    ``fresh``: as :meth:`Sampler.move` has it.
+    """
+    t = sampler.times(step, x_t)
     moved = sampler.move(x_t, x0, t, then, fresh)
-    first = sampler.initial_scale if step == 0 else None
-    return pinned_again(conditioning, sampler.schedule, x_t, t, moved, then, first)
+    return pinned_again(conditioning, sampler.schedule, x_t, t, moved, then, sampler.first(step))
 
 
 def ask_at(student: Denoiser, sampler: Sampler, step: int, x_t: Tensor, conditioning: AnyConditioning) -> Tensor:

@@ -81,7 +81,7 @@ def perflow_loss(golden: GoldenFile) -> None:
     levels = Window(at["window_start"], at["window_end"])
     x_s = method.start(x, noise, levels)
     golden.check("x_start", x_s)
-    x_e = method.walk(x_s, at["solver"].unbind(1), at["solver_prev"].unbind(1), conditioning)
+    x_e = method.walk(x_s, at["solver"].unbind(1), at["solver_prev"].unbind(1), conditioning, noise)
     golden.check("x_end", x_e)
     # The source's lines are those of x_t over t, whatever its network says of them.
     x_t = on_chord(x_s, x_e, window.start, window.end, t)

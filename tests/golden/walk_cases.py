@@ -194,7 +194,7 @@ def dpdmd(golden: GoldenFile) -> None:
     start = TeacherStart(teacher, schedule, times)
     anchor = start.end(noise, told)
     golden.check("anchor", anchor)
-    velocity = start.velocity(noise, anchor)
+    velocity = start.velocity(noise, anchor, told)
     golden.check("v_target", velocity)
     sampler = Sampler(schedule, grid, "ode")
     x0, first = walked(golden, student, sampler)

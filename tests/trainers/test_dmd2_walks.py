@@ -70,7 +70,7 @@ def test_on_a_gaussian_the_anchor_is_the_exact_mean_velocity_as_its_steps_get_fi
     for steps in (16, 64, 256):
         times = (*even_grid(steps).tolist(), 0.0)[: steps // 2 + 1]
         start = TeacherStart(Affine(schedule, s), schedule, times)
-        errors.append((start.velocity(x, start.end(x, unconditional(5))) - exact).abs().max().item())
+        errors.append((start.velocity(x, start.end(x, unconditional(5)), unconditional(5)) - exact).abs().max().item())
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)  # Euler's error
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.2)
     start = TeacherStart(Affine(schedule, s), schedule, (1.0, 0.5, 0.0))  # all of the teacher's steps
@@ -84,7 +84,7 @@ def test_the_velocity_is_that_of_rectified_flow_in_every_family(schedule: str):
     times = (1.0, 0.6)
     x, start = torch.randn(4, 6, dtype=torch.float64), TeacherStart(lambda *_a, **_k: None, chosen, times)
     end = torch.randn(4, 6, dtype=torch.float64)
-    velocity = start.velocity(x, end)
+    velocity = start.velocity(x, end, unconditional(4))
     alpha, sigma = (v[0] for v in chosen.coefficients(torch.tensor([1.0], dtype=torch.float64)))
     x0 = x / (alpha + sigma) - sigma / (alpha + sigma) * velocity
     torch.testing.assert_close(start.loss(x, x0, velocity), torch.zeros((), dtype=torch.float64))

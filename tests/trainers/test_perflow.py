@@ -126,7 +126,7 @@ def test_a_student_that_is_right_has_no_loss_and_its_sampler_stops_at_the_window
     for start, end in pairwise((*trained.sampler.grid, 0.0)):
         window = Window(*(torch.full((8,), t, dtype=torch.float64) for t in (start, end)))
         times = solver_times(window, trained.config.solver_steps, trained.schedule)
-        x_e = trained.walk(x, times[:-1], times[1:], samples.conditioning)
+        x_e = trained.walk(x, times[:-1], times[1:], samples.conditioning, x)
         chord = trained.joined(window, window.start, x, x_e)
         sayings.append(x0_of(trained, chord))
         torch.testing.assert_close(trained.said(sayings[-1], chord), trained.target(chord), rtol=1e-7, atol=1e-7)

@@ -149,7 +149,7 @@ def test_many_steps_of_the_teacher_lead_where_the_closed_form_does():
         guided = one.teacher.denoiser.denoiser.network.guided_mean(given.real.conditioning, 3.0)
         size = [((1 - t) ** 2 * Gaussian.S**2 + t**2) ** 0.5 for t in (1.0, 0.5)]
         exact = 0.5 * guided + size[1] / size[0] * x_t
-        _, x_s = one.walk(x_t, window, given.real.conditioning, tokens([3] * 6))
+        _, x_s = one.walk(x_t, window, given.real.conditioning, tokens([3] * 6), x_t)
         errors.append((x_s - exact).abs().max().item())
         line = one.mean_velocity(x_t, x_s, window)
         torch.testing.assert_close(x_t - 0.5 * line, x_s, rtol=1e-4, atol=1e-5)  # one step of the sampler's
@@ -241,7 +241,7 @@ def test_a_drawn_guidance_is_the_teachers_of_each_sample():
     assert 5 <= scale.min() < 6 and 9 < scale.max() <= 10
     window = one.window(batch(0, range(50)))
     x_t, negative = torch.randn(50, D), tokens([3] * 50)
-    said, _ = one.walk(x_t, window, given.real.conditioning, negative, scale)
+    said, _ = one.walk(x_t, window, given.real.conditioning, negative, x_t, scale)
     ends = [one.teacher.denoiser(x_t, window.start, c) for c in (negative, given.real.conditioning)]
     torch.testing.assert_close(said, ends[0] + scale.float()[:, None] * (ends[1] - ends[0]), rtol=1e-4, atol=1e-4)
 
