@@ -43,6 +43,7 @@ def test_the_networks_are_of_the_published_sizes(name: str) -> None:
     pipeline = weightless_teacher(str(SHAPES / name), fake_tensors())
     counts = {part: sum(p.numel() for p in module.parameters()) for part, module in modules_of(pipeline).items()}
     assert counts == PUBLISHED[name]
+    assert {p.dtype for module in modules_of(pipeline).values() for p in module.parameters()} == {torch.float32}
 
 
 @pytest.mark.soak

@@ -169,7 +169,8 @@ def _part(kind: Any, folder: Path, mode: FakeTensorMode) -> Any:
         if of_diffusers:
             network = kind.from_config(kind.load_config(folder)).eval()
         else:
-            network = kind(kind.config_class.from_pretrained(folder)).eval()
+            # Some make their parts in the dtype that their configuration names.
+            network = kind(kind.config_class.from_pretrained(folder)).eval().float()
     for name, buffer in network.named_buffers(recurse=False):
         if buffer.is_floating_point():
             # Pipelines themselves read such numbers of a network: an autoencoder's mean and deviation of each channel.
