@@ -78,4 +78,4 @@ def test_a_whole_plan_of_a_real_model_takes_little_memory(name: str) -> None:
     words = [sys.executable, "-c", _PLAN, "plan", str(SHAPES / name), "dmd2", *flags]
     shown = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     assert "\nencoders       estimated: " in shown and "\npeak           estimated: " in shown
-    assert int(shown.split("most")[-1]) * 1024 < 4.5e9
+    assert int(shown.split("most")[-1]) * 1024 < 5e9
