@@ -31,7 +31,8 @@ def trainer(golden: GoldenFile, schedule: TableSchedule) -> SegmentedConsistency
     distance = golden.choice("distance", *DISTANCES)
     solver = SOLVERS[golden.choice("solver", "ddim", "euler", "heun")]
     huber_c = value(golden, "huber_c", 0.0)
-    config = SegmentedConsistencyConfig(teacher="toy", out="out", distance=distance, huber_c=huber_c, solver=solver)
+    own = {"huber_c": huber_c} if "huber" in distance else {}
+    config = SegmentedConsistencyConfig(teacher="toy", out="out", distance=distance, solver=solver, **own)
     roles = {"student": network(golden, "k_student", schedule)}
     if golden.choice("target_network", "student", "separate") == "separate":
         roles["target"] = network(golden, "k_target", schedule)

@@ -76,6 +76,8 @@ def trainer(golden: GoldenFile) -> TwinFlow:
     assert {*parts} <= {*PARTS}
     kind = golden.choice("distance", *DISTANCES)
     adv = golden.choice("adv_weighting", *WEIGHTINGS)
+    weight = 1.0 if adv == "uniform" else gap_weight(torch.zeros(())).item()
+    of_parts = {"mul": ("mul_fraction", golden.number("mul_fraction")), "adv": ("adversarial_weight", weight)}
     config = TwinFlowConfig(
         teacher="toy",
         out="out",
@@ -89,8 +91,7 @@ def trainer(golden: GoldenFile) -> TwinFlow:
         guidance_t_min=golden.number("guidance_t_min"),
         guidance_t_max=golden.number("guidance_t_max"),
         label_drop=0.0,
-        mul_fraction=golden.number("mul_fraction"),
-        adversarial_weight=1.0 if adv == "uniform" else gap_weight(torch.zeros(())).item(),
+        **{name: own for part, (name, own) in of_parts.items() if part in parts},
         match_weight=golden.number("match_factor"),
         weighting=WEIGHTINGS[golden.choice("weighting", *WEIGHTINGS)],
         time_min=1e-9,
