@@ -6,6 +6,7 @@ end early at a GAN head's tap are listed as ``<role>/features``. Tests and ``few
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fewstep.data.batch import Batch
@@ -178,7 +179,7 @@ def _mf_rae(method: Any, step: int, batch: Batch) -> Cost:
     """What one step costs: that of MeanFlow, or, in mid-training, a pass of the student and a share of a walk."""
     stage, _ = method.config.stage_at(step)
     if stage != "cmt":
-        return _mean_flow(method.flows[stage], step, batch)
+        return _mean_flow(method.flow(stage, math.prod(batch.shape)), step, batch)
     heun = method.config.walk_solver == "heun"
     walks = -(-batch.size // method.config.pairs_per_walk) / batch.size
     asked = (len(method.times) * (1 + heun) - heun) * method.teacher.calls

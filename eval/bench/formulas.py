@@ -7,6 +7,7 @@ guidance. What is drawn comes on top: :func:`drawn`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fewstep.data.batch import Batch
@@ -36,7 +37,7 @@ def drawn(method: Any, step: int, batch: Batch) -> float:
         return 0 if step < before else drawn(method.own, step - before, batch)
     if kind == "MfRae":
         stage, _ = method.config.stage_at(step)
-        return 0 if stage == "cmt" else drawn(method.flows[stage], step, batch)
+        return 0 if stage == "cmt" else drawn(method.flow(stage, math.prod(batch.shape)), step, batch)
     if kind == "MeanFlow":
         apart = sum(batch.draws.coins("apart", method.config.apart)) / batch.size
         return (apart - method.config.apart) * _derivative_of(method)
@@ -110,7 +111,7 @@ def _formula_of_mf_rae(method: Any, h: float) -> tuple[str, float] | None:
     """That of its last stage, which most of its steps are."""
     stage, _ = method.config.stage_at(method.config.max_steps - 1)
     if stage != "cmt":
-        return _formula_of_mean_flow(method.flows[stage], h)
+        return _formula_of_mean_flow(next(flow for (own, _), flow in method.flows.items() if own == stage), h)
     config = method.config
     walk = len(method.times) * (1 + (config.walk_solver == "heun")) - (config.walk_solver == "heun")
     return "3 + S w / m", 3 + walk * method.teacher.calls / config.pairs_per_walk
