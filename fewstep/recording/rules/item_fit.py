@@ -74,7 +74,7 @@ def fit_sample_entries(name: str, steps: Sequence[Step]) -> SampleRule | None:
     """The rule of an argument whose moving entries are all the sample's; None where none of them is.
 
     Raises:
-        RecordingError: some are and some are not.
+        RecordingError: some are and some are not, or a sample stands in several rows.
     """
     values = [_stacked(step.calls[-1].arguments[name]) for step in steps]
     first = values[0]
@@ -87,6 +87,11 @@ def fit_sample_entries(name: str, steps: Sequence[Step]) -> SampleRule | None:
     index[(index >= 0) & ~_differing(inputs)[index.clamp(min=0)]] = -1
     if not bool((index >= 0).any()):
         return None
+    if len(first) != len(inputs[0]):
+        raise RecordingError(
+            f"the argument {name} holds a sample in {len(first)} rows (each frame as a sample of its own), which "
+            "cannot be recorded yet"
+        )
     moving = _differing(tensors)
     if bool((moving & (index < 0)).any()):
         count = int((moving & (index < 0)).sum())
