@@ -133,23 +133,25 @@ def read_items(
         raise UserError(f"{name} holds no item; write a row of the pipeline's arguments for each")
     columns = Columns(pipeline_class, call or {}, pixels=not cached)
     each: list[Item] = []
-    targets: dict[str, Any] = {}
+    targets: list[Any] = []  # beside their items: names may be equal
     for row in tqdm(rows, desc="look at the items", unit="item", delay=2, disable=not progress):
         values = columns.read(row, folder)
-        if TARGET not in columns.hints and TARGET in values:
-            targets[row.name] = values.pop(TARGET)
+        targets.append(None if TARGET in columns.hints else values.pop(TARGET, None))
         if not cached:
             _refuse_misfitting(row.name, values)
         key = json_sha256({k: _known_by(v) for k, v in values.items()})
         each.append(Item(Arguments(values), row.name, key, form_of(values)))
     _refuse_unlike(each)
-    if odd := next((item for item in each if (item.name in targets) != (each[0].name in targets)), None):
-        has = "has a" if odd.name in targets else "has no"
-        raise UserError(f"{odd} {has} {TARGET}, unlike {each[0]}: give every row one, or none")
-    shown = [*map(values_of, each), *targets.values()]
+    wanted = [target is not None for target in targets]
+    if len(set(wanted)) > 1:
+        odd = wanted.index(not wanted[0])
+        has = "has a" if wanted[odd] else "has no"
+        raise UserError(f"{each[odd]} {has} {TARGET}, unlike {each[0]}: give every row one, or none")
+    given = targets if wanted[0] else []
+    shown = [*map(values_of, each), *given]
     seen = [one.source for one in _pictures(shown) if isinstance(one, Picture)]
     files = dict.fromkeys(getattr(source, "path", source) for source in seen)
-    return Items(each, [file for file in files if isinstance(file, Path)], name, list(targets.values()))
+    return Items(each, [file for file in files if isinstance(file, Path)], name, given)
 
 
 def values_of(item: Item) -> dict[str, Any]:

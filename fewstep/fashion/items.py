@@ -31,6 +31,8 @@ Pictures = Literal["training", "held_back"]
 def inpainting_items(count: int, seed: int = 0, pictures: Pictures = "held_back") -> list[Item]:
     """Items of the pipeline's arguments ``prompt``, ``image`` and ``mask_image``, white where it is repainted.
 
+    Those to train with have their wanted result too, the whole picture (``--data targets``).
+
     Item i shows class i % 10, as samples of the text teachers do. A class's pictures are taken in an order drawn by the
     seed, and from the start again where there are no more (of ``held_back`` after 5,000 items, of ``training`` after
     10,000), with other holes. An item depends on the seed and on its number alone.
@@ -49,6 +51,8 @@ def inpainting_items(count: int, seed: int = 0, pictures: Pictures = "held_back"
         row = int(of_class[turn % len(of_class)])
         picture = _picture(images[row, 0]).convert("RGB")  # as every stock pipeline takes them
         arguments = {"prompt": PROMPTS[label], "image": picture, "mask_image": mask(seed, index)}
+        if pictures == "training":
+            arguments["target"] = picture  # what is wanted is what was there
         items.append(Item(arguments, name=f"{pictures} picture {row}"))
     return items
 

@@ -12,6 +12,7 @@ from diffusers import WanImageToVideoPipeline
 from item_sets import picture, tiny_editor, write_items
 
 from fewstep.cli import main
+from fewstep.conditioning.item import Item
 from fewstep.data.conditions import Conditions
 from fewstep.data.image_opening import fitted
 from fewstep.data.items import Items, read_items, values_of
@@ -57,6 +58,13 @@ def test_a_result_is_no_part_of_its_item_and_is_known_with_the_run(items: Items,
     plain = read_items(write_items(tmp_path / "plain", 4, SIZES), type(tiny_editor()))
     assert plain.keys == items.keys and len(items.contents) == 8 and plain.contents == plain.keys
     assert "target" not in items.each[0].arguments
+
+
+def test_each_stands_beside_its_own_item_where_two_have_one_name() -> None:
+    given = [Item({"prompt": "a", "image": picture(n), "target": picture(10 + n)}, "a name") for n in range(3)]
+    items = read_items(given, type(tiny_editor()))
+    own = [item.arguments["target"].tobytes() for item in given]
+    assert [target.tobytes() for target in items.targets] == own and len(set(own)) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
