@@ -34,7 +34,7 @@ from fewstep.recording.rules.dtypes import dtype_name, network_dtype
 from fewstep.recording.rules.fit import fit_output, fit_sample, fit_times
 from fewstep.recording.rules.item_fit import RedrawnError, fit_entries, fit_output_entries
 from fewstep.recording.rules.rules import TimeRule
-from fewstep.recording.second.fit import components_beside, fit_second, outputs_beside, stand_in
+from fewstep.recording.second.fit import components_beside, fit_second, outputs_beside, refuse_shared, stand_in
 from fewstep.recording.second.switch import at_steps
 from fewstep.recording.watch.encoded_once import encoded_once
 from fewstep.recording.watch.observation import Observation, Step, Stub
@@ -196,6 +196,7 @@ def fit_recipe(
         try:
             for name in components_beside(*runs):
                 network = modules_of(subject.pipeline)[name]
+                refuse_shared(name, network, {expert.component: expert.network for expert in experts})
                 second, seen = fit_second(name, network, runs, steps_answered(runs, experts))
             sample, times = fit_entries(component, seen)
         except RedrawnError as error:

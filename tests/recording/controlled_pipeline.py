@@ -22,7 +22,7 @@ class ControlNetwork(nn.Module):
         super().__init__()
         self.enter, self.seen = nn.Linear(CHANNELS, WIDTH), nn.Linear(CHANNELS, WIDTH)
         self.leave, self.middle = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.calls = 0
+        self.calls, self.keyed = 0, False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -35,7 +35,9 @@ class ControlNetwork(nn.Module):
         flat, shown = sample.flatten(2).transpose(1, 2), condition.flatten(2).transpose(1, 2)
         time = torch.sin(timestep.float() / 200 + text.mean((1, 2)))[:, None, None].to(sample)
         h = torch.tanh(self.enter(flat) + self.seen(shown) * (1 + time))
-        return [scale * self.leave(h), scale * h * time], scale * self.middle(torch.sin(h).mean(1))
+        residuals = [scale * self.leave(h), scale * h * time]
+        middle = scale * self.middle(torch.sin(h).mean(1))
+        return ({0: residuals[0], 3: residuals[1]} if self.keyed else residuals), middle
 
 
 class ControlledNetwork(nn.Module):
@@ -55,14 +57,14 @@ class ControlledNetwork(nn.Module):
         hidden_states: Tensor,
         timestep: Tensor,
         text: Tensor,
-        residuals: tuple[Tensor, ...] | None = None,
+        residuals: tuple[Tensor, ...] | dict[int, Tensor] | None = None,
         middle: Tensor | None = None,
         extra: Tensor | None = None,
     ) -> Any:
         h = self.enter(hidden_states.flatten(2).transpose(1, 2)) + self.told(text).mean(1, keepdim=True)
         h = h + torch.sin(timestep.float() / 300)[:, None, None].to(h)
-        for residual in residuals or ():
-            h = torch.tanh(h + residual)
+        for place, residual in dict(residuals if isinstance(residuals, dict) else enumerate(residuals or ())).items():
+            h = torch.tanh(h + residual * (1 + place))
         if middle is not None:
             h = h + middle[:, None]
         out = self.leave(torch.tanh(h)).transpose(1, 2).reshape(hidden_states.shape)
@@ -114,7 +116,7 @@ class ControlledPipeline(DiffusionPipeline):
                 residuals, middle = self.control(x, time, text, condition=pictures, scale=scale, guess=False)
                 if self.way == "changed":
                     residuals, middle = [residual + 1 for residual in residuals], middle + 1
-                told |= {"residuals": tuple(residuals), "middle": middle}
+                told |= {"residuals": given(residuals), "middle": middle}
             x = self.scheduler.step(self.network(x, time, **told)[0], t, x, return_dict=False)[0]
         return ImagePipelineOutput(images=(x / 2 + 0.5).clamp(0, 1))
 
@@ -126,7 +128,7 @@ class ControlledPipeline(DiffusionPipeline):
         if self.way == "once" or guess:
             residuals, middle = self.control(x, time, text, condition=pictures, scale=scale, guess=guess)
         if self.way == "once":
-            told = {"residuals": tuple(residuals), "middle": middle}
+            told = {"residuals": given(residuals), "middle": middle}
             negative = self.network(x, time, texts[0], extra=None, **told)[0]
             return negative + weight * (self.network(x, time, text, **told)[0] - negative)
         twice, both = torch.cat([x, x]), torch.cat(texts)
@@ -136,8 +138,13 @@ class ControlledPipeline(DiffusionPipeline):
         else:
             shown = torch.cat([pictures, pictures])
             residuals, middle = self.control(twice, time.repeat(2), both, condition=shown, scale=scale, guess=False)
-        answer = self.network(twice, time.repeat(2), both, residuals=tuple(residuals), middle=middle)[0]
+        answer = self.network(twice, time.repeat(2), both, residuals=given(residuals), middle=middle)[0]
         return answer[:rows] + weight * (answer[rows:] - answer[:rows])
+
+
+def given(residuals: Any) -> Any:
+    """As the network is told them: under their keys where they have some, else one after the other."""
+    return residuals if isinstance(residuals, dict) else tuple(residuals)
 
 
 def controlled_pipeline(way: str = "", shift: float = 3.0) -> ControlledPipeline:

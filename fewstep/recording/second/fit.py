@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,22 @@ def stand_in(components: tuple[str, ...], runs: Sequence[Sequence[Step]]) -> Stu
 def call_of(step: Step, component: str) -> NetworkCall:
     """The last call of a component in a step."""
     return next(call for call in reversed(step.calls) if call.component == component)
+
+
+def refuse_shared(component: str, network: nn.Module, denoisers: Mapping[str, nn.Module]) -> None:
+    """Refuse a second network that is made of a denoiser's own weights: a student's would change what it answers.
+
+    Raises:
+        RecordingError: a weight stands in both.
+    """
+    own = {id(weight) for weight in network.parameters()}
+    for name, denoiser in denoisers.items():
+        shared = sum(id(weight) in own for weight in denoiser.parameters())
+        if shared:
+            raise RecordingError(
+                f"{component} ({type(network).__name__}) is made of {shared} weights of {name} itself, so that a student's "
+                f"training would change what it answers; distil the pipeline without {component}"
+            )
 
 
 def fit_second(
@@ -80,7 +96,7 @@ def _links(component: str, steps: Sequence[Step]) -> Iterator[Link]:
     """Each argument of the denoiser that is a part of the component's answer in every step."""
     for name, value in steps[0].calls[-1].arguments.items():
         form = "tensor" if isinstance(value, Tensor) else type(value).__name__
-        if form not in ("tensor", "list", "tuple"):
+        if form not in ("tensor", "list", "tuple", "dict"):
             continue
         for path in _paths(call_of(steps[0], component).output):
             link = Link(name, path, form)
@@ -95,7 +111,8 @@ def _carries(link: Link, step: Step, component: str) -> bool:
         answer = link.value(call_of(step, component).output)
     except IndexError:
         return False
-    holds = isinstance(answer, Tensor) or (bool(answer) and all(isinstance(part, Tensor) for part in answer))
+    parts = [answer] if isinstance(answer, Tensor) else parts_of(answer)
+    holds = bool(parts) and all(isinstance(part, Tensor) for part in parts)
     return holds and not differs(value, answer)
 
 

@@ -85,7 +85,7 @@ class Link:
     Attributes:
         argument: the denoiser's.
         path: positions that lead to it in what the second network returns; (): all of that.
-        form: "tensor", "list" or "tuple", which the denoiser is given.
+        form: "tensor", "list", "tuple" or "dict", which the denoiser is given; a dict keeps its keys.
     """
 
     argument: str
@@ -96,7 +96,7 @@ class Link:
         """The argument, of what the second network returned."""
         for position in self.path:
             output = parts_of(output)[position]
-        if self.form == "tensor":
+        if self.form in ("tensor", "dict"):
             return output
         return (tuple if self.form == "tuple" else list)(parts_of(output))
 

@@ -55,6 +55,25 @@ def test_a_control_network_is_recorded_and_proven(call: dict[str, Any]) -> None:
     assert "control.condition: float32[1, 3, 4, 4], 1 rows per sample" in recording.summary()
 
 
+def test_answers_under_keys_keep_them() -> None:
+    pipeline = controlled_pipeline()
+    pipeline.control.keyed = True
+    recording = record(pipeline, items=controlled_items())
+    assert all(check.error <= 5e-6 for check in recording.prove().checks)
+    second = recording.recipe.second
+    assert second is not None
+    assert [(link.path, link.form) for link in second.links] == [((0,), "dict"), ((1,), "tensor")]
+    assert Recipe.from_json(recording.recipe.to_json(), pipeline.control) == recording.recipe
+
+
+def test_a_control_made_of_the_networks_own_weights_is_refused() -> None:
+    pipeline = controlled_pipeline()
+    pipeline.control.enter = pipeline.network.enter
+    words = r"^control \(ControlNetwork\) is made of 2 weights of network itself, .*; distil the pipeline without control$"
+    with pytest.raises(RecordingError, match=words):
+        record(pipeline, items=controlled_items())
+
+
 @pytest.mark.parametrize("way", ["", "once"])
 def test_guided_answers_are_under_control_too(way: str) -> None:
     """One call of the control network may serve both, and what is None in one of them need not be said in the other."""
