@@ -51,8 +51,8 @@ def refuse_shared(component: str, network: nn.Module, denoisers: Mapping[str, nn
         shared = sum(id(weight) in own for weight in denoiser.parameters())
         if shared:
             raise RecordingError(
-                f"{component} ({type(network).__name__}) is made of {shared} weights of {name} itself, so that a student's "
-                f"training would change what it answers; distil the pipeline without {component}"
+                f"{component} ({type(network).__name__}) is made of {shared} weights of {name} itself, so that a "
+                f"student's training would change what it answers; distil the pipeline without {component}"
             )
 
 
