@@ -58,7 +58,7 @@ def test_the_best_of_each_method_and_case_is_kept(tmp_path: Path) -> None:
 def test_who_fills_holes_says_nothing_of_who_makes_whole_pictures(tmp_path: Path) -> None:
     cells = [
         Cell("fashion-inpaint", 25, 20),
-        Cell("fashion-inpaint", 4, 20, Training("a", "dmd2", "fashion-inpaint", 4)),
+        Cell("fashion-inpaint", 4, 20, Training("a", "dmd2", "fashion-inpaint", 4, settings={"data": "targets"})),
     ]
     for cell in cells:
         write_result(tmp_path, cell, result(cell, 0.1), None)

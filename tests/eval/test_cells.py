@@ -125,7 +125,7 @@ def test_the_hash_knows_the_settings_that_it_knew_before_they_had_kinds() -> Non
 
 def test_the_hash_knows_the_pictures_that_a_teacher_is_shown() -> None:
     """Training pictures those of the items that a student learns from, held-back ones those that it is judged by."""
-    shown = Training("dmd2", "dmd2", "fashion-inpaint", 4)
+    shown = Training("dmd2", "dmd2", "fashion-inpaint", 4, settings={"data": "targets"})
     known, asked = shown.content(), Cell("fashion-inpaint", 4, 20, shown).content()["evaluation"]
     assert known["images"] == cells_module._file("training_images.npz")
     assert asked["pictures"] == cells_module._file("held_back_images.npz")

@@ -69,7 +69,7 @@ def test_what_falls_short_is_marked(results: Path) -> None:
 
 
 def test_who_fills_holes_has_a_table_with_what_is_kept(results: Path) -> None:
-    shown, cells = Training("dmd2", "dmd2", "fashion-inpaint", 1), []
+    shown, cells = Training("dmd2", "dmd2", "fashion-inpaint", 1, settings={"data": "targets"}), []
     for training, steps, fd, keeps in ((None, 1, 3.0, 0.92), (None, 25, 0.5, 0.95), (shown, 1, 0.75, 0.931)):
         cells.append(Cell("fashion-inpaint", steps, 20, training))
         of = result(cells[-1], fd)
