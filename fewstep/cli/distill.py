@@ -79,8 +79,9 @@ def _announce(student: Path, items: str | None) -> None:
 
     if PartialState().is_main_process:
         if (student / "model_index.json").is_file():
-            asked = " ".join(_asked_with(read_about(student), items))
-            print(f"the student is in {student}; fewstep sample {shlex.quote(str(student))} {asked} --out sample.png")
+            asked = _asked_with(read_about(student), items)
+            command = shlex.join(["fewstep", "sample", str(student), *asked, "--out", "sample.png"])
+            print(f"the student is in {student}; {command}")
         else:
             print(f"the student is in {student}; its README.md shows how to load it, --merge makes a whole pipeline")
 
@@ -95,9 +96,9 @@ def _asked_with(about: Mapping[str, Any], items: str | None) -> list[str]:
     """The words by which ``fewstep sample`` is told what a student shall make."""
     kind, example = about["conditional"], about.get("example")
     if kind == "item":
-        return ["--items", "FILE" if items is None else shlex.quote(items)]
+        return ["--items", items or "FILE"]
     if kind == "prompt":
-        return ["--prompt", shlex.quote(example if isinstance(example, str) else "a photo of a cat")]
+        return ["--prompt", example if isinstance(example, str) else "a photo of a cat"]
     return [] if kind is None else ["--class", str(example if isinstance(example, int) else 0)]
 
 
