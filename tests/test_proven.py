@@ -1,4 +1,4 @@
-"""The suite's own saving: which teacher is taken for one that was proven before, and that no failure is kept."""
+"""The suite's own saving: which teacher is taken for one that was recorded or proven before, and what is not kept."""
 
 import shutil
 from collections.abc import Callable
@@ -11,7 +11,9 @@ from diffusers import DDIMScheduler
 from proven import proven_once
 from tiny_pipelines import TINY, tiny_ddim
 
-from fewstep.recording import Recording, RecordingError
+from fewstep.conditioning.tree import leaves
+from fewstep.recording import Recording, RecordingError, record
+from fewstep.recording.rules.fit import differs
 
 
 def other_weight(pipeline: Any) -> None:
@@ -21,6 +23,14 @@ def other_weight(pipeline: Any) -> None:
 
 def other_schedule(pipeline: Any) -> None:
     pipeline.scheduler = DDIMScheduler(beta_end=0.019)
+
+
+def other_length(pipeline: Any) -> None:
+    pipeline.tokenizer.model_max_length -= 1
+
+
+def own_method(pipeline: Any) -> None:
+    pipeline.encode_prompt = pipeline.encode_prompt
 
 
 def mute() -> Any:
@@ -42,6 +52,51 @@ def proofs(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     monkeypatch.setattr(Recording, "prove", noted)
     monkeypatch.setattr("proven._PROOFS", {})
     return found
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The pipelines that are really recorded, from none on."""
+    found = []
+
+    def noted(pipeline: Any, items: Any = None, **call: Any) -> Recording:
+        found.append(pipeline)
+        return record(pipeline, items=items, **call)
+
+    monkeypatch.setattr("proven.record", noted)
+    monkeypatch.setattr("proven._RECORDINGS", {})
+    return found
+
+
+@pytest.mark.parametrize("change", [None, other_weight, other_schedule, other_length, own_method])
+def test_an_equal_teacher_alone_is_taken_for_recorded(change: Any, recorded: list[Any]) -> None:
+    make, call = TINY["stable_diffusion"]
+    first, second = make(), make()
+    if change is not None:
+        change(second)
+    one, two = (proven_once(pipeline, **call) for pipeline in (first, second))
+    assert recorded == ([first] if change is None else [first, second])
+    assert two.pipeline is second
+    assert two.networks == {"unet": second.unet}
+    assert one.pipeline is first
+
+
+def test_a_recording_that_is_taken_up_is_that_of_its_own_pipeline(recorded: list[Any]) -> None:
+    make, call = TINY["stable_diffusion"]
+    proven_once(make(), **call)
+    taken, fresh = proven_once(second := make(), **call), record(second, **call)
+    assert len(recorded) == 1
+    assert taken.summary() == fresh.summary()
+    prompts = [taken.condition(prompts=["a dog"]), fresh.condition(prompts=["a dog"])]
+    assert not differs(*(dict(leaves(told.tree))["encoder_hidden_states"].value for told in prompts))
+    assert taken.prove(seed=1).checks == fresh.prove(seed=1).checks
+
+
+def test_another_call_is_recorded_anew(recorded: list[Any]) -> None:
+    make, call = TINY["stable_diffusion"]
+    for height in (8, 16):
+        proven_once(make(), **{**call, "height": height, "width": 16})
+    assert len(recorded) == 2
 
 
 @pytest.mark.filterwarnings("ignore:the answer of")
