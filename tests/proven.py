@@ -1,4 +1,4 @@
-"""Teachers recorded and proven once for equal pipelines: hundreds of tiny runs start from few, and half of each is that.
+"""Teachers recorded and proven once for equal pipelines: hundreds of tiny runs start from few, a third of each is that.
 
 What opening a teacher records and proves is a function of the pipeline's classes, configurations and weights and of its
 call. Where all are as they were in an earlier test of the process, the earlier recording is taken up with the networks
@@ -22,6 +22,7 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fewstep.conditioning.item import Item
 from fewstep.recording import Recording, record
 from fewstep.recording.loop.experts import Expert
 from fewstep.recording.proof.proof import Proof
@@ -39,7 +40,9 @@ def proven_once(pipeline: Any, items: Any = None, **call: Any) -> Recording:
         call: of the pipeline.
     """
     recording = record(pipeline, items=items, **call) if items is not None else _recorded_once(pipeline, call)
-    key = _key(pipeline, recording.invocation.item, recording.call, recording.off)
+    asked = recording.invocation
+    samples = [one.key if isinstance(one, Item) else one for one in (asked.item, asked.other)]
+    key = _key(pipeline, samples, recording.call, recording.off)
 
     def prove(seed: int = 0) -> Proof:
         if key is None or seed != 0:
@@ -77,8 +80,11 @@ def _with(recording: Recording, networks: Mapping[str, Any]) -> tuple[Expert, ..
 
 
 def _key(pipeline: Any, *asked: Any) -> tuple[Any, ...] | None:
-    """What a recording and its proof depend on; None where a part is not made of its class and ordinary tensors alone."""
-    digest, classes = hashlib.sha256(repr(asked).encode()), []
+    """What a recording and its proof depend on; None where a part is more than its class and ordinary tensors."""
+    try:
+        digest, classes = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()), []
+    except TypeError:  # a picture in the call
+        return None
     for name, part in {"": pipeline, **pipeline.components}.items():
         own = getattr(part, "__dict__", {})
         if any(isinstance(value, FunctionType | MethodType | partial) for value in own.values()):
@@ -99,7 +105,7 @@ def _key(pipeline: Any, *asked: Any) -> tuple[Any, ...] | None:
 
 
 def _told(part: Any) -> str:
-    """A part's configuration or vocabulary, without what it says of how it came about: in memory, or of which folder."""
+    """A part's configuration or vocabulary, without what it says of how it came about: in memory, or from a folder."""
     if isinstance(part, PreTrainedTokenizerBase):
         told = {**part.get_vocab(), "": [part.model_max_length, part.padding_side, part.chat_template]}
     elif isinstance(part, PreTrainedModel):
