@@ -108,6 +108,12 @@ class ContinuousConsistency:
         """TCM's first stage stays as it is."""
         return 1.0
 
+    @property
+    def uneven(self) -> bool:
+        """TCM's micro-batch may have no sample at the transition, or no other, and then asks one network less."""
+        share, size = self.config.boundary_share, self.config.batch_size
+        return self.config.variant == "tcm" and share > 0 and not 1 <= share * size <= size - 1
+
     def matches(self, step: int) -> bool:
         """Whether rCM's distribution matching has begun."""
         return self.config.matching and step >= settled(self.config.matching_first_step)

@@ -87,8 +87,8 @@ class MdtDist:
         self.teacher, self.distilled = guided_teacher.of(velocity), distilled_teacher.of(velocity)
         self.span = config.span(self.schedule, sampler.grid[0])
         self.difference = config.difference(self.schedule, sampler.grid[0])
-        # Blocks that are run again in the backward pass have no tangents there.
-        self.one_pass = not config.gradient_checkpointing
+        # Blocks that are run again in the backward pass have no tangents there, and divided ones none with a graph.
+        self.one_pass = config.sharding == "none" and not config.gradient_checkpointing
 
     @classmethod
     def prepare(cls, config: MdtDistConfig, bench: Bench) -> MdtDist:

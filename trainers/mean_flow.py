@@ -12,10 +12,11 @@ Teachers of every kind: times and velocities are rectified flow's, which x_t / (
 DDPM and EDM teachers stay in their own and stock ODE schedulers carry the student (:mod:`fewstep.networks.flow_map`).
 
 Departures: the second time enters by an added module, zero at first, and as t - r alone. The derivative comes of the
-trained pass itself, only where t and r differ; of a pass of its own with ``--gradient_checkpointing``, or of further
-calls without a graph (``--derivative central``, FastGen's and mf-rae's, one-sided at the ends of the flow, and at
-entries of a table alone). Without an auxiliary head, improved MeanFlow's own velocity is u(x_t, t, t), and its guidance
-is trained in, no input. alpha-Flow's published runs do not say the c of their weight. Times end at ``--time_min``.
+trained pass itself, only where t and r differ; of a pass of its own with ``--gradient_checkpointing`` or
+``--sharding``, or of further calls without a graph (``--derivative central``, FastGen's and mf-rae's, one-sided at the
+ends of the flow, and at entries of a table alone). Without an auxiliary head, improved MeanFlow's own velocity is
+u(x_t, t, t), and its guidance is trained in, no input. alpha-Flow's published runs do not say the c of their weight.
+Times end at ``--time_min``.
 """
 
 from __future__ import annotations
@@ -122,8 +123,9 @@ class MeanFlow:
             self.guide = SelfGuidance(student, omega, kappa, *interval)
         self.times = config.two_times(self.schedule, sampler.grid[0])
         self.difference = config.difference(self.schedule, sampler.grid[0])
-        # Blocks that are run again in the backward pass have no tangents there.
-        self.one_pass = self.difference is None and not config.gradient_checkpointing
+        # Blocks that are run again in the backward pass have no tangents there, and divided ones none with a graph.
+        whole = config.sharding == "none" and not config.gradient_checkpointing
+        self.one_pass = self.difference is None and whole
 
     @classmethod
     def prepare(cls, config: MeanFlowConfig, bench: Bench) -> MeanFlow:

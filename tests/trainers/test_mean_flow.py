@@ -95,7 +95,9 @@ def test_the_teachers_velocity_is_guided_in_diffusers_convention():
 )
 def test_guidance_in_training_is_mixed_as_its_papers_say(settings: dict, numbers: tuple[float, float]):
     """omega v + kappa u_c + (1 - omega - kappa) u_null; samples without condition, or beyond the interval, have v."""
-    trained = method("flow", config(data="images", guidance_t_max=0.6, label_drop=0.4, **settings), 3.0)
+    trained = method(
+        "flow", config(data="images", guidance_t_min=0.2, guidance_t_max=0.6, label_drop=0.4, **settings), 3.0
+    )
     assert (trained.guide.omega, trained.guide.kappa) == pytest.approx(numbers)
     flow, given = trained.flow(batch(64), []), batch(64)
     data = given.draws.normal("noise", (6,)) - given.real.x0
@@ -103,8 +105,8 @@ def test_guidance_in_training_is_mixed_as_its_papers_say(settings: dict, numbers
     assert torch.equal(flow.conditioning.arguments()["label"], 1.0 - dropped.float())
     u_c, u_null = (trained.student.velocity(flow.x_t, flow.t, labels([label] * 64), flow.t) for label in (1.0, 0.0))
     guided = numbers[0] * data + numbers[1] * u_c + (1 - sum(numbers)) * u_null
-    on = (~dropped & (flow.t <= 0.6))[:, None]
-    assert 5 < int(on.sum()) < 60
+    on = (~dropped & (flow.t >= 0.2) & (flow.t <= 0.6))[:, None]
+    assert bool((flow.t < 0.2).any()) and 5 < int(on.sum()) < 60
     torch.testing.assert_close(flow.velocity, torch.where(on, guided, data).detach())
 
 
@@ -128,6 +130,14 @@ def test_a_target_over_an_interval_is_the_mean_flow_identity(kind: str):
     assert not asked.target.requires_grad and asked.u.requires_grad
     warmed = method(kind, config(tangent_warmup=100)).interval(0, flow)
     torch.testing.assert_close(warmed.target, flow.velocity)
+
+
+def test_an_improved_models_derivative_is_along_what_it_says_of_the_flow_itself():
+    flow = method().flow(batch(), list(range(8)))
+    trained = method("flow", config(variant="improved"))
+    at = flow.x_t, flow.t, flow.conditioning
+    _, expected = trained.student.velocity_and_derivative(*at, flow.r, trained.student.velocity(*at, flow.t).detach())
+    torch.testing.assert_close(trained.interval(0, flow).change, expected)
 
 
 @pytest.mark.parametrize("derivative", ["central", "renoise", "backward"])
@@ -181,13 +191,14 @@ def test_an_alpha_that_falls_until_the_last_step_holds_on_to_it():
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_one_pass_teaches_what_two_do(kind: str):
     gradients = []
-    for checkpointing in (False, True):
-        trained = method(kind, config(apart=0.8, gradient_checkpointing=checkpointing))
-        assert trained.one_pass != checkpointing
+    for settings in ({}, {"gradient_checkpointing": True}, {"sharding": "full"}):
+        trained = method(kind, config(apart=0.8, **settings))
+        assert trained.one_pass == (not settings)
         (turn,) = trained.turns(0, batch(16))
         gradients.append(torch.autograd.grad(turn.backward[0][0], list(trained.roles["student"].parameters())))
-    for one, two in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+    for one, *others in zip(*gradients, strict=True):
+        for two in others:
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
 def test_alpha_flow_asks_the_student_further_along_the_flow():

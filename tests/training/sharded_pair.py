@@ -40,38 +40,8 @@ from fewstep.training.distributed import Processes
 from fewstep.training.loop import Loop
 from fewstep.training.sharding import Sharding, open_mesh
 from tests import tiny_pipelines
+from tests.training.sharded_cases import CASES
 
-DMD2: dict[str, Any] = {"method": "dmd2", "critic_updates": 1}
-LORA: dict[str, Any] = {"lora_rank": 2}
-#: How a case differs from a run of a flow teacher; ``offload`` and ``group`` are those of the sharding.
-CASES: dict[str, dict[str, Any]] = {
-    "dmd2": {**DMD2, "ema_decay": 0.5},
-    "dmd2_lora": {**DMD2, **LORA, "ema_decay": 0.5},
-    "dmd2_full_critic": {**DMD2, **LORA, "full_critic": True},
-    "dmd2_gan": {**DMD2, "gan_weight": 0.1, "data": "images"},
-    "dmd2_gan_lora": {**DMD2, **LORA, "gan_weight": 0.1, "data": "images"},
-    "dmd2_unet": {**DMD2, "teacher": "tiny_stable_diffusion"},
-    "dmd2_shared_embedding": {**DMD2, "teacher": "tiny_dit", "classes": "0-3", "prompts": None, "guidance_scale": 2.0},
-    "dmd2_tied": {**DMD2, "tie": True},
-    "dmd2_accumulation": {**DMD2, "gradient_accumulation_steps": 2},
-    "dmd2_checkpointing": {**DMD2, "gradient_checkpointing": True},
-    "dmd2_checkpointing_lora": {**DMD2, **LORA, "gradient_checkpointing": True},
-    "dmd2_bf16": {**DMD2, "mixed_precision": "bf16"},
-    "dmd2_bf16_lora": {**DMD2, **LORA, "mixed_precision": "bf16"},
-    "dmd2_offload": {**DMD2, "offload": True},
-    "dmd2_groups": {**DMD2, "group": 2},
-    "dmd2_groups_lora": {**DMD2, **LORA, "group": 2},
-    "sid": {"method": "sid"},
-    "sid_lora": {"method": "sid", **LORA},
-    "consistency": {"method": "consistency", "target_decay": 0.5},
-    "consistency_lora": {"method": "consistency", "target_decay": 0.5, **LORA},
-    "phased": {"method": "phased_dmd", "critic_updates": 1, "phase_steps": 2},
-    "phased_lora": {"method": "phased_dmd", "critic_updates": 1, "phase_steps": 2, **LORA},
-    "mean_flow": {"method": "mean_flow", "data": "images", "apart": 1.0},
-    "mean_flow_lora": {"method": "mean_flow", "data": "images", "apart": 1.0, **LORA},
-    "rectified_flow": {"method": "rectified_flow", "pairs": "pairs", "ema_decay": 0.5},
-    "rectified_flow_lora": {"method": "rectified_flow", "pairs": "pairs", "ema_decay": 0.5, **LORA},
-}
 _STEPS, _BATCH = 4, 2
 _PROMPTS = ("red shoe", "blue coat", "green bag", "old hat")
 
@@ -98,6 +68,7 @@ class Run:
         settings["gradient_accumulation_steps"] = settings.get("gradient_accumulation_steps", 1) * (
             count // processes.count
         )
+        settings["sharding"] = "full" if processes.count > 1 else "none"
         config = method_class(method).Config(
             teacher="tiny",
             out=str(out),
@@ -152,7 +123,8 @@ class Run:
 
     def _step(self) -> dict[str, float]:
         numbers = self.loop.one_step()
-        student = _all(self.method.roles["student"]) if self.averages else {}
+        moved = any(name.startswith("student/") for name in numbers)
+        student = _all(self.method.roles["student"]) if self.averages and moved else {}
         for name, average in self.averages.items():
             decay = self.loop.config.ema_decay if name == "ema" else self.method.target_decay(self.loop.step - 1)
             for key, value in student.items():
