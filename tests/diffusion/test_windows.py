@@ -6,7 +6,7 @@ from toys import TABLE
 
 from fewstep.diffusion.prediction import add_noise, expand, ode_step, transition
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule
-from fewstep.diffusion.timesteps import even_grid
+from fewstep.diffusion.timesteps import even_grid, shift_time
 from fewstep.diffusion.windows import (
     Window,
     chord_end,
@@ -61,6 +61,10 @@ def test_times_of_a_flow_are_even_before_its_shift():
     uniform = of(0.0, 0.25, 0.5, 0.75)
     torch.testing.assert_close(times_up_to(1.0, uniform, FlowSchedule(), 3.0), even_grid(4, 3.0))
     torch.testing.assert_close(times_up_to(0.8, uniform, EDMSchedule()), 0.8 * even_grid(4))
+    # 0.8 is 4/7 before a shift of 3.
+    torch.testing.assert_close(
+        times_up_to(0.8, uniform, FlowSchedule(), 3.0), shift_time(4 / 7 * even_grid(4), 3.0), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("schedule", [TABLE, FlowSchedule(), EDMSchedule()])

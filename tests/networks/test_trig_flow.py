@@ -130,6 +130,14 @@ def test_a_discrete_derivative_of_a_tables_network_asks_at_entries_alone():
         torch.testing.assert_close(found, angle.cos() * angle.sin() * change / gap.sin())
 
 
+def test_a_renoised_derivative_asks_a_share_of_the_angle_to_both_sides():
+    exact, at = on_the_way(network(FlowSchedule(), "flow"), 0.5)
+    angle, asked = exact.trig.angle(at.t), []
+    exact.denoiser.on_call = lambda _x, t, _early: asked.append(exact.trig.angle(t)) or (lambda _answer: None)
+    TrigFlowNetwork(exact.denoiser, exact.trig, "renoise", 0.02).derivative(at)
+    torch.testing.assert_close(torch.stack(asked), torch.stack([1.02 * angle, 0.98 * angle]))
+
+
 class Resampling(Through):
     def forward(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         said = super().forward(x, timestep, label).reshape(-1, 1, 2, 3)

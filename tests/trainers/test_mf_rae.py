@@ -10,7 +10,7 @@ from fewstep.data.batch import Batch, Pairs, Real
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.ode import OdeSolver
 from fewstep.diffusion.rollout import Sampler
-from fewstep.diffusion.schedule import FlowSchedule
+from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
 from fewstep.diffusion.trajectories import trajectories
 from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
@@ -160,6 +160,20 @@ def test_samples_that_share_a_walk_share_its_condition_and_its_noise():
     theirs = list(trained.roles["teacher"].parameters()) or list(trained.roles["teacher"].denoiser.network.parameters())
     assert all(p.grad is None and not p.requires_grad for p in theirs) and piece[1] is None
     assert piece[0].requires_grad
+
+
+@pytest.mark.parametrize("schedule", [FLOW, EDMSchedule()], ids=["flow", "edm"])
+def test_each_chord_is_of_its_own_samples_walk_which_begins_where_the_sampler_does(schedule: NoiseSchedule):
+    """A teacher that says 0 everywhere walks on straight lines through 0: a state is its noise, times sigma."""
+    trained = vectors(config(stages="cmt", pairs_per_walk=2, walk_steps=4))
+    trained.sampler = Sampler(schedule, (1.0, 0.5), "ode")
+    trained.solver = OdeSolver(lambda x_t, t, conditioning, end=None: torch.zeros_like(x_t), schedule)
+    given, first_of = batch(8), [0, 0, 2, 2, 4, 4, 6, 6]
+    chord = trained.chords(given, first_of)
+    _, sigma = schedule.coefficients(chord.t)
+    top = schedule.coefficients(torch.ones(1).double()).sigma / schedule.initial_scale()
+    noise = batch(8).draws.normal("noise", (6,))[first_of]
+    torch.testing.assert_close(chord.x_t, (sigma / top)[:, None].float() * noise, rtol=1e-4, atol=1e-5)
 
 
 # --- what the stages reach --------------------------------------------------------------------------------------------

@@ -194,6 +194,16 @@ def test_times_are_those_of_the_grid_or_lie_everywhere():
     assert len(set(anywhere.tolist())) > 390 and float(anywhere.min()) >= 1e-3
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_samples_loss_is_huber_by_its_own_entries_and_more_at_the_noise(size: int):
+    said, t = torch.full((size, 6), 1e-3).double(), torch.linspace(0.05, 0.8, size).double()
+    squared, c = 6 * 1e-6, 0.00054 * 6**0.5
+    expected = torch.full((size,), (squared + c**2) ** 0.5 - c).double()
+    plain, noisy = (method(distance="pseudo_huber_norm", weighting=one) for one in ("uniform", "noisy"))
+    torch.testing.assert_close(plain.loss(said, torch.zeros_like(said), t), expected)
+    torch.testing.assert_close(noisy.loss(said, torch.zeros_like(said), t), expected / (2.3 * (1 - t)))
+
+
 def test_kept_guidance_drops_conditions_and_asks_the_teacher_without():
     trained = method(guidance="kept", label_drop=0.5)
     samples = batch(200)
