@@ -26,6 +26,8 @@ from fewstep.recording.call.plain import argument_hints, members
 TARGET = "target"
 # The picture that a clip begins with, as diffusers' pipelines call it.
 _FIRST = "image"
+# What arranges its pictures otherwise (in rows of examples, one of them to be made) would be told another arrangement.
+_PLAIN_LIST = "several pictures are one list of paths, and what arranges them in another way cannot be distilled"
 
 
 class Columns:
@@ -81,7 +83,10 @@ class Columns:
         if not self._is_picture(column, value):
             if column == PROMPT and not isinstance(value, str):
                 raise UserError(f"{row}: its prompt is no text")
-            if any(isinstance(one, SHOWN) or hasattr(one, "read") for one in flat(value)):
+            each = list(flat(value))
+            if any(isinstance(one, SHOWN) or hasattr(one, "read") for one in each):
+                if None in each:
+                    raise UserError(f"{row}: {column} has an empty place among its pictures; {_PLAIN_LIST}")
                 raise UserError(f"{row}: {column} of {self.name} takes no picture")
             return value
         try:
@@ -117,6 +122,8 @@ def _picture(value: Any, look: partial[Picture], folder: Path) -> Any:
     if isinstance(value, list | tuple):
         if not value:
             raise UserError("the list is empty")
+        if any(isinstance(child, list | tuple) for child in value):
+            raise UserError(f"it is a list of lists; {_PLAIN_LIST}")
         return [one for child in value for one in flat(_picture(child, look, folder))]
     if isinstance(value, str | Path):
         path = folder / value

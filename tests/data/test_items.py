@@ -235,6 +235,11 @@ def test_a_picture_that_cannot_be_read_is_refused(tmp_path: Path, spoil: Any, wo
         (EDIT, {"prompt": 3, "image": "0.png"}, "its prompt is no text"),
         (EDIT, {"prompt": "a", "image": 3}, "image: a picture is a path or a list of paths, not 3"),
         (EDIT, {"prompt": "a", "image": []}, "image: the list is empty"),
+        (
+            EDIT,
+            {"prompt": "a", "image": [["0.png"], ["wide.png"]]},
+            "image: it is a list of lists; several pictures are",
+        ),
         (EDIT, {"prompt": "a", "image": "empty"}, "image: the folder .*empty holds no picture"),
         (EDIT, [1, 2], "is no JSON table"),
         (EDIT, '{"prompt": "a", "image": ', "is no JSON: "),
@@ -257,6 +262,18 @@ def test_a_row_that_cannot_be_meant_is_refused(tmp_path: Path, pipeline: type, r
     with pytest.raises(UserError, match=rf"^row 2 of items\.jsonl.*({words})") as refused:
         read_items(table(tmp_path, "", row), pipeline)
     assert "\n" not in str(refused.value)
+
+
+def test_rows_of_pictures_with_an_empty_place_are_refused() -> None:
+    """VisualCloze is shown examples in rows, and None where its own picture is to be."""
+
+    class Rows:
+        def __call__(self, prompt: str = "", image: torch.FloatTensor | None = None) -> None:
+            """Its type says nothing of lists of pictures."""
+
+    shown = [[Image.new("RGB", (8, 6)), None]]
+    with pytest.raises(UserError, match=r"^item 1: image has an empty place among its pictures; several pictures are"):
+        read_items([{"prompt": "a", "image": shown}], Rows)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor
 WAYS = (
     "one_call",
     "two_calls",
+    "unsaid",
     "dropped",
     "other_picture",
     "rescaled",
@@ -65,7 +66,9 @@ class GuidedPictures(DiffusionPipeline):
         if self.way == "drawn_apart":  # for each answer, and from the global state
             told = [(one, image + 0.1 * torch.randn(image.shape)) for one, image in told]
         for t in self.scheduler.timesteps:
-            if self.way == "two_calls":
+            if self.way == "unsaid":  # the positive is told that an argument is None, the negative nothing of it
+                said = [self.ask(x, t, [one], **({} if k else {"picture": None})) for k, one in enumerate(told)]
+            elif self.way == "two_calls":
                 said = [self.ask(x, t, [one]) for one in told]
             else:
                 said = list(self.ask(x, t, told).split(1))
@@ -80,17 +83,17 @@ class GuidedPictures(DiffusionPipeline):
             return [(text(prompt), image)]
         others = {"dropped": torch.zeros_like(image), "other_picture": torch.ones_like(image)}
         positive, away = (text(prompt), image), (text(negative), others.get(self.way, image))
-        return [positive, away] if self.way in ("two_calls", "plus_one") else [away, positive]
+        return [positive, away] if self.way in ("two_calls", "unsaid", "plus_one") else [away, positive]
 
-    def ask(self, x: Tensor, t: Tensor, told: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def ask(self, x: Tensor, t: Tensor, told: list[tuple[Tensor, Tensor]], **more: None) -> Tensor:
         rows = torch.cat([torch.cat([x, image], 1) for _, image in told])
         texts = torch.cat([one for one, _ in told])
-        return self.network(rows, t.expand(len(rows)), text=texts)[0][:, :CHANNELS]
+        return self.network(rows, t.expand(len(rows)), text=texts, **more)[0][:, :CHANNELS]
 
     def weighed(self, said: list[Tensor], scales: dict[str, float]) -> Tensor:
         if len(said) == 1:
             return said[0]
-        positive, away = said if self.way in ("two_calls", "plus_one") else said[::-1]
+        positive, away = said if self.way in ("two_calls", "unsaid", "plus_one") else said[::-1]
         if self.way == "plus_one":
             return positive + scales["guidance_scale"] * (positive - away)
         total = away + scales["guidance_scale"] * (positive - away)

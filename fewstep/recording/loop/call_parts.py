@@ -68,8 +68,9 @@ def split_pieces(calls: list[NetworkCall], recipe: Recipe, marked: dict[str, Any
         _refuse_uneven(call, recipe, rows)
         try:
             told = without_sample(call, recipe)
-            # What is None is as good as not said.
+            # What is None is as good as not said, there and here.
             told = {name: value for name, value in told.items() if name in marked or value is not None}
+            told = {**{name: None for name in marked if _is_none(marked[name])}, **told}
             whole = remark(told, marked, rows)
         except ValueError as error:
             raise RecordingError(
@@ -77,6 +78,10 @@ def split_pieces(calls: list[NetworkCall], recipe: Recipe, marked: dict[str, Any
             ) from error
         pieces += [whole.select([i]) for i in range(rows)]
     return pieces
+
+
+def _is_none(node: Any) -> bool:
+    return isinstance(node, Leaf) and node.value is None
 
 
 def _refuse_uneven(call: NetworkCall, recipe: Recipe, rows: int) -> None:
