@@ -23,7 +23,8 @@ class SpeedUpNetConfig(DrawnGuidanceConfig, TeacherPairsConfig):
         offset_weight: of the distance to what the guided teacher says of the same sample.
         consistency_weight: of the distance to where its steps lead.
         negative_share: share of the samples whose negative prompt is another prompt of the run in the place of the
-            usual one; with the negatives that a user may name, the adapter has seen some.
+            usual one; with the negatives that a user may name, the adapter has seen some. None where samples are told
+            pictures.
         distance: of velocities: mse, l1, l2_norm or l2_norm_squared.
         lora_rank: of what is added to the network's own keys and values, for the adapter's; 0: keys and values of the
             adapter's own, which begin as those. The network itself is never trained.

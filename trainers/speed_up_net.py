@@ -8,7 +8,8 @@ teacher's. As no weight of the network changes, the adapter is plugged into fine
 
 Two distances, at the times at which the student is sampled: to what the guided teacher says of the same sample (the
 negative-prompt offset), and to where the guided teacher's ODE is after ``--solver_steps`` of its own (multi-step
-consistency). Negative prompts are the usual one, or another prompt of the run.
+consistency). Negative prompts are the usual one, or another prompt of the run; where samples are told pictures, whose
+negatives hold them, too, it is each sample's own.
 
 Departures: no trainer was published, so that losses, weights and times are read out of the abstract. Both distances are
 of velocities noise - x0, the ODE's being the straight line's to where it leads, so that they weigh alike in every
@@ -58,10 +59,13 @@ class SpeedUpNet:
         guided_teacher: GuidedDenoiser,
         sampler: Sampler,
         shift: float = 1.0,
+        *,
+        pictured: bool = False,
     ) -> None:
+        """``pictured``: samples are told pictures; the rest is as :meth:`prepare` makes it."""
         config = config.resolved()
         self.config, self.roles, self.sampler, self.schedule = config, roles, sampler, sampler.schedule
-        self.student, self.teacher, self.shift = roles["student"], guided_teacher, shift
+        self.student, self.teacher, self.shift, self.pictured = roles["student"], guided_teacher, shift, pictured
 
     @classmethod
     def prepare(cls, config: SpeedUpNetConfig, bench: Bench) -> SpeedUpNet:
@@ -70,7 +74,8 @@ class SpeedUpNet:
         roles = bench.make_plugged_roles()
         config.refuse_teacher(bench.sampler.schedule, bench.sampler.grid[0], bench.guidance_scale)
         bench.describe(counts=(config.steps,), grids={config.steps: bench.grids[config.steps]})
-        return cls(config, roles, bench.guided(roles["teacher"]), bench.sampler, bench.shift)
+        pictured = bench.recording.conditional == "item"
+        return cls(config, roles, bench.guided(roles["teacher"]), bench.sampler, bench.shift, pictured=pictured)
 
     def learning_rate(self, role: str) -> float:
         """Of the adapter."""
@@ -83,7 +88,7 @@ class SpeedUpNet:
         window = self.window(batch)
         noise = batch.draws.normal("noise", batch.shape)
         x_t = self.start(samples.x0, noise, window.start)
-        negative = self.negatives(batch)
+        negative = self.negatives(batch, samples.conditioning)
 
         # 2. What the guided teacher says there, and where its ODE leads.
         scale = self.guidance_scale(batch)
@@ -118,8 +123,13 @@ class SpeedUpNet:
         first = expand(t >= self.sampler.grid[0], x0).bool()
         return torch.where(first, self.sampler.initial_scale * noise, x_t)
 
-    def negatives(self, batch: Batch) -> AnyConditioning:
-        """Of each sample: the usual negative prompt, or one of the batch's prompts, which the samples do not follow."""
+    def negatives(self, batch: Batch, own: AnyConditioning) -> AnyConditioning:
+        """Of each sample: the usual negative prompt, or one of the batch's prompts, which the samples do not follow.
+
+        Of samples that are told pictures as ``own`` says, it is their own: another's holds another picture.
+        """
+        if self.pictured:
+            return own.others[0]
         usual, others = batch.conditioning.others[0], batch.conditioning.alone()
         coins = batch.draws.coins("other_negative", self.config.negative_share)
         if not any(coins):
@@ -145,7 +155,9 @@ class SpeedUpNet:
 
         ``noise``: that of ``x_t``, (B, ...).
         """
-        conditioning, said = with_others(conditioning, [negative]), list[Tensor]()
+        # Pictures may have a third answer.
+        conditioning = conditioning if self.pictured else with_others(conditioning, [negative])
+        said = list[Tensor]()
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             said.append(self.teacher(x, t, conditioning, guidance_scale=guidance_scale))

@@ -25,6 +25,7 @@ from fewstep.networks.make_roles import RoleSettings, make_roles
 from fewstep.networks.recompute import checkpointed
 from fewstep.networks.roles import NetworkRole, Role, allow_checkpointing, follow, is_trained
 from fewstep.recording import Recording
+from fewstep.recording.loop.call_parts import equal
 from fewstep.recording.pipeline import is_quantized
 from fewstep.recording.watch.hooks import hooked
 
@@ -274,11 +275,32 @@ def plugged_roles(
 
 
 @torch.no_grad()
-def refuse_unlike(roles: dict[str, Role], samples: tuple[Tensor, Tensor, AnyConditioning]) -> None:
-    """Raise ``UserError`` where an adapter that is told one prompt twice is not the identity."""
+def refuse_unlike(
+    roles: dict[str, Role],
+    samples: tuple[Tensor, Tensor, AnyConditioning],
+    last: tuple[Tensor, Tensor, AnyConditioning],
+) -> None:
+    """Raise ``UserError`` where an adapter that is told one prompt twice is not the identity.
+
+    Also where the ``last`` samples have another negative prompt than these.
+    """
     x, t, conditioning = samples
+    _refuse_several_negatives(conditioning.others[0], last[2].others[0])
     student: Any = roles["student"].denoiser
     theirs, ours = roles["teacher"](x, t, conditioning), student.against(x, t, conditioning, conditioning)
     if not float((ours - theirs).abs().max()) <= _EQUAL.get(theirs.dtype, 3e-2) * float(theirs.abs().max()):
         kind = type(student.network).__name__
         raise UserError(f"{kind} makes more of its attention to the text than can be seen; take another method")
+
+
+def _refuse_several_negatives(one: AnyConditioning, other: AnyConditioning) -> None:
+    """Raise ``UserError`` where two samples, each alone, have negative prompts that differ: an adapter keeps one."""
+    text = importlib.import_module("fewstep.pipelines.speed_up").TEXT
+    first, last = (each.select([0]) for each in (one, other))
+    assert isinstance(first, Conditioning) and isinstance(last, Conditioning)  # one sample is not ragged
+    a, b = (each.arguments().get(text) for each in (first, last))
+    if a is not None and not equal(a, b):
+        raise UserError(
+            "SpeedUpNet's adapter keeps one negative prompt, and here each item has another (is its text encoder "
+            "shown the picture?); give a negative_prompt in --call that is the same for all, or take dmd2"
+        )

@@ -194,7 +194,7 @@ class Workbench:
         """The frozen teacher, and a student (and ``ema``) that is its network under an adapter."""
         asked = self.two_samples()
         roles = plugged_roles(RoleSettings.of(self.config), self.recording, asked, self.device)
-        refuse_unlike(roles, asked)
+        refuse_unlike(roles, asked, self.two_samples(-1))
         self.student = self.student.plugged(roles["student"].added[SPEED_UP])
         return roles
 

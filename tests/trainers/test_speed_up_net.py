@@ -11,11 +11,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from toys import TABLE, every_kind_of_teacher, make_loop
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.conditioning.ragged import with_others
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.rollout import draw_sample
 from fewstep.diffusion.windows import Window
 from fewstep.errors import UserError
 from fewstep.eval.bench.floors import declared
+from fewstep.networks.speed_up import refuse_unlike
 from fewstep.programs.planning.call_counts import CallCounter
 from fewstep.trainers.speed_up_net import SpeedUpNetConfig
 from tests.mixture import energy_distance
@@ -129,7 +131,7 @@ def test_with_one_step_of_the_teacher_both_distances_are_one(schedule, kind: str
 def test_both_distances_are_weighed_and_both_sides_are_led_from_the_same_prompts(monkeypatch: pytest.MonkeyPatch):
     one = method(config(offset_weight=0.3, consistency_weight=0.7, negative_share=1.0))
     against, seen = one.student.denoiser.against, []
-    told = [one.negatives(batch()), batch().conditioning.others[0]]
+    told = [one.negatives(batch(), batch().conditioning), batch().conditioning.others[0]]
     monkeypatch.setattr(one.student.denoiser, "against", lambda *given: (seen.append(given[3]), against(*given))[1])
     (turn,) = one.turns(0, batch())
     offset, consistency = (turn.log[f"student/{name}"] for name in ("offset", "consistency"))
@@ -231,11 +233,31 @@ def test_negatives_are_the_usual_one_or_prompts_of_the_run_by_their_share():
     shares = {}
     for share in (0.0, 0.5, 1.0):
         one, given = method(config(negative_share=share)), batch(0, range(400))
-        told = one.negatives(given).arguments()["encoder_hidden_states"][:, 0]
+        told = one.negatives(given, given.real.conditioning).arguments()["encoder_hidden_states"][:, 0]
         shares[share] = (told == usual).all(1).float().mean().item()
         others = given.conditioning.arguments()["encoder_hidden_states"][:, 0]
         assert ((told == usual).all(1) | (told == others).all(1)).all()
     assert shares[0.0] == 1 and shares[1.0] == 0 and 0.4 < shares[0.5] < 0.6
+
+
+def test_samples_that_are_told_pictures_keep_their_own_negatives():
+    """Another's would lead the teacher away from another picture, and pin that in the sample."""
+    one, given = method(config(negative_share=1.0), pictured=True), batch()
+    own = with_others(given.real.conditioning.alone(), [tokens([n % 2 for n in range(6)]).alone()] * 2)
+    assert one.negatives(given, own) is own.others[0]
+    told = []
+    one.teacher = lambda x, t, conditioning, guidance_scale: told.append(conditioning) or x
+    one.walk(given.real.x0, one.window(given), own, own.others[0], given.real.x0)
+    assert told and all(len(each.others) == 2 and each.others[0] is own.others[0] for each in told)
+
+
+def test_items_whose_negative_prompts_differ_are_refused():
+    roles, x, t = method(config()).roles, torch.randn(2, D), torch.full((2,), 0.5, dtype=torch.float64)
+    one, same = tokens([0, 0]), tokens([1, 1])
+    other = with_others(same, [tokens([2, 2]).alone()])
+    refuse_unlike(roles, (x, t, one), (x, t, same))
+    with pytest.raises(UserError, match="keeps one negative prompt, and here each item has another"):
+        refuse_unlike(roles, (x, t, one), (x, t, other))
 
 
 def test_a_drawn_guidance_is_the_teachers_of_each_sample():

@@ -114,6 +114,8 @@ def method(
     network: OneToken | None = None,
     guidance_scale: float = 3.0,
     grid: tuple[float, ...] = GRID,
+    *,
+    pictured: bool = False,
 ) -> SpeedUpNet:
     torch.manual_seed(0)
     network = (network or OneToken()).eval().requires_grad_(False)
@@ -122,4 +124,5 @@ def method(
     student = PluggedRole("student", SpeedUpDenoiser(base, adapter), network, adapter)
     roles: dict[str, Role] = {"teacher": NetworkRole("teacher", base), "student": student}
     guided = GuidedDenoiser(roles["teacher"], guidance_scale)
-    return SpeedUpNet(settings, roles, guided, Sampler(schedule, grid, "ode", schedule.initial_scale()))
+    sampler = Sampler(schedule, grid, "ode", schedule.initial_scale())
+    return SpeedUpNet(settings, roles, guided, sampler, pictured=pictured)

@@ -129,8 +129,8 @@ def fit_output_entries(component: str, steps: list[Step]) -> OutputRule:
     asked, stepped = len(steps[0].network_input), len(targets[0])
     if stepped > asked and len(steps[0].sample) == stepped:
         raise RecordingError(
-            f"what {component} answers for {asked} is handed to the scheduler in {stepped} rows (each frame as a sample "
-            "of its own), which cannot be recorded yet"
+            f"what {component} answers for {asked} is handed to the scheduler in {stepped} rows (each frame as a "
+            "sample of its own), which cannot be recorded yet"
         )
     for element, value in elements(steps[0].calls[-1].output):
         outputs = [_stacked(dict(elements(step.calls[-1].output))[element]) for step in steps]
