@@ -19,7 +19,7 @@ class MultiStudentConfig(Dmd2Config):
             (the paper's).
         partition: how prompts or labels are divided among them: consecutive (the paper's for ImageNet: equal parts, in
             their order), clusters (k-means of what the network is told for each prompt; needs scipy), or lists.
-        lists: with --partition lists, of each student its labels, such as [0-4,5-9], or its file of prompts; together
+        lists: with --partition lists, of each student its labels, such as [0-4,5-8,9], or its file of prompts; together
             they are the run's.
         only_student: train this one alone, from 1. With --out RUN/student_K it is where a run of all in RUN goes on.
         student_network: JSON of the settings in which the students' network is another than the teacher's, such as
@@ -31,7 +31,7 @@ class MultiStudentConfig(Dmd2Config):
 
     students: int | None = None
     partition: str = "consecutive"
-    lists: list[str] | None = None
+    lists: list[str | int] | None = None
     only_student: int | None = None
     student_network: dict[str, Any] | None = None
     pretraining_steps: int | None = None
@@ -39,6 +39,8 @@ class MultiStudentConfig(Dmd2Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.lists is not None:  # a label that stands alone is a number in YAML
+            self.lists = [str(one) for one in self.lists]
         self._refuse_below_one("students", "only_student")
         self._refuse_unknown("partition", "consecutive", "clusters", "lists")
         self._refuse_negative("pretraining_steps", "pretraining_lr")
@@ -93,7 +95,7 @@ class MultiStudentConfig(Dmd2Config):
     @property
     def partition_wanted(self) -> PartitionWanted:
         """How the conditions are divided."""
-        return PartitionWanted(self.count, self.partition, tuple(self.lists or ()), self.only_student, self.seed)
+        return PartitionWanted(self.count, self.partition, tuple(map(str, self.lists or ())), self.only_student, self.seed)
 
     @property
     def resized_network(self) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ MOST: dict[str, int] = {
     "steps": 10**4,
     "teacher_steps": 10**4,
 }
+_LIST = "a list in square brackets"
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a JSON table"}
 
 
@@ -72,16 +73,18 @@ def shown(value: Any) -> str:
 
 def takes(kinds: list[type]) -> str:
     """What a setting of these types takes, in words."""
-    return " or ".join(_WORDS.get(kind, "a list") for kind in kinds)
+    return " or ".join(_WORDS.get(kind, _LIST) for kind in kinds)
 
 
 def _refuse(name: str, value: Any, kind: Any, required: bool) -> None:
     if get_origin(kind) is list:
         if not isinstance(value, list | tuple):
-            raise UserError(f"--{name} takes a list, not {shown(value)}")
+            raise UserError(f"--{name} takes {_LIST}, not {shown(value)}")
         for child in value:
             _refuse(name, child, get_args(kind)[0], required)
         return
+    if _is_union(kind):
+        kind = next((one for one in get_args(kind) if type(value) is one), get_args(kind)[0])
     plain: Any = get_origin(kind) or kind
     of_type = isinstance(value, (int, float) if plain is float else plain)
     if not of_type or (isinstance(value, bool) and plain is not bool):

@@ -9,3 +9,7 @@ class ExportError(UserError):
 
 class SchedulerCheckError(ExportError):
     """A scheduler that runs but does not do what the student was trained for; or it does not run."""
+
+
+class NoRenoisingError(ExportError):
+    """No stock scheduler draws new noise between the steps of such a student; without it there may be one."""

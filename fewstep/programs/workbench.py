@@ -28,7 +28,6 @@ from fewstep.diffusion.draws import OBSERVATION_STEP, RESPONSE_STEP, Draws
 from fewstep.diffusion.phases import Phase, describe
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.scales import GuidanceScale
-from fewstep.export import plan_student
 from fewstep.export.any_flow import takes_two_times
 from fewstep.export.flow_map import refuse_no_flow_map
 from fewstep.export.student import Student
@@ -45,6 +44,7 @@ from fewstep.networks.roles import Role
 from fewstep.networks.second_time import add_second_time
 from fewstep.networks.smaller import refuse_unanswering, resized_recording
 from fewstep.networks.speed_up import SPEED_UP, plugged_roles, refuse_unlike
+from fewstep.programs.student_plan import planned
 from fewstep.programs.teacher import (
     Teacher,
     TeacherSettings,
@@ -89,7 +89,7 @@ class Workbench:
         say: Callable[[str], None] = _silent,
         progress: bool = False,
     ) -> None:
-        config = config.resolved()
+        given, config = config, config.resolved()
         self.config, self.teacher, self.device, self.say = config, teacher, device, say
         self.guidance_scale = teacher.guidance_scale
         self.recording: Recording = teacher.recording
@@ -100,18 +100,7 @@ class Workbench:
             )
             heeded = self.recording is teacher.recording
             self.guidance_embedding = find_guidance_embedding(self.recording, heeded=heeded)
-        plan = plan_student(
-            self.recording,
-            config.steps,
-            renoise=config.renoise,
-            shift=config.shift,
-            first_timestep=config.first_timestep,
-            first_sigma=config.first_sigma,
-            start=config.start,
-            dynamic_shift=config.dynamic_shift,
-            gamma=config.walk_gamma,
-            times=config.walk_times,
-        )
+        plan = planned(given, self.recording)
         say(plan.note)
         self.student = Student.of(self.recording, plan, teacher.lora)
         self.conditions = conditions_of(config, teacher, device, progress=progress, draws=config.draws)

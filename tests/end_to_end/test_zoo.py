@@ -153,8 +153,8 @@ def _try(zoo: Path, name: str, place: Path, result: Tried) -> None:
     common = ["distill", "dmd2", "--teacher", str(result.base), *given, "--steps", "4", "--max_steps", "2", "--cpu"]
     common += ["--batch_size", "1", "--critic_updates", "1", "--lr", "1e-2", "--sample_steps", "0"]
     common += ["--report_to", "none", *next((chosen[key] for key in result.condition), [])]
-    fresh = _run([*common, "--out", str(place / "full"), "--renoise", "fresh"], allowed="use renoise='ode'")
-    if "use renoise='ode'" in fresh:
+    fresh = _run([*common, "--out", str(place / "full"), "--renoise", "fresh"], allowed="take --renoise ode")
+    if "take --renoise ode" in fresh:
         _run([*common, "--out", str(place / "full"), "--renoise", "ode"])
     lora = ["--out", str(place / "lora"), "--renoise", "ode", "--lora_rank", "4", "--lora_alpha", "8", "--merge"]
     _run([*common, *lora])

@@ -109,7 +109,7 @@ def test_a_run_goes_on_with_target_and_discriminator(inputs: dict[str, str], tmp
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"renoise": "tcd"}, "no stock scheduler renoises an EDM student"),
+        ({"renoise": "tcd"}, "no stock scheduler renoises an EDM student afresh; take --renoise ode"),
         ({"guidance_min": 2.0, "guidance_max": 4.0}, "--guidance_min needs a teacher with classifier-free guidance"),
     ],
 )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.diffusion.schedule import FlowSchedule, TableSchedule
 from fewstep.diffusion.strategic import Move
 from fewstep.diffusion.timesteps import WalkTimes, descends, even_grid
-from fewstep.export.errors import ExportError, SchedulerCheckError
+from fewstep.export.errors import ExportError, NoRenoisingError, SchedulerCheckError
 from fewstep.export.inputs import NEGATIVES
 from fewstep.export.walk.check import Reference, SchedulerCheck, walk
 from fewstep.export.walk.control import as_walked, walks_alike
@@ -176,7 +176,7 @@ def plan_student(
         try:
             return found(renoise, f"{words[renoise]} as asked")
         except SchedulerCheckError as error:
-            raise ExportError(f"a student with {words[renoise]} cannot ship: {error}; use renoise='ode'") from error
+            raise NoRenoisingError(f"a student with {words[renoise]} cannot ship: {error}") from error
     if not is_table or start == "marginal":
         return found("ode", "auto chose ODE")
     try:

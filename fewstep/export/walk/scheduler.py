@@ -26,7 +26,7 @@ from diffusers import (
 from fewstep.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 from fewstep.diffusion.strategic import Move
 from fewstep.diffusion.timesteps import WalkTimes, even_grid, shift_time
-from fewstep.export.errors import ExportError
+from fewstep.export.errors import ExportError, NoRenoisingError
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _table(wish: Wish, schedule: TableSchedule) -> Iterator[Any]:
 
 def _edm(wish: Wish, schedule: EDMSchedule) -> EDMEulerScheduler:
     if wish.renoise != "ode":
-        raise ExportError("no stock scheduler renoises an EDM student afresh; use renoise='ode'")
+        raise NoRenoisingError("no stock scheduler renoises an EDM student afresh")
     first = _first_time(wish, schedule)
     last = schedule.coefficients(torch.tensor([first / wish.steps], dtype=torch.float64)).sigma
     top = schedule.sigma_max if wish.first_sigma is None else wish.first_sigma
