@@ -95,7 +95,8 @@ class MultiStudentConfig(Dmd2Config):
     @property
     def partition_wanted(self) -> PartitionWanted:
         """How the conditions are divided."""
-        return PartitionWanted(self.count, self.partition, tuple(map(str, self.lists or ())), self.only_student, self.seed)
+        lists = tuple(map(str, self.lists or ()))
+        return PartitionWanted(self.count, self.partition, lists, self.only_student, self.seed)
 
     @property
     def resized_network(self) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from fewstep.config.run import RunConfig
 from fewstep.errors import UserError
@@ -12,7 +13,10 @@ from fewstep.export.walk.plan import StudentPlan
 from fewstep.recording import Recording
 
 #: What is done without new noise between the steps, and the settings that do it.
-_WAYS_OUT = {"--renoise ode": {"renoise": "ode"}, "--steps 1, which needs none": {"steps": 1, "renoise": "auto"}}
+_WAYS_OUT: dict[str, dict[str, Any]] = {
+    "--renoise ode": {"renoise": "ode"},
+    "--steps 1, which needs none": {"steps": 1, "renoise": "auto"},
+}
 
 
 def planned(given: RunConfig, recording: Recording) -> StudentPlan:
@@ -45,7 +49,7 @@ def planned(given: RunConfig, recording: Recording) -> StudentPlan:
         raise ExportError(f"{error}; take {ways[0] if ways else 'another method'}") from error
 
 
-def _takes(given: RunConfig, **changed: object) -> bool:
+def _takes(given: RunConfig, **changed: Any) -> bool:
     try:
         replace(given, **changed).resolved()
     except UserError:

@@ -56,7 +56,11 @@ def pipeline_files(place: Path, variant: str | None = None) -> list[Path]:
         entries = dict(read_json(index))
     except (ValueError, TypeError):  # loading it says what is wrong
         entries = {}
-    components = [place / name for name, entry in entries.items() if isinstance(entry, list) and any(entry)]
+    components = [
+        place / name
+        for name, entry in entries.items()
+        if isinstance(entry, list) and entry and isinstance(entry[0], str)
+    ]
     inside = [[file for file in folder.rglob("*") if _is_read(file, place)] for folder in components if folder.is_dir()]
     return [index, *place.glob("*.py"), *(file for files in inside for file in _loaded(files, variant))]
 

@@ -69,9 +69,9 @@ class Source:
         Raises:
             OSError, ValueError: the index cannot be read.
         """
-        # The class of a pipeline with code of its own is such a pair, too.
+        # The class of a pipeline with code of its own is such a pair, too; a setting of such a one may be a list.
         pairs = {n: e for n, e in self.index().items() if isinstance(e, list | tuple) and not n.startswith("_")}
-        return {name for name, entry in pairs.items() if entry and entry[0] is not None}
+        return {name for name, entry in pairs.items() if entry and isinstance(entry[0], str)}
 
     @property
     def told(self) -> dict[str, str]:

@@ -14,12 +14,15 @@ from fewstep.errors import UserError
 from fewstep.networks.adapters import AdapterRole
 from fewstep.networks.flow_map import SECOND_TIME
 from fewstep.networks.roles import NODE, Role, follow
+from fewstep.networks.speed_up import SPEED_UP
 from fewstep.networks.two_time_form import from_two_time_form, is_two_time_form
 from fewstep.reading import read_json, read_yaml
 from fewstep.recording import Recording
 from fewstep.recording.pipeline import find_scheduler
 from fewstep.teachers.loading import load_teacher
 from fewstep.training import checkpoint
+
+_FORMS = {"network": "a network", "adapter": "an adapter", SPEED_UP: "an adapter of speed_up_net"}
 
 
 def initialize(
@@ -64,21 +67,29 @@ def initialize(
                 raise UserError(f"--init {init} has no {name}; it is of another family than the teacher")
             networks[name] = network
         _refuse_other_prediction(init, _prediction_of_pipeline(pipeline), recording)
-        if roles["student"].is_adapter:
+        student = roles["student"]
+        if student.is_adapter:
             raise UserError(
                 f"--init {init} is a whole network, and with --lora_rank the student is an adapter of the teacher; "
                 "leave one of the two out"
             )
         whole = nn.ModuleDict(networks) if len(networks) > 1 else networks[recording.component]
+        if SPEED_UP in student.added and getattr(pipeline, SPEED_UP, None) is None:
+            raise UserError(
+                f"--init {init} has no adapter of speed_up_net, which is all that is trained here; give a run or a "
+                "student of speed_up_net, or a fine-tuned network as --teacher"
+            )
+        _refuse_lost_time(init, student, is_two_time_form(whole) or getattr(pipeline, SECOND_TIME, None) is not None)
         state, told = dict(whole.state_dict()), dict[str, Tensor]()
         if is_two_time_form(whole):
             state, told = from_two_time_form(whole)
         weights = {f"network.{k}": v for k, v in state.items()}
         weights |= {f"{SECOND_TIME}.{k}": v for k, v in told.items()}
-        for part in roles["student"].added:  # a student of two times brings its second one along
+        for part in student.added:  # a student of two times brings its second one along
             own = getattr(pipeline, part, None)
             weights |= {f"{part}.{k}": v for k, v in own.state_dict().items()} if own is not None else {}
-        _load_run(roles["student"], weights, say)
+        _refuse_other_weights(init, student, _form(student.state_dict())[0], weights)
+        _load_run(student, weights, say)
         critics = "; the critic starts from the teacher" if any(name.startswith("critic") for name in roles) else ""
         say(f"the student starts from {init}{critics}")
     follow(roles)
@@ -107,16 +118,48 @@ def _refuse_other_path(init: str, roles: dict[str, Role], tensors: dict[str, dic
 
 
 def _refuse_other_form(init: str, source: Path, role: Role, tensors: dict[str, Tensor]) -> None:
-    """An adapter is no network, and one that was trained under another alpha means something else."""
-    if not any(name.startswith(f"{role.part}.") for name in tensors):
-        has, wanted = ("a network", "an adapter") if role.is_adapter else ("an adapter", "a network")
+    """An adapter is no network, two networks are not one, and one that was trained under another alpha is another."""
+    (part, wanted), (other, has) = _form(role.state_dict()), _form(tensors)
+    if part != other:
+        same = "method" if SPEED_UP in (part, other) else "--lora_rank and --full_critic"
         raise UserError(
-            f"--init {init} holds {has} for the {role.name} where this run has {wanted}; "
-            "give both runs the same --lora_rank and --full_critic"
+            f"--init {init} holds {has} for the {role.name} where this run has {wanted}; give both runs the same {same}"
         )
+    _refuse_other_weights(init, role, part, tensors)
+    _refuse_lost_time(init, role, SECOND_TIME in {name.partition(".")[0] for name in tensors})
     own = next(iter(role.experts.values()))
     if isinstance(own, AdapterRole) and (theirs := _alpha_of_run(source)) not in (None, own.backbone.alpha):
         raise UserError(f"--init {init} was trained with --lora_alpha {theirs:g}; give this run the same")
+
+
+def _refuse_other_weights(init: str, role: Role, part: str, tensors: dict[str, Tensor]) -> None:
+    """Of the ``part`` of its state that a role is made of, names and shapes have to agree."""
+    own, other = (
+        {name: value.shape for name, value in state.items() if name.startswith(f"{part}.")}
+        for state in (role.state_dict(), tensors)
+    )
+    strange = sorted(own.keys() ^ other.keys()) or [name for name, shape in own.items() if shape != other[name]]
+    if strange:
+        more = f" and {len(strange) - 1} more" if strange[1:] else ""
+        raise UserError(
+            f"--init {init} has other weights for the {role.name} than this run trains ({strange[0]}{more}); start "
+            "from a run on this teacher with as many networks, the same --lora_rank and the same embeddings"
+        )
+
+
+def _refuse_lost_time(init: str, role: Role, has_second: bool) -> None:
+    """Without the module that tells it the second time, such a network says what it was never trained to say."""
+    if has_second and SECOND_TIME not in role.added:
+        raise UserError(
+            f"--init {init} was trained to be told a second time, and this method's {role.name} is told one; "
+            "start from a student of one time, or take a method of two (mean_flow, any_flow, mf_rae, ...)"
+        )
+
+
+def _form(tensors: dict[str, Tensor]) -> tuple[str, str]:
+    """Which part of a role's state is what it is of, and what that is."""
+    parts = {name.partition(".")[0] for name in tensors}
+    return next((form for form in _FORMS.items() if form[0] in parts), ("", "nothing"))
 
 
 def _refuse_other_prediction(init: str, theirs: str | None, recording: Recording) -> None:

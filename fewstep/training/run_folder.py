@@ -12,6 +12,7 @@ import yaml
 
 from fewstep.config.checks import names_of
 from fewstep.config.run import RunConfig
+from fewstep.config.values import shown
 from fewstep.data.durable import write_durably
 from fewstep.data.shard_index import INDEX_FOLDER
 from fewstep.errors import UserError
@@ -61,9 +62,16 @@ def check_folder(
     may_change = _may_change(config) | _compared_by_contents(out, theirs, config, bool(steps), in_memory)
     if steps:  # fewstep.training.shares compares their product with that of the checkpoint
         may_change |= {"batch_size", "gradient_accumulation_steps"}
-    if changed := _differences(theirs, _described(method, config), may_change):
+    mine = _described(method, config)
+    if changed := _differences(theirs, mine, may_change):
+        # One alone may follow from another (a length), so that nobody gave it here.
+        values = f" ({shown(theirs.get(changed[0]))} there, {shown(mine.get(changed[0]))} here)" * (len(changed) == 1)
         raise UserError(
-            f"--resume: {', '.join(changed)} differ from {file}; give the run its old settings or another --out"
+            f"--resume: {', '.join(changed)} differ from {file}{values}; give the run its old settings or another --out"
+        )
+    if steps and steps[-1] > config.max_steps:  # what is written would be said to have had fewer
+        raise UserError(
+            f"--max_steps {config.max_steps}: the run in {out} is at step {steps[-1]} already; give no fewer"
         )
     return bool(steps)
 

@@ -148,7 +148,7 @@ def test_init_of_another_family_is_one_line(
     teacher: str, finished: Path, text_teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "p.txt").write_text("a cat\n")
-    for init, word in ((finished, "do not fit"), (teacher, "do not fit"), ("/nowhere", "--init /nowhere")):
+    for init, word in ((finished, "other weights"), (teacher, "other weights"), ("/nowhere", "--init /nowhere")):
         code = train(text_teacher, tmp_path / "o", "--prompts", str(tmp_path / "p.txt"), "--init", str(init))
         refused(capsys, code, word)
 

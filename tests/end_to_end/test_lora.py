@@ -130,7 +130,7 @@ def test_a_second_stage_takes_over_the_adapters(prompts: str, tmp_path: Path) ->
         roles(init=str(first), lora_rank=0, lora_alpha=None)
     with pytest.raises(UserError, match="holds an adapter for the critic where this run has a network"):
         roles(init=str(first), full_critic=True)
-    with pytest.raises(UserError, match=r"student\.adapter do not fit"):
+    with pytest.raises(UserError, match="has other weights for the student than this run trains"):
         roles(init=str(first), lora_rank=2)
     with pytest.raises(UserError, match="was trained with --lora_alpha 8; give this run the same"):
         roles(init=str(first), lora_alpha=None)

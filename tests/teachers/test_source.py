@@ -1,5 +1,6 @@
 """Which files a teacher is read from: variants, revisions, folders inside, without a network."""
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -44,6 +45,14 @@ def test_the_only_variant_is_taken_by_itself(plain: Path, tmp_path: Path, caplog
     weights = loaded.unet.state_dict()
     expected = DiffusionPipeline.from_pretrained(plain).unet.state_dict()
     assert all(weights[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_a_setting_that_is_a_list_is_no_part(plain: Path, tmp_path: Path):
+    """phase_bounds of a student of phases: no folder of that name is lacking, and its own code is what is refused."""
+    shutil.copytree(plain, tmp_path / "phased")
+    index = tmp_path / "phased" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"phase_bounds": [749.0]}))
+    assert find_source(str(tmp_path / "phased")).parts() == find_source(str(plain)).parts()
 
 
 def test_plain_weights_are_taken_where_there_are_some(plain: Path, tmp_path: Path):

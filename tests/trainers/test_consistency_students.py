@@ -238,7 +238,9 @@ def test_images_for_a_video_teacher_are_refused(zoo: Path, pictures: str, prompt
 
 
 def test_several_steps_where_no_scheduler_renoises_are_refused_with_what_this_method_takes(tmp_path: Path):
-    with pytest.raises(UserError, match="a student with fresh noise cannot ship: .*; take --steps 1, which needs none"):
+    with pytest.raises(
+        UserError, match=r"a student with fresh noise cannot ship: .*; take --steps 1, which needs none"
+    ):
         distill(tiny_pipelines.tiny_ddim(), "consistency", out=str(tmp_path), **{**TINY_RUN, "steps": 2})
 
 

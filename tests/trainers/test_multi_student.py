@@ -111,7 +111,7 @@ def test_what_cannot_be_meant(tmp_path: Path, settings: dict, message: str) -> N
 
 def test_what_is_divided(tmp_path: Path) -> None:
     assert config(tmp_path, seed=3).partition_wanted == PartitionWanted(4, "consecutive", seed=3)
-    listed = config(tmp_path, partition="lists", lists=[0, "1-3"], only_student=2).partition_wanted  # as YAML reads them
+    listed = config(tmp_path, partition="lists", lists=[0, "1-3"], only_student=2).partition_wanted
     assert (listed.students, listed.lists, listed.only, listed.runs) == (2, ("0", "1-3"), 2, 1)
     assert config(tmp_path).partition_wanted.runs == 4
 

@@ -20,9 +20,13 @@ from fewstep.eval.plugged import Plugged, main, table
 from fewstep.export.errors import ExportError
 from fewstep.networks.make_roles import RoleSettings
 from fewstep.networks.speed_up import SpeedUpDenoiser, plugged_roles, refuse_unlike
-from fewstep.programs.distillation import distill
+from fewstep.programs.distillation import distill, prepare
+from fewstep.programs.methods import method_class
+from fewstep.programs.workbench import open_workbench
 from fewstep.recording import record
 from fewstep.recording.watch.shake import shaken
+from fewstep.training.initialization import initialize
+from tests.checkpoints import load_latest
 from tests.stock_process import sample_stock
 
 RUN = {"steps": 2, "max_steps": 2, "batch_size": 2, "num_pairs": 4, "pair_steps": 2, "solver_steps": 2, "lr": 1e-2}
@@ -144,6 +148,20 @@ def test_what_the_adapter_does_not_fit_is_refused(student: Path, tmp_path: Path)
             fewstep.load(student)
     finally:
         code.write_text(written)
+
+
+def test_a_second_run_starts_from_the_adapter_of_the_first_and_from_nothing_else(
+    student: Path, prompts: str, tmp_path: Path
+):
+    pipeline, init = tiny_stable_diffusion(), str(student.parent)
+    settings = method_class("speed_up_net").Config(teacher="t", out=str(tmp_path), prompts=prompts, init=init, **RUN)
+    bench = open_workbench(settings, "cpu", pipeline)
+    (_, tensors), taken = load_latest(student.parent / "checkpoints"), prepare(bench, "speed_up_net").roles["student"]
+    assert all(torch.equal(value, tensors["student"][name]) for name, value in taken.state_dict().items())
+    assert any(name.startswith("speed_up.") for name in tensors["student"])
+    pipeline.save_pretrained(tmp_path / "plain")
+    with pytest.raises(UserError, match="plain has no adapter of speed_up_net"):
+        initialize({"student": taken}, str(tmp_path / "plain"), bench.recording, print)
 
 
 def test_a_student_of_joint_attention_with_low_rank_loads_stock(prompts: str, tmp_path: Path):

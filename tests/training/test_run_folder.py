@@ -59,6 +59,21 @@ def test_any_other_setting_is_named_and_refused(tmp_path: Path, name: str, value
         check_folder(out, "dmd2", config(out, resume=True, **{name: value}))
 
 
+def test_both_values_are_said_of_a_single_setting_which_may_follow_from_another(tmp_path: Path):
+    out = claimed(tmp_path)
+    with pytest.raises(UserError, match=r"steps differ from \S+config.yaml \(4 there, 2 here\); give"):
+        check_folder(out, "dmd2", config(out, resume=True, steps=2))
+
+
+def test_fewer_steps_than_a_run_has_taken_are_refused(tmp_path: Path):
+    """Its student would be written as one of so few."""
+    out = claimed(tmp_path)
+    (out / "checkpoints" / "step_00000005").mkdir(parents=True)
+    assert check_folder(out, "dmd2", config(out, resume=True, max_steps=5))
+    with pytest.raises(UserError, match=r"--max_steps 4: the run in .* is at step 5 already; give no fewer"):
+        check_folder(out, "dmd2", config(out, resume=True, max_steps=4))
+
+
 def test_a_curriculum_that_follows_the_number_of_steps_keeps_it(tmp_path: Path):
     """iCT would fall back from its finest grid to one that it left long ago."""
     settings = {"teacher": "t", "out": str(tmp_path / "run"), "data": "d", "variant": "ict", "ema_decay": 0.5}
