@@ -8,13 +8,13 @@ from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.tree import Leaf
 from fewstep.recording.guidance.formula import GuidedCall
 from fewstep.recording.loop.call_parts import answers, network_calls, repeated, without_sample
-from fewstep.recording.proof.runs import own_calls, own_conditioning, relative_error
+from fewstep.recording.proof.runs import own_calls, relative_error
 from fewstep.recording.recorded import Recorded
 from fewstep.recording.watch.observation import NetworkCall, Observation
 
 
 def guided_errors(
-    recording: Recorded, guided: GuidedCall, seen: Observation, batch: int, notes: list[str]
+    recording: Recorded, guided: GuidedCall, seen: Observation, told: Conditioning | None, batch: int, notes: list[str]
 ) -> dict[str, float]:
     """Errors of the guided run's separate answers, and of their sum where it was understood.
 
@@ -22,6 +22,7 @@ def guided_errors(
         recording: of prompts or labels.
         guided: the call.
         seen: its run, of one item or two.
+        told: the conditioning of the one; None: of two.
         batch: how many they are.
         notes: of what could not be compared; it is added to.
     """
@@ -38,7 +39,7 @@ def guided_errors(
             rows = len(call.arguments[recipe.sample.argument])
             x = repeated(step.network_input, rows, batch)
             piece = guided.positive if alone else i
-            got.append(own(x, _told(recording, guided, call, piece, rows, batch, notes)))
+            got.append(own(x, _told(recording, guided, call, piece, rows, told, notes)))
         result = torch.cat(got)
         parts[""] = max(parts.get("", 0.0), relative_error(result, found))
         if formula is not None and report.formula_scale is not None:
@@ -52,8 +53,8 @@ def guided_errors(
             error = (n * negative + p * positive - wanted).abs().max().item() / scale
             parts[", combined"] = max(parts.get(", combined", 0.0), error)
         elif report.rescaling is not None and report.weighing is not None and not alone:
-            told = [result[k * batch : (k + 1) * batch] for k in guided.order]
-            error = relative_error(report.weighing.combined(told), step.model_output[:batch])
+            answered = [result[k * batch : (k + 1) * batch] for k in guided.order]
+            error = relative_error(report.weighing.combined(answered), step.model_output[:batch])
             parts[", combined"] = max(parts.get(", combined", 0.0), error / max(report.weighing.scales))
     if report.linear is False and report.rescaling is None:
         notes.append("the pipeline's guided sum is not linear, so only its parts were compared")
@@ -61,17 +62,23 @@ def guided_errors(
 
 
 def _told(
-    recording: Recorded, guided: GuidedCall, call: NetworkCall, index: int, rows: int, batch: int, notes: list[str]
+    recording: Recorded,
+    guided: GuidedCall,
+    call: NetworkCall,
+    index: int,
+    rows: int,
+    positive: Conditioning | None,
+    notes: list[str],
 ) -> Conditioning:
     """What the guided call's own pieces were told; for one prompt: this recording's own positive and negative."""
     # Passed on whole, not taken apart: beside longer prompts it may hold other arguments (a mask) than alone.
     whole = Conditioning({n: Leaf(value) for n, value in without_sample(call, recording.recipe).items()}, rows)
-    if batch > 1:
+    if positive is None:
         return whole
     pieces = range(rows) if rows > 1 else [index]
     negative = recording.negative()
     assert negative is not None  # it was recorded with the guided call
-    own = {guided.negative: negative, guided.positive: own_conditioning(recording)}
+    own = {guided.negative: negative, guided.positive: positive}
     try:
         return Conditioning.cat([own[piece] for piece in pieces])
     except ValueError:

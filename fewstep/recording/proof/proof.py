@@ -145,11 +145,11 @@ def _checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> tu
         guided = guided_item_errors(recording, seed + 2)
         checks += [Check(prefix + name, error, max(1e-5, allowed)) for name, error in guided.items()]
         return checks, errors.swapped
-    return checks + _pair_checks(recording, seed, notes, prefix), None
+    return checks + _pair_checks(recording, told, seed, notes, prefix), None
 
 
-def _pair_checks(recording: Recorded, seed: int, notes: list[str], prefix: str) -> list[Check]:
-    """The comparisons with the pipeline's own call of two prompts or labels, and with its guided calls."""
+def _pair_checks(recording: Recorded, told: Conditioning, seed: int, notes: list[str], prefix: str) -> list[Check]:
+    """The comparisons with the pipeline's own call of two prompts or labels, and with its guided calls; one is told."""
     item, other = recording.invocation.item, another_item(recording.invocation)
     allowed = tolerance(recording)
     pair = run(recording, [item, other], seed + 1)
@@ -176,7 +176,7 @@ def _pair_checks(recording: Recorded, seed: int, notes: list[str], prefix: str) 
                 raise
             notes.append(f"guided with two prompts, the pipeline itself fails and was not compared ({error})")
             continue
-        errors = guided_errors(recording, guided, seen, len(items), notes)
+        errors = guided_errors(recording, guided, seen, told if len(items) == 1 else None, len(items), notes)
         checks += [Check(f"{prefix}guided, {words}{part}", error, allowed) for part, error in errors.items()]
     return checks
 

@@ -24,19 +24,21 @@ def refuse_unfinite_step(pipeline: Any, step: Step, result: bool) -> None:
     Raises:
         RecordingError: it names the component and the timestep.
     """
+    answered = _finite(step.model_output)
+    if answered and not (result and step.result is not None and not _finite(step.result)):
+        return
     kind, at = type(pipeline).__name__, f"at timestep {step.timestep:g}"
     scheduler = getattr(pipeline, find_scheduler(pipeline))
-    if not _finite(step.model_output):
+    if not answered:
         if not _finite(step.sample):
             raise RecordingError(f"{type(scheduler).__name__} of {kind} gave a sample that is not finite {at}")
         # The first step also holds the calls before it, such as those of text encoders.
         _refuse_call(pipeline, step.calls, at)
         raise RecordingError(f"{kind} makes NaN of its networks' finite answers {at}; mend its call")
-    if result and step.result is not None and not _finite(step.result):
-        raise RecordingError(
-            f"{type(scheduler).__name__} of {kind} makes a sample that is not finite of a finite answer "
-            f"{at}{_why_scheduler(scheduler, step.timestep)}"
-        )
+    raise RecordingError(
+        f"{type(scheduler).__name__} of {kind} makes a sample that is not finite of a finite answer "
+        f"{at}{_why_scheduler(scheduler, step.timestep)}"
+    )
 
 
 def refuse_unfinite_conditioning(pipeline: Any, calls: Sequence[NetworkCall], arguments: Mapping[str, Any]) -> None:
