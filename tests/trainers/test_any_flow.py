@@ -176,6 +176,14 @@ def test_a_rollout_draws_its_steps_and_its_place_anew_in_each_turn_and_alike_eve
     assert any(seen[k] != seen[k + 1] for k in range(0, 400, 2))  # the critic's is a rollout of its own
 
 
+def test_the_students_turns_are_counted_from_the_beginning_of_its_second_stage():
+    one = method(config(max_steps=8, map_steps=3, critic_updates=2))
+    played = [
+        [turn.role for turn in one.turns(step, batch(step=step)) if isinstance(turn, Turn)] for step in range(2, 7)
+    ]
+    assert played == [["student"], ["student", "critic"], ["critic"], ["student", "critic"], ["critic"]]
+
+
 def test_the_student_is_matched_without_a_factor_of_a_half_and_weight_zero_leaves_matching_alone():
     one, given = method(config(max_steps=2, map_weight=0.0, matching_weight=0.7, **POLICY), guidance_scale=3.0), batch()
     assert one.config.pairs_wanted is None and not one.config.maps

@@ -7,11 +7,12 @@ import torch
 from toys import make_loop, roles_that_move, unconditional
 
 from fewstep.critic.first_step import TeacherStart, walk_apart
-from fewstep.critic.off_trajectory import Walked, place
+from fewstep.critic.off_trajectory import OffTrajectory, Walked, place
 from fewstep.data.batch import Batch
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.prediction import add_noise, ode_step
 from fewstep.diffusion.random_grids import RandomGrid
+from fewstep.diffusion.renoising import Renoiser
 from fewstep.diffusion.rollout import Sampler
 from fewstep.diffusion.schedule import FlowSchedule
 from fewstep.diffusion.timesteps import even_grid
@@ -89,6 +90,8 @@ def test_the_velocity_is_that_of_rectified_flow_in_every_family(schedule: str):
     x0 = x / (alpha + sigma) - sigma / (alpha + sigma) * velocity
     torch.testing.assert_close(start.loss(x, x0, velocity), torch.zeros((), dtype=torch.float64))
     assert start.loss(x, x0 + 1, velocity) > 0.5
+    alpha, sigma = (v[0] for v in chosen.coefficients(torch.tensor([0.6], dtype=torch.float64)))
+    torch.testing.assert_close(x0 + sigma / (alpha + sigma) * velocity, end / (alpha + sigma))
 
 
 def test_the_students_turn_follows_the_teacher_and_calls_every_network_as_often_as_it_must(tmp_path: Path):
@@ -175,6 +178,50 @@ def test_the_student_is_asked_once_more_with_gradient_and_judged_there(
         assert not at.requires_grad
         assert torch.isfinite(at).all()
     assert turn.log["student/off_trajectory"] > 0
+
+
+def test_judged_at_the_students_own_time_its_answer_is_noised_afresh():
+    given, seen = batch(0), []
+    x = torch.ones(given.size, 6)
+    walked = Walked(x, torch.full((given.size,), 0.6, dtype=torch.float64), torch.zeros_like(x))
+
+    def judge(x_t, t, conditioning, end=None):
+        seen.append((x_t, t))
+        return x_t
+
+    compared = Renoiser(FlowSchedule(), 0.02, 0.98)
+    beside = OffTrajectory(lambda x, t, c: 0.5 * x, judge, judge, compared, "point", "student", 1.0)
+    beside(walked, given)
+    noise = batch(0).draws.normal("off_trajectory_matching_noise", (6,))
+    for x_t, t in seen:
+        torch.testing.assert_close(x_t, 0.4 * 0.5 + 0.6 * noise)
+        assert torch.equal(t, walked.t)
+
+
+def test_the_further_match_has_a_weight_of_its_own(tmp_path: Path):
+    matched = []
+    for weight in (1.0, 0.3):
+        one = method(config(tmp_path, **{**CDM, "off_trajectory": weight}), "flow")
+        for parameter in one.critic.parameters():
+            parameter.data.mul_(1.5)
+        matched.append([gradient for _, gradient in next(one.turns(0, batch(0))).backward])
+    (own, further), (same, weighed) = matched
+    assert further.any()
+    torch.testing.assert_close(same, own)
+    torch.testing.assert_close(weighed, 0.3 * further)
+
+
+def test_at_a_point_of_its_walk_the_student_is_asked_again_at_the_same_time(tmp_path: Path):
+    settings = {"off_trajectory": 1.0, "off_trajectory_input": "point", "critic_updates": 1}
+    one, times = method(config(tmp_path, **settings), "flow"), []
+    one.student.denoiser.on_call = lambda _x, t, _early: times.append(t[0].item()) or (lambda _answer: None)
+    lasts = set()
+    for step in range(12):
+        times.clear()
+        next(one.turns(step, batch(step)))
+        assert times[-1] == times[-2]
+        lasts.add(times[-1])
+    assert len(lasts) > 1
 
 
 def test_without_guidance_of_its_own_the_further_match_is_with_the_guided_teacher(tmp_path: Path):

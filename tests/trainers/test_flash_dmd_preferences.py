@@ -12,7 +12,7 @@ from fewstep.eval.bench.floors import declared
 from fewstep.losses.preference import log_likelihood_ratio, preference_loss
 from fewstep.programs.planning.call_counts import CallCounter
 from fewstep.trainers.flash_dmd import FlashDmd
-from fewstep.training.method import Turn
+from fewstep.training.method import Pull, Turn
 from tests.trainers.test_flash_dmd import batch
 from tests.trainers.toy_flash_dmd import config, method
 
@@ -65,6 +65,33 @@ def test_where_the_student_is_the_reference_the_loss_is_a_coins_times_its_weight
     assert isinstance(turn, Turn)
     ((loss, gradient),) = turn.backward
     assert gradient is None and loss.item() == pytest.approx(weight * torch.tensor(2.0).log().item(), rel=1e-5)
+
+
+def test_beside_the_reference_the_loss_falls_by_half_of_beta_times_the_lead(tmp_path: Path):
+    losses = []
+    for beta in (1e-3, 2e-3):
+        one = preferring(tmp_path, preference_beta=beta)
+        for parameter in one.roles["target"].weights.parameters():
+            parameter.data.mul_(0.5)
+        turn = next(one.turns(0, batch(0)))
+        assert isinstance(turn, Turn)
+        losses.append(turn.backward[0][0].item() - torch.tensor(2.0).log().item())
+    assert losses[0] != 0 and losses[1] / losses[0] == pytest.approx(2, rel=0.02)
+
+
+def test_successors_are_judged_by_what_the_student_sees_in_them_at_their_own_step(tmp_path: Path):
+    one, asked = preferring(tmp_path, preference_candidates=3), []
+    one.student.denoiser.on_call = lambda _x, t, _early: asked.append(t[0].item()) or (lambda _answer: None)
+    for step in range(4):
+        asked.clear()
+        next(one.turns(step, batch(step)))
+        place = batch(step).draws.shared_integer("student_step", 0, 2)
+        assert asked == [*one.sampler.grid[: place + 1], *[one.sampler.grid[place + 1]] * 3]
+
+
+def test_the_critic_follows_the_student_in_updates_by_preferences_too(tmp_path: Path):
+    (_, pull) = preferring(tmp_path, critic_follows_student=0.9).turns(0, batch(0))
+    assert pull == Pull("critic", "student", 0.9)
 
 
 def test_a_step_of_preferences_costs_what_is_declared(tmp_path: Path):

@@ -57,6 +57,13 @@ def test_the_students_turns_are_counted_from_the_beginning_of_its_last_stage(tmp
     assert [turns(method, step) for step in range(2, 7)] == [[("student", 1)], both, both[1:], both, both[1:]]
 
 
+def test_the_trajectories_are_weighed_in_later_stages_alone(tmp_path: Path):
+    plain, weighed = (toy_method(config(tmp_path, trajectory_weight=weight)) for weight in (1.0, 0.3))
+    for step, ratio in ((0, 1.0), (2, 0.3), (4, 0.3)):
+        whole, part = (next(method.turns(step, batch(step))).backward[0][0].item() for method in (plain, weighed))
+        assert whole > 0 and part == pytest.approx(ratio * whole, rel=1e-6)
+
+
 def test_without_their_weight_the_trajectories_are_not_asked_in_later_stages(tmp_path: Path):
     method = toy_method(config(tmp_path, trajectory_weight=0.0))
     asked: list[str] = []

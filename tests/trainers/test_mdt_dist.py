@@ -120,6 +120,34 @@ def test_distillation_starts_where_the_sampler_does():
     torch.testing.assert_close(asked[0], EDMSchedule().initial_scale() * batch().draws.normal("sample_noise", (6,)))
 
 
+@every_kind_of_teacher
+def test_a_sample_of_one_step_is_what_the_student_says_of_the_noise(schedule: NoiseSchedule, kind: str):
+    method, given = vectors(config(data="images"), schedule, kind), batch()
+    start = schedule.initial_scale() * given.draws.normal("sample_noise", (6,))
+    _, x0 = method.one_step(start, given.conditioning)
+    said = method.student(start, method.sampler.times(0, start), given.conditioning)
+    torch.testing.assert_close(x0, said.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_both_terms_count_by_their_weights():
+    (turn,) = vectors(config(data="images", matching_weight=0.7, distillation_weight=0.3)).turns(0, batch())
+    sizes = [turn.log[f"student/{name}"].item() for name in ("matching", "distillation")]
+    assert min(sizes) > 0
+    assert [piece.item() for piece, _ in turn.backward] == pytest.approx([0.7 * sizes[0], 0.3 * sizes[1]])
+
+
+@pytest.mark.parametrize("kind", ["renoise", "central"])
+def test_a_difference_is_along_the_line_of_the_sample_or_the_teachers_velocity(kind: str):
+    method, given = vectors(config(data="images", derivative=kind, derivative_step=0.05)), batch()
+    ways = [torch.randn(8, 6, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)]
+    at = given.real.x0, torch.full((8,), 0.5, dtype=torch.float64), given.conditioning
+    first, other_v, other_line = (
+        method.followed(*at, v, line)[1] for v, line in ((ways[0], ways[0]), (ways[1], ways[0]), (ways[0], ways[1]))
+    )
+    followed, ignored = (other_line, other_v) if kind == "renoise" else (other_v, other_line)
+    assert torch.equal(first, ignored) and not torch.equal(first, followed)
+
+
 def test_distillation_is_at_rest_where_the_fake_is_the_teachers_own():
     """A student that says the average velocity samples the data, for which its own velocity has no error."""
     method = gaussian(config(data="images", sigma_min=0.0, normalization="none", derivative="exact", time_min=0.05))
@@ -194,6 +222,8 @@ def test_times_are_scaled_to_where_the_difference_has_room():
     low = gaussian(config(data="images", derivative="exact", times="uniform")).drawn(samples(4000))
     assert low.min() < 0.002 and abs(low.mean() - 0.5) < 0.02
     assert abs(t.mean() - 0.7) < 0.02  # sigmoid of N(1, 1), nearly
+    clean = gaussian(config(data="images", times="uniform", time_min=0.3)).drawn(samples())
+    torch.testing.assert_close(clean, 0.3 + 0.7 * samples().draws.uniform("t"))
 
 
 def test_blocks_that_are_run_again_are_derived_in_a_pass_of_their_own():

@@ -41,9 +41,12 @@ def test_a_small_student_is_pre_trained_and_then_it_is_dmd2s(tmp_path: Path) -> 
             assert gradient is its is None or torch.equal(gradient, its)
 
 
-def test_the_pre_training_is_the_squared_error_of_the_networks_own_output(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["sample", "flow"])
+def test_the_pre_training_is_the_squared_error_of_the_networks_own_output(tmp_path: Path, kind: str) -> None:
     """E || student(x_t) - teacher(x_t) ||^2 of noised real data of the student's own labels, and nobody else learns."""
     one, given = method(config(tmp_path, max_steps=4, pretraining_steps=2)), batch(0)
+    for of in one.roles.values():
+        of.denoiser.prediction_type = kind
     (turn,) = one.turns(0, given)
     (loss, gradient) = turn.backward[0]
     assert gradient is None
@@ -53,7 +56,7 @@ def test_the_pre_training_is_the_squared_error_of_the_networks_own_output(tmp_pa
     t = low + (high - low) * again.uniform("pretraining_time")
     noise = again.normal("pretraining_noise", (2,))
     x_t = add_noise(given.real.x0, noise, renoiser.schedule.coefficients(t))
-    said = [one.roles[name](x_t, t, given.real.conditioning) for name in ("student", "teacher")]
+    said = [one.roles[name].denoiser.raw(x_t, t, given.real.conditioning) for name in ("student", "teacher")]
     torch.testing.assert_close(loss, (said[0] - said[1]).square().mean())
     loss.backward()
     assert all(p.grad is not None for p in one.roles["student"].parameters())

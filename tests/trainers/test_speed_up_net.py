@@ -94,6 +94,15 @@ def test_it_is_the_identity_without_scale_and_where_the_prompts_are_alike(rank: 
     assert torch.equal(network(x, t, told), plain)  # the hooks are gone
 
 
+def test_the_first_of_its_steps_begins_at_the_samplers_noise_which_holds_nothing_of_the_sample():
+    trained, t = method(config(), TABLE, "epsilon"), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    x0, noise = torch.ones(2, D), batch(0, range(2)).draws.normal("noise", (D,))
+    begun, later = trained.start(x0, noise, t)
+    assert torch.equal(begun, noise[0])
+    alpha, sigma = (number[1].float() for number in TABLE.coefficients(t))
+    torch.testing.assert_close(later, alpha * x0[1] + sigma * noise[1])
+
+
 def test_tokens_that_a_mask_leaves_out_are_not_seen():
     torch.manual_seed(0)
     network = OneToken().eval()
