@@ -115,8 +115,8 @@ def record_for(
     if looked_at and not make_up and not without_images:
         name, told = type(pipeline).__name__, ", ".join(looked_at)
         raise UserError(
-            f"{name} is told pictures ({told}) and also works without: give --items, a prompt with its pictures in "
-            "each row, or with --prompts --without_images, for a student that sees none"
+            f"{name} is told pictures ({told}): give --items, or --prompts --without_images, for a student "
+            "that sees none"
         )
     return recording
 
