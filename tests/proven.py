@@ -94,6 +94,8 @@ def _key(pipeline: Any, *asked: Any) -> tuple[Any, ...] | None:
         digest.update(repr((name, _told(part), simple if part is pipeline else None)).encode())
         if not isinstance(part, nn.Module):
             continue
+        if not isinstance(part, ConfigMixin | PreTrainedModel):
+            return None  # what it does is told by no configuration
         if any(module._forward_hooks or module._forward_pre_hooks for module in part.modules()):
             return None
         for key, value in (*part.named_parameters(), *part.named_buffers()):

@@ -14,6 +14,8 @@ from tiny_pipelines import TINY, tiny_ddim
 from fewstep.conditioning.tree import leaves
 from fewstep.recording import Recording, RecordingError, record
 from fewstep.recording.rules.fit import differs
+from tests.recording.synthetic import synthetic
+from tests.recording.synthetic_parts import Traits
 
 
 def other_weight(pipeline: Any) -> None:
@@ -139,3 +141,9 @@ def test_a_failure_is_not_kept_and_a_warning_is_given_again(
             proof = recording.prove()
         assert recording.proof is proof
     assert len(proofs) == 1
+
+
+def test_a_network_without_a_configuration_is_recorded_each_time(recorded: list[Any]) -> None:
+    for layout in ("first", "last"):
+        proven_once(synthetic(Traits(layout=layout)), prompt="a dog")
+    assert len(recorded) == 2
