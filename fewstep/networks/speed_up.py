@@ -275,17 +275,9 @@ def plugged_roles(
 
 
 @torch.no_grad()
-def refuse_unlike(
-    roles: dict[str, Role],
-    samples: tuple[Tensor, Tensor, AnyConditioning],
-    last: tuple[Tensor, Tensor, AnyConditioning],
-) -> None:
-    """Raise ``UserError`` where an adapter that is told one prompt twice is not the identity.
-
-    Also where the ``last`` samples have another negative prompt than these.
-    """
+def refuse_unlike(roles: dict[str, Role], samples: tuple[Tensor, Tensor, AnyConditioning]) -> None:
+    """Raise ``UserError`` where an adapter that is told one prompt twice is not the identity."""
     x, t, conditioning = samples
-    _refuse_several_negatives(conditioning.others[0], last[2].others[0])
     student: Any = roles["student"].denoiser
     theirs, ours = roles["teacher"](x, t, conditioning), student.against(x, t, conditioning, conditioning)
     if not float((ours - theirs).abs().max()) <= _EQUAL.get(theirs.dtype, 3e-2) * float(theirs.abs().max()):
@@ -293,10 +285,15 @@ def refuse_unlike(
         raise UserError(f"{kind} makes more of its attention to the text than can be seen; take another method")
 
 
-def _refuse_several_negatives(one: AnyConditioning, other: AnyConditioning) -> None:
-    """Raise ``UserError`` where two samples, each alone, have negative prompts that differ: an adapter keeps one."""
+def refuse_several_negatives(one: AnyConditioning, other: AnyConditioning) -> None:
+    """Raise ``UserError`` where the first samples of two have negative prompts that differ: an adapter keeps one.
+
+    Args:
+        one: conditioning of samples, with their negative's.
+        other: of others, each as it is alone.
+    """
     text = importlib.import_module("fewstep.pipelines.speed_up").TEXT
-    first, last = (each.select([0]) for each in (one, other))
+    first, last = (each.others[0].select([0]) for each in (one, other))
     assert isinstance(first, Conditioning) and isinstance(last, Conditioning)  # one sample is not ragged
     a, b = (each.arguments().get(text) for each in (first, last))
     if a is not None and not equal(a, b):

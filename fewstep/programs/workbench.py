@@ -43,7 +43,7 @@ from fewstep.networks.perceptual import images_of, lpips_of
 from fewstep.networks.roles import Role
 from fewstep.networks.second_time import add_second_time
 from fewstep.networks.smaller import refuse_unanswering, resized_recording
-from fewstep.networks.speed_up import SPEED_UP, plugged_roles, refuse_unlike
+from fewstep.networks.speed_up import SPEED_UP, plugged_roles, refuse_several_negatives, refuse_unlike
 from fewstep.programs.student_plan import planned
 from fewstep.programs.teacher import (
     Teacher,
@@ -183,7 +183,8 @@ class Workbench:
         """The frozen teacher, and a student (and ``ema``) that is its network under an adapter."""
         asked = self.two_samples()
         roles = plugged_roles(RoleSettings.of(self.config), self.recording, asked, self.device)
-        refuse_unlike(roles, asked, self.two_samples(-1))
+        refuse_several_negatives(asked[2], self.two_samples(-1)[2])
+        refuse_unlike(roles, asked)
         self.student = self.student.plugged(roles["student"].added[SPEED_UP])
         return roles
 

@@ -5,7 +5,6 @@ Networks are traced and differentiated ahead and run without generated code; wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,10 @@ import pytest
 
 from fewstep.networks.compile_trial import compile_roles
 from fewstep.programs import faster
-from fewstep.recording.watch.shake import shaken
-from tests.end_to_end.method_cases import CASES, LORA, images
+from tests.end_to_end.method_cases import CASES, LORA
 from tests.end_to_end.test_shared_steps import assert_same, trained
-from tests.tiny_pipelines import tiny_dit
 
 FORMS = {"full": {}, "lora": LORA}
-
-
-@pytest.fixture(scope="module")
-def teacher() -> Iterator[Any]:
-    pipeline = tiny_dit()
-    with shaken(pipeline.transformer):
-        yield pipeline
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("compiled")
-    images(folder / "images")
-    return folder
 
 
 @pytest.mark.soak

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.programs import distillation
-from fewstep.recording.watch.shake import shaken
-from tests.end_to_end.method_cases import CASES, LORA, RUN, images
+from tests.end_to_end.method_cases import CASES, LORA, RUN
 from tests.end_to_end.test_shared_steps import assert_same_weights
 from tests.forked import well
-from tests.tiny_pipelines import tiny_dit
 
 #: Cases of other teachers, and those that go on from another run.
 ELSEWHERE = ("speed_up_net", "snoopi", "dmd2, items", "rectified flow, items")
@@ -41,20 +38,6 @@ def files_of(folder: Path) -> dict[str, Tensor]:
         found |= {f"student/{path.parent.name}.{name}": value for name, value in load_file(path).items()}
     assert found
     return found
-
-
-@pytest.fixture(scope="module")
-def teacher() -> Iterator[Any]:
-    pipeline = tiny_dit()
-    with shaken(pipeline.transformer):
-        yield pipeline
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("divided")
-    images(folder / "images")
-    return folder
 
 
 @pytest.mark.soak

@@ -7,7 +7,7 @@ import functools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,10 @@ from fewstep.recording.watch.shake import shaken
 from fewstep.training import held
 from fewstep.training.run_folder import read_config
 from tests.checkpoints import load_latest
-from tests.end_to_end.method_cases import CASES, LORA, RUN, images
+from tests.end_to_end.method_cases import CASES, LORA, RUN
 from tests.forked import well
 from tests.item_sets import tiny_editor, write_items
-from tests.tiny_pipelines import tiny_dit, tiny_stable_diffusion
+from tests.tiny_pipelines import tiny_stable_diffusion
 
 EVERY = [
     pytest.param(
@@ -171,20 +171,6 @@ def assert_same(case: str, ours: Trained, theirs: Trained) -> None:
     assert theirs.losses == pytest.approx(ours.losses, rel=0, abs=1e-6 * highest)
     assert_same_gradients(ours.gradients, theirs.gradients, LOST_DIGITS.get(case, 1e-5))
     assert_same_weights(ours.weights, theirs.weights)
-
-
-@pytest.fixture(scope="module")
-def teacher() -> Iterator[Any]:
-    pipeline = tiny_dit()
-    with shaken(pipeline.transformer):
-        yield pipeline
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shared")
-    images(folder / "images")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from fewstep.diffusion.rollout import draw_sample
 from fewstep.diffusion.windows import Window
 from fewstep.errors import UserError
 from fewstep.eval.bench.floors import declared
-from fewstep.networks.speed_up import refuse_unlike
+from fewstep.networks.speed_up import refuse_several_negatives
 from fewstep.programs.planning.call_counts import CallCounter
 from fewstep.trainers.speed_up_net import SpeedUpNetConfig
 from tests.mixture import energy_distance
@@ -261,12 +261,11 @@ def test_samples_that_are_told_pictures_keep_their_own_negatives():
 
 
 def test_items_whose_negative_prompts_differ_are_refused():
-    roles, x, t = method(config()).roles, torch.randn(2, D), torch.full((2,), 0.5, dtype=torch.float64)
     one, same = tokens([0, 0]), tokens([1, 1])
     other = with_others(same, [tokens([2, 2]).alone()])
-    refuse_unlike(roles, (x, t, one), (x, t, same))
+    refuse_several_negatives(one, same)
     with pytest.raises(UserError, match="keeps one negative prompt, and here each item has another"):
-        refuse_unlike(roles, (x, t, one), (x, t, other))
+        refuse_several_negatives(one, other)
 
 
 def test_a_drawn_guidance_is_the_teachers_of_each_sample():

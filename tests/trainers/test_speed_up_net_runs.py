@@ -70,7 +70,7 @@ def test_an_adapter_begins_as_the_identity_and_learns_from_both_prompts(family: 
     samples = draws.normal("x", recording.sample_shape), torch.full((2,), 0.5, dtype=torch.float64), told
     settings = RoleSettings(lora_rank=rank, gradient_checkpointing=True)
     roles = plugged_roles(settings, recording, samples, torch.device("cpu"))
-    refuse_unlike(roles, samples, samples)
+    refuse_unlike(roles, samples)
     student = roles["student"].denoiser
     assert isinstance(student, SpeedUpDenoiser)
     assert len(student.adapter.names) > 1
