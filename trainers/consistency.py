@@ -1,4 +1,4 @@
-"""Consistency models: f(x_t, t), the end of a trajectory, learnt as that which is the same at all of its times.
+"""Consistency models (LCM, CD, iCT, ECT): f(x_t, t), the end of a trajectory, is the same at all of its times.
 
 The student at a time t is drawn to a slow copy of itself, or to itself without gradient, at a neighbouring time r < t
 of the same trajectory. ``--variant`` says how the neighbour is found and how the two are compared:

@@ -1,4 +1,4 @@
-"""Continuous-time consistency: f, the end of a trajectory, is the same at times that lie infinitely close (sCM).
+"""Continuous-time consistency (sCM, rCM, TCM): f is the same at times of a trajectory that lie infinitely close.
 
 The student is moved along f's derivative by the time on its trajectories, the tangent: no grid, no second time, and no
 error of a discretisation. ``--variant`` says how:

@@ -1,8 +1,8 @@
-"""Rectified flow on a teacher's pairs (Liu et al. 2022, arXiv 2209.03003), with 2-rectified flow++ (Lee et al. 2024,
-arXiv 2405.20320): reflow of any teacher, and distillation of a reflowed one to a few steps.
+"""Rectified flow (Liu et al. 2022, arXiv 2209.03003): straight lines between noise and the teacher's samples.
 
-Every pair is a noise and the sample that the teacher's ODE makes of it. The student learns the constant velocity of the
-straight line between them, so that its own ODE needs few steps, or one.
+With 2-rectified flow++ (Lee et al. 2024, arXiv 2405.20320): reflow of any teacher, and distillation of a reflowed one
+to a few steps. Every pair is a noise and the sample that the teacher's ODE makes of it. The student learns the constant
+velocity of the straight line between them, so that its own ODE needs few steps, or one.
 
     accelerate launch -m fewstep.trainers.rectified_flow --teacher DIR --prompts FILE --steps 1 --out OUT
 

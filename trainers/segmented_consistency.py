@@ -1,4 +1,4 @@
-"""Segmented consistency: the student jumps along a part of the trajectory, and all jumps to one end agree.
+"""Segmented consistency (TCD, PCM, TSCD): jumps along a part of the trajectory, all of which to one end agree.
 
 A jump goes from x_t along the network's straight line to an end e < t. The student's jump from x_t is drawn to that of
 its slow copy, or of itself without gradient, from the neighbour x_r that one step of the guided teacher's ODE reaches.

@@ -20,7 +20,7 @@ from fewstep.eval.during import evaluator_of
 from fewstep.export.about import read_about
 from fewstep.programs import distillation
 from fewstep.programs.auto import CHOOSE, decide, refuse_foreign
-from fewstep.programs.methods import method_class, methods
+from fewstep.programs.methods import in_one_line, method_class, methods
 from fewstep.training.distributed import leave_launch
 
 
@@ -61,6 +61,9 @@ def auto_settings(words: Sequence[str]) -> dict[str, Any]:
 
 def run(words: Sequence[str]) -> None:
     """Train and export a student."""
+    if words and words[0] in ("-h", "--help"):
+        print(_usage())
+        return
     if not words or words[0].startswith("-"):
         raise UserError(f"fewstep distill takes a method first: {', '.join((CHOOSE, *methods()))}")
     method = words[0]
@@ -72,6 +75,22 @@ def run(words: Sequence[str]) -> None:
         config = distill_config(method, words[1:])
     _announce(distillation.run(config, method, evaluator=evaluator_of), config.items or _items_of(config.cache))
     leave_launch()
+
+
+def _usage() -> str:
+    """What is said where help is asked for and no method is named yet."""
+    lines = {CHOOSE: "The best measured one for the teacher and --steps; takes the flags that all methods share."}
+    lines |= {name: in_one_line(name) for name in methods()}
+    width = max(map(len, lines))
+    return "\n".join(
+        (
+            "fewstep distill METHOD --teacher TEACHER --steps N --out DIR: train a few-step student of a teacher",
+            "",
+            *(f"  {name:{width}}  {line}" for name, line in lines.items()),
+            "",
+            "fewstep distill METHOD --help lists the flags of a method.",
+        )
+    )
 
 
 def _announce(student: Path, items: str | None) -> None:

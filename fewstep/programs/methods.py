@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import pkgutil
+from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError
@@ -14,6 +17,15 @@ def methods() -> list[str]:
     package = importlib.import_module("fewstep.trainers")
     names = (module.name for module in pkgutil.iter_modules(package.__path__))
     return sorted(name for name in names if not name.startswith("_"))
+
+
+def in_one_line(name: str) -> str:
+    """What a method is: the first line of its file, which is not imported for it."""
+    spec = importlib.util.find_spec(f"fewstep.trainers.{name}")
+    assert spec is not None and spec.origin is not None, name
+    said = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+    assert said, name
+    return said.splitlines()[0]
 
 
 def method_class(name: str) -> type[Any]:
