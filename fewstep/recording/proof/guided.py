@@ -14,7 +14,7 @@ from fewstep.recording.watch.observation import NetworkCall, Observation
 
 
 def guided_errors(
-    recording: Recorded, guided: GuidedCall, seen: Observation, told: Conditioning | None, batch: int, notes: list[str]
+    recording: Recorded, guided: GuidedCall, seen: Observation, told: Conditioning | None, notes: list[str]
 ) -> dict[str, float]:
     """Errors of the guided run's separate answers, and of their sum where it was understood.
 
@@ -22,12 +22,12 @@ def guided_errors(
         recording: of prompts or labels.
         guided: the call.
         seen: its run, of one item or two.
-        told: the conditioning of the one; None: of two.
-        batch: how many they are.
+        told: the conditioning of the one; None where they are two.
         notes: of what could not be compared; it is added to.
     """
     recipe, report = recording.recipe, recording.guidance
     parts: dict[str, float] = {}
+    batch = 2 if told is None else 1
     formulas = dict(zip(recording.components, report.expert_formulas or [report.formula], strict=True))
     for step, own in own_calls(recording, seen):
         formula = formulas[recording.expert_at(step.timestep).component]

@@ -176,7 +176,7 @@ def _pair_checks(recording: Recorded, told: Conditioning, seed: int, notes: list
                 raise
             notes.append(f"guided with two prompts, the pipeline itself fails and was not compared ({error})")
             continue
-        errors = guided_errors(recording, guided, seen, told if len(items) == 1 else None, len(items), notes)
+        errors = guided_errors(recording, guided, seen, told if len(items) == 1 else None, notes)
         checks += [Check(f"{prefix}guided, {words}{part}", error, allowed) for part, error in errors.items()]
     return checks
 
