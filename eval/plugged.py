@@ -2,8 +2,9 @@
 
     python -m fewstep.eval.plugged runs/speed-up/student --out runs/plugged
 
-The copy is ``fashion-sd``, fine-tuned on pictures that stand on their heads. Its samples are turned round again, so
-that the embedded classifier and its reference judge them. The adapter was trained on the teacher, not on the copy.
+The copy is ``fashion-sd``, fine-tuned on mirrored pictures, as whose shoes point the other way, or, farther from its
+teacher, on pictures that stand on their heads. Its samples are turned back, so that the embedded classifier and its
+reference judge them. The adapter was trained on the teacher, not on the copy.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -31,6 +32,9 @@ from fewstep.fashion.classifier import extract
 _BATCH = 100
 #: Of the copy's own sampler, and its guidance.
 STEPS, GUIDANCE = 25, 3.0
+#: What the copy is fine-tuned on, and the axes of (N, C, H, W) along which the training images are flipped for it.
+Pictures = Literal["mirrored", "upside_down"]
+FLIPPED: dict[Pictures, tuple[int, ...]] = {"mirrored": (3,), "upside_down": (2, 3)}
 _DROPPED = 0.1  # share of the prompts that are left out, so that the copy can be guided
 
 
@@ -44,15 +48,17 @@ class Plugged:
     agreement: float
 
 
-def tuned_copy(steps: int, lr: float, seed: int, batch_size: int = 64) -> StableDiffusionPipeline:
-    """``fashion-sd``, fine-tuned for ``steps`` on its training images turned by 180 degrees.
+def tuned_copy(
+    flipped: tuple[int, ...], steps: int, lr: float, seed: int, batch_size: int = 64
+) -> StableDiffusionPipeline:
+    """``fashion-sd``, fine-tuned for ``steps`` on its training images, flipped along these axes of (N, C, H, W).
 
     Its network learns the noise of noised images (Ho et al. 2020) under the teacher's own table.
     """
     pipeline = StableDiffusionPipeline.from_pretrained(teacher_path("fashion-sd"))
     pipeline.set_progress_bar_config(disable=True)
     images, labels = training_images()
-    x0, words, nothing = _encoded(pipeline, images)
+    x0, words, nothing = _encoded(pipeline, images.flip(flipped))
     network, signal = pipeline.unet.train(), pipeline.scheduler.alphas_cumprod
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr)
     draws = torch.Generator().manual_seed(seed)
@@ -73,18 +79,23 @@ def tuned_copy(steps: int, lr: float, seed: int, batch_size: int = 64) -> Stable
 
 @torch.no_grad()
 def _encoded(pipeline: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turned images as the network's samples (N, ...), the prompts' embeddings (10, L, D), and those of no prompt."""
-    turned = images.flip(2, 3).float() / 127.5 - 1
+    """Images as the network's samples (N, ...), the prompts' embeddings (10, L, D), and those of no prompt."""
+    pixels = images.float() / 127.5 - 1
     vae = pipeline.vae
     shift = vae.config.shift_factor or 0.0
-    x0 = torch.cat([vae.encode(part).latent_dist.mode() for part in turned.split(_BATCH)])
+    x0 = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(_BATCH)])
     words, _ = pipeline.encode_prompt(list(PROMPTS), "cpu", 1, False)
     nothing, _ = pipeline.encode_prompt("", "cpu", 1, False)
     return (x0 - shift) * vae.config.scaling_factor, words, nothing
 
 
-def judged(name: str, pipeline: DiffusionPipeline, num: int, seed: int, **call: Any) -> Plugged:
-    """A row of ``num`` samples, evenly of all classes; ``call`` are arguments of the pipeline's call beside prompts."""
+def judged(
+    name: str, pipeline: DiffusionPipeline, flipped: tuple[int, ...], num: int, seed: int, **call: Any
+) -> Plugged:
+    """A row of ``num`` samples, evenly of all classes, flipped back along these axes.
+
+    ``call`` are arguments of the pipeline's call beside prompts.
+    """
     sampled: Any = pipeline
     sampled.set_progress_bar_config(disable=True)
     classes, images = torch.arange(num) % len(PROMPTS), []
@@ -92,14 +103,18 @@ def judged(name: str, pipeline: DiffusionPipeline, num: int, seed: int, **call: 
         prompts = [PROMPTS[int(classes[row])] for row in rows]
         generators = [sample_generator(seed, int(row)) for row in rows]
         made = sampled(prompts, generator=generators, output_type="pt", **call).images
-        images.append(made.mean(1, keepdim=True).flip(2, 3))
+        images.append(made.mean(1, keepdim=True).flip(flipped))
     features, logits = extract(load_classifier(), torch.cat(images))
     share = (logits.argmax(1) == classes).float().mean().item()
     return Plugged(name, call["num_inference_steps"], frechet(features, fashion_reference()), share)
 
 
-def measure(student: str | Path, out: Path, *, tune_steps: int, lr: float, num: int, seed: int) -> list[Plugged]:
+def measure(
+    student: str | Path, out: Path, *, pictures: Pictures, tune_steps: int, lr: float, num: int, seed: int
+) -> list[Plugged]:
     """Rows of the copy at its own steps and at the student's, and of the copy with the adapter; both lie in ``out``.
+
+    ``pictures`` are what the copy is fine-tuned on.
 
     Raises:
         UserError: not a SpeedUpNet student of ``fashion-sd``.
@@ -107,13 +122,15 @@ def measure(student: str | Path, out: Path, *, tune_steps: int, lr: float, num: 
     about = read_about(student)
     if about["method"] != "speed_up_net" or about["base_model"] != "fashion-sd":
         raise UserError(f"{student} is no student of speed_up_net and fashion-sd, whose copy is fine-tuned here")
-    tuned = tuned_copy(tune_steps, lr, seed)
+    flipped = FLIPPED[pictures]
+    tuned = tuned_copy(flipped, tune_steps, lr, seed)
     tuned.save_pretrained(out / "copy")
     plugged = plug(tuned, student)
     plugged.save_pretrained(out / "plugged")
     few = about["steps"]
-    rows = [judged("copy", tuned, num, seed, num_inference_steps=n, guidance_scale=GUIDANCE) for n in (STEPS, few)]
-    return [*rows, judged("copy with the adapter", plugged, num, seed, num_inference_steps=few)]
+    guided = {"guidance_scale": GUIDANCE}
+    rows = [judged("copy", tuned, flipped, num, seed, num_inference_steps=n, **guided) for n in (STEPS, few)]
+    return [*rows, judged("copy with the adapter", plugged, flipped, num, seed, num_inference_steps=few)]
 
 
 def table(rows: Sequence[Plugged]) -> str:
@@ -130,6 +147,7 @@ def main(words: Sequence[str] | None = None) -> int:
     made = Parser(prog="python -m fewstep.eval.plugged", description=__doc__)
     made.add_argument("student", metavar="DIR", type=str, help="folder of a SpeedUpNet student of fashion-sd")
     made.add_argument("--out", type=str, required=True, help="folder of the copy, and of the copy with the adapter")
+    made.add_argument("--pictures", type=Pictures, default="mirrored", help="that the copy is tuned on")
     made.add_argument("--tune_steps", type=int, default=400, help="of the fine-tuning")
     made.add_argument("--lr", type=float, default=3e-4, help="of the fine-tuning")
     made.add_argument("--num", type=int, default=5000, help="samples of each row")
@@ -141,7 +159,13 @@ def main(words: Sequence[str] | None = None) -> int:
         out = Path(asked.out)
         if out.exists() and any(out.iterdir()):
             raise UserError(f"{out} is not empty; give --out another folder")
-        how = {"tune_steps": asked.tune_steps, "lr": asked.lr, "num": asked.num, "seed": asked.seed}
+        how = {
+            "pictures": asked.pictures,
+            "tune_steps": asked.tune_steps,
+            "lr": asked.lr,
+            "num": asked.num,
+            "seed": asked.seed,
+        }
         print(table(measure(asked.student, out, **how)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
