@@ -1,4 +1,4 @@
-"""The command that a run ends with: a shell and the parser of ``fewstep sample`` take it as it is printed."""
+"""What ``fewstep distill`` says before a run, and the command it ends with, which a shell and ``sample`` take."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fewstep.cli import distill, main
+from fewstep.programs.methods import methods
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,10 @@ def test_it_says_what_the_student_is_asked_with(
     assert command == shlex.join(["fewstep", "sample", str(student), *words, "--out", "sample.png"])
     monkeypatch.setattr("fewstep.cli.sample.sample", lambda directory, **settings: Path(settings["out"]))
     assert main(shlex.split(command)[1:]) == 0
+
+
+def test_help_before_a_method_is_named_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", "--help"]) == 0
+    said = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [name for name, _ in said] == ["auto", *methods()]
+    assert all(line.endswith(".") for _, line in said), "each is a whole sentence of the method's file"

@@ -16,7 +16,6 @@ import yaml
 from fewstep.cli import COMMANDS, main
 from fewstep.cli.distill import distill_config
 from fewstep.errors import UserError
-from fewstep.programs.methods import methods
 from fewstep.training.run_folder import write_config
 from tests.tiny_pipelines import tiny_ddim, tiny_dit, tiny_stable_diffusion
 
@@ -106,13 +105,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
     words: list[str], expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(capsys, main([word.replace("OUT", str(tmp_path / "out")) for word in words]), *expected)
-
-
-def test_help_before_a_method_is_named_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("distill", "--help") == 0
-    said = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert [name for name, _ in said] == ["auto", *methods()]
-    assert all(line.endswith(".") for _, line in said), "each is a whole sentence of the method's file"
 
 
 def test_what_the_recorder_refuses_is_one_line(
