@@ -52,6 +52,16 @@ def test_the_times_are_sorted_uniforms_shifted_and_tied(kind: str):
     torch.testing.assert_close(r[free], torch.minimum(told, t[free]), rtol=0, atol=1e-12)
 
 
+def test_a_time_is_no_lower_than_the_lowest_and_a_second_one_below_it_is_the_clean_sample():
+    count = 400
+    t, r = PlacedTimes(FlowSchedule(), 0.3, 0.8).draw(Draws(0, 0, range(count)), parts_of(range(count), count, 0, 0))
+    first, second = (Draws(0, 0, range(count)).uniform(name) for name in ("t", "r"))
+    higher, lower = torch.maximum(first, second), torch.minimum(first, second)
+    assert bool((higher < 0.3).any()) and bool((lower > 0.8).any())
+    torch.testing.assert_close(t, higher.clamp(0.3, 0.8))
+    torch.testing.assert_close(r, torch.where(lower < 0.3, 0.0, lower.clamp(max=0.8)))
+
+
 def test_a_table_of_times_runs_from_one_to_zero():
     table = time_table(4, 3.0)
     torch.testing.assert_close(table, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0], dtype=torch.float64))

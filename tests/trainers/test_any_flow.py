@@ -1,6 +1,7 @@
 """AnyFlow's own class: its stages and their order, its rollouts and their gradient, and its critic."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from fewstep.diffusion.rollout import shortcut
 from fewstep.diffusion.timesteps import even_grid
 from fewstep.losses.score import distribution_matching
 from fewstep.networks.flow_map import SECOND_TIME, gap
+from fewstep.programs.planning.dry_run import LongestDraws
+from fewstep.trainers.any_flow import AnyFlow
 from fewstep.training.method import Renew, Turn
 from tests.trainers.toy_any_flow import POLICY, SCHEDULES, Samples, batch, config, method
 
@@ -174,6 +177,32 @@ def test_a_rollout_draws_its_steps_and_its_place_anew_in_each_turn_and_alike_eve
     expected = {n: {shortcut(even_grid(n).tolist(), j) for j in range(n)} for n in (2, 4, 8)}
     assert walks == expected
     assert any(seen[k] != seen[k + 1] for k in range(0, 400, 2))  # the critic's is a rollout of its own
+
+
+def test_rollouts_walk_the_grids_that_ship_as_a_map_does_whatever_the_plan():
+    one = method(config(max_steps=2, rollout_steps=[2, 4], **POLICY))
+    plan = replace(one.sampler, renoise="fresh")
+    other = AnyFlow(one.config, one.roles, one.teacher, plan, {2: (1.0, 0.3), 8: (1.0,)}, shift=3.0)
+    assert other.grids[2] == (1.0, 0.3) and other.grids[4] == pytest.approx((1.0, 0.9, 0.75, 0.5))
+    assert sorted(other.grids) == [2, 4]
+    noise = batch().draws.normal("noise", (6,))
+    assert torch.equal(other.walk((1.0, 0.3), noise, batch()), one.walk((1.0, 0.3), noise, batch()))
+
+
+def test_teacher_and_critic_are_compared_between_two_times_before_the_shift():
+    one = method(config(max_steps=2, time_min=0.2, time_max=0.5, **POLICY), shift=3.0)
+    assert one.compared.ends == pytest.approx((3 / 7, 3 / 4))  # 3 t / (1 + 2 t)
+    assert one.learnt.ends == pytest.approx((3 / 7, 1))
+
+
+@pytest.mark.parametrize(
+    ("steps", "segments"), [([1], 1), ([2], 2), ([3], 2), ([3], 3), ([5], 3), ([2, 3], 3), ([4, 8], 3), ([4, 8], 2)]
+)
+def test_what_a_dry_run_draws_is_no_shorter_than_any_rollout(steps: list[int], segments: int):
+    one = method(config(max_steps=2, rollout_steps=steps, segments=segments, **POLICY))
+    given = replace(batch(), draws=LongestDraws(0, 0, range(8)))
+    _, drawn = one.shortcut_drawn(given, "student")
+    assert len(drawn) == max(len(shortcut(grid, j, segments)) for grid in one.grids.values() for j in range(len(grid)))
 
 
 def test_the_students_turns_are_counted_from_the_beginning_of_its_second_stage():

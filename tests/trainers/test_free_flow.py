@@ -107,6 +107,8 @@ def test_the_correction_is_weighed_like_the_prediction_and_guided_below_its_time
     ((t, scale),) = [one for one in asked if one[1].numel() == 8 and len(set(one[1].tolist())) == 2]
     assert torch.equal(scale == 3.0, t <= 0.5)
     (loss, _), (_, gradient) = turn.backward
+    # The loss is the batch's: the predicted three quarters count as many samples as they are.
+    assert float(loss.detach()) == pytest.approx(24 / 32 * float(turn.log["student/prediction"]), rel=1e-5)
     assert float(gradient.flatten(1).norm(dim=1).mean()) * 32 == pytest.approx(float(_signal(trained)), rel=1e-4)
     assert loss.dim() == 0
 
@@ -130,6 +132,55 @@ def _signal(trained: FreeFlow) -> torch.Tensor:
     u, target = trained.prediction(x, t, given.conditioning.select(list(range(24))), r)
     error = (u - target).detach()
     return (2 / 6 * error.norm(dim=1) / (error.square().mean(1) + 1e-3)).mean()
+
+
+def test_what_is_corrected_is_the_end_of_the_batch_and_the_critic_learns_it_at_all_times():
+    trained, given, seen = vectors(config(match_min=0.1, match_max=0.6)), batch(), []
+    correction = trained.correction
+
+    def noted(x0: torch.Tensor, rest: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append((x0, rest))
+        return correction(x0, rest)
+
+    trained.correction = noted
+    list(trained.turns(0, given))
+    ((x0, rest),) = seen
+    assert list(rest.draws.indices) == [6, 7]
+    noise, one = batch().draws.normal("noise", (6,))[6:], torch.ones(2, dtype=torch.float64)
+    torch.testing.assert_close(x0, trained.student(noise, one, labels([6.0, 7.0]), 0 * one).detach())
+    assert trained.compared.ends == (0.1, 0.6) and trained.learnt.ends == (1e-3, 1.0)
+
+
+def test_a_steps_change_is_a_difference_to_a_longer_step_or_at_the_end_to_a_shorter_one():
+    trained, asked = vectors(config(time_min=0.1, derivative_step=0.02)), []
+    r = torch.tensor([0.1, 0.119, 0.121, 0.5], dtype=torch.float64)
+    x, told = torch.zeros(4, 6), labels([0.0] * 4)
+
+    class Squares:
+        """u = r^2 of an end r: du/ddelta is -2 r."""
+
+        def velocity(self, x: torch.Tensor, _t: object, _told: object, end: torch.Tensor) -> torch.Tensor:
+            asked.append(end)
+            return (end**2)[:, None].expand_as(x)
+
+    trained.student = Squares()
+    u = (r**2)[:, None].expand(4, 6)
+    found = trained.change(x, torch.ones(4, dtype=torch.float64), told, r, u)
+    torch.testing.assert_close(asked[0], torch.tensor([0.12, 0.139, 0.101, 0.48], dtype=torch.float64))
+    torch.testing.assert_close(found, -(asked[0] + r)[:, None].expand(4, 6))
+
+
+def test_the_ends_of_steps_lie_between_the_lowest_time_and_the_noise_of_the_first_step():
+    for kind, schedule in SCHEDULES.items():
+        trained = vectors(config(time_min=0.3, time_mean=-0.4, time_std=2.0), kind)
+        top = schedule.flow_time(torch.ones(1, dtype=torch.float64)).item()
+        tau = schedule.flow_time(trained.ends(Draws(0, 0, range(500))))
+        drawn = (2 * Draws(0, 0, range(500)).normal("r", ()).double() - 0.4).sigmoid()
+        assert float(drawn.min()) < 0.1
+        torch.testing.assert_close(tau, drawn.clamp(0.3, top), rtol=0, atol=1e-2 if kind == "table" else 1e-9)
+        low = vectors(config(time_min=1e-6), kind)
+        cleanest = schedule.flow_time(torch.zeros(1, dtype=torch.float64)).item()
+        assert (low.lowest, low.highest) == pytest.approx((max(1e-6, cleanest), top))
 
 
 def test_parts_of_a_batch_keep_their_draws():

@@ -110,6 +110,15 @@ def test_guidance_in_training_is_mixed_as_its_papers_say(settings: dict, numbers
     torch.testing.assert_close(flow.velocity, torch.where(on, guided, data).detach())
 
 
+def test_guidance_in_training_has_an_interval_of_flow_times():
+    """Of a table these are sigma / (alpha + sigma), which its own times are not."""
+    trained = method("epsilon", config(data="x", guidance_t_min=0.2, guidance_t_max=0.6, label_drop=0.0), 3.0)
+    flow = trained.flow(batch(64), [])
+    alpha, sigma = TABLE.coefficients(flow.t)
+    inside, by_its_own = ((time >= 0.2) & (time <= 0.6) for time in (sigma / (alpha + sigma), flow.t))
+    assert torch.equal((flow.velocity != flow.line).any(1), inside) and not torch.equal(inside, by_its_own)
+
+
 def test_the_fixed_point_of_guidance_in_training_is_the_guided_flow():
     omega, kappa = config(data="x", kappa=0.6).self_guidance(2.5)
     v, u_null = 1.7, 0.4

@@ -1,6 +1,7 @@
 """PeRFlow's own class: its windows' ends in closed form, its lines in every form, its gradient, and what it refuses."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +187,61 @@ def test_where_windows_begin():
         assert torch.equal(x_s[:2], noise[:2]) is pure
         alpha, sigma = TABLE.coefficients(torch.tensor([0.5], dtype=torch.float64))
         torch.testing.assert_close(x_s[3], alpha * samples.pairs.x0[3] + sigma * noise[3])
+
+
+def test_the_first_window_begins_at_the_noise_wherever_the_grid_does():
+    plain = method("epsilon", windows=2, steps=2)
+    lower = PerFlow(plain.config, plain.roles, plain.teacher, Sampler(TABLE, (0.6, 0.3), "ode", 0.9))
+    samples, t = batch(), torch.tensor([0.6, 0.4, 0.3, 0.1] * 2, dtype=torch.float64)
+    noise = samples.draws.normal("noise", (6,)).double()
+    x_s = lower.chord(samples.pairs.x0, noise, t, samples.conditioning).x_s
+    torch.testing.assert_close(x_s[:2], 0.9 * noise[:2])
+    alpha, sigma = TABLE.coefficients(torch.tensor([0.3], dtype=torch.float64))
+    torch.testing.assert_close(x_s[2:4], alpha * samples.pairs.x0[2:4] + sigma * noise[2:4])
+
+
+def test_times_and_the_solvers_steps_are_even_before_the_shift():
+    """Shifted by 3, t is 3 t / (1 + 2 t)."""
+    asked: list[torch.Tensor] = []
+
+    class Noted(Gaussian):
+        def __call__(self, x_t, t, conditioning, end=None):
+            asked.append(t)
+            return super().__call__(x_t, t, conditioning)
+
+    schedule, told = FlowSchedule(), config(windows=2, steps=2, solver_steps=2)
+    trained = PerFlow(told, {"student": None}, Noted(schedule), Sampler(schedule, (1.0, 0.75), "ode"), shift=3.0)
+    found = trained.at(torch.tensor([0.0, 0.25, 0.5, 0.75]))
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.9, 0.75, 0.5], dtype=torch.float64))
+    assert float(trained.at(torch.tensor([1.0]))) == 1e-3  # a network says nothing of a clean sample
+    samples, t = batch(2), torch.tensor([0.8, 0.3], dtype=torch.float64)
+    trained.chord(samples.pairs.x0, samples.pairs.x0, t, samples.conditioning)
+    expected = torch.tensor([[1.0, 0.75], [0.9, 0.5]], dtype=torch.float64)
+    torch.testing.assert_close(torch.stack(asked), expected)
+
+
+@pytest.mark.parametrize("guidance", ["baked", "kept"])
+@pytest.mark.parametrize("times", ["uniform", "grid"])
+def test_what_a_run_is_prepared_with(guidance: str, times: str):
+    """A guidance that is kept is no part of the teacher's; a student of its grid's times alone is for that count."""
+    settings, toy, said = config(guidance=guidance, times=times, windows=2), method(), {}
+    grids = {count: tuple(even_grid(count).tolist()) for count in (2, 3, 4)}
+    bench = SimpleNamespace(
+        make_roles=lambda *_names: toy.roles,
+        guided=lambda one, scale=None: GuidedDenoiser(one, 3.0 if scale is None else scale),
+        describe=lambda **what: said.update(what),
+        sampler=toy.sampler,
+        shift=3.0,
+        grids=grids,
+    )
+    made = PerFlow.prepare(settings, bench)
+    assert made.teacher.guidance_scale == (1.0 if guidance == "kept" else 3.0) and made.shift == 3.0
+    assert said == {
+        "counts": (2, 4),
+        "grids": {count: grids[count] for count in (2, 4)},
+        "trained_at_every_count": times == "uniform",
+        "guidable": guidance == "kept",
+    }
 
 
 def test_times_are_those_of_the_grid_or_lie_everywhere():
