@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from fewstep.config.run import RunConfig
+from fewstep.config.values import bytes_in_words
 from fewstep.errors import UserError
 from fewstep.eval.memory.shapes import SHAPES
 from fewstep.eval.memory.sharding import compare_sharding
@@ -35,7 +36,7 @@ from fewstep.programs.methods import method_class
 from fewstep.programs.planning.counting import costliest_step
 from fewstep.programs.planning.dry_run import DryRun, backward, move_averages
 from fewstep.programs.planning.memory import tensor_bytes
-from fewstep.programs.planning.plan import Planner, size
+from fewstep.programs.planning.plan import Planner
 from fewstep.programs.teacher import TeacherSettings
 from fewstep.recording import record
 from fewstep.recording.pipeline import is_quantized
@@ -112,7 +113,7 @@ def compare_roles() -> float:
     """LoRA roles against full copies on the UNet; the ratio of what they take."""
     taken = {side: measure("unet", **settings) for side, settings in SIDES.items()}
     ratio = taken["lora"] / taken["full"]
-    print(f"full copies {size(taken['full'])}, LoRA roles {size(taken['lora'])}: {ratio:.2f}x")
+    print(f"full copies {bytes_in_words(taken['full'])}, LoRA roles {bytes_in_words(taken['lora'])}: {ratio:.2f}x")
     return ratio
 
 
@@ -124,7 +125,7 @@ def compare_plans(shapes: Sequence[str] = COMPARED) -> dict[tuple[str, str], flo
         for side, settings in SIDES.items():
             planned, measured = estimate(shape, **settings), measure(shape, **settings)
             ratios[shape, side] = planned / measured
-            row = (shape, side, size(planned), size(measured), f"{ratios[shape, side]:.2f}")
+            row = (shape, side, bytes_in_words(planned), bytes_in_words(measured), f"{ratios[shape, side]:.2f}")
             print(f"| {' | '.join(row)} |", flush=True)
     return ratios
 
@@ -141,8 +142,8 @@ def compare_quantized(name: str = "torchao_int8") -> None:
                 network = getattr(loaded, component)
                 held = tensor_bytes(network if is_quantized(network) else network.to(torch.bfloat16))
                 del loaded, network
-                row = (shape, settings.get("quantization", "bfloat16"), size(held))
-                print(f"| {' | '.join(row)} | {size(measure(shape, folder, **settings))} |", flush=True)
+                row = (shape, settings.get("quantization", "bfloat16"), bytes_in_words(held))
+                print(f"| {' | '.join(row)} | {bytes_in_words(measure(shape, folder, **settings))} |", flush=True)
 
 
 def main(words: Sequence[str]) -> int:
@@ -162,7 +163,7 @@ def main(words: Sequence[str]) -> int:
             if not torch.cuda.is_available():
                 raise UserError("an SDXL-shaped run is measured on a GPU, and there is none")
             name, planned = torch.cuda.get_device_name(), estimate("sdxl", **SDXL)
-            print(f"{name}: {size(measure('sdxl', **SDXL))}, planned {size(planned)}")
+            print(f"{name}: {bytes_in_words(measure('sdxl', **SDXL))}, planned {bytes_in_words(planned)}")
         else:
             raise UserError(
                 "python -m fewstep.eval.memory roles | plans [SHAPE ...] | quantized [NAME] | sharding | sdxl"

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
+from fewstep.config.values import bytes_in_words
 from fewstep.errors import UserError
 from fewstep.eval.memory.shapes import SHAPES
 from fewstep.programs.methods import method_class
 from fewstep.programs.planning.dry_run import DryRun
-from fewstep.programs.planning.plan import size
 from fewstep.programs.sharded_run import free_teacher
 from fewstep.recording import record
 from fewstep.training.distributed import join_launch
@@ -86,7 +86,8 @@ def compare_sharding() -> float:
     """A sharded run against a data-parallel one; the ratio of what their processes take."""
     taken = {side: measure(side) for side in SIDES}
     ratio = taken["full"] / taken["none"]
-    print(f"data parallel {size(taken['none'])}, sharded {size(taken['full'])} in each of two processes: {ratio:.2f}x")
+    alone, sharded = bytes_in_words(taken["none"]), bytes_in_words(taken["full"])
+    print(f"data parallel {alone}, sharded {sharded} in each of two processes: {ratio:.2f}x")
     return ratio
 
 

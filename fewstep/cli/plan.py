@@ -10,13 +10,14 @@ from diffusers.utils.logging import set_verbosity_error
 
 from fewstep.config.parsing import Parser, parse, with_values
 from fewstep.config.run import RunConfig
+from fewstep.config.values import bytes_in_words
 from fewstep.errors import UserError
 from fewstep.programs.auto import CHOOSE, decide
 from fewstep.programs.methods import method_class, methods
 from fewstep.programs.planning.call_counts import Calls, forward_passes
 from fewstep.programs.planning.counting import PERIOD
 from fewstep.programs.planning.evaluations import Evaluations
-from fewstep.programs.planning.plan import LEFT_OUT, Plan, Planner, size
+from fewstep.programs.planning.plan import LEFT_OUT, Plan, Planner
 
 _MOST = 10**12  # of any unit
 _UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
@@ -80,14 +81,14 @@ def describe(plan: Plan) -> str:
         ("run", f"{plan.method}, {plan.settings}"),
         ("attention", plan.attention),
         ("parameters", "computed: " + ", ".join(f"{k} {_count(v)}" for k, v in plan.parameters.items())),
-        ("recording", f"computed: {size(plan.recording)}, the whole pipeline as it is loaded, text encoders included"),
+        ("recording", f"computed: {bytes_in_words(plan.recording)}, the whole pipeline as loaded, with its encoders"),
         *_encoding(plan),
         ("weights", f"computed: {_sizes(weights)}"),
         ("gradients", f"computed: {_sizes({name: role.gradients for name, role in roles.items()})}, one at a time"),
         ("optimizer", f"computed: {_sizes({name: role.optimizer for name, role in roles.items()})}"),
         ("activations", f"estimated: {_sizes(graphs)}, kept for the backward pass"),
         ("", f"estimated: {_sizes(moments)}, at most, with gradients and working memory"),
-        ("peak", f"estimated: {size(plan.peak)}: {_largest(plan)}"),
+        ("peak", f"estimated: {bytes_in_words(plan.peak)}: {_largest(plan)}"),
         ("network calls", f"computed: a step and sample, mean of the last {PERIOD} steps: {_calls(plan.calls)}"),
         ("", f"{forward_passes(plan.calls):.2f} forward passes, if a tapped pass cost as much as a whole one"),
         *_evaluations(plan.evaluations),
@@ -105,7 +106,10 @@ def _encoding(plan: Plan) -> list[tuple[str, str]]:
     if plan.encoding:
         rows.append(("encoders", f"estimated: {_sizes(plan.encoding)}, beside that and before the training"))
     if plan.item is not None:
-        rows.append(("item", f"computed: {size(plan.item)} for each, encoded and cached"))
+        rows.append(("item", f"computed: {bytes_in_words(plan.item)} for each, encoded and cached"))
+    if plan.items:
+        rows.append(("", f"computed: {plan.items}"))
+    rows += [("", note) for note in plan.notes]
     return rows
 
 
@@ -120,9 +124,10 @@ def _evaluations(evaluations: Evaluations | None) -> list[tuple[str, str]]:
 
 
 def _verdict(planner: Planner, plan: Plan, memory: int) -> str:
+    there, apart = bytes_in_words(memory), bytes_in_words(abs(memory - plan.peak))
     if plan.peak <= memory:
-        return f"yes: {size(memory - plan.peak)} of {size(memory)} to spare"
-    return f"no: {size(plan.peak - memory)} more than {size(memory)}; {planner.advice(plan, memory)}"
+        return f"yes: {apart} of {there} to spare"
+    return f"no: {apart} more than {there}; {planner.advice(plan, memory)}"
 
 
 def _row(name: str, text: str) -> str:
@@ -135,7 +140,7 @@ def _largest(plan: Plan) -> str:
 
 
 def _sizes(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {size(number)}" for name, number in sizes.items() if number) or "none"
+    return ", ".join(f"{name} {bytes_in_words(number)}" for name, number in sizes.items() if number) or "none"
 
 
 def _count(number: int) -> str:

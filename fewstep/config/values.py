@@ -71,6 +71,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def bytes_in_words(number: float) -> str:
+    """Bytes for people: GB of 10^9, or MB or kB where that is clearer."""
+    if number >= 1e8:
+        return f"{number / 1e9:,.2f} GB"
+    return f"{number / 1e6:,.1f} MB" if number >= 1e5 else f"{number / 1e3:,.1f} kB"
+
+
 def takes(kinds: list[type]) -> str:
     """What a setting of these types takes, in words."""
     return " or ".join(_WORDS.get(kind, _LIST) for kind in kinds)

@@ -1,8 +1,8 @@
 """Freeing the text encoders: once everything is encoded, training needs their memory and not them.
 
 What still runs the pipeline, the decoding of a sample grid and the checks at export, does so for the recording's own
-prompt only. What the encoders answer to that is kept; asked again, they repeat it, and their weights can go. They are
-part of a student's pipeline, so they are loaded again for its export.
+prompt only, of items for one of each size. What the encoders answer to that is kept; asked again, they repeat it, and
+their weights can go. They are part of a student's pipeline, so they are loaded again for its export.
 """
 
 from __future__ import annotations
@@ -138,12 +138,17 @@ class Encoders:
         return sorted(early - late)
 
     def _calls(self) -> list[dict[str, Any]]:
-        """The calls that are still made: the teacher's without guidance, and the student's."""
+        """The calls that are still made: the teacher's without guidance, at each size of samples, and the student's."""
         invocation, steps = self.recording.invocation, {"num_inference_steps": _STEPS}
         dropped = self.recording.call.keys() - self.call.keys()
         student = {**invocation.arguments([invocation.item], _STEPS), **self.call, **steps}
+        calls = []
+        for one in (self.recording, *self.recording.sizes):
+            calls.append(one.subject.call(_STEPS))
+            if one.between is not None:  # a pinned sample is decoded with other pictures
+                calls.append(one.subject.call(_STEPS, [one.between.bare]))
         return [
-            self.recording.subject.call(_STEPS),
+            *calls,
             {name: value for name, value in student.items() if name not in dropped},
         ]
 

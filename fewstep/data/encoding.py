@@ -1,4 +1,4 @@
-"""Encoding what a run generates for, each item alone, as users sample; and what that will take."""
+"""Encoding what a run generates for, each item alone, as users sample."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from fewstep.conditioning.conditioning import Conditioning
-from fewstep.conditioning.item import Form
 from fewstep.conditioning.outside import as_beside
-from fewstep.conditioning.tree import Leaf, leaves
 from fewstep.errors import UserError
 from fewstep.recording import Recording
 from fewstep.recording.watch.cut_texts import cut_texts
-
-_FORMS = 8  # of items, of which one each is encoded to say what all take
 
 
 @dataclass
@@ -105,36 +100,3 @@ def tensors_of(told: Conditioning) -> list[Tensor]:
 
     told.map_tensors(note)
     return found
-
-
-def size_of_all(recording: Recording, items: Sequence[Any], draws: int = 1) -> str:
-    """What so many draws of all items will take, encoded, in one line; one of each form is encoded for that."""
-    counts: dict[Form, int] = {}
-    examples: dict[Form, Any] = {}
-    for item in items:
-        form = item.form
-        counts[form] = counts.get(form, 0) + 1
-        examples.setdefault(form, item)
-    seen = list(examples)[:_FORMS]
-    each = {form: own_bytes(encode_one(recording, examples[form])) for form in seen}
-    mean = sum(each.values()) / len(each)
-    total = draws * sum(counts[form] * each.get(form, mean) for form in counts)
-    times = f" in {draws} draws" if draws > 1 else ""
-    forms = f" in {len(counts):,} forms" if len(counts) > 1 else ""
-    what = f"{len(items):,} items{forms}{times}"
-    return f"{what} take about {_in_words(total)} once they are encoded, {_in_words(mean)} each"
-
-
-def own_bytes(told: Conditioning) -> int:
-    """Bytes of the tensors of a sample's own, each once, though several answers are told it."""
-    nodes = [node for answer in (told, *told.others) for _, node in leaves(answer.tree)]
-    own = [node.value for node in nodes if isinstance(node, Leaf) and node.rows and isinstance(node.value, Tensor)]
-    kept: list[Tensor] = []
-    for value in own:
-        if not any(value.dtype == known.dtype and torch.equal(value, known) for known in kept):
-            kept.append(value)
-    return sum(value.nbytes for value in kept)
-
-
-def _in_words(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"

@@ -89,12 +89,12 @@ class Items:
         """
         first, *rest = self.each[:_LOOKED_AT]
         alike = [item for item in rest if item.form == first.form]
-        other = max(alike or rest, key=lambda item: _differing(first, item), default=first)
+        other = max(alike or rest, key=lambda item: differing(first, item), default=first)
         if rest and not alike:
             texts = {name: other.arguments[name] for name, value in other.form if value is None}
             mirrored = with_mirrored(first)
             other = Item({**mirrored.arguments, **texts}, mirrored.name)
-        elif not _differing(first, other):
+        elif not differing(first, other):
             raise UserError(
                 f"{self.name}: no two rows have different pictures, and only two such show what of a teacher follows "
                 "its picture; add a row with others"
@@ -164,6 +164,14 @@ def known_by(items: Sequence[Any]) -> list[Any]:
     return [item.key if isinstance(item, Item) else item for item in items]
 
 
+def differing(a: Item, b: Item) -> int:
+    """In how many arguments two items differ, pictures before all others; 0 where no picture does."""
+    one, other = values_of(a), values_of(b)
+    unlike = [name for name in one.keys() & other.keys() if _known_by(one[name]) != _known_by(other[name])]
+    shown = sum(bool(_pictures(one[name])) for name in unlike)
+    return shown * len(one) + len(unlike) if shown else 0
+
+
 def _given(number: int, row: Item | Mapping[str, Any]) -> Row:
     """An item that was handed over."""
     values = values_of(row) if isinstance(row, Item) else row
@@ -226,14 +234,6 @@ def _sizes(value: Any) -> set[tuple[int, int]]:
 def _in_words(value: Any) -> str:
     counted = Counter("x".join(map(str, size_of(one))) for one in flat(value))
     return ", ".join(text if count == 1 else f"{count} of {text}" for text, count in counted.items()) + " pixels"
-
-
-def _differing(a: Item, b: Item) -> int:
-    """In how many arguments two items differ, pictures before all others; 0 where no picture does."""
-    one, other = values_of(a), values_of(b)
-    unlike = [name for name in one.keys() & other.keys() if _known_by(one[name]) != _known_by(other[name])]
-    shown = sum(bool(_pictures(one[name])) for name in unlike)
-    return shown * len(one) + len(unlike) if shown else 0
 
 
 def _known_by(value: Any) -> Any:

@@ -80,13 +80,23 @@ def target_samples(
         UserError: the items have no results, or one cannot be a sample of the teacher; its row is named. Or what a
             sample becomes is no affine function of it, so that nothing is known of a picture's.
     """
-    if items is None or not items.targets:
-        whose = "--items" if items is None else items.name
-        raise UserError(f"--data {TARGETS} is the column target of {whose}, and no row has one: give each its own")
+    items = wanted_results(items)
     refuse_no_encoder(recording.pipeline)
     shown = _Targets(items, recording, conditions)
     known = Encoded(len(items), shown.pixels, shown.encoded, workers)
     return RealSamples(known, range(len(items)), conditions, device, f"--data {TARGETS}: those of {len(items):,} items")
+
+
+def wanted_results(items: Items | None) -> Items:
+    """The items of a run, which have results.
+
+    Raises:
+        UserError: they have none, or there are none.
+    """
+    if items is None or not items.targets:
+        whose = "--items" if items is None else items.name
+        raise UserError(f"--data {TARGETS} is the column target of {whose}, and no row has one: give each its own")
+    return items
 
 
 class _Targets:

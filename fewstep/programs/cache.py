@@ -15,7 +15,8 @@ from fewstep.config.values import number_within
 from fewstep.data.condition_cache import CacheWriter
 from fewstep.data.conditions import asked_items, draws_of, nothing_drawn, read_classes, read_prompts
 from fewstep.data.durable import nothing_left
-from fewstep.data.encoding import CutPrompts, encode_each, encoding_bar, joined_cuts, size_of_all
+from fewstep.data.encoded_size import examples_of
+from fewstep.data.encoding import CutPrompts, encode_each, encoding_bar, joined_cuts
 from fewstep.errors import UserError
 from fewstep.programs.latents import cache_images
 from fewstep.programs.teacher import TeacherSettings, open_teacher
@@ -135,7 +136,7 @@ def cache(
         kept = draws_of(recording, draws)
         writer = on_main(launch, lambda: CacheWriter(out, recording, name, asked, shard_size, resume, source, kept))
         if shown is not None and launch.is_main_process:
-            logger.info(size_of_all(recording, shown.each, kept))
+            logger.info(examples_of(recording, shown.each).describe(kept))
             if note := nothing_drawn(draws, kept):
                 logger.info(note)
         try:

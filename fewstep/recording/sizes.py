@@ -32,12 +32,13 @@ from fewstep.recording.watch.observation import Observation
 MOST = 64
 
 
-def with_sizes(recording: Recording, items: Sequence[Item]) -> Recording:
+def with_sizes(recording: Recording, items: Sequence[Item], *, proven: bool = True) -> Recording:
     """The recording with what holds at the other sizes of these items' samples, each proven; itself for one size.
 
     Args:
         recording: of items, the first of which is its own.
         items: all that samples will be made for.
+        proven: or not, of networks without weights.
 
     Raises:
         RecordingError: the network is called otherwise at another size, or the grid of times depends on the size, or
@@ -51,10 +52,10 @@ def with_sizes(recording: Recording, items: Sequence[Item]) -> Recording:
     if by_key.keys() <= {own_key}:
         return recording
     with encoded_once(recording.pipeline):
-        return _with_sizes(recording, by_key, own_key)
+        return _with_sizes(recording, by_key, own_key, proven)
 
 
-def _with_sizes(recording: Recording, by_key: Mapping[Form, list[Item]], own_key: Form) -> Recording:
+def _with_sizes(recording: Recording, by_key: Mapping[Form, list[Item]], own_key: Form, proven: bool) -> Recording:
     own = recording.invocation.item
     first = _first_step(recording, own)
     keys: dict[tuple[int, ...], list[Form]] = {recording.sample_shape: [own_key]}
@@ -76,7 +77,8 @@ def _with_sizes(recording: Recording, by_key: Mapping[Form, list[Item]], own_key
     for shape, some in keys.items():
         if shape != recording.sample_shape:
             one = _at(recording, frozenset(some), *_two(by_key[some[0]]))
-            one.prove()
+            if proven:
+                one.prove()
             sizes.append(one)
     return replace(
         recording,

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from item_sets import tiny_editor, write_items
 from tiny_pipelines import tiny_flow, tiny_stable_diffusion
 
 from fewstep.data.encoders import Encoders
+from fewstep.data.items import read_items
 from fewstep.errors import UserError
 from fewstep.export.walk.plan import check_student, plan_student
 from fewstep.recording import Recording, RecordingError, record
+from fewstep.recording.sizes import with_sizes
 from fewstep.teachers.loading import load_teacher
 
 CALL = {"height": 16, "width": 16, "max_sequence_length": 8}
@@ -51,6 +54,18 @@ def test_freed_and_brought_back(tmp_path: Path) -> None:
     assert "forward" not in vars(pipeline.text_encoder_3)
     assert recording.condition(prompts=["something else"]).batch_size == 1
     away.restore()  # nothing to do any more
+
+
+def test_samples_of_another_size_are_decoded_while_the_encoders_are_away(tmp_path: Path) -> None:
+    """Each size has an item of its own, with another prompt."""
+    tiny_editor().save_pretrained(tmp_path)
+    items = read_items(write_items(tmp_path / "items", 4, ((16, 16), (32, 16))), type(tiny_editor()))
+    recording = with_sizes(record(load_teacher(str(tmp_path)), items=items.two()), items.each, proven=False)
+    (other,) = (one.sample_shape for one in recording.sizes)
+    samples = [torch.randn(1, *shape) for shape in (recording.sample_shape, other)]
+    images = [recording.decode(x0) for x0 in samples]
+    assert "freed text_encoder" in encoders(recording, tmp_path, recording.off).free()
+    assert all(torch.equal(recording.decode(x0), image) for x0, image in zip(samples, images))
 
 
 def test_a_teacher_that_changed_meanwhile_is_not_exported(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from item_sets import picture, tiny_editor, write_items
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.conditioning.ragged import with_others
-from fewstep.conditioning.stacking import in_memory
+from fewstep.conditioning.stacking import in_memory, stack
 from fewstep.conditioning.tree import Leaf
 from fewstep.data import item_pictures
 from fewstep.data.condition_cache import CacheWriter, ConditionCache
 from fewstep.data.conditions import Conditions
-from fewstep.data.encoding import CutPrompts, encode_each, encode_one, size_of_all, tensors_of
+from fewstep.data.encoded_size import examples_of
+from fewstep.data.encoding import CutPrompts, encode_each, encode_one, tensors_of
 from fewstep.data.fingerprint import fingerprint
 from fewstep.data.items import Items, read_items
 from fewstep.errors import UserError
@@ -157,15 +158,14 @@ def test_items_of_several_forms_are_called_in_groups(recording: Recording, items
 
 
 def test_what_the_items_take_is_said(recording: Recording, items: Items) -> None:
-    own = encode_one(recording, items.each[0])
-    each = [own, *own.others]
-    told = [t for answer in each for t in answer.arguments().values() if isinstance(t, torch.Tensor)]
-    # What several answers are told, the picture and the negative's text, is kept once.
-    kept = [t for place, t in enumerate(told) if not any(torch.equal(t, before) for before in told[:place])]
-    size = sum(t.nbytes for t in kept)
-    assert len(each) == 3 and len(kept) == 4 < len(told)
-    words = size_of_all(recording, items.each)
-    assert words == f"5 items take about {5 * size / 1e6:.2f} MB once they are encoded, {size / 1e6:.2f} MB each"
+    examples = examples_of(recording, items.each)
+    _, tensors = stack(list(encode_each(recording, items.each, CutPrompts())))
+    assert examples.total(1) == sum(tensor.nbytes for tensor in tensors.values())
+    # The negative's text and the zeros in the place of its picture are alike in all.
+    shared = [tensor.nbytes for tensor in tensors.values() if len(tensor) == 1]
+    assert len(shared) == 2 and sum(shared) == examples.shared
+    total, mean = (f"{size / 1e3:.1f} kB" for size in (examples.total(1), examples.own / 5))
+    assert examples.describe(1) == f"5 items take about {total} once they are encoded, {mean} each"
 
 
 def test_another_autoencoder_is_another_teacher(recording: Recording, items: Items, tmp_path: Path) -> None:

@@ -86,14 +86,15 @@ def test_a_plan_is_recorded_with_items_or_with_made_up_ones(editor: Path, items:
     recording = planner.recording
     assert (recording.conditional, recording.sample_shape) == ("item", (4, 8, 8))
     assert planner.encoding.keys() == {"vae", "text_encoder"} and min(planner.encoding.values()) > 10_000
-    assert planner.item is not None and planner.item > 2 * 4 * 8 * 8 * 4, "a picture, and zeros in its place"
+    size, text = 4 * 8 * 8 * 4, recording.marked["encoder_hidden_states"].value.nbytes
+    assert planner.planned is not None and planner.planned.each == size + text, "the zeros of all are kept once"
 
 
 def test_a_plan_counts_the_draws_that_are_kept(tmp_path: Path) -> None:
     tiny_filler().save_pretrained(tmp_path)
     config = method_class("dmd2").Config(teacher=str(tmp_path), out="")
-    one, three = (Planner(replace(config, draws=draws), "dmd2").item for draws in (1, 3))
-    assert one is not None and three == 3 * one
+    one, three = (Planner(replace(config, draws=draws), "dmd2").planned for draws in (1, 3))
+    assert one is not None and three is not None and three.each == 3 * one.each
 
 
 @pytest.mark.soak
@@ -101,7 +102,7 @@ def test_a_plan_of_items_is_made_whole(editor: Path, items: Path, capsys) -> Non
     assert main(["plan", str(editor), "dmd2", "--items", str(items), "--batch_size", "1"]) == 0
     shown = capsys.readouterr().out
     assert "[4, 8, 8] per sample" in shown and "\nencoders       estimated: vae " in shown
-    assert "\nitem           computed: " in shown and " MB for each, encoded and cached" in shown
+    assert "\nitem           computed: " in shown and " kB for each, encoded and cached" in shown
 
 
 def test_made_up_pictures_are_the_same_each_time_and_no_more_than_need_be() -> None:

@@ -6,12 +6,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import item_sets
 import pinned_pipelines
 import pytest
 import torch
 import zoo_image
+from safetensors import safe_open
 
 from fewstep.conditioning.conditioning import Conditioning
+from fewstep.config.values import bytes_in_words
+from fewstep.errors import UserError
+from fewstep.programs.cache import cache
 from fewstep.programs.methods import method_class
 from fewstep.programs.planning import counting
 from fewstep.programs.planning.counting import mean_calls
@@ -104,3 +109,42 @@ def test_a_step_on_fake_tensors_takes_what_it_takes_on_real_ones(name: str, sett
         assert planned.moments[role].graph == pytest.approx(moment.graph, rel=0.1)
         assert planned.moments[role].peak == pytest.approx(moment.peak, rel=0.1)
     assert planned.calls == mean_calls(planner.config, "dmd2", dry_run.recording)
+
+
+def of_two_sizes() -> list[dict[str, Any]]:
+    sizes = [(16, 16), (16, 16), (32, 32)]
+    return [{"prompt": "abc"[n], "image": item_sets.picture(n, size)} for n, size in enumerate(sizes)]
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("editor") / "pipeline"
+    item_sets.tiny_editor().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_a_plan_of_items_of_two_sizes_is_of_the_largest(editor: Path) -> None:
+    items = of_two_sizes()
+    turned = {**items[2], "image": items[2]["image"].rotate(90)}
+    both, large = (planner_of(editor, some, {}).plan() for some in (items, [items[2], turned]))
+    assert both.sample_shape == large.sample_shape == (4, 16, 16)
+    assert both.moments == large.moments and both.encoding == large.encoding
+    assert "3 items in 2 forms" in both.items and both.notes == [
+        "samples of 2 sizes, each step of one: what a step takes is the most"
+    ]
+
+
+def test_what_encoded_items_take_is_what_their_cache_holds(editor: Path, tmp_path: Path) -> None:
+    out = cache(editor, tmp_path / "cache", items=of_two_sizes(), cpu=True)
+    with safe_open(str(out / "shard_00000.safetensors"), "pt") as file:
+        held = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    planned = planner_of(editor, of_two_sizes(), {}).planned
+    assert planned is not None and f"3 items in 2 forms take about {bytes_in_words(held)} once" in planned.words
+    assert [one.sample_shape for one, _ in planned.largest] == [(4, 16, 16)]
+
+
+def test_a_plan_refuses_what_a_run_refuses_of_its_items(editor: Path) -> None:
+    with pytest.raises(UserError, match="--data targets is the column target of the items, and no row has one"):
+        planner_of(editor, of_two_sizes()[:2], {}, data="targets", gan_weight=0.1)

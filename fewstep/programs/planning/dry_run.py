@@ -59,6 +59,7 @@ class DryRun:
         world: that of fake tensors for a plan. What a method works out with numbers of its own, it works out on real
             ones.
         roles: what they are; by default as in the run.
+        told: what the network is told of a sample, with its further answers; by default what it was in the recording.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class DryRun:
         device: torch.device | str = "cpu",
         world: World = nullcontext,
         roles: RoleSettings | None = None,
+        told: Conditioning | None = None,
     ) -> None:
         config = config.resolved()
         self.config, self.method, self.recording = config, method, recording
@@ -83,9 +85,10 @@ class DryRun:
         self.sampler = Sampler(recording.schedule, grid, renoise, scale, gamma)
         self.guidance_scale = guidance_of(TeacherSettings.of(config), recording)
         # An input for the guidance that a run would add to the network weighs next to nothing, and is left out.
-        told = config.embedded_guidance if recording.embedded else None
-        self.guidance_embedding = None if told is None else likely_guidance_embedding(recording, told[0])
+        scales = config.embedded_guidance if recording.embedded else None
+        self.guidance_embedding = None if scales is None else likely_guidance_embedding(recording, scales[0])
         self.further = recording.further
+        self._told = told
         self._conditions = self._conditioning(config.batch_size)
 
     def prepare(self) -> Method:
@@ -225,10 +228,11 @@ class DryRun:
             return make_roles(self.roles, self.recording, names, self.device, student, _always_the_first)
 
     def _conditioning(self, size: int) -> Conditioning:
-        told, negative = Conditioning(self.recording.marked, 1), self.recording.negative()
-        # Of items a further answer is of the positive one's size, or of nearly that.
-        others = [told] * self.further if negative is None else [negative]
-        one = Conditioning(told.tree, 1, others)
+        if (one := self._told) is None:
+            told, negative = Conditioning(self.recording.marked, 1), self.recording.negative()
+            # Of items a further answer is of the positive one's size, or of nearly that.
+            others = [told] * self.further if negative is None else [negative]
+            one = Conditioning(told.tree, 1, others)
         return one.select([0] * size).to(device=self.device)
 
 

@@ -34,6 +34,12 @@ class Moment:
     peak: int
 
 
+def most_of(one: dict[str, Moment], other: dict[str, Moment]) -> dict[str, Moment]:
+    """By role, the larger of two moments in each of its numbers; of a role that one of them lacks the other's."""
+    both = {role: (one.get(role, moment), moment) for role, moment in other.items()}
+    return one | {role: Moment(max(a.graph, b.graph), max(a.peak, b.peak)) for role, (a, b) in both.items()}
+
+
 def weigh(method: Method, dry_run: DryRun, step: int) -> dict[str, Moment]:
     """By role: what its turn of a step needs beside all weights.
 

@@ -20,8 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from fewstep.config.run import RunConfig
-from fewstep.data.conditions import draws_of
-from fewstep.data.encoding import encode_one, own_bytes
+from fewstep.config.values import bytes_in_words
 from fewstep.errors import UserError
 from fewstep.programs.auto import CHOOSE, decide
 from fewstep.programs.given_items import given_items, record_for
@@ -31,14 +30,16 @@ from fewstep.programs.planning.counting import costliest_step, mean_calls
 from fewstep.programs.planning.drawn import answering
 from fewstep.programs.planning.dry_run import DryRun, World
 from fewstep.programs.planning.evaluations import Evaluations, evaluations_of
+from fewstep.programs.planning.items import planned_items
 from fewstep.programs.planning.memory import tensor_bytes
-from fewstep.programs.planning.moments import Moment, RoleBytes, role_bytes, weigh
+from fewstep.programs.planning.moments import Moment, RoleBytes, most_of, role_bytes, weigh
 from fewstep.programs.planning.quantized import plan_quantized
 from fewstep.programs.planning.weightless import fake_tensors, fake_world, pretend, weightless_teacher
 from fewstep.programs.planning.words import attention_in_words, settings_in_words
 from fewstep.programs.teacher import TeacherSettings
-from fewstep.recording import Recording, record
+from fewstep.recording import record
 from fewstep.recording.pipeline import find_decoder, modules_of
+from fewstep.recording.sizes import with_sizes
 
 #: What no number here holds.
 LEFT_OUT = (
@@ -60,11 +61,14 @@ class Plan:
         settings: what of the run's settings matters here, in words.
         attention: the network's attention processors, in words.
         device: the kind of device whose rules the step was played by.
-        sample_shape: of one sample.
+        sample_shape: of one sample, of items that have several sizes the largest.
         parameters: by component of the pipeline.
         recording: weights of the whole pipeline, which is recorded and encodes before the training.
         encoding: by network that encodes, what it takes at most beside its weights, before the training.
-        item: what one item takes encoded, in all of its draws; None of prompts, labels or nothing.
+        item: what one item takes encoded, in all of its draws, beside what items share; None of prompts, labels or
+            nothing.
+        items: what all of the run's take, in words; "" where there are none.
+        notes: what else a user may want to know of them, a line each.
         kept: weights of the pipeline that stay beside the training: denoiser and decoder.
         roles: by name.
         moments: by role, its turn in the most costly step.
@@ -84,6 +88,8 @@ class Plan:
     recording: int
     encoding: dict[str, int]
     item: int | None
+    items: str
+    notes: list[str]
     kept: int
     roles: dict[str, RoleBytes]
     moments: dict[str, Moment]
@@ -158,13 +164,13 @@ class Planner:
         with answering(self.pipeline, self.mode) as taken:
             call = TeacherSettings.of(config).recorded_call
             self.items = given_items(
-                config.items if items is None else items, None, self.pipeline, call, name=config.teacher
+                config.items if items is None else items, config.cache, self.pipeline, call, name=config.teacher
             )
             how = {"make_up": config.prompts is None, "without_images": config.without_images}
             self.recording = record_for(record, self.pipeline, call, self.items, **how)
-            one = self.recording.invocation.item if self.recording.conditional == "item" else None
-            draws = draws_of(self.recording, config.draws)
-            self.item = None if one is None else draws * own_bytes(encode_one(self.recording, one))
+            if self.items is not None:
+                self.recording = with_sizes(self.recording, self.items.each, proven=False)
+            self.planned = planned_items(config, self.recording, self.items)
         second = [] if (rule := self.recording.recipe.second) is None else [rule.component]
         self.trained_with = {*self.recording.components, *second}
         self.encoding = {name: most for name, most in taken.items() if most and name not in self.trained_with}
@@ -180,23 +186,24 @@ class Planner:
         config = replace(self.config, **changes).resolved()
         world = partial(fake_world, self.mode)
         bits, precision = config.quantization, config.mixed_precision
-        recording = self.recording if bits is None else self._quantized(bits, precision)
-        pipeline = recording.pipeline
-        dry_run = DryRun(config, self.method, recording, self.device, world)
+        networks = modules_of(self.pipeline) if bits is None else self._quantized(bits, precision)
+        planned, moments = self.planned, dict[str, Moment]()
         try:
-            method = dry_run.prepare()
-            for role in method.roles.values():
-                for module in role.added.values():
-                    pretend(module, self.mode)
             step, calls = self._counts(config)
-            with world():
-                moments = weigh(method, dry_run, step)
+            for largest, told in [(self.recording, None)] if planned is None else planned.largest:
+                recording = largest if bits is None else largest.on(networks)
+                dry_run = DryRun(config, self.method, recording, self.device, world, told=told)
+                method = dry_run.prepare()
+                for role in method.roles.values():
+                    for module in role.added.values():
+                        pretend(module, self.mode)
+                with world():
+                    moments = most_of(moments, weigh(method, dry_run, step))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UserError(
                 f"{self.method} cannot be planned: its step depends on values of tensors: {error}"
             ) from error
-        networks = modules_of(pipeline)
-        stay = {*self.trained_with, find_decoder(pipeline)}  # others are freed once everything is encoded
+        stay = {*self.trained_with, find_decoder(self.pipeline)}  # others are freed once everything is encoded
         kept = [network for name, network in networks.items() if name in stay]
         return Plan(
             teacher=config.teacher,
@@ -206,13 +213,15 @@ class Planner:
             settings=settings_in_words(config),
             attention=attention_in_words(config, self.recording.network),
             device=self.device.type,
-            sample_shape=self.recording.sample_shape,
+            sample_shape=self.recording.sample_shape if planned is None else planned.largest[0][0].sample_shape,
             parameters={
                 name: sum(p.numel() for p in module.parameters()) for name, module in modules_of(self.pipeline).items()
             },
             recording=tensor_bytes(*networks.values()),
             encoding=self.encoding,
-            item=self.item,
+            item=None if planned is None else planned.each,
+            items="" if planned is None else planned.words,
+            notes=[] if planned is None else planned.notes,
             kept=tensor_bytes(*kept),
             roles=role_bytes(method, kept),
             moments=moments,
@@ -237,8 +246,8 @@ class Planner:
         self._counted.append((config, step, calls))
         return step, calls
 
-    def _quantized(self, quantization: str, mixed_precision: str) -> Recording:
-        """The recording on networks whose linear layers have the sizes of quantised ones.
+    def _quantized(self, quantization: str, mixed_precision: str) -> dict[str, nn.Module]:
+        """The pipeline's networks, the linear layers of its denoisers in the sizes of quantised ones.
 
         The whole pipeline is in the dtype in which a run loads it.
         """
@@ -248,7 +257,7 @@ class Planner:
                 plan_quantized(networks[name], quantization)
             if mixed_precision == "bf16":
                 networks = {name: nn.Module.to(network, torch.bfloat16) for name, network in networks.items()}
-        return self.recording.on(networks)
+        return networks
 
     def advice(self, plan: Plan, memory: int) -> str:
         """What would make ``plan`` fit ``memory`` bytes, in one line: of a few changes those that help, in order."""
@@ -264,10 +273,11 @@ class Planner:
                 continue
             plan, changes = smaller, {**changes, name: value}
             if plan.peak <= memory:
-                return f"it would fit with {_flags(changes)}: {size(plan.peak)}"
+                return f"it would fit with {_flags(changes)}: {bytes_in_words(plan.peak)}"
         if not changes:
             return "nothing that fewstep offers would make it smaller: choose a smaller teacher or resolution"
-        return f"even with {_flags(changes)} it would take {size(plan.peak)}: choose a smaller teacher or resolution"
+        taken = bytes_in_words(plan.peak)
+        return f"even with {_flags(changes)} it would take {taken}: choose a smaller teacher or resolution"
 
 
 #: What is tried where a run does not fit, from the harmless to the costly: where it has this default, another value.
@@ -283,8 +293,3 @@ _CHANGES: dict[str, tuple[Any, Any]] = {
 
 def _flags(changes: dict[str, Any]) -> str:
     return " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in changes.items())
-
-
-def size(number: int) -> str:
-    """Bytes for people: GB of 10^9, or MB where that is clearer."""
-    return f"{number / 1e9:,.2f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"
