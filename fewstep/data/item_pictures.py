@@ -1,7 +1,7 @@
 """Pictures of items: looked at once, known by their content, and opened when they are asked for.
 
-Eight hundred of them are never in memory together. The pipeline alone resizes: a picture is opened upright, in colour
-or, where it is a mask, in grey, and at its own size.
+Eight hundred of them are never in memory together. The pipeline alone resizes: a picture is opened as diffusers itself
+opens one, upright, in colour or, where it is a mask, in grey, and at its own size.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fewstep.data.image_opening import UNREADABLE, Stored, opened, upright, upright_size
+from fewstep.data.image_opening import UNREADABLE, Stored, opened, upright_size
 from fewstep.errors import UserError, one_line
 
 _OPEN = 8  # that are kept decoded, as the same items are asked for again and again while they are recorded
@@ -108,14 +108,18 @@ def _size_in_header(picture: Image.Image) -> tuple[int, int]:
 
 
 def as_meant(picture: Image.Image, grey: bool) -> Image.Image:
-    """A picture as pipelines take it: upright, RGB, or L for a mask.
+    """A picture as diffusers' ``load_image`` gives it, RGB, or of that the grey for a mask.
+
+    A student is shown what its stock pipeline will be shown of the same file: upright, and where it is transparent the
+    colour beneath.
 
     Raises:
-        ValueError: its numbers have no white.
+        ValueError: it has more than 8 bits, of which ``load_image`` keeps the lowest values and makes white of others.
     """
-    turned = upright(picture)
-    mode = "L" if grey else "RGB"
-    return turned if turned.mode == mode else turned.convert(mode)
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError(f"of the mode {picture.mode}, of which pipelines see the first 8 bits: save it with 8 bits")
+    turned, mode = ImageOps.exif_transpose(picture), "L" if grey else "RGB"
+    return turned if turned.mode == mode else turned.convert("RGB").convert(mode)
 
 
 def is_blank(value: Image.Image | Tensor | np.ndarray) -> bool:
