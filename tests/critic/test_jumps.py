@@ -46,6 +46,21 @@ def test_what_arrived_is_noised_by_what_lacks_to_a_later_time(schedule: NoiseSch
     torch.testing.assert_close((kept * before.sigma) ** 2 + added**2, after.sigma**2)
 
 
+@pytest.mark.parametrize(
+    ("loss", "own", "students"), [("hinge", 0.8 + 0.7, 1.2), ("non_saturating", 0.5981 + 0.5544, 0.7981)]
+)
+def test_the_targets_jumps_are_the_real_ones(tmp_path: Path, loss: str, own: float, students: float):
+    """Of logits 0.3 for the target's and -0.2 for the student's."""
+    judge = vector_method(config(tmp_path, "pcm", adversarial_weight=[0.1], adversarial_loss=loss)).judge
+    judge.role.denoiser.features = lambda x, *_: x
+    judge.role.added["head"].forward = lambda features: features[:, 0]
+    half = torch.full((2,), 0.5, dtype=torch.float64)
+    noise = JumpNoise(FlowSchedule(), half, half, torch.ones(2, 6))  # which is where they are already
+    real, fake = (torch.full((2, 6), logit) for logit in (0.3, -0.2))
+    assert float(judge.own_loss(fake, real, noise, None)) == pytest.approx(own, abs=1e-4)
+    assert float(judge.student_loss(fake, noise, None)) == pytest.approx(students, abs=1e-4)
+
+
 def test_jumps_that_arrived_at_an_edge_are_judged_in_the_segment_above_it(tmp_path: Path):
     method = vector_method(config(tmp_path, "pcm", adversarial_weight=[0.1], alternate=False))
     (stage,) = method.stages

@@ -1,5 +1,6 @@
 """Continuous-time consistency's own class on small real networks: who learns what, in which order, at what cost."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,8 +143,16 @@ def test_the_match_is_weighed_without_a_factor_of_one_half():
     torch.testing.assert_close(gradient, 2 * 0.3 * expected)
 
 
+def test_a_rollout_begins_where_the_sampler_does():
+    method, met = vector_method(config("rcm", **MATCHING), EDMSchedule(), "edm"), []
+    method.student.denoiser.on_call = lambda x, _t, _early: met.append(x) or (lambda _answer: None)
+    method.sample(batch(0))
+    torch.testing.assert_close(met[0], EDMSchedule().initial_scale() * batch(0).draws.normal("sample_noise", (6,)))
+
+
 def test_a_rollout_meets_ever_cleaner_times_and_learns_at_the_last_alone():
     method = vector_method(config("rcm", **MATCHING))
+    method.sampler = replace(method.sampler, grid=(1.0, 0.75, 0.5, 0.25))
     seen: list[tuple[Tensor, bool]] = []
     method.student.denoiser.on_call = lambda _x, t, _early: (
         seen.append((t, torch.is_grad_enabled())) or (lambda _answer: None)
@@ -155,7 +164,7 @@ def test_a_rollout_meets_ever_cleaner_times_and_learns_at_the_last_alone():
         times = torch.stack([t for t, _ in seen])
         drawn = [method.compared.times(batch(step).draws, f"step_{k}") for k in range(1, len(seen))]
         assert torch.equal(times, torch.stack([torch.ones(8).double(), *drawn]).cummin(0).values)
-        assert len(seen) == 1 + batch(step).draws.shared_integer("student_step", 0, 2)
+        assert len(seen) == 1 + batch(step).draws.shared_integer("student_step", 0, 4)
 
 
 # --- TCM ----------------------------------------------------------------------------------------------------------

@@ -107,6 +107,15 @@ def test_the_way_back_has_every_node_as_the_target_the_most_degraded_first_and_t
     assert asked == [(6, f"{NODE}2"), (8, f"{NODE}1"), (10, "teacher"), (12, "teacher")]
 
 
+def test_a_node_is_the_target_for_as_many_steps_as_are_asked_and_the_students_turns_begin_with_the_way_back(
+    tmp_path: Path,
+):
+    one = method(config(tmp_path, degradation_steps=5, record_steps=[1, 3, 5], node_steps=3, critic_updates=2))
+    assert [one.place(step) for step in range(14)] == [-1] * 5 + [0] * 3 + [1] * 3 + [2] * 3
+    played = [[turn.role for turn in one.turns(step, batch(step, range(4)))] for step in (5, 6, 7)]
+    assert played == [["critic", "student", "critic"], ["critic"], ["student", "critic"]]  # at first the critic's start
+
+
 def test_nodes_are_prepared_as_targets_under_a_guidance_of_their_own_the_most_degraded_first(tmp_path: Path):
     settings = config(tmp_path, node_guidance_scale=1.5)
     toy, asked = method(settings), []

@@ -121,6 +121,12 @@ def test_the_judges_gradient_is_that_of_its_formula(tmp_path: Path):
     torch.testing.assert_close(ours, expected)
 
 
+def test_the_judges_loss_counts_by_its_weight(tmp_path: Path):
+    turn = next(method(config(tmp_path, gan_weight=0.3)).turns(0, batch()))
+    (_, (loss, _)) = turn.backward
+    torch.testing.assert_close(loss.detach(), 0.3 * turn.log["student/adversarial"])
+
+
 # --- beside DMD2 ------------------------------------------------------------------------------------------------------
 
 

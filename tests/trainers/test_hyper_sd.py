@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from toys import Labels, every_kind_of_teacher, labels, make_loop
+from toys import TABLE, Labels, every_kind_of_teacher, labels, make_loop
 
 from fewstep.data.batch import Batch, Real
 from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.rollout import rollout
 from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.trainers.hyper_sd import HyperSd
@@ -125,6 +126,29 @@ def test_the_match_is_of_the_one_step_sample_and_vanishes_while_the_critic_is_th
         critic, teacher = (method.roles[n](here.x_t, here.t, labels([1.0] * 4)) for n in ("critic", "teacher"))
     scale = (x0 - teacher).abs().mean(1, keepdim=True)
     torch.testing.assert_close(gradient, 3 * (critic - teacher) / scale / x0.numel())
+
+
+def test_the_match_is_divided_by_no_less_than_the_least_normalizer(tmp_path: Path):
+    method = toy_method(config(tmp_path, reward=None, stages="tscd:2,score", score_weight=1.0, normalizer_min=50.0))
+    with torch.no_grad():
+        for parameter in method.roles["critic"].parameters():
+            parameter.mul_(1.5)
+    x0 = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    gradient, _ = method.matching(x0, batch(2))
+    here = method.compared(x0, batch(2).draws, "matching")
+    with torch.no_grad():
+        critic, teacher = (method.roles[n](here.x_t, here.t, labels([1.0] * 4)) for n in ("critic", "teacher"))
+    torch.testing.assert_close(gradient, (critic - teacher) / 50 / x0.numel())
+
+
+def test_a_sample_of_one_step_is_what_the_student_says_of_the_noise_however_its_walks_go(tmp_path: Path):
+    """TCD's walks of a table end at its first entry, and not at the clean sample."""
+    method = toy_method(config(tmp_path, renoise="tcd"), TABLE, "epsilon")
+    noise = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = rollout(method.student, method.one_step, noise, labels([1.0] * 4))
+        said = method.student(noise, torch.ones(4, dtype=torch.float64), labels([1.0] * 4))
+    assert torch.equal(found, said)
 
 
 @every_kind_of_teacher

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import TinyNetwork, every_kind_of_teacher, labels, role
+from toys import TABLE, TinyNetwork, every_kind_of_teacher, labels, role
 
 from fewstep.conditioning.conditioning import Conditioning, Leaf
 from fewstep.data.batch import Batch, Pairs, Real
@@ -175,6 +175,26 @@ def test_distillation_moves_samples_by_twice_the_error_of_the_fake_and_is_weighe
         pull = 2 * (fake.u - fake.target).detach() * (expand(1 - t, u) if weight == "1-t" else 1) / u.numel()
         torch.testing.assert_close(sums[weight], torch.autograd.grad((u * pull).sum(), student.off)[0])
     assert abs(sums["1-t"]) < 0.7 * abs(sums["none"])  # times are mostly noisy
+
+
+def test_times_that_weigh_are_flow_times():
+    """Of a table sigma / (alpha + sigma), by which the derivative counts, and the rest of which weighs distillation."""
+    found = {}
+    for weight in ("none", "1-t"):
+        method = vectors(config(data="images", distillation_time_weight=weight), TABLE, "epsilon")
+        found[weight] = float(next(method.turns(0, batch(1))).log["student/distillation"])
+    alpha, sigma = TABLE.coefficients(method.drawn(batch(1)))
+    assert found["1-t"] == pytest.approx(float(alpha / (alpha + sigma)) * found["none"], rel=1e-5)
+
+    plain, targets = vectors(config(data="images", normalization="none"), TABLE, "epsilon"), []
+    given, t = batch(), torch.linspace(0.1, 0.9, 8, dtype=torch.float64)
+    for change in (torch.zeros(8, 6), torch.ones(8, 6)):
+        plain.followed = lambda x_t, *_, there=change: (x_t, there)
+        noise = batch().draws.normal("noise", (6,))
+        targets.append(plain.said(given.real.x0, noise, t, given.conditioning, plain.teacher).target)
+    alpha, sigma = TABLE.coefficients(t)
+    expected = (sigma / (alpha + sigma))[:, None].expand(8, 6)
+    torch.testing.assert_close(targets[0] - targets[1], expected, rtol=1e-3, atol=1e-3, check_dtype=False)
 
 
 @pytest.mark.parametrize("terms", [{"distillation_weight": 0.0}, {}])

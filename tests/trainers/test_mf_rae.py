@@ -176,6 +176,26 @@ def test_each_chord_is_of_its_own_samples_walk_which_begins_where_the_sampler_do
     torch.testing.assert_close(chord.x_t, (sigma / top)[:, None].float() * noise, rtol=1e-4, atol=1e-5)
 
 
+def test_walks_take_the_teachers_shift_and_states_are_told_the_times_that_are_asked():
+    """3 t / (1 + 2 t) of even times; a uniform grid tells these instead."""
+    plain = vectors(config(stages="cmt", walk_steps=4, label_times="uniform_grid", pairs_per_walk=1))
+    shifted = MfRae(plain.config, plain.roles, plain.teacher, plain.sampler, 6, shift=3.0)
+    assert list(shifted.times) == pytest.approx([1, 0.9, 0.75, 0.5])
+    given = batch(32)
+    chord = shifted.chords(given, list(range(32)))
+    assert {round(float(t), 6) for t in chord.t} == {0.25, 0.5, 0.75, 1.0}
+    told = MfRae(
+        config(stages="cmt", walk_steps=4, pairs_per_walk=1), plain.roles, plain.teacher, plain.sampler, 6, shift=3.0
+    )
+    assert {round(float(t), 6) for t in told.chords(batch(32), list(range(32))).t} == {0.5, 0.75, 0.9, 1.0}
+
+
+def test_only_stages_of_mean_flow_ask_their_samples_unevenly():
+    assert not vectors(config(stages="cmt")).uneven
+    assert vectors(config(stages="cmt:1,mfd", max_steps=4, apart=0.5)).uneven
+    assert not vectors(config(stages="cmt:1,mfd", max_steps=4, apart=1.0)).uneven
+
+
 # --- what the stages reach --------------------------------------------------------------------------------------------
 
 

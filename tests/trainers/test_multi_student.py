@@ -41,6 +41,12 @@ def test_a_small_student_is_pre_trained_and_then_it_is_dmd2s(tmp_path: Path) -> 
             assert gradient is its is None or torch.equal(gradient, its)
 
 
+def test_after_the_pre_training_dmd2s_turns_are_counted_from_there(tmp_path: Path) -> None:
+    one = method(config(tmp_path, max_steps=6, pretraining_steps=3, critic_updates=2))
+    played = [[turn.role for turn in one.turns(step, batch(step)) if isinstance(turn, Turn)] for step in range(2, 6)]
+    assert played == [["student"], ["student", "critic"], ["critic"], ["student", "critic"]]
+
+
 @pytest.mark.parametrize("kind", ["sample", "flow"])
 def test_the_pre_training_is_the_squared_error_of_the_networks_own_output(tmp_path: Path, kind: str) -> None:
     """E || student(x_t) - teacher(x_t) ||^2 of noised real data of the student's own labels, and nobody else learns."""

@@ -257,6 +257,8 @@ def test_offset_noise_is_one_number_for_a_channel_of_a_sample(tmp_path: Path, sh
     added = (method.noise(Draws(0, 0, range(200)), shape) - plain) / 0.5
     for axis in common:
         assert float(added.diff(dim=axis).abs().max()) < 1e-5
+    channels = 1 if len(shape) >= 3 else -1
+    assert float(added.diff(dim=channels).abs().min()) > 0
     assert float(added.std()) == pytest.approx(1.0, abs=0.15)
     assert float(added.flatten(1)[:, 0].diff().abs().min()) > 0
     off = vector_method(config(tmp_path, "tcd"))

@@ -19,7 +19,7 @@ from fewstep.errors import UserError
 from fewstep.eval.bench.floors import declared
 from fewstep.networks.speed_up import refuse_several_negatives
 from fewstep.programs.planning.call_counts import CallCounter
-from fewstep.trainers.speed_up_net import SpeedUpNetConfig
+from fewstep.trainers.speed_up_net import SpeedUpNet, SpeedUpNetConfig
 from tests.mixture import energy_distance
 from tests.trainers.toy_speed_up_net import (
     FLOW,
@@ -101,6 +101,29 @@ def test_the_first_of_its_steps_begins_at_the_samplers_noise_which_holds_nothing
     assert torch.equal(begun, noise[0])
     alpha, sigma = (number[1].float() for number in TABLE.coefficients(t))
     torch.testing.assert_close(later, alpha * x0[1] + sigma * noise[1])
+
+
+def test_the_first_step_begins_at_the_noise_also_below_the_tables_top():
+    trained, t = method(config(), TABLE, "epsilon", grid=(0.6, 0.3)), torch.tensor([0.6, 0.3], dtype=torch.float64)
+    x0, noise = torch.ones(2, D), batch(0, range(2)).draws.normal("noise", (D,))
+    begun, later = trained.start(x0, noise, t)
+    assert torch.equal(begun, noise[0]) and not torch.equal(later, noise[1])
+
+
+def test_the_teachers_steps_are_even_before_its_shift():
+    """3 t / (1 + 2 t)."""
+    plain, asked = method(config(solver_steps=2), grid=(1.0, 0.75)), []
+    one = SpeedUpNet(plain.config, plain.roles, plain.teacher, plain.sampler, shift=3.0)
+    one.teacher = lambda x, t, *_, **__: asked.append(t) or x
+    window = Window(*torch.tensor([[1.0, 0.75], [0.75, 0.0]], dtype=torch.float64))
+    x = torch.zeros(2, D)
+    one.walk(x, window, tokens([0, 1]), tokens([3, 3]), x)
+    torch.testing.assert_close(torch.stack(asked), torch.tensor([[1.0, 0.75], [0.9, 0.5]], dtype=torch.float64))
+
+
+def test_of_several_answers_of_a_sample_that_is_told_a_picture_the_first_is_its_negative():
+    own = with_others(tokens([0, 1]), [tokens([2, 2]), tokens([3, 3])])
+    assert method(config(), pictured=True).negatives(batch(0, range(2)), own) is own.others[0]
 
 
 def test_tokens_that_a_mask_leaves_out_are_not_seen():
