@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from toys import make_loop
 
+from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.eval.bench.floors import declared
 from fewstep.losses.preference import log_likelihood_ratio, preference_loss
@@ -23,9 +24,9 @@ def reward(pictures: Tensor, _asked: object) -> Tensor:
     return pictures @ DIRECTION
 
 
-def preferring(out: Path, **settings) -> FlashDmd:
+def preferring(out: Path, schedule: NoiseSchedule | None = None, kind: str = "flow", **settings) -> FlashDmd:
     given = {"gan_weight": 0.0, "reward": "toys.reward", "matched_steps": 2, "renoise": "fresh", **settings}
-    return method(config(out, **given), reward=reward)
+    return method(config(out, **given), schedule, kind, reward=reward)
 
 
 def test_the_ratio_is_that_of_two_normal_densities():

@@ -5,6 +5,7 @@ The schedule is a table, whose first sample is all noise though its alpha is not
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -133,15 +134,23 @@ def test_where_a_phase_ends(tmp_path: Path, renoise: str):
     assert_pinned(x_s, at(phase.anchor), pins, noise(), trained.sampler.schedule)
 
 
-def test_the_successors_of_a_noisy_step(tmp_path: Path):
+@pytest.mark.parametrize(("schedule", "kind"), [(None, "flow"), (THIRD, "epsilon")])
+def test_the_successors_of_a_noisy_step(tmp_path: Path, schedule: NoiseSchedule | None, kind: str):
     told, pins = pinned(labels([0.0] * B))
-    trained = test_flash_dmd_preferences.preferring(tmp_path, reward_start_step=0)
+    trained = test_flash_dmd_preferences.preferring(tmp_path, schedule, kind, reward_start_step=0)
     assert trained.rewards is not None
-    noted = Noted(trained.roles["student"])
-    trained.preference_turn(trained.rewards, 0, batch(told))
-    assert len(noted.calls) >= 1 + trained.config.preference_candidates
-    for x, t in noted.calls:
-        assert_pinned(x, t, pins, noise(), trained.sampler.schedule)
+    noted, places = Noted(trained.roles["student"]), set()
+    for step in range(4):
+        draws = Draws(0, step, range(B))
+        trained.preference_turn(trained.rewards, 0, replace(batch(told), draws=draws))
+        places.add(Draws(0, step, range(B)).shared_integer("student_step", 0, 2))
+        assert len(noted.calls) >= 1 + trained.config.preference_candidates
+        first = Draws(0, step, range(B)).normal("noise", (6,))
+        assert torch.equal(noted.calls[0][0], first)
+        for x, t in noted.calls[1:]:
+            assert_pinned(x, t, pins, first, trained.sampler.schedule)
+        noted.calls.clear()
+    assert places == {0, 1}
 
 
 def test_a_window_of_perflow():
