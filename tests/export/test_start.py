@@ -18,7 +18,12 @@ def drawn() -> Tensor:
 
 
 def start(
-    x: Tensor, *, scale: float = 1.0, pictured: bool = True, level: tuple[float, float] = (0.0, 1.0)
+    x: Tensor,
+    *,
+    scale: float = 1.0,
+    pictured: bool = True,
+    level: tuple[float, float] = (0.0, 1.0),
+    before: tuple[Tensor, ...] = (),
 ) -> Start | None:
     step: Any = TracedStep(
         called=frozenset(),
@@ -32,7 +37,7 @@ def start(
         draws=[],
         result=x,
     )
-    seen = Trace(steps=[step], initial_draws=[Draw(drawn(), True)])
+    seen = Trace(steps=[step], initial_draws=[Draw(value, True) for value in (*before, drawn())])
     return start_of(seen, SimpleNamespace(init_noise_sigma=scale), x.double(), 1e-5, pictured, level=level)
 
 
@@ -70,3 +75,16 @@ def test_what_a_table_leaves_of_a_picture_at_its_last_entry() -> None:
     assert start(begun, level=level, pictured=False) is None and start(begun) is None
     other = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     assert start(level[0] * picture + level[1] * other, level=level) is None
+
+
+def test_what_was_drawn_before_is_no_noise_of_the_first_sample() -> None:
+    """An encoder's draw, as large as a sample; so low in a table that any noise is near a clean sample."""
+    encoded, level = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)), (0.66, 0.75)
+    assert start(drawn(), level=level, before=(encoded,)) == Start(1.0)
+    assert start(0.75 * drawn(), scale=0.75, level=level, before=(encoded,)) == Start(0.75)
+
+
+def test_a_picture_under_little_noise_is_no_trace() -> None:
+    """Depth2Img from timestep 399: training starts from noise alone, and its pipeline from the picture."""
+    picture, level = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2)), (0.66, 0.75)
+    assert start(level[0] * picture + level[1] * drawn(), level=level) is None

@@ -16,6 +16,10 @@ from fewstep.export.walk.trace import Trace
 _TRACE = 0.01
 # The largest root mean square of a clean sample. What is no such one is some twenty at the top of a table.
 _CLEAN = 5.0
+# The largest alpha at which a picture under the noise is a trace: below a table's top it is most of a sample.
+_LEFT = 0.1
+# How far the noise's share of a first sample may be from its sigma, relative: a picture has some of it by chance.
+_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ def start_of(
     # The scheduler's own word for it, in x_t: exact where the measured number is rounded.
     sample = seen.steps[0].sample.double().cpu()[noisy].sort().values
     stated = float(getattr(scheduler, "init_noise_sigma", 1.0)) * float(x.norm() / sample.norm())
-    for draw in seen.initial_draws:
-        drawn = draw.value.double().cpu()
+    draws = [draw.value.double().cpu() for draw in seen.initial_draws]
+    for drawn in draws:
         noise = drawn.flatten().sort().values
         if len(noise) > len(x) and _holds(noise, x / stated, 10 * close):
             return Start(stated)  # a part of the noise: of the rest a picture takes the place
@@ -65,17 +69,22 @@ def start_of(
             scale = float(x.norm() / noise.norm())
             if bool((x - scale * noise).abs().max() <= 10 * close * scale):
                 return Start(stated if math.isclose(scale, stated, rel_tol=close) else scale)
-        if not pictured or kept is not None:
-            continue
-        alpha, sigma = level
-        for part in _parts(drawn, x_t):
-            if alpha > 0 and float((x_t.flatten() - sigma * part).square().mean().sqrt()) <= _CLEAN * alpha:
-                return Start(sigma, traced=True)
-            share = float(x_t.flatten() @ part / (part @ part))
-            near = math.isclose(share, stated, rel_tol=_TRACE)
-            if near and bool((x_t.flatten() - share * part).abs().max() <= _TRACE * share):
-                return Start(share, traced=True)
+    if pictured and kept is None:
+        return next((start for drawn in draws for start in _traces(x_t, drawn, stated, level)), None)
     return None
+
+
+def _traces(x_t: Tensor, drawn: Tensor, stated: float, level: tuple[float, float]) -> Iterator[Start]:
+    """The start if x_t is drawn numbers with a trace of a picture: other drawn numbers have no share of it."""
+    alpha, sigma = level
+    for part in _parts(drawn, x_t):
+        share = float(x_t.flatten() @ part / (part @ part))
+        rest = float((x_t.flatten() - sigma * part).square().mean().sqrt())
+        if 0 < alpha <= _LEFT and rest <= _CLEAN * alpha and math.isclose(share, sigma, rel_tol=_SHARE):
+            yield Start(sigma, traced=True)
+        near = math.isclose(share, stated, rel_tol=_TRACE)
+        if near and bool((x_t.flatten() - share * part).abs().max() <= _TRACE * share):
+            yield Start(share, traced=True)
 
 
 def _parts(drawn: Tensor, x_t: Tensor) -> Iterator[Tensor]:
