@@ -246,15 +246,18 @@ def mark(one: dict[str, Any], two: dict[str, Any], samples: int = 1) -> dict[str
     return {name: _mark(one[name], two[name], samples, name) for name in one}
 
 
-def remark(arguments: dict[str, Any], marked: dict[str, Any], batch_size: int) -> Conditioning:
+def remark(arguments: dict[str, Any], marked: dict[str, Any], batch_size: int, *, more: bool = False) -> Conditioning:
     """Mark `arguments` (at `batch_size` samples) as the tree `marked` (any batch size) is marked.
+
+    With `more`, a dict may hold what `marked` has not (a mask): a tensor is per sample where its leading axis is as
+    long as the batch, anything else is shared.
 
     Raises:
         ValueError: the arguments have another structure than `marked`; the message names the place.
     """
-    if arguments.keys() != marked.keys():
-        raise ValueError(f"the arguments {sorted(arguments.keys() ^ marked.keys())} are passed only sometimes")
-    return Conditioning({name: _remark(arguments[name], marked[name], name) for name in arguments}, batch_size)
+    if missing := sorted(marked.keys() - arguments.keys() if more else marked.keys() ^ arguments.keys()):
+        raise ValueError(f"the arguments {missing} are passed only sometimes")
+    return Conditioning(_remark(arguments, marked, "", batch_size if more else None), batch_size)
 
 
 def _mark(one: Any, two: Any, samples: int, path: str) -> Any:
@@ -276,14 +279,32 @@ def _mark(one: Any, two: Any, samples: int, path: str) -> Any:
     raise ValueError(f"the argument {path} is {brief(one)} for one sample and {brief(two)} for two")
 
 
-def _remark(value: Any, node: Any, path: str) -> Any:
-    if isinstance(node, dict) and isinstance(value, dict) and node.keys() == value.keys():
-        return {name: _remark(value[name], node[name], f"{path}.{name}") for name in value}
+def _remark(value: Any, node: Any, path: str, more: int | None = None) -> Any:
+    """With `more`, a batch size, dicts may hold further entries."""
+    if isinstance(node, dict) and isinstance(value, dict):
+        further = value.keys() - node.keys()
+        if node.keys() <= value.keys() and (more is not None or not further):
+            inside = f"{path}." if path else ""
+            return {
+                name: _mark_anew(value[name], more or 1, inside + name)
+                if name in further
+                else _remark(value[name], node[name], inside + name, more)
+                for name in value
+            }
     if isinstance(node, SampleList) and isinstance(value, list | tuple):
         return SampleList(tuple(value), node.rows, node.is_tuple)
     if isinstance(node, list | tuple) and type(value) is type(node) and len(value) == len(node):
-        return type(node)(_remark(v, n, f"{path}[{i}]") for i, (v, n) in enumerate(zip(value, node, strict=True)))
+        return type(node)(_remark(v, n, f"{path}[{i}]", more) for i, (v, n) in enumerate(zip(value, node, strict=True)))
     is_leaf = isinstance(node, Leaf) and not isinstance(value, dict | list | tuple)
     if is_leaf and isinstance(value, Tensor) == isinstance(node.value, Tensor):
         return Leaf(value, node.rows)
     raise ValueError(f"the argument {path} is {brief(value)} here and was {describe(node)} when recorded")
+
+
+def _mark_anew(value: Any, batch_size: int, path: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _mark_anew(inner, batch_size, f"{path}.{name}") for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        raise ValueError(f"the argument {path} is {brief(value)} here and was not passed when recorded")
+    rows = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch_size
+    return Leaf(value, int(rows))

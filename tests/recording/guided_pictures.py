@@ -21,7 +21,20 @@ WAYS = (
     "plus_one",
     "drawn",
     "drawn_apart",
+    "masked",
+    "filled",
 )
+
+
+class MaskedNetwork(PictureNetwork):
+    """Reads of its texts what a mask keeps, where it is told one among its options."""
+
+    def forward(self, hidden_states: Any, timestep: Tensor, text: Any = None, options: Any = None) -> Any:
+        if "mask" not in options:
+            return super().forward(hidden_states, timestep, text)
+        rows = zip(hidden_states.split(1), timestep.split(1), text, options["mask"], strict=True)
+        answers = [PictureNetwork.forward(self, x, t, one[kept][None])[0] for x, t, one, kept in rows]
+        return (torch.cat(answers),)
 
 
 class GuidedPictures(DiffusionPipeline):
@@ -83,10 +96,17 @@ class GuidedPictures(DiffusionPipeline):
             return [(text(prompt), image)]
         others = {"dropped": torch.zeros_like(image), "other_picture": torch.ones_like(image)}
         positive, away = (text(prompt), image), (text(negative), others.get(self.way, image))
+        if self.way in ("masked", "filled"):  # it is shorter, or the positive
+            away = (away[0].repeat(1, 2, 1)[:, : 1 if self.way == "masked" else 3], image)
         return [positive, away] if self.way in ("two_calls", "unsaid", "plus_one") else [away, positive]
 
-    def ask(self, x: Tensor, t: Tensor, told: list[tuple[Tensor, Tensor]], **more: None) -> Tensor:
+    def ask(self, x: Tensor, t: Tensor, told: list[tuple[Tensor, Tensor]], **more: Any) -> Tensor:
         rows = torch.cat([torch.cat([x, image], 1) for _, image in told])
+        if self.way in ("masked", "filled"):
+            length = max(one.shape[1] for one, _ in told)
+            mask = torch.stack([torch.arange(length) < one.shape[1] for one, _ in told])
+            told = [(torch.nn.functional.pad(one, (0, 0, 0, length - one.shape[1])), image) for one, image in told]
+            more = {"options": {} if mask.all() else {"mask": mask}}
         texts = torch.cat([one for one, _ in told])
         return self.network(rows, t.expand(len(rows)), text=texts, **more)[0][:, :CHANNELS]
 
@@ -175,7 +195,8 @@ def guided_pictures(kind: type[GuidedPictures] = GuidedPictures, way: str = "one
     """A pipeline of one kind and way; the same weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipeline = kind(PictureNetwork(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+        network = MaskedNetwork() if way in ("masked", "filled") else PictureNetwork()
+        pipeline = kind(network, FlowMatchEulerDiscreteScheduler(shift=3.0))
     pipeline.way = way
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ import pytest
 import torch
 import zoo_image
 from diffusers import (
+    AutoencoderKLWan,
+    BriaFiboEditPipeline,
+    BriaFiboTransformer2DModel,
     ChronoEditPipeline,
     ChronoEditTransformer3DModel,
     CogVideoXFunControlPipeline,
+    FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
     HunyuanVideoImageToVideoPipeline,
@@ -35,7 +40,13 @@ from diffusers import (
 )
 from test_item_pipelines import _items, _parts, _without, proven
 from torch import nn
-from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
+from transformers import (
+    DPTConfig,
+    DPTForDepthEstimation,
+    DPTImageProcessor,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from fewstep.export import plan_student
 
@@ -176,7 +187,25 @@ def _skyreels(_zoo: Path) -> Made:
     return _first_frame(SkyReelsV2ImageToVideoPipeline, SkyReelsV2Transformer3DModel, 9)
 
 
-MADE = [_flux, _sd3, _qwen, _sana, _adapter, _fun, _vace, _chrono, _skyreels, _upscaler, _depth, _replaced]
+def _fibo(zoo: Path) -> Made:
+    """Of guided calls alone it masks what fills the shorter of two texts, among other arguments' options."""
+    small: Any = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids: Any = {"vocab_size": 128003, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    halvings: Any = {"dim_mult": [1] * 5, "temperal_downsample": [False, False, True, True]}
+    wide: Any = {"joint_attention_dim": 32, "text_encoder_dim": 16, "axes_dims_rope": [4, 2, 2]}
+    heads: Any = {"attention_head_dim": 8, "num_attention_heads": 2, "num_layers": 1, "num_single_layers": 1}
+    pipeline = BriaFiboEditPipeline(
+        transformer=_shaken(BriaFiboTransformer2DModel(in_channels=16, **heads, **wide)),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=_shaken(AutoencoderKLWan(base_dim=8, num_res_blocks=1, **halvings)),
+        text_encoder=_shaken(SmolLM3ForCausalLM(SmolLM3Config(**small, **ids))),
+        tokenizer=_parts(zoo / "QwenImage")["tokenizer"],
+    )
+    items = [{**item, "prompt": json.dumps({"edit_instruction": item["prompt"]})} for item in _items(64)]
+    return pipeline, items, {"height": 64, "width": 64, "_auto_resize": False}
+
+
+MADE = [_flux, _sd3, _qwen, _sana, _adapter, _fun, _vace, _chrono, _skyreels, _upscaler, _depth, _replaced, _fibo]
 
 
 @pytest.mark.parametrize("made", MADE)

@@ -118,17 +118,18 @@ def _with_formula(
 def _positive(subject: Subject, denoisers: Denoisers, found: Guided, embedded: set[str], told: Told) -> int:
     """Which of a guided step's answers is the positive one.
 
-    The one that is told what the network is told without guidance, what is drawn apart; if that does not tell, the one
-    that another prompt changes.
+    The one that is told what the network is told without guidance, what is drawn apart, and what it is told in more
+    than that (padding, and its mask); if that does not tell, the one that another prompt changes.
 
     Raises:
         RecordingError: neither tells.
     """
     drawn = {path.split(".")[0].split("[")[0] for path in told.draws}
-    for ignored in (embedded, embedded | drawn):
-        matches = [same_conditioning(piece, denoisers.unguided, ignored) for piece in found.pieces]
-        if matches.count(True) == 1:
-            return matches.index(True)
+    for padded in (False, True):
+        for ignored in (embedded, embedded | drawn):
+            matches = [same_conditioning(piece, denoisers.unguided, ignored, padded=padded) for piece in found.pieces]
+            if matches.count(True) == 1:
+                return matches.index(True)
     item = subject.invocation.item
     if isinstance(item.subject, str):
         other = Item({**item.arguments, PROMPT: "two red boats" if item.subject != "two red boats" else "a hill"})

@@ -71,7 +71,7 @@ def split_pieces(calls: list[NetworkCall], recipe: Recipe, marked: dict[str, Any
             # What is None is as good as not said, there and here.
             told = {name: value for name, value in told.items() if name in marked or value is not None}
             told = {**{name: None for name in marked if _is_none(marked[name])}, **told}
-            whole = remark(told, marked, rows)
+            whole = remark(told, marked, rows, more=True)
         except ValueError as error:
             raise RecordingError(
                 f"the guided call cannot be split ({error}): switch the guidance off in the call, or {ANOTHER}"
@@ -116,8 +116,8 @@ def same_conditioning(a: Conditioning, b: Conditioning, ignored: set[str], *, pa
 
     With `padded`, a's tensors may be longer along one axis, what b lacks counts not, and b's part is compared.
     """
-    one, two = a.arguments(), b.arguments()
-    return one.keys() == two.keys() and all(equal(one[key], two[key], padded) for key in one if key not in ignored)
+    one, two = ({name: node for name, node in each.arguments().items() if name not in ignored} for each in (a, b))
+    return equal(one, two, padded)
 
 
 def in_types_of(piece: Conditioning, alone: Conditioning) -> Conditioning:
@@ -158,7 +158,8 @@ def equal(a: Any, b: Any, padded: bool = False) -> bool:
         scale = torch.maximum(a.abs().max(), b.abs().max()) if a.numel() else 0
         return a.numel() == 0 or bool((a - b).abs().max() <= 1e-4 * scale)
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key], padded) for key in a)
+        same = b.keys() <= a.keys() if padded else b.keys() == a.keys()
+        return same and all(equal(a[key], b[key], padded) for key in b)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(equal(x, y, padded) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and not isinstance(a, Tensor) and a == b
