@@ -7,7 +7,7 @@ moved by a stock scheduler's ODE step from t to r, and nothing but the second ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -162,6 +162,10 @@ class FlowMapRecipe:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._recipe, name)
+
+    def calling(self, networks: Mapping[str, nn.Module]) -> FlowMapRecipe:
+        """That of another second time of the same kind: in a student's files it has the dtype of the others there."""
+        return FlowMapRecipe(self._recipe, self._schedule, networks.get(SECOND_TIME, self._second_time))
 
     def call(
         self,

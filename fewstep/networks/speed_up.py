@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,6 +102,10 @@ class SpeedUpRecipe:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._recipe, name)
+
+    def calling(self, networks: Mapping[str, nn.Module]) -> SpeedUpRecipe:
+        """That of another adapter of the same kind: in a student's files it has the dtype of the others there."""
+        return SpeedUpRecipe(self._recipe, networks.get(SPEED_UP, self._adapter))
 
     def call(self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, **words: Any) -> Tensor:
         """As :meth:`fewstep.recording.Recipe.call`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -54,6 +55,10 @@ class Recipe:
     def called(self, component: str) -> Recipe:
         """The recipe for a component of another name, at every size."""
         return dataclasses.replace(self, component=component, sizes=tuple(one.called(component) for one in self.sizes))
+
+    def calling(self, networks: Mapping[str, nn.Module]) -> Recipe:
+        """The recipe for a pipeline's networks by name, of which one that an added module goes with calls that one."""
+        return self
 
     @property
     def read(self) -> Tensor:

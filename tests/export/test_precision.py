@@ -7,10 +7,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import tiny_stable_diffusion
+from tiny_pipelines import tiny_flow, tiny_stable_diffusion
 
 from fewstep.export import ExportError, export_student, plan_student
 from fewstep.export.precision import as_computed, as_written
+from fewstep.programs.distillation import distill
 from fewstep.recording import record
 
 ABOUT = {"method": "dmd2", "base_model": "example/teacher"}
@@ -94,3 +95,13 @@ def test_a_number_that_the_precision_cannot_hold_is_refused(recorded, trained, t
     assert not (tmp_path / "student").exists()
     folder = export_student(recording, network, plan, tmp_path / "student", export_dtype="bfloat16", **ABOUT)
     assert json.loads((folder / "fewstep.json").read_text())["method"] == "dmd2"
+
+
+def test_an_added_module_is_held_against_what_lies_in_its_files(tmp_path):
+    tiny_flow().to(torch.float16).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    run = {"steps": 2, "max_steps": 2, "batch_size": 2, "num_pairs": 4, "pair_steps": 2, "lr": 0.1, "sample_steps": 0}
+    run |= {"report_to": "none", "cpu": True, "guidance_scale": 3.0, "call": {"max_sequence_length": 8}}
+    prompts = str(tmp_path / "prompts.txt")
+    folder = distill(str(tmp_path / "teacher"), "mean_flow", out=str(tmp_path / "out"), prompts=prompts, **run)
+    assert stored(folder / "second_time") == {torch.float16}  # so large a rate that rounding shows in the answers

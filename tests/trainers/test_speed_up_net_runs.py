@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fewstep.errors import UserError
 from fewstep.eval.plugged import Plugged, main, table
 from fewstep.export.errors import ExportError
 from fewstep.networks.make_roles import RoleSettings
-from fewstep.networks.speed_up import SpeedUpDenoiser, plugged_roles, refuse_unlike
+from fewstep.networks.speed_up import SPEED_UP, SpeedUpDenoiser, SpeedUpRecipe, plugged_roles, refuse_unlike
 from fewstep.programs.distillation import distill, prepare
 from fewstep.programs.methods import method_class
 from fewstep.programs.workbench import open_workbench
@@ -129,6 +130,21 @@ def test_the_adapter_is_plugged_into_a_fine_tuned_copy_and_saved_as_a_stock_pipe
     torch.testing.assert_close(latents(fewstep.load(tmp_path / "quick")), ours, rtol=1e-4, atol=1e-5)
     (stock,) = sample_stock(tmp_path / "stock.npz", tmp_path / "quick")
     torch.testing.assert_close(stock.latents[2], ours, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_is_held_against_the_adapter_of_its_files(student: Path):
+    pipeline = tiny_stable_diffusion()
+    quick = fewstep.plug(pipeline, student)
+    recording = record(pipeline)
+    recipe = SpeedUpRecipe(recording.recipe, quick.speed_up)
+    told, x, t = recording.condition(["a cat"]), torch.randn(1, *recording.sample_shape), torch.tensor([500.0])
+    rounded = copy.deepcopy(quick.speed_up).half().float()
+    ours, theirs = (
+        one.call(pipeline.unet, x, t, told) for one in (recipe.calling({SPEED_UP: rounded}), recipe.calling({}))
+    )
+    assert not torch.equal(ours, theirs)
+    assert torch.equal(ours, SpeedUpRecipe(recording.recipe, rounded).call(pipeline.unet, x, t, told))
+    assert torch.equal(theirs, recipe.call(pipeline.unet, x, t, told))
 
 
 def test_what_the_adapter_does_not_fit_is_refused(student: Path, tmp_path: Path):

@@ -216,7 +216,7 @@ def reference_of(recording: Recording, networks: dict[str, nn.Module]) -> Refere
     """
     item = [recording.invocation.item]
     items: dict[str, Any] = {} if recording.conditional is None else {f"{recording.conditional}s": item}
-    return Reference(recording.recipe, networks, recording.condition(**items))
+    return Reference(recording.recipe.calling(networks), networks, recording.condition(**items))
 
 
 def check_student(
