@@ -2,9 +2,9 @@
 
     python -m fewstep.eval.plugged runs/speed-up/student --out runs/plugged
 
-The copy is ``fashion-sd``, fine-tuned on mirrored pictures, as whose shoes point the other way, or, farther from its
-teacher, on pictures that stand on their heads. Its samples are turned back, so that the embedded classifier and its
-reference judge them. The adapter was trained on the teacher, not on the copy.
+The copy is ``fashion-sd``, fine-tuned on pictures of half the brightness, on mirrored ones, as whose shoes point the
+other way, or, farthest from its teacher, on ones that stand on their heads. Its samples are turned back, so that the
+embedded classifier and its reference judge them. The adapter was trained on the teacher, not on the copy.
 """
 
 from __future__ import annotations
@@ -32,10 +32,32 @@ from fewstep.fashion.classifier import extract
 _BATCH = 100
 #: Of the copy's own sampler, and its guidance.
 STEPS, GUIDANCE = 25, 3.0
-#: What the copy is fine-tuned on, and the axes of (N, C, H, W) along which the training images are flipped for it.
-Pictures = Literal["mirrored", "upside_down"]
-FLIPPED: dict[Pictures, tuple[int, ...]] = {"mirrored": (3,), "upside_down": (2, 3)}
+#: What the copy is fine-tuned on.
+Pictures = Literal["dimmed", "mirrored", "upside_down"]
 _DROPPED = 0.1  # share of the prompts that are left out, so that the copy can be guided
+
+
+@dataclass(frozen=True)
+class Look:
+    """How pictures differ from the training images: ``flipped`` along axes of (N, C, H, W), and ``brightness``."""
+
+    flipped: tuple[int, ...] = ()
+    brightness: float = 1.0
+
+    def of(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W), black at 0, with this look."""
+        return (images * self.brightness).flip(self.flipped)
+
+    def undone(self, pictures: Tensor) -> Tensor:
+        """The images (N, C, H, W), 0 to 1, whose look pictures have."""
+        return (pictures / self.brightness).clamp(0, 1).flip(self.flipped)
+
+
+LOOKS: dict[Pictures, Look] = {
+    "dimmed": Look(brightness=0.5),
+    "mirrored": Look(flipped=(3,)),
+    "upside_down": Look(flipped=(2, 3)),
+}
 
 
 @dataclass(frozen=True)
@@ -48,17 +70,15 @@ class Plugged:
     agreement: float
 
 
-def tuned_copy(
-    flipped: tuple[int, ...], steps: int, lr: float, seed: int, batch_size: int = 64
-) -> StableDiffusionPipeline:
-    """``fashion-sd``, fine-tuned for ``steps`` on its training images, flipped along these axes of (N, C, H, W).
+def tuned_copy(look: Look, steps: int, lr: float, seed: int, batch_size: int = 64) -> StableDiffusionPipeline:
+    """``fashion-sd``, fine-tuned for ``steps`` on its training images of this look.
 
     Its network learns the noise of noised images (Ho et al. 2020) under the teacher's own table.
     """
     pipeline = StableDiffusionPipeline.from_pretrained(teacher_path("fashion-sd"))
     pipeline.set_progress_bar_config(disable=True)
     images, labels = training_images()
-    x0, words, nothing = _encoded(pipeline, images.flip(flipped))
+    x0, words, nothing = _encoded(pipeline, look.of(images.float()))
     network, signal = pipeline.unet.train(), pipeline.scheduler.alphas_cumprod
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr)
     draws = torch.Generator().manual_seed(seed)
@@ -80,7 +100,7 @@ def tuned_copy(
 @torch.no_grad()
 def _encoded(pipeline: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Images as the network's samples (N, ...), the prompts' embeddings (10, L, D), and those of no prompt."""
-    pixels = images.float() / 127.5 - 1
+    pixels = images / 127.5 - 1
     vae = pipeline.vae
     shift = vae.config.shift_factor or 0.0
     x0 = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(_BATCH)])
@@ -89,10 +109,8 @@ def _encoded(pipeline: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (x0 - shift) * vae.config.scaling_factor, words, nothing
 
 
-def judged(
-    name: str, pipeline: DiffusionPipeline, flipped: tuple[int, ...], num: int, seed: int, **call: Any
-) -> Plugged:
-    """A row of ``num`` samples, evenly of all classes, flipped back along these axes.
+def judged(name: str, pipeline: DiffusionPipeline, look: Look, num: int, seed: int, **call: Any) -> Plugged:
+    """A row of ``num`` samples, evenly of all classes, as the images whose ``look`` they have.
 
     ``call`` are arguments of the pipeline's call beside prompts.
     """
@@ -103,7 +121,7 @@ def judged(
         prompts = [PROMPTS[int(classes[row])] for row in rows]
         generators = [sample_generator(seed, int(row)) for row in rows]
         made = sampled(prompts, generator=generators, output_type="pt", **call).images
-        images.append(made.mean(1, keepdim=True).flip(flipped))
+        images.append(look.undone(made.mean(1, keepdim=True)))
     features, logits = extract(load_classifier(), torch.cat(images))
     share = (logits.argmax(1) == classes).float().mean().item()
     return Plugged(name, call["num_inference_steps"], frechet(features, fashion_reference()), share)
@@ -122,15 +140,15 @@ def measure(
     about = read_about(student)
     if about["method"] != "speed_up_net" or about["base_model"] != "fashion-sd":
         raise UserError(f"{student} is no student of speed_up_net and fashion-sd, whose copy is fine-tuned here")
-    flipped = FLIPPED[pictures]
-    tuned = tuned_copy(flipped, tune_steps, lr, seed)
+    look = LOOKS[pictures]
+    tuned = tuned_copy(look, tune_steps, lr, seed)
     tuned.save_pretrained(out / "copy")
     plugged = plug(tuned, student)
     plugged.save_pretrained(out / "plugged")
     few = about["steps"]
     guided = {"guidance_scale": GUIDANCE}
-    rows = [judged("copy", tuned, flipped, num, seed, num_inference_steps=n, **guided) for n in (STEPS, few)]
-    return [*rows, judged("copy with the adapter", plugged, flipped, num, seed, num_inference_steps=few)]
+    rows = [judged("copy", tuned, look, num, seed, num_inference_steps=n, **guided) for n in (STEPS, few)]
+    return [*rows, judged("copy with the adapter", plugged, look, num, seed, num_inference_steps=few)]
 
 
 def table(rows: Sequence[Plugged]) -> str:
@@ -147,7 +165,7 @@ def main(words: Sequence[str] | None = None) -> int:
     made = Parser(prog="python -m fewstep.eval.plugged", description=__doc__)
     made.add_argument("student", metavar="DIR", type=str, help="folder of a SpeedUpNet student of fashion-sd")
     made.add_argument("--out", type=str, required=True, help="folder of the copy, and of the copy with the adapter")
-    made.add_argument("--pictures", type=Pictures, default="mirrored", help="that the copy is tuned on")
+    made.add_argument("--pictures", type=Pictures, default="dimmed", help="that the copy is tuned on")
     made.add_argument("--tune_steps", type=int, default=400, help="of the fine-tuning")
     made.add_argument("--lr", type=float, default=3e-4, help="of the fine-tuning")
     made.add_argument("--num", type=int, default=5000, help="samples of each row")

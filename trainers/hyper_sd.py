@@ -11,7 +11,7 @@ are driven to what people like, and their distribution to the teacher's. One stu
 - ``score``: DMD2's matching of the one-step samples with a critic, the trajectories' loss beside it, and the reward
 
 One command, one optimizer and one average for all stages; it is resumed in any of them. After ``score`` a one-step
-sample lies on no trajectory of the teacher: several steps want new noise between them (``--renoise tcd --gamma 1``).
+sample lies on no trajectory of the teacher: several steps want some new noise between them (``--renoise tcd``).
 
 Departures: feedback trains the trajectories' own weights or adapter further, where the paper has a second LoRA that is
 merged; hence the trajectories' loss goes on beside it (``--trajectory_weight 0``: not so). Margins, weights and lengths
