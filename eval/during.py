@@ -69,7 +69,7 @@ def distill(teacher: str | Path | DiffusionPipeline, method: str = "dmd2", **set
 
     Raises:
         UserError: for everything that a user can mend.
-        fewstep.training.stopping.Interrupted: after Ctrl-C, with a checkpoint written.
+        fewstep.errors.Interrupted: after Ctrl-C, with a checkpoint written.
     """
     return distillation.distill(teacher, method, evaluator=evaluator_of, **settings)
 

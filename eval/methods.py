@@ -25,13 +25,12 @@ import torch
 
 from fewstep.config.parsing import Parser, parse, with_values
 from fewstep.data.durable import write_durably, write_text_durably
-from fewstep.errors import UserError
+from fewstep.errors import Interrupted, UserError
 from fewstep.eval.benchmark.best import SHIPPED, choices_table, evidence_of
 from fewstep.eval.benchmark.cell_results import RESULTS, read_result, state, why_stale, write_result
 from fewstep.eval.benchmark.cell_runs import Runner, network_calls
 from fewstep.eval.benchmark.cells import Cell, CellPlan, read_plan
 from fewstep.eval.benchmark.comparison import Comparison, compare, insert
-from fewstep.training.stopping import Interrupted
 
 PICTURE = "methods.png"
 PAGE = "page whose table is made anew, with what fewstep distill auto chooses from: docs/methods.md"

@@ -1,8 +1,12 @@
-"""The one exception that means: the user can mend this. Other exceptions' words, as its message quotes them."""
+"""The exceptions that are no bugs: the user can mend it, or wished it. Other exceptions' words, as they are quoted."""
 
 
 class UserError(ValueError):
     """Bad input. The message is one line that says what to do; the command line exits with code 2 and no traceback."""
+
+
+class Interrupted(Exception):  # noqa: N818 - a wish of the user, not an error
+    """Ctrl-C or a termination signal was obeyed: the step was finished and a checkpoint written."""
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from fewstep.errors import UserError, first_line, of_the_system, one_line, printable
+from fewstep.errors import Interrupted, UserError, first_line, of_the_system, one_line, printable
 from fewstep.version import __version__
 
 USAGE = """fewstep: few-step distillation of diffusion and flow-matching pipelines
@@ -115,7 +115,6 @@ def _is_lack_of_memory(error: BaseException) -> bool:
 
 def _run(command: str, words: Sequence[str]) -> int:
     from fewstep.cli.quiet import quiet_libraries
-    from fewstep.training.stopping import Interrupted
 
     program = importlib.import_module(f"fewstep.cli.{COMMANDS[command]}")
     try:

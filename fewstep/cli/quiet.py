@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +32,12 @@ class _Useful(logging.Filter):
 def quiet_libraries() -> Iterator[None]:
     """Inside, diffusers and transformers show no bars of loading and writing, no useless line, and no line twice.
 
-    Errors and warnings of other kinds stay, as do the bars of downloads.
+    Errors and warnings of other kinds stay, as do the bars of downloads. A command that needs diffusers imports it
+    before; where that is not imported yet, nothing is done.
     """
+    if "diffusers" not in sys.modules:
+        yield
+        return
     from diffusers.utils import logging as of_diffusers  # they take seconds, and not every command needs them
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as of_transformers

@@ -15,7 +15,7 @@ from fewstep.config.run import RunConfig
 from fewstep.data.durable import nothing_left
 from fewstep.data.encoders import Encoders
 from fewstep.data.fingerprint import teacher_digest
-from fewstep.errors import UserError
+from fewstep.errors import Interrupted, UserError
 from fewstep.export import publish
 from fewstep.export.student import LORA, WHOLE, Written
 from fewstep.networks.roles import Role
@@ -43,7 +43,6 @@ from fewstep.training.previews import Previews
 from fewstep.training.run_folder import check_folder, write_config
 from fewstep.training.samples import Samples
 from fewstep.training.shares import kept_batch
-from fewstep.training.stopping import Interrupted
 from fewstep.training.trackers import trackers
 
 logger = logging.getLogger("fewstep")
@@ -72,7 +71,7 @@ def distill(
 
     Raises:
         UserError: for everything that a user can mend.
-        fewstep.training.stopping.Interrupted: after Ctrl-C, with a checkpoint written.
+        fewstep.errors.Interrupted: after Ctrl-C, with a checkpoint written.
     """
     pipeline = teacher if isinstance(teacher, DiffusionPipeline) else None
     name = str(teacher) if pipeline is None else name_of(pipeline)
@@ -106,7 +105,7 @@ def run(
 
     Raises:
         UserError: for everything that a user can mend.
-        fewstep.training.stopping.Interrupted: after Ctrl-C, with a checkpoint written.
+        fewstep.errors.Interrupted: after Ctrl-C, with a checkpoint written.
     """
     wanted = config.partition_wanted
     with nothing_left(Path(config.out)):

@@ -27,7 +27,7 @@ from fewstep.diffusion.draws import keyed_order
 from fewstep.diffusion.rollout import Sampler, rollout
 from fewstep.diffusion.schedule import FlowSchedule, NoiseSchedule
 from fewstep.diffusion.timesteps import even_grid
-from fewstep.errors import UserError
+from fewstep.errors import Interrupted, UserError
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.derivative import refuse_underivable
 from fewstep.networks.guidance import GuidedDenoiser
@@ -40,7 +40,6 @@ from fewstep.training.fate import shared_fate
 from fewstep.training.loop import Loop, sampling_role
 from fewstep.training.monitor import Monitor
 from fewstep.training.run_folder import check_folder, write_config
-from fewstep.training.stopping import Interrupted
 
 #: The student's weights, in the run's folder.
 STUDENT = "student.safetensors"

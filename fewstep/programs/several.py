@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fewstep.config.partition import PartitionWanted
 from fewstep.config.run import RunConfig
-from fewstep.errors import UserError
+from fewstep.errors import Interrupted, UserError
 from fewstep.export import publish
 from fewstep.export.about import FILE
 from fewstep.export.several import join_students
@@ -20,7 +20,6 @@ from fewstep.training.checkpoint import steps_in
 from fewstep.training.distributed import join_launch, on_main
 from fewstep.training.fate import shared_fate
 from fewstep.training.run_folder import check_folder, forget_run, has_run, write_config
-from fewstep.training.stopping import Interrupted
 
 logger = logging.getLogger("fewstep")
 
@@ -42,7 +41,7 @@ def run_several(
 
     Raises:
         UserError: for everything that a user can mend.
-        fewstep.training.stopping.Interrupted: after Ctrl-C, with a checkpoint written.
+        fewstep.errors.Interrupted: after Ctrl-C, with a checkpoint written.
     """
     out = Path(config.out)
     numbers = range(1, wanted.students + 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.config.run import RunConfig
 from fewstep.data.batch import Batch, Stream
-from fewstep.errors import UserError
+from fewstep.errors import Interrupted, UserError
 from fewstep.networks.roles import FOLLOWERS, Role
 from fewstep.training import checkpoint
 from fewstep.training.averages import Average, averages_of
@@ -30,7 +30,7 @@ from fewstep.training.monitor import Monitor
 from fewstep.training.optimization import Faults, RoleOptimizer
 from fewstep.training.orders import carry_out
 from fewstep.training.shares import Share, refuse_other_batch
-from fewstep.training.stopping import Interrupted, Stopping
+from fewstep.training.stopping import Stopping
 from fewstep.training.verdict import Trouble
 from fewstep.training.watch import Watch
 

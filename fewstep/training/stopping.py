@@ -14,13 +14,10 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from fewstep.errors import Interrupted
 from fewstep.training.distributed import Processes, host_group
 
 _AGAIN = 1.0  # seconds after which a second Ctrl-C is another one: launchers pass on what the processes hear themselves
-
-
-class Interrupted(Exception):  # noqa: N818 - a wish of the user, not an error
-    """Ctrl-C or a termination signal was obeyed: the step was finished and a checkpoint written."""
 
 
 class Stopping:

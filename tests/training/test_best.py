@@ -12,11 +12,10 @@ import pytest
 import torch
 from toys import TinyMethod, make_loop
 
-from fewstep.errors import UserError
+from fewstep.errors import Interrupted, UserError
 from fewstep.training import checkpoint
 from fewstep.training.best import Measure
 from fewstep.training.loop import Loop
-from fewstep.training.stopping import Interrupted
 from tests.faults import Faults, every_fault
 from tests.training.loop_runs import config, rows, weights
 

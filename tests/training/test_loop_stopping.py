@@ -8,9 +8,8 @@ import pytest
 import torch
 from toys import TinyMethod, make_loop
 
-from fewstep.errors import UserError
+from fewstep.errors import Interrupted, UserError
 from fewstep.training import checkpoint
-from fewstep.training.stopping import Interrupted
 from tests.checkpoints import load_latest
 from tests.training.loop_runs import Watched, config, rows, run, weights
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from toys import TinyMethod, make_loop
 
+from fewstep.errors import Interrupted
 from fewstep.programs.distillation import distill
 from fewstep.training import checkpoint, samples
 from fewstep.training.distributed import Processes
 from fewstep.training.loop import Loop
-from fewstep.training.stopping import Interrupted, Stopping
+from fewstep.training.stopping import Stopping
 from tests.forked import forked, well
 from tests.tiny_pipelines import tiny_dit
 from tests.training.loop_runs import config, rows, weights

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from toys import TinyMethod
 
+from fewstep.errors import Interrupted
 from fewstep.training import checkpoint, stopping
 from fewstep.training.distributed import Processes
-from fewstep.training.stopping import Interrupted, Stopping
+from fewstep.training.stopping import Stopping
 from tests.forked import forked
 from tests.training.loop_runs import run
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -258,3 +260,13 @@ def test_the_command_reads_a_log_and_says_what_is_wrong(tmp_path: Path, capsys: 
     assert main(["verdict", str(tmp_path)]) == 0
     assert "nothing is wrong after 1 step" in capsys.readouterr().out
     assert main(["verdict", str(tmp_path / "nowhere")]) == 2
+
+
+def test_the_command_waits_for_no_import_of_torch(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "critic/lag": 0.9}) + "\n")
+    code = (
+        "import sys; from fewstep.cli import main; print(main(sys.argv[1:]), {'torch', 'diffusers'} & set(sys.modules))"
+    )
+    words = [sys.executable, "-c", code, "verdict", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["nothing is wrong after 1 step", "0 set()"], done.stderr
