@@ -51,7 +51,9 @@ class PictureNetwork(nn.Module):
     def forward(
         self, hidden_states: Any, timestep: Tensor, text: Tensor | None = None, picture: Tensor | None = None
     ) -> Any:
-        x = torch.stack(hidden_states) if isinstance(hidden_states, list) else hidden_states
+        x = hidden_states
+        if isinstance(x, list):
+            x = torch.stack([torch.cat(one) if isinstance(one, list) else one for one in x])
         batch = len(x)
         flat = x.reshape(batch, -1, 1)
         places = torch.arange(flat.shape[1]).to(flat) / flat.shape[1]
@@ -125,7 +127,8 @@ class PicturePipeline(DiffusionPipeline):
             sigma = scheduler.sigmas[begin]
             x = (1 - sigma) * pictures + sigma * x
         for number, t in enumerate(times):
-            answer = self._ask(x, t, text, pictures, jitter, place)
+            shown = way != "kept_of_the_first" or number == 0
+            answer = self._ask(x, t, text, pictures if shown else None, jitter, place)
             x = scheduler.step(answer, t, x, return_dict=False)[0]
             if way.startswith("pinned"):
                 x = self._pinned(x, pictures, mask, noise, times[number + 1 : number + 2], jitter)
@@ -156,7 +159,7 @@ class PicturePipeline(DiffusionPipeline):
         masks = torch.stack(mask if isinstance(mask, list) else [mask] * len(x))
         return masks * x + (1 - masks) * pictures
 
-    def _ask(self, x: Tensor, t: Tensor, text: Tensor | None, pictures: Tensor, jitter: float, place: int) -> Tensor:
+    def _ask(self, x: Tensor, t: Tensor, text: Tensor | None, pictures: Any, jitter: float, place: int) -> Tensor:
         way, batch = self.way, len(x)
         time = t.expand(batch)
         told: dict[str, Any] = {} if text is None else {"text": text}
@@ -176,9 +179,14 @@ class PicturePipeline(DiffusionPipeline):
             return self.network(torch.cat([x, packed], 1), time, **told)[0][:, :count]
         if way == "list":
             return torch.stack(self.network(list(torch.cat([x, pictures], 1)), time, **told)[0])[:, :CHANNELS]
+        if way == "nested":
+            both = [[*one] for one in zip(x, pictures, strict=True)]
+            return torch.stack(self.network(both, time, **told)[0])[:, :CHANNELS]
         if way == "two_rows":
             rows = torch.stack([pictures.mean(-1), pictures.amax(-1)], 1).flatten(0, 1).transpose(1, 2)
             return self.network(x, time, picture=rows, **told)[0]
+        if way == "kept_of_the_first":
+            told |= {} if pictures is None else {"picture": pictures.flatten(2).transpose(1, 2)}
         if way.startswith("argument"):
             return self.network(x, time, picture=pictures.flatten(2).transpose(1, 2), **told)[0]
         if way.startswith("frame") or way == "pinned_clean":

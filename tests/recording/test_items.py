@@ -144,6 +144,17 @@ def test_what_is_drawn_in_every_step_is_refused_by_name() -> None:
     record(picture_pipeline("redrawn"), items=items_of("redrawn"), jitter=0.0).prove()
 
 
+def test_a_picture_that_is_told_in_the_first_step_alone_is_refused() -> None:
+    text = refused("kept_of_the_first", items_of("kept_of_the_first"))
+    assert "network is told picture in some of its steps and not in others" in text
+
+
+def test_a_sample_in_a_list_of_lists_is_refused() -> None:
+    assert "the argument hidden_states of network changes between steps and is a list of lists" in refused(
+        "nested", items_of("nested")
+    )
+
+
 @pytest.mark.parametrize(
     ("items", "call", "words"),
     [

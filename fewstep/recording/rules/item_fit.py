@@ -39,9 +39,11 @@ def fit_entries(component: str, runs: list[list[Step]]) -> tuple[SampleRule, tup
     """The rule of the sample and those of the time, from two runs of one item with different step counts.
 
     Raises:
-        RecordingError: an argument changes between the steps and is neither, or the sample or the time is not found.
+        RecordingError: an argument changes between the steps and is neither, or is passed in some of them alone, or
+            the sample or the time is not found.
     """
     steps = [step for run in runs for step in run]
+    _refuse_passed_sometimes(component, steps)
     samples, times, others = [], [], []
     for name in changing_arguments(steps):
         rule = fit_sample_entries(name, steps)
@@ -53,6 +55,11 @@ def fit_entries(component: str, runs: list[list[Step]]) -> tuple[SampleRule, tup
             others.append(name)
         else:
             times.append((name, timed))
+    if nested := [name for name in others if _is_nested(steps[0].calls[-1].arguments[name])]:
+        raise RecordingError(
+            f"the argument {', '.join(nested)} of {component} changes between steps and is a list of lists (references "
+            f"beside the sample?), which cannot be recorded: {ANOTHER}"
+        )
     if others:
         raise RedrawnError(
             f"the argument {', '.join(others)} of {component} changes between steps and is neither the sample nor the "
@@ -68,6 +75,19 @@ def fit_entries(component: str, runs: list[list[Step]]) -> tuple[SampleRule, tup
             f"without a time cannot be distilled: {ANOTHER}"
         )
     return samples[0], rules
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(one, list) for one in value)
+
+
+def _refuse_passed_sometimes(component: str, steps: Sequence[Step]) -> None:
+    passed = [{name for name, value in step.calls[-1].arguments.items() if value is not None} for step in steps]
+    if some := sorted({name for each in passed for name in each if any(name not in other for other in passed)}):
+        raise RecordingError(
+            f"{component} is told {', '.join(some)} in some of its steps and not in others (does it keep what it was "
+            f"told in the first?), which cannot be recorded: {ANOTHER}"
+        )
 
 
 def fit_sample_entries(name: str, steps: Sequence[Step]) -> SampleRule | None:
