@@ -48,6 +48,7 @@ def proven(pipeline: Any, items: list[dict[str, Any]], **call: Any) -> Recording
     return recording
 
 
+@pytest.mark.usefixtures("texts_as_they_are")
 @pytest.mark.parametrize("name", RECORDED)
 def test_shown_pipelines(name: str) -> None:
     recording = proven(zoo_image.load(name), zoo_image.items_of(name), **zoo_image.call_of(name))
