@@ -167,7 +167,7 @@ def main(words: Sequence[str] | None = None) -> int:
     made.add_argument("--out", type=str, required=True, help="folder of the copy, and of the copy with the adapter")
     made.add_argument("--pictures", type=Pictures, default="dimmed", help="that the copy is tuned on")
     made.add_argument("--tune_steps", type=int, default=400, help="of the fine-tuning")
-    made.add_argument("--lr", type=float, default=3e-4, help="of the fine-tuning")
+    made.add_argument("--lr", type=float, default=1e-4, help="of the fine-tuning")
     made.add_argument("--num", type=int, default=5000, help="samples of each row")
     made.add_argument("--seed", type=int, default=0)
     try:
