@@ -178,6 +178,11 @@ def _why(candidate: Candidate, evidence: Evidence, kind: Kind, asked: RunConfig)
             "auto: the evidence is two teachers of a few million parameters and 32x32 images; rates, sizes and lengths "
             "that were chosen for them are left at the method's defaults"
         )
+        if (scale := candidate.settings.get("guidance_scale")) is not None:
+            lines.append(
+                f"auto: there the teacher was guided by {scale:g}, less than by its own call; here it is guided as "
+                "its call says, or by --guidance_scale"
+            )
     if asked.data is not None and not candidate.images:
         lines.append("auto: this was best without images, so --data is left out")
     if asked.data is None:

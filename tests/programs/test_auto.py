@@ -51,6 +51,14 @@ def test_another_teacher_gets_the_form_and_the_methods_own_numbers(teacher: str)
     differing = {name: value for name, value in decision.config.as_dict().items() if value != defaults[name]}
     assert differing == {"data": "d", "gan_weight": 0.03, "renoise": "ode"}
     assert any("two teachers of a few million parameters" in line for line in decision.why)
+    assert not any("guided" in line for line in decision.why)
+
+
+def test_a_guidance_of_the_cell_is_named_and_not_taken(teacher: str) -> None:
+    weaker = measured("dmd2", 0.6, kind="table", images=True, settings={**RECIPE, "guidance_scale": 2.0})
+    decision = chosen(weaker, teacher=teacher, data="d")
+    assert decision.config.guidance_scale is None
+    assert any("guided by 2, less than by its own call" in line for line in decision.why)
 
 
 def test_what_is_asked_for_wins_and_what_follows_from_it_follows() -> None:
