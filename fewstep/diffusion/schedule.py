@@ -276,8 +276,8 @@ def from_scheduler(scheduler: Any) -> tuple[NoiseSchedule, str]:
             raise ValueError(f"{name} states prediction_type={stated!r}, which no table schedule of fewstep knows")
         return TableSchedule(scheduler.alphas_cumprod), stated
     raise ValueError(
-        f"{name} has neither a table of alphas, nor flow sigmas, nor an EDM ramp; "
-        "give the pipeline the scheduler that its network was trained with"
+        f"{name} has neither a table of alphas, nor flow sigmas, nor an EDM ramp, one of which fewstep needs to train; "
+        "if the pipeline's network was trained with another scheduler, give it that one"
     )
 
 

@@ -162,7 +162,7 @@ def test_every_committed_result_is_of_the_present_recipe() -> None:
 def test_every_committed_file_belongs_to_a_listed_cell() -> None:
     listed = {f"{one.file}.json" for one in kept()} | {strip_path(ROOT / RESULTS, one).name for one in kept()}
     assert {path.name for path in (ROOT / RESULTS).iterdir()} - listed <= {"methods.png"}
-    assert sum(path.stat().st_size for path in (ROOT / RESULTS).iterdir()) < 3 * 2**19
+    assert sum(path.stat().st_size for path in (ROOT / RESULTS).iterdir()) < 2 * 2**20
 
 
 def test_the_page_of_methods_shows_the_table_that_the_results_make() -> None:
