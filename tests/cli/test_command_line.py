@@ -4,10 +4,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from fewstep.cli import COMMANDS, main
 from fewstep.cli.distill import distill_config
 from fewstep.errors import UserError
 from fewstep.training.run_folder import write_config
+from tests.forked import forked
 from tests.tiny_pipelines import tiny_ddim, tiny_dit, tiny_stable_diffusion
 
 
@@ -303,14 +303,19 @@ def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_exits_130(teacher: str
     out = tmp_path / "out"
     words = ["--teacher", teacher, "--out", str(out), "--max_steps", "100000", "--batch_size", "1", "--cpu"]
     words += ["--critic_updates", "1", "--log_steps", "1", "--report_to", "none"]
-    command = [sys.executable, "-W", "ignore", "-m", "fewstep.trainers.dmd2", *words]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (out / "metrics.jsonl").exists() and process.poll() is None:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130, errors
-    assert "--resume" in errors.splitlines()[-1]
+
+    def interrupt() -> None:
+        while not (out / "metrics.jsonl").exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def work(_rank: int) -> int:
+        Thread(target=interrupt, daemon=True).start()
+        return main(["distill", "dmd2", *words])
+
+    (ended,) = forked(1, work, tmp_path / "said")
+    assert ended.code == 130, ended
+    assert "--resume" in ended.said.splitlines()[-1]
     newest = sorted((out / "checkpoints").glob("step_*"))[-1]
     assert json.loads((newest / "state.json").read_text())["step"] > 0
 

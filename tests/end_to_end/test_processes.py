@@ -49,7 +49,7 @@ SETTINGS = {
 TOLD_TEXTS = {"speed_up_net"}
 SOON = 60.0  # seconds for all to end
 
-#: One launch of seconds; torchrun's is that of test_sharded.py.
+#: One launch of seconds. torchrun gives its processes what tests/forked.py gives them.
 QUICK = ("accelerate", "dmd2", "")
 EVERY = [
     pytest.param(launcher, method, lora, marks=[] if (launcher, method, lora) == QUICK else pytest.mark.soak)

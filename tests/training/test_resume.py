@@ -4,31 +4,18 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from threading import Timer
 
 import pytest
 import torch
-from tiny_run import train
+from tiny_run import kill_and_resume, train
 
-from fewstep.training import checkpoint, fate
+from fewstep.training import checkpoint, distributed, fate
 from fewstep.training.distributed import join_launch
 from fewstep.training.fate import shared_fate
 from tests.checkpoints import load_latest
-from tests.forked import Ended, forked
-
-SCRIPT = Path(__file__).parents[1] / "tiny_run.py"
-
-
-def run(*arguments: object, launcher: tuple[str, ...] = ()) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
+from tests.forked import Ended, forked, well
 
 def metrics(out: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -43,7 +30,8 @@ def files(out: Path) -> dict:
 
 
 def kill_and_compare(tmp_path: Path, kills: int, max_steps: int) -> int:
-    hits = int(run(tmp_path, "--kills", kills, "--max_steps", max_steps, "--log_steps", 4, "--seed", 1))
+    settings = {"batch_size": 8, "max_steps": max_steps, "log_steps": 4, "checkpointing_steps": 3}
+    hits = kill_and_resume(tmp_path, settings, kills, seed=1)
     compare_killed(tmp_path, max_steps)
     return hits
 
@@ -117,9 +105,13 @@ def test_two_micro_batches_of_four_are_one_batch_of_eight(tmp_path: Path, one_bi
     assert_same_run(tmp_path, one_big_batch)
 
 
-def test_two_processes_of_two_micro_batches_of_two_are_one_batch_of_eight(tmp_path: Path, one_big_batch: Path):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    # The bucket holds some of a role's tensors and not others.
-    batch = ("--batch_size", 2, "--gradient_accumulation_steps", 2)
-    run(tmp_path, *batch, "--max_steps", 8, "--bucket", 100, launcher=torchrun)
+def test_two_processes_of_two_micro_batches_of_two_are_one_batch_of_eight(
+    tmp_path: Path, one_big_batch: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(distributed, "_BUCKET", 100)  # elements: it holds some of a role's tensors and not others
+
+    def work(_rank: int) -> None:
+        train(tmp_path, {"batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 8, "log_steps": 1})
+
+    well(2, work, tmp_path / "said")
     assert_same_run(tmp_path, one_big_batch)
