@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: How such lines begin: a part is of another class than its pipeline's own; the recording's proof covers that.
-_USELESS = ("Expected types for ", "You have passed a non-standard module ")
+#: Such lines, from their beginning: a part is of another class than its pipeline's own, which the recording's proof
+#: covers; and a cast, of a network that keeps no module in float32.
+_USELESS = re.compile(
+    r"Expected types for |You have passed a non-standard module |"
+    r"There are modules in \w+ that should be kept in float32: \[\]"
+)
 _LIBRARIES = ("diffusers", "transformers")
 
 
@@ -22,7 +27,7 @@ class _Useful(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        if text.startswith(_USELESS) or text in self._said:
+        if _USELESS.match(text) or text in self._said:
             return False
         self._said.add(text)
         return True

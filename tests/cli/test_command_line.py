@@ -47,21 +47,8 @@ def run(*words: str) -> int:
 
 
 def train(teacher: str, out: Path, *words: str) -> int:
-    common = [
-        "--max_steps",
-        "2",
-        "--batch_size",
-        "1",
-        "--steps",
-        "2",
-        "--cpu",
-        "--report_to",
-        "none",
-        "--log_steps",
-        "1",
-        "--sample_steps",
-        "0",
-    ]
+    common = ["--max_steps", "2", "--batch_size", "1", "--steps", "2", "--cpu"]
+    common += ["--report_to", "none", "--log_steps", "1", "--sample_steps", "0"]
     return run("distill", "dmd2", "--teacher", teacher, "--out", str(out), *common, *words)
 
 
@@ -164,7 +151,6 @@ def test_init_that_predicts_something_else_is_refused(
     for init in ("run", "run/student"):
         code = train(str(tmp_path / "v"), tmp_path / "out", *prompts, "--init", str(tmp_path / init))
         refused(capsys, code, "predicts 'epsilon' and the teacher 'v_prediction'")
-    assert train(text_teacher, tmp_path / "second", *prompts, "--init", str(tmp_path / "run")) == 0
 
 
 def test_unknown_yaml_keys_are_errors(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,7 @@ def test_training_from_a_cache_never_calls_a_text_encoder(
     assert len(cached) == 3 and cached == encoded
 
 
+@pytest.mark.soak
 def test_sample_grids_and_lora_students_do_without_text_encoders(teacher: str, prompts: str, tmp_path: Path) -> None:
     folder = fewstep.cache(teacher, tmp_path / "c", prompts=PROMPTS, cpu=True)
     config = settings(teacher, tmp_path / "run", cache=str(folder), sample_steps=1, lora_rank=4)

@@ -85,6 +85,7 @@ def test_a_run_ends_early_and_its_best_student_is_written(tmp_path: Path, caplog
     assert same(student, tmp_path / "checkpoint_best", 1)
 
 
+@pytest.mark.soak
 def test_the_best_adapter_is_written(tmp_path: Path) -> None:
     settings = {"lora_rank": 2, "max_steps": 2, "ema_decay": 0.0}
     weights = []
@@ -109,7 +110,8 @@ def test_who_has_no_evaluator_is_told_at_the_start(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("sharding", ["none", pytest.param("full", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("sharding", ["none", "full"])
 def test_two_processes_evaluate_the_samples_of_one(tmp_path: Path, sharding: str) -> None:
     settings = {"max_steps": 2, "export_best": True}
     one_student, one = run(tmp_path / "one", [9.0, 7.0, 8.0], **{**settings, "batch_size": 2})

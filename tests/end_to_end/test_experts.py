@@ -180,7 +180,13 @@ def test_the_teacher_is_guided_as_strongly_as_the_call_says_at_each_time(place: 
     assert one.guidance_scale == 4.0  # where all have the same, it is a number
 
 
-@pytest.mark.parametrize("form", [{}, {**LORA, **HALF, "full_critic": True}], ids=["full", "lora_in_half_precision"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param({}, id="full", marks=pytest.mark.soak),
+        pytest.param({**LORA, **HALF, "full_critic": True}, id="lora_in_half_precision"),
+    ],
+)
 def test_interrupted_and_resumed_is_the_same_as_uninterrupted(place: Path, tmp_path: Path, form: dict) -> None:
     settings = {**RUN, **form, "prompts": str(place / "prompts.txt"), "ema_decay": 0.9, "checkpointing_steps": 2}
     settings |= {"max_steps": 4, "steps": 2, "batch_size": 1}

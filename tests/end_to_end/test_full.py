@@ -197,6 +197,7 @@ def test_a_second_stage_takes_over_student_and_critic(prompts: str, tmp_path: Pa
         assert any(not torch.equal(state[key], teacher[key]) for key in teacher)
 
 
+@pytest.mark.soak
 def test_a_second_stage_takes_over_the_critic_of_every_phase(tmp_path: Path) -> None:
     pipeline = tiny_pipelines.tiny_ddim()
     common = {**TINY_RUN, "order": "alternating", "steps": 2, "max_steps": 4, "critic_updates": 1, "lr": 1e-2}

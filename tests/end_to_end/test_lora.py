@@ -56,7 +56,13 @@ def test_without_a_lora_loader_the_student_is_merged_and_one_line_says_so(tmp_pa
     assert "diffusers loads no LoRA into a UNet2DModel: exported merged, as a pipeline" in caplog.messages
 
 
-@pytest.mark.parametrize("options", [{}, {"full_critic": True}], ids=["adapters", "full_critic"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="adapters"),
+        pytest.param({"full_critic": True}, id="full_critic", marks=pytest.mark.soak),
+    ],
+)
 def test_a_gan_in_bfloat16_under_checkpointing(options: dict, prompts: str, tmp_path: Path) -> None:
     for name in "01":
         (tmp_path / "data" / name).mkdir(parents=True)

@@ -37,7 +37,7 @@ def teacher() -> Iterator[Any]:
         yield pipeline
 
 
-@pytest.mark.parametrize("swapped", [(), (2, 4)])
+@pytest.mark.parametrize("swapped", [pytest.param((), marks=pytest.mark.soak), (2, 4)])
 def test_a_pair_ends_where_the_teacher_leads_with_the_picture_of_its_item(
     teacher: Any, swapped: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,12 +68,13 @@ FORMS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_rank": 2}}
 
 
 def in_forms(values: Iterable[Any], name: Callable[[Any], str]) -> list[Any]:
-    """Each as full copies and as adapters: the one or the other in turn, its second form in the soak.
+    """Each as full copies and as adapters: of every third the one or the other in turn, the rest in the soak.
 
-    What a pipeline's traits are, adapters do not see: they lie inside its network.
+    What a pipeline's traits are, adapters do not see: they lie inside its network. That each is recorded and proven,
+    tests/recording/test_traits.py has of all.
     """
     return [
-        pytest.param(value, form, id=f"{name(value)}-{form}", marks=() if place % 2 == turn else pytest.mark.soak)
+        pytest.param(value, form, id=f"{name(value)}-{form}", marks=() if place % 6 == 3 * turn else pytest.mark.soak)
         for place, value in enumerate(values)
         for turn, form in enumerate(FORMS)
     ]

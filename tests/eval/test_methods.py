@@ -58,6 +58,7 @@ def test_a_stopped_training_goes_on_to_the_same_student(
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.soak
 def test_a_finished_training_is_not_run_again(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.eval.benchmark.cell_runs.distillation", None)
     work = undisturbed.parent.parent.parent

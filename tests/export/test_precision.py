@@ -37,7 +37,9 @@ def recording(request, tmp_path_factory):
     return record(DiffusionPipeline.from_pretrained(folder, dtype=request.param), prompt="the cat")
 
 
-@pytest.mark.parametrize("asked", [None, "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "asked", [None, "bfloat16", *(pytest.param(name, marks=pytest.mark.soak) for name in ("float32", "float16"))]
+)
 def test_the_network_is_written_as_asked_else_as_the_teachers_files(recording, trained, tmp_path, asked):
     network = trained(recording).float()
     plan = plan_student(recording, 1, renoise="ode")

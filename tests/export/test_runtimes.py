@@ -65,6 +65,7 @@ def test_a_modular_pipeline_gives_the_students_pictures_once_its_guider_is_off(r
     assert len(calls) == 4
 
 
+@pytest.mark.soak
 def test_an_exported_unet_takes_a_batch_of_63_and_no_more():
     unet = tiny_stable_diffusion().unet
 

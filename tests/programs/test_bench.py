@@ -11,6 +11,7 @@ from tiny_pipelines import tiny_ddim, tiny_stable_diffusion
 import fewstep
 from fewstep.config.run import RunConfig
 from fewstep.programs.methods import method_class, methods
+from fewstep.programs.planning import counting
 from fewstep.programs.planning.dry_run import DryRun
 from fewstep.programs.planning.stand_in import stand_in
 from fewstep.programs.teacher import Teacher
@@ -43,8 +44,10 @@ def test_a_dry_run_moves_as_the_run_would() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_lpips_is_left_out_of_a_plan() -> None:
+def test_lpips_is_left_out_of_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weightless pipeline has no decoder to ask."""
+    monkeypatch.setattr(counting, "PERIOD", 2)
+    monkeypatch.setattr(counting, "_SEARCHED", 1)
     plan = fewstep.plan("fashion-flow", "rectified_flow", perceptual_weight=1.0, batch_size=2)
     assert plan.calls["student"].to_parameters == 1
 

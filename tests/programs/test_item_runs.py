@@ -79,7 +79,7 @@ def test_probe_makes_up_pictures_of_the_size_that_the_teacher_is_for(editor: Pat
     assert "conditional on item" in shown and "[4, 8, 8] per sample" in shown
 
 
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("named", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_a_plan_is_recorded_with_items_or_with_made_up_ones(editor: Path, items: Path, named: bool) -> None:
     config = method_class("dmd2").Config(teacher=str(editor), out="", items=str(items) if named else None)
     planner = Planner(config, "dmd2")
@@ -90,6 +90,7 @@ def test_a_plan_is_recorded_with_items_or_with_made_up_ones(editor: Path, items:
     assert planner.planned is not None and planner.planned.each == size + text, "the zeros of all are kept once"
 
 
+@pytest.mark.soak
 def test_a_plan_counts_the_draws_that_are_kept(tmp_path: Path) -> None:
     tiny_filler().save_pretrained(tmp_path)
     config = method_class("dmd2").Config(teacher=str(tmp_path), out="")

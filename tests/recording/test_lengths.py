@@ -17,7 +17,8 @@ from tests.recording.synthetic_parts import Traits
 ORDER = "negative, positive"
 
 
-@pytest.mark.parametrize("negative", [None, pytest.param("the dog the dog the dog", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("negative", [None, "the dog the dog the dog"])
 def test_kandinsky_3(negative: str | None) -> None:
     """Zeros as long as the prompt, or a negative prompt cut at its length; its masks are booleans when guided only."""
     call = {} if negative is None else {"negative_prompt": negative}

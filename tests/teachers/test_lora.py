@@ -81,7 +81,7 @@ def prompts(tmp_path: Path) -> str:
     return str(tmp_path / "prompts.txt")
 
 
-@pytest.fixture(params=["stable_diffusion", "flow"])
+@pytest.fixture(params=[pytest.param("stable_diffusion", marks=pytest.mark.soak), "flow"])
 def base(request: pytest.FixtureRequest) -> tuple[DiffusionPipeline, dict[str, Any]]:
     if request.param == "flow":
         pipeline, more = tiny_flow(), {"call": {"max_sequence_length": 8}}
@@ -230,6 +230,7 @@ def refused(pipeline: DiffusionPipeline, lora: Path | str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("text", [False, True], ids=["network", "text_too"])
 def test_a_cache_and_pairs_of_a_teacher_with_a_lora(text: bool, prompts: str, tmp_path: Path) -> None:
     if text:

@@ -123,7 +123,7 @@ def check_lora(base: Path, lora: Path, condition: dict[str, Any]) -> None:
         assert not torch.allclose(first_answer(count), before)
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion", "flow"])
+@pytest.mark.parametrize("family", [pytest.param("stable_diffusion", marks=pytest.mark.soak), "flow"])
 def test_a_lora_loads_in_stock_diffusers_and_samples(family: str, prompts: str, tmp_path: Path):
     make, extra = {
         "stable_diffusion": (tiny_pipelines.tiny_stable_diffusion, {}),

@@ -90,11 +90,11 @@ def distil(
         tap = FeatureTap("correction.3")
         roles["critic"].add("head", Head(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)))
     defaults = {
-        "max_steps": 600,
+        "max_steps": 400,
         "batch_size": 64,
-        "lr": 2e-3,
-        "critic_lr": 5e-3,
-        "critic_updates": 3,
+        "lr": 3e-3,
+        "critic_lr": 8e-3,
+        "critic_updates": 2,
         "ema_decay": 0.97,
     }
     quiet = {"report_to": "none", "sample_steps": 0, "log_steps": 500, "checkpointing_steps": 600}
@@ -117,17 +117,17 @@ def distil(
 
 
 def test_decoupled_dmd_comes_to_the_guided_distribution(tmp_path: Path):
-    before, after, first, then = distil(tmp_path, (1.0,), GUIDANCE, decoupled="hybrid")
+    before, after, first, then = distil(tmp_path, (1.0,), GUIDANCE, decoupled="hybrid", max_steps=600)
     # Guidance moves the labels' means from +-0.7 to +-1.75; 1.68 and 1.55 here.
     expected = GUIDANCE * SHIFT * torch.tensor(SIDES)
     assert (first - expected).abs().min() > 1
     torch.testing.assert_close(then, expected, rtol=0, atol=0.3)
     assert before > 0.5
-    assert after < 0.1  # 0.036 here; two exact samples of 3000 are 0.003 apart
+    assert after < 0.1  # 0.027 here; two exact samples of 3000 are 0.003 apart
 
 
 def test_f_distill_comes_to_the_distribution(tmp_path: Path):
     settings = {"f_divergence": "js", "f_bins": 10, "f_momentum": 0.5, "data": "samples", "gan_critic_weight": 0.1}
     before, after, _, _ = distil(tmp_path, (1.0,), 1.0, **settings)
     assert before > 0.5
-    assert after < 0.1  # 0.035 here; two exact samples of 3000 are 0.003 apart
+    assert after < 0.1  # 0.040 here; two exact samples of 3000 are 0.003 apart

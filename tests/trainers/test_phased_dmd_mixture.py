@@ -18,15 +18,15 @@ def test_two_experts_of_a_mixture_come_to_draw_from_it(tmp_path: Path):
     settings = config(
         tmp_path,
         steps=2,
-        max_steps=900,
-        phase_steps=400,
+        max_steps=600,
+        phase_steps=280,
         batch_size=64,
-        lr=2e-3,
-        critic_lr=5e-3,
-        critic_updates=3,
+        lr=3e-3,
+        critic_lr=8e-3,
+        critic_updates=2,
         ema_decay=0.97,
         log_steps=400,
-        checkpointing_steps=900,
+        checkpointing_steps=600,
     )
     KINDS["mixture"] = (FlowSchedule(), "sample")
     one = method(settings, "mixture", MixtureTeacher, grid=(1.0, 0.5))
@@ -46,6 +46,6 @@ def test_two_experts_of_a_mixture_come_to_draw_from_it(tmp_path: Path):
     after = distances()
     assert before[0] > 0.1
     assert before[1] > 0.15
-    # 0.011 and 0.023 here; two exact samples of 3000 are 0.003 apart.
+    # 0.013 and 0.027 here; two exact samples of 3000 are 0.003 apart.
     assert after[0] < 0.03
     assert after[1] < 0.06

@@ -76,12 +76,15 @@ STUDENTS = {
 
 
 @pytest.fixture(scope="module")
-def students(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
-    """One of each kind, the suite's own and the zoo's: the run, and the trainer's own pictures of its student.
+def students(
+    request: pytest.FixtureRequest, pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple]:
+    """One of each kind, the suite's own and in the soak the zoo's: the run, and the trainer's pictures of its student.
 
     One process without fewstep then samples them all.
     """
     found = {}
+    of_the_zoo = any(item.name.endswith("-zoo]") for item in request.session.items if _asks(item))
     for kind, (folder, build, settings) in STUDENTS.items():
         place = tmp_path_factory.mktemp(kind)
         pipeline = build()
@@ -89,7 +92,7 @@ def students(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
             config = configured(place / "run", prompts=write_prompts(place), lr=1e-3, **settings)
             run = whole_run(config, "sid", pipeline).bench
             found[kind] = (run, own_images(run))
-        if (zoo := pytestconfig.getoption("zoo")) is not None:
+        if of_the_zoo and (zoo := pytestconfig.getoption("zoo")) is not None:
             call = dict(json.loads((zoo / "manifest.json").read_text())[folder]["call"])
             call = {name: value for name, value in call.items() if name not in ("prompt", "batch_size")}
             pipeline = DiffusionPipeline.from_pretrained(zoo / folder)
@@ -100,6 +103,10 @@ def students(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
     folders = [str(Path(run.config.out) / "student") for run, _ in found.values()]
     run_stock(STOCK, *folders)
     return found
+
+
+def _asks(item: pytest.Item) -> bool:
+    return "students" in getattr(item, "fixturenames", ()) and item.module.__name__ == __name__
 
 
 def own_images(run: Workbench) -> torch.Tensor:
@@ -120,7 +127,9 @@ def own_images(run: Workbench) -> torch.Tensor:
     return run.recording.decode(x0).movedim(1, -1)
 
 
-@pytest.mark.parametrize("place", ["", " of the zoo"], ids=["own", "zoo"])
+@pytest.mark.parametrize(
+    "place", [pytest.param("", id="own"), pytest.param(" of the zoo", id="zoo", marks=pytest.mark.soak)]
+)
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_a_student_sampled_by_stock_diffusers_equals_the_trainers_own_walk(
     students: dict[str, tuple], kind: str, place: str

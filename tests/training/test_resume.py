@@ -17,6 +17,7 @@ from fewstep.training.fate import shared_fate
 from tests.checkpoints import load_latest
 from tests.forked import Ended, forked, well
 
+
 def metrics(out: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
