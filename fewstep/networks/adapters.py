@@ -22,6 +22,7 @@ from torch import nn
 from fewstep.errors import UserError
 from fewstep.networks.adapted_linear import AdaptedLinear
 from fewstep.networks.denoiser import NetworkDenoiser
+from fewstep.networks.in_dtype import cast, in_dtype
 from fewstep.networks.merged import MergedForm
 from fewstep.networks.recompute import Reenter, checkpointed
 from fewstep.networks.roles import NetworkRole, Role, allow_checkpointing
@@ -263,7 +264,7 @@ def on_the_same_weights(network: nn.Module) -> nn.Module:
     Quantised layers are the same objects: their libraries keep parts of the weights in attributes, and nothing is ever
     asked of them.
     """
-    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in _plain(network)}
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in _plain(network).values()}
     shared |= {id(buffer): buffer.detach() for buffer in network.buffers()}
     shared |= {id(layer): layer for layer in network.modules() if is_quantized_layer(layer)}
     return copy.deepcopy(network, shared)
@@ -272,18 +273,19 @@ def on_the_same_weights(network: nn.Module) -> nn.Module:
 def _prepared(network: nn.Module, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """In eval mode, on a device, its ordinary weights in a dtype; a quantised network is where it was loaded."""
     if not is_quantized(network):
-        network.to(device)
-        return (network.to(dtype) if any(p.dtype != dtype for p in network.parameters()) else network).eval()
-    for parameter in _plain(network):
-        if parameter.is_floating_point() and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
+        return in_dtype(network.to(device), dtype).eval()
+    cast(network, _plain(network), dtype)
     return network.eval()
 
 
-def _plain(network: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the layers that are not quantised."""
-    layers = [layer for layer in network.modules() if not is_quantized_layer(layer)]
-    return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+def _plain(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the layers that are not quantised, by their names."""
+    return {
+        f"{path}.{name}".lstrip("."): parameter
+        for path, layer in network.named_modules()
+        if not is_quantized_layer(layer)
+        for name, parameter in layer.named_parameters(recurse=False)
+    }
 
 
 def _tree(parts: dict[str, nn.Module]) -> nn.Module:

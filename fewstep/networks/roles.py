@@ -21,6 +21,7 @@ from fewstep.diffusion.schedule import NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.networks.denoiser import NetworkDenoiser
 from fewstep.networks.features import FeatureTap
+from fewstep.networks.in_dtype import in_dtype
 from fewstep.recording import Recording
 
 #: Roles that are averages of the student: for sampling, and a method's own slow copy that the student learns from.
@@ -202,9 +203,7 @@ def make_role(
         UserError: gradient checkpointing is asked of a network that cannot do it.
     """
     # eval() for good: in train mode some networks draw from the global RNG (DiT drops labels).
-    network = copy.deepcopy(recording.network).to(device).eval()
-    if any(parameter.dtype != dtype for parameter in network.parameters()):
-        network = network.to(dtype)
+    network = in_dtype(copy.deepcopy(recording.network).to(device), dtype).eval()
     network.requires_grad_(trainable)
     if gradient_checkpointing:
         allow_checkpointing(network)

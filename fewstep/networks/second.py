@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from fewstep.networks.in_dtype import in_dtype
 from fewstep.recording import Recipe, Recording
 
 
@@ -28,7 +29,9 @@ def with_frozen_second(
     if second is None:
         return recording
     if id(second.network) not in known:
-        known[id(second.network)] = copy.deepcopy(second.network).to(device, dtype).eval().requires_grad_(False)
+        known[id(second.network)] = (
+            in_dtype(copy.deepcopy(second.network).to(device), dtype).eval().requires_grad_(False)
+        )
 
     def with_own(recipe: Recipe) -> Recipe:
         own = None if recipe.second is None else replace(recipe.second, network=known[id(second.network)])

@@ -57,7 +57,10 @@ BOTH = {"lr": 3e-3, "on_policy_lr": 1e-3, "critic_lr": 2e-3, "equal_share": 0.0,
 BOTH |= {"derivative": "central", "rollout_steps": [1, 2, 4, 8, 16]}
 RUNS = {  # 0.155, 0.031, 0.006, 0.004, 0.004 here, of 200 steps
     "short": ({"max_steps": 200, "map_steps": 150}, (0.25, 0.09, 0.015, 0.008, 0.006)),
-    "long": ({"max_steps": 1300, "map_steps": 900, "on_policy_lr": 5e-4}, (0.1, 0.04, 0.01, 0.007, 0.006)),
+    "long": (
+        {"max_steps": 1300, "map_steps": 900, "on_policy_lr": 5e-4, "ema_decay": 0.99},
+        (0.1, 0.04, 0.01, 0.007, 0.006),
+    ),
 }
 
 
