@@ -93,7 +93,8 @@ def _rows(tensor: Tensor) -> int:
 
 
 def _drawn_rows(given: list[Tensor], rows: int, shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
-    """Tensors whose rows follow the same row of every input that has as many; no two of them are equal.
+    """Tensors whose rows follow the same row of every input that has as many, or the same ones of one that has several
+    for each (a first and a last picture, one behind the other); no two of them are equal.
 
     They overlap in one long row for each sample: an encoder may answer with the hidden states of all its layers.
     """
@@ -104,14 +105,20 @@ def _drawn_rows(given: list[Tensor], rows: int, shapes: list[torch.Size], dtype:
     pattern = torch.randn(long, generator=generator)
     answer = pattern.expand(rows, long).clone()
     for number, value in enumerate(given, 1):
-        shared = value.dim() == 0 or value.shape[0] != rows
-        weight = torch.sin(_projected(value.reshape(1 if shared else rows, -1), generator)).float()
+        weight = torch.sin(_projected(value.reshape(rows if _is_divided(value, rows) else 1, -1), generator)).float()
         answer.addcmul_(pattern.roll(number), weight[:, None])
     answer = answer.to(dtype)
     return [
         answer[:, _APART * number : _APART * number + size].reshape(shape)
         for number, (size, shape) in enumerate(zip(sizes, shapes, strict=True))
     ]
+
+
+def _is_divided(value: Tensor, rows: int) -> bool:
+    """Whether an input has rows for each row of the answer. What all share (positions of tokens) has two dimensions."""
+    if value.dim() == 0:
+        return False
+    return value.shape[0] == rows or (value.dim() > 2 and value.shape[0] > 0 and value.shape[0] % rows == 0)
 
 
 #: Entries between the first numbers of two tensors of one answer, a prime: none is another one that is moved by tokens.

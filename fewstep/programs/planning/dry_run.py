@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._pytree import tree_leaves
 
 from fewstep.conditioning.conditioning import Conditioning
 from fewstep.config.run import RunConfig
@@ -214,6 +215,11 @@ class DryRun:
         given = config.data is not None and not (wanted is not None and wanted.invert_real)
         real = Real(zeros.clone(), conditions) if given else None
         return Batch(size, shape, conditions, drawn, real, logging=False, given_pairs=pairs)
+
+    def told_tensors(self) -> list[Tensor]:
+        """What the network is told of the samples of a micro-batch, for every answer."""
+        answers = (self._conditions, *self._conditions.others)
+        return [value for one in answers for value in tree_leaves(one.arguments()) if isinstance(value, Tensor)]
 
     def play(self, method: Method, step: int, draws: type[Draws] | None = None) -> None:
         """The turns of a step with their backward passes; nothing is updated, and gradients are dropped."""

@@ -41,14 +41,14 @@ def most_of(one: dict[str, Moment], other: dict[str, Moment]) -> dict[str, Momen
 
 
 def weigh(method: Method, dry_run: DryRun, step: int) -> dict[str, Moment]:
-    """By role: what its turn of a step needs beside all weights.
+    """By role: what its turn of a step needs beside all weights and what the network is told.
 
     Micro-batches after the first need it beside the gradients of those before; the second stands for all of them.
     """
     moments: dict[str, Moment] = {}
-    weights = [tensor for role in method.roles.values() for tensor in _tensors(role)]
+    there = [tensor for role in method.roles.values() for tensor in _tensors(role)] + dry_run.told_tensors()
     micro_batches = min(2, dry_run.config.gradient_accumulation_steps)
-    with Footprint(known=weights) as footprint:
+    with Footprint(known=there) as footprint:
         runs = [method.turns(step, dry_run.batch(step)) for _ in range(micro_batches)]
         while True:
             role, graph = None, 0
