@@ -8,10 +8,14 @@ import pytest
 import torch
 import zoo_image
 from diffusers import (
+    DDIMScheduler,
     DiffusionPipeline,
     FluxKontextInpaintPipeline,
+    KandinskyV22InpaintPipeline,
     LTXConditionPipeline,
     StableDiffusionXLControlNetInpaintPipeline,
+    UNet2DConditionModel,
+    VQModel,
     WanVACEPipeline,
     WanVACETransformer3DModel,
 )
@@ -54,6 +58,38 @@ def a_kept_region_under_control() -> Made:
     ]
     call = {name: value for name, value in zoo_image.call_of("ControlNetXL").items() if name != "control_guidance_end"}
     return _quiet(pipeline), items, {**call, "strength": 1.0}
+
+
+def a_kept_region_of_latents() -> Made:
+    """A region that the network is told of, too; it answers in twice the channels, of which the pipeline takes half."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        blocks: Any = {
+            "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+            "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        }
+        told: Any = {"addition_embed_type": "image", "encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 8}
+        sizes: Any = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+        heads: Any = {"cross_attention_dim": 8, "attention_head_dim": 4, "resnet_time_scale_shift": "scale_shift"}
+        unet = UNet2DConditionModel(sample_size=16, in_channels=9, out_channels=8, **sizes, **heads, **blocks, **told)
+        coder: Any = {
+            "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+            "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        }
+        small: Any = {"block_out_channels": (32, 32), "norm_num_groups": 4, "latent_channels": 4, "vq_embed_dim": 4}
+        movq = VQModel(norm_type="spatial", num_vq_embeddings=12, **small, **coder)
+        for parameter in (*unet.parameters(), *movq.parameters()):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    noises: Any = {"beta_schedule": "linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **noises)
+    pipeline = KandinskyV22InpaintPipeline(unet=unet.eval(), scheduler=scheduler, movq=movq.eval())
+    *own, negative = torch.randn(3, 1, 8, generator=torch.Generator().manual_seed(0))
+    items = [
+        {"image_embeds": one, "negative_image_embeds": negative, "image": _picture(n, 32), "mask_image": _mask(n, 32)}
+        for n, one in enumerate(own)
+    ]
+    return _quiet(pipeline), items, {"height": 32, "width": 32}
 
 
 def frames_for_references() -> Made:

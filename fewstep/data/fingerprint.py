@@ -158,7 +158,10 @@ def teacher_digest(recording: Recording, away: Mapping[str, str] | None = None) 
     schedule = json_sha256([recording.prediction_type, coefficients])
     encoders = {name: (away or {}).get(name) or part_digest(part) for name, part in encoding.items()}
     rescaling = recording.guidance.rescaling
-    more = {} if rescaling is None else {"guidance": json_sha256([rescaling.kind, rescaling.share])}
+    more = {}
+    if rescaling is not None:
+        axis = [] if rescaling.axis == -1 else [rescaling.axis]
+        more["guidance"] = json_sha256([rescaling.kind, rescaling.share, *axis])
     return {**networks, **encoders, "schedule": schedule, "call": call_digest(recording), **more}
 
 

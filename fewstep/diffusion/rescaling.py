@@ -14,7 +14,7 @@ from torch.linalg import vector_norm
 
 #: The forms; in words, what the sum is given.
 KINDS = {
-    "tokens": "brought to the positive's norm over the last axis",
+    "tokens": "brought to the positive's norm over one axis",
     "whole": "shrunk to the positive's norm",
     "deviation": "brought to the positive's standard deviation",
 }
@@ -25,13 +25,16 @@ class Rescaling:
     """A guided sum, brought to the size of the positive answer.
 
     Attributes:
-        kind: ``"tokens"`` (the norm over the last axis), ``"whole"`` (the norm over all of a sample, never made larger)
-            or ``"deviation"`` (the standard deviation over all of a sample).
+        kind: ``"tokens"`` (the norm over one axis), ``"whole"`` (the norm over all of a sample, never made larger) or
+            ``"deviation"`` (the standard deviation over all of a sample).
         share: how much of the outcome is that, and how much the sum as it was.
+        axis: of ``"tokens"``, counted from the last: that of the channels, which is the last one where a sample is
+            packed into tokens.
     """
 
     kind: str
     share: float = 1.0
+    axis: int = -1
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -49,7 +52,8 @@ class Rescaling:
         wide = torch.promote_types(guided.dtype, torch.float32)
         guided, positive = guided.to(wide), positive.to(wide)
         if self.kind == "tokens":
-            return vector_norm(positive, dim=-1, keepdim=True) / vector_norm(guided, dim=-1, keepdim=True)
+            norms = (vector_norm(answer, dim=self.axis, keepdim=True) for answer in (positive, guided))
+            return torch.div(*norms)
         over = tuple(range(1, guided.dim()))
         if self.kind == "whole":
             return (vector_norm(positive, dim=over, keepdim=True) / vector_norm(guided, dim=over, keepdim=True)).clamp(
@@ -59,4 +63,5 @@ class Rescaling:
 
     def describe(self) -> str:
         """In words."""
-        return KINDS[self.kind] + ("" if self.share == 1.0 else f" by a share of {self.share:.3g}")
+        words = KINDS[self.kind].replace("one axis", "the last axis" if self.axis == -1 else f"axis {self.axis}")
+        return words + ("" if self.share == 1.0 else f" by a share of {self.share:.3g}")

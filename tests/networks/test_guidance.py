@@ -192,9 +192,9 @@ def test_a_network_is_guided_in_its_raw_output_and_converted_once():
 
 
 @pytest.mark.parametrize(("schedule", "prediction"), [(FlowSchedule(), "flow"), (TABLE, "epsilon")])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "axis"), [*((kind, -1) for kind in KINDS), ("tokens", -2)])
 def test_a_rescaled_sum_is_sized_by_what_the_network_says_and_known_entries_stay_known(
-    kind: str, schedule: NoiseSchedule, prediction: str
+    kind: str, axis: int, schedule: NoiseSchedule, prediction: str
 ):
     """The pipeline sizes all that its network says, then pins what it pins; no answer says more of what is unread."""
     x_t = torch.randn(3, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -210,7 +210,7 @@ def test_a_rescaled_sum_is_sized_by_what_the_network_says_and_known_entries_stay
     experts = ExpertsRole("teacher", {"high": (0.95, roles[0]), "low": (0.0, roles[1])})
     timestep = schedule.timestep(T)
     said = [denoisers[1].network(x_t, timestep, **each.arguments()) for each in (positive, negative)]
-    rescaling = Rescaling(kind, 0.7)
+    rescaling = Rescaling(kind, 0.7, axis)
     total = rescaling(guide(*said, 4.0), said[0])
     x0, alone = (to_x0(answer, prediction, x_t, schedule, T) for answer in (total, said[0]))
     x0, alone = (torch.where(where, value, answer.masked_fill(unread, 0)) for answer in (x0, alone))

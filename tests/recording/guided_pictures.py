@@ -17,6 +17,7 @@ WAYS = (
     "dropped",
     "other_picture",
     "rescaled",
+    "rescaled_channels",
     "deviation",
     "plus_one",
     "drawn",
@@ -117,8 +118,9 @@ class GuidedPictures(DiffusionPipeline):
         if self.way == "plus_one":
             return positive + scales["guidance_scale"] * (positive - away)
         total = away + scales["guidance_scale"] * (positive - away)
-        if self.way == "rescaled":
-            total = total * positive.norm(dim=-1, keepdim=True) / total.norm(dim=-1, keepdim=True)
+        if self.way.startswith("rescaled"):
+            axis = -1 if self.way == "rescaled" else 1
+            total = total * positive.norm(dim=axis, keepdim=True) / total.norm(dim=axis, keepdim=True)
         if self.way == "deviation":
             total = 0.7 * total * positive.std() / total.std() + 0.3 * total
         return total

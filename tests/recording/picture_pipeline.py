@@ -33,6 +33,7 @@ RECORDABLE = (
     "trace",
     "pinned",
     "pinned_clean",
+    "pinned_clean_in_place",
 )
 
 
@@ -104,7 +105,7 @@ class PicturePipeline(DiffusionPipeline):
         drawn = {"drawn": generator, "global_draw": None}.get(way, "mode")
         if drawn != "mode":
             pictures = pictures + jitter * torch.randn(pictures.shape, generator=drawn)
-        video = way.startswith("frame") or way == "pinned_clean"
+        video = way.startswith(("frame", "pinned_clean"))
         tokens = way.startswith("tokens") or way == "several_of_one"
         shape = (CHANNELS, FRAMES, SIDE, SIDE) if video else (SIDE * SIDE, CHANNELS) if tokens else pictures.shape[1:]
         x = torch.randn(batch, *shape[: len(shape)], generator=generator)
@@ -112,7 +113,7 @@ class PicturePipeline(DiffusionPipeline):
             x = x[:, :, 1:]
         if way == "trace":
             x = 0.99 * x + 0.01 * pictures
-        if way == "pinned_clean":
+        if way.startswith("pinned_clean"):
             x[:, :, 0] = pictures
         noise = x
         by_size = scheduler.config.get("use_dynamic_shifting", False)
@@ -126,6 +127,8 @@ class PicturePipeline(DiffusionPipeline):
             times = times[begin:]
             sigma = scheduler.sigmas[begin]
             x = (1 - sigma) * pictures + sigma * x
+        if way == "asked_before":
+            self.network(pictures, torch.zeros(batch), text)
         for number, t in enumerate(times):
             shown = way != "kept_of_the_first" or number == 0
             answer = self._ask(x, t, text, pictures if shown else None, jitter, place)
@@ -151,6 +154,9 @@ class PicturePipeline(DiffusionPipeline):
         """The sample with the picture in its place: where the mask is 0, or in the first frame."""
         if self.way == "pinned_clean":
             return torch.cat([pictures[:, :, None], x[:, :, 1:]], 2)
+        if self.way == "pinned_clean_in_place":
+            x[:, :, 0] = pictures
+            return x
         if len(then):
             flow = hasattr(self.scheduler, "scale_noise")
             noised = self.scheduler.scale_noise if flow else self.scheduler.add_noise
@@ -189,7 +195,7 @@ class PicturePipeline(DiffusionPipeline):
             told |= {} if pictures is None else {"picture": pictures.flatten(2).transpose(1, 2)}
         if way.startswith("argument"):
             return self.network(x, time, picture=pictures.flatten(2).transpose(1, 2), **told)[0]
-        if way.startswith("frame") or way == "pinned_clean":
+        if way.startswith(("frame", "pinned_clean")):
             return self._ask_video(x, t, told, pictures, place)
         return self.network(x, time, **told)[0]
 
@@ -205,7 +211,7 @@ class PicturePipeline(DiffusionPipeline):
             whole = torch.cat([pictures[:, :, None], x], 2)
             tokens = self.network(whole.flatten(2).transpose(1, 2), time, **told)[0]
             return tokens.transpose(1, 2).unflatten(2, (FRAMES, SIDE, SIDE))[:, :, 1:]
-        if self.way == "pinned_clean":
+        if self.way.startswith("pinned_clean"):
             return self.network(x, time, **told)[0]
         return self.network(mask * x + (1 - mask) * pictures[:, :, None], time, **told)[0]
 

@@ -40,7 +40,7 @@ def test_every_way_is_recorded_and_proven(way: str) -> None:
     assert recording.told is not None and bool(recording.told.draws) == (way in ("drawn", "global_draw"))
     assert (recording.told.start > 0) == (way == "trace")
     assert any(text.startswith("the first sample") for text in recording.told.describe()) == (way == "trace")
-    share = {"frame_mixed_in": 0.75, "frames_scattered": 0.5, "pinned_clean": 0.75}.get(way, 1.0)
+    share = {"frame_mixed_in": 0.75, "frames_scattered": 0.5}.get(way, 0.75 if way.startswith("pinned_clean") else 1.0)
     assert recording.recipe.read.float().mean().item() == share
 
 
@@ -147,6 +147,11 @@ def test_what_is_drawn_in_every_step_is_refused_by_name() -> None:
 def test_a_picture_that_is_told_in_the_first_step_alone_is_refused() -> None:
     text = refused("kept_of_the_first", items_of("kept_of_the_first"))
     assert "network is told picture in some of its steps and not in others" in text
+
+
+def test_a_network_that_is_asked_before_the_first_step_is_refused() -> None:
+    text = refused("asked_before", items_of("asked_before"))
+    assert "calls network before its first step, too (does it keep what it is told of a picture?)" in text
 
 
 def test_a_sample_in_a_list_of_lists_is_refused() -> None:

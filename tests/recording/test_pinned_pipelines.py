@@ -12,6 +12,7 @@ import zoo_image
 from pinned_pipelines import (
     a_first_frame,
     a_kept_region,
+    a_kept_region_of_latents,
     a_kept_region_under_control,
     a_later_frame,
     frames_for_references,
@@ -38,6 +39,7 @@ MADE = {
     "a later frame": (a_later_frame, False, False),
     "a kept region": (a_kept_region, True, False),
     "a kept region under control": (a_kept_region_under_control, True, False),
+    "a kept region of latents": (a_kept_region_of_latents, True, False),
     "frames for references": (frames_for_references, None, False),
     "Wan22TI2V": (partial(shown, "Wan22TI2V"), None, True),
     "LTXImageToVideo": (partial(shown, "LTXImageToVideo"), None, True),

@@ -72,13 +72,30 @@ def switch_off(subject: Subject) -> tuple[Subject, str]:
         fit_sample(single.calls[-1].component, [single])  # raises, and says what is wrong with the sample
     if failure is not None:
         raise failure
+    _refuse_called_before(subject, attempts, component)
     guider = next((name for name, part in subject.pipeline.components.items() if hasattr(part, "guidance_scale")), None)
-    why = "" if guider is None else f", as its {guider} asks, which no argument of the call switches off"
+    why, where = "", "switch the further answers off in the call"
+    if guider is not None:
+        why = f", as its {guider} asks, which no argument of the call switches off"
+        where = f"give the pipeline a {guider} whose guidance_scale is 1"
     raise RecordingError(
         f"{subject} calls {component} for more than one answer per step whatever its guidance scale "
-        f"({', '.join(scales) or 'it has none'}){why}; this cannot be recorded: switch the further answers off in the "
-        f"call, or {ANOTHER}"
+        f"({', '.join(scales) or 'it has none'}){why}; this cannot be recorded: {where}, or {ANOTHER}"
     )
+
+
+def _refuse_called_before(subject: Subject, attempts: list[dict[str, Any]], component: str) -> None:
+    """Raise where a network is called before the first step, too: it keeps what it is told of a picture."""
+    for changes in attempts:
+        try:
+            steps = subject.run(_STEPS, changes=changes, steps=2).steps
+        except RecordingError:
+            continue
+        if len(steps) > 1 and _answers_once(steps[1], component):
+            raise RecordingError(
+                f"{subject} calls {component} before its first step, too (does it keep what it is told of a picture?), "
+                f"which cannot be recorded: {ANOTHER}"
+            )
 
 
 def _answers_once(step: Step, component: str) -> bool:

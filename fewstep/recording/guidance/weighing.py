@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -152,12 +152,14 @@ def _stated(places: list[float], run: GuidedRun) -> tuple[float, ...]:
 
 def _rescaled(runs: Sequence[GuidedRun], order: tuple[int, int]) -> Weighing | None:
     """A sum that is then brought to the positive's size, by one share in all runs."""
-    for kind, name, more in itertools.product(KINDS, runs[0].values, (0.0, 1.0)):
+    axes = range(-1, -runs[0].target.dim(), -1)
+    forms = [Rescaling(kind, axis=axis) for kind in KINDS for axis in (axes if kind == "tokens" else (-1,))]
+    for form, name, more in itertools.product(forms, runs[0].values, (0.0, 1.0)):
         sums = []
         for run in runs:
             positive, negative = (run.answers[number].double() for number in order)
             total = torch.lerp(negative, positive, run.values[name] + more)
-            sums.append((run.target.double(), total, total * (Rescaling(kind).factor(total, positive) - 1)))
+            sums.append((run.target.double(), total, total * (form.factor(total, positive) - 1)))
         share = sum(float(((target - total) * change).sum()) for target, total, change in sums)
         share /= max(sum(float(change.square().sum()) for *_, change in sums), 1e-300)
         allowed = _allowed(runs[0].target)
@@ -165,7 +167,7 @@ def _rescaled(runs: Sequence[GuidedRun], order: tuple[int, int]) -> Weighing | N
             share = round(share, 2)
         left = [(target - total - share * change).norm() / target.norm() for target, total, change in sums]
         if 0 < share <= 1 and all(one <= allowed for one in left):
-            return Weighing(order, (runs[0].values[name] + more,), ((name, more),), rescaled=Rescaling(kind, share))
+            return Weighing(order, (runs[0].values[name] + more,), ((name, more),), rescaled=replace(form, share=share))
     return None
 
 

@@ -70,7 +70,8 @@ def watch_scheduler(
         if steps is not None and len(seen.steps) >= steps:
             raise Stop
         if replace is not None:
-            result = _with_sample(result, replace(len(seen.steps) - 1, record.result))
+            # A tensor of its own: some pipelines write what they pin into what their scheduler returned.
+            result = _with_sample(result, replace(len(seen.steps) - 1, record.result).clone())
             record.result = None
         return result
 

@@ -36,6 +36,7 @@ def test_every_way_of_guiding_is_recorded_and_proven(way: str) -> None:
     assert report.argument_scale == 4.0 and report.offset == more and recording.further == 1
     assert weighing is not None and weighing.scales == (4.0 + more,)
     rescaled = {"rescaled": Rescaling("tokens"), "deviation": Rescaling("deviation", 0.7)}
+    rescaled["rescaled_channels"] = Rescaling("tokens", axis=-3)
     assert weighing.rescaled == rescaled.get(way) and report.linear is (way not in rescaled)
     assert report.calls == (2 if way in ("two_calls", "unsaid") else 1)
     wanted = {

@@ -33,7 +33,7 @@ from fewstep.recording import Recording, RecordingError, record
 from fewstep.recording.items import between_steps
 from fewstep.recording.pipeline import with_parts
 
-WAYS = ["pinned", "pinned_clean"]
+WAYS = ["pinned", "pinned_clean", "pinned_clean_in_place"]
 
 
 class PinnedBesideReferences(PicturePipeline):
@@ -87,13 +87,13 @@ def stock(pipeline: Any, item: dict[str, Any], call: dict[str, Any]) -> tuple[Te
 @pytest.mark.parametrize("way", [*WAYS, "table"])
 def test_pins_are_the_pictures_own(recordings: dict[str, Recording], way: str) -> None:
     recording = recordings[way]
-    assert recording.between is not None and recording.between.noised == (way != "pinned_clean")
+    assert recording.between is not None and recording.between.noised == (not way.startswith("pinned_clean"))
     assert "replaced between steps by the picture's" in recording.summary()
     for number, told in enumerate(recording.condition_each(items=items_of("pinned" if way == "table" else way))):
         pins = pins_of(told)
         assert pins is not None
         where = torch.zeros(1, *recording.sample_shape, dtype=torch.bool)
-        if way == "pinned_clean":
+        if way.startswith("pinned_clean"):
             where[:, :, 0] = True
             wanted = picture(FIRST_PINNED + number)[None, :, None].expand_as(where)
         else:
