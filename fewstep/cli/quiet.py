@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 #: Such lines, from their beginning: a part is of another class than its pipeline's own, which the recording's proof
-#: covers; and a cast, of a network that keeps no module in float32.
+#: covers; a cast, of a network that keeps no module in float32; and a slower way to read pictures, without torchvision.
 _USELESS = re.compile(
     r"Expected types for |You have passed a non-standard module |"
-    r"There are modules in \w+ that should be kept in float32: \[\]"
+    r"There are modules in \w+ that should be kept in float32: \[\]|"
+    r"`\w+` requires torchvision \(not installed\); falling back to "
 )
 _LIBRARIES = ("diffusers", "transformers")
 

@@ -9,6 +9,7 @@ from transformers.utils import logging as of_transformers
 
 from fewstep.cli.quiet import quiet_libraries
 
+SLOWER = "`CLIPImageProcessor` requires torchvision (not installed); falling back to `CLIPImageProcessorPil`."
 USELESS = "Expected types for text_encoder: (<class 'A'>,), got <class 'B'>."
 CAST = "There are modules in AutoencoderKL that should be kept in float32: {}. Casting directly with `to()` can lead"
 CHECKER = "You have disabled the safety checker for <class 'A'> by passing `safety_checker=None`."
@@ -32,7 +33,7 @@ def said(request):
 def test_a_useless_line_is_gone_and_a_useful_one_is_said_once(said):
     logger, lines = said
     with quiet_libraries():
-        for text in (USELESS, CHECKER, "weights are missing", CHECKER, USELESS, CAST.format([])):
+        for text in (USELESS, CHECKER, "weights are missing", CHECKER, USELESS, CAST.format([]), SLOWER):
             logger.warning(text)
         logger.warning(CAST.format(["norm"]))
     assert lines == [CHECKER, "weights are missing", CAST.format(["norm"])]
